@@ -1,0 +1,28 @@
+"""Drop-in PyTorch ops that never build what a multimodal model throws away."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from mmkernels import ops
+from mmkernels.dispatch import BackendError, use_backend
+from mmkernels.masks import SpanMask
+from mmkernels.ops.attention_received import attention_received
+from mmkernels.ops.attention_weights import attention_weights
+from mmkernels.ops.cross_attention import cross_attention
+from mmkernels.ops.merge_attention import merge_attention
+
+try:
+    __version__ = version("mmkernels")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BackendError",
+    "SpanMask",
+    "__version__",
+    "attention_received",
+    "attention_weights",
+    "cross_attention",
+    "merge_attention",
+    "ops",
+    "use_backend",
+]

@@ -1,0 +1,182 @@
+"""Which backend runs a call, and why not the others.
+
+An op is one boundary ``torch.ops.mmkernels.<name>`` with a last argument ``backend: str``. Its body walks the op's
+ordered table of backends and runs the first whose `why_not` has no objection; ``backend != ""`` forces one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "cpu", "chunked", "reference")
+"""Every backend's name, the fastest first."""
+
+LIBRARY = torch.library.Library("mmkernels", "FRAGMENT")
+
+TABLES: dict[str, tuple[Backend, ...]] = {}
+"""Each op boundary's backends in the order in which they are tried: what the body walks and ``doctor`` prints."""
+
+_choice = threading.local()  # not a ContextVar: reading one breaks torch.compile(fullgraph=True)
+_removed = False  # not thread-local: the backward pass of CUDA tensors runs in another thread
+
+
+class BackendError(RuntimeError):
+    """No backend can run the call, or the forced one can't; the message says why."""
+
+
+def _no_objection(*args: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    Args:
+        name: one of `BACKENDS`.
+        run: the kernel; takes the op's arguments without ``backend``.
+        why_not: takes the same arguments and answers why this call can't run here, or None; without arguments, why no
+            call can.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None] = _no_objection
+
+
+class use_backend:  # noqa: N801 (reads as a function, like torch.no_grad)
+    """Force a backend for every op called in this thread inside the ``with`` block.
+
+    Args:
+        name: one of `BACKENDS`, or "" for the automatic choice.
+
+    Raises:
+        ValueError: no such backend. A forced backend that can't run a call raises `BackendError` there.
+
+    Example:
+        >>> import torch, mmkernels
+        >>> q = torch.randn(1, 2, 3, 8)
+        >>> with mmkernels.use_backend("reference"):
+        ...     out = mmkernels.cross_attention(q, q, q)
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = check_backend(name)
+
+    def __enter__(self) -> None:
+        self.previous = getattr(_choice, "name", "")
+        _choice.name = self.name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _choice.name = self.previous
+
+
+def check_backend(name: str) -> str:
+    if name != "" and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or None; got {name!r}")
+    return name
+
+
+def resolve(backend: str | None) -> str:
+    """The choice that a public function passes through the op boundary."""
+    return getattr(_choice, "name", "") if backend is None else check_backend(backend)
+
+
+def choose(op: str, backend: str, args: Sequence[Any], *, forced_may_fall_back: bool = False) -> Backend:
+    """The first backend of `op` that can run this call; with ``backend != ""`` only that one.
+
+    Args:
+        forced_may_fall_back: a backward pass takes the choice made for its forward as a wish, not an order.
+    """
+    reasons = []
+    for entry in TABLES[op]:
+        if backend in ("", entry.name):
+            reason = entry.why_not(*args)
+            if reason is None:
+                return entry
+            reasons.append(f"{entry.name}: {reason}")
+    if backend and forced_may_fall_back:
+        return choose(op, "", args)
+    if not reasons:
+        offered = ", ".join(entry.name for entry in TABLES[op])
+        raise BackendError(f"{op} has no backend {backend!r}; it has {offered}")
+    raise BackendError(f"{op} can't run this call. " + "; ".join(reasons))
+
+
+def register(
+    schema: str,
+    backends: Sequence[Backend],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    is_backward: bool = False,
+) -> Callable[..., Any]:
+    """Define the op boundary ``torch.ops.mmkernels.<name>`` and return it.
+
+    Args:
+        schema: as ``torch.library.define`` takes it, ``name(Tensor x, ..., str backend) -> Tensor``, no defaults.
+        backends: in the order in which they are tried.
+        fake: shapes, dtypes and strides of the outputs, the same for every backend; takes all arguments.
+        setup_context, backward: as ``torch.library.register_autograd`` takes them; None: no gradient.
+        is_backward: this is another op's backward pass, where a forced backend may fall back.
+    """
+    name = schema.partition("(")[0]
+    TABLES[name] = tuple(backends)
+    LIBRARY.define(schema)
+
+    def body(*args: Any) -> Any:
+        if _removed:
+            return _map_tensors(Tensor.zero_, fake(*args))
+        entry = choose(name, args[-1], args[:-1], forced_may_fall_back=is_backward)
+        return entry.run(*args[:-1])
+
+    qualified = f"mmkernels::{name}"
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    op = getattr(torch.ops.mmkernels, name).default
+    torch.library.register_vmap(qualified, _loop_over(op), lib=LIBRARY)
+    return op
+
+
+@contextmanager
+def removed() -> Iterator[None]:
+    """Every op answers zeros at once: the time of a model without them, which bounds what any kernel can gain."""
+    global _removed
+    _removed = True
+    try:
+        yield
+    finally:
+        _removed = False
+
+
+def _loop_over(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A vmap rule for any op: one call for each slice. Right for every argument; fast where slices are large."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        calls = [
+            op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        stacked = tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
+    return function(outputs) if isinstance(outputs, Tensor) else tuple(function(x) for x in outputs)

@@ -1,0 +1,353 @@
+"""`SpanMask`: which keys each query sees, in O(Lq + Lk) memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+Lengths = Tensor | Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class SpanMask:
+    """Query i sees key j when ``start[i] <= j < end[i]`` and ``key_valid[j]``.
+
+    Any int32 is a legal bound: a span reaches from ``max(start, 0)`` to ``min(end, k_len)``, and one whose end is not
+    above its start sees nothing. A query that sees nothing has output 0 and log-sum-exp -inf.
+
+    Args:
+        start: first visible key, int32 ``[B or 1, Lq or 1]`` (a size of 1 is shared).
+        end: one past the last visible key, int32, the same shape as `start` up to broadcasting.
+        key_valid: bool ``[B or 1, Lk]`` or None (all): False hides a key from every query.
+
+    Raises:
+        TypeError: `start` or `end` is not an int32 tensor, or `key_valid` is not a bool tensor.
+        ValueError: a tensor is not 2-D, lies on another device, or the shapes don't broadcast.
+
+    Constructors check values (negative lengths and the like) where that needs no device sync: on CPU tensors, and not
+    inside ``torch.compile``.
+
+    Example:
+        >>> mask = SpanMask.causal(4, 4) & SpanMask.key_padding([3, 4])
+        >>> mask.to_dense(4)[0, 0].int()
+        tensor([[1, 0, 0, 0],
+                [1, 1, 0, 0],
+                [1, 1, 1, 0],
+                [1, 1, 1, 0]], dtype=torch.int32)
+    """
+
+    start: Tensor
+    end: Tensor
+    key_valid: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            span = getattr(self, name)
+            if not isinstance(span, Tensor) or span.dtype != torch.int32:
+                raise TypeError(f"{name} must be an int32 tensor, got {_describe(span)}")
+            if span.dim() != 2:
+                raise ValueError(f"{name} must be [B or 1, Lq or 1], got shape {tuple(span.shape)}")
+        _check_broadcast("start and end", self.start.shape, self.end.shape)
+        valid = self.key_valid
+        if valid is not None:
+            if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+                raise TypeError(f"key_valid must be a bool tensor, got {_describe(valid)}")
+            if valid.dim() != 2:
+                raise ValueError(f"key_valid must be [B or 1, Lk], got shape {tuple(valid.shape)}")
+            _check_broadcast("key_valid and the spans", valid.shape[:1], (max(self.start.shape[0], self.end.shape[0]),))
+        if self.end.device != self.start.device or (valid is not None and valid.device != self.start.device):
+            devices = [str(t.device) for t in (self.start, self.end, valid) if t is not None]
+            raise ValueError(f"start, end and key_valid must be on one device, got {', '.join(devices)}")
+
+    # What users mean, by name.
+
+    @classmethod
+    def key_padding(cls, lengths: Lengths) -> SpanMask:
+        """Padding on the right: every query of sequence b sees the first ``lengths[b]`` keys.
+
+        Args:
+            lengths: ``[B]`` integers, a tensor or a list; not negative.
+        """
+        lengths = _lengths("lengths", lengths)
+        return cls(torch.zeros_like(lengths)[:, None], lengths[:, None])
+
+    @classmethod
+    def left_padding(cls, lengths: Lengths, k_len: int) -> SpanMask:
+        """Padding on the left: every query of sequence b sees the last ``lengths[b]`` of `k_len` keys.
+
+        Args:
+            lengths: ``[B]`` integers, a tensor or a list; 0 to `k_len`.
+            k_len: number of keys, padding included.
+        """
+        lengths = _lengths("lengths", lengths, most=k_len)
+        return cls((k_len - lengths)[:, None], torch.full_like(lengths, k_len)[:, None])
+
+    @classmethod
+    def from_key_mask(cls, key_mask: Tensor) -> SpanMask:
+        """Any set of keys, the same for every query of a sequence: bool ``[B, Lk]``, True = visible.
+
+        Padding on either side, or holes, as in a tokenizer's ``attention_mask.bool()``.
+        """
+        if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask must be a bool tensor, got {_describe(key_mask)}")
+        if key_mask.dim() != 2:
+            raise ValueError(f"key_mask must be [B, Lk], got shape {tuple(key_mask.shape)}")
+        start, end = _bounds(key_mask[:, None, :])
+        return cls(start, end, key_mask)
+
+    @classmethod
+    def causal(cls, q_len: int, k_len: int, device: torch.device | str | None = None) -> SpanMask:
+        """Each query sees the keys up to its own place, aligned at the bottom right: the last query sees all keys.
+
+        This is FlashAttention's convention (and not ``is_causal`` of ``F.scaled_dot_product_attention``, which aligns
+        at the top left): with a KV cache, q_len new tokens see k_len - q_len cached ones and their own past.
+        """
+        return cls.window(None, 0, q_len, k_len, device)
+
+    @classmethod
+    def prefix_lm(cls, prefix_lengths: Lengths, q_len: int, k_len: int) -> SpanMask:
+        """Causal, and in sequence b every query also sees the first ``prefix_lengths[b]`` keys.
+
+        Args:
+            prefix_lengths: ``[B]`` integers, 0 to `k_len`.
+        """
+        prefix = _lengths("prefix_lengths", prefix_lengths, most=k_len)
+        causal = cls.causal(q_len, k_len, prefix.device)
+        return cls(causal.start, torch.maximum(causal.end, prefix[:, None]))
+
+    @classmethod
+    def window(
+        cls, left: int | None, right: int | None, q_len: int, k_len: int, device: torch.device | str | None = None
+    ) -> SpanMask:
+        """Sliding window, aligned at the bottom right: query i sees ``i + k_len - q_len`` - left to + right.
+
+        Args:
+            left: keys visible before the query's own place; None: all of them.
+            right: keys visible after it; None: all of them.
+        """
+        for name, size in (("left", left), ("right", right)):
+            if size is not None and size < 0:
+                raise ValueError(f"{name} must be >= 0 or None (unlimited), got {size}")
+        for name, size in (("q_len", q_len), ("k_len", k_len)):
+            if size < 0:
+                raise ValueError(f"{name} must be >= 0, got {size}")
+        place = torch.arange(k_len - q_len, k_len, dtype=torch.int32, device=device)[None]  # [1, Lq]
+        everything = torch.zeros((1, 1), dtype=torch.int32, device=place.device)
+        start = everything if left is None else (place - left).clamp(0, k_len)
+        end = everything + k_len if right is None else (place + right + 1).clamp(0, k_len)
+        return cls(start, end)
+
+    @classmethod
+    def media(
+        cls, media_index: Tensor, tokens_per_media: int | None = None, *, media_offsets: Lengths | None = None
+    ) -> SpanMask:
+        """Each text token sees the visual tokens of one image (Flamingo: the last image before it).
+
+        Args:
+            media_index: integers ``[B, Lq]``: which image each query sees; -1: none.
+            tokens_per_media: visual tokens an image, where all have as many; or
+            media_offsets: ``[M + 1]`` or ``[B, M + 1]`` integers: image m is keys ``offsets[m]`` to ``offsets[m + 1]``.
+
+        Raises:
+            IndexError: an index below -1, or at or above M (checked on CPU tensors; elsewhere such a query sees
+                nothing).
+        """
+        if not isinstance(media_index, Tensor) or media_index.dtype not in _INTEGERS:
+            raise TypeError(f"media_index must be an integer tensor, got {_describe(media_index)}")
+        if media_index.dim() != 2:
+            raise ValueError(f"media_index must be [B, Lq], got shape {tuple(media_index.shape)}")
+        if (tokens_per_media is None) == (media_offsets is None):
+            raise ValueError("give tokens_per_media or media_offsets, one of the two")
+        _check_values("media_index", media_index, least=-1, error=IndexError)
+        sees = media_index >= 0
+        if media_offsets is None:
+            assert tokens_per_media is not None
+            if tokens_per_media < 0:
+                raise ValueError(f"tokens_per_media must be >= 0, got {tokens_per_media}")
+            start = media_index.to(torch.int32) * tokens_per_media
+            return cls(start * sees, (start + tokens_per_media) * sees)
+        offsets = torch.as_tensor(media_offsets, device=media_index.device).to(torch.int32)
+        if offsets.dim() not in (1, 2) or offsets.shape[-1] < 1:
+            raise ValueError(f"media_offsets must be [M + 1] or [B, M + 1], got shape {tuple(offsets.shape)}")
+        count = offsets.shape[-1] - 1
+        _check_values("media_index", media_index, most=count - 1, error=IndexError)
+        offsets = offsets.expand(media_index.shape[0], -1) if offsets.dim() == 1 else offsets
+        if offsets.shape[0] != media_index.shape[0]:
+            raise ValueError(f"media_offsets must be [M + 1] or [{media_index.shape[0]}, M + 1], got {tuple(offsets.shape)}")
+        sees = sees & (media_index < count)
+        index = media_index.long() * sees
+        start = offsets.gather(1, index)
+        end = offsets.gather(1, (index + 1).clamp(max=count))
+        return cls(start * sees, end * sees)
+
+    @classmethod
+    def packed(cls, q_lengths: Lengths, k_lengths: Lengths, *, q_len: int | None = None) -> SpanMask:
+        """Sequences packed into one row: the queries of sequence n see exactly its keys. Batch 1.
+
+        ``packed(lengths, lengths) & causal(total, total)`` is packed causal self-attention.
+
+        Args:
+            q_lengths, k_lengths: ``[N]`` integers, tensors or lists.
+            q_len: total number of queries; computed where None, which syncs when the lengths lie on a device. Queries
+                past the last sequence see nothing.
+        """
+        q_lengths = _lengths("q_lengths", q_lengths)
+        k_lengths = _lengths("k_lengths", k_lengths).to(q_lengths.device)
+        if q_lengths.shape != k_lengths.shape:
+            raise ValueError(f"q_lengths and k_lengths must have one length, got {len(q_lengths)} and {len(k_lengths)}")
+        q_end, k_end = q_lengths.cumsum(0), k_lengths.cumsum(0)
+        if q_len is None:
+            q_len = int(q_end[-1]) if len(q_end) else 0
+        place = torch.arange(q_len, device=q_lengths.device)
+        sequence = torch.searchsorted(q_end, place, right=True)  # [Lq], N past the last sequence
+        k_end = torch.cat([k_end.new_zeros(1), k_end, k_end[-1:] if len(k_end) else k_end.new_zeros(1)]).to(torch.int32)
+        return cls(k_end[sequence][None], k_end[sequence + 1][None])
+
+    @classmethod
+    def from_dense(cls, dense: Tensor) -> SpanMask:
+        """The span mask equal to a bool mask (True = visible) ``[B or 1, Lq, Lk]`` or ``[B or 1, 1, Lq, Lk]``. Syncs.
+
+        Raises:
+            ValueError: some row has a hole that no other row shares, so that no span mask equals it.
+        """
+        mask, hole = cls._from_dense(dense)
+        if hole is not None:
+            b, i, j = hole
+            raise ValueError(
+                f"dense must be a run of keys per query; query {i} of sequence {b} does not see key {j} inside its run, "
+                "and another query does. Pass the bool tensor itself as the mask, or use try_from_dense"
+            )
+        return mask
+
+    @classmethod
+    def try_from_dense(cls, dense: Tensor) -> SpanMask | None:
+        """As `from_dense`, but None where no span mask equals `dense`. Syncs."""
+        mask, hole = cls._from_dense(dense)
+        return mask if hole is None else None
+
+    @classmethod
+    def _from_dense(cls, dense: Tensor) -> tuple[SpanMask, tuple[int, int, int] | None]:
+        if not isinstance(dense, Tensor) or dense.dtype != torch.bool:
+            raise TypeError(f"dense must be a bool tensor (True = visible), got {_describe(dense)}")
+        if dense.dim() == 4 and dense.shape[1] == 1:
+            dense = dense[:, 0]
+        if dense.dim() != 3:
+            raise ValueError(f"dense must be [B or 1, Lq, Lk] or [B or 1, 1, Lq, Lk], got shape {tuple(dense.shape)}")
+        start, end = _bounds(dense)
+        mask = cls(start, end, dense.any(1))  # a key that nobody sees is invalid, every other must be valid
+        wrong = mask.to_dense(dense.shape[2])[:, 0] != dense
+        if not wrong.any():
+            return mask, None
+        b, i, j = wrong.nonzero()[0].tolist()
+        return mask, (b, i, j)
+
+    # What a mask can do.
+
+    def __and__(self, other: SpanMask) -> SpanMask:
+        """The keys that both masks show."""
+        if not isinstance(other, SpanMask):
+            return NotImplemented
+        _check_broadcast("the two masks", self.shape, other.shape)
+        if self.key_valid is None or other.key_valid is None:
+            valid = self.key_valid if other.key_valid is None else other.key_valid
+        else:
+            _check_broadcast("the two masks' key_valid", self.key_valid.shape, other.key_valid.shape)
+            valid = self.key_valid & other.key_valid
+        return SpanMask(torch.maximum(self.start, other.start), torch.minimum(self.end, other.end), valid)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B or 1, Lq or 1) that the spans broadcast to."""
+        return tuple(torch.broadcast_shapes(self.start.shape, self.end.shape))  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.start.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SpanMask:
+        """The mask on another device."""
+        return SpanMask(*(t if t is None else t.to(device, non_blocking=non_blocking) for t in self._tensors()))
+
+    def to_dense(self, k_len: int) -> Tensor:
+        """The same mask as bool ``[B or 1, 1, Lq or 1, Lk]``, True = visible, for ``F.scaled_dot_product_attention``."""
+        key = torch.arange(k_len, dtype=torch.int32, device=self.device)
+        dense = (self.start[..., None] <= key) & (key < self.end[..., None])  # [B or 1, Lq or 1, Lk]
+        if self.key_valid is not None:
+            if self.key_valid.shape[1] != k_len:
+                raise ValueError(f"k_len must be key_valid's {self.key_valid.shape[1]}, got {k_len}")
+            dense = dense & self.key_valid[:, None]
+        return dense[:, None]
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.start, self.end, self.key_valid
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _describe(x: object) -> str:
+    return f"a {x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _check_broadcast(what: str, a: Iterable[int], b: Iterable[int]) -> None:
+    a, b = tuple(a), tuple(b)
+    if any(m != n and 1 not in (m, n) for m, n in zip(a, b, strict=True)):
+        raise ValueError(f"{what} must broadcast, got shapes {a} and {b}")
+
+
+def _check_values(
+    name: str, x: Tensor, least: int | None = None, most: int | None = None, error: type[Exception] = ValueError
+) -> None:
+    """Raise where a value is out of range, if that can be seen without a device sync or a graph break."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0 or torch._C._functorch.is_batchedtensor(x):
+        return
+    low, high = (int(v) for v in x.aminmax())
+    if least is not None and low < least:
+        raise error(f"{name} must be >= {least}, got {low}")
+    if most is not None and high > most:
+        raise error(f"{name} must be <= {most}, got {high}")
+
+
+def _lengths(name: str, lengths: Lengths, most: int | None = None) -> Tensor:
+    lengths = torch.as_tensor(lengths)
+    if lengths.numel() == 0:
+        lengths = lengths.to(torch.int32)  # an empty list becomes a float tensor
+    if lengths.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be integers, got {lengths.dtype}")
+    if lengths.dim() != 1:
+        raise ValueError(f"{name} must be [B], got shape {tuple(lengths.shape)}")
+    _check_values(name, lengths, least=0, most=most)
+    return lengths.to(torch.int32)
+
+
+def _bounds(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """First visible key and one past the last, int32 ``[B, Lq]``, of bool ``[B, Lq, Lk]``; (0, 0) where none is."""
+    k_len = visible.shape[-1]
+    if k_len == 0:
+        nothing = visible.new_zeros(visible.shape[:2], dtype=torch.int32)
+        return nothing, nothing
+    some = visible.any(-1)
+    start = visible.to(torch.uint8).argmax(-1) * some
+    end = (k_len - visible.flip(-1).to(torch.uint8).argmax(-1)) * some
+    return start.to(torch.int32), end.to(torch.int32)
+
+
+# So that a SpanMask may be an input of torch.export and pass through functorch transforms.
+_pytree.register_pytree_node(
+    SpanMask,
+    lambda mask: (list(mask._tensors()), None),
+    lambda tensors, _: _unchecked(*tensors),
+    serialized_type_name="mmkernels.SpanMask",
+)
+
+
+def _unchecked(start: Tensor, end: Tensor, key_valid: Tensor | None) -> SpanMask:
+    """Transforms rebuild a SpanMask from placeholders that are no tensors: skip the checks."""
+    mask = object.__new__(SpanMask)
+    for name, value in (("start", start), ("end", end), ("key_valid", key_valid)):
+        object.__setattr__(mask, name, value)
+    return mask

@@ -1,0 +1,73 @@
+"""The definition that all attention ops share: softmax(Q K' * scale + bias) over the keys that a query sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_HIDDEN = float("-inf")
+
+
+def visible_keys(
+    start: Tensor | None, end: Tensor | None, key_valid: Tensor | None, dense: Tensor | None, k_len: int
+) -> Tensor | None:
+    """The mask as bool, broadcastable to [B, Hq, Lq, Lk]; None: everything is visible."""
+    visible = dense
+    if start is not None and end is not None:
+        key = torch.arange(k_len, dtype=torch.int32, device=start.device)
+        spans = ((start[..., None] <= key) & (key < end[..., None]))[:, None]  # [B or 1, 1, Lq or 1, Lk]
+        visible = spans if visible is None else visible & spans
+    if key_valid is not None:
+        valid = key_valid[:, None, None, :]
+        visible = valid if visible is None else visible & valid
+    return visible
+
+
+def all_finite(*tensors: Tensor | None) -> bool:
+    """Whether no element is NaN or inf, in one pass each. Syncs. (A sum that overflows reads as not finite.)"""
+    return all(x is None or bool(x.sum(dtype=_wide(x.dtype)).isfinite()) for x in tensors)
+
+
+def probabilities(
+    query: Tensor,  # [B, Hq, Lq, D]
+    key: Tensor,  # [B or 1, Hq, Lk, D], heads repeated
+    visible: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Attention's probabilities, 0 where hidden, [B, Hq, Lq, Lk]; the log-sum-exp; and the whole visible mask."""
+    if bias is not None and bool(torch.isneginf(bias).any()):
+        shown = ~torch.isneginf(bias)
+        visible = shown if visible is None else visible & shown
+    if visible is None:
+        scores = (query @ key.transpose(-1, -2)) * scale
+        scores = scores if bias is None else (scores + bias).to(query.dtype)
+        lse = torch.logsumexp(scores.to(_wide(scores.dtype)), -1) if need_lse else None
+        return scores.softmax(-1), lse, None
+    if all_finite(query, key):
+        scores = (query @ key.transpose(-1, -2)) * scale
+    else:  # element by element, so that a hidden NaN reaches neither the result nor a gradient
+        seen = visible[..., None]
+        pairs = torch.where(seen, query[..., :, None, :], 0) * torch.where(seen, key[..., None, :, :], 0)
+        scores = pairs.sum(-1) * scale
+    scores = scores if bias is None else (scores + bias).to(query.dtype)
+    sees = visible.any(-1, keepdim=True)
+    scores = torch.where(visible, scores, torch.where(sees, _HIDDEN, 0.0).to(scores.dtype))
+    lse = None
+    if need_lse:
+        lse = torch.logsumexp(scores.to(_wide(scores.dtype)), -1)
+        lse = torch.where(sees[..., 0], lse, _HIDDEN)
+    return scores.softmax(-1) * sees, lse, visible
+
+
+def weighted_values(weights: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    """weights @ value where a non-finite value reaches only the rows that see it."""
+    if visible is None or all_finite(value):
+        return weights @ value
+    seen = torch.where(visible[..., None], value[..., None, :, :], 0)  # [B, H, Lq, Lk, Dv]
+    return (weights[..., None] * seen).sum(-2)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

@@ -1,0 +1,245 @@
+"""Attention of queries to keys and values, masked by spans, without the scores' matrix."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from mmkernels.dispatch import Backend, register, resolve
+from mmkernels.masks import SpanMask
+from mmkernels.ops._attention.inputs import (
+    autocast_dtype,
+    check_attention,
+    check_bias,
+    check_scale,
+    check_tensor,
+    take_mask_apart,
+)
+from mmkernels.ops.cross_attention import chunked
+from mmkernels.ops.cross_attention.spec import reference, reference_backward
+
+__all__ = ["cross_attention"]
+
+
+@overload
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: SpanMask | Tensor | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    gate: Tensor | None = ...,
+    scale: float | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: SpanMask | Tensor | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    gate: Tensor | None = ...,
+    scale: float | None = ...,
+    dropout_p: float = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: SpanMask | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``tanh(gate) * softmax(query key' * scale + bias + mask) value``, in memory linear in its inputs.
+
+    Each query sees the keys that `mask` shows. A query that sees nothing: output 0, log-sum-exp -inf, gradients 0. An
+    output row depends only on what it sees, so that NaN or inf in a hidden key or value never reaches it. Self-attention
+    is the case of query, key and value from one sequence.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``, float16, bfloat16, float32 or float64. Any strides, here and below.
+        key: ``[B or 1, Hkv, Lk, D]``, query's dtype and device. Hkv divides Hq (grouped-query attention: query head h
+            attends to key head ``h // (Hq / Hkv)``); a batch of 1 is shared by all queries. Neither is copied.
+        value: ``[B or 1, Hkv, Lk, Dv]``, as key.
+        mask: a `SpanMask`; or a bool tensor, True = visible, broadcastable to ``[B, Hq, Lq, Lk]``, as in
+            ``F.scaled_dot_product_attention``; or None: every query sees every key.
+        bias: added to the scaled scores; broadcastable to ``[B, Hq, Lq, Lk]``; query's dtype or float32. -inf hides.
+        gate: the output is multiplied by ``tanh(gate)`` (Flamingo); a scalar or ``[Hq]``; query's dtype or float32.
+        scale: what the scores are multiplied by; None: ``1 / sqrt(D)``.
+        dropout_p: the chance, 0 to 1, that a probability is dropped; the others are multiplied by ``1 / (1 - p)``. Drawn
+            from PyTorch's generator of query's device, the same mask on every backend.
+        return_lse: also return the log-sum-exp of each query's scores (before dropout and gate).
+        backend: None (``use_backend``'s choice, else the fastest that can), "chunked" or "reference". "reference" is the
+            naive formula in PyTorch's own operators, outside ``torch.compile`` with PyTorch's own autograd and so with
+            the memory that a naive model takes; it waits for the device where a mask is given.
+
+    Returns:
+        ``[B, Hq, Lq, Dv]`` in query's dtype, in memory laid out as ``[B, Lq, Hq, Dv]``; with `return_lse` also
+        ``[B, Hq, Lq]`` in float32 (float64 for float64 inputs). Both are differentiable with respect to query, key,
+        value, bias and gate. Second derivatives are computed by the reference formula, at its memory cost.
+
+    Under autocast query, key and value are cast to the autocast dtype.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape, device or range. Each names the argument, what it
+            must be and what it got.
+        BackendError: a forced backend can't run this call.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 1; tiles by Dao et al., "FlashAttention", 2022; the
+    gate by Alayrac et al., "Flamingo", 2022, section 2.2.
+
+    Example:
+        >>> import torch, mmkernels
+        >>> text = torch.randn(2, 8, 5, 64)     # 2 prompts of 5 tokens, 8 heads
+        >>> image = torch.randn(2, 2, 12, 64)   # 3 images of 4 tokens each, 2 heads
+        >>> sees = torch.tensor([[-1, 0, 0, 1, 1], [0, 0, 1, 1, 2]])  # which image each token sees; -1: none
+        >>> mask = mmkernels.SpanMask.media(sees, tokens_per_media=4)
+        >>> mmkernels.cross_attention(text, image, image, mask).shape
+        torch.Size([2, 8, 5, 64])
+    """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x)
+    dtype = autocast_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    check_attention(query, key, value)
+    start, end, key_valid, dense = take_mask_apart(mask, query, key.shape[2])
+    bias = None if bias is None else check_bias(bias, query, key.shape[2])
+    if gate is not None:
+        _check_gate(gate, query)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
+    tensors = (query, key, value, start, end, key_valid, dense, bias, gate, seed)
+    scale, dropout_p, backend = check_scale(scale, query), float(dropout_p), resolve(backend)
+    if backend == "reference" and not torch.compiler.is_compiling():
+        out, lse = reference(*tensors, scale, dropout_p, need_lse=return_lse)
+    else:
+        out, lse = _op(*tensors, scale, dropout_p, backend)
+    return (out, lse) if return_lse else out
+
+
+def _check_gate(gate: Tensor, query: Tensor) -> None:
+    check_tensor("gate", gate)
+    heads = query.shape[1]
+    if gate.dtype not in (query.dtype, torch.float32):
+        raise TypeError(f"gate must be {query.dtype} or float32, got {gate.dtype}")
+    if gate.device != query.device:
+        raise ValueError(f"gate must be on query's device {query.device}, got {gate.device}")
+    if gate.dim() > 1 or gate.numel() not in (1, heads):
+        raise ValueError(f"gate must be a scalar or [Hq] = [{heads}], got shape {tuple(gate.shape)}")
+
+
+# The op boundary, forward.
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? start, Tensor? end, Tensor? key_valid, Tensor? dense, "
+    "Tensor? bias, Tensor? gate, Tensor? seed"
+)
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, _ = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, q_len, dtype=wide)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.dropout_p, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[-2])
+    needs = [bool(ctx.needs_input_grad[place]) for place in _DIFFERENTIABLE]
+    grads = _op_backward(grad_out, grad_lse, *saved, ctx.scale, ctx.dropout_p, needs, ctx.backend)
+    result: list[Tensor | None] = [None] * 13
+    for place, grad, need in zip(_DIFFERENTIABLE, grads, needs, strict=True):
+        result[place] = grad if need else None
+    return tuple(result)
+
+
+_DIFFERENTIABLE = (0, 1, 2, 7, 8)  # query, key, value, bias, gate among the inputs
+
+# The op boundary, backward.
+
+
+def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *inputs, _scale, _dropout_p, needs, _backend = rest
+    tensors = (inputs[place] for place in _DIFFERENTIABLE)
+    return tuple(
+        torch.empty_like(x) if need and x is not None else grad_out.new_empty(0)
+        for x, need in zip(tensors, needs, strict=True)
+    )
+
+
+def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scale, ctx.dropout_p, ctx.needs, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Second derivatives: the reference formula differentiated twice. out and lse are functions of the inputs."""
+    grad_out, grad_lse, *tensors, _out, _lse = ctx.saved_tensors
+    again = torch.is_grad_enabled()
+    result: list[Tensor | None] = [None] * 18
+    with torch.enable_grad():
+        places = [place for place in _DIFFERENTIABLE if tensors[place] is not None]
+        for place in places:
+            if not tensors[place].requires_grad:
+                tensors[place] = tensors[place].detach().requires_grad_()
+        given = [(0, grad_out)] if grad_lse is None else [(0, grad_out), (1, grad_lse)]
+        given = [(i, g if g.requires_grad else g.detach().requires_grad_()) for i, g in given]
+        outputs = reference(*tensors, ctx.scale, ctx.dropout_p)[: len(given)]
+        inputs = [tensors[place] for place in places]
+        first = torch.autograd.grad(outputs, inputs, [g for _, g in given], create_graph=True, allow_unused=True)
+        pairs = [
+            (x, grads[_DIFFERENTIABLE.index(place)])
+            for x, place in zip(first, places, strict=True)
+            if x is not None and grads[_DIFFERENTIABLE.index(place)] is not None
+        ]
+        if not pairs:
+            return tuple(result)
+        wanted = [g for _, g in given] + inputs
+        second = torch.autograd.grad(
+            [x for x, _ in pairs], wanted, [g for _, g in pairs], create_graph=again, allow_unused=True
+        )
+    for place, grad in zip([i for i, _ in given] + [place + 2 for place in places], second, strict=True):
+        result[place] = grad
+    return tuple(result)
+
+
+_op_backward = register(
+    f"cross_attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, float scale, "
+    "float dropout_p, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    [Backend("chunked", chunked.backward), Backend("reference", reference_backward)],
+    _fake_backward,
+    setup_context=_setup_context_backward,
+    backward=_backward_backward,
+    is_backward=True,
+)
+_op = register(
+    f"cross_attention({_INPUTS}, float scale, float dropout_p, str backend) -> (Tensor, Tensor)",
+    [Backend("chunked", chunked.forward), Backend("reference", reference)],
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -1,0 +1,105 @@
+"""`OpSpec`: what tests, benchmarks and tuning need to know about an op, defined once in ``ops/<op>/spec.py``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.masks import SpanMask
+
+Inputs = dict[str, Any]
+"""Keyword arguments of an op's public function."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One correctness case.
+
+    Args:
+        make: draws the public function's keyword arguments from a generator, floating tensors in float64.
+        grads: the arguments whose gradient is compared.
+        seeded: the op draws random numbers: every call is made under the same ``torch.manual_seed``.
+    """
+
+    id: str
+    make: Callable[[torch.Generator], Inputs]
+    grads: tuple[str, ...] = ()
+    seeded: bool = False
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark configuration at published widths; it is never changed to meet a target.
+
+    Args:
+        make: as in `Case`.
+        grads: arguments that a training step differentiates; empty: forward only.
+        params: the shape by name, for the table and the JSON.
+    """
+
+    id: str
+    make: Callable[[torch.Generator], Inputs]
+    params: Mapping[str, Any]
+    grads: tuple[str, ...] = ()
+    tags: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work of one call: what must be computed and what must be read and written."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op's reference, cases, benchmarks, error budget and cost.
+
+    Args:
+        name: of the op's folder and of its public function, whose ``backend="reference"`` is the definition.
+        cases: correctness cases, small enough for an interpreter.
+        cost: inputs (and whether backward is included) -> `Cost`.
+        floor: absolute error below which no comparison is made, by dtype, relative to the largest reference value.
+        always_wide: arguments that stay float32 beside 16-bit inputs.
+        factor: an error may be at most this many times the same-dtype reference's error against float64.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    cost: Callable[[Inputs, bool], Cost]
+    benchmarks: tuple[Benchmark, ...] = ()
+    always_wide: frozenset[str] = frozenset()
+    factor: float = 2.0
+    floor: Mapping[torch.dtype, float] = field(
+        default_factory=lambda: {
+            torch.float64: 1e-13,
+            torch.float32: 1e-6,
+            torch.bfloat16: 4e-3,
+            torch.float16: 5e-4,
+        }
+    )
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The public function."""
+        return getattr(importlib.import_module(f"mmkernels.ops.{self.name}"), self.name)
+
+
+def cast(
+    inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu", always_wide: frozenset[str] = frozenset()
+) -> Inputs:
+    """The same inputs with floating tensors in `dtype`, on `device`; strided views stay strided."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def move(name: str, x: Any) -> Any:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x.to(device, wide if name in always_wide else dtype)
+        return x.to(device) if isinstance(x, Tensor | SpanMask) else x
+
+    return {name: move(name, x) for name, x in inputs.items()}
