@@ -52,7 +52,7 @@ class Backend:
     why_not: Callable[..., str | None] = _no_objection
 
 
-class use_backend:  # noqa: N801 (reads as a function, like torch.no_grad)
+class use_backend:
     """Force a backend for every op called in this thread inside the ``with`` block.
 
     Args:
@@ -122,7 +122,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     is_backward: bool = False,
 ) -> Callable[..., Any]:
-    """Define the op boundary ``torch.ops.mmkernels.<name>`` and return it.
+    """Define the op boundary ``torch.ops.mmkernels.<name>`` and return a function that calls it.
 
     Args:
         schema: as ``torch.library.define`` takes it, ``name(Tensor x, ..., str backend) -> Tensor``, no defaults.
@@ -139,7 +139,8 @@ def register(
         if _removed:
             return _map_tensors(Tensor.zero_, fake(*args))
         entry = choose(name, args[-1], args[:-1], forced_may_fall_back=is_backward)
-        return entry.run(*args[:-1])
+        with torch._C._DisableAutocast():  # the public function has cast what is to be cast
+            return entry.run(*args[:-1])
 
     qualified = f"mmkernels::{name}"
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
@@ -148,7 +149,16 @@ def register(
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     op = getattr(torch.ops.mmkernels, name).default
     torch.library.register_vmap(qualified, _loop_over(op), lib=LIBRARY)
-    return op
+
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling() and _in_grad_transform():
+            raise NotImplementedError(
+                f"{name} can't be differentiated by torch.func (grad, vjp, jvp, jacrev, ...), which PyTorch does not "
+                'offer to custom operators; use torch.autograd, or backend="reference"'
+            )
+        return op(*args)
+
+    return call
 
 
 @contextmanager
@@ -176,6 +186,12 @@ def _loop_over(op: Callable[..., Any]) -> Callable[..., Any]:
         return stacked, (0,) * len(stacked)
 
     return rule
+
+
+def _in_grad_transform() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack()
+    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return stack is not None and any(level.key() in kinds for level in stack)
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:

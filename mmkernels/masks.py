@@ -177,7 +177,9 @@ class SpanMask:
         _check_values("media_index", media_index, most=count - 1, error=IndexError)
         offsets = offsets.expand(media_index.shape[0], -1) if offsets.dim() == 1 else offsets
         if offsets.shape[0] != media_index.shape[0]:
-            raise ValueError(f"media_offsets must be [M + 1] or [{media_index.shape[0]}, M + 1], got {tuple(offsets.shape)}")
+            raise ValueError(
+                f"media_offsets must be [M + 1] or [{media_index.shape[0]}, M + 1], got {tuple(offsets.shape)}"
+            )
         sees = sees & (media_index < count)
         index = media_index.long() * sees
         start = offsets.gather(1, index)
@@ -218,8 +220,8 @@ class SpanMask:
         if hole is not None:
             b, i, j = hole
             raise ValueError(
-                f"dense must be a run of keys per query; query {i} of sequence {b} does not see key {j} inside its run, "
-                "and another query does. Pass the bool tensor itself as the mask, or use try_from_dense"
+                f"dense must be a run of keys per query; query {i} of sequence {b} does not see key {j} inside its "
+                "run, and another query does. Pass the bool tensor itself as the mask, or use try_from_dense"
             )
         return mask
 
@@ -262,7 +264,8 @@ class SpanMask:
     @property
     def shape(self) -> tuple[int, int]:
         """(B or 1, Lq or 1) that the spans broadcast to."""
-        return tuple(torch.broadcast_shapes(self.start.shape, self.end.shape))  # type: ignore[return-value]
+        batch, q_len = torch.broadcast_shapes(self.start.shape, self.end.shape)
+        return batch, q_len
 
     @property
     def device(self) -> torch.device:
@@ -270,10 +273,12 @@ class SpanMask:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SpanMask:
         """The mask on another device."""
-        return SpanMask(*(t if t is None else t.to(device, non_blocking=non_blocking) for t in self._tensors()))
+        start, end = (t.to(device, non_blocking=non_blocking) for t in (self.start, self.end))
+        valid = self.key_valid
+        return SpanMask(start, end, valid if valid is None else valid.to(device, non_blocking=non_blocking))
 
     def to_dense(self, k_len: int) -> Tensor:
-        """The same mask as bool ``[B or 1, 1, Lq or 1, Lk]``, True = visible, for ``F.scaled_dot_product_attention``."""
+        """The same mask as bool ``[B or 1, 1, Lq or 1, Lk]``, True = visible, as SDPA takes it."""
         key = torch.arange(k_len, dtype=torch.int32, device=self.device)
         dense = (self.start[..., None] <= key) & (key < self.end[..., None])  # [B or 1, Lq or 1, Lk]
         if self.key_valid is not None:
@@ -281,9 +286,6 @@ class SpanMask:
                 raise ValueError(f"k_len must be key_valid's {self.key_valid.shape[1]}, got {k_len}")
             dense = dense & self.key_valid[:, None]
         return dense[:, None]
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.start, self.end, self.key_valid
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -303,7 +305,12 @@ def _check_values(
     name: str, x: Tensor, least: int | None = None, most: int | None = None, error: type[Exception] = ValueError
 ) -> None:
     """Raise where a value is out of range, if that can be seen without a device sync or a graph break."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0 or torch._C._functorch.is_batchedtensor(x):
+    if (
+        torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or x.numel() == 0
+        or torch._C._functorch.is_batchedtensor(x)
+    ):
         return
     low, high = (int(v) for v in x.aminmax())
     if least is not None and low < least:
@@ -339,9 +346,13 @@ def _bounds(visible: Tensor) -> tuple[Tensor, Tensor]:
 # So that a SpanMask may be an input of torch.export and pass through functorch transforms.
 _pytree.register_pytree_node(
     SpanMask,
-    lambda mask: (list(mask._tensors()), None),
+    lambda mask: ([mask.start, mask.end, mask.key_valid], None),
     lambda tensors, _: _unchecked(*tensors),
     serialized_type_name="mmkernels.SpanMask",
+    flatten_with_keys_fn=lambda mask: (
+        [(_pytree.GetAttrKey(name), getattr(mask, name)) for name in ("start", "end", "key_valid")],
+        None,
+    ),
 )
 
 

@@ -45,7 +45,8 @@ def probabilities(
         scores = scores if bias is None else (scores + bias).to(query.dtype)
         lse = torch.logsumexp(scores.to(_wide(scores.dtype)), -1) if need_lse else None
         return scores.softmax(-1), lse, None
-    if all_finite(query, key):
+    finite = all_finite(query, key)
+    if finite:
         scores = (query @ key.transpose(-1, -2)) * scale
     else:  # element by element, so that a hidden NaN reaches neither the result nor a gradient
         seen = visible[..., None]
@@ -58,7 +59,8 @@ def probabilities(
     if need_lse:
         lse = torch.logsumexp(scores.to(_wide(scores.dtype)), -1)
         lse = torch.where(sees[..., 0], lse, _HIDDEN)
-    return scores.softmax(-1) * sees, lse, visible
+    weights = scores.softmax(-1) * sees
+    return weights if finite else torch.where(visible, weights, 0.0), lse, visible
 
 
 def weighted_values(weights: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:

@@ -52,7 +52,9 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor | None = None) -> 
             raise ValueError(f"{name} must have a number of heads that divides query's {heads}, got {x.shape[1]}")
     if value is not None:
         if value.shape[:3] != key.shape[:3]:
-            raise ValueError(f"value must be [{', '.join(map(str, key.shape[:3]))}, Dv] as key is, got {tuple(value.shape)}")
+            raise ValueError(
+                f"value must be [{', '.join(map(str, key.shape[:3]))}, Dv] as key is, got {tuple(value.shape)}"
+            )
         if value.shape[3] < 1:
             raise ValueError(f"value must have at least one channel, got shape {tuple(value.shape)}")
 
@@ -99,12 +101,16 @@ def check_scale(scale: float | None, query: Tensor) -> float:
     return float(scale)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast asks for on x's device; x's own outside autocast and for float64."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that autocast asks for on their device; as they are outside autocast, float64 always."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
+        return tensors
+    if not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in narrow else x for x in tensors)
 
 
 def _broadcastable(name: str, x: Tensor, query: Tensor, k_len: int) -> Tensor:

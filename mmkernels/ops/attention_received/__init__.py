@@ -10,7 +10,7 @@ from torch import Tensor
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
 from mmkernels.ops._attention.inputs import (
-    autocast_dtype,
+    autocast,
     check_attention,
     check_bias,
     check_scale,
@@ -61,11 +61,9 @@ def attention_received(
         >>> received.shape, best.shape
         (torch.Size([1, 4, 100]), torch.Size([1, 25]))
     """
-    for name, x in (("query", query), ("key", key)):
-        check_tensor(name, x)
-    dtype = autocast_dtype(query)
-    query, key = query.detach().to(dtype), key.detach().to(dtype)
+    query, key = autocast(query, key)
     check_attention(query, key)
+    query, key = query.detach(), key.detach()
     masks = take_mask_apart(mask, query, key.shape[2])
     bias = None if bias is None else check_bias(bias, query, key.shape[2]).detach()
     if query_weights is not None:

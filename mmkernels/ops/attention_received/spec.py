@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from mmkernels.ops._attention.cases import CASES, attention_cost, case_inputs
+from mmkernels.ops._attention.cases import CASES, attention_cost, case_inputs, normal
 from mmkernels.ops._attention.formula import probabilities, visible_keys
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
 
@@ -48,8 +48,7 @@ def _cost(inputs: Inputs, backward: bool) -> Cost:
 
 
 def _benchmark(generator: Generator) -> Inputs:
-    draw = {"generator": generator, "dtype": torch.float64}
-    return {"query": torch.randn(1, 16, 1024, 64, **draw), "key": torch.randn(1, 16, 4096, 64, **draw)}
+    return {"query": normal(generator, 1, 16, 1024, 64), "key": normal(generator, 1, 16, 4096, 64)}
 
 
 SPEC = OpSpec(

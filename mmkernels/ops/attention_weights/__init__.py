@@ -11,7 +11,7 @@ from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
 from mmkernels.ops._attention.inputs import (
     MaskTensors,
-    autocast_dtype,
+    autocast,
     check_attention,
     check_bias,
     check_scale,
@@ -44,8 +44,8 @@ def attention_weights(
         backend: None, "chunked" or "reference".
 
     Returns:
-        ``[B, Hq, R, Lk]`` float32 (float64 for float64 inputs), 0 where hidden; a row sums to 1, or to 0 where its query
-        sees nothing.
+        ``[B, Hq, R, Lk]`` float32 (float64 for float64 inputs), 0 where hidden; a row sums to 1, or to 0 where its
+        query sees nothing.
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape or device.
@@ -60,11 +60,9 @@ def attention_weights(
         >>> last.shape, last.sum(-1).round().unique()
         (torch.Size([1, 4, 1, 100]), tensor([1.]))
     """
-    for name, x in (("query", query), ("key", key)):
-        check_tensor(name, x)
-    dtype = autocast_dtype(query)
-    query, key = query.detach().to(dtype), key.detach().to(dtype)
+    query, key = autocast(query, key)
     check_attention(query, key)
+    query, key = query.detach(), key.detach()
     masks = take_mask_apart(mask, query, key.shape[2])
     bias = None if bias is None else check_bias(bias, query, key.shape[2]).detach()
     if rows is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor
 
-from mmkernels.ops._attention.cases import CASES, attention_cost, case_inputs
+from mmkernels.ops._attention.cases import CASES, attention_cost, case_inputs, normal
 from mmkernels.ops._attention.formula import probabilities, visible_keys
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
 
@@ -31,7 +33,7 @@ def reference(
 _NAMES = ("query", "key", "mask", "bias", "scale")
 
 
-def _chosen(per_sequence: bool) -> object:
+def _chosen(per_sequence: bool) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
         inputs = case_inputs("grouped-query", _NAMES)(generator)
         batch, _, q_len, _ = inputs["query"].shape
@@ -46,8 +48,7 @@ def _cost(inputs: Inputs, backward: bool) -> Cost:
 
 
 def _benchmark(generator: Generator) -> Inputs:
-    draw = {"generator": generator, "dtype": torch.float64}
-    query, key = torch.randn(1, 16, 1024, 64, **draw), torch.randn(1, 16, 4096, 64, **draw)
+    query, key = normal(generator, 1, 16, 1024, 64), normal(generator, 1, 16, 4096, 64)
     return {"query": query, "key": key, "rows": torch.arange(0, 1024, 64)}
 
 
@@ -55,8 +56,8 @@ SPEC = OpSpec(
     name="attention_weights",
     cases=(
         *(Case(id, case_inputs(id, _NAMES)) for id in CASES),
-        Case("chosen rows", _chosen(per_sequence=False)),  # type: ignore[arg-type]
-        Case("chosen rows of each sequence", _chosen(per_sequence=True)),  # type: ignore[arg-type]
+        Case("chosen rows", _chosen(per_sequence=False)),
+        Case("chosen rows of each sequence", _chosen(per_sequence=True)),
     ),
     benchmarks=(Benchmark("16 rows of 1024", _benchmark, {"B": 1, "H": 16, "R": 16, "Lk": 4096, "D": 64}),),
     cost=_cost,

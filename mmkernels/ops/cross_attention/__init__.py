@@ -10,7 +10,7 @@ from torch import Tensor
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
 from mmkernels.ops._attention.inputs import (
-    autocast_dtype,
+    autocast,
     check_attention,
     check_bias,
     check_scale,
@@ -67,8 +67,8 @@ def cross_attention(
     """``tanh(gate) * softmax(query key' * scale + bias + mask) value``, in memory linear in its inputs.
 
     Each query sees the keys that `mask` shows. A query that sees nothing: output 0, log-sum-exp -inf, gradients 0. An
-    output row depends only on what it sees, so that NaN or inf in a hidden key or value never reaches it. Self-attention
-    is the case of query, key and value from one sequence.
+    output row depends only on what it sees, so that NaN or inf in a hidden key or value never reaches it.
+    Self-attention is the case of query, key and value from one sequence.
 
     Args:
         query: ``[B, Hq, Lq, D]``, float16, bfloat16, float32 or float64. Any strides, here and below.
@@ -80,11 +80,11 @@ def cross_attention(
         bias: added to the scaled scores; broadcastable to ``[B, Hq, Lq, Lk]``; query's dtype or float32. -inf hides.
         gate: the output is multiplied by ``tanh(gate)`` (Flamingo); a scalar or ``[Hq]``; query's dtype or float32.
         scale: what the scores are multiplied by; None: ``1 / sqrt(D)``.
-        dropout_p: the chance, 0 to 1, that a probability is dropped; the others are multiplied by ``1 / (1 - p)``. Drawn
-            from PyTorch's generator of query's device, the same mask on every backend.
+        dropout_p: the chance, 0 to 1, that a probability is dropped; the others are multiplied by ``1 / (1 - p)``.
+            Drawn from PyTorch's generator of query's device, the same mask on every backend.
         return_lse: also return the log-sum-exp of each query's scores (before dropout and gate).
-        backend: None (``use_backend``'s choice, else the fastest that can), "chunked" or "reference". "reference" is the
-            naive formula in PyTorch's own operators, outside ``torch.compile`` with PyTorch's own autograd and so with
+        backend: None (``use_backend``'s choice, else the fastest that can), "chunked" or "reference". "reference" is
+            the naive formula in PyTorch's own operators, outside ``torch.compile`` with PyTorch's own autograd and so with
             the memory that a naive model takes; it waits for the device where a mask is given.
 
     Returns:
@@ -111,10 +111,7 @@ def cross_attention(
         >>> mmkernels.cross_attention(text, image, image, mask).shape
         torch.Size([2, 8, 5, 64])
     """
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, x)
-    dtype = autocast_dtype(query)
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = autocast(query, key, value)
     check_attention(query, key, value)
     start, end, key_valid, dense = take_mask_apart(mask, query, key.shape[2])
     bias = None if bias is None else check_bias(bias, query, key.shape[2])
@@ -204,11 +201,9 @@ def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     with torch.enable_grad():
         places = [place for place in _DIFFERENTIABLE if tensors[place] is not None]
         for place in places:
-            if not tensors[place].requires_grad:
-                tensors[place] = tensors[place].detach().requires_grad_()
-        given = [(0, grad_out)] if grad_lse is None else [(0, grad_out), (1, grad_lse)]
-        given = [(i, g if g.requires_grad else g.detach().requires_grad_()) for i, g in given]
-        outputs = reference(*tensors, ctx.scale, ctx.dropout_p)[: len(given)]
+            tensors[place] = _apart(tensors[place])
+        given = [(0, _apart(grad_out))] if grad_lse is None else [(0, _apart(grad_out)), (1, _apart(grad_lse))]
+        outputs = reference(*(*tensors, ctx.scale, ctx.dropout_p))[: len(given)]
         inputs = [tensors[place] for place in places]
         first = torch.autograd.grad(outputs, inputs, [g for _, g in given], create_graph=True, allow_unused=True)
         pairs = [
@@ -225,6 +220,11 @@ def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
     for place, grad in zip([i for i, _ in given] + [place + 2 for place in places], second, strict=True):
         result[place] = grad
     return tuple(result)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """x as a node of its own: grad_out may itself come from query, and that path is not this function's to count."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
 _op_backward = register(

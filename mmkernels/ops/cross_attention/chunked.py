@@ -157,6 +157,8 @@ def _backward_rows(
         scores = tiles.scores(rows.query, block, tile)
         seen = tiles.seen(scores)
         weights = scores.sub_(rows.lse).exp_()
+        if seen is not None:  # a query whose scores are NaN gives nothing to a key that it does not see
+            weights.masked_fill_(seen == 0, 0.0)
         kept = weights
         if tiles.seed is not None:
             kept = weights.clone()
@@ -170,7 +172,8 @@ def _backward_rows(
         grad = torch.bmm(rows.grad, tiles.fold_keys(value, block, tile.keys).transpose(1, 2))
         if gate_rows is not None:
             product = kept * grad
-            product = product if seen is None else torch.where(seen > 0, product, 0.0)
+            if seen is not None:
+                product.masked_fill_(seen == 0, 0.0)
             gate_rows[block.heads] += tiles.unfold_pairs(product, block).sum((0, 2, 3))
         if rows.factor is not None:
             grad.mul_(rows.factor)

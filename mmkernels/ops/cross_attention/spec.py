@@ -30,19 +30,14 @@ def reference(
     need_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The naive formula, differentiable by PyTorch; what its arguments mean stands at `cross_attention`."""
-    (batch, heads, q_len, _), k_len = query.shape, key.shape[2]
-    repeat = heads // key.shape[1]
-    if repeat > 1:
-        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    visible = visible_keys(start, end, key_valid, dense, k_len)
+    key, value = _repeat_heads(key, query), _repeat_heads(value, query)
+    visible = visible_keys(start, end, key_valid, dense, key.shape[2])
     weights, lse, visible = probabilities(query, key, visible, bias, scale, need_lse)
     if seed is not None:
-        b, h, i = (torch.arange(n, device=query.device) for n in (batch, heads, q_len))
-        keep = keep_mask(seed, dropout_p, b[:, None, None, None], h[:, None, None], i[:, None], range(k_len))
-        weights = weights * keep * keep_scale(dropout_p)
+        weights = weights * _keep(weights, seed, dropout_p)
     out = weighted_values(weights, value, visible)
     if gate is not None:
-        out = out * gate.tanh().expand(heads)[:, None, None].to(out.dtype)
+        out = out * _factor(gate, out)
     if lse is None:
         lse = out.new_empty(0)
     # The layout of every backend: in memory [B, Lq, H, Dv].
@@ -50,25 +45,81 @@ def reference(
 
 
 def reference_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, *rest: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, bias and gate by PyTorch's autograd through `reference`."""
-    *tensors, _out, _lse, scale, dropout_p, needs = rest
-    places = [place for place, need in zip((0, 1, 2, 7, 8), needs, strict=True) if need]  # type: ignore[call-overload]
-    with torch.enable_grad():
-        for place in places:
-            tensors[place] = tensors[place].detach().requires_grad_()  # type: ignore[attr-defined]
-        outputs = reference(*tensors, scale, dropout_p)  # type: ignore[arg-type]
-        given = [grad_out] if grad_lse is None else [grad_out, grad_lse]
-        found = torch.autograd.grad(outputs[: len(given)], [tensors[place] for place in places], given)  # type: ignore[misc]
-    result = []
-    for place in (0, 1, 2, 7, 8):
-        if place in places:
-            like = torch.empty_like(tensors[place])  # type: ignore[call-overload]
-            result.append(like.copy_(found[places.index(place)]))
-        else:
-            result.append(grad_out.new_empty(0))
-    return tuple(result)  # type: ignore[return-value]
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    key_valid: Tensor | None,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, bias and gate, written out: autograd does not record inside an op boundary."""
+    inputs = (query, key, value, bias, gate)
+    key, value = _repeat_heads(key, query), _repeat_heads(value, query)
+    visible = visible_keys(start, end, key_valid, dense, key.shape[2])
+    weights, _, visible = probabilities(query, key, visible, bias, scale, need_lse=False)
+    keep = 1.0 if seed is None else _keep(weights, seed, dropout_p)
+    grad = grad_out if gate is None else grad_out * _factor(gate, grad_out)
+
+    def hide(x: Tensor) -> Tensor:
+        return x if visible is None else torch.where(visible, x, 0.0)
+
+    of_value = weighted_values((weights * keep).mT, grad, None if visible is None else visible.expand_as(weights).mT)
+    of_weights = hide(grad @ value.mT) * keep
+    delta = (weights * of_weights).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse[..., None].to(delta.dtype)
+    of_scores = hide(weights * (of_weights - delta))
+    of_query = of_scores @ (key if visible is None else _finite(key)) * scale
+    of_key = of_scores.mT @ (query if visible is None else _finite(query)) * scale
+    of_gate = None
+    if gate is not None:
+        ungated = (hide(grad_out @ value.mT) * weights * keep).sum((0, 2, 3))
+        of_gate = (
+            ((1 - _factor(gate, ungated).flatten() ** 2) * ungated).sum_to_size(gate.shape or (1,)).view(gate.shape)
+        )
+    grads = (of_query, of_key, of_value, None if bias is None else of_scores.sum_to_size(bias.shape), of_gate)
+    return tuple(
+        torch.empty_like(x).copy_(_like(g, x)) if need and x is not None and g is not None else grad_out.new_empty(0)
+        for x, g, need in zip(inputs, grads, needs, strict=True)
+    )
+
+
+def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
+    repeat = query.shape[1] // x.shape[1]
+    return x if repeat == 1 else x.repeat_interleave(repeat, 1)
+
+
+def _keep(weights: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    b, h, i = (torch.arange(n, device=weights.device) for n in weights.shape[:3])
+    kept = keep_mask(seed, dropout_p, b[:, None, None, None], h[:, None, None], i[:, None], range(weights.shape[3]))
+    return kept.to(weights.dtype) * keep_scale(dropout_p)
+
+
+def _factor(gate: Tensor, out: Tensor) -> Tensor:
+    """tanh(gate) as [Hq or 1, 1, 1]."""
+    return gate.tanh().to(out.dtype).reshape(-1, 1, 1)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), x, 0.0)
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """Sum the gradient of repeated heads and a shared batch back to x's own."""
+    if grad.dim() == 4 and x.shape[1] not in (1, grad.shape[1]):
+        grad = grad.unflatten(1, (x.shape[1], -1)).sum(2)
+    return grad.sum_to_size(x.shape)
 
 
 # Correctness cases: attention's, and those of the arguments that only this op has.
@@ -76,7 +127,10 @@ def reference_backward(
 
 def _with(**more: object) -> Callable[[Generator], Inputs]:
     def make(g: Generator) -> Inputs:
-        inputs = attention_inputs(g, 2, 4, 5, 7, key_heads=2) | {"mask": SpanMask.key_padding([7, 3]), "return_lse": True}
+        inputs = attention_inputs(g, 2, 4, 5, 7, key_heads=2) | {
+            "mask": SpanMask.key_padding([7, 3]),
+            "return_lse": True,
+        }
         drawn = {name: normal(g, *x) if isinstance(x, tuple) else x for name, x in more.items()}
         return inputs | drawn
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor
 
@@ -16,7 +18,7 @@ def reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tup
     return out.transpose(1, 2).contiguous().transpose(1, 2), torch.logsumexp(lse, 0)
 
 
-def _make(shape: tuple[int, int, int, int], blind: float = 0.0) -> object:
+def _make(shape: tuple[int, int, int, int], blind: float = 0.0) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
         inputs: Inputs = {}
         for side in "ab":
@@ -41,13 +43,13 @@ _ALL = ("out_a", "lse_a", "out_b", "lse_b")
 SPEC = OpSpec(
     name="merge_attention",
     cases=(
-        Case("plain", _make((2, 3, 5, 8)), _ALL),  # type: ignore[arg-type]
-        Case("some rows see nothing", _make((2, 3, 7, 4), blind=0.5), _ALL),  # type: ignore[arg-type]
-        Case("no queries", _make((2, 3, 0, 4)), _ALL),  # type: ignore[arg-type]
+        Case("plain", _make((2, 3, 5, 8)), _ALL),
+        Case("some rows see nothing", _make((2, 3, 7, 4), blind=0.5), _ALL),
+        Case("no queries", _make((2, 3, 0, 4)), _ALL),
     ),
     benchmarks=(
-        Benchmark("resampler", _make((5, 8, 64, 64)), {"B": 5, "H": 8, "Lq": 64, "D": 64}),  # type: ignore[arg-type]
-        Benchmark("prefill", _make((2, 16, 2048, 64)), {"B": 2, "H": 16, "Lq": 2048, "D": 64}),  # type: ignore[arg-type]
+        Benchmark("resampler", _make((5, 8, 64, 64)), {"B": 5, "H": 8, "Lq": 64, "D": 64}),
+        Benchmark("prefill", _make((2, 16, 2048, 64)), {"B": 2, "H": 16, "Lq": 2048, "D": 64}),
     ),
     cost=_cost,
     always_wide=frozenset({"lse_a", "lse_b"}),

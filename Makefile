@@ -1,0 +1,83 @@
+# `make profile` and `make test` do their own set-up, from a bare checkout on; `make help` lists everything.
+# Without a network and with a CUDA build of torch in $(PYTHON), that torch is used (scripts/setup.sh).
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup profile bench test lint format clean
+
+PYTHON ?= python3
+PROFILE_ARGS ?=
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+SMOKE_ARGS := --size tiny --tokens 8,16 --out build/smoke
+
+# With a compiler and Python's headers, an extension that does not build is an error (setup.py); else Python parts do.
+ifneq ($(shell command -v $(CXX) c++ clang++),)
+ifneq ($(wildcard $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h),)
+MMKERNELS_REQUIRE_EXT ?= 1
+endif
+endif
+export PYTHON MMKERNELS_REQUIRE_EXT
+
+BIN := .venv/bin
+CSRC := $(shell find csrc -type f)
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+
+START := $(shell date +%s)
+heading = @printf '\n== %s\n' "$(1)"
+finish = @printf '\n== make $@: done in %d s\n' $$(($$(date +%s) - $(START)))
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@echo '  PYTHON=python3.12 picks the Python; PROFILE_ARGS, BENCH_ARGS, PYTEST_ARGS go to the commands.'
+
+setup: .venv/extension.stamp ## .venv with torch, all dependencies and the C++ extension; free the second time
+	$(finish)
+
+.venv/environment.stamp: pyproject.toml setup.py scripts/setup.sh
+	@scripts/setup.sh
+	@touch $@
+
+# No stamp while the extension is missing: each `make` then tries again, in a second, and says why.
+.venv/extension.stamp: .venv/environment.stamp CMakeLists.txt $(CSRC)
+	$(call heading,C++ extension)
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@[ -e mmkernels/_host_why_not.txt ] || touch $@
+
+profile: setup ## where the time of a Flamingo-style model goes, by number of visual tokens
+	$(call heading,mmkernels profile flamingo)
+	@$(BIN)/mmkernels profile flamingo $(PROFILE_ARGS)
+	$(finish)
+
+bench: setup ## the benchmarks
+	$(call heading,mmkernels bench)
+	@$(BIN)/mmkernels bench $(BENCH_ARGS)
+	$(finish)
+
+test: setup lint ## lint, types, C++ build, unit tests, a smoke run of the profiler
+	$(call heading,pytest tests)
+	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	$(call heading,smoke run: mmkernels profile flamingo)
+	@$(BIN)/mmkernels profile flamingo $(SMOKE_ARGS)
+	$(finish)
+
+lint: setup ## ruff, mypy and clang-format, changing nothing
+	$(call heading,ruff)
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	$(call heading,mypy)
+	@$(BIN)/python -m mypy
+	$(call heading,clang-format)
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: setup ## let ruff and clang-format rewrite the sources
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
+	@$(BIN)/clang-format -i $(CXX_FILES)
+
+clean: ## remove what builds and tests leave; .venv stays
+	rm -rf build dist *.egg-info mmkernels/*.so mmkernels/*_why_not.txt .venv/*.stamp
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find benchmarks csrc examples mmkernels tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,52 @@
+"""What `mmkernels._host` (csrc/bindings.cpp) answers, for installs where that extension is not built."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+_CPUS = Path("/sys/devices/system/cpu")
+
+
+def isa() -> str:
+    """Widest instruction set of this CPU and OS: avx512_bf16, avx512, avx2, neon or plain."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return "neon"
+    match = re.search(r"^flags\s*:(.*)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    flags = set(match[1].split()) if match else set()
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        return "avx512_bf16" if "avx512_bf16" in flags else "avx512"
+    return "avx2" if {"avx2", "fma"} <= flags else "plain"
+
+
+def cache_sizes() -> dict[str, int]:
+    """Bytes of the caches that one core sees, by l1d, l2, l3; 0 where unknown."""
+    sizes = {"l1d": 0, "l2": 0, "l3": 0}
+    for index in _CPUS.glob("cpu0/cache/index*"):
+        level = _read(index / "level")
+        name = "l1d" if level == "1" else f"l{level}"
+        if name in sizes and _read(index / "type") != "Instruction":
+            sizes[name] = int(_read(index / "size").removesuffix("K") or 0) * 1024
+    return sizes
+
+
+def physical_cores() -> int:
+    """Cores that this process may run on; the threads of one core count once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    return len({_read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed})
+
+
+def compiler() -> str:
+    """Name and version of the compiler that built the extension: there is none."""
+    return "none"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

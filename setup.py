@@ -1,0 +1,91 @@
+"""Builds the extensions, each a target of CMakeLists.txt; everything else about the package is in pyproject.toml.
+
+An extension that can't be built (no compiler, no CMake, a compile error) is left out, and the Python parts install: the
+reason goes to stderr and, for run time, to `mmkernels/<extension>_why_not.txt`. With MMKERNELS_REQUIRE_EXT=1, the one
+environment variable that building reads beside the compiler's own, it is an error.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildFailed(Exception):
+    """Says in one line why an extension could not be built."""
+
+
+def find_tool(name: str) -> str:
+    """The path of a program, looked for beside this Python first: its environment need not be activated."""
+    path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if path is None:
+        raise BuildFailed(f"{name} not found")
+    return path
+
+
+def run(*command: str) -> None:
+    """Runs a command, shows what it prints, and raises with the first error among that if it fails."""
+    lines = []
+    english = {**os.environ, "LC_ALL": "C"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=english) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.strip():
+                lines.append(line.strip())
+    if process.returncode:
+        first = next((i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)), 0)
+        reason = re.sub(r"^CMake Error at \S+ \(\w+\): ", "", " ".join(lines[first : first + 3]))
+        raise BuildFailed(reason.rstrip(".") or f"{command[0]} failed")
+
+
+def build_folder() -> Path:
+    """One folder for each Python, checkout and compiler: CMake's cache can't change any of them afterwards."""
+    key = (sysconfig.get_config_var("EXT_SUFFIX"), ROOT, os.environ.get("CXX"), os.environ.get("CXXFLAGS"))
+    return ROOT / "build" / f"cmake-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}"
+
+
+class CMakeBuild(build_ext):
+    def run(self) -> None:
+        for ext in self.extensions:
+            self.build_extension(ext)
+
+    def build_extension(self, ext: Extension) -> None:
+        target = ext.name.rpartition(".")[2]
+        library = Path(self.get_ext_fullpath(ext.name))
+        why_not = library.with_name(f"{target}_why_not.txt")
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)
+        why_not.unlink(missing_ok=True)
+        try:
+            shutil.copy(self.build_target(target) / library.name, library)
+        except BuildFailed as error:
+            if os.environ.get("MMKERNELS_REQUIRE_EXT") == "1":
+                raise SystemExit(f"error: {ext.name} is not built: {error}") from None
+            why_not.write_text(f"{error}\n")
+            print(f"warning: {ext.name} is not built: {error}; installing without it", file=sys.stderr)
+
+    def build_target(self, target: str) -> Path:
+        folder = build_folder()
+        cmake = find_tool("cmake")
+        options = {"CMAKE_MAKE_PROGRAM": find_tool("ninja"), "Python_EXECUTABLE": sys.executable}
+        run(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items()))
+        run(cmake, "--build", str(folder), "--target", target)
+        return folder
+
+
+# CMakeLists.txt names each target's sources; `depends` puts them all into the source distribution.
+SOURCES = ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*")) if p.is_file())]
+
+setup(
+    ext_modules=[Extension("mmkernels._host", sources=[], depends=SOURCES)],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,98 @@
+"""How an op is checked: its spec's cases on a backend, against float64, within its error budget."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.dispatch import TABLES
+from mmkernels.spec import Case, Inputs, OpSpec, cast
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Result:
+    outputs: tuple[Tensor, ...]
+    grads: dict[str, Tensor]
+
+
+def backends(spec: OpSpec) -> list[str]:
+    """The op's backends that this machine can run."""
+    return [entry.name for entry in TABLES[spec.name] if entry.why_not() is None]
+
+
+def draw(case: Case) -> Inputs:
+    """The case's inputs in float64, the same each time."""
+    return case.make(torch.Generator().manual_seed(zlib.crc32(case.id.encode())))
+
+
+def cotangent(x: Tensor) -> Tensor:
+    """A fixed direction for a gradient."""
+    generator = torch.Generator().manual_seed(x.numel())
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
+
+
+def run(spec: OpSpec, case: Case, inputs: Inputs, backend: str, **more: Any) -> Result:
+    """Outputs, and the gradients of `case.grads` for fixed cotangents."""
+    inputs = {name: x.detach().requires_grad_() if name in case.grads else x for name, x in inputs.items()}
+    if case.seeded:
+        torch.manual_seed(7)
+    outputs = spec.function(**inputs, backend=backend, **more)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = [inputs[name] for name in case.grads]
+    if not leaves:
+        return Result(outputs, {})
+    # -inf is the log-sum-exp of nothing: no direction moves it.
+    weights = [cotangent(x).masked_fill(x.detach() == -torch.inf, 0.0) for x in outputs]
+    grads = torch.autograd.grad(outputs, leaves, weights)
+    return Result(tuple(x.detach() for x in outputs), dict(zip(case.grads, grads, strict=True)))
+
+
+def check(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> int:
+    """Assert the op's error budget for one case; returns how many tensors were compared.
+
+    Truth is the reference in float64 on the inputs as `dtype` rounds them; the budget is `spec.factor` times the error
+    of the reference in `dtype`, or `spec.floor` times the largest true value.
+    """
+    inputs = cast(draw(case), dtype, device, spec.always_wide)
+    truth = run(spec, case, cast(inputs, torch.float64), "reference")
+    baseline = run(spec, case, inputs, "reference")
+    poison()
+    ours = run(spec, case, inputs, backend)
+    names = [f"output {n}" for n in range(len(ours.outputs))] + [f"gradient of {name}" for name in case.grads]
+    triples = zip(
+        (*ours.outputs, *ours.grads.values()),
+        (*baseline.outputs, *baseline.grads.values()),
+        (*truth.outputs, *truth.grads.values()),
+        strict=True,
+    )
+    for name, (mine, naive, true) in zip(names, triples, strict=True):
+        check_error(f"{spec.name} / {case.id} / {backend} / {dtype} / {name}", mine, naive, true, spec, dtype)
+    return len(names)
+
+
+def check_error(what: str, ours: Tensor, naive: Tensor, true: Tensor, spec: OpSpec, dtype: torch.dtype) -> None:
+    """Both in the largest error and in the root mean square, where the reference's own error is not luck."""
+    assert ours.shape == true.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(true.shape)}"
+    if true.numel() == 0:
+        return
+    infinite = true.isinf()
+    assert torch.equal(ours.double()[infinite].cpu(), true[infinite].cpu()), f"{what}: infinities differ"
+    ours, naive, true = (x.double().cpu().masked_fill(infinite.cpu(), 0.0) for x in (ours, naive, true))
+    assert bool(ours.isfinite().all()), f"{what}: not finite"
+    floor = spec.floor[dtype] * max(1.0, float(true.abs().max()))
+    for kind, measure in (("largest", lambda x: x.abs().max()), ("rms", lambda x: x.square().mean().sqrt())):
+        error, allowed = float(measure(ours - true)), spec.factor * float(measure(naive - true)) + floor
+        assert error <= allowed, f"{what}: {kind} error {error:.3g}, allowed {allowed:.3g}"
+
+
+def poison() -> None:
+    """Leave NaN in the allocator's free lists, so that an output that is not written shows."""
+    for size in (64, 256, 1024, 4096, 16384, 65536):
+        blocks = [torch.full((size,), torch.nan) for _ in range(4)]
+        del blocks

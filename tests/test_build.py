@@ -1,0 +1,84 @@
+"""What installing does without a compiler and with broken C++; each build is of a copy of the sources."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmkernels import host
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ["CMakeLists.txt", "LICENSE", "README.md", "csrc", "mmkernels", "pyproject.toml", "setup.py"]
+
+pytestmark = pytest.mark.slow
+needs_compiler = pytest.mark.skipif(host.why_not is not None, reason=str(host.why_not))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the sources with nothing built."""
+    built = shutil.ignore_patterns("*.so", "*_why_not.txt", "__pycache__")
+    for name in SOURCES:
+        source, copy = ROOT / name, tmp_path / "checkout" / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, copy, ignore=built) if source.is_dir() else shutil.copy(source, copy)
+    return tmp_path / "checkout"
+
+
+def run_python(*args: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if k != "MMKERNELS_REQUIRE_EXT"}
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=inherited | env, capture_output=True, text=True)
+
+
+def build_in_place(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return run_python("setup.py", "build_ext", "--inplace", cwd=checkout, **env)
+
+
+def test_without_compiler_python_parts_install_and_say_so(checkout: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    options = ["-v", "--no-build-isolation", "--no-deps", "--no-index", "--target", target]
+    installed = run_python("-m", "pip", "install", *options, ".", cwd=checkout, CXX="/nonexistent/c++")
+    assert installed.returncode == 0, installed.stderr
+    assert "mmkernels._host is not built" in installed.stdout + installed.stderr
+
+    asked = run_python(
+        "-c",
+        "from mmkernels import host; print(host.__file__, host.why_not, host.isa(), sep='\\n')",
+        cwd=tmp_path,
+        PYTHONPATH=str(target),
+    )
+    assert asked.returncode == 0, asked.stderr
+    file, why_not, isa = asked.stdout.splitlines()
+    assert Path(file) == target / "mmkernels" / "host.py"
+    assert why_not.startswith("the host extension is not built: ")
+    assert "/nonexistent/c++" in why_not
+    assert isa == host.isa()
+
+
+@needs_compiler
+def test_broken_source_fails_where_the_extension_is_required(checkout: Path) -> None:
+    source = checkout / "csrc" / "bindings.cpp"
+    good = source.read_text()
+    source.write_text(good + "this is not C++;\n")
+    why_not = checkout / "mmkernels" / "_host_why_not.txt"
+
+    required = build_in_place(checkout, MMKERNELS_REQUIRE_EXT="1")
+    assert required.returncode != 0
+    assert "mmkernels._host is not built" in required.stderr
+    assert not why_not.exists()
+
+    optional = build_in_place(checkout)
+    assert optional.returncode == 0, optional.stderr
+    assert "mmkernels._host is not built" in optional.stderr
+    assert "bindings.cpp" in why_not.read_text()
+
+    source.write_text(good)
+    repaired = build_in_place(checkout, MMKERNELS_REQUIRE_EXT="1")
+    assert repaired.returncode == 0, repaired.stderr
+    assert not why_not.exists()
+    assert list((checkout / "mmkernels").glob("_host.*.so"))
