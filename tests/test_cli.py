@@ -1,0 +1,162 @@
+"""The command line: what it prints, what it writes, and what it says to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmkernels import cli
+from mmkernels.dispatch import BACKENDS, TABLES
+from mmkernels.profiling import point
+
+TINY = ["profile", "flamingo", "--size", "tiny", "--images", "2", "--text-length", "12", "--device", "cpu"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def mmkernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command line in this process."""
+    monkeypatch.setattr(point, "_BUDGET", 0.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["mmkernels", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return Ended(code, *capsys.readouterr())
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_profile_prints_tables_and_writes_json_and_picture(mmkernels, tmp_path: Path) -> None:
+    photo = tmp_path / "a photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(photo)
+    ended = mmkernels(*TINY, "--tokens", "8,4,8", "--image", photo, "--out", tmp_path / "new" / "folder")
+    assert ended.code == 0, ended.err
+    report = json.loads((tmp_path / "new" / "folder" / "profile.json").read_text())
+    assert report["kind"] == "mmkernels profile"
+    assert report["settings"]["tokens"] == [4, 8]
+    assert report["settings"]["image"] == "a photo.png"
+    assert str(tmp_path) not in json.dumps(report)
+    assert (tmp_path / "new" / "folder" / "profile.png").stat().st_size > 10_000
+    assert max(map(len, ended.out.splitlines())) <= 100
+    assert "first token" in ended.out and "profile.png" in ended.out.replace("\n", "")
+    assert "visual token" in ended.out.replace("\n", " ")
+    assert "[1/14] 4 tokens per image" in ended.err  # plain lines where there is no terminal
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["profile", "clip"], "model must be one of flamingo; got 'clip'"),
+        (["profile"], "model"),
+        ([*TINY, "--tokens", "16,many"], "--tokens must be integers, such as 16,64; got '16,many'"),
+        ([*TINY, "--tokens", "0"], "--tokens must be integers from 1 to 65536, such as 16,64; got 0"),
+        ([*TINY, "--tokens", "4,-4"], "got 4,-4"),
+        ([*TINY, "--tokens", "99999999"], "got 99999999"),
+        ([*TINY, "--tokens", ","], "got nothing"),
+        ([*TINY, "--images", "0"], "--images must be from 1 to 1000, got 0"),
+        ([*TINY, "--images", "few"], "few"),
+        ([*TINY, "--text-length", "2"], "--text-length must be above the number of images"),
+        ([*TINY, "--backend", "fused,fastest"], "--backend must be one of"),
+        ([*TINY, "--backend", "triton"], "'triton'"),
+        ([*TINY, "--backend", ","], "--backend must be one of"),
+        ([*TINY, "--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16; got 'fp8'"),
+        ([*TINY, "--device", "gpu"], "--device must be cpu, cuda or cuda:<number>; got 'gpu'"),
+        ([*TINY, "--device", "cuda:99"], "--device 'cuda:99' can't be used"),
+        ([*TINY, "--size", "huge"], "--size must be one of tiny, small, base; got 'huge'"),
+        ([*TINY, "--image", "missing.jpg"], "missing.jpg"),
+        ([*TINY, "--out", "/proc/here"], "--out /proc/here can't be written to"),
+        (["bench", "no_such_op"], "op must be one of"),
+        (["bench", "--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16; got 'fp8'"),
+        (["fly"], "fly"),
+        (["doctor", "--fast"], "--fast"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(mmkernels, arguments: list[str], message: str, tmp_path: Path) -> None:
+    if "--out" not in arguments and arguments[0] == "profile":
+        arguments = [*arguments, "--out", str(tmp_path)]
+    ended = mmkernels(*arguments)
+    assert ended.code == 2
+    assert ended.out == ""
+    lines = [line for line in ended.err.splitlines() if not line.startswith("[")]  # but progress
+    assert len(lines) == 1 and lines[0].startswith("mmkernels: ")
+    assert message in lines[0]
+    assert not list(tmp_path.glob("*.json"))
+
+
+def _truncated(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def _huge(path: Path) -> None:
+    Image.new("1", (20000, 20000)).save(path)
+
+
+@pytest.mark.parametrize(
+    "make", [_truncated, _huge, lambda path: path.write_text("not a picture"), lambda path: path.mkdir(), Path.touch],
+    ids=["truncated", "huge", "text", "folder", "empty"],
+)  # fmt: skip
+def test_bad_image(mmkernels, tmp_path: Path, make) -> None:
+    make(tmp_path / "photo.png")
+    ended = mmkernels(*TINY, "--image", tmp_path / "photo.png", "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert len(ended.err.splitlines()) == 1 and "photo.png" in ended.err
+
+
+def test_doctor_names_every_op_and_backend(mmkernels) -> None:
+    ended = mmkernels("doctor")
+    assert ended.code == 0
+    assert torch.__version__ in ended.out
+    assert all(name in ended.out for name in (*TABLES, *BACKENDS, "host extension"))
+    line = next(line for line in ended.out.splitlines() if line.strip().startswith("merge_attention"))
+    assert line.split()[-2:] == ["ready", "ready"] and " - " in line
+    assert max(map(len, ended.out.splitlines())) <= 100
+
+
+def test_doctor_gives_reasons(mmkernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmkernels.dispatch import Backend
+
+    entry = Backend("triton", lambda *args: None, lambda *args: "there is no GPU")
+    monkeypatch.setitem(TABLES, "some_op", (entry,))
+    ended = mmkernels("doctor")
+    assert "no [1]" in ended.out and "[1] triton: there is no GPU" in ended.out
+
+
+def test_help(mmkernels) -> None:
+    ended = mmkernels("--help")
+    assert ended.code == 0 and all(command in ended.out for command in ("doctor", "profile", "bench"))
+    assert mmkernels("profile", "--help").code == 0
+    assert mmkernels().code == 2
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "matplotlib"])
+def test_a_missing_package_says_what_to_install(package: str) -> None:
+    code = f"import sys; sys.modules['{package}'] = None; sys.argv = ['mmkernels', 'profile', 'flamingo']; "
+    code += "from mmkernels.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TYPER_USE_RICH": "0"}
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == (
+        f'mmkernels: this needs {package}: pip install "mmkernels[profile]"'
+    )
