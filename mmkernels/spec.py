@@ -90,6 +90,34 @@ class OpSpec:
         """The public function."""
         return getattr(importlib.import_module(f"mmkernels.ops.{self.name}"), self.name)
 
+    def over_budget(self, ours: Tensor, naive: Tensor, true: Tensor) -> str | None:
+        """What is wrong with a result, or None.
+
+        Its largest error and its root mean square error (where the reference's own is not luck) may be `factor` times
+        the reference's in the same dtype, plus `floor` times the largest true value.
+
+        Args:
+            ours, naive: the result and the reference's, in the dtype under test.
+            true: the reference's in float64 (or float32, for 16-bit results too large for that).
+        """
+        if ours.shape != true.shape:
+            return f"shape {tuple(ours.shape)}, expected {tuple(true.shape)}"
+        dtype = naive.dtype if naive.dtype in self.floor else torch.float32
+        ours, naive = ours.to(true), naive.to(true)
+        finite = true.isfinite()
+        if not torch.equal(ours[~finite], true[~finite]) or not bool(ours[finite].isfinite().all()):
+            return "not finite where it should be, or finite where it should not"
+        if not bool(finite.any()):
+            return None
+        floor = self.floor[dtype] * max(1.0, float(true[finite].abs().max()))
+        errors = (ours - true)[finite], (naive - true)[finite]
+        for kind, size in (("largest", torch.inf), ("root mean square", 2)):
+            mean = errors[0].numel() ** -0.5 if size == 2 else 1.0
+            error, baseline = (mean * float(torch.linalg.vector_norm(x, size)) for x in errors)
+            if not error <= self.factor * baseline + floor:
+                return f"{kind} error {error:.3g}, allowed {self.factor * baseline + floor:.3g}"
+        return None
+
 
 def cast(
     inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu", always_wide: frozenset[str] = frozenset()

@@ -157,6 +157,4 @@ def test_a_missing_package_says_what_to_install(package: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TYPER_USE_RICH": "0"}
     )
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1] == (
-        f'mmkernels: this needs {package}: pip install "mmkernels[profile]"'
-    )
+    assert ended.stderr.splitlines()[-1] == (f'mmkernels: this needs {package}: pip install "mmkernels[profile]"')

@@ -1,0 +1,134 @@
+"""The command ``mmkernels``: doctor, profile, bench. Each command imports what it needs itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from mmkernels.dispatch import BackendError
+from mmkernels.profiling import BadInput
+
+try:
+    import typer
+except ImportError:  # `main` says what to install
+    typer = None  # type: ignore[assignment]
+
+PROFILE_OUT = Path("profiles")
+
+
+def main() -> None:
+    """Entry point of the ``mmkernels`` script."""
+    with _one_line_errors():
+        if typer is None:
+            raise ModuleNotFoundError("No module named 'typer'", name="typer")
+        _app()(prog_name="mmkernels", standalone_mode=False)
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Fused, memory-linear kernels for multimodal models.",
+    )
+    for command in (doctor, profile, bench):
+        app.command()(command)
+    return app
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Bad input ends in one line on standard error and exit code 2; any other error in its traceback."""
+    try:
+        yield
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        if message:  # empty: help was printed instead
+            print(f"mmkernels: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user; None: this is a fault of the program."""
+    if isinstance(error, BadInput | BackendError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return None if package == "mmkernels" else f'this needs {package}: pip install "mmkernels[profile]"'
+    explain = getattr(error, "format_message", None)  # a wrong option or argument, found by typer
+    if explain is not None:
+        return str(explain())
+    return "aborted" if typer is not None and isinstance(error, typer.Abort) else None
+
+
+def doctor() -> None:
+    """Show versions, devices, and which backends of each op are ready, or why not."""
+    from mmkernels.doctor import print_doctor
+
+    print_doctor()
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="flamingo")],
+    image: Annotated[Path | None, typer.Option(help="Photograph; default: one that matplotlib ships.")] = None,
+    tokens: Annotated[str, typer.Option(help="Visual tokens per image, one profile each.")] = "16,64,256,1024",
+    images: Annotated[int, typer.Option(help="Images in the prompt: different crops of the photograph.")] = 5,
+    text_length: Annotated[int, typer.Option(help="Text tokens in the prompt.")] = 512,
+    backend: Annotated[
+        str,
+        typer.Option(help='What to compare: "fused" (automatic choice), "reference" (naive), or a backend by name.'),
+    ] = "fused,reference",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = "",
+    size: Annotated[str, typer.Option(help="Of the model: tiny, small or base; random weights.")] = "small",
+    train: Annotated[bool, typer.Option("--train", help="Also measure a training step.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for profile.json and profile.png.")] = PROFILE_OUT,
+) -> None:
+    """Show what each visual token costs: time by stage, peak memory, drift; fused beside the naive baseline."""
+    from mmkernels.profiling.command import run_profile
+    from mmkernels.profiling.options import Options, parse_list, parse_tokens
+    from mmkernels.profiling.photo import default_photo
+
+    options = Options(
+        model=model,
+        image=default_photo() if image is None else image,
+        tokens=parse_tokens(tokens),
+        images=images,
+        text_length=text_length,
+        backends=parse_list(backend),
+        dtype=dtype,
+        device=device or _default_device(),
+        size=size,
+        train=train,
+    )
+    run_profile(options, out)
+
+
+def bench(
+    op: Annotated[str | None, typer.Argument(help="An op with a bench_<op>.py; default: all of them.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or a list of them.")] = "fp32,bf16",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = "",
+    filter: Annotated[str, typer.Option(help="Only configurations whose name contains this.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = Path("build/bench"),
+    save: Annotated[bool, typer.Option("--save", help="Write to benchmarks/results/<device>/ instead.")] = False,
+) -> None:
+    """Time ops beside their peers; correctness is checked first."""
+    from mmkernels.profiling.bench_command import run_bench
+    from mmkernels.profiling.options import parse_list
+
+    run_bench(op, parse_list(dtype), device or _default_device(), filter, out, save)
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    main()

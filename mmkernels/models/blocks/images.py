@@ -1,0 +1,74 @@
+"""From image files to pixel values."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 100_000_000
+"""Larger images are refused before they are decoded: above any photograph, below what fills memory (300 MB as RGB)."""
+
+
+class ImageError(ValueError):
+    """A file is no image that can be read; the message names it and says why."""
+
+
+def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image:
+    """Decode an image file to RGB, turned as its EXIF orientation says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImageError: the file is no image, is truncated or corrupt, or has more than `max_pixels` (a decompression bomb:
+            checked in its header, before anything is decoded).
+    """
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError("reading images needs Pillow: pip install mmkernels[models]") from error
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"image must be a file, got no such file: {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+            image = Image.open(path)
+        if image.width * image.height > max_pixels:
+            raise ImageError(f"{path}: must have at most {max_pixels} pixels, got {image.width} x {image.height}")
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: must be an image, got a file that is none that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path}: must have at most {max_pixels} pixels, got more: {error}") from error
+    except (OSError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise on broken files
+        raise ImageError(f"{path}: must be a whole image, got an error: {error}") from error
+
+
+def load_images(paths: Sequence[str | Path], image_size: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Pixel values, float32 ``[N, 3, image_size, image_size]``: resized and normalised as transformers does.
+
+    Args:
+        paths: image files.
+        image_size: pixels a side that the model takes.
+        max_pixels: as in `load_image`.
+
+    Raises:
+        As `load_image`; ValueError: no path.
+    """
+    if not paths:
+        raise ValueError("paths must name at least one image, got none")
+    images = [load_image(path, max_pixels=max_pixels) for path in paths]
+    try:
+        from transformers import IdeficsImageProcessorPil
+    except ImportError as error:
+        raise ImportError("preparing images needs transformers: pip install mmkernels[models]") from error
+    # Pillow's resampling, not torchvision's, so that the same file gives the same pixels on every machine.
+    pixels: Any = IdeficsImageProcessorPil(image_size=image_size)(images, return_tensors="pt")
+    return torch.as_tensor(pixels, dtype=torch.float32)

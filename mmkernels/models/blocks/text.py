@@ -1,0 +1,121 @@
+"""Blocks of a Llama-style language model: rotary self-attention with a KV cache, and SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.masks import SpanMask
+from mmkernels.models.blocks.activations import ACTIVATIONS
+from mmkernels.models.blocks.kv_cache import KVCache
+from mmkernels.nn import CrossAttention
+
+
+class SwiGLU(nn.Module):
+    """``down(act(gate(x)) * up(x))``. Source: Shazeer, "GLU Variants Improve Transformer", 2020, eq. 6."""
+
+    def __init__(self, dim: int, hidden: int, activation: str = "silu") -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.activation = ACTIVATIONS[activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[B, 1, L, head_dim / 2]`` of positions ``[B, L]``, computed in float32.
+
+    Source: Su et al., "RoFormer", 2021, section 3.4.2.
+    """
+    power = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[:, None, :, None].float() * (1.0 / theta**power)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of channels (i, i + D/2) of ``x [B, H, L, D]`` by its angle."""
+    cos, sin = angles
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def check_tokens(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, vocab_size: int, cache: KVCache
+) -> tuple[Tensor, bool]:
+    """Check new tokens ``[B, L]``; which are valid, bool ``[B, L]``, and whether any may be padding."""
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"input_ids must be integers [B, L], got {input_ids.dtype} {tuple(input_ids.shape)}")
+    for name, x in (("attention_mask", attention_mask), ("labels", labels)):
+        if x is not None and x.shape != input_ids.shape:
+            raise ValueError(f"{name} must be {list(input_ids.shape)} as input_ids, got shape {tuple(x.shape)}")
+    if cache.batch_size not in (None, input_ids.shape[0]):
+        raise ValueError(f"input_ids must be for kv_cache's batch {cache.batch_size}, got {input_ids.shape[0]}")
+    if input_ids.device.type == "cpu" and input_ids.numel():
+        low, high = (int(x) for x in input_ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"input_ids must be from 0 to {vocab_size - 1}, got {low} to {high}")
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool), False
+    valid = attention_mask.bool()
+    return valid, valid.device.type != "cpu" or not bool(valid.all())
+
+
+class TextBlock(nn.Module):
+    """Causal self-attention, then SwiGLU, each after an RMS norm and with a residual.
+
+    Args:
+        dim, heads, mlp: widths; `mlp` is the feed-forward's.
+        kv_heads: key and value heads; None: `heads`.
+        activation: the feed-forward's, a name in `ACTIVATIONS`.
+        eps: of the norms.
+        dropout: of attention probabilities and of both branches' results, in training mode.
+
+    Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023, section 2.2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        mlp: int,
+        kv_heads: int | None = None,
+        activation: str = "silu",
+        eps: float = 1e-6,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=eps)
+        self.attention = CrossAttention(dim, num_heads=heads, num_kv_heads=kv_heads, dropout=dropout)
+        self.mlp_norm = nn.RMSNorm(dim, eps=eps)
+        self.mlp = SwiGLU(dim, mlp, activation)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        mask: SpanMask,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """``[B, L, dim]`` after the block.
+
+        Args:
+            x: ``[B, L, dim]``.
+            angles: `rotary_angles` of the tokens' positions.
+            mask: ``[B, L]`` queries by all keys, those in the cache first.
+            cache: where to append this layer's keys and values, and to read the earlier ones.
+            layer: this block's place in `cache`.
+        """
+        normed = self.attention_norm(x)
+        key, value = self.attention.project(normed)
+        key = rotate(key, angles)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        seen = self.attention.attend(rotate(self.attention.query(normed), angles), key, value, mask)
+        x = x + self.dropout(seen)
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))

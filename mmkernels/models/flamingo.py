@@ -1,0 +1,423 @@
+"""Flamingo: a language model that reads images through gated cross-attention.
+
+Source: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning", 2022, figure 3; the open reproduction
+IDEFICS (Laurençon et al., "OBELICS", 2023) fixes what the paper leaves out, and its checkpoints load here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmkernels.models import idefics
+from mmkernels.models.blocks.checkpoint import load_checkpoint
+from mmkernels.models.blocks.kv_cache import KVCache
+from mmkernels.models.blocks.media import carry_on, images_seen, join, last_of, visual_mask
+from mmkernels.models.blocks.sampling import check_sampling, sample
+from mmkernels.models.blocks.text import SwiGLU, TextBlock, check_tokens, rotary_angles
+from mmkernels.models.blocks.vision import VisionTransformer
+from mmkernels.models.blocks.weights import draw_weights
+from mmkernels.models.flamingo_config import FlamingoConfig
+from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
+
+SIZES = {
+    # For tests.
+    "tiny": FlamingoConfig(
+        vision_width=32, vision_layers=2, vision_heads=4, vision_mlp=64, image_size=32, patch_size=8,
+        num_latents=8, resampler_depth=2, resampler_heads=4, resampler_head_dim=8,
+        text_width=64, text_layers=4, text_heads=4, text_mlp=128, cross_every=2,
+        vocab_size=128, image_token_id=127,
+    ),
+    # Runs on a laptop. The vision widths are ViT-S/16's.
+    "small": FlamingoConfig(
+        vision_width=384, vision_layers=6, vision_heads=6, vision_mlp=1536, image_size=224, patch_size=16,
+        num_latents=64, resampler_depth=2, resampler_heads=6, resampler_head_dim=64,
+        text_width=512, text_layers=8, text_heads=8, text_mlp=1376, cross_every=2,
+        vocab_size=32000, image_token_id=31999,
+    ),
+    # CLIP ViT-B/16 (Radford et al., 2021, table 19), and a text model of GPT-2's and BERT base's width and depth.
+    "base": FlamingoConfig(
+        vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, image_size=224, patch_size=16,
+        num_latents=64, resampler_depth=6, resampler_heads=12, resampler_head_dim=64,
+        text_width=768, text_layers=12, text_heads=12, text_mlp=2048, cross_every=2,
+        vocab_size=32000, image_token_id=31999, vision_activation="quick_gelu",
+    ),
+}  # fmt: skip
+"""The sizes of `Flamingo.from_size`. The feed-forward of the text is 8/3 of its width (SwiGLU), in multiples of 32."""
+
+
+class FlamingoCache(KVCache):
+    """A `KVCache` that also knows where in the images the text stands, so that a later turn goes on from there."""
+
+    def __init__(self, num_layers: int, *, reserve: int = 0) -> None:
+        super().__init__(num_layers, reserve=reserve)
+        self.num_images = 0  # images that the text so far accounts for
+        self.sees: Tensor | None = None  # the last token's image id, int64 [B], or images, bool [B, images]
+        self.pending: tuple[Tensor, Tensor] | None = None  # token and validity [B, 1]: generated, not yet read
+
+
+@dataclass
+class FlamingoOutput:
+    """What `Flamingo.forward` gives.
+
+    Attributes:
+        logits: ``[B, L, vocab_size]``, or ``[B, 1, vocab_size]`` of each row's last token.
+        loss: mean cross-entropy of the next token, fp32; None without labels.
+        kv_cache, visual_cache: to be given to the next call.
+    """
+
+    logits: Tensor
+    loss: Tensor | None
+    kv_cache: FlamingoCache | None
+    visual_cache: VisualCache
+
+
+@dataclass
+class FlamingoGeneration:
+    """What `Flamingo.generate` gives.
+
+    Attributes:
+        tokens: int64 ``[B, n]``, n at most `max_new_tokens`; after a row's end-of-text token, padding.
+        kv_cache, visual_cache: to be given to the next turn, with its new tokens alone.
+    """
+
+    tokens: Tensor
+    kv_cache: FlamingoCache
+    visual_cache: VisualCache
+
+
+class Flamingo(nn.Module):
+    """Images and text to the next token.
+
+    Stages may be called one by one: `encode_images`, `resample`, `cache_images`, `forward`.
+
+    Args:
+        config: every size. `from_size` and `from_pretrained` are the usual ways in.
+
+    Example:
+        >>> import torch
+        >>> from mmkernels.models import Flamingo
+        >>> model = Flamingo.from_size("tiny").eval()
+        >>> image, marker = torch.rand(1, 1, 3, 32, 32), model.config.image_token_id
+        >>> prompt = torch.tensor([[5, marker, 6, 7]])
+        >>> first = model.generate(prompt, image, max_new_tokens=3, eos_token_id=())
+        >>> caches = dict(kv_cache=first.kv_cache, visual_cache=first.visual_cache)
+        >>> model.generate(torch.tensor([[8, 9]]), max_new_tokens=2, eos_token_id=(), **caches).tokens.shape
+        torch.Size([1, 2])
+    """
+
+    def __init__(self, config: FlamingoConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.vision = VisionTransformer(
+            c.vision_width,
+            layers=c.vision_layers,
+            heads=c.vision_heads,
+            mlp=c.vision_mlp,
+            image_size=c.image_size,
+            patch_size=c.patch_size,
+            channels=c.channels,
+            activation=c.vision_activation,
+            eps=c.layer_norm_eps,
+            dropout=c.vision_dropout,
+        )
+        self.resampler: PerceiverResampler | None = None
+        if c.num_latents is not None:
+            self.resampler = PerceiverResampler(
+                c.vision_width,
+                depth=c.resampler_depth,
+                num_latents=c.num_latents,
+                num_heads=c.resampler_heads,
+                head_dim=c.resampler_head_dim,
+                qk_norm=nn.LayerNorm if c.resampler_qk_norm else None,
+            )
+        rms_norm = partial(nn.RMSNorm, eps=c.rms_norm_eps)
+        self.embed = nn.Embedding(c.vocab_size, c.text_width)
+        self.cross_blocks = nn.ModuleList(
+            GatedCrossAttention(
+                c.text_width,
+                c.vision_width,
+                c.text_heads,
+                qk_norm=rms_norm if c.qk_norm else None,
+                norm=rms_norm,
+                feed_forward=SwiGLU(c.text_width, c.text_mlp, c.text_activation),
+                gate=c.gate,
+                dropout=c.dropout,
+            )
+            for _ in range(c.text_layers // c.cross_every)
+        )
+        self.text_blocks = nn.ModuleList(
+            TextBlock(
+                c.text_width,
+                heads=c.text_heads,
+                mlp=c.text_mlp,
+                activation=c.text_activation,
+                eps=c.rms_norm_eps,
+                dropout=c.dropout,
+            )
+            for _ in range(c.text_layers)
+        )
+        self.norm = rms_norm(c.text_width)
+        self.head = nn.Linear(c.text_width, c.vocab_size, bias=False)
+        if c.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    # Ways in.
+
+    @classmethod
+    def from_size(
+        cls,
+        size: str,
+        *,
+        num_latents: int | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Flamingo:
+        """A model with random weights, its gates open, so that images matter.
+
+        Args:
+            size: a name in `SIZES`.
+            num_latents: visual tokens an image; None: the size's own.
+            seed: the same seed gives the same weights on every device.
+        """
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+        config = SIZES[size] if num_latents is None else replace(SIZES[size], num_latents=num_latents)
+        with torch.device("meta"):
+            model = cls(config)
+        return draw_weights(model.to_empty(device=device).to(dtype), seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Flamingo:
+        """The model in a Hugging Face ``IdeficsForVisionText2Text`` folder, in evaluation mode.
+
+        Args:
+            folder: with ``config.json`` and ``model.safetensors``, or its shards and their index. The image token is
+                that of ``config.json``, else ``<image>`` of the tokenizer's files.
+
+        Raises:
+            FileNotFoundError: the folder or a file in it is missing.
+            CheckpointError: what a file holds is not what it must be; the message names file and tensor, what was
+                expected and what found.
+        """
+        checkpoint = load_checkpoint(folder, model_type=idefics.MODEL_TYPE, architecture=idefics.ARCHITECTURE)
+        config = FlamingoConfig.from_idefics(checkpoint.config)
+        if config.image_token_id is None:
+            config = replace(config, image_token_id=idefics.image_token_id(checkpoint.folder))
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(idefics.read_weights(checkpoint, model, dtype, device), assign=True)
+        if config.tie_embeddings:
+            model.head.weight = model.embed.weight
+        return model.eval()
+
+    # The stages.
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Features ``[B, N, P, vision_width]`` of images ``[B, N, channels, S, S]``; P: patches and a class token."""
+        self._check_pixels(pixel_values, len(pixel_values))
+        return self.vision(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
+
+    def resample(self, features: Tensor) -> Tensor:
+        """Visual tokens ``[B, N, T, vision_width]`` of features ``[B, N, P, vision_width]``, or these themselves."""
+        return features if self.resampler is None else self.resampler(features)
+
+    def cache_images(self, visual: Tensor, cache: VisualCache | None = None) -> VisualCache:
+        """Keys and values of visual tokens ``[B or 1, N, T, vision_width]`` for every cross-attention block.
+
+        Args:
+            cache: where to append them; None: a new one. ``VisualCache(len(model.cross_blocks), max_tokens=...)`` makes
+                one with a budget.
+        """
+        if visual.dim() != 4 or visual.shape[-1] != self.config.vision_width:
+            raise ValueError(f"visual must be [B, N, T, {self.config.vision_width}], got shape {tuple(visual.shape)}")
+        cache = VisualCache(len(self.cross_blocks)) if cache is None else cache
+        tokens = visual.flatten(1, 2)  # [B, N T, C]
+        blocks = cast(Iterable[GatedCrossAttention], self.cross_blocks)
+        cache.append([block.project(tokens) for block in blocks], [visual.shape[2]] * visual.shape[1])
+        return cache
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        *,
+        media_index: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        visual_cache: VisualCache | None = None,
+        kv_cache: FlamingoCache | None = None,
+        labels: Tensor | None = None,
+        last_logits_only: bool = False,
+    ) -> FlamingoOutput:
+        """Scores of the next token, for a text or, with caches, for its continuation.
+
+        Args:
+            input_ids: the new tokens, ``[B, L]``, an `image_token_id` where an image stands.
+            pixel_values: the new images, floating ``[B or 1, N, channels, S, S]``.
+            media_index: which image each token sees, integers ``[B, L]``, ids in the visual cache (0, 1, ... as images
+                were added); -1: none. None: the last image at or before the token, by the markers; then each row must
+                have a marker for every new image.
+            image_attention_mask: instead of it, ``[B, L, images]``, non-zero where a token sees an image; any number.
+            attention_mask: ``[B, L]``, 0: padding, on either side.
+            visual_cache, kv_cache: of earlier calls; they are changed. With a `visual_cache` of batch 1, B questions
+                share its images.
+            labels: ``[B, L]``, -100: ignored; token i is predicted from the tokens before i.
+            last_logits_only: score each row's last token alone.
+
+        Returns:
+            `FlamingoOutput`. Its `kv_cache` is None where labels were given and no cache.
+        """
+        if labels is not None and last_logits_only:
+            raise ValueError("labels need the logits of every token: last_logits_only must be False")
+        visual_cache = VisualCache(len(self.cross_blocks)) if visual_cache is None else visual_cache
+        cache = FlamingoCache(len(self.text_blocks)) if kv_cache is None else kv_cache
+        valid, padded = check_tokens(input_ids, attention_mask, labels, self.config.vocab_size, cache)
+        sees = self._look(input_ids, valid, pixel_values, media_index, image_attention_mask, cache, visual_cache)
+        ids = input_ids
+        if cache.pending is not None:  # the last turn ended with a token that the model hasn't read
+            token, alive = cache.pending
+            ids, valid = torch.cat([token, ids], dim=1), torch.cat([alive, valid], dim=1)
+            padded = padded or len(ids) > 1  # then a row may have ended before the others
+        if ids.shape[1] == 0:
+            raise ValueError("input_ids must have at least one token, got none")
+
+        if pixel_values is not None:
+            self.cache_images(self.resample(self.encode_images(pixel_values)), visual_cache)
+        has_images = visual_cache.batch_size > 0
+        mask = visual_mask(sees, visual_cache) if has_images else None
+
+        positions, causal = cache.extend(valid, padded)
+        x = self.embed(ids)  # [B, L, C]
+        angles = rotary_angles(positions, x.shape[-1] // self.config.text_heads, self.config.rope_theta, x.dtype)
+        store = cache if kv_cache is not None or labels is None else None
+        for i, block in enumerate(self.text_blocks):
+            if i % self.config.cross_every == 0:
+                j = i // self.config.cross_every
+                x = self.cross_blocks[j](x, key_value=visual_cache[j] if has_images else None, mask=mask)
+            x = block(x, angles, causal, store, i)
+
+        cache.sees, cache.num_images, cache.pending = last_of(sees, valid), visual_cache.next_id, None
+        x = last_of(x, valid)[:, None] if last_logits_only else x[:, ids.shape[1] - input_ids.shape[1] :]
+        logits = self.head(self.norm(x))
+        loss = None if labels is None else _next_token_loss(logits, labels)
+        return FlamingoOutput(logits, loss, store, visual_cache)
+
+    def _look(
+        self,
+        input_ids: Tensor,
+        valid: Tensor,
+        pixel_values: Tensor | None,
+        media_index: Tensor | None,
+        image_attention_mask: Tensor | None,
+        cache: FlamingoCache,
+        visual_cache: VisualCache,
+    ) -> Tensor:
+        """Check that images and text fit; which images each token sees, the pending one first."""
+        images = visual_cache.next_id
+        if images < cache.num_images:
+            raise ValueError(f"visual_cache must have the {cache.num_images} images of kv_cache's text, got {images}")
+        if visual_cache.batch_size not in (0, 1, len(input_ids)):
+            raise ValueError(f"visual_cache must have batch 1 or {len(input_ids)}, got {visual_cache.batch_size}")
+        if pixel_values is not None:
+            self._check_pixels(pixel_values, len(input_ids))
+            images += pixel_values.shape[1]
+        sees = images_seen(
+            input_ids,
+            valid,
+            image_token_id=self.config.image_token_id,
+            media_index=media_index,
+            image_attention_mask=image_attention_mask,
+            images=images,
+            first_id=cache.num_images,
+            before=cache.sees,
+        )
+        if cache.pending is None or cache.sees is None:
+            return sees
+        return join(carry_on(cache.sees, 1, images), sees, images)
+
+    def _check_pixels(self, pixel_values: Tensor, batch: int) -> None:
+        c = self.config
+        square = (c.channels, c.image_size, c.image_size)
+        if pixel_values.dim() != 5 or tuple(pixel_values.shape[2:]) != square or not pixel_values.is_floating_point():
+            got = f"{pixel_values.dtype} {tuple(pixel_values.shape)}"
+            raise ValueError(f"pixel_values must be floating [B, N, {', '.join(map(str, square))}], got {got}")
+        if pixel_values.shape[0] not in (1, batch):
+            raise ValueError(f"pixel_values must have batch 1 or input_ids' {batch}, got {pixel_values.shape[0]}")
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        *,
+        media_index: Tensor | None = None,
+        image_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        visual_cache: VisualCache | None = None,
+        kv_cache: FlamingoCache | None = None,
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> FlamingoGeneration:
+        """Go on with a text. Images are encoded once; a later turn passes its new tokens and images, and the caches.
+
+        Args:
+            input_ids, pixel_values, media_index, image_attention_mask, attention_mask, visual_cache, kv_cache: as in
+                `forward`. Each new token sees what the last of its row does.
+            max_new_tokens: how many tokens at most.
+            temperature, top_p: as in `blocks.sampling.sample`; temperature 0 takes the likeliest token.
+            seed: for a reproducible draw; None: PyTorch's own generator.
+            eos_token_id: tokens that end a row; None: the config's; (): none.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_sampling(temperature, top_p)
+        if eos_token_id is None:
+            eos_token_id = self.config.eos_token_ids
+        ends = input_ids.new_tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+        if kv_cache is None:
+            kv_cache = FlamingoCache(len(self.text_blocks), reserve=input_ids.shape[1] + max_new_tokens)
+        out = self(
+            input_ids,
+            pixel_values,
+            media_index=media_index,
+            image_attention_mask=image_attention_mask,
+            attention_mask=attention_mask,
+            visual_cache=visual_cache,
+            kv_cache=kv_cache,
+            last_logits_only=True,
+        )
+        tokens: list[Tensor] = []
+        alive = torch.ones_like(input_ids[:, 0], dtype=torch.bool)
+        while True:
+            token = sample(out.logits[:, 0], temperature, top_p, generator)
+            token = torch.where(alive, token, self.config.pad_token_id)
+            tokens.append(token)
+            kv_cache.pending = token[:, None], alive[:, None]
+            alive = alive & ~torch.isin(token, ends)
+            if len(tokens) == max_new_tokens or (len(ends) and not alive.any()):
+                return FlamingoGeneration(torch.stack(tokens, dim=1), kv_cache, out.visual_cache)
+            out = self(input_ids[:, :0], visual_cache=out.visual_cache, kv_cache=kv_cache, last_logits_only=True)
+
+
+def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy, fp32, of each token that isn't ignored given those before it."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().long())

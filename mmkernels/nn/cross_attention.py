@@ -1,0 +1,152 @@
+"""`CrossAttention`: multi-head attention of one sequence to another, over `mmkernels.cross_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from mmkernels.masks import SpanMask
+from mmkernels.ops.cross_attention import cross_attention
+
+KeyValue = tuple[Tensor, Tensor]
+"""Projected key and value, each ``[B or 1, Hkv, Lk, D]``."""
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of ``x`` to a context, or to itself where no context is given.
+
+    Keys and values of a context may be computed once with `project` and used by many calls, which is what
+    `VisualCache` does for images.
+
+    Args:
+        dim: width of the input and of the output.
+        context_dim: width of the context; None: `dim`.
+        num_heads: query heads.
+        num_kv_heads: key and value heads (grouped-query attention), a divisor of `num_heads`; None: `num_heads`.
+        head_dim: width of a head; None: ``dim / num_heads``.
+        bias: whether the four projections add a bias.
+        dropout: the chance that an attention probability is dropped, in training mode.
+        qk_norm: makes the norm of a query's and of a key's head from its width, as ``nn.RMSNorm``; None: no norm.
+
+    Raises:
+        ValueError: sizes that don't divide or aren't positive; in `forward`, an input of the wrong shape.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2; norms of query and key by Henry et al.,
+    "Query-Key Normalization for Transformers", 2020.
+
+    Example:
+        >>> import torch
+        >>> from mmkernels.nn import CrossAttention
+        >>> attention = CrossAttention(64, context_dim=32, num_heads=4)
+        >>> text, image = torch.randn(2, 5, 64), torch.randn(2, 9, 32)
+        >>> attention(text, image).shape
+        torch.Size([2, 5, 64])
+        >>> key_value = attention.project(image)  # once
+        >>> torch.equal(attention(text, key_value=key_value), attention(text, image))
+        True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int | None = None,
+        num_heads: int = 8,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        dropout: float = 0.0,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.context_dim = dim if context_dim is None else context_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name in ("dim", "context_dim", "num_heads", "num_kv_heads"):
+            check_positive(name, getattr(self, name))
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads = {num_heads} where head_dim is None, got {dim}")
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        check_positive("head_dim", self.head_dim)
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {self.num_kv_heads}")
+        check_dropout(dropout)
+        self.dropout = dropout
+        inner, kv_inner = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(dim, inner, bias=bias)
+        self.k_proj = nn.Linear(self.context_dim, kv_inner, bias=bias)
+        self.v_proj = nn.Linear(self.context_dim, kv_inner, bias=bias)
+        self.out_proj = nn.Linear(inner, dim, bias=bias)
+        self.q_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
+
+    def project(self, context: Tensor) -> KeyValue:
+        """Key and value ``[B, Hkv, Lk, D]`` of a context ``[B, Lk, context_dim]``, the key's norm applied."""
+        check_features("context", context, self.context_dim)
+        key = self.k_norm(self.k_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        value = self.v_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+    def query(self, x: Tensor) -> Tensor:
+        """Query ``[B, Hq, Lq, D]`` of ``x [B, Lq, dim]``, its norm applied."""
+        check_features("x", x, self.dim)
+        return self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))).transpose(1, 2)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: SpanMask | Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """``[B, Lq, dim]`` of projected query, key and value: what is left of `forward` after the projections."""
+        dropout_p = self.dropout if self.training else 0.0
+        out = cross_attention(query, key, value, mask, bias=bias, gate=gate, dropout_p=dropout_p)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        key_value: KeyValue | None = None,
+        mask: SpanMask | Tensor | None = None,
+        bias: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: ``[B, Lq, dim]``.
+            context: ``[B or 1, Lk, context_dim]``; a batch of 1 is shared by all of ``x``, without a copy. None, with
+                no `key_value`: ``x`` itself.
+            key_value: what `project` made of the context, instead of it.
+            mask, bias, gate: as in `mmkernels.cross_attention`.
+
+        Returns:
+            ``[B, Lq, dim]``, in x's dtype.
+        """
+        if key_value is not None and context is not None:
+            raise ValueError("give context or key_value, not both")
+        key, value = key_value if key_value is not None else self.project(x if context is None else context)
+        return self.attend(self.query(x), key, value, mask, bias=bias, gate=gate)
+
+
+def check_positive(name: str, size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name} must be a positive integer, got {size!r}")
+
+
+def check_dropout(dropout: float) -> None:
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
+
+
+def check_features(name: str, x: Tensor, dim: int) -> None:
+    if x.dim() != 3 or x.shape[-1] != dim:
+        raise ValueError(f"{name} must be [B, L, {dim}], got shape {tuple(x.shape)}")

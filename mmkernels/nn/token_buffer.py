@@ -1,0 +1,98 @@
+"""`TokenBuffer`: keys or values that grow, with storage ahead of need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class TokenBuffer:
+    """Tokens ``[B, H, L, D]`` that are appended at the end and removed anywhere; in memory ``[B, capacity, H, D]``.
+
+    An append copies only the new tokens: storage is doubled when it is full, so that each token is moved a bounded
+    number of times on average. Two exceptions: the first append keeps the given tensor itself where nothing was
+    reserved, and an append of tokens that need a gradient concatenates, since writing into storage would spoil what
+    autograd has saved.
+
+    Args:
+        reserve: tokens to allocate with the first append.
+
+    Example:
+        >>> import torch
+        >>> from mmkernels.nn import TokenBuffer
+        >>> keys = TokenBuffer(reserve=100)
+        >>> keys.append(torch.randn(1, 2, 5, 8))
+        >>> keys.append(torch.randn(1, 2, 1, 8))
+        >>> keys.view().shape
+        torch.Size([1, 2, 6, 8])
+    """
+
+    def __init__(self, reserve: int = 0) -> None:
+        if reserve < 0:
+            raise ValueError(f"reserve must be >= 0, got {reserve}")
+        self._reserve = reserve
+        self._storage: Tensor | None = None  # [B, capacity, H, D]
+        self._owned = False  # False: the storage is a caller's tensor, or autograd's
+        self._start = self._end = 0
+
+    def __len__(self) -> int:
+        return self._end - self._start
+
+    def view(self) -> Tensor:
+        """All tokens, ``[B, H, L, D]``, without a copy. Valid until the next change."""
+        return self._live().transpose(1, 2)
+
+    def append(self, tokens: Tensor) -> None:
+        """Add tokens ``[B, H, n, D]``."""
+        new = tokens.transpose(1, 2)  # [B, n, H, D]
+        count = new.shape[1]
+        if self._storage is None and not self._reserve:
+            self._adopt(new)
+        elif torch.is_grad_enabled() and (
+            new.requires_grad or (self._storage is not None and self._storage.requires_grad)
+        ):
+            self._adopt(new if self._storage is None else torch.cat([self._live(), new], dim=1))
+        else:
+            self._make_room(new, count)
+            assert self._storage is not None
+            self._storage[:, self._end : self._end + count] = new
+            self._end += count
+
+    def remove(self, start: int, end: int) -> None:
+        """Remove tokens `start` to `end`, counted from the first; only what lies behind them is moved."""
+        live = len(self)
+        if not 0 <= start <= end <= live:
+            raise ValueError(f"start and end must be a range within 0 to {live}, got {start} to {end}")
+        if start == 0:
+            self._start += end
+        elif end == live:
+            self._end -= end - start
+        elif self._owned:
+            assert self._storage is not None
+            at = self._start + start
+            behind = self._live()[:, end:].clone()  # source and target overlap
+            self._storage[:, at : at + live - end] = behind
+            self._end -= end - start
+        else:
+            tokens = self._live()
+            self._adopt(torch.cat([tokens[:, :start], tokens[:, end:]], dim=1))
+
+    def _live(self) -> Tensor:
+        if self._storage is None:
+            raise RuntimeError("nothing was appended yet")
+        return self._storage[:, self._start : self._end]
+
+    def _adopt(self, tokens: Tensor) -> None:
+        self._storage, self._owned = tokens, False
+        self._start, self._end = 0, tokens.shape[1]
+
+    def _make_room(self, new: Tensor, count: int) -> None:
+        live = len(self)
+        if self._storage is not None and self._owned and self._end + count <= self._storage.shape[1]:
+            return
+        capacity = max(self._reserve, 2 * live, live + count)
+        storage = new.new_empty(new.shape[0], capacity, *new.shape[2:])
+        if live:
+            storage[:, :live] = self._live()
+        self._storage, self._owned = storage, True
+        self._start, self._end = 0, live

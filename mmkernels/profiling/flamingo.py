@@ -1,0 +1,108 @@
+"""Flamingo for the profiler: one prompt with several images."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import IdeficsImageProcessorPil
+
+from mmkernels.models.flamingo import SIZES, Flamingo, FlamingoCache
+from mmkernels.nn import VisualCache
+from mmkernels.profiling.adapter import Stage
+from mmkernels.profiling.options import Options
+
+DECODE_TOKENS = 8
+"""Tokens over which the time of one is averaged."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    pixel_values: Tensor  # [1, N, 3, S, S]
+    input_ids: Tensor  # [1, L]
+    media_index: Tensor  # [1, L]: the last image at or before each token
+
+
+@dataclass(frozen=True)
+class Read:
+    """A prompt that was read, ready for the next token."""
+
+    visual_cache: VisualCache
+    kv_cache: FlamingoCache
+    token: Tensor  # [1, 1]
+
+
+def _encode(model: Flamingo, inputs: Inputs, state: None) -> Tensor:
+    return model.encode_images(inputs.pixel_values)
+
+
+def _resample(model: Flamingo, inputs: Inputs, state: Tensor) -> VisualCache:
+    return model.cache_images(model.resample(state))
+
+
+def _prefill(model: Flamingo, inputs: Inputs, state: VisualCache) -> Read:
+    room = FlamingoCache(model.config.text_layers, reserve=inputs.input_ids.shape[1] + DECODE_TOKENS)
+    out = model(
+        inputs.input_ids, media_index=inputs.media_index, visual_cache=state, kv_cache=room, last_logits_only=True
+    )
+    return Read(state, out.kv_cache, out.logits[:, -1:].argmax(-1))
+
+
+def _decode(model: Flamingo, inputs: Inputs, state: Read) -> Read:
+    token = state.token
+    for _ in range(DECODE_TOKENS):
+        out = model(
+            token,
+            media_index=inputs.media_index[:, -1:],
+            visual_cache=state.visual_cache,
+            kv_cache=state.kv_cache,
+            last_logits_only=True,
+        )
+        token = out.logits.argmax(-1)
+    return Read(state.visual_cache, state.kv_cache, token)
+
+
+def _fork(state: Read) -> Read:
+    return Read(state.visual_cache, copy.deepcopy(state.kv_cache), state.token)
+
+
+def _marker(model: Flamingo) -> int:
+    """The token that stands for an image, the last of the vocabulary in every size."""
+    assert model.config.image_token_id is not None
+    return model.config.image_token_id
+
+
+class FlamingoAdapter:
+    sizes = tuple(SIZES)
+    total = "first token"
+    stages = (
+        Stage("encode", "the image encoder, all images", _encode),
+        Stage("resample", "the resampler, and its tokens projected to visual keys and values", _resample),
+        Stage("prefill", "the prompt through the language model, up to the next token's scores", _prefill),
+        Stage("decode", f"one more token, the mean of {DECODE_TOKENS}", _decode, DECODE_TOKENS, _fork),
+    )
+
+    def build(self, options: Options, tokens: int) -> nn.Module:
+        return Flamingo.from_size(options.size, num_latents=tokens, seed=options.seed)
+
+    def inputs(self, options: Options, model: Flamingo, photos: list[Image.Image]) -> Inputs:
+        marker = _marker(model)
+        weight = model.embed.weight
+        ids = torch.randint(marker, (1, options.text_length), generator=torch.Generator().manual_seed(options.seed))
+        places = torch.arange(options.images) * options.text_length // options.images  # evenly, the first token first
+        ids[0, places] = marker
+        media_index = (ids == marker).long().cumsum(1) - 1
+        processor = IdeficsImageProcessorPil(image_size=model.config.image_size)
+        pixels = torch.as_tensor(processor(photos, return_tensors="pt"))[None]
+        return Inputs(pixels.to(weight), ids.to(weight.device), media_index.to(weight.device))
+
+    def logits(self, model: Flamingo, inputs: Inputs) -> Tensor:
+        return model(inputs.input_ids, inputs.pixel_values, media_index=inputs.media_index).logits
+
+    def loss(self, model: Flamingo, inputs: Inputs) -> Tensor:
+        markers = torch.eq(inputs.input_ids, _marker(model))
+        labels = inputs.input_ids.masked_fill(markers, -100)
+        return model(inputs.input_ids, inputs.pixel_values, media_index=inputs.media_index, labels=labels).loss

@@ -1,0 +1,106 @@
+"""What `mmkernels profile` was asked for, checked before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmkernels.dispatch import BACKENDS
+from mmkernels.profiling import BadInput
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHOICES = ("fused", *BACKENDS)
+"""What to compare: "fused" is the automatic choice, the others force a backend; "reference" is the naive baseline."""
+
+_MOST_IMAGES, _MOST_TOKENS = 1000, 65536
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one profile.
+
+    Args:
+        model: a name in `mmkernels.profiling.models.MODELS`.
+        image: the photograph.
+        tokens: visual tokens per image, each a row of the profile; sorted, without repeats.
+        images: crops of the photograph in the prompt.
+        text_length: tokens of text, markers of the images included.
+        backends: names in `CHOICES`.
+        dtype: a name in `DTYPES`.
+        device: as torch names it.
+        size: of the model, a name that it offers.
+        train: also measure a training step.
+        seed: of weights and text.
+
+    Raises:
+        BadInput: a name is unknown, a number out of range, the device not there.
+    """
+
+    model: str
+    image: Path
+    tokens: tuple[int, ...] = (16, 64, 256, 1024)
+    images: int = 5
+    text_length: int = 256
+    backends: tuple[str, ...] = ("fused", "reference")
+    dtype: str = "fp32"
+    device: str = "cpu"
+    size: str = "small"
+    train: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tokens or min(self.tokens) < 1 or max(self.tokens) > _MOST_TOKENS:
+            raise BadInput(
+                f"--tokens must be integers from 1 to {_MOST_TOKENS}, such as 16,64; got {_join(self.tokens)}"
+            )
+        object.__setattr__(self, "tokens", tuple(sorted(set(self.tokens))))
+        if not 1 <= self.images <= _MOST_IMAGES:
+            raise BadInput(f"--images must be from 1 to {_MOST_IMAGES}, got {self.images}")
+        if self.text_length <= self.images:
+            raise BadInput(
+                f"--text-length must be above the number of images, {self.images}, each of which has a marker in the "
+                f"text; got {self.text_length}"
+            )
+        object.__setattr__(self, "backends", tuple(dict.fromkeys(self.backends)))
+        for backend in self.backends or ("",):
+            one_of("--backend", backend, CHOICES)
+        one_of("--dtype", self.dtype, tuple(DTYPES))
+        check_device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated list."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_tokens(text: str) -> tuple[int, ...]:
+    """The numbers of "16,64,256"."""
+    try:
+        return tuple(int(part) for part in parse_list(text))
+    except ValueError:
+        raise BadInput(f"--tokens must be integers, such as 16,64; got {text!r}") from None
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise BadInput(f"{name} must be one of {', '.join(known)}; got {value!r}")
+
+
+def check_device(name: str) -> None:
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise BadInput(f"--device must be cpu, cuda or cuda:<number>; got {name!r}")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"--device {name!r} can't be used: {reason}") from None
+
+
+def _join(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers)) or "nothing"

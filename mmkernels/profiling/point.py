@@ -1,0 +1,234 @@
+"""One number of visual tokens: every stage, backend and pass of it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmkernels.dispatch import removed, use_backend
+from mmkernels.profiling.adapter import Adapter
+from mmkernels.profiling.meters import Timing, peak_memory, time_alternating
+from mmkernels.profiling.options import Options
+
+REMOVED = "removed"
+"""The candidate in which every op answers zeros at once: what is left is the Amdahl bound."""
+
+_BUDGET = 1.0  # seconds of counted rounds for one stage, all candidates together
+_LEAST_ROUNDS = 3
+
+Cell = dict[str, Any]
+
+
+def steps_of_point(options: Options, adapter: Adapter) -> int:
+    """How often `measure_point` reports progress."""
+    memory, stages = len(options.backends), len(adapter.stages)
+    return 1 + memory + stages + (memory + 1) * options.train
+
+
+def measure_point(
+    adapter: Adapter, options: Options, tokens: int, photos: list[Image.Image], progress: Callable[[str], None]
+) -> list[Cell]:
+    """A cell of results for each backend of `options`, all on the same weights and inputs."""
+    return _Point(adapter, options, tokens, photos, progress).measure()
+
+
+@contextmanager
+def running_as(candidate: str) -> Iterator[None]:
+    """Run every op as this candidate does: "fused" (the automatic choice), a forced backend, or `REMOVED`."""
+    with ExitStack() as stack:
+        if candidate == REMOVED:  # by the automatic choice: "reference" would not pass the op boundary
+            stack.enter_context(removed())
+        stack.enter_context(use_backend("" if candidate in ("fused", REMOVED) else candidate))
+        yield
+
+
+class _Point:
+    def __init__(
+        self,
+        adapter: Adapter,
+        options: Options,
+        tokens: int,
+        photos: list[Image.Image],
+        progress: Callable[[str], None],
+    ) -> None:
+        self.adapter, self.options = adapter, options
+        self.device = torch.device(options.device)
+        self.progress = lambda what: progress(f"{tokens:,} tokens per image: {what}")
+        self.progress("weights, inputs, warm-up")
+        self.model: Any = adapter.build(options, tokens).to(self.device)
+        self.wide_logits = None
+        if options.torch_dtype != torch.float32 and "reference" in options.backends:
+            self.wide_logits = self._logits("reference", adapter.inputs(options, self.model, photos))
+        self.model.to(options.torch_dtype)
+        self.inputs = adapter.inputs(options, self.model, photos)
+        self.cells: dict[str, Cell] = {
+            backend: {
+                "tokens_per_image": tokens,
+                "visual_tokens": tokens * options.images,
+                "backend": backend,
+                "failed": None,
+                "seconds": {},
+                "samples_seconds": {},
+                "peak_memory_bytes": None,
+                "train_peak_memory_bytes": None,
+                "drift": None,
+                "amdahl": {},
+            }
+            for backend in options.backends
+        }
+
+    def measure(self) -> list[Cell]:
+        self._measure_drift()  # first: it is every backend's warm-up too
+        with torch.inference_mode():
+            for backend in self._able():
+                self.progress(f"peak memory, {backend}")
+                self.cells[backend]["peak_memory_bytes"] = self._peak(backend, self._whole)
+            removed_seconds = self._time_stages()
+        if self.options.train:
+            removed_seconds |= self._measure_training()
+        for cell in self.cells.values():
+            cell["amdahl"] = self._amdahl(cell, removed_seconds)
+        return list(self.cells.values())
+
+    def _able(self) -> list[str]:
+        """The backends that have not run out of memory."""
+        return [backend for backend, cell in self.cells.items() if cell["failed"] is None]
+
+    def _peak(self, backend: str, run: Callable[[], Any]) -> int | None:
+        with running_as(backend):
+            return peak_memory(run, self.device)
+
+    def _whole(self) -> None:
+        state = None
+        for stage in self.adapter.stages:
+            state = stage.run(self.model, self.inputs, state)
+
+    # The output.
+
+    def _logits(self, backend: str, inputs: Any) -> Tensor | None:
+        """None: not enough memory."""
+        try:
+            with torch.inference_mode(), running_as(backend):
+                return self.adapter.logits(self.model, inputs).float()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                return None
+            raise
+
+    def _measure_drift(self) -> None:
+        logits = {backend: self._logits(backend, self.inputs) for backend in self.cells}
+        exact = logits.get("reference")
+        for backend, found in logits.items():
+            cell = self.cells[backend]
+            if found is None:
+                cell["failed"] = "out of memory"
+                continue
+            drift: dict[str, float] = {}
+            if exact is not None:
+                drift |= {"relative_l2": distance(found, exact), "top1_agreement": agreement(found, exact)}
+            if self.wide_logits is not None:
+                drift |= {
+                    "relative_l2_to_fp32": distance(found, self.wide_logits),
+                    "top1_agreement_with_fp32": agreement(found, self.wide_logits),
+                }
+            cell["drift"] = drift or None
+
+    # Time.
+
+    def _time_stages(self) -> dict[str, float]:
+        """Fill in the cells' times; answer the removed candidate's."""
+        candidates = [*self._able(), REMOVED]
+        states: dict[str, Any] = dict.fromkeys(candidates)
+        times: dict[str, dict[str, float]] = {candidate: {} for candidate in candidates}
+        for stage in self.adapter.stages:
+            self.progress(f"time to {stage.name}")
+            work = dict(states)  # what a run may change
+            ends: dict[str, Any] = {}
+
+            def fork(candidate: str) -> None:
+                work[candidate] = stage.fork(states[candidate])  # noqa: B023 (called within this round of the loop)
+
+            def run(candidate: str) -> None:
+                with running_as(candidate):
+                    ends[candidate] = stage.run(self.model, self.inputs, work[candidate])  # noqa: B023
+
+            timings = self._alternate(
+                {c: partial(run, c) for c in candidates}, {c: partial(fork, c) for c in candidates}
+            )
+            for candidate, timing in timings.items():
+                self._record(times, candidate, stage.name, timing.per(stage.calls))
+            states = ends
+        for seconds in times.values():
+            seconds["total"] = sum(seconds[stage.name] for stage in self.adapter.stages if stage.calls == 1)
+        for backend in self._able():
+            self.cells[backend]["seconds"] = times[backend]
+        return times[REMOVED]
+
+    def _alternate(
+        self, candidates: Mapping[str, Callable[[], Any]], before: Mapping[str, Callable[[], Any]]
+    ) -> dict[str, Timing]:
+        return time_alternating(candidates, before=before, budget=_BUDGET, least=_LEAST_ROUNDS, device=self.device)
+
+    def _record(self, times: dict[str, dict[str, float]], candidate: str, name: str, timing: Timing) -> None:
+        times[candidate][name] = timing.seconds
+        if candidate in self.cells:
+            self.cells[candidate]["samples_seconds"][name] = list(timing.samples)
+
+    def _measure_training(self) -> dict[str, float]:
+        """A step's peak memory and time, gradients included, without the optimiser's update."""
+
+        def clear() -> None:
+            self.model.zero_grad(set_to_none=True)
+
+        def step(candidate: str) -> None:
+            with running_as(candidate):
+                self.adapter.loss(self.model, self.inputs).backward()
+
+        for backend in self._able():
+            self.progress(f"training step's peak memory, {backend}")
+            step(backend)
+            clear()
+            self.cells[backend]["train_peak_memory_bytes"] = self._peak(backend, partial(step, backend))
+            clear()
+        self.progress("time of a training step")
+        candidates = {candidate: partial(step, candidate) for candidate in [*self._able(), REMOVED]}
+        timings = self._alternate(candidates, dict.fromkeys(candidates, clear))
+        clear()
+        times: dict[str, dict[str, float]] = {candidate: {} for candidate in candidates}
+        for candidate, timing in timings.items():
+            self._record(times, candidate, "train_step", timing)
+        for backend in self._able():
+            self.cells[backend]["seconds"] |= times[backend]
+        return times[REMOVED]
+
+    def _amdahl(self, cell: Cell, removed_seconds: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """By stage: speed-up over the reference, what it would be with the ops gone, and the share reached."""
+        naive = self.cells.get("reference")
+        if naive is None or naive["failed"] or cell is naive or cell["failed"]:
+            return {}
+        bounds = {}
+        for name, gone in removed_seconds.items():
+            reference, own = naive["seconds"][name], cell["seconds"][name]
+            bounds[name] = {
+                "removed_seconds": gone,
+                "speedup": reference / own,
+                "cap": reference / gone,
+                "share_of_cap": gone / own,
+            }
+        return bounds
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """Relative L2 distance; the drift of an output."""
+    return float(torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact))
+
+
+def agreement(found: Tensor, exact: Tensor) -> float:
+    """Share of rows whose largest score is at the same place."""
+    return float((found.argmax(-1) == exact.argmax(-1)).float().mean())

@@ -1,0 +1,97 @@
+"""Profiles a model over numbers of visual tokens, and describes what it found in one dictionary."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+
+from mmkernels.profiling import BadInput
+from mmkernels.profiling.adapter import Adapter
+from mmkernels.profiling.flamingo import FlamingoAdapter
+from mmkernels.profiling.machine import describe_machine, device_name
+from mmkernels.profiling.meters import memory_why_not
+from mmkernels.profiling.options import Options
+from mmkernels.profiling.photo import crops
+from mmkernels.profiling.point import Cell, measure_point, steps_of_point
+
+MODELS: dict[str, Adapter] = {"flamingo": FlamingoAdapter()}
+"""What can be profiled. A new model is one adapter here."""
+
+SCHEMA = 1
+
+
+def find_model(options: Options) -> Adapter:
+    """The adapter of the model that `options` names, which offers the size that they name."""
+    if options.model not in MODELS:
+        raise BadInput(f"model must be one of {', '.join(MODELS)}; got {options.model!r}")
+    adapter = MODELS[options.model]
+    if options.size not in adapter.sizes:
+        raise BadInput(f"--size must be one of {', '.join(adapter.sizes)}; got {options.size!r}")
+    return adapter
+
+
+def steps(options: Options) -> int:
+    """How often `profile` reports progress."""
+    return steps_of_point(options, find_model(options)) * len(options.tokens)
+
+
+def profile(
+    options: Options, photo: Image.Image, progress: Callable[[str], None] = lambda what: None
+) -> dict[str, Any]:
+    """Measure, and describe everything in a dictionary that is ready for JSON; units stand in the names.
+
+    Args:
+        options: what to run.
+        photo: the picture, RGB.
+        progress: told what comes next, before each step.
+
+    Raises:
+        BadInput: no such model or size.
+    """
+    adapter = find_model(options)
+    photos = crops(photo, options.images)
+    cells = [cell for tokens in options.tokens for cell in measure_point(adapter, options, tokens, photos, progress)]
+    return {
+        "kind": "mmkernels profile",
+        "schema": SCHEMA,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command(options),
+        "settings": _settings(options),
+        "stages": {stage.name: stage.about for stage in adapter.stages},
+        "total": {"name": adapter.total, "stages": [stage.name for stage in adapter.stages if stage.calls == 1]},
+        "device": device_name(options.device),
+        "machine": describe_machine(options.device),
+        "memory_why_not": memory_why_not(options.device),
+        "cells": cells,
+        "marginal_seconds_per_visual_token": marginal(cells),
+    }
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(options).items()}
+    return settings | {"image": options.image.name}
+
+
+def command(options: Options) -> str:
+    """The command that repeats this profile; of paths only the photograph's name."""
+    words = ["mmkernels", "profile", options.model, "--image", options.image.name]
+    words += ["--tokens", ",".join(map(str, options.tokens)), "--images", str(options.images)]
+    words += ["--text-length", str(options.text_length), "--backend", ",".join(options.backends)]
+    words += ["--dtype", options.dtype, "--device", options.device, "--size", options.size]
+    return shlex.join(words + ["--train"] * options.train)
+
+
+def marginal(cells: list[Cell]) -> dict[str, dict[str, float]]:
+    """Seconds per further visual token, by backend and stage: the slope from the fewest tokens to the most."""
+    slopes: dict[str, dict[str, float]] = {}
+    for backend in dict.fromkeys(cell["backend"] for cell in cells):
+        row = [cell for cell in cells if cell["backend"] == backend and cell["failed"] is None]
+        if len(row) > 1:
+            few, many = row[0], row[-1]
+            more = many["visual_tokens"] - few["visual_tokens"]
+            slopes[backend] = {name: (many["seconds"][name] - few["seconds"][name]) / more for name in many["seconds"]}
+    return slopes

@@ -1,0 +1,139 @@
+"""Small Idefics checkpoints with random weights, and what transformers makes of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+IMAGE = 100  # the image marker's id
+PAD = 0
+VARIANTS: dict[str, dict[str, Any]] = {
+    "resampler": {},
+    "patches": {"use_resampler": False},
+    "norms": {"qk_layer_norms": True, "alpha_type": "vector", "perceiver": {"qk_layer_norms_perceiver": True}},
+    "decoupled": {"additional_vocab_size": 3, "hidden_act": "gelu_new", "cross_layer_interval": 1},
+    "tied": {"additional_vocab_size": 3, "tie_word_embeddings": True, "shard": True},
+}
+
+
+@dataclass
+class Saved:
+    """A checkpoint on disk, and transformers' model of it."""
+
+    folder: Path
+    theirs: Any
+
+
+def save(folder: Path, *, perceiver: dict[str, Any] | None = None, shard: bool = False, **config: Any) -> Saved:
+    theirs = transformers.IdeficsForVisionText2Text(idefics_config(perceiver, **config)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(folder, **({"max_shard_size": "100KB"} if shard else {}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<image>": IMAGE}))
+    assert (folder / "model.safetensors.index.json").exists() == shard
+    return Saved(folder, theirs)
+
+
+def idefics_config(perceiver: dict[str, Any] | None = None, **config: Any) -> transformers.IdeficsConfig:
+    values: dict[str, Any] = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "cross_layer_interval": 2,
+        "use_resampler": True,
+        "freeze_text_layers": False,
+        "freeze_vision_layers": False,
+        "vision_config": {
+            "embed_dim": 32,
+            "image_size": 32,
+            "patch_size": 8,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+        "perceiver_config": {
+            "use_resampler": True,
+            "resampler_n_latents": 8,
+            "resampler_depth": 2,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 8,
+            **(perceiver or {}),
+        },
+    }
+    return transformers.IdeficsConfig(**(values | config))
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Redraw every parameter: as transformers initialises them, the gates are 0 and parity would prove nothing."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            if "alpha" in name:
+                parameter.copy_(1.0 + 0.3 * drawn)
+            elif parameter.dim() == 1 and name.endswith("weight"):
+                parameter.copy_(1.0 + 0.1 * drawn)
+            else:
+                parameter.copy_(0.15 * drawn)
+
+
+def prompts(images: int, padding: str | None, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and attention mask ``[rows, L]`` with a marker for each image, and pixel values.
+
+    The first two tokens precede any image; with padding each row is shorter than the one before.
+    """
+    generator = torch.Generator().manual_seed(images)
+    texts = []
+    for row in range(rows):
+        text = torch.randint(5, IMAGE, (3 * images + 4,), generator=generator)
+        text[2 : 2 + 3 * images : 3] = IMAGE
+        texts.append(text if padding is None else text[: len(text) - row])
+    length = max(len(text) for text in texts)
+    ids = torch.full((rows, length), PAD)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        place = slice(length - len(text), None) if padding == "left" else slice(0, len(text))
+        ids[row, place], mask[row, place] = text, 1
+    return ids, mask, torch.randn(rows, images, 3, 32, 32, generator=generator)
+
+
+def image_attention_mask(ids: Tensor, images: int) -> Tensor:
+    """What transformers' processor makes of the markers: each token sees the last image at or before it."""
+    mask = torch.zeros(*ids.shape, images, dtype=torch.long)
+    for row, text in enumerate(ids.tolist()):
+        seen = -1
+        for i, token in enumerate(text):
+            seen += token == IMAGE
+            if seen >= 0:
+                mask[row, i, seen] = 1
+    return mask
+
+
+def greedy(theirs: Any, ids: list[int], pixels: Tensor, count: int, sees: Tensor | None = None) -> list[int]:
+    """One row's next tokens by transformers' forward alone: no cache, no padding, each step from the start.
+
+    (Its own `generate` reads the logits of the last column, which is padding where a prompt is padded on the right, and
+    knows no further turn with new images.)
+    """
+    new: list[int] = []
+    for _ in range(count):
+        text = torch.tensor([ids + new])
+        mask = image_attention_mask(text, pixels.shape[0]) if sees is None else sees
+        if sees is not None:
+            mask = torch.cat([sees, sees[:, -1:].expand(-1, len(new), -1)], dim=1)
+        else:
+            mask[:, len(ids) :] = mask[:, len(ids) - 1 : len(ids)]  # a generated marker stands for no image
+        with torch.no_grad():
+            logits = theirs(input_ids=text, pixel_values=pixels[None], image_attention_mask=mask).logits
+        new.append(int(logits[0, -1].argmax()))
+    return new

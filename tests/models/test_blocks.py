@@ -1,0 +1,170 @@
+"""Image files, sampling, rotary embeddings and caches."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmkernels.models.blocks.images import ImageError, load_image, load_images
+from mmkernels.models.blocks.kv_cache import KVCache
+from mmkernels.models.blocks.sampling import sample
+from mmkernels.models.blocks.text import SwiGLU, rotary_angles, rotate
+from mmkernels.models.blocks.vision import VisionTransformer
+
+
+def picture(width: int = 70, height: int = 50) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def encoded(form: str) -> bytes:
+    buffer = io.BytesIO()
+    picture().save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_truncated_images(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "image"
+    content = encoded(form)
+    path.write_bytes(content)
+    assert load_image(path).size == (70, 50)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ImageError, match="image: must be a whole image, got an error"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
+def test_files_that_are_no_image(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match="image: must be"):
+        load_image(path)
+
+
+def test_missing_images(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"got no such file: .*gone.jpg"):
+        load_image(tmp_path / "gone.jpg")
+    with pytest.raises(ImageError, match="must be a whole image"):
+        load_image(tmp_path)
+    with pytest.raises(ValueError, match="paths must name at least one image, got none"):
+        load_images([], 32)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it is large."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("width", "height"), [(12_000, 12_000), (100_000, 100_000), (2**31 - 1, 2**31 - 1)])
+def test_decompression_bombs(tmp_path: Path, width: int, height: int) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(bomb(width, height))
+    with pytest.raises(ImageError, match=r"bomb.png: must have at most 100000000 pixels, got"):
+        load_image(path)
+    picture().save(path)
+    with pytest.raises(ImageError, match="must have at most 3499 pixels, got 70 x 50"):
+        load_image(path, max_pixels=3499)
+    assert load_image(path, max_pixels=3500).size == (70, 50)
+
+
+def test_images_are_prepared_as_transformers_does(tmp_path: Path) -> None:
+    from transformers import IdeficsImageProcessorPil
+
+    palette, grey, turned = tmp_path / "p.png", tmp_path / "g.png", tmp_path / "t.jpg"
+    picture().convert("P").save(palette)
+    picture().convert("L").save(grey)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    picture().save(turned, exif=exif)
+    pixels = load_images([palette, str(grey), turned], 32)
+    assert pixels.shape == (3, 3, 32, 32)
+    assert pixels.dtype == torch.float32
+    processor = IdeficsImageProcessorPil(image_size=32)
+    expected = processor([Image.open(palette).convert("RGB")], return_tensors="pt")
+    torch.testing.assert_close(pixels[:1], torch.as_tensor(expected))
+    assert load_image(turned).size == (50, 70)
+
+
+def test_sampling() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0, -1.0]]).expand(20_000, -1)
+    generator = torch.Generator().manual_seed(0)
+    assert sample(logits[:2]).tolist() == [1, 1]
+
+    def shares(temperature: float, top_p: float) -> torch.Tensor:
+        return torch.bincount(sample(logits, temperature, top_p, generator), minlength=4) / len(logits)
+
+    torch.testing.assert_close(shares(1.0, 1.0), logits[0].softmax(0), atol=0.015, rtol=0)
+    torch.testing.assert_close(shares(2.0, 1.0), (logits[0] / 2).softmax(0), atol=0.015, rtol=0)
+    # 0.697, 0.256, 0.035, 0.013: the fewest that reach 0.9 are two, 0.69 one, 0.98 three.
+    kept = logits[0].softmax(0)
+    for top_p, tokens in ((0.9, [1, 2]), (0.69, [1]), (0.98, [0, 1, 2]), (1e-9, [1])):
+        expected = torch.zeros(4)
+        expected[tokens] = kept[tokens] / kept[tokens].sum()
+        torch.testing.assert_close(shares(1.0, top_p), expected, atol=0.015, rtol=0)
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature must be >= 0 and finite"):
+            sample(logits, bad)
+    for bad in (0.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="top_p must be above 0 and at most 1"):
+            sample(logits, 1.0, bad)
+
+
+def test_rotary_is_a_rotation_by_relative_position() -> None:
+    q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
+
+    def score(i: int, j: int) -> torch.Tensor:
+        turned = [rotate(x, rotary_angles(torch.tensor([[at]]), 8, 100.0, x.dtype)) for x, at in ((q, i), (k, j))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(score(0, 0), (q * k).sum())
+    assert abs(float(score(7, 3) - score(7, 4))) > 1e-3
+    # Channel pair (i, i + 4) turns by position / 100^(i/4): by hand, for i = 1.
+    turned = rotate(q, rotary_angles(torch.tensor([[2]]), 8, 100.0, q.dtype))[0, 0, 0]
+    angle = torch.tensor(2 / 100**0.25, dtype=torch.float64)
+    torch.testing.assert_close(
+        turned[1], q[0, 0, 0, 1] * angle.cos() - q[0, 0, 0, 5] * angle.sin(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_kv_cache_positions_and_masks() -> None:
+    cache = KVCache(num_layers=1)
+    positions, mask = cache.extend(torch.tensor([[False, True, True], [True, True, False]]))
+    assert positions.tolist() == [[0, 0, 1], [0, 1, 1]]
+    assert mask.to_dense(3)[:, 0].int().tolist() == [
+        [[0, 0, 0], [0, 1, 0], [0, 1, 1]],
+        [[1, 0, 0], [1, 1, 0], [1, 1, 0]],
+    ]
+    positions, mask = cache.extend(torch.ones(2, 2, dtype=torch.bool), padded=False)
+    assert positions.tolist() == [[2, 3], [2, 3]]
+    assert mask.to_dense(5)[:, 0].int().tolist() == [
+        [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]],
+        [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]],
+    ]
+    assert (len(cache), cache.batch_size) == (5, 2)
+
+
+def test_swiglu() -> None:
+    layer, x = SwiGLU(4, 6), torch.randn(2, 4)
+    gate = x @ layer.gate_proj.weight.T
+    expected = (gate * torch.sigmoid(gate) * (x @ layer.up_proj.weight.T)) @ layer.down_proj.weight.T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_vision_transformer_refuses_another_size() -> None:
+    encoder = VisionTransformer(8, layers=1, heads=2, mlp=16, image_size=16, patch_size=8)
+    with pytest.raises(ValueError, match=r"pixel_values must be \[B, 3, 16, 16\], got \(1, 3, 24, 16\)"):
+        encoder(torch.randn(1, 3, 24, 16))

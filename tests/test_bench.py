@@ -1,0 +1,182 @@
+"""The benchmark harness and `mmkernels bench`."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from mmkernels import SpanMask, cli, dispatch
+from mmkernels.dispatch import Backend
+from mmkernels.ops.cross_attention.spec import SPEC
+from mmkernels.profiling import bench_command, benchmark, machine
+from mmkernels.profiling.benchmark import CantRunError, Peer, Row
+from mmkernels.spec import Benchmark
+
+ROOT = Path(__file__).parents[1]
+
+
+def inputs(g: torch.Generator) -> dict[str, Any]:
+    q, k, v = (torch.randn(2, 2, length, 8, generator=g, dtype=torch.float64) for length in (6, 9, 9))
+    return {"query": q, "key": k, "value": v, "mask": SpanMask.key_padding([9, 4])}
+
+
+CONFIG = Benchmark("tiny padding", inputs, {"B": 2}, ("query", "key", "value"), frozenset({"padding"}))
+
+
+class Fixture:
+    """As much of pytest-benchmark as the harness uses; notes what ran when."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.group = ""
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+
+    def pedantic(self, target: Callable[[], Any], setup: Callable[[], Any], rounds: int, **more: Any) -> None:
+        for number in range(more["warmup_rounds"] + rounds):
+            setup()
+            target()
+            if number >= more["warmup_rounds"]:
+                self.stats.stats.data.append(0.5)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "_BUDGET", 0.0)
+    monkeypatch.setattr(benchmark, "_SAMPLE", 0.0)
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda dtype, device: 1e9)
+    monkeypatch.setattr(benchmark, "memory_rate", lambda device: 1e9)
+
+
+def sdpa(given: dict[str, Any]) -> Callable[[], Any]:
+    mask = given["mask"].to_dense(given["key"].shape[2])
+    return lambda: F.scaled_dot_product_attention(given["query"], given["key"], given["value"], mask)
+
+
+def unable(given: dict[str, Any]) -> Callable[[], Any]:
+    raise CantRunError("there is no such thing here")
+
+
+def mistaken(given: dict[str, Any]) -> Callable[[], Any]:
+    return lambda: F.scaled_dot_product_attention(given["query"], given["key"], given["value"])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_row_has_times_ratios_memory_and_shares(dtype: str, backward: bool) -> None:
+    fixture = Fixture()
+    peers = (Peer("sdpa", sdpa), Peer("unable", unable), Peer("mistaken", mistaken))
+    benchmark.measure(fixture, Row(SPEC, CONFIG, dtype, backward), peers)
+    info = json.loads(json.dumps(fixture.extra_info))
+    assert info["seconds"] == 0.5 and info["rounds"] == 5
+    assert info["pass"] == ("forward + backward" if backward else "forward")
+    for name in ("naive", "sdpa"):
+        assert info["peers"][name]["ratio"] == info["peers"][name]["seconds"] / 0.5
+    assert info["peers"]["unable"] == {"why_not": "there is no such thing here"}
+    assert "computes something else" in info["peers"]["mistaken"]["why_not"]
+    assert info["flops_per_second"] == info["flops"] / 0.5
+    assert info["share_of_compute_peak"] == pytest.approx(info["flops"] / 0.5 / 1e9)
+    assert info["memory_why_not"] or info["peak_memory_bytes"] >= 0
+
+
+def test_peers_and_ours_take_turns() -> None:
+    order: list[str] = []
+
+    def watched(given: dict[str, Any]) -> Callable[[], Any]:
+        call = sdpa(given)
+        return lambda: (order.append("peer"), call())[1]
+
+    class Watch(Fixture):
+        def pedantic(self, target: Callable[[], Any], **more: Any) -> None:
+            order.clear()
+            super().pedantic(lambda: (order.append("ours"), target()), **more)
+
+    benchmark.measure(Watch(), Row(SPEC, CONFIG, "fp32", False), (Peer("sdpa", watched),))
+    assert order == ["peer", "ours"] * 6  # a warm-up and five rounds
+
+
+def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> Any:
+        out, lse = dispatch.TABLES["cross_attention"][-1].run(*args)
+        return out * 1.001, lse
+
+    table = (Backend("chunked", wrong), *dispatch.TABLES["cross_attention"])
+    monkeypatch.setitem(dispatch.TABLES, "cross_attention", table)
+    fixture = Fixture()
+    with pytest.raises(
+        AssertionError, match=r"cross_attention is wrong at tiny padding, .*, result 0: .* error"
+    ):
+        benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False), ())
+    assert not fixture.extra_info
+
+
+def test_rows_by_name() -> None:
+    rows = benchmark.rows(SPEC, ["fp32", "bf16"], contains="media")
+    assert [str(row) for row in rows] == [
+        f"B1 H8 1024x4096 D64 media, {dtype}, {passes}"
+        for dtype in ("fp32", "bf16")
+        for passes in ("forward", "forward + backward")
+    ]
+    assert all(row.config.grads or not row.backward for row in benchmark.rows(SPEC, ["fp32"]))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`mmkernels bench` on the smallest row; its backward pass, for which FlexAttention need not be compiled."""
+    out = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "mmkernels.cli", "bench", "cross_attention", "--device", "cpu", "--dtype", "fp32"]
+    command += ["--filter", "16x64 D64 none, fp32, forward + backward", "--out", str(out)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    (out / "stdout").write_text(ended.stdout)
+    return out
+
+
+def test_bench_prints_a_table(result: Path) -> None:
+    printed = (result / "stdout").read_text()
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "sdpa" in printed and "B1 H4 16x64 D64 none" in printed
+    assert "[1] flex: has no backward pass on a CPU" in printed
+
+
+def test_bench_writes_json_without_names_of_machines(result: Path) -> None:
+    report = json.loads((result / "cross_attention.json").read_text())
+    (row,) = (entry["extra_info"] for entry in report["benchmarks"])
+    assert row["peers"]["sdpa"]["ratio"] > 0
+    assert report["machine_info"]["ceilings"]["copy_bytes_per_second"] > 1e8
+    assert "node" not in report["machine_info"] and set(report["commit_info"]) <= {"id", "dirty"}
+
+
+def test_bench_draws_a_picture(result: Path) -> None:
+    with Image.open(result / "cross_attention.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24)) > 50
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["mmkernels", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code
+
+
+def test_bench_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setattr(bench_command.mmkernels, "__file__", str(tmp_path / "mmkernels" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(monkeypatch, "bench") == 2
+    assert "run this in a checkout" in capsys.readouterr().err
+
+
+def test_bench_without_a_matching_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    assert run_cli(monkeypatch, "bench", "cross_attention", "--filter", "no such row", "--out", str(tmp_path)) == 2
+    assert "no row of bench_cross_attention.py matches" in capsys.readouterr().err
+
+
+def test_results_are_saved_by_device() -> None:
+    assert machine.device_slug("cpu")

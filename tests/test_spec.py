@@ -1,0 +1,36 @@
+"""The error budget can fail."""
+
+import pytest
+import torch
+
+from mmkernels.ops import specs
+
+SPEC = specs()["cross_attention"]
+TRUE = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_within_budget() -> None:
+    naive = TRUE.bfloat16()
+    assert SPEC.over_budget(naive, naive, TRUE) is None
+    assert SPEC.over_budget(TRUE.bfloat16().float(), naive, TRUE) is None
+    assert SPEC.over_budget(torch.zeros(0), torch.zeros(0), torch.zeros(0)) is None
+
+
+def test_one_wrong_element_or_a_small_error_everywhere_is_seen() -> None:
+    naive = TRUE.float()
+    wrong = naive.clone()
+    wrong[3] += 1e-3
+    assert "largest error" in (SPEC.over_budget(wrong, naive, TRUE) or "")
+    assert SPEC.over_budget(naive + 1e-5, naive, TRUE) is not None
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_non_finite_and_shapes(bad: float) -> None:
+    naive, infinite = TRUE.float(), TRUE.clone()
+    wrong = naive.clone()
+    wrong[3] = bad
+    assert "not finite" in (SPEC.over_budget(wrong, naive, TRUE) or "")
+    infinite[3] = -torch.inf
+    assert "not finite" in (SPEC.over_budget(naive, naive, infinite) or "")
+    assert SPEC.over_budget(infinite.float(), infinite.float(), infinite) is None
+    assert "shape" in (SPEC.over_budget(naive[1:], naive, TRUE) or "")
