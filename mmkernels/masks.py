@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from mmkernels.checks import check_range
+
 Lengths = Tensor | Sequence[int]
 
 
@@ -162,7 +164,7 @@ class SpanMask:
             raise ValueError(f"media_index must be [B, Lq], got shape {tuple(media_index.shape)}")
         if (tokens_per_media is None) == (media_offsets is None):
             raise ValueError("give tokens_per_media or media_offsets, one of the two")
-        _check_values("media_index", media_index, least=-1, error=IndexError)
+        check_range("media_index", media_index, least=-1, error=IndexError)
         sees = media_index >= 0
         if media_offsets is None:
             assert tokens_per_media is not None
@@ -174,7 +176,7 @@ class SpanMask:
         if offsets.dim() not in (1, 2) or offsets.shape[-1] < 1:
             raise ValueError(f"media_offsets must be [M + 1] or [B, M + 1], got shape {tuple(offsets.shape)}")
         count = offsets.shape[-1] - 1
-        _check_values("media_index", media_index, most=count - 1, error=IndexError)
+        check_range("media_index", media_index, most=count - 1, error=IndexError)
         offsets = offsets.expand(media_index.shape[0], -1) if offsets.dim() == 1 else offsets
         if offsets.shape[0] != media_index.shape[0]:
             raise ValueError(
@@ -301,24 +303,6 @@ def _check_broadcast(what: str, a: Iterable[int], b: Iterable[int]) -> None:
         raise ValueError(f"{what} must broadcast, got shapes {a} and {b}")
 
 
-def _check_values(
-    name: str, x: Tensor, least: int | None = None, most: int | None = None, error: type[Exception] = ValueError
-) -> None:
-    """Raise where a value is out of range, if that can be seen without a device sync or a graph break."""
-    if (
-        torch.compiler.is_compiling()
-        or x.device.type != "cpu"
-        or x.numel() == 0
-        or torch._C._functorch.is_batchedtensor(x)
-    ):
-        return
-    low, high = (int(v) for v in x.aminmax())
-    if least is not None and low < least:
-        raise error(f"{name} must be >= {least}, got {low}")
-    if most is not None and high > most:
-        raise error(f"{name} must be <= {most}, got {high}")
-
-
 def _lengths(name: str, lengths: Lengths, most: int | None = None) -> Tensor:
     lengths = torch.as_tensor(lengths)
     if lengths.numel() == 0:
@@ -327,7 +311,7 @@ def _lengths(name: str, lengths: Lengths, most: int | None = None) -> Tensor:
         raise TypeError(f"{name} must be integers, got {lengths.dtype}")
     if lengths.dim() != 1:
         raise ValueError(f"{name} must be [B], got shape {tuple(lengths.shape)}")
-    _check_values(name, lengths, least=0, most=most)
+    check_range(name, lengths, least=0, most=most)
     return lengths.to(torch.int32)
 
 

@@ -110,9 +110,7 @@ def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     table = (Backend("chunked", wrong), *dispatch.TABLES["cross_attention"])
     monkeypatch.setitem(dispatch.TABLES, "cross_attention", table)
     fixture = Fixture()
-    with pytest.raises(
-        AssertionError, match=r"cross_attention is wrong at tiny padding, .*, result 0: .* error"
-    ):
+    with pytest.raises(AssertionError, match=r"cross_attention is wrong at tiny padding, .*, result 0: .* error"):
         benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False), ())
     assert not fixture.extra_info
 

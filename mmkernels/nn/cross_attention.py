@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from mmkernels.masks import SpanMask
+from mmkernels.nn.checks import check_dropout, check_features, check_positive
 from mmkernels.ops.cross_attention import cross_attention
 
 KeyValue = tuple[Tensor, Tensor]
@@ -135,18 +136,3 @@ class CrossAttention(nn.Module):
             raise ValueError("give context or key_value, not both")
         key, value = key_value if key_value is not None else self.project(x if context is None else context)
         return self.attend(self.query(x), key, value, mask, bias=bias, gate=gate)
-
-
-def check_positive(name: str, size: int) -> None:
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"{name} must be a positive integer, got {size!r}")
-
-
-def check_dropout(dropout: float) -> None:
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
-
-
-def check_features(name: str, x: Tensor, dim: int) -> None:
-    if x.dim() != 3 or x.shape[-1] != dim:
-        raise ValueError(f"{name} must be [B, L, {dim}], got shape {tuple(x.shape)}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.masks import SpanMask
-from mmkernels.nn.cross_attention import CrossAttention, KeyValue, check_positive
+from mmkernels.nn.checks import check_positive
+from mmkernels.nn.cross_attention import CrossAttention, KeyValue
 
 
 class GatedCrossAttention(nn.Module):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.masks import SpanMask
-from mmkernels.nn.cross_attention import CrossAttention, check_positive
+from mmkernels.nn.checks import check_positive
+from mmkernels.nn.cross_attention import CrossAttention
 
 
 class PerceiverResampler(nn.Module):

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mmkernels.checks import check_range
 from mmkernels.masks import SpanMask
-from mmkernels.nn.cross_attention import KeyValue, check_positive
+from mmkernels.nn.checks import check_positive
+from mmkernels.nn.cross_attention import KeyValue
 from mmkernels.nn.token_buffer import TokenBuffer
 
 _Sizes = tuple[int, int, int, torch.dtype, torch.device]
@@ -173,11 +175,8 @@ class VisualCache:
         Args:
             image_ids: integers ``[B, Lq]``; -1: none.
         """
+        check_range("image_ids", image_ids, -1, self._next_id - 1, note=" (none)")
         place_of, offsets = self._tables(image_ids.device)
-        if image_ids.device.type == "cpu" and image_ids.numel():
-            low, high = (int(x) for x in image_ids.aminmax())
-            if low < -1 or high >= self._next_id:
-                raise ValueError(f"image_ids must be -1 (none) or ids below {self._next_id}, got {low} to {high}")
         return SpanMask.media(place_of[image_ids.long()], media_offsets=offsets)
 
     def token_mask(self, images: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def time_alternating(
     budget: float = 1.0,
     least: int = 3,
     most: int = 100,
+    limit: float = float("inf"),
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """Time several candidates in turns, so that whatever else the machine does hits all of them alike.
@@ -65,6 +66,7 @@ def time_alternating(
         before: called, untimed, before each call of the candidate of that name.
         budget: seconds for the counted rounds of all candidates together.
         least, most: bounds on the number of rounds, whatever the budget.
+        limit: seconds after which one round is enough.
         device: on a CUDA device a call ends when its kernels have.
 
     Returns:
@@ -86,7 +88,8 @@ def time_alternating(
         for name in names[first:] + names[:first]:
             samples[name].append(sample(name))
         spent = time.perf_counter() - begin
-        if round_ + 1 >= least and spent + spent / (round_ + 1) > budget:
+        allowed = budget if round_ + 1 >= least else limit
+        if spent + spent / (round_ + 1) > allowed:
             break
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 

@@ -21,6 +21,7 @@ REMOVED = "removed"
 
 _BUDGET = 1.0  # seconds of counted rounds for one stage, all candidates together
 _LEAST_ROUNDS = 3
+_LIMIT = 6.0  # seconds after which one round is enough, on a slow or busy machine
 
 Cell = dict[str, Any]
 
@@ -173,7 +174,9 @@ class _Point:
     def _alternate(
         self, candidates: Mapping[str, Callable[[], Any]], before: Mapping[str, Callable[[], Any]]
     ) -> dict[str, Timing]:
-        return time_alternating(candidates, before=before, budget=_BUDGET, least=_LEAST_ROUNDS, device=self.device)
+        return time_alternating(
+            candidates, before=before, budget=_BUDGET, least=_LEAST_ROUNDS, limit=_LIMIT, device=self.device
+        )
 
     def _record(self, times: dict[str, dict[str, float]], candidate: str, name: str, timing: Timing) -> None:
         times[candidate][name] = timing.seconds

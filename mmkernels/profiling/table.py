@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from rich import box
@@ -9,10 +10,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mmkernels.profiling.meters import Timing
 from mmkernels.profiling.options import CHOICES
 
 WIDTH = 100
 """Columns where the output is no terminal."""
+
+_UNSTEADY = 0.1
+"""Above this spread, as a share, the table warns."""
 
 _NAMES = {"reference": "naive"}
 
@@ -32,9 +37,20 @@ def console() -> Console:
 def render(report: dict[str, Any]) -> RenderableType:
     """The whole profile but its last sentence."""
     parts: list[RenderableType] = [_heading(report), _measurements(report), Text(_legend(report), style="dim")]
+    unsteady = _unsteadiness(report)
+    if unsteady > _UNSTEADY:
+        parts.append(
+            Text(f"Unsteady: repeated times differ by {unsteady:.0%} and more. Is the machine busy?", style="red")
+        )
     if any(cell["amdahl"] for cell in report["cells"]):
         parts += [Text(), _gains(report), Text(_GAINS_LEGEND, style="dim")]
     return Group(*parts)
+
+
+def _unsteadiness(report: dict[str, Any]) -> float:
+    """Half of all stages' repeated times lie further apart than this, as a share of their median."""
+    samples = [times for cell in report["cells"] for times in cell["samples_seconds"].values()]
+    return statistics.median([Timing(tuple(times)).spread for times in samples] or [0.0])
 
 
 def _heading(report: dict[str, Any]) -> Text:
@@ -171,6 +187,8 @@ def _cost_of_a_token(report: dict[str, Any], backend: str) -> str:
     if backend not in slopes:
         return ""
     own, last = slopes[backend], report["total"]["stages"][-1]
+    if own[last] <= 0:  # less than the noise
+        return ""
     text = f"; a visual token costs {microseconds(own[last])} of {last}"
     naive = slopes.get("reference") if backend != "reference" else None
     if naive:

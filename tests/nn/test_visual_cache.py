@@ -72,11 +72,12 @@ def test_the_first_append_copies_nothing_and_later_ones_the_new_tokens_alone() -
     assert cache.num_tokens == 18
 
 
-def test_dropping_does_not_write_into_the_callers_tensor() -> None:
+@pytest.mark.parametrize("dropped", [0, 1, 2])
+def test_dropping_does_not_write_into_the_callers_tensor(dropped: int) -> None:
     cache, tensors = filled([3, 5, 2])
     before = tensors[0][0].clone()
-    cache.drop([1])
-    cache.append(visual([4]), [4])
+    cache.drop([dropped])
+    cache.append(visual([2]), [2])
     assert torch.equal(tensors[0][0], before)
 
 
@@ -186,7 +187,7 @@ def test_what_is_refused() -> None:
         cache.append([(k.double(), v.double()) for k, v in visual([2])], [2])
     with pytest.raises(ValueError, match=r"image_ids must be among those held, \[0\], got \[1, 4\]"):
         cache.drop([0, 4, 1])
-    with pytest.raises(ValueError, match=r"image_ids must be -1 \(none\) or ids below 1, got -1 to 1"):
+    with pytest.raises(ValueError, match=r"image_ids must be from -1 \(none\) to 0, got -1 to 1"):
         cache.mask(torch.tensor([[-1, 1]]))
     with pytest.raises(ValueError, match=r"got -2 to 0"):
         cache.mask(torch.tensor([[-2, 0]]))

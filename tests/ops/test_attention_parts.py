@@ -137,7 +137,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "rows high": (
         lambda: attention_weights(Q, K, rows=torch.tensor([0, 5])),
         IndexError,
-        "from 0 to Lq - 1 = 4, got 5",
+        "rows must be from 0 to 4, got 0 to 5",
     ),
     "rows negative": (lambda: attention_weights(Q, K, rows=torch.tensor([-1])), IndexError, "got -1"),
     "rows shape": (lambda: attention_weights(Q, K, rows=torch.zeros(3, 1).long()), ValueError, r"rows must be \[R\]"),

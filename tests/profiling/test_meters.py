@@ -76,6 +76,7 @@ def test_candidates_take_turns_and_each_goes_first_in_its_turn() -> None:
 def test_rounds_end_at_the_most_or_with_the_budget() -> None:
     assert len(time_alternating({"a": lambda: None}, budget=math.inf, most=7)["a"].samples) == 7
     assert len(time_alternating({"a": lambda: None}, budget=-1.0, least=2)["a"].samples) == 2
+    assert len(time_alternating({"a": lambda: None}, budget=-1.0, least=5, limit=-1.0)["a"].samples) == 1
 
 
 def test_before_runs_before_every_call_of_its_candidate() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.checks import check_range
 from mmkernels.masks import SpanMask
 from mmkernels.nn import VisualCache
 
@@ -56,10 +57,7 @@ def _checked(media_index: Tensor, shape: tuple[int, ...], images: int) -> Tensor
     if media_index.shape != shape or media_index.is_floating_point() or media_index.dtype == torch.bool:
         got = f"{media_index.dtype} {tuple(media_index.shape)}"
         raise ValueError(f"media_index must be integers {list(shape)} as input_ids, got {got}")
-    if media_index.device.type == "cpu" and media_index.numel():
-        low, high = (int(x) for x in media_index.aminmax())
-        if low < -1 or high >= images:
-            raise ValueError(f"media_index must be from -1 (none) to {images - 1}, got {low} to {high}")
+    check_range("media_index", media_index, -1, images - 1, note=" (none)")
     return media_index.long()
 
 

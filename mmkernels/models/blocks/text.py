@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmkernels.checks import check_range
 from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.kv_cache import KVCache
@@ -53,10 +54,7 @@ def check_tokens(
             raise ValueError(f"{name} must be {list(input_ids.shape)} as input_ids, got shape {tuple(x.shape)}")
     if cache.batch_size not in (None, input_ids.shape[0]):
         raise ValueError(f"input_ids must be for kv_cache's batch {cache.batch_size}, got {input_ids.shape[0]}")
-    if input_ids.device.type == "cpu" and input_ids.numel():
-        low, high = (int(x) for x in input_ids.aminmax())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"input_ids must be from 0 to {vocab_size - 1}, got {low} to {high}")
+    check_range("input_ids", input_ids, 0, vocab_size - 1)
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool), False
     valid = attention_mask.bool()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.checks import check_range
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
 from mmkernels.ops._attention.inputs import (
@@ -87,10 +88,7 @@ def _check_rows(rows: Tensor, query: Tensor) -> Tensor:
         raise ValueError(f"rows must be on query's device {query.device}, got {rows.device}")
     if rows.dim() not in (1, 2) or (rows.dim() == 2 and rows.shape[0] != batch):
         raise ValueError(f"rows must be [R] or [{batch}, R], got shape {tuple(rows.shape)}")
-    if rows.numel() and rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in rows.aminmax())
-        if low < 0 or high >= q_len:
-            raise IndexError(f"rows must be from 0 to Lq - 1 = {q_len - 1}, got {low if low < 0 else high}")
+    check_range("rows", rows, 0, q_len - 1, error=IndexError)
     return rows.expand(batch, -1)
 
 

@@ -1,0 +1,20 @@
+"""Checks that modules share: each error says what must be and what was got."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_positive(name: str, size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name} must be a positive integer, got {size!r}")
+
+
+def check_dropout(dropout: float) -> None:
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
+
+
+def check_features(name: str, x: Tensor, dim: int) -> None:
+    if x.dim() != 3 or x.shape[-1] != dim:
+        raise ValueError(f"{name} must be [B, L, {dim}], got shape {tuple(x.shape)}")
