@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mmkernels.models.blocks.images import ImageError, load_image
-from mmkernels.profiling import BadInput, table
+from mmkernels.profiling import BadInput, plot, table
 from mmkernels.profiling.options import Options
 from mmkernels.profiling.profiler import find_model, profile, steps
 
@@ -30,10 +30,7 @@ def run_profile(options: Options, out: Path) -> None:
     with progress_bar(steps(options)) as advance:
         report = profile(options, photo, advance)
     (out / "profile.json").write_text(json.dumps(report, indent=1) + "\n")
-
-    from mmkernels.profiling.plot import draw  # a second of imports, when the waiting is over
-
-    draw(report, photo, out / "profile.png")
+    plot.draw(report, photo, out / "profile.png")
     console = table.console()
     console.print(table.render(report))
     console.print(f"Written: {out / 'profile.png'} (picture), {out / 'profile.json'} (all numbers)")

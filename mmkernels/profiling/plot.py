@@ -50,7 +50,7 @@ def _titles(figure: Figure, report: dict[str, Any]) -> None:
     figure.text(0.06, 0.935, f"What a visual token costs: {s['model']} {s['size']}", fontsize=19, weight="bold")
     plural = "s" if s["images"] > 1 else ""
     figure.text(
-        0.06, 0.89, f"A prompt of {s['images']} image{plural} and {s['text_length']} text tokens, {s['dtype']}, "
+        0.06, 0.89, f"A prompt of {s['images']} image{plural} and {s['text_length']:,} text tokens, {s['dtype']}, "
         f"on {report['device']}", fontsize=12, color="#444444",
     )  # fmt: skip
 
@@ -67,7 +67,9 @@ def _series(report: dict[str, Any], backend: str) -> list[dict[str, Any]]:
 def _line(
     axes: Axes, report: dict[str, Any], backend: str, x: list[int], y: list[float], colour: str, width: float
 ) -> None:
-    axes.plot(x, y, color=colour, linestyle=_style(report, backend), marker="o", markersize=5, linewidth=width)
+    face = "white" if backend == "reference" else colour  # so that single points can be told apart
+    style = _style(report, backend)
+    axes.plot(x, y, color=colour, linestyle=style, marker="o", markersize=5.5, markerfacecolor=face, linewidth=width)
 
 
 # Latency.
@@ -95,7 +97,16 @@ def _latency(axes: Axes, report: dict[str, Any]) -> None:
     _label_ends(axes, ends)
     axes.set_title("Latency of each stage", loc="left", fontsize=13, weight="bold", pad=34)
     keys = [
-        Line2D([], [], color="#444444", linestyle=_style(report, backend), linewidth=2, label=_name(backend))
+        Line2D(
+            [],
+            [],
+            color="#444444",
+            linestyle=_style(report, backend),
+            linewidth=2,
+            label=_name(backend),
+            marker="o",
+            markerfacecolor="white" if backend == "reference" else "#444444",
+        )
         for backend in report["settings"]["backends"]
     ]
     axes.legend(

@@ -54,13 +54,13 @@ def _unsteadiness(report: dict[str, Any]) -> float:
 
 
 def _heading(report: dict[str, Any]) -> Text:
-    s = report["settings"]
+    s, threads = report["settings"], report["machine"]["torch_threads"]
     text = Text()
     text.append(f"{s['model']} {s['size']}", style="bold")
     text.append(
-        f", {s['dtype']}, random weights; {s['images']} crops of {s['image']}, {s['text_length']} text tokens\n"
+        f", {s['dtype']}, random weights; {s['images']} crops of {s['image']}, {s['text_length']:,} text tokens\n"
         f"{report['device']}, torch {report['machine']['versions']['torch']}, "
-        f"{report['machine']['torch_threads']} threads\n"
+        f"{threads} thread{'s' * (threads != 1)}\n"
     )
     return text
 
@@ -176,10 +176,11 @@ def summary(report: dict[str, Any]) -> str:
             parts.append(f"{title} {milliseconds(cell['seconds'][name])} ms")
     memory = memory_ratio(report, cell)
     if memory is not None:
-        parts.append(f"peak memory {memory:.2f}x of the naive baseline's")
+        parts.append(f"peak memory {memory:.2f}x")
     elif cell["peak_memory_bytes"] is not None:
         parts.append(f"peak memory {megabytes(cell['peak_memory_bytes'])} MB")
-    return f"{per_image}: {', '.join(parts)}{_cost_of_a_token(report, cell['backend'])}."
+    beside = "against the naive baseline " if cell["amdahl"] else ""
+    return f"{per_image}: {beside}{', '.join(parts)}{_cost_of_a_token(report, cell['backend'])}."
 
 
 def _cost_of_a_token(report: dict[str, Any], backend: str) -> str:

@@ -101,6 +101,17 @@ def check_scale(scale: float | None, query: Tensor) -> float:
     return float(scale)
 
 
+def check_scores(
+    query: Tensor, key: Tensor, mask: SpanMask | Tensor | None, bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor, MaskTensors, Tensor | None, float]:
+    """Check what the scores alone are made of, and take it out of the gradient's reach."""
+    query, key = autocast(query, key)
+    check_attention(query, key)
+    masks = take_mask_apart(mask, query, key.shape[2])
+    bias = None if bias is None else check_bias(bias, query, key.shape[2]).detach()
+    return query.detach(), key.detach(), masks, bias, check_scale(scale, query)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype that autocast asks for on their device; as they are outside autocast, float64 always."""
     first = tensors[0]

@@ -9,14 +9,7 @@ from torch import Tensor
 
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
-from mmkernels.ops._attention.inputs import (
-    autocast,
-    check_attention,
-    check_bias,
-    check_scale,
-    check_tensor,
-    take_mask_apart,
-)
+from mmkernels.ops._attention.inputs import check_scores, check_tensor
 from mmkernels.ops.attention_received import chunked
 from mmkernels.ops.attention_received.spec import reference
 
@@ -61,14 +54,10 @@ def attention_received(
         >>> received.shape, best.shape
         (torch.Size([1, 4, 100]), torch.Size([1, 25]))
     """
-    query, key = autocast(query, key)
-    check_attention(query, key)
-    query, key = query.detach(), key.detach()
-    masks = take_mask_apart(mask, query, key.shape[2])
-    bias = None if bias is None else check_bias(bias, query, key.shape[2]).detach()
+    query, key, masks, bias, scale = check_scores(query, key, mask, bias, scale)
     if query_weights is not None:
         query_weights = _check_weights(query_weights, query)
-    return _op(query, key, *masks, bias, query_weights, check_scale(scale, query), resolve(backend))
+    return _op(query, key, *masks, bias, query_weights, scale, resolve(backend))
 
 
 def _check_weights(weights: Tensor, query: Tensor) -> Tensor:

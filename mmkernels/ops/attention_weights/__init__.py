@@ -10,15 +10,7 @@ from torch import Tensor
 from mmkernels.checks import check_range
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
-from mmkernels.ops._attention.inputs import (
-    MaskTensors,
-    autocast,
-    check_attention,
-    check_bias,
-    check_scale,
-    check_tensor,
-    take_mask_apart,
-)
+from mmkernels.ops._attention.inputs import MaskTensors, check_scores, check_tensor
 from mmkernels.ops.attention_weights import chunked
 from mmkernels.ops.attention_weights.spec import reference
 
@@ -61,11 +53,7 @@ def attention_weights(
         >>> last.shape, last.sum(-1).round().unique()
         (torch.Size([1, 4, 1, 100]), tensor([1.]))
     """
-    query, key = autocast(query, key)
-    check_attention(query, key)
-    query, key = query.detach(), key.detach()
-    masks = take_mask_apart(mask, query, key.shape[2])
-    bias = None if bias is None else check_bias(bias, query, key.shape[2]).detach()
+    query, key, masks, bias, scale = check_scores(query, key, mask, bias, scale)
     if rows is not None:
         rows = _check_rows(rows, query)
         masks = MaskTensors(
@@ -75,7 +63,7 @@ def attention_weights(
             _take_shared(masks.dense, rows, 2),
         )
         query, bias = _take(query, rows, 2), _take_shared(bias, rows, 2)
-    return _op(query, key, *masks, bias, check_scale(scale, query), resolve(backend))
+    return _op(query, key, *masks, bias, scale, resolve(backend))
 
 
 def _check_rows(rows: Tensor, query: Tensor) -> Tensor:
