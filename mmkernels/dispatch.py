@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "cpu", "chunked", "reference")
 """Every backend's name, the fastest first."""
@@ -70,15 +71,16 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         self.name = check_backend(name)
+        self._previous: list[str] = []  # one block may be entered again inside itself
 
     def __enter__(self) -> None:
-        self.previous = getattr(_choice, "name", "")
+        self._previous.append(getattr(_choice, "name", ""))
         _choice.name = self.name
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _choice.name = self.previous
+        _choice.name = self._previous.pop()
 
 
 def check_backend(name: str) -> str:
@@ -151,10 +153,10 @@ def register(
     torch.library.register_vmap(qualified, _loop_over(op), lib=LIBRARY)
 
     def call(*args: Any) -> Any:
-        if not torch.compiler.is_compiling() and _in_grad_transform():
+        if not torch.compiler.is_compiling() and (_in_grad_transform() or _has_tangent(args)):
             raise NotImplementedError(
-                f"{name} can't be differentiated by torch.func (grad, vjp, jvp, jacrev, ...), which PyTorch does not "
-                'offer to custom operators; use torch.autograd, or backend="reference"'
+                f"{name} can't be differentiated by torch.func (grad, vjp, jvp, jacrev, ...) or in forward mode, which "
+                'PyTorch does not offer to custom operators; use torch.autograd, or backend="reference"'
             )
         return op(*args)
 
@@ -192,6 +194,12 @@ def _in_grad_transform() -> bool:
     stack = torch._C._functorch.get_interpreter_stack()
     kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
     return stack is not None and any(level.key() in kinds for level in stack)
+
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args)
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:

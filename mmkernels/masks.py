@@ -138,6 +138,8 @@ class SpanMask:
             if size < 0:
                 raise ValueError(f"{name} must be >= 0, got {size}")
         place = torch.arange(k_len - q_len, k_len, dtype=torch.int32, device=device)[None]  # [1, Lq]
+        reach = q_len + k_len  # further than this shows nothing more, and could overflow
+        left, right = (size if size is None else min(size, reach) for size in (left, right))
         everything = torch.zeros((1, 1), dtype=torch.int32, device=place.device)
         start = everything if left is None else (place - left).clamp(0, k_len)
         end = everything + k_len if right is None else (place + right + 1).clamp(0, k_len)
@@ -155,8 +157,8 @@ class SpanMask:
             media_offsets: ``[M + 1]`` or ``[B, M + 1]`` integers: image m is keys ``offsets[m]`` to ``offsets[m + 1]``.
 
         Raises:
-            IndexError: an index below -1, or at or above M (checked on CPU tensors; elsewhere such a query sees
-                nothing).
+            IndexError: an index below -1, or with `media_offsets` at or above M (checked on CPU tensors; elsewhere
+                such a query sees nothing, as one past the last key does).
         """
         if not isinstance(media_index, Tensor) or media_index.dtype not in _INTEGERS:
             raise TypeError(f"media_index must be an integer tensor, got {_describe(media_index)}")
@@ -170,9 +172,15 @@ class SpanMask:
             assert tokens_per_media is not None
             if tokens_per_media < 0:
                 raise ValueError(f"tokens_per_media must be >= 0, got {tokens_per_media}")
-            start = media_index.to(torch.int32) * tokens_per_media
-            return cls(start * sees, (start + tokens_per_media) * sees)
-        offsets = torch.as_tensor(media_offsets, device=media_index.device).to(torch.int32)
+            start = media_index.long().clamp(0, _LARGEST) * tokens_per_media  # an index past int32 shows nothing
+            end = (start + tokens_per_media).clamp(max=_LARGEST) * sees
+            return cls((start.clamp(max=_LARGEST) * sees).to(torch.int32), end.to(torch.int32))
+        offsets = torch.as_tensor(media_offsets, device=media_index.device)
+        if offsets.dtype not in _INTEGERS:
+            raise TypeError(f"media_offsets must be integers, got {offsets.dtype}")
+        check_range("media_offsets", offsets, 0, _LARGEST)
+        check_range("the differences of media_offsets", offsets.diff(dim=-1), least=0)
+        offsets = offsets.to(torch.int32)
         if offsets.dim() not in (1, 2) or offsets.shape[-1] < 1:
             raise ValueError(f"media_offsets must be [M + 1] or [B, M + 1], got shape {tuple(offsets.shape)}")
         count = offsets.shape[-1] - 1
@@ -204,6 +212,8 @@ class SpanMask:
         if q_lengths.shape != k_lengths.shape:
             raise ValueError(f"q_lengths and k_lengths must have one length, got {len(q_lengths)} and {len(k_lengths)}")
         q_end, k_end = q_lengths.cumsum(0), k_lengths.cumsum(0)
+        if q_len is not None and q_len < 0:
+            raise ValueError(f"q_len must be >= 0, got {q_len}")
         if q_len is None:
             q_len = int(q_end[-1]) if len(q_end) else 0
         place = torch.arange(q_len, device=q_lengths.device)
@@ -290,6 +300,7 @@ class SpanMask:
         return dense[:, None]
 
 
+_LARGEST = 2**31 - 1
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -311,7 +322,7 @@ def _lengths(name: str, lengths: Lengths, most: int | None = None) -> Tensor:
         raise TypeError(f"{name} must be integers, got {lengths.dtype}")
     if lengths.dim() != 1:
         raise ValueError(f"{name} must be [B], got shape {tuple(lengths.shape)}")
-    check_range(name, lengths, least=0, most=most)
+    check_range(name, lengths, 0, _LARGEST if most is None else most)
     return lengths.to(torch.int32)
 
 

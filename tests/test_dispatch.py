@@ -65,6 +65,15 @@ def test_an_error_leaves_the_block_in_order() -> None:
     assert dispatch.resolve(None) == ""
 
 
+def test_a_block_may_be_entered_again_inside_itself() -> None:
+    block = use_backend("reference")
+    with block:
+        with block:
+            assert dispatch.resolve(None) == "reference"
+        assert dispatch.resolve(None) == "reference"
+    assert dispatch.resolve(None) == ""
+
+
 def test_removed_ops_answer_zeros_forward_and_backward() -> None:
     q = torch.randn(1, 2, 3, 4, requires_grad=True)
     with dispatch.removed():

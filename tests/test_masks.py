@@ -86,6 +86,16 @@ def test_packed(pairs: list[tuple[int, int]], more: int) -> None:
     assert torch.equal(longer[:, :, : len(q_of)], want) and not bool(longer[:, :, len(q_of) :].any())
 
 
+def test_sizes_past_int32_do_not_wrap() -> None:
+    huge = 2**31 - 1
+    for size in (huge, 2**40):
+        same(SpanMask.window(None, size, 4, 4), torch.ones(1, 1, 4, 4).bool())
+        same(SpanMask.window(size, None, 9, 5), torch.ones(1, 1, 9, 5).bool())
+        same(SpanMask.window(size, 0, 4, 4), SpanMask.causal(4, 4).to_dense(4))
+    for index in (2**29, 2**32):
+        same(SpanMask.media(torch.tensor([[index, 0]]), 8), torch.tensor([[False], [True]]).expand(1, 1, 2, 8))
+
+
 # Conversions and algebra.
 
 
@@ -202,7 +212,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "key_valid and the spans must broadcast",
     ),
     "devices": (lambda: SpanMask(S, E.to("meta")), ValueError, "must be on one device, got cpu, meta"),
-    "negative length": (lambda: SpanMask.key_padding([3, -1]), ValueError, "lengths must be >= 0, got -1"),
+    "negative length": (
+        lambda: SpanMask.key_padding([3, -1]),
+        ValueError,
+        "lengths must be from 0 to 2147483647, got -1",
+    ),
     "float lengths": (
         lambda: SpanMask.key_padding(torch.ones(2)),
         TypeError,
@@ -221,10 +235,31 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "media 1-D": (lambda: SpanMask.media(E[0], 2), ValueError, r"media_index must be \[B, Lq\]"),
     "media tokens": (lambda: SpanMask.media(E, -2), ValueError, "tokens_per_media must be >= 0, got -2"),
     "media offsets batch": (
-        lambda: SpanMask.media(E, media_offsets=torch.zeros(3, 4)),
+        lambda: SpanMask.media(E, media_offsets=torch.zeros(3, 4).int()),
         ValueError,
         r"media_offsets must be \[M \+ 1\] or \[2, M \+ 1\]",
     ),
+    "media offsets float": (
+        lambda: SpanMask.media(E, media_offsets=torch.tensor([0.0, 3.7, 4.0])),
+        TypeError,
+        "media_offsets must be integers",
+    ),
+    "media offsets negative": (
+        lambda: SpanMask.media(E, media_offsets=[-1, 3, 4]),
+        ValueError,
+        "media_offsets must be from 0",
+    ),
+    "media offsets falling": (
+        lambda: SpanMask.media(E, media_offsets=[0, 4, 3]),
+        ValueError,
+        "the differences of media_offsets must be >= 0, got -1",
+    ),
+    "length past int32": (
+        lambda: SpanMask.key_padding([2**32 + 3]),
+        ValueError,
+        "lengths must be from 0 to 2147483647",
+    ),
+    "packed q_len": (lambda: SpanMask.packed([1], [1], q_len=-1), ValueError, "q_len must be >= 0, got -1"),
     "packed": (lambda: SpanMask.packed([1], [1, 2]), ValueError, "must have one length, got 1 and 2"),
     "key mask": (lambda: SpanMask.from_key_mask(E), TypeError, "key_mask must be a bool tensor"),
     "dense": (lambda: SpanMask.from_dense(torch.ones(2, 2, 3, 4).bool()), ValueError, "dense must be"),

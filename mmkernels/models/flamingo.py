@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.models import idefics
-from mmkernels.models.blocks.checkpoint import load_checkpoint
+from mmkernels.models.blocks.checkpoint import CheckpointError, load_checkpoint
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.models.blocks.media import carry_on, images_seen, join, last_of, visual_mask
 from mmkernels.models.blocks.sampling import check_sampling, sample
@@ -26,6 +26,7 @@ from mmkernels.models.blocks.vision import VisionTransformer
 from mmkernels.models.blocks.weights import draw_weights
 from mmkernels.models.flamingo_config import FlamingoConfig
 from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
+from mmkernels.nn.checks import check_positive
 
 SIZES = {
     # For tests.
@@ -217,7 +218,11 @@ class Flamingo(nn.Module):
         checkpoint = load_checkpoint(folder, model_type=idefics.MODEL_TYPE, architecture=idefics.ARCHITECTURE)
         config = FlamingoConfig.from_idefics(checkpoint.config)
         if config.image_token_id is None:
-            config = replace(config, image_token_id=idefics.image_token_id(checkpoint.folder))
+            token = idefics.image_token_id(checkpoint.folder)
+            if token is not None and token >= config.vocab_size:
+                size = config.vocab_size
+                raise CheckpointError(f"{checkpoint.folder}: the id of <image> must be below {size}, got {token}")
+            config = replace(config, image_token_id=token)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(idefics.read_weights(checkpoint, model, dtype, device), assign=True)
@@ -276,7 +281,8 @@ class Flamingo(nn.Module):
             attention_mask: ``[B, L]``, 0: padding, on either side.
             visual_cache, kv_cache: of earlier calls; they are changed. With a `visual_cache` of batch 1, B questions
                 share its images.
-            labels: ``[B, L]``, -100: ignored; token i is predicted from the tokens before i.
+            labels: ``[B, L]``, -100: ignored; token i is predicted from the tokens before i. Where all are ignored the
+                loss is NaN, as that of ``F.cross_entropy``.
             last_logits_only: score each row's last token alone.
 
         Returns:
@@ -328,6 +334,8 @@ class Flamingo(nn.Module):
         visual_cache: VisualCache,
     ) -> Tensor:
         """Check that images and text fit; which images each token sees, the pending one first."""
+        if len(visual_cache) != len(self.cross_blocks):
+            raise ValueError(f"visual_cache must have {len(self.cross_blocks)} layers, got {len(visual_cache)}")
         images = visual_cache.next_id
         if images < cache.num_images:
             raise ValueError(f"visual_cache must have the {cache.num_images} images of kv_cache's text, got {images}")
@@ -386,8 +394,7 @@ class Flamingo(nn.Module):
             seed: for a reproducible draw; None: PyTorch's own generator.
             eos_token_id: tokens that end a row; None: the config's; (): none.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_positive("max_new_tokens", max_new_tokens)
         check_sampling(temperature, top_p)
         if eos_token_id is None:
             eos_token_id = self.config.eos_token_ids

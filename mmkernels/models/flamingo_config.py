@@ -83,6 +83,8 @@ class FlamingoConfig:
         for name in ("dropout", "vision_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id must be below vocab_size = {self.vocab_size}, got {self.pad_token_id}")
         if self.image_token_id is not None and not 0 <= self.image_token_id < self.vocab_size:
             raise ValueError(f"image_token_id must be below vocab_size = {self.vocab_size}, got {self.image_token_id}")
 

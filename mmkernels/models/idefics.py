@@ -69,7 +69,10 @@ def image_token_id(folder: Path) -> int | None:
     """The id of ``<image>`` in a folder's tokenizer files, or None. (``IdeficsConfig`` itself has no field for it.)"""
     if (folder / "tokenizer.json").is_file():
         tokens = Section(read_json(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
-        for token in tokens.values.get("added_tokens") or []:
+        added = tokens.values.get("added_tokens") or []
+        if not isinstance(added, list):
+            raise tokens.error("added_tokens", "a list")
+        for token in added:
             if isinstance(token, dict) and token.get("content") == "<image>":
                 return Section(token, tokens.where).integer("id", -1, least=0)
     if (folder / "added_tokens.json").is_file():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mmkernels.checks import check_range
 from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_positive
 from mmkernels.nn.cross_attention import CrossAttention
@@ -73,11 +74,13 @@ class PerceiverResampler(nn.Module):
         if media.dim() < 2 or media.shape[-1] != self.dim:
             raise ValueError(f"media must be [..., P, {self.dim}], got shape {tuple(media.shape)}")
         leading = media.shape[:-2]
-        if lengths is not None and lengths.shape != leading:
-            raise ValueError(
-                f"lengths must be {list(leading)} as media's leading dimensions, got {tuple(lengths.shape)}"
-            )
-        flat = media.reshape(-1, *media.shape[-2:])  # [images, P, C]
+        if lengths is not None:
+            if lengths.shape != leading:
+                raise ValueError(
+                    f"lengths must be {list(leading)} as media's leading dimensions, got {tuple(lengths.shape)}"
+                )
+            check_range("lengths", lengths, 0, media.shape[-2])
+        flat = media.reshape(leading.numel(), *media.shape[-2:])  # [images, P, C]
         count = self.latents.shape[0]
         mask = None if lengths is None else SpanMask.key_padding(lengths.reshape(-1) + count)  # the latents come first
         latents = self.latents.expand(flat.shape[0], -1, -1)  # [images, T, C]

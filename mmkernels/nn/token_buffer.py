@@ -12,7 +12,8 @@ class TokenBuffer:
     An append copies only the new tokens: storage is doubled when it is full, so that each token is moved a bounded
     number of times on average. Two exceptions: the first append keeps the given tensor itself where nothing was
     reserved, and an append of tokens that need a gradient concatenates, since writing into storage would spoil what
-    autograd has saved.
+    autograd has saved. (Tokens that need none are written in place: run pending backward passes through earlier views
+    first, or PyTorch raises.)
 
     Args:
         reserve: tokens to allocate with the first append.

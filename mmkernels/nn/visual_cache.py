@@ -175,12 +175,16 @@ class VisualCache:
         Args:
             image_ids: integers ``[B, Lq]``; -1: none.
         """
+        if image_ids.is_floating_point() or image_ids.dtype == torch.bool:
+            raise TypeError(f"image_ids must be integers, got {image_ids.dtype}")
         check_range("image_ids", image_ids, -1, self._next_id - 1, note=" (none)")
         place_of, offsets = self._tables(image_ids.device)
         return SpanMask.media(place_of[image_ids.long()], media_offsets=offsets)
 
     def token_mask(self, images: Tensor) -> Tensor:
         """Each text token sees any set of images: bool ``[B, Lq, tokens]`` of bool ``[B, Lq, next_id]``."""
+        if images.dtype != torch.bool:
+            raise TypeError(f"images must be bool, got {images.dtype}")
         if images.shape[-1] != self._next_id:
             raise ValueError(f"images must be [B, Lq, {self._next_id}], got shape {tuple(images.shape)}")
         place = [image_id for image_id, length in self._lengths.items() for _ in range(length)]

@@ -54,12 +54,12 @@ def time_alternating(
     least: int = 3,
     most: int = 100,
     limit: float = float("inf"),
+    warm: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
     """Time several candidates in turns, so that whatever else the machine does hits all of them alike.
 
-    Each round calls every candidate once, beginning with another one each time. The first call of each is a warm-up
-    that is not counted.
+    Each round calls every candidate once, beginning with another one each time.
 
     Args:
         candidates: what to call, by name.
@@ -67,6 +67,7 @@ def time_alternating(
         budget: seconds for the counted rounds of all candidates together.
         least, most: bounds on the number of rounds, whatever the budget.
         limit: seconds after which one round is enough.
+        warm: every candidate has run before; else the first call of each is not counted.
         device: on a CUDA device a call ends when its kernels have.
 
     Returns:
@@ -79,7 +80,7 @@ def time_alternating(
             before[name]()
         return time_once(candidates[name], device)
 
-    for name in names:
+    for name in names if not warm else ():
         sample(name)
     samples: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()

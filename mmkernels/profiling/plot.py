@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from mmkernels.profiling.table import compared, memory_ratio, ratio, summary
+from mmkernels.profiling.table import compared, crops_of, memory_ratio, plural, ratio, summary
 
 # Okabe and Ito's palette, which people with any colour vision tell apart.
 _COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
@@ -48,9 +48,8 @@ def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
 def _titles(figure: Figure, report: dict[str, Any]) -> None:
     s = report["settings"]
     figure.text(0.06, 0.935, f"What a visual token costs: {s['model']} {s['size']}", fontsize=19, weight="bold")
-    plural = "s" if s["images"] > 1 else ""
     figure.text(
-        0.06, 0.89, f"A prompt of {s['images']} image{plural} and {s['text_length']:,} text tokens, {s['dtype']}, "
+        0.06, 0.89, f"A prompt of {plural(s['images'], 'image')} and {s['text_length']:,} text tokens, {s['dtype']}, "
         f"on {report['device']}", fontsize=12, color="#444444",
     )  # fmt: skip
 
@@ -85,7 +84,7 @@ def _latency(axes: Axes, report: dict[str, Any]) -> None:
     ends: Ends = {}
     for name, (label, colour, width) in lines.items():
         for backend in report["settings"]["backends"]:
-            cells = _series(report, backend)
+            cells = [cell for cell in _series(report, backend) if name in cell["seconds"]]
             if not cells:
                 continue
             x, y = [cell["tokens_per_image"] for cell in cells], [cell["seconds"][name] * 1e3 for cell in cells]
@@ -208,7 +207,7 @@ def _photo(figure: Figure, report: dict[str, Any], photo: Image.Image) -> None:
     axes.imshow(small)
     axes.set_axis_off()
     s = report["settings"]
-    lines = [f"{s['images']} crops of {s['image']}" if s["images"] > 1 else s["image"], ""]
+    lines = [crops_of(s), ""]
     about_all = report["stages"] | {report["total"]["name"]: " + ".join(report["total"]["stages"])}
     if s["train"]:
         about_all["training step"] = "forward and backward"

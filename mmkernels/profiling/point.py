@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmkernels.dispatch import removed, use_backend
-from mmkernels.profiling.adapter import Adapter
+from mmkernels.profiling.adapter import Adapter, Stage
 from mmkernels.profiling.meters import Timing, peak_memory, time_alternating
 from mmkernels.profiling.options import Options
 
@@ -114,13 +114,10 @@ class _Point:
 
     def _logits(self, backend: str, inputs: Any) -> Tensor | None:
         """None: not enough memory."""
-        try:
-            with torch.inference_mode(), running_as(backend):
-                return self.adapter.logits(self.model, inputs).float()
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                return None
-            raise
+        found = []
+        with torch.inference_mode(), running_as(backend):
+            fits = self._fits(lambda: found.append(self.adapter.logits(self.model, inputs).float()))
+        return found[0] if fits else None
 
     def _measure_drift(self) -> None:
         logits = {backend: self._logits(backend, self.inputs) for backend in self.cells}
@@ -149,33 +146,41 @@ class _Point:
         times: dict[str, dict[str, float]] = {candidate: {} for candidate in candidates}
         for stage in self.adapter.stages:
             self.progress(f"time to {stage.name}")
-            work = dict(states)  # what a run may change
-            ends: dict[str, Any] = {}
-
-            def fork(candidate: str) -> None:
-                work[candidate] = stage.fork(states[candidate])  # noqa: B023 (called within this round of the loop)
-
-            def run(candidate: str) -> None:
-                with running_as(candidate):
-                    ends[candidate] = stage.run(self.model, self.inputs, work[candidate])  # noqa: B023
-
-            timings = self._alternate(
-                {c: partial(run, c) for c in candidates}, {c: partial(fork, c) for c in candidates}
-            )
+            timings, states = self._time_stage(stage, states)
             for candidate, timing in timings.items():
                 self._record(times, candidate, stage.name, timing.per(stage.calls))
-            states = ends
         for seconds in times.values():
             seconds["total"] = sum(seconds[stage.name] for stage in self.adapter.stages if stage.calls == 1)
         for backend in self._able():
             self.cells[backend]["seconds"] = times[backend]
         return times[REMOVED]
 
+    def _time_stage(self, stage: Stage, begins: dict[str, Any]) -> tuple[dict[str, Timing], dict[str, Any]]:
+        """Times, and the states that the candidates are in afterwards."""
+        forks, ends = dict(begins), dict(begins)
+
+        def fork(candidate: str) -> None:
+            forks[candidate] = stage.fork(begins[candidate])
+
+        def run(candidate: str) -> None:
+            with running_as(candidate):
+                ends[candidate] = stage.run(self.model, self.inputs, forks[candidate])
+
+        runs = {candidate: partial(run, candidate) for candidate in begins}
+        return self._alternate(runs, {candidate: partial(fork, candidate) for candidate in begins}), ends
+
     def _alternate(
         self, candidates: Mapping[str, Callable[[], Any]], before: Mapping[str, Callable[[], Any]]
     ) -> dict[str, Timing]:
+        """What is timed has run before, for the drift and the peak memory; without its ops it costs nothing new."""
         return time_alternating(
-            candidates, before=before, budget=_BUDGET, least=_LEAST_ROUNDS, limit=_LIMIT, device=self.device
+            candidates,
+            before=before,
+            budget=_BUDGET,
+            least=_LEAST_ROUNDS,
+            limit=_LIMIT,
+            warm=True,
+            device=self.device,
         )
 
     def _record(self, times: dict[str, dict[str, float]], candidate: str, name: str, timing: Timing) -> None:
@@ -193,22 +198,35 @@ class _Point:
             with running_as(candidate):
                 self.adapter.loss(self.model, self.inputs).backward()
 
+        steps = {REMOVED: partial(step, REMOVED)}
         for backend in self._able():
             self.progress(f"training step's peak memory, {backend}")
-            step(backend)
+            fits = self._fits(partial(step, backend))
             clear()
-            self.cells[backend]["train_peak_memory_bytes"] = self._peak(backend, partial(step, backend))
-            clear()
+            if fits:
+                steps[backend] = partial(step, backend)
+                self.cells[backend]["train_peak_memory_bytes"] = self._peak(backend, steps[backend])
+                clear()
         self.progress("time of a training step")
-        candidates = {candidate: partial(step, candidate) for candidate in [*self._able(), REMOVED]}
-        timings = self._alternate(candidates, dict.fromkeys(candidates, clear))
+        timings = self._alternate(steps, dict.fromkeys(steps, clear))
         clear()
-        times: dict[str, dict[str, float]] = {candidate: {} for candidate in candidates}
+        times: dict[str, dict[str, float]] = {candidate: {} for candidate in steps}
         for candidate, timing in timings.items():
             self._record(times, candidate, "train_step", timing)
-        for backend in self._able():
-            self.cells[backend]["seconds"] |= times[backend]
+            if candidate in self.cells:
+                self.cells[candidate]["seconds"] |= times[candidate]
         return times[REMOVED]
+
+    @staticmethod
+    def _fits(run: Callable[[], Any]) -> bool:
+        """Run; whether the memory was enough."""
+        try:
+            run()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _amdahl(self, cell: Cell, removed_seconds: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """By stage: speed-up over the reference, what it would be with the ops gone, and the share reached."""
@@ -217,6 +235,8 @@ class _Point:
             return {}
         bounds = {}
         for name, gone in removed_seconds.items():
+            if name not in naive["seconds"] or name not in cell["seconds"]:
+                continue
             reference, own = naive["seconds"][name], cell["seconds"][name]
             bounds[name] = {
                 "removed_seconds": gone,
@@ -225,6 +245,10 @@ class _Point:
                 "share_of_cap": gone / own,
             }
         return bounds
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def distance(found: Tensor, exact: Tensor) -> float:

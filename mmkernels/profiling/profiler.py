@@ -93,5 +93,9 @@ def marginal(cells: list[Cell]) -> dict[str, dict[str, float]]:
         if len(row) > 1:
             few, many = row[0], row[-1]
             more = many["visual_tokens"] - few["visual_tokens"]
-            slopes[backend] = {name: (many["seconds"][name] - few["seconds"][name]) / more for name in many["seconds"]}
+            slopes[backend] = {
+                name: (seconds - few["seconds"][name]) / more
+                for name, seconds in many["seconds"].items()
+                if name in few["seconds"]
+            }
     return slopes

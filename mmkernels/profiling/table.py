@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from mmkernels.profiling.meters import Timing
-from mmkernels.profiling.options import CHOICES
 
 WIDTH = 100
 """Columns where the output is no terminal."""
@@ -24,7 +23,6 @@ _NAMES = {"reference": "naive"}
 
 def name_of(backend: str) -> str:
     """What people read for a backend: "reference" is the naive baseline."""
-    assert backend in CHOICES
     return _NAMES.get(backend, backend)
 
 
@@ -58,9 +56,9 @@ def _heading(report: dict[str, Any]) -> Text:
     text = Text()
     text.append(f"{s['model']} {s['size']}", style="bold")
     text.append(
-        f", {s['dtype']}, random weights; {s['images']} crops of {s['image']}, {s['text_length']:,} text tokens\n"
+        f", {s['dtype']}, random weights; {crops_of(s)}, {s['text_length']:,} text tokens\n"
         f"{report['device']}, torch {report['machine']['versions']['torch']}, "
-        f"{threads} thread{'s' * (threads != 1)}\n"
+        f"{plural(threads, 'thread')}\n"
     )
     return text
 
@@ -92,7 +90,7 @@ def _row(report: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     row = [tokens(report, cell), name_of(cell["backend"])]
     if cell["failed"]:
         return [*row, cell["failed"]]
-    row += [milliseconds(seconds[name]) for name in times + ["train_step"] * train]
+    row += [milliseconds(seconds.get(name)) for name in times + ["train_step"] * train]
     row.append(megabytes(cell["peak_memory_bytes"]))
     row += [megabytes(cell["train_peak_memory_bytes"])] * train
     return [*row, _drift(cell)]
@@ -110,7 +108,7 @@ def _gains(report: dict[str, Any]) -> Table:
         table.add_column(f"{title}", justify="right")
     for cell in report["cells"]:
         if cell["amdahl"]:
-            gains = [_gain(cell["amdahl"][name]) for name in shown]
+            gains = [_gain(cell["amdahl"].get(name)) for name in shown]
             shares = [ratio(memory_ratio(report, cell, name)) for name in memories]
             table.add_row(tokens(report, cell), name_of(cell["backend"]), *gains, *shares)
     return table
@@ -123,7 +121,9 @@ def _new_table() -> Table:
     return table
 
 
-def _gain(bound: dict[str, float]) -> str:
+def _gain(bound: dict[str, float] | None) -> str:
+    if bound is None:
+        return "n/a"
     return f"{bound['speedup']:.2f}x of {bound['cap']:.2f}x {bound['share_of_cap']:4.0%}"
 
 
@@ -166,7 +166,7 @@ def summary(report: dict[str, Any]) -> str:
     if not cells:
         return "Nothing fitted into memory."
     cell = cells.get("fused", next(iter(cells.values())))
-    per_image = f"{cell['tokens_per_image']:,} tokens x {report['settings']['images']} images"
+    per_image = f"{cell['tokens_per_image']:,} tokens x {plural(report['settings']['images'], 'image')}"
     parts = []
     last = report["total"]["stages"][-1]
     for name, title in ((last, last), ("train_step", "training step")):
@@ -210,11 +210,21 @@ def memory_ratio(report: dict[str, Any], cell: dict[str, Any], name: str = "peak
 # Numbers for people, three digits or so.
 
 
+def plural(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def crops_of(settings: dict[str, Any]) -> str:
+    return f"{plural(settings['images'], 'crop')} of {settings['image']}"
+
+
 def tokens(report: dict[str, Any], cell: dict[str, Any]) -> str:
     return f"{report['settings']['images']} x {cell['tokens_per_image']:,}"
 
 
-def milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "n/a"
     value = seconds * 1e3
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 

@@ -98,6 +98,49 @@ def test_images_are_prepared_as_transformers_does(tmp_path: Path) -> None:
     assert load_image(turned).size == (50, 70)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white_as_in_transformers(tmp_path: Path, mode: str) -> None:
+    from transformers import IdeficsImageProcessorPil
+
+    image = picture().convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    path = tmp_path / "transparent.png"
+    if mode == "P":
+        picture().convert("P").save(path, transparency=picture().convert("P").getpixel((0, 0)))
+    else:
+        image.convert(mode).save(path)
+    expected = IdeficsImageProcessorPil(image_size=32)([Image.open(path)], return_tensors="pt")
+    torch.testing.assert_close(load_images([path], 32), torch.as_tensor(expected))
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "g.png")
+    loaded = np.asarray(load_image(tmp_path / "g.png"))[..., 0]
+    assert np.abs(loaded - grey / 257.0).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("form", ["DDS", "PPM", "SGI", "BMP", "GIF", "TIFF", "WEBP", "ICO", "TGA"])
+def test_spoiled_bytes_never_escape_as_another_error(tmp_path: Path, form: str) -> None:
+    buffer = io.BytesIO()
+    picture().save(buffer, format=form)
+    draw = np.random.default_rng(0)
+    messages: list[str] = []
+    for _ in range(40):
+        spoiled = bytearray(buffer.getvalue())
+        for at in draw.integers(0, min(200, len(spoiled)), 6):
+            spoiled[at] = draw.integers(256)
+        path = tmp_path / "spoiled"
+        path.write_bytes(spoiled[: draw.integers(1, len(spoiled) + 1)])
+        try:
+            load_image(path)
+        except ImageError as error:
+            messages.append(str(error))
+    assert messages
+    assert all(str(tmp_path) in message for message in messages)
+
+
 def test_sampling() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.0, -1.0]]).expand(20_000, -1)
     generator = torch.Generator().manual_seed(0)
@@ -114,6 +157,8 @@ def test_sampling() -> None:
         expected = torch.zeros(4)
         expected[tokens] = kept[tokens] / kept[tokens].sum()
         torch.testing.assert_close(shares(1.0, top_p), expected, atol=0.015, rtol=0)
+    for cold in (1e-3, 1e-40, 5e-324):
+        assert sample(logits[:9], cold).tolist() == [1] * 9
     for bad in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature must be >= 0 and finite"):
             sample(logits, bad)

@@ -275,6 +275,23 @@ def test_the_image_token_is_that_of_the_tokenizer(folder: Path) -> None:
     assert Flamingo.from_pretrained(folder).config.image_token_id is None
 
 
+def test_tokens_outside_the_vocabulary(folder: Path) -> None:
+    for tokens, message in (
+        ({"added_tokens": 5}, "tokenizer.json: added_tokens must be a list, got 5"),
+        ({"added_tokens": [{"id": 5000, "content": "<image>"}]}, r"the id of <image> must be below"),
+    ):
+        (folder / "tokenizer.json").write_text(json.dumps(tokens))
+        refused(folder, message)
+    (folder / "tokenizer.json").unlink()
+    configure(folder, pad_token_id=10**6)
+    refused(folder, "pad_token_id must be below vocab_size")
+
+
+def test_a_number_past_every_float(folder: Path) -> None:
+    configure(folder, rms_norm_eps=10**400)
+    refused(folder, "rms_norm_eps must be a finite number")
+
+
 def test_config_of_a_dict() -> None:
     config = FlamingoConfig.from_idefics(idefics_config().to_dict())
     assert (config.text_width, config.vision_width, config.num_latents, config.cross_every) == (64, 32, 8, 2)

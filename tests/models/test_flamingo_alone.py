@@ -155,8 +155,15 @@ def test_bad_prompts() -> None:
         model(ids, pixels.to(torch.uint8))
     with pytest.raises(ValueError, match="pixel_values must have batch 1 or input_ids' 1, got 2"):
         model(ids, pixels.expand(2, -1, -1, -1, -1))
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
-        model.generate(ids, pixels, max_new_tokens=0)
+    for bad in (0, 2.5):
+        with pytest.raises(ValueError, match=rf"max_new_tokens must be a positive integer, got {bad}"):
+            model.generate(ids, pixels, max_new_tokens=bad)
+    with pytest.raises(ValueError, match=r"labels must be integers, got torch\.float32"):
+        model(ids, pixels, labels=ids.float())
+    with pytest.raises(ValueError, match="labels other than -100 must be from 0 to"):
+        model(ids, pixels, labels=torch.full_like(ids, 10**6))
+    with pytest.raises(ValueError, match=r"visual_cache must have \d+ layers, got 7"):
+        model(ids, pixels, visual_cache=VisualCache(7))
     with pytest.raises(ValueError, match="temperature must be >= 0"):
         model.generate(ids, pixels, temperature=-1.0)
     with pytest.raises(ValueError, match="top_p must be above 0"):

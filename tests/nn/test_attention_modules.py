@@ -264,3 +264,12 @@ def test_sixteen_bit_and_autocast(dtype: torch.dtype) -> None:
     out = block.to(dtype)(x.to(dtype), context.to(dtype))
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_resampler_checks_lengths() -> None:
+    resampler = PerceiverResampler(8, depth=1, num_latents=4, num_heads=2)
+    media = torch.randn(2, 5, 8)
+    for lengths in ([-2, 5], [50, 5]):
+        with pytest.raises(ValueError, match="lengths must be from 0 to 5"):
+            resampler(media, torch.tensor(lengths))
+    assert resampler(media[:, :0]).shape == (2, 4, 8)

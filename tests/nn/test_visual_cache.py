@@ -214,3 +214,12 @@ def test_token_buffer_moves_each_token_a_bounded_number_of_times() -> None:
     assert len(buffer) == 1000
     with pytest.raises(ValueError, match="start and end must be a range within 0 to 1000, got 5 to 1001"):
         buffer.remove(5, 1001)
+
+
+def test_ids_and_masks_have_the_right_dtype() -> None:
+    cache = VisualCache(1)
+    cache.append([(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))], lengths=[3])
+    with pytest.raises(TypeError, match=r"image_ids must be integers, got torch\.float32"):
+        cache.mask(torch.tensor([[0.7]]))
+    with pytest.raises(TypeError, match=r"images must be bool, got torch\.float32"):
+        cache.token_mask(torch.ones(1, 2, 1))

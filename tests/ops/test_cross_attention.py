@@ -13,15 +13,23 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from mmkernels import BackendError, SpanMask, cross_attention, use_backend
+from mmkernels import BackendError, SpanMask, cross_attention, merge_attention, use_backend
 from mmkernels.ops._attention.philox import keep_mask
 from mmkernels.profiling.meters import peak_memory
 
 BACKENDS = ("chunked", "reference")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 NAN, INF = math.nan, math.inf
+each_op_of_two_tensors = pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("cross_attention", lambda q, k: cross_attention(q, k, k)),
+        ("merge_attention", lambda q, k: merge_attention(q, q[..., 0], q, q[..., 0])[0]),
+    ],
+)
 
 
 def qkv(
@@ -289,6 +297,25 @@ def test_a_seen_value_of_infinity_or_nan_is_reported_in_its_channel(backend: str
 
 
 @each_backend
+@pytest.mark.parametrize("mask", [None, SpanMask.key_padding([3]), torch.tensor([True, True, True, False])])
+@pytest.mark.parametrize("bad", [INF, -INF])
+def test_a_row_of_infinite_scores_is_nan_not_nothing(backend: str, mask: Any, bad: float) -> None:
+    q = torch.tensor([[[[bad, 1.0], [1.0, 1.0]]]])
+    k = torch.tensor([[[[1.0, 1.0], [2.0, 1.0], [3.0, 1.0], [4.0, 1.0]]]])
+    out = cross_attention(q, k, k, mask, backend=backend)
+    assert bool(out[0, 0, 0].isnan().all()) and bool(out[0, 0, 1].isfinite().all())
+
+
+@each_backend
+@pytest.mark.parametrize("mask", [None, SpanMask.key_padding([2])])
+def test_a_score_that_overflows_behind_a_hiding_bias_stays_hidden(backend: str, mask: Any) -> None:
+    q, k = torch.tensor([[[[3e19]]]]), torch.tensor([[[[1e-19], [3e19]]]])
+    v = torch.tensor([[[[1.0], [5.0]]]])
+    out = cross_attention(q, k, v, mask, bias=torch.tensor([0.0, -INF]), backend=backend)
+    assert out.item() == 1.0
+
+
+@each_backend
 def test_large_scores_do_not_overflow(backend: str) -> None:
     q, k, v = (1e4 * x for x in qkv(dtype=torch.float32))
     out, lse = cross_attention(q, k, v, return_lse=True, backend=backend)
@@ -383,6 +410,16 @@ def test_differentiating_by_torch_func_is_refused_or_right() -> None:
     got = torch.func.grad(lambda q: loss(q, "reference"))(q)
     leaf = q.clone().requires_grad_()
     torch.testing.assert_close(got, torch.autograd.grad(loss(leaf), leaf)[0])
+
+
+@each_op_of_two_tensors
+def test_forward_mode_is_refused_or_right(name: str, call: Callable[..., Any]) -> None:
+    q, k, _ = qkv()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match=f"{name} can't be differentiated .* in forward mode"):
+            call(dual, k)
+    assert torch.isfinite(call(q, k)).all()
 
 
 # Memory and layout.

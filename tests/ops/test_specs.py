@@ -82,7 +82,7 @@ def _boundary_calls(spec: OpSpec, case: Case, backend: str, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(module, "_op", spy)
         inputs = cast(draw(case), torch.float32, always_wide=spec.always_wide)
-        spec.function(**inputs, backend="chunked")
+        spec.function(**inputs, backend="")
     return [(*args[:-1], backend) for args in calls]
 
 

@@ -73,6 +73,12 @@ def test_candidates_take_turns_and_each_goes_first_in_its_turn() -> None:
     assert {name: len(timing.samples) for name, timing in timings.items()} == {"a": 4, "b": 4, "c": 4}
 
 
+def test_candidates_that_are_warm_are_counted_from_the_first_call() -> None:
+    calls: list[str] = []
+    time_alternating({"a": lambda: calls.append("a")}, budget=0.0, least=2, warm=True)
+    assert len(calls) == 2
+
+
 def test_rounds_end_at_the_most_or_with_the_budget() -> None:
     assert len(time_alternating({"a": lambda: None}, budget=math.inf, most=7)["a"].samples) == 7
     assert len(time_alternating({"a": lambda: None}, budget=-1.0, least=2)["a"].samples) == 2

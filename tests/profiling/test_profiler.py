@@ -169,6 +169,21 @@ def test_a_backend_that_runs_out_of_memory_leaves_the_others(linear: Linear, tmp
     plot.draw(report, PHOTO, tmp_path / "profile.png")
 
 
+def test_a_training_step_that_runs_out_of_memory_is_left_out(linear: Linear, tmp_path: Path) -> None:
+    def loss(model: nn.Linear, inputs: Tensor) -> Tensor:
+        if dispatch.resolve(None) == "reference":
+            raise torch.OutOfMemoryError("no more")
+        return model(inputs).sum()
+
+    linear.loss = loss  # type: ignore[method-assign]
+    report = profiler.profile(Options("linear", default_photo(), tokens=(4, 8), size="one", train=True), PHOTO)
+    fused, naive = report["cells"][:2]
+    assert "train_step" in fused["seconds"] and "train_step" not in naive["seconds"]
+    assert set(fused["amdahl"]) == {"multiply", "total"} and naive["failed"] is None
+    assert "n/a" in render(report) and table.summary(report)
+    plot.draw(report, PHOTO, tmp_path / "profile.png")
+
+
 def test_choices_are_restored_after_an_error(linear: Linear) -> None:
     linear.fails = "something else"
     with pytest.raises(RuntimeError, match="something else"):

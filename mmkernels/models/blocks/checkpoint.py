@@ -48,9 +48,12 @@ class Section:
 
     def number(self, key: str, default: float) -> float:
         value = self.values.get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self.error(key, "a finite number")
-        return float(value)
+        try:
+            if type(value) in (int, float) and math.isfinite(value):
+                return float(value)
+        except OverflowError:  # an integer past the largest float
+            pass
+        raise self.error(key, "a finite number")
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.values.get(key, default)

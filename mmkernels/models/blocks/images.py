@@ -22,7 +22,7 @@ class ImageError(ValueError):
 
 
 def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image:
-    """Decode an image file to RGB, turned as its EXIF orientation says.
+    """Decode an image file to RGB, turned as its EXIF orientation says; what is transparent becomes white.
 
     Raises:
         FileNotFoundError: no such file.
@@ -39,15 +39,23 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            image = Image.open(path)
-        if image.width * image.height > max_pixels:
-            raise ImageError(f"{path}: must have at most {max_pixels} pixels, got {image.width} x {image.height}")
-        return ImageOps.exif_transpose(image).convert("RGB")
+            file = Image.open(path)
+        if file.width * file.height > max_pixels:
+            raise ImageError(f"{path}: must have at most {max_pixels} pixels, got {file.width} x {file.height}")
+        image = ImageOps.exif_transpose(file)
+        if image.has_transparency_data:  # on white, as transformers does it
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        if image.mode.startswith("I;16"):  # Pillow would clip, not scale
+            image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise ImageError(f"{path}: must be an image, got a file that is none that Pillow knows") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path}: must have at most {max_pixels} pixels, got more: {error}") from error
-    except (OSError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise on broken files
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # on broken files Pillow's decoders raise almost anything
         raise ImageError(f"{path}: must be a whole image, got an error: {error}") from error
 
 

@@ -30,7 +30,9 @@ def sample(
     check_sampling(temperature, top_p)
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
+    logits = logits.double()
+    # From the largest, and in float64, so that no temperature divides to infinity.
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-300)).softmax(-1).float()
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # what likelier tokens hold: 0 for the likeliest, which is always kept

@@ -55,6 +55,10 @@ def check_tokens(
     if cache.batch_size not in (None, input_ids.shape[0]):
         raise ValueError(f"input_ids must be for kv_cache's batch {cache.batch_size}, got {input_ids.shape[0]}")
     check_range("input_ids", input_ids, 0, vocab_size - 1)
+    if labels is not None:
+        if labels.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"labels must be integers, got {labels.dtype}")
+        check_range("labels other than -100", labels[labels != -100], 0, vocab_size - 1)
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool), False
     valid = attention_mask.bool()

@@ -72,10 +72,11 @@ class Tiles:
         self.group = self.heads // self.key_heads
         self.shared = self.key_batch == 1 and self.batch != 1
         self.dtype = query.dtype if query.dtype == torch.float64 else torch.float32
-        masked = start is not None or key_valid is not None or dense is not None
         self.on_host = query.device.type == "cpu"  # elsewhere looking at values would wait for the device
+        self.bias_hides = bias is not None and not (self.on_host and not bool(torch.isneginf(bias).any()))
+        self.hides = self.bias_hides or start is not None or key_valid is not None or dense is not None
         # Hidden NaN and inf must not leak; that costs extra matmuls, so look first where looking is free.
-        self.careful = (masked or bias is not None) and not (self.on_host and all_finite(query, key, *others))
+        self.careful = self.hides and not (self.on_host and all_finite(query, key, *others))
         self._plan()
 
     def _plan(self) -> None:
@@ -201,7 +202,7 @@ class Tiles:
         if self.bias is not None:
             bias = self.fold_pairs(self._part(self.bias, block, tile.queries, tile.keys), block)
             pairs.add_(bias)
-            if self.careful:
+            if self.bias_hides:  # an overflowed score plus -inf would be NaN
                 pairs.masked_fill_(bias == -math.inf, -math.inf)
         if tile.hidden is not None:
             pairs.masked_fill_(tile.hidden, -math.inf)
@@ -226,9 +227,45 @@ class Tiles:
         down = torch.bmm(seen, (nan | x.isneginf()).to(x.dtype)) > 0
         return out + torch.where(up, math.inf, 0.0) + torch.where(down, -math.inf, 0.0)
 
-    def seen(self, scores: Tensor) -> Tensor | None:
-        """1 where a score is not -inf; None where nothing can leak."""
-        return (scores != -math.inf).to(self.dtype) if self.careful else None
+    def seen(self, scores: Tensor, block: Block, tile: Tile) -> Tensor | None:
+        """1 where a key is visible, like `scores`; None where nothing can leak. (Of the mask: a score may be -inf.)"""
+        if not self.careful:
+            return None
+        seen = torch.ones_like(scores)
+        pairs = self.as_pairs(seen, block)
+        if tile.hidden is not None:
+            pairs.masked_fill_(tile.hidden, 0.0)
+        if self.bias is not None:
+            bias = self.fold_pairs(self._part(self.bias, block, tile.queries, tile.keys), block)
+            pairs.masked_fill_(bias == -math.inf, 0.0)
+        return seen
+
+
+class RowSums:
+    """The online softmax of one tile of queries: largest score and sum of exponentials, [P, rows, 1]."""
+
+    def __init__(self, tiles: Tiles, rows: Tensor) -> None:
+        self.tiles = tiles
+        self.top = rows.new_full((*rows.shape[:2], 1), -math.inf)
+        self.total = torch.zeros_like(self.top)
+        self.sees = torch.zeros_like(self.top)  # only kept up where scores may be -inf in a visible place
+
+    def add(self, scores: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Turn a tile's scores, in place, into weights relative to the new largest; and what earlier ones shrink by."""
+        new = torch.maximum(self.top, scores.amax(-1, keepdim=True))
+        # A row that sees nothing has weights 0; without a mask a row of -inf is NaN, as in softmax.
+        base = finite_or_zero(new) if self.tiles.hides else new
+        weights, shrink = scores.sub_(base).exp_(), (self.top - base).exp_()
+        self.total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        self.top = new
+        if seen is not None:
+            self.sees = torch.maximum(self.sees, seen.amax(-1, keepdim=True))
+        return weights, shrink
+
+    def log_sum_exp(self) -> Tensor:
+        """-inf for a row that sees nothing, NaN for one that sees only scores of -inf."""
+        lse = finite_or_zero(self.top) + self.total.log()
+        return torch.where((self.total == 0) & (self.sees > 0), math.nan, lse) if self.tiles.careful else lse
 
 
 def without_non_finite(x: Tensor) -> Tensor:
@@ -242,13 +279,9 @@ def finite_or_zero(x: Tensor) -> Tensor:
 
 
 def log_sum_exp(tiles: Tiles, block: Block, queries: slice, rows: Tensor) -> Tensor:
-    """[P, rows, 1], -inf for a query that sees nothing."""
-    top = rows.new_full((*rows.shape[:2], 1), -math.inf)
-    total = torch.zeros_like(top)
+    """[P, rows, 1], see `RowSums`."""
+    sums = RowSums(tiles, rows)
     for tile in tiles.key_tiles(block, queries):
         scores = tiles.scores(rows, block, tile)
-        new = torch.maximum(top, scores.amax(-1, keepdim=True))
-        base = finite_or_zero(new)
-        total = total * (top - base).exp_() + scores.sub_(base).exp_().sum(-1, keepdim=True)
-        top = new
-    return finite_or_zero(top) + total.log()
+        sums.add(scores, tiles.seen(scores, block, tile))
+    return sums.log_sum_exp()

@@ -32,7 +32,7 @@ def forward(
             count = None if counts is None else tiles.fold_rows(counts, block, queries)
             for tile in tiles.key_tiles(block, queries):
                 scores = tiles.scores(rows, block, tile)
-                seen = tiles.seen(scores)
+                seen = tiles.seen(scores, block, tile)
                 weights = scores.sub_(lse).exp_()
                 weights = weights if count is None else weights.mul_(count)
                 if seen is not None:  # a hidden key gets nothing from a query whose own scores or count are NaN

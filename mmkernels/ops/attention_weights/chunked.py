@@ -27,7 +27,7 @@ def forward(
             lse = finite_or_zero(log_sum_exp(tiles, block, queries, rows))
             for tile in tiles.key_tiles(block, queries):
                 scores = tiles.scores(rows, block, tile)
-                seen = tiles.seen(scores)
+                seen = tiles.seen(scores, block, tile)
                 weights = scores.sub_(lse).exp_()
                 if seen is not None:  # a query whose own scores are NaN still gives a hidden key nothing
                     weights = torch.where(seen > 0, weights, 0.0)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmkernels.ops._attention.tiles import Block, Tiles, finite_or_zero, without_non_finite
+from mmkernels.ops._attention.tiles import Block, RowSums, Tiles, finite_or_zero, without_non_finite
 
 
 def forward(
@@ -43,17 +43,12 @@ def forward(
 def _attend(tiles: Tiles, block: Block, queries: slice, value: Tensor) -> tuple[Tensor, Tensor]:
     """One tile of queries against all its keys: [P, rows, Dv] and the log-sum-exp [P, rows, 1]."""
     rows = tiles.scaled_rows(block, queries)
-    top = rows.new_full((*rows.shape[:2], 1), -math.inf)
-    total = torch.zeros_like(top)
+    sums = RowSums(tiles, rows)
     out: Tensor | None = None
     for tile in tiles.key_tiles(block, queries):
         scores = tiles.scores(rows, block, tile)
-        seen = tiles.seen(scores)
-        new = torch.maximum(top, scores.amax(-1, keepdim=True))
-        base = finite_or_zero(new)
-        weights = scores.sub_(base).exp_()
-        shrink = (top - base).exp_()
-        total = total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        seen = tiles.seen(scores, block, tile)
+        weights, shrink = sums.add(scores, seen)
         tiles.drop(weights, block, tile)
         values = tiles.fold_keys(value, block, tile.keys)
         if out is None:
@@ -62,11 +57,11 @@ def _attend(tiles: Tiles, block: Block, queries: slice, value: Tensor) -> tuple[
             out.mul_(shrink).baddbmm_(weights, values)
         else:
             out = out.mul_(shrink).add_(tiles.multiply(weights, values, seen))
-        top = new
     if out is None:
         out = rows.new_zeros(*rows.shape[:2], value.shape[3])
-    lse = finite_or_zero(top) + total.log()
-    return out.div_(total.masked_fill(total == 0, 1.0)), lse
+    lse = sums.log_sum_exp()
+    out.div_(sums.total.masked_fill(sums.total == 0, 1.0))
+    return (torch.where(lse.isnan(), math.nan, out) if tiles.careful else out), lse
 
 
 def backward(
@@ -155,7 +150,7 @@ def _backward_rows(
     for tile in tiles.key_tiles(block, queries):
         place = (block.key_batch, block.key_heads, tile.keys)
         scores = tiles.scores(rows.query, block, tile)
-        seen = tiles.seen(scores)
+        seen = tiles.seen(scores, block, tile)
         weights = scores.sub_(rows.lse).exp_()
         if seen is not None:  # a query whose scores are NaN gives nothing to a key that it does not see
             weights.masked_fill_(seen == 0, 0.0)
