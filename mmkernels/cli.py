@@ -10,6 +10,7 @@ from typing import Annotated
 
 from mmkernels.dispatch import BackendError
 from mmkernels.profiling import BadInput
+from mmkernels.profiling.options import Options
 
 try:
     import typer
@@ -17,6 +18,7 @@ except ImportError:  # `main` says what to install
     typer = None  # type: ignore[assignment]
 
 PROFILE_OUT = Path("profiles")
+_TOKENS = ",".join(map(str, Options.tokens))
 
 
 def main() -> None:
@@ -76,22 +78,22 @@ def doctor() -> None:
 def profile(
     model: Annotated[str, typer.Argument(help="flamingo")],
     image: Annotated[Path | None, typer.Option(help="Photograph; default: one that matplotlib ships.")] = None,
-    tokens: Annotated[str, typer.Option(help="Visual tokens per image, one profile each.")] = "16,64,256,1024",
-    images: Annotated[int, typer.Option(help="Images in the prompt: different crops of the photograph.")] = 5,
-    text_length: Annotated[int, typer.Option(help="Text tokens in the prompt.")] = 512,
+    tokens: Annotated[str, typer.Option(help="Visual tokens per image, one profile each.")] = _TOKENS,
+    images: Annotated[int, typer.Option(help="Images in the prompt: crops of the photograph.")] = Options.images,
+    text_length: Annotated[int, typer.Option(help="Text tokens in the prompt.")] = Options.text_length,
     backend: Annotated[
         str,
         typer.Option(help='What to compare: "fused" (automatic choice), "reference" (naive), or a backend by name.'),
-    ] = "fused,reference",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    ] = ",".join(Options.backends),
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = Options.dtype,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = "",
-    size: Annotated[str, typer.Option(help="Of the model: tiny, small or base; random weights.")] = "small",
+    size: Annotated[str, typer.Option(help="Of the model: tiny, small or base; random weights.")] = Options.size,
     train: Annotated[bool, typer.Option("--train", help="Also measure a training step.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for profile.json and profile.png.")] = PROFILE_OUT,
 ) -> None:
     """Show what each visual token costs: time by stage, peak memory, drift; fused beside the naive baseline."""
     from mmkernels.profiling.command import run_profile
-    from mmkernels.profiling.options import Options, parse_list, parse_tokens
+    from mmkernels.profiling.options import parse_list, parse_tokens
     from mmkernels.profiling.photo import default_photo
 
     options = Options(

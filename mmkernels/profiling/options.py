@@ -42,7 +42,7 @@ class Options:
     image: Path
     tokens: tuple[int, ...] = (16, 64, 256, 1024)
     images: int = 5
-    text_length: int = 256
+    text_length: int = 512
     backends: tuple[str, ...] = ("fused", "reference")
     dtype: str = "fp32"
     device: str = "cpu"
