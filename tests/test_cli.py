@@ -149,7 +149,7 @@ def test_help(mmkernels) -> None:
     assert mmkernels().code == 2
 
 
-@pytest.mark.parametrize("package", ["typer", "rich", "matplotlib"])
+@pytest.mark.parametrize("package", ["typer", "matplotlib"])
 def test_a_missing_package_says_what_to_install(package: str) -> None:
     code = f"import sys; sys.modules['{package}'] = None; sys.argv = ['mmkernels', 'profile', 'flamingo']; "
     code += "from mmkernels.cli import main; main()"
