@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import IdeficsImageProcessorPil
 
+from mmkernels.models.blocks.images import to_pixels
 from mmkernels.models.flamingo import SIZES, Flamingo, FlamingoCache
 from mmkernels.nn import VisualCache
 from mmkernels.profiling.adapter import Stage
@@ -95,8 +95,7 @@ class FlamingoAdapter:
         places = torch.arange(options.images) * options.text_length // options.images  # evenly, the first token first
         ids[0, places] = marker
         media_index = (ids == marker).long().cumsum(1) - 1
-        processor = IdeficsImageProcessorPil(image_size=model.config.image_size)
-        pixels = torch.as_tensor(processor(photos, return_tensors="pt"))[None]
+        pixels = to_pixels(photos, model.config.image_size)[None]
         return Inputs(pixels.to(weight), ids.to(weight.device), media_index.to(weight.device))
 
     def logits(self, model: Flamingo, inputs: Inputs) -> Tensor:

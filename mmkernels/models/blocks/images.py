@@ -72,11 +72,15 @@ def load_images(paths: Sequence[str | Path], image_size: int, *, max_pixels: int
     """
     if not paths:
         raise ValueError("paths must name at least one image, got none")
-    images = [load_image(path, max_pixels=max_pixels) for path in paths]
+    return to_pixels([load_image(path, max_pixels=max_pixels) for path in paths], image_size)
+
+
+def to_pixels(images: Sequence[Image], image_size: int) -> Tensor:
+    """Pixel values, float32 ``[N, 3, image_size, image_size]``, of RGB images: as transformers prepares them."""
     try:
         from transformers import IdeficsImageProcessorPil
     except ImportError as error:
         raise ImportError("preparing images needs transformers: pip install mmkernels[models]") from error
     # Pillow's resampling, not torchvision's, so that the same file gives the same pixels on every machine.
-    pixels: Any = IdeficsImageProcessorPil(image_size=image_size)(images, return_tensors="pt")
+    pixels: Any = IdeficsImageProcessorPil(image_size=image_size)(list(images), return_tensors="pt")
     return torch.as_tensor(pixels, dtype=torch.float32)
