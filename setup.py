@@ -6,6 +6,7 @@ environment variable that building reads beside the compiler's own, it is an err
 """
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -66,6 +67,8 @@ class CMakeBuild(build_ext):
         library.unlink(missing_ok=True)
         why_not.unlink(missing_ok=True)
         try:
+            if target == "_cpu" and importlib.util.find_spec("torch") is None:
+                raise BuildFailed("torch is not there while building (build isolation?)")
             shutil.copy(self.build_target(target) / library.name, library)
         except BuildFailed as error:
             if os.environ.get("MMKERNELS_REQUIRE_EXT") == "1":
@@ -86,6 +89,6 @@ class CMakeBuild(build_ext):
 SOURCES = ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*")) if p.is_file())]
 
 setup(
-    ext_modules=[Extension("mmkernels._host", sources=[], depends=SOURCES)],
+    ext_modules=[Extension(f"mmkernels.{name}", sources=[], depends=SOURCES) for name in ("_host", "_cpu")],
     cmdclass={"build_ext": CMakeBuild},
 )

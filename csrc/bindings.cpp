@@ -15,25 +15,11 @@
 #include <sched.h>
 #endif
 
+#include "common/isa.h"
+
 namespace py = pybind11;
 
 namespace {
-
-std::string isa() {
-#if defined(__x86_64__)
-  // The builtins ask XGETBV too: an instruction set whose registers the OS does not save counts as absent.
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512bf16") ? "avx512_bf16" : "avx512";
-  }
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "avx2" : "plain";
-#elif defined(__aarch64__)
-  return "neon";
-#else
-  return "plain";
-#endif
-}
 
 const std::string kCpus = "/sys/devices/system/cpu/cpu";
 
@@ -80,7 +66,7 @@ int physical_cores() {
 
 PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
   m.doc() = "What the host CPU offers; tensor-free.";
-  m.def("isa", &isa, "Widest instruction set of this CPU and OS: avx512_bf16, avx512, avx2, neon or plain.");
+  m.def("isa", &mmkernels::detect_isa, "Widest instruction set of this CPU and OS: avx512_bf16, avx512, avx2, neon or plain.");
   m.def("cache_sizes", &cache_sizes, "Bytes of the caches that one core sees, by l1d, l2, l3; 0 where unknown.");
   m.def("physical_cores", &physical_cores, "Cores that this process may run on; the threads of one core count once.");
   m.def("compiler", [] { return MMKERNELS_COMPILER; }, "Name and version of the compiler that built this module.");

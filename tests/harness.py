@@ -21,9 +21,11 @@ class Result:
     grads: dict[str, Tensor]
 
 
-def backends(spec: OpSpec) -> list[str]:
-    """The op's backends that this machine can run."""
-    return [entry.name for entry in TABLES[spec.name] if entry.why_not() is None]
+def backends(spec: OpSpec, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
+    """The op's backends that this machine can run, and that compute in `dtype` on `device`."""
+    probe = torch.empty(0, dtype=dtype, device=device)
+    able = (entry for entry in TABLES[spec.name] if entry.why_not() is None)
+    return [entry.name for entry in able if entry.name != "cpu" or entry.why_not(probe) is None]
 
 
 def draw(case: Case) -> Inputs:

@@ -48,7 +48,7 @@ each_op = pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 @each_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_against_float64(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    for backend in backends(spec):
+    for backend in backends(spec, dtype):
         assert check(spec, case, dtype, backend) > 0
 
 
@@ -56,7 +56,7 @@ def test_against_float64(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
 @each_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_against_float64_on_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    for backend in backends(spec):
+    for backend in backends(spec, dtype, "cuda"):
         check(spec, case, dtype, backend, device="cuda")
 
 

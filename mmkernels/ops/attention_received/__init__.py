@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels import cpu
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
 from mmkernels.ops._attention.inputs import check_scores, check_tensor
@@ -81,6 +82,10 @@ def _fake(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
 _op = register(
     "attention_received(Tensor query, Tensor key, Tensor? start, Tensor? end, Tensor? key_valid, Tensor? dense, "
     "Tensor? bias, Tensor? query_weights, float scale, str backend) -> Tensor",
-    [Backend("chunked", chunked.forward), Backend("reference", reference)],
+    [
+        Backend("cpu", cpu.op("attention_received_cpu"), cpu.why_not),
+        Backend("chunked", chunked.forward),
+        Backend("reference", reference),
+    ],
     _fake,
 )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels import cpu
 from mmkernels.checks import check_range
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
@@ -101,6 +102,10 @@ def _fake(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
 _op = register(
     "attention_weights(Tensor query, Tensor key, Tensor? start, Tensor? end, Tensor? key_valid, Tensor? dense, "
     "Tensor? bias, float scale, str backend) -> Tensor",
-    [Backend("chunked", chunked.forward), Backend("reference", reference)],
+    [
+        Backend("cpu", cpu.op("attention_weights_cpu"), cpu.why_not),
+        Backend("chunked", chunked.forward),
+        Backend("reference", reference),
+    ],
     _fake,
 )

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from mmkernels import cpu
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
 from mmkernels.ops._attention.inputs import (
@@ -230,7 +231,11 @@ def _apart(x: Tensor) -> Tensor:
 _op_backward = register(
     f"cross_attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, float scale, "
     "float dropout_p, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    [Backend("chunked", chunked.backward), Backend("reference", reference_backward)],
+    [
+        Backend("cpu", cpu.op("cross_attention_backward_cpu"), cpu.why_not),
+        Backend("chunked", chunked.backward),
+        Backend("reference", reference_backward),
+    ],
     _fake_backward,
     setup_context=_setup_context_backward,
     backward=_backward_backward,
@@ -238,7 +243,11 @@ _op_backward = register(
 )
 _op = register(
     f"cross_attention({_INPUTS}, float scale, float dropout_p, str backend) -> (Tensor, Tensor)",
-    [Backend("chunked", chunked.forward), Backend("reference", reference)],
+    [
+        Backend("cpu", cpu.op("cross_attention_cpu"), cpu.why_not),
+        Backend("chunked", chunked.forward),
+        Backend("reference", reference),
+    ],
     _fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -1,0 +1,89 @@
+#include "parallel.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
+namespace mmkernels {
+namespace {
+
+std::atomic<bool> used_threads{false}, forked{false};
+
+#ifndef _WIN32
+const int registered = pthread_atfork(nullptr, nullptr, [] {
+  if (used_threads.load()) {
+    forked.store(true);
+  }
+});
+#endif
+
+struct Free {
+  void operator()(char* p) const {
+    std::free(p);
+  }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory allocate(std::int64_t bytes) {
+  void* p = nullptr;
+  TORCH_CHECK(posix_memalign(&p, 64, static_cast<std::size_t>(bytes)) == 0, "out of memory: scratch of ", bytes,
+              " bytes");
+  return Memory(static_cast<char*>(p));
+}
+
+// What a thread keeps from one call to the next, so that small calls neither allocate nor touch fresh pages: at most the
+// size of a second-level cache, which is what most calls' scratch is cut to.
+constexpr std::int64_t kKept = 1 << 20;
+thread_local Memory kept;
+thread_local std::int64_t kept_bytes = 0;
+
+} // namespace
+
+int available_threads() {
+  if (at::in_parallel_region() || forked.load(std::memory_order_relaxed)) {
+    return 1;
+  }
+  return at::get_num_threads();
+}
+
+void parallel_tasks(std::int64_t count, int threads, std::int64_t bytes,
+                    const std::function<void(std::int64_t, char*)>& run) {
+  std::atomic<std::int64_t> next{0};
+  const auto work = [&] {
+    Memory own;
+    char* scratch = nullptr;
+    if (bytes > kKept) {
+      own = allocate(bytes);
+      scratch = own.get();
+    } else if (bytes > 0) {
+      if (kept_bytes < bytes) {
+        kept = allocate(bytes);
+        kept_bytes = bytes;
+      }
+      scratch = kept.get();
+    }
+    for (std::int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
+      run(i, scratch);
+    }
+  };
+  threads = static_cast<int>(std::min<std::int64_t>(threads, count));
+  if (threads <= 1) {
+    work();
+    return;
+  }
+  used_threads.store(true, std::memory_order_relaxed);
+  at::parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      work();
+    }
+  });
+}
+
+} // namespace mmkernels

@@ -1,0 +1,18 @@
+// Parallel loops on PyTorch's threads, and scratch memory for each.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace mmkernels {
+
+// Threads that a loop started here would use: torch.get_num_threads(), 1 inside another parallel region and in a process
+// forked after threads were started (OpenMP's do not survive a fork).
+int available_threads();
+
+// Calls run(i, scratch) for each i below `count`, each once, in any order, on at most `threads` threads; `scratch` is
+// `bytes` of memory of the thread's own, aligned to a cache line.
+void parallel_tasks(std::int64_t count, int threads, std::int64_t bytes,
+                    const std::function<void(std::int64_t, char*)>& run);
+
+} // namespace mmkernels

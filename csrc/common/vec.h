@@ -1,0 +1,412 @@
+// Vectors of 32-bit lanes for the instruction set that this translation unit is compiled for, and what kernels do with
+// them. Everything lives in a namespace of that instruction set's name: one source, one object per instruction set, and
+// no inline function that the linker could take from the wrong object. For the same reason nothing here uses std.
+//
+// MMK_ISA names the namespace; the compiler's flags decide: AVX-512 (F, BW, DQ, VL), AVX2 with FMA and F16C, or 16-byte
+// vectors in GCC's notation, which every compiler turns into what the CPU has (SSE2, NEON, ...).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define MMK_INLINE inline __attribute__((always_inline))
+
+namespace mmkernels {
+namespace MMK_ISA {
+
+using i64 = std::int64_t;
+
+template <typename T> MMK_INLINE T least(T a, T b) {
+  return a < b ? a : b;
+}
+template <typename T> MMK_INLINE T most(T a, T b) {
+  return a > b ? a : b;
+}
+MMK_INLINE i64 round_up(i64 x, i64 to) {
+  return (x + to - 1) / to * to;
+}
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kVectors = 4; // of a panel: its widest tile is 6 x 4 vectors, 24 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kVectors = 2; // 6 x 2 vectors, 12 of 16 registers
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kVectors = 4; // 32 registers
+#else
+constexpr int kLanes = 4;
+constexpr int kVectors = 2;
+#endif
+constexpr int kPanel = kLanes * kVectors; // queries that are worked on together
+#if defined(__AVX512BF16__)
+constexpr bool kHasDot = true; // two products of bfloat16 pairs a lane, added in float32
+#else
+constexpr bool kHasDot = false;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t IVec __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t UVec __attribute__((vector_size(kLanes * 4)));
+
+MMK_INLINE Vec load(const void* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+MMK_INLINE void store(void* p, Vec v) {
+  std::memcpy(p, &v, sizeof v);
+}
+MMK_INLINE Vec set1(float x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_set1_ps(x);
+#else
+  return x - Vec{};
+#endif
+}
+// The 32 bits at p in every lane.
+MMK_INLINE Vec broadcast(const void* p) {
+  float x;
+  std::memcpy(&x, p, sizeof x);
+  return set1(x);
+}
+MMK_INLINE Vec zero() {
+  return Vec{};
+}
+MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+// acc + a0 * b0 + a1 * b1, where each lane of a and b holds two bfloat16.
+MMK_INLINE Vec dot(Vec a, Vec b, Vec acc) {
+#if defined(__AVX512BF16__)
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  (void)a, (void)b;
+  return acc;
+#endif
+}
+// The larger one, and `data` where the two can't be compared: NaN in `data` stays.
+MMK_INLINE Vec max_keep_nan(Vec bound, Vec data) {
+  return data < bound ? bound : data;
+}
+// The larger one, ignoring NaN in `data`.
+MMK_INLINE Vec max_skip_nan(Vec bound, Vec data) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)data, (__m512)bound);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)data, (__m256)bound);
+#else
+  return data > bound ? data : bound;
+#endif
+}
+// Lanes by the low bits of `bits`: where 1, a, else b.
+MMK_INLINE Vec choose(std::uint32_t bits, Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_mask_blend_ps((__mmask16)bits, (__m512)b, (__m512)a);
+#else
+  IVec lane;
+  for (int i = 0; i < kLanes; ++i) {
+    lane[i] = 1 << i;
+  }
+  const IVec has = ((std::int32_t)bits - IVec{}) & lane;
+  return has != 0 ? a : b;
+#endif
+}
+// The low bits: where a comparison held.
+MMK_INLINE std::uint32_t bits_of(IVec v) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)v);
+#elif defined(__AVX2__)
+  return (std::uint32_t)_mm256_movemask_ps((__m256)v);
+#else
+  std::uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    bits |= (v[i] != 0 ? 1u : 0u) << i;
+  }
+  return bits;
+#endif
+}
+MMK_INLINE float sum(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    total += v[i];
+  }
+  return total;
+#endif
+}
+MMK_INLINE float largest(Vec v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; ++i) {
+    top = v[i] > top ? v[i] : top;
+  }
+  return top;
+}
+
+constexpr float kInf = __builtin_inff();
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+// 2^x, exactly 0 below -126 (so for -inf), NaN for NaN. Relative error below 1.6e-7: x = n + f, |f| <= 1/2, and 2^f by a
+// polynomial of degree 5 with least relative error on that interval.
+MMK_INLINE Vec exp2(Vec x) {
+  constexpr float c0 = 1.0f, c1 = 6.931469776e-1f, c2 = 2.402224208e-1f, c3 = 5.550733747e-2f, c4 = 9.671512910e-3f,
+                  c5 = 1.326472689e-3f;
+#if defined(__AVX512F__)
+  const __mmask16 big = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  const Vec n = (Vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec shift = set1(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
+  const Vec bounded = x > 200.0f ? set1(200.0f) : (x < -200.0f ? set1(-200.0f) : x);
+  volatile Vec rounded = bounded + shift; // volatile: not to be folded away
+  const Vec n = rounded - shift;
+#endif
+  const Vec f = x - n;
+  Vec p = fma(set1(c5), f, set1(c4));
+  p = fma(p, f, set1(c3));
+  p = fma(p, f, set1(c2));
+  p = fma(p, f, set1(c1));
+  p = fma(p, f, set1(c0));
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_scalef_ps(big, (__m512)p, (__m512)n);
+#else
+  // 2^n in two factors: n may be 128 where f is below 0. A NaN must not reach the conversion to integers.
+  const Vec safe = n != n ? zero() : (n > 256.0f ? set1(256.0f) : (n < -256.0f ? set1(-256.0f) : n));
+  const IVec whole = __builtin_convertvector(safe, IVec);
+  const IVec half = whole >> 1, rest = whole - half;
+  const Vec scaled = p * (Vec)((half + 127) << 23) * (Vec)((rest + 127) << 23);
+  return x < -126.0f ? zero() : (x > 1000.0f ? set1(kInf) : scaled);
+#endif
+}
+
+// 16-bit floats.
+
+MMK_INLINE float from_bf16(std::uint16_t x) {
+  const std::uint32_t bits = (std::uint32_t)x << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+MMK_INLINE std::uint16_t to_bf16(float x) { // to nearest, ties to even
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    return (std::uint16_t)((bits >> 16) | 0x40);
+  }
+  return (std::uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+MMK_INLINE float from_f16(std::uint16_t x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x);
+#elif defined(__aarch64__)
+  __fp16 h;
+  std::memcpy(&h, &x, sizeof h);
+  return (float)h;
+#else
+  const std::uint32_t sign = (std::uint32_t)(x & 0x8000) << 16, rest = x & 0x7fff;
+  std::uint32_t bits;
+  float y;
+  if (rest >= 0x7c00) { // inf, NaN
+    bits = 0x7f800000u | (rest << 13);
+  } else if (rest >= 0x0400) {
+    bits = (rest << 13) + (112u << 23);
+  } else { // subnormal: exact in float32
+    y = (float)rest * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &y, sizeof bits);
+  }
+  bits |= sign;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+#endif
+}
+MMK_INLINE std::uint16_t to_f16(float x) {
+#if defined(__F16C__)
+  return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  const __fp16 h = (__fp16)x;
+  std::uint16_t y;
+  std::memcpy(&y, &h, sizeof y);
+  return y;
+#else
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const std::uint16_t sign = (std::uint16_t)((bits >> 16) & 0x8000);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) {
+    return sign | 0x7e00;
+  }
+  if (bits >= 0x477ff000u) { // rounds to 2^16 or above
+    return sign | 0x7c00;
+  }
+  if (bits < 0x38800000u) { // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    y += 0.5f;
+    std::memcpy(&bits, &y, sizeof bits);
+    return sign | (std::uint16_t)(bits - 0x3f000000u);
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return sign | (std::uint16_t)((bits - (112u << 23)) >> 13);
+#endif
+}
+// kLanes 16-bit floats at p as float32, and back.
+MMK_INLINE Vec load_bf16(const std::uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = from_bf16(p[i]);
+  }
+  return v;
+#endif
+}
+MMK_INLINE Vec load_f16(const std::uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = from_f16(p[i]);
+  }
+  return v;
+#endif
+}
+MMK_INLINE void store_bf16(std::uint16_t* p, Vec v) {
+#if defined(__AVX512BF16__)
+  const __m256bh y = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &y, sizeof y);
+#elif defined(__AVX512F__)
+  const __m512i bits = (__m512i)v;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i y = _mm512_mask_or_epi32(even, nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(y, 16)));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    p[i] = to_bf16(v[i]);
+  }
+#endif
+}
+MMK_INLINE void store_f16(std::uint16_t* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    p[i] = to_f16(v[i]);
+  }
+#endif
+}
+// Lane i: the bfloat16 of low[i] in the low half, that of high[i] in the high half.
+MMK_INLINE Vec pair_bf16(Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); // 16 of low, then 16 of high
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Vec)_mm512_permutexvar_epi16(order, both);
+#else
+  (void)high;
+  return low;
+#endif
+}
+
+// In place: rows of kLanes lanes become columns.
+MMK_INLINE void transpose(Vec (&r)[kLanes]) {
+#if defined(__AVX512F__)
+  __m512i t[16], u[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32((__m512i)r[2 * i], (__m512i)r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32((__m512i)r[2 * i], (__m512i)r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    u[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    u[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    u[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    u[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) { // u[4 b + i], 128-bit lane l: column 4 l + i of rows 4 b to 4 b + 3
+    const __m512i a = _mm512_shuffle_i32x4(u[i], u[4 + i], 0x88), b = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(u[i], u[4 + i], 0xdd), d = _mm512_shuffle_i32x4(u[8 + i], u[12 + i], 0xdd);
+    r[i] = (Vec)_mm512_shuffle_i32x4(a, b, 0x88);
+    r[8 + i] = (Vec)_mm512_shuffle_i32x4(a, b, 0xdd);
+    r[4 + i] = (Vec)_mm512_shuffle_i32x4(c, d, 0x88);
+    r[12 + i] = (Vec)_mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+#elif defined(__AVX2__)
+  __m256 t[8], u[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps((__m256)r[2 * i], (__m256)r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = (Vec)_mm256_permute2f128_ps(u[i], u[4 + i], 0x20);
+    r[4 + i] = (Vec)_mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
+  }
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = i + 1; j < kLanes; ++j) {
+      const float x = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = x;
+    }
+  }
+#endif
+}
+
+// Lane i: the sum of r[i]'s lanes.
+MMK_INLINE Vec sum_each(Vec (&r)[kLanes]) {
+#if defined(__AVX512F__)
+  __m512 quarter[4]; // 128-bit lanes: four sums, each over a quarter of its vector
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = (__m512)r[4 * i], b = (__m512)r[4 * i + 1], c = (__m512)r[4 * i + 2], d = (__m512)r[4 * i + 3];
+    const __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    quarter[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+  }
+  const auto fold = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return (Vec)fold(fold(quarter[0], quarter[1]), fold(quarter[2], quarter[3]));
+#else
+  transpose(r);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      r[i] += r[i + half];
+    }
+  }
+  return r[0];
+#endif
+}
+
+} // namespace MMK_ISA
+} // namespace mmkernels

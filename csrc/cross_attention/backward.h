@@ -1,0 +1,408 @@
+// Backward: for each panel of queries, tile by tile over the keys, five products. Probabilities P are recomputed from the
+// log-sum-exp; with dO the gradient of the output, f the gate, K_ij what dropout keeps:
+//   dP = dO V',  dS = P o (f K o dP - delta),  delta = rowsum(dO o out) - grad_lse,
+//   dV += (f K o P)' dO,  dK += dS' Q,  dQ += dS K   (dK, dQ times the scale),  dbias += dS,  dgate ~ sum(K o P o dP).
+// A thread owns some keys of some heads, so that nothing is added to by two; dQ is summed over such pieces in a fixed
+// order where there are several.
+#pragma once
+
+#include "forward.h"
+
+namespace mmkernels {
+namespace MMK_ISA {
+
+struct BackwardScratch {
+  float *scores, *grads, *bias;
+  char* grad_rows; // dS as bfloat16 [keys, lanes]
+  Word *words, *kept;
+  char *query_copy, *grad_copy, *query_clean, *grad_clean; // rows in the working format
+  float *query, *grad;                                     // transposed
+  char *query_pairs, *grad_pairs;
+  float *grad_query, *lse, *delta, *gate, *scale;
+  char *key_copy, *key_pairs, *value_copy, *clean, *clean_pairs;
+  float *grad_key, *grad_value; // [places of the split, channels padded]
+};
+
+// Places of one split: a multiple of a tile, so that pairs of keys start alike.
+MMK_INLINE i64 split_places(const Problem& p) {
+  return round_up((p.k_len + p.splits - 1) / p.splits, kTileKeys);
+}
+
+inline BackwardScratch take_backward(const Problem& p, Arena& arena) {
+  const bool is_dot = uses_dot(p.query.type);
+  const i64 tile = kTileKeys * kPanel, dim = p.dim, value_dim = p.value_dim;
+  BackwardScratch s;
+  s.scores = arena.take<float>(tile);
+  s.grads = arena.take<float>(tile);
+  s.bias = p.bias.data != nullptr ? arena.take<float>(tile) : nullptr;
+  s.grad_rows = arena.take<char>(is_dot ? tile * 2 : 0);
+  s.words = arena.take<Word>(kTileKeys + 1, 1);
+  s.kept = arena.take<Word>(kTileKeys);
+  s.query_copy = arena.take<char>(kPanel * row_bytes(is_dot, dim));
+  s.grad_copy = arena.take<char>(kPanel * row_bytes(is_dot, value_dim));
+  s.query_clean = arena.take<char>(kPanel * row_bytes(is_dot, dim));
+  s.grad_clean = arena.take<char>(kPanel * row_bytes(is_dot, value_dim));
+  s.query = arena.take<float>(depth_of(is_dot, dim) * kPanel);
+  s.grad = arena.take<float>(depth_of(is_dot, value_dim) * kPanel);
+  s.query_pairs = arena.take<char>(is_dot ? kPanel / 2 * pad_lanes(dim) * 4 : 0);
+  s.grad_pairs = arena.take<char>(is_dot ? kPanel / 2 * pad_lanes(value_dim) * 4 : 0);
+  s.grad_query = arena.take<float>(dim * kPanel);
+  s.lse = arena.take<float>(kPanel);
+  s.delta = arena.take<float>(kPanel);
+  s.gate = arena.take<float>(kPanel);
+  s.scale = arena.take<float>(kPanel);
+  s.key_copy = arena.take<char>(Tile::copy_bytes(is_dot, dim));
+  s.key_pairs = arena.take<char>(Tile::pairs_bytes(is_dot, dim));
+  s.value_copy = arena.take<char>(Tile::copy_bytes(is_dot, value_dim));
+  s.clean = arena.take<char>(Tile::copy_bytes(is_dot, dim));
+  s.clean_pairs = arena.take<char>(Tile::pairs_bytes(is_dot, dim));
+  const i64 places = least(split_places(p), round_up(p.k_len, 2));
+  s.grad_key = arena.take<float>(p.grad_key.data != nullptr ? places * pad_lanes(dim) : 0);
+  s.grad_value = arena.take<float>(p.grad_value.data != nullptr ? places * pad_lanes(value_dim) : 0);
+  return s;
+}
+
+inline i64 backward_scratch(const Problem& p) {
+  Arena arena{nullptr};
+  take_backward(p, arena);
+  return arena.used;
+}
+
+// B of a product that sums over queries: rows, or pairs of rows.
+struct Summed {
+  const char* data;
+  i64 step;
+};
+
+// What the tiles need of one panel.
+struct BackwardRows {
+  Panel panel;
+  Spans spans;
+  Summed query, grad;
+  Rows grad_rows;    // as they are, where they are not all finite
+  bool grad_finite;
+  bool begun;        // grad_query holds something
+};
+
+MMK_INLINE bool hides_anything(const Problem& p) {
+  return p.start != nullptr || p.words != nullptr || p.key_valid != nullptr || p.bias.data != nullptr;
+}
+
+inline BackwardRows begin_backward(const Problem& p, const KeyList& list, i64 kv, i64 index, const BackwardScratch& s) {
+  BackwardRows r;
+  r.panel = panel_at(p, kv, index);
+  r.begun = false;
+  const Panel& panel = r.panel;
+  spans_of(p, panel, list, r.spans);
+  const bool is_dot = uses_dot(p.query.type);
+  const auto rows_of = [&](const View& x, i64 cols, char* copy) {
+    Source source = source_of(x, panel.b, panel.h);
+    source.data += panel.i0 * source.l * bytes_of(source.type);
+    return fetch(source, panel.count, cols, is_dot, copy, !is_dot);
+  };
+  const Rows query = rows_of(p.query, p.dim, s.query_copy), grad = rows_of(p.grad_out, p.value_dim, s.grad_copy);
+  transpose_rows(query, panel.count, depth_of(is_dot, p.dim), panel.lanes, s.query);
+  transpose_rows(grad, panel.count, depth_of(is_dot, p.value_dim), panel.lanes, s.grad);
+
+  const View& out = p.out;
+  const Type type = is_dot ? Type::bf16 : Type::f32;
+  const i64 first = (panel.b * p.heads + panel.h) * p.q_len + panel.i0;
+  for (i64 q = 0; q < panel.lanes; ++q) {
+    s.lse[q] = 0.0f;
+    s.delta[q] = 0.0f;
+    s.gate[q] = 0.0f;
+    if (q >= panel.count) {
+      continue;
+    }
+    const char* row = out.data + (panel.b * out.b + panel.h * out.h + (panel.i0 + q) * out.l) * bytes_of(out.type);
+    Vec product = zero();
+    for (i64 c = 0; c < p.value_dim; c += kLanes) {
+      product = fma(load_as_f32(row + c * bytes_of(out.type), out.type, p.value_dim - c),
+                    load_as_f32(grad.data + q * grad.stride + c * bytes_of(type), type, p.value_dim - c), product);
+    }
+    s.delta[q] = sum(product) - (p.grad_lse != nullptr ? p.grad_lse[first + q] : 0.0f);
+    const float lse = p.lse[first + q];
+    s.lse[q] = lse == -kInf ? 0.0f : lse * kLog2e;
+  }
+
+  // A row that is not finite must reach no key that does not see it: products sum over a copy without such elements. A
+  // key that sees one has a gradient that is NaN already, but for the values', see `add_value_grads`.
+  const bool may_hide = hides_anything(p);
+  r.grad_finite = !may_hide || all_finite(grad, panel.count, p.value_dim, is_dot);
+  r.grad_rows = grad;
+  const bool query_finite = !may_hide || all_finite(query, panel.count, p.dim, is_dot);
+  const Rows clean_query = query_finite ? query : finite_copy(query, panel.count, p.dim, is_dot, s.query_clean);
+  const Rows clean_grad = r.grad_finite ? grad : finite_copy(grad, panel.count, p.value_dim, is_dot, s.grad_clean);
+  r.query = {clean_query.data, clean_query.stride};
+  r.grad = {clean_grad.data, clean_grad.stride};
+  if (is_dot) {
+    interleave_rows(clean_query, panel.count, p.dim, s.query_pairs);
+    interleave_rows(clean_grad, panel.count, p.value_dim, s.grad_pairs);
+    r.query = {s.query_pairs, pad_lanes(p.dim) * 4};
+    r.grad = {s.grad_pairs, pad_lanes(p.value_dim) * 4};
+  }
+  return r;
+}
+
+// Scores and dP of a tile, in place, to what the products take: f K o P (kPairs: rows of bfloat16) and dS (kPairs: pairs
+// of rows, and rows in `grad_rows`). float32 dS goes to `plain_grads` too where that is given.
+template <bool kPairs>
+inline void differentiate(const Problem& p, const Panel& panel, i64 count, float factor, const Word* words,
+                          const Word* kept, const BackwardScratch& s, float* plain_grads) {
+  const Vec scale = set1(factor), gate = set1(p.factor != nullptr ? p.factor[panel.h] : 1.0f);
+  const i64 lanes = panel.lanes;
+  for (i64 n = 0; n < lanes; n += kLanes) {
+    const Vec base = -load(s.lse + n), delta = load(s.delta + n);
+    Vec gate_sum = zero();
+    const auto at = [&](i64 r, Vec& weight, Vec& grad) {
+      Vec w = exp2(fma(load(s.scores + r * lanes + n), scale, base)), g = load(s.grads + r * lanes + n);
+      if (words != nullptr) { // before any product: the other factor may be NaN
+        const std::uint32_t bits = (std::uint32_t)(words[r] >> n);
+        w = choose(bits, w, zero());
+        g = choose(bits, g, zero());
+      }
+      Vec kept_w = w, kept_g = g;
+      if (kept != nullptr) {
+        const std::uint32_t bits = (std::uint32_t)(kept[r] >> n);
+        kept_w = choose(bits, w * p.keep_scale, zero());
+        kept_g = choose(bits, g * p.keep_scale, zero());
+      }
+      gate_sum = fma(kept_w, g, gate_sum);
+      weight = kept_w * gate;
+      grad = w * fma(kept_g, gate, -delta);
+      if (words != nullptr) {
+        grad = choose((std::uint32_t)(words[r] >> n), grad, zero());
+      }
+      if (plain_grads != nullptr) {
+        store(plain_grads + r * lanes + n, grad);
+      }
+    };
+    if constexpr (!kPairs) {
+      for (i64 r = 0; r < count; ++r) {
+        Vec weight, grad;
+        at(r, weight, grad);
+        store(s.scores + r * lanes + n, weight);
+        store(s.grads + r * lanes + n, grad);
+      }
+    } else {
+      for (i64 r = 0; r < count; r += 2) {
+        Vec weight[2], grad[2] = {zero(), zero()};
+        for (i64 i = 0; i < least<i64>(2, count - r); ++i) {
+          at(r + i, weight[i], grad[i]);
+          std::uint16_t* rows = (std::uint16_t*)s.grad_rows + (r + i) * lanes + n;
+          store_bf16(rows, grad[i]);
+          // In the front half of the row that it came from: rows stay where they are, `lanes` float32 apart.
+          store_bf16((std::uint16_t*)(s.scores + (r + i) * lanes) + n, weight[i]);
+        }
+        store(s.grads + r / 2 * lanes + n, pair_bf16(grad[0], grad[1]));
+      }
+    }
+    store(s.gate + n, load(s.gate + n) + gate_sum);
+  }
+}
+
+// dbias += dS [places, lanes], summed over what the bias shares.
+inline void add_bias_grads(const Problem& p, const Panel& panel, const KeyList& list, i64 split, i64 a, i64 count,
+                           const float* grads) {
+  const View& x = p.grad_bias;
+  float* base = (float*)x.data + split * p.grad_bias_split + panel.b * x.b + panel.h * x.h + panel.i0 * x.l;
+  const i64 lanes = panel.lanes;
+  if (x.l == 0 || x.d == 0) {
+    for (i64 r = 0; r < count; ++r) {
+      float* to = base + key_at(list, a + r) * x.d;
+      for (i64 q = 0; q < panel.count; ++q) {
+        to[q * x.l] += grads[r * lanes + q];
+      }
+    }
+    return;
+  }
+  View to = x;
+  to.data = (char*)base;
+  each_transposed_block(panel, list, a, count, grads, to,
+                        [](float* at, Vec block, i64 n) { store_part(at, load_part(at, n) + block, n); });
+}
+
+inline void add_value_grads(const Problem& p, const BackwardRows& rows, const Sight& sight, const BackwardScratch& s,
+                            float* to) {
+  const bool is_dot = uses_dot(p.query.type);
+  const Panel& panel = rows.panel;
+  const i64 n = sight.b - sight.a, padded = pad_lanes(p.value_dim);
+  gemm(is_dot, {(const char*)s.scores, panel.lanes * 4, 4}, rows.grad.data, rows.grad.step, to, padded, n,
+       padded / kLanes, is_dot ? (panel.count + 1) / 2 : panel.count, true);
+  if (rows.grad_finite) {
+    return;
+  }
+  each_non_finite(rows.grad_rows, panel.count, p.value_dim, is_dot, [&](i64 q, i64 c, float x) {
+    for (i64 r = 0; r < n; ++r) {
+      if (sight.words == nullptr || (sight.words[r] >> q & 1)) {
+        to[r * padded + c] += x;
+      }
+    }
+  });
+}
+
+inline void add_query_grads(const Problem& p, BackwardRows& rows, Tile& keys, const Sight& sight,
+                            const BackwardScratch& s) {
+  const bool is_dot = keys.dot();
+  const i64 n = sight.b - sight.a, lanes = rows.panel.lanes;
+  Operand columns;
+  if (sight.words == nullptr || keys.finite()) {
+    columns = keys.columns_from(sight.a);
+  } else {
+    const Rows clean = finite_copy(keys.rows_from(sight.a), n, p.dim, is_dot, s.clean);
+    columns = {clean.data, 4, clean.stride};
+    if (is_dot) {
+      interleave_rows(clean, n, p.dim, s.clean_pairs);
+      columns = {s.clean_pairs, 4, pad_lanes(p.dim) * 4};
+    }
+  }
+  gemm(is_dot, columns, s.grads, lanes * 4, s.grad_query, lanes, p.dim, lanes / kLanes, is_dot ? (n + 1) / 2 : n,
+       rows.begun);
+  rows.begun = true;
+}
+
+// One panel against the places [first, last) of a split.
+inline void backward_panel(const Problem& p, const KeyList& list, BackwardRows& rows, Tile& keys, Tile& values,
+                           i64 split, i64 first, i64 last, const BackwardScratch& s) {
+  const bool is_dot = keys.dot();
+  const Panel& panel = rows.panel;
+  const i64 lanes = panel.lanes, key_cols = pad_lanes(p.dim), value_cols = pad_lanes(p.value_dim);
+  const bool of_scores = p.grad_query.data != nullptr || p.grad_key.data != nullptr || p.grad_bias.data != nullptr ||
+                         p.gate_rows != nullptr;
+  for (i64 a = first; a < last; a += kTileKeys) {
+    const i64 b = least(a + kTileKeys, last);
+    Sight sight = see(p, panel, list, rows.spans, a, b, s.words);
+    if (is_dot) {
+      sight = from_even(sight, a, panel, s.words);
+    }
+    const i64 n = sight.b - sight.a;
+    if (n == 0) {
+      continue;
+    }
+    keys.move(a, b - a);
+    values.move(a, b - a);
+    const float factor = score_tile(p, panel, list, s.query, keys, sight, s.scores, s.bias, s.words);
+    if (of_scores) {
+      multiply_rows(is_dot, values.rows_from(sight.a), s.grad, lanes, n, depth_of(is_dot, p.value_dim), s.grads);
+    } else {
+      std::memset(s.grads, 0, n * lanes * 4);
+    }
+    const Word* kept = nullptr;
+    if (p.dropout) {
+      kept_words(p, panel, list, sight.a, sight.b, s.kept);
+      kept = s.kept;
+    }
+    float* plain = p.grad_bias.data == nullptr ? nullptr : (is_dot ? s.bias : s.grads);
+    if (is_dot) {
+      differentiate<true>(p, panel, n, factor, sight.words, kept, s, plain);
+    } else {
+      differentiate<false>(p, panel, n, factor, sight.words, kept, s, nullptr);
+    }
+    if (plain != nullptr) {
+      add_bias_grads(p, panel, list, split, sight.a, n, plain);
+    }
+    if (p.grad_value.data != nullptr) {
+      add_value_grads(p, rows, sight, s, s.grad_value + (sight.a - first) * value_cols);
+    }
+    if (p.grad_key.data != nullptr) {
+      const Operand left = is_dot ? Operand{s.grad_rows, lanes * 2, 4} : Operand{(const char*)s.grads, lanes * 4, 4};
+      gemm(is_dot, left, rows.query.data, rows.query.step, s.grad_key + (sight.a - first) * key_cols, key_cols, n,
+           key_cols / kLanes, is_dot ? (panel.count + 1) / 2 : panel.count, true);
+    }
+    if (p.grad_query.data != nullptr) {
+      add_query_grads(p, rows, keys, sight, s);
+    }
+  }
+}
+
+// Sums of some places to rows of a gradient.
+inline void write_key_rows(const float* from, i64 cols, float scale, const View& x, const KeyList& list, i64 kv,
+                           i64 key_heads, i64 first, i64 count) {
+  const i64 size = bytes_of(x.type), padded = pad_lanes(cols);
+  char* base = x.data + (kv / key_heads * x.b + kv % key_heads * x.h) * size;
+  for (i64 r = 0; r < count; ++r) {
+    char* row = base + key_at(list, first + r) * x.l * size;
+    for (i64 c = 0; c < cols; c += kLanes) {
+      const Vec y = load(from + r * padded + c) * scale;
+      if (x.d == 1) {
+        store_from_f32(row + c * size, x.type, y, cols - c);
+      } else {
+        for (i64 i = 0; i < least<i64>(kLanes, cols - c); ++i) {
+          store_one(row + (c + i) * x.d * size, x.type, y[i]);
+        }
+      }
+    }
+  }
+}
+
+inline void backward(const Problem& p, i64 kv, i64 split, char* memory) {
+  Arena arena{memory};
+  const BackwardScratch s = take_backward(p, arena);
+  const KeyList list = list_of(p, kv);
+  const i64 first = least(split * split_places(p), list.count), last = least(first + split_places(p), list.count);
+  const i64 count = last - first;
+  if (p.grad_key.data != nullptr) {
+    std::memset(s.grad_key, 0, count * pad_lanes(p.dim) * 4);
+  }
+  if (p.grad_value.data != nullptr) {
+    std::memset(s.grad_value, 0, count * pad_lanes(p.value_dim) * 4);
+  }
+  Tile keys(p, p.key, list, kv, p.dim, s.key_copy, s.key_pairs);
+  Tile values(p, p.value, list, kv, p.value_dim, s.value_copy, nullptr);
+  View grad_query = p.grad_query;
+  if (p.splits > 1) {
+    grad_query = {(char*)(p.query_parts + split * p.batch * p.heads * p.q_len * p.dim), Type::f32,
+                  p.heads * p.q_len * p.dim, p.q_len * p.dim, p.dim, 1};
+  }
+  for (i64 q = 0; q < kPanel; ++q) {
+    s.scale[q] = p.scale;
+  }
+  const i64 panels = sharers(p) * group_of(p) * panels_of(p);
+  for (i64 i = 0; i < panels; ++i) {
+    BackwardRows rows = begin_backward(p, list, kv, i, s);
+    const Panel& panel = rows.panel;
+    backward_panel(p, list, rows, keys, values, split, first, last, s);
+    if (p.grad_query.data != nullptr) {
+      if (!rows.begun) {
+        std::memset(s.grad_query, 0, p.dim * panel.lanes * 4);
+      }
+      write_rows(s.grad_query, panel.lanes, p.dim, s.scale, grad_query, panel.b, panel.h, panel.i0, panel.count);
+    }
+    if (p.gate_rows != nullptr) {
+      std::memcpy(p.gate_rows + ((split * p.batch + panel.b) * p.heads + panel.h) * p.q_len + panel.i0, s.gate,
+                  panel.count * 4);
+    }
+  }
+  if (p.grad_key.data != nullptr) {
+    write_key_rows(s.grad_key, p.dim, p.scale, p.grad_key, list, kv, p.key_heads, first, count);
+  }
+  if (p.grad_value.data != nullptr) {
+    write_key_rows(s.grad_value, p.value_dim, 1.0f, p.grad_value, list, kv, p.key_heads, first, count);
+  }
+}
+
+// The splits' dQ, rows [begin, end) of [B, Hq, Lq], added up in their order.
+inline void backward_merge(const Problem& p, i64 begin, i64 end) {
+  const View& x = p.grad_query;
+  const i64 rows = p.batch * p.heads * p.q_len;
+  for (i64 r = begin; r < end; ++r) {
+    char* to = x.data + (r / (p.heads * p.q_len) * x.b + r / p.q_len % p.heads * x.h + r % p.q_len * x.l) * bytes_of(x.type);
+    for (i64 c = 0; c < p.dim; c += kLanes) {
+      const i64 n = least<i64>(kLanes, p.dim - c);
+      Vec total = zero();
+      for (i64 s = 0; s < p.splits; ++s) {
+        total += load_part(p.query_parts + (s * rows + r) * p.dim + c, n);
+      }
+      if (x.d == 1) {
+        store_from_f32(to + c * bytes_of(x.type), x.type, total, n);
+      } else {
+        for (i64 i = 0; i < n; ++i) {
+          store_one(to + (c + i) * x.d * bytes_of(x.type), x.type, total[i]);
+        }
+      }
+    }
+  }
+}
+
+} // namespace MMK_ISA
+} // namespace mmkernels

@@ -1,0 +1,320 @@
+// Few queries (a decode step): the query rows that share a key head, over group and shared batch, against keys and values
+// that are streamed once. Bound by memory, so scores are dot products along the head dim, straight from where keys lie.
+#pragma once
+
+#include "forward.h"
+
+namespace mmkernels {
+namespace MMK_ISA {
+
+constexpr i64 kDecodeKeys = 128;
+
+struct DecodeRow {
+  i64 b, h, i;
+  Run run;
+  float top, total;
+  bool sees;
+};
+
+MMK_INLINE i64 decode_rows(const Problem& p) {
+  return sharers(p) * group_of(p) * p.q_len;
+}
+inline DecodeRow decode_row(const Problem& p, const KeyList& list, i64 kv, i64 row) {
+  const i64 group = group_of(p), head = row / p.q_len;
+  const i64 b = kv / p.key_heads + head / group, h = kv % p.key_heads * group + head % group, i = row % p.q_len;
+  return {b, h, i, run_of(p, list, b, i), -kInf, 0.0f, false};
+}
+
+// scores[r, j] = sum_k a[r, k] b[j, k] for kRows rows and kLanes / kRows keys; a is padded with zeros, b need not be.
+template <int kRows, bool kDot>
+MMK_INLINE void dot_block(const char* a, i64 a_row, const char* b, i64 b_row, i64 keys, i64 depth, float* scores,
+                          i64 scores_row) {
+  constexpr int kKeys = kLanes / kRows;
+  Vec acc[kLanes];
+  for (auto& x : acc) {
+    x = zero();
+  }
+  for (i64 k = 0; k < depth; k += kLanes) {
+    Vec x[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      x[r] = load(a + r * a_row + k * 4);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeys; ++j) { // past the last key: the last one again
+      const Vec y = load_part(b + least<i64>(j, keys - 1) * b_row + k * 4, depth - k);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        acc[r * kKeys + j] = multiply_add<kDot>(x[r], y, acc[r * kKeys + j]);
+      }
+    }
+  }
+  float sums[kLanes];
+  store(sums, sum_each(acc));
+  for (int r = 0; r < kRows; ++r) {
+    std::memcpy(scores + r * scores_row, sums + r * kKeys, least<i64>(kKeys, keys) * 4);
+  }
+}
+
+template <bool kDot>
+void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, float* scores, i64 scores_row) {
+  i64 r = 0;
+  const auto run = [&](auto height) {
+    constexpr int kRows = decltype(height)::value, kKeys = kLanes / kRows;
+    for (; r + kRows <= rows; r += kRows) {
+      for (i64 j = 0; j < keys; j += kKeys) {
+        dot_block<kRows, kDot>(a + r * a_row, a_row, b.data + j * b.stride, b.stride, keys - j, depth,
+                               scores + r * scores_row + j, scores_row);
+      }
+    }
+  };
+  run(std::integral_constant<int, 4>());
+  run(std::integral_constant<int, 2>());
+  run(std::integral_constant<int, 1>());
+}
+
+// One row's scores of places [a, b) to base-2 logarithms, -inf where it does not see; whether it sees all of them.
+inline bool mask_row(const Problem& p, const KeyList& list, DecodeRow& row, i64 a, i64 b, float* scores) {
+  const float scale = p.scale * kLog2e;
+  const i64 n = b - a, padded = pad_lanes(n);
+  for (i64 j = n; j < padded; ++j) {
+    scores[j] = 0.0f;
+  }
+  for (i64 j = 0; j < padded; j += kLanes) {
+    store(scores + j, load(scores + j) * scale);
+  }
+  bool all = true;
+  const i64 first = most(a, row.run.first) - a, last = most(least(b, row.run.last) - a, first);
+  if (first > 0 || last < n || p.dense != nullptr || p.key_valid != nullptr || p.bias.data != nullptr) {
+    bool seen[kDecodeKeys];
+    for (i64 j = 0; j < n; ++j) {
+      seen[j] = j >= first && j < last;
+    }
+    if (p.dense != nullptr) {
+      const bool* dense = p.dense + row.b * p.dense_b + row.h * p.dense_h + row.i * p.dense_i;
+      for (i64 j = 0; j < n; ++j) {
+        seen[j] &= dense[key_at(list, a + j) * p.dense_j];
+      }
+    }
+    if (p.key_valid != nullptr) {
+      for (i64 j = 0; j < n; ++j) {
+        seen[j] &= p.key_valid[row.b * p.valid_b + key_at(list, a + j) * p.valid_j];
+      }
+    }
+    if (p.bias.data != nullptr) {
+      const View& x = p.bias;
+      const char* bias = x.data + (row.b * x.b + row.h * x.h + row.i * x.l) * bytes_of(x.type);
+      for (i64 j = 0; j < n; ++j) {
+        const float y = load_one(bias + key_at(list, a + j) * x.d * bytes_of(x.type), x.type);
+        scores[j] += y * kLog2e;
+        seen[j] &= y != -kInf;
+      }
+    }
+    for (i64 j = 0; j < n; ++j) {
+      all &= seen[j];
+      row.sees |= seen[j];
+      scores[j] = seen[j] ? scores[j] : -kInf;
+    }
+  } else {
+    row.sees = true;
+  }
+  for (i64 j = n; j < padded; ++j) {
+    scores[j] = -kInf;
+  }
+  return all;
+}
+
+// Logarithms to weights relative to the row's largest, in place or as bfloat16; what earlier sums shrink by.
+inline float weigh_row(DecodeRow& row, i64 count, float* scores, bool is_dot) {
+  const i64 padded = pad_lanes(count);
+  Vec top = set1(row.top);
+  for (i64 j = 0; j < padded; j += kLanes) {
+    top = max_skip_nan(top, load(scores + j));
+  }
+  const float now = largest(top), base = now == -kInf ? 0.0f : now;
+  Vec shrink = set1(row.top == now ? 0.0f : row.top - base), total = zero();
+  const Vec point = set1(base);
+  for (i64 j = 0; j < padded; j += kLanes) {
+    const Vec w = exp2(load(scores + j) - point);
+    total += w;
+    if (is_dot) {
+      store_bf16((std::uint16_t*)scores + j, w); // never past what has been read
+    } else {
+      store(scores + j, w);
+    }
+  }
+  shrink = exp2(shrink);
+  row.top = now;
+  row.total = row.total * shrink[0] + sum(total);
+  return shrink[0];
+}
+
+struct DecodeScratch {
+  float *scores, *out;
+  char *query, *key_copy, *value_copy, *value_pairs, *clean;
+  DecodeRow* rows;
+};
+
+inline DecodeScratch take_decode(const Problem& p, Arena& arena) {
+  const bool is_dot = uses_dot(p.query.type);
+  const i64 rows = decode_rows(p);
+  DecodeScratch s;
+  s.scores = arena.take<float>(rows * kDecodeKeys);
+  s.out = arena.take<float>(rows * pad_lanes(p.value_dim));
+  s.query = arena.take<char>(rows * row_bytes(is_dot, p.dim));
+  s.key_copy = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.dim));
+  s.value_copy = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
+  s.value_pairs = arena.take<char>(is_dot ? kDecodeKeys / 2 * pad_lanes(p.value_dim) * 4 : 0);
+  s.clean = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
+  s.rows = arena.take<DecodeRow>(rows);
+  return s;
+}
+
+inline i64 decode_scratch(const Problem& p) {
+  Arena arena{nullptr};
+  take_decode(p, arena);
+  return arena.used;
+}
+
+// out += weights values, for all rows.
+inline void add_decoded(const Problem& p, const DecodeScratch& s, Rows values, i64 count, bool careful) {
+  const bool is_dot = uses_dot(p.value.type);
+  const i64 rows = decode_rows(p), cols = p.value_dim, padded = pad_lanes(cols);
+  Rows used = values;
+  if (careful) {
+    used = finite_copy(values, count, cols, is_dot, s.clean);
+  }
+  const Operand weights{(const char*)s.scores, kDecodeKeys * 4, 4};
+  if (is_dot) {
+    interleave_rows(used, count, cols, s.value_pairs);
+    gemm<kHasDot>(weights, s.value_pairs, padded * 4, s.out, padded, rows, padded / kLanes, (count + 1) / 2, true);
+  } else {
+    gemm<false>(weights, used.data, used.stride, s.out, padded, rows, padded / kLanes, count, true);
+  }
+  if (!careful) {
+    return;
+  }
+  each_non_finite(values, count, cols, is_dot, [&](i64 j, i64 c, float x) {
+    for (i64 r = 0; r < rows; ++r) {
+      const char* w = (const char*)(s.scores + r * kDecodeKeys) + j * (is_dot ? 2 : 4);
+      if (load_one(w, is_dot ? Type::bf16 : Type::f32) != 0.0f) {
+        s.out[r * padded + c] += x;
+      }
+    }
+  });
+}
+
+inline void write_decoded(const Problem& p, const DecodeRow& row, const float* out) {
+  float factor = p.factor != nullptr ? p.factor[row.h] : 1.0f;
+  float lse = -kInf;
+  if (row.total != 0.0f) {
+    factor /= row.total;
+    lse = (row.top + __builtin_log2f(row.total)) * kLn2;
+  } else {
+    factor = row.sees ? __builtin_nanf("") : 0.0f;
+    lse = row.sees ? __builtin_nanf("") : -kInf;
+  }
+  p.lse[(row.b * p.heads + row.h) * p.q_len + row.i] = lse;
+  char* to = p.out.data + (row.b * p.out.b + row.h * p.out.h + row.i * p.out.l) * bytes_of(p.out.type);
+  for (i64 c = 0; c < p.value_dim; c += kLanes) {
+    const i64 n = least<i64>(kLanes, p.value_dim - c);
+    store_from_f32(to + c * bytes_of(p.out.type), p.out.type, load_part(out + c, n) * factor, n);
+  }
+}
+
+// Of `partial`: for each split and row of kv, value_dim sums, largest logarithm, total, whether it sees.
+MMK_INLINE float* partial_at(const Problem& p, i64 kv, i64 split, i64 row) {
+  return p.partial + ((kv * p.splits + split) * decode_rows(p) + row) * (p.value_dim + 3);
+}
+
+inline void decode(const Problem& p, i64 kv, i64 split, char* memory) {
+  Arena arena{memory};
+  const DecodeScratch s = take_decode(p, arena);
+  const KeyList list = list_of(p, kv);
+  const bool is_dot = uses_dot(p.query.type);
+  const i64 rows = decode_rows(p), padded = pad_lanes(p.value_dim), query_row = row_bytes(is_dot, p.dim);
+  i64 begin = list.count, end = 0;
+  for (i64 r = 0; r < rows; ++r) {
+    s.rows[r] = decode_row(p, list, kv, r);
+    const DecodeRow& row = s.rows[r];
+    if (row.run.first < row.run.last) {
+      begin = least(begin, row.run.first);
+      end = most(end, row.run.last);
+    }
+    Source source = source_of(p.query, row.b, row.h);
+    source.data += row.i * source.l * bytes_of(source.type);
+    const Rows one = fetch(source, 1, p.dim, is_dot, s.query + r * query_row, true);
+    if (one.data != s.query + r * query_row) {
+      std::memcpy(s.query + r * query_row, one.data, query_row);
+    }
+  }
+  std::memset(s.out, 0, rows * padded * 4);
+  const i64 share = most<i64>(0, end - begin + p.splits - 1) / p.splits;
+  const i64 first = begin + split * share, last = least(end, first + share);
+  for (i64 a = first; a < last; a += kDecodeKeys) {
+    const i64 n = least(kDecodeKeys, last - a);
+    const Rows keys =
+        fetch(at_keys(source_of(p.key, kv / p.key_heads, kv % p.key_heads), list, a, n), n, p.dim, is_dot, s.key_copy);
+    const i64 depth = depth_of(is_dot, p.dim);
+    if (kHasDot && is_dot) {
+      dot_rows<kHasDot>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
+    } else {
+      dot_rows<false>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
+    }
+    bool all = true;
+    for (i64 r = 0; r < rows; ++r) {
+      float* scores = s.scores + r * kDecodeKeys;
+      all &= mask_row(p, list, s.rows[r], a, a + n, scores);
+      const float shrink = weigh_row(s.rows[r], n, scores, is_dot);
+      if (shrink != 1.0f) {
+        for (i64 c = 0; c < padded; c += kLanes) {
+          float* at = s.out + r * padded + c;
+          store(at, load(at) * shrink);
+        }
+      }
+    }
+    const Source source = at_keys(source_of(p.value, kv / p.key_heads, kv % p.key_heads), list, a, n);
+    const Rows values = fetch(source, n, p.value_dim, is_dot, s.value_copy, !is_dot);
+    add_decoded(p, s, values, n, !all && !all_finite(values, n, p.value_dim, is_dot));
+  }
+  for (i64 r = 0; r < rows; ++r) {
+    if (p.splits == 1) {
+      write_decoded(p, s.rows[r], s.out + r * padded);
+      continue;
+    }
+    float* to = partial_at(p, kv, split, r);
+    std::memcpy(to, s.out + r * padded, p.value_dim * 4);
+    to[p.value_dim] = s.rows[r].top;
+    to[p.value_dim + 1] = s.rows[r].total;
+    to[p.value_dim + 2] = s.rows[r].sees ? 1.0f : 0.0f;
+  }
+}
+
+// The splits of each row of kv, in their order.
+inline void decode_merge(const Problem& p, i64 kv) {
+  const KeyList list = list_of(p, kv);
+  const i64 dim = p.value_dim;
+  for (i64 r = 0; r < decode_rows(p); ++r) {
+    DecodeRow row = decode_row(p, list, kv, r);
+    float* into = partial_at(p, kv, 0, r);
+    row.top = into[dim];
+    for (i64 s = 1; s < p.splits; ++s) {
+      row.top = most(row.top, partial_at(p, kv, s, r)[dim]);
+    }
+    const float base = row.top == -kInf ? 0.0f : row.top;
+    for (i64 s = 0; s < p.splits; ++s) {
+      const float* part = partial_at(p, kv, s, r);
+      const float by = exp2(set1(part[dim] - base))[0];
+      row.total += part[dim + 1] * (part[dim + 1] == 0.0f ? 1.0f : by);
+      row.sees |= part[dim + 2] != 0.0f;
+      for (i64 c = 0; c < dim; ++c) {
+        const float x = part[c] == 0.0f ? 0.0f : part[c] * by;
+        into[c] = s == 0 ? x : into[c] + x;
+      }
+    }
+    write_decoded(p, row, into);
+  }
+}
+
+} // namespace MMK_ISA
+} // namespace mmkernels

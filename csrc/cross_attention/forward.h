@@ -1,0 +1,284 @@
+// Forward: online softmax over tiles of keys (Milakov and Gimelshein, 2018), a tile served to several panels of queries
+// while it is in cache. Exponentials are of base 2. A row's reference point moves only when its largest score grows by
+// more than a factor of 2^8, so that partial results are rarely rescaled.
+#pragma once
+
+#include "tile.h"
+
+namespace mmkernels {
+namespace MMK_ISA {
+
+constexpr float kSlack = 8.0f; // log2 of what a weight may exceed 1 by
+
+// One panel's running softmax.
+struct RowState {
+  Panel panel;
+  Spans spans;
+  float* query; // transposed, [depth, lanes]
+  float* out;   // transposed, [value_dim, lanes]
+  float *top, *total;
+  Word sees;
+  bool begun;
+};
+
+// Moves the rows' reference points for a tile of logarithms `scores * factor`; leaves in `shrink` what earlier sums must
+// be multiplied by, and answers whether any must.
+inline bool move_top(const float* scores, i64 count, i64 lanes, float factor, float* top, float* total, float* shrink) {
+  bool moved = false;
+  for (i64 n = 0; n < lanes; n += kLanes) {
+    Vec most[4];
+    for (auto& x : most) {
+      x = set1(-kInf);
+    }
+    const float* at = scores + n;
+    i64 r = 0;
+    for (; r + 4 <= count; r += 4) {
+      for (int i = 0; i < 4; ++i) {
+        most[i] = max_skip_nan(most[i], load(at + (r + i) * lanes));
+      }
+    }
+    for (; r < count; ++r) {
+      most[0] = max_skip_nan(most[0], load(at + r * lanes));
+    }
+    for (int i = 1; i < 4; ++i) {
+      most[0] = max_skip_nan(most[0], most[i]);
+    }
+    const Vec seen = most[0] * factor, old = load(top + n);
+    const IVec grows = seen > old + kSlack;
+    if (bits_of(grows) != 0) {
+      moved = true;
+      const Vec now = grows != 0 ? seen : old;
+      const Vec by = grows != 0 ? exp2(old - now) : set1(1.0f);
+      store(top + n, now);
+      store(total + n, load(total + n) * by);
+      store(shrink + n, by);
+    } else {
+      store(shrink + n, set1(1.0f));
+    }
+  }
+  return moved;
+}
+
+// Scores to weights relative to `top`, in place (kPairs: as bfloat16 pairs of neighbouring rows), and their sums.
+template <bool kPairs>
+MMK_INLINE void weigh(float* scores, i64 count, i64 lanes, float factor, const float* top, float* total,
+                      const Word* kept, float keep_scale) {
+  const Vec scale = set1(factor);
+  for (i64 n = 0; n < lanes; n += kLanes) {
+    const Vec point = load(top + n);
+    const Vec base = point == set1(-kInf) ? zero() : -point;
+    Vec sum[2] = {zero(), zero()};
+    float* at = scores + n;
+    i64 r = 0;
+    const auto weight = [&](i64 row, Vec& into) {
+      Vec w = exp2(fma(load(at + row * lanes), scale, base));
+      into += w;
+      if (kept != nullptr) {
+        w = choose((std::uint32_t)(kept[row] >> n), w * keep_scale, zero());
+      }
+      return w;
+    };
+    for (; r + 2 <= count; r += 2) {
+      const Vec a = weight(r, sum[0]), b = weight(r + 1, sum[1]);
+      if constexpr (kPairs) {
+        store(at + r / 2 * lanes, pair_bf16(a, b));
+      } else {
+        store(at + r * lanes, a);
+        store(at + (r + 1) * lanes, b);
+      }
+    }
+    if (r < count) {
+      const Vec a = weight(r, sum[0]);
+      store(at + (kPairs ? r / 2 : r) * lanes, kPairs ? pair_bf16(a, zero()) : a);
+    }
+    store(total + n, load(total + n) + (sum[0] + sum[1]));
+  }
+}
+
+struct ForwardScratch {
+  float *scores, *bias, *shrink;
+  Word *words, *kept;
+  char *row_copy, *key_copy, *value_copy, *value_pairs, *clean, *clean_pairs;
+};
+
+// The tile's values into the output; where a hidden value is not finite it must reach no row but those that see it.
+inline void add_values(const RowState& s, Tile& values, const Sight& sight, const float* weights, i64 value_dim,
+                       const ForwardScratch& scratch) {
+  const i64 n = sight.b - sight.a, lanes = s.panel.lanes;
+  const bool is_dot = values.dot();
+  const i64 depth = is_dot ? (n + 1) / 2 : n;
+  if (sight.words == nullptr || values.finite()) {
+    gemm(is_dot, values.columns_from(sight.a), weights, lanes * 4, s.out, lanes, value_dim, lanes / kLanes, depth,
+         s.begun);
+    return;
+  }
+  const Rows rows = values.rows_from(sight.a);
+  const Rows clean = finite_copy(rows, n, value_dim, is_dot, scratch.clean);
+  Operand columns{clean.data, 4, clean.stride};
+  if (is_dot) {
+    interleave_rows(clean, n, value_dim, scratch.clean_pairs);
+    columns = {scratch.clean_pairs, 4, pad_lanes(value_dim) * 4};
+  }
+  gemm(is_dot, columns, weights, lanes * 4, s.out, lanes, value_dim, lanes / kLanes, depth, s.begun);
+  each_non_finite(rows, n, value_dim, is_dot, [&](i64 r, i64 c, float x) {
+    for (i64 q = 0; q < s.panel.count; ++q) {
+      if (sight.words[r] >> q & 1) {
+        s.out[c * lanes + q] += x;
+      }
+    }
+  });
+}
+
+// Scores of the places that the panel sees, as base-2 logarithms once multiplied by the factor that is returned.
+inline float score_tile(const Problem& p, const Panel& panel, const KeyList& list, const float* query, Tile& keys,
+                        Sight& sight, float* scores, float* bias, Word* words) {
+  const i64 n = sight.b - sight.a;
+  multiply_rows(keys.dot(), keys.rows_from(sight.a), query, panel.lanes, n, depth_of(keys.dot(), p.dim), scores);
+  float factor = p.scale * kLog2e;
+  if (scales_early(p)) {
+    scale_and_bias(p, panel, list, sight, scores, bias, words);
+    factor = 1.0f;
+  }
+  if (sight.words != nullptr) {
+    hide(panel, sight.words, n, scores);
+  }
+  return factor;
+}
+
+inline void attend(const Problem& p, const KeyList& list, RowState& s, Tile& keys, Tile& values, Sight sight,
+                   const ForwardScratch& scratch) {
+  const i64 n = sight.b - sight.a, lanes = s.panel.lanes;
+  const float factor = score_tile(p, s.panel, list, s.query, keys, sight, scratch.scores, scratch.bias,
+                                  scratch.words);
+  s.sees |= sight.any;
+  if (move_top(scratch.scores, n, lanes, factor, s.top, s.total, scratch.shrink) && s.begun) {
+    for (i64 c = 0; c < p.value_dim; ++c) {
+      for (i64 q = 0; q < lanes; q += kLanes) {
+        float* at = s.out + c * lanes + q;
+        store(at, load(at) * load(scratch.shrink + q));
+      }
+    }
+  }
+  const Word* kept = nullptr;
+  if (p.dropout) {
+    kept_words(p, s.panel, list, sight.a, sight.b, scratch.kept);
+    kept = scratch.kept;
+  }
+  if (values.dot()) {
+    weigh<true>(scratch.scores, n, lanes, factor, s.top, s.total, kept, p.keep_scale);
+  } else {
+    weigh<false>(scratch.scores, n, lanes, factor, s.top, s.total, kept, p.keep_scale);
+  }
+  add_values(s, values, sight, scratch.scores, p.value_dim, scratch);
+  s.begun = true;
+}
+
+// The panel's log-sum-exp. A row that sees nothing has -inf; one that sees only scores of -inf NaN, as in softmax.
+inline void write_lse(const Problem& p, const RowState& s) {
+  float* lse = p.lse + (s.panel.b * p.heads + s.panel.h) * p.q_len + s.panel.i0;
+  for (i64 q = 0; q < s.panel.count; ++q) {
+    const bool seen = s.sees >> q & 1;
+    lse[q] = s.total[q] != 0.0f ? (s.top[q] + __builtin_log2f(s.total[q])) * kLn2
+                                : (seen ? __builtin_nanf("") : -kInf);
+  }
+}
+
+// The panel's output and log-sum-exp.
+inline void finish(const Problem& p, const RowState& s, float* factor) {
+  const Panel& panel = s.panel;
+  const float gate = p.factor != nullptr ? p.factor[panel.h] : 1.0f;
+  for (i64 q = 0; q < panel.lanes; ++q) {
+    const bool seen = s.sees >> q & 1;
+    factor[q] = s.total[q] != 0.0f ? gate / s.total[q] : (seen ? __builtin_nanf("") : 0.0f);
+  }
+  if (!s.begun) {
+    std::memset(s.out, 0, p.value_dim * panel.lanes * 4);
+  }
+  write_rows(s.out, panel.lanes, p.value_dim, factor, p.out, panel.b, panel.h, panel.i0, panel.count);
+  write_lse(p, s);
+}
+
+inline void begin_rows(const Problem& p, const KeyList& list, i64 kv, i64 index, RowState& s, Arena& arena,
+                       char* copy, i64 out_rows) {
+  s.panel = panel_at(p, kv, index);
+  spans_of(p, s.panel, list, s.spans);
+  const bool is_dot = uses_dot(p.query.type);
+  const i64 depth = depth_of(is_dot, p.dim), lanes = s.panel.lanes;
+  s.query = arena.take<float>(depth * lanes);
+  s.out = arena.take<float>(out_rows * lanes);
+  s.top = arena.take<float>(lanes);
+  s.total = arena.take<float>(lanes);
+  s.sees = 0;
+  s.begun = false;
+  for (i64 q = 0; q < lanes; ++q) {
+    s.top[q] = -kInf;
+    s.total[q] = 0.0f;
+  }
+  Source source = source_of(p.query, s.panel.b, s.panel.h);
+  source.data += s.panel.i0 * source.l * bytes_of(source.type);
+  transpose_rows(fetch(source, s.panel.count, p.dim, is_dot, copy), s.panel.count, depth, lanes, s.query);
+}
+
+inline ForwardScratch take_scratch(const Problem& p, Arena& arena, bool with_values) {
+  const bool is_dot = uses_dot(p.query.type);
+  const i64 copied = Tile::copy_bytes(is_dot, p.value_dim), paired = Tile::pairs_bytes(is_dot, p.value_dim);
+  ForwardScratch s;
+  s.scores = arena.take<float>(kTileKeys * kPanel);
+  s.bias = p.bias.data != nullptr ? arena.take<float>(kTileKeys * kPanel) : nullptr;
+  s.shrink = arena.take<float>(kPanel);
+  s.words = arena.take<Word>(kTileKeys + 1, 1);
+  s.kept = arena.take<Word>(kTileKeys);
+  s.row_copy = arena.take<char>(kPanel * row_bytes(is_dot, p.dim));
+  s.key_copy = arena.take<char>(Tile::copy_bytes(is_dot, p.dim));
+  s.value_copy = with_values ? arena.take<char>(copied) : nullptr;
+  s.value_pairs = with_values ? arena.take<char>(paired) : nullptr;
+  s.clean = with_values ? arena.take<char>(copied) : nullptr;
+  s.clean_pairs = with_values ? arena.take<char>(paired) : nullptr;
+  return s;
+}
+
+inline i64 panel_bytes(const Problem& p, i64 out_rows) {
+  return round_up(sizeof(RowState), 64) + (depth_of(uses_dot(p.query.type), p.dim) + out_rows + 2) * kPanel * 4 + 256;
+}
+
+inline i64 forward_scratch(const Problem& p, i64 panels) {
+  Arena arena{nullptr};
+  take_scratch(p, arena, true);
+  return arena.used + panels * panel_bytes(p, p.value_dim);
+}
+
+inline void forward(const Problem& p, i64 kv, i64 first, i64 last, char* memory) {
+  Arena arena{memory};
+  const ForwardScratch scratch = take_scratch(p, arena, true);
+  const KeyList list = list_of(p, kv);
+  const i64 count = last - first;
+  RowState* rows = arena.take<RowState>(count);
+  i64 begin = list.count, end = 0;
+  for (i64 i = 0; i < count; ++i) {
+    begin_rows(p, list, kv, first + i, rows[i], arena, scratch.row_copy, p.value_dim);
+    begin = least(begin, rows[i].spans.first);
+    end = most(end, rows[i].spans.last);
+  }
+  Tile keys(p, p.key, list, kv, p.dim, scratch.key_copy, nullptr);
+  Tile values(p, p.value, list, kv, p.value_dim, scratch.value_copy, scratch.value_pairs);
+  for (i64 a = begin; a < end; a += kTileKeys) {
+    const i64 b = least(a + kTileKeys, end);
+    keys.move(a, b - a);
+    values.move(a, b - a);
+    for (i64 i = 0; i < count; ++i) {
+      Sight sight = see(p, rows[i].panel, list, rows[i].spans, a, b, scratch.words);
+      if (values.dot()) {
+        sight = from_even(sight, a, rows[i].panel, scratch.words);
+      }
+      if (sight.a < sight.b) {
+        attend(p, list, rows[i], keys, values, sight, scratch);
+      }
+    }
+  }
+  for (i64 i = 0; i < count; ++i) {
+    finish(p, rows[i], scratch.shrink);
+  }
+}
+
+} // namespace MMK_ISA
+} // namespace mmkernels

@@ -1,0 +1,284 @@
+// Rows of a tensor as the tile GEMM wants them: in the working format (float32, or bfloat16 where the CPU multiplies
+// that), transposed, or interleaved in pairs.
+#pragma once
+
+#include "../common/vec.h"
+#include "problem.h"
+
+namespace mmkernels {
+namespace MMK_ISA {
+
+// Hands out scratch memory, aligned to cache lines; without memory (null) it only counts.
+struct Arena {
+  char* memory;
+  i64 used = 0;
+
+  template <typename T> T* take(i64 count, i64 in_front = 0) {
+    T* p = memory != nullptr ? (T*)(memory + used) + in_front : nullptr;
+    used += round_up((count + in_front) * (i64)sizeof(T), 64);
+    return p;
+  }
+};
+
+MMK_INLINE i64 pad_lanes(i64 n) {
+  return round_up(n, kLanes);
+}
+MMK_INLINE bool uses_dot(Type type) {
+  return kHasDot && type == Type::bf16;
+}
+// 32-bit elements along a row of `cols` in the working format.
+MMK_INLINE i64 depth_of(bool is_dot, i64 cols) {
+  return is_dot ? (cols + 1) / 2 : cols;
+}
+// Bytes of a copied row: whole vectors, so that a row can be B's too.
+MMK_INLINE i64 row_bytes(bool is_dot, i64 cols) {
+  return round_up(cols * (is_dot ? 2 : 4), (i64)sizeof(Vec));
+}
+
+// The first `count` 32-bit elements at p, then zeros; and the same for storing.
+MMK_INLINE Vec load_part(const void* p, i64 count) {
+  if (count >= kLanes) {
+    return load(p);
+  }
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#else
+  Vec v{};
+  std::memcpy(&v, p, count * 4);
+  return v;
+#endif
+}
+MMK_INLINE void store_part(void* p, Vec v, i64 count) {
+  if (count >= kLanes) {
+    store(p, v);
+    return;
+  }
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#else
+  std::memcpy(p, &v, count * 4);
+#endif
+}
+
+MMK_INLINE float load_one(const char* p, Type type) {
+  if (type == Type::f32) {
+    float x;
+    std::memcpy(&x, p, 4);
+    return x;
+  }
+  std::uint16_t x;
+  std::memcpy(&x, p, 2);
+  return type == Type::bf16 ? from_bf16(x) : from_f16(x);
+}
+MMK_INLINE void store_one(char* p, Type type, float x) {
+  if (type == Type::f32) {
+    std::memcpy(p, &x, 4);
+    return;
+  }
+  const std::uint16_t y = type == Type::bf16 ? to_bf16(x) : to_f16(x);
+  std::memcpy(p, &y, 2);
+}
+// `count` elements of any type at p as float32, then zeros.
+MMK_INLINE Vec load_as_f32(const char* p, Type type, i64 count) {
+  if (type == Type::f32) {
+    return load_part(p, count);
+  }
+  std::uint16_t few[kLanes] = {};
+  const std::uint16_t* from = (const std::uint16_t*)p;
+  if (count < kLanes) {
+    std::memcpy(few, p, count * 2);
+    from = few;
+  }
+  return type == Type::bf16 ? load_bf16(from) : load_f16(from);
+}
+MMK_INLINE void store_from_f32(char* p, Type type, Vec v, i64 count) {
+  if (type == Type::f32) {
+    store_part(p, v, count);
+    return;
+  }
+  std::uint16_t few[kLanes];
+  std::uint16_t* to = count < kLanes ? few : (std::uint16_t*)p;
+  type == Type::bf16 ? store_bf16(to, v) : store_f16(to, v);
+  if (count < kLanes) {
+    std::memcpy(p, few, count * 2);
+  }
+}
+
+// Rows of one (b, h) of a tensor.
+struct Source {
+  const char* data;
+  Type type;
+  i64 l, d;                  // strides in elements
+  const std::int32_t* index; // which rows; null: 0, 1, 2, ...
+};
+
+MMK_INLINE Source source_of(const View& x, i64 b, i64 h) {
+  return {x.data + (b * x.b + h * x.h) * bytes_of(x.type), x.type, x.l, x.d, nullptr};
+}
+// Places first to first + count of the list, as a source.
+MMK_INLINE Source at_keys(Source x, const KeyList& list, i64 first, i64 count) {
+  i64 row = first;
+  if (list.index != nullptr) {
+    row = list.index[first];
+    if (list.index[first + count - 1] - row != count - 1) { // not neighbours
+      x.index = list.index + first;
+      return x;
+    }
+  }
+  x.data += row * x.l * bytes_of(x.type);
+  return x;
+}
+
+struct Rows {
+  const char* data;
+  i64 stride; // bytes
+};
+
+MMK_INLINE bool usable_in_place(const Source& x, i64 cols, bool is_dot) {
+  return x.index == nullptr && x.d == 1 && (x.type == Type::f32 || (is_dot && cols % 2 == 0));
+}
+
+// `count` rows of `cols` in the working format: where they lie if that will do, else copied to `to`, padded with zeros.
+//   whole: B's rows are wanted, which are read in whole vectors.
+inline Rows fetch(const Source& x, i64 count, i64 cols, bool is_dot, char* to, bool whole = false) {
+  const i64 size = bytes_of(x.type), stride = row_bytes(is_dot, cols);
+  if (usable_in_place(x, cols, is_dot) && (!whole || cols * (is_dot ? 2 : 4) == stride)) {
+    return {x.data, x.l * size};
+  }
+  for (i64 r = 0; r < count; ++r) {
+    const char* from = x.data + (x.index != nullptr ? x.index[r] : r) * x.l * size;
+    char* row = to + r * stride;
+    if (x.d == 1 && is_dot) {
+      std::memcpy(row, from, cols * 2);
+      std::memset(row + cols * 2, 0, stride - cols * 2);
+    } else if (x.d == 1) {
+      for (i64 c = 0; c < cols; c += kLanes) {
+        store(row + c * 4, load_as_f32(from + c * size, x.type, cols - c));
+      }
+    } else if (is_dot) {
+      std::memset(row, 0, stride);
+      for (i64 c = 0; c < cols; ++c) {
+        std::memcpy(row + c * 2, from + c * x.d * 2, 2);
+      }
+    } else {
+      std::memset(row, 0, stride);
+      for (i64 c = 0; c < cols; ++c) {
+        const float y = load_one(from + c * x.d * size, x.type);
+        std::memcpy(row + c * 4, &y, 4);
+      }
+    }
+  }
+  return {to, stride};
+}
+
+// [count, depth] 32-bit elements to [depth, lanes]; lanes from `count` on are 0. `lanes` is a multiple of kLanes.
+inline void transpose_rows(Rows rows, i64 count, i64 depth, i64 lanes, float* to) {
+  for (i64 q = 0; q < lanes; q += kLanes) {
+    for (i64 k = 0; k < depth; k += kLanes) {
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = q + i < count ? load_part(rows.data + (q + i) * rows.stride + k * 4, depth - k) : zero();
+      }
+      transpose(block);
+      for (i64 i = 0; i < least<i64>(kLanes, depth - k); ++i) {
+        store(to + (k + i) * lanes + q, block[i]);
+      }
+    }
+  }
+}
+
+// Rows of bfloat16 [count, cols] to [(count + 1) / 2, cols padded] pairs of the same column of two neighbouring rows.
+inline void interleave_rows(Rows rows, i64 count, i64 cols, char* to) {
+  const i64 stride = pad_lanes(cols) * 4;
+  for (i64 r = 0; r < count; r += 2) {
+    const char* a = rows.data + r * rows.stride;
+    const char* b = r + 1 < count ? a + rows.stride : nullptr;
+    std::uint32_t* out = (std::uint32_t*)(to + r / 2 * stride);
+    for (i64 c = 0; c < cols; c += kLanes) {
+      std::uint16_t low[kLanes] = {}, high[kLanes] = {};
+      const i64 n = least<i64>(kLanes, cols - c);
+      if (n == kLanes) {
+        std::memcpy(low, a + c * 2, sizeof low);
+      } else {
+        std::memcpy(low, a + c * 2, n * 2);
+      }
+      if (b != nullptr && n == kLanes) {
+        std::memcpy(high, b + c * 2, sizeof high);
+      } else if (b != nullptr) {
+        std::memcpy(high, b + c * 2, n * 2);
+      }
+      for (int i = 0; i < kLanes; ++i) {
+        out[c + i] = low[i] | ((std::uint32_t)high[i] << 16);
+      }
+    }
+  }
+}
+
+// Whether all of [count, cols] is finite; depth in 32-bit elements.
+inline bool all_finite(Rows rows, i64 count, i64 cols, bool is_dot) {
+  Vec bad = zero(); // 0 * x is NaN exactly where x is not finite
+  for (i64 r = 0; r < count; ++r) {
+    const char* row = rows.data + r * rows.stride;
+    for (i64 c = 0; c < cols; c += kLanes) {
+      bad += zero() * (is_dot ? load_as_f32(row + c * 2, Type::bf16, cols - c) : load_part(row + c * 4, cols - c));
+    }
+  }
+  return !(sum(bad) != 0.0f);
+}
+
+// A copy with 0 for what is not finite.
+inline Rows finite_copy(Rows rows, i64 count, i64 cols, bool is_dot, char* to) {
+  const i64 stride = row_bytes(is_dot, cols);
+  const Type type = is_dot ? Type::bf16 : Type::f32;
+  for (i64 r = 0; r < count; ++r) {
+    for (i64 c = 0; c < cols; c += kLanes) {
+      const Vec x = load_as_f32(rows.data + r * rows.stride + c * bytes_of(type), type, cols - c);
+      const Vec y = x - x == zero() ? x : zero();
+      store_from_f32(to + r * stride + c * bytes_of(type), type, y, kLanes);
+    }
+  }
+  return {to, stride};
+}
+
+// Calls f(r, c, x) for each element that is not finite.
+template <typename F> void each_non_finite(Rows rows, i64 count, i64 cols, bool is_dot, const F& f) {
+  const Type type = is_dot ? Type::bf16 : Type::f32;
+  for (i64 r = 0; r < count; ++r) {
+    for (i64 c = 0; c < cols; ++c) {
+      const float x = load_one(rows.data + r * rows.stride + c * bytes_of(type), type);
+      if (!(x - x == 0.0f)) {
+        f(r, c, x);
+      }
+    }
+  }
+}
+
+// [channels, lanes] to `count` rows of one (b, h) of a tensor, each lane times its factor.
+inline void write_rows(const float* tile, i64 lanes, i64 channels, const float* factor, const View& x, i64 b, i64 h,
+                       i64 first, i64 count) {
+  const i64 size = bytes_of(x.type);
+  char* base = x.data + (b * x.b + h * x.h + first * x.l) * size;
+  for (i64 q = 0; q < count; q += kLanes) {
+    const Vec scale = load(factor + q);
+    for (i64 c = 0; c < channels; c += kLanes) {
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = c + i < channels ? load(tile + (c + i) * lanes + q) * scale : zero();
+      }
+      transpose(block);
+      for (i64 i = 0; i < least<i64>(kLanes, count - q); ++i) {
+        char* row = base + (q + i) * x.l * size;
+        if (x.d == 1) {
+          store_from_f32(row + c * size, x.type, block[i], channels - c);
+        } else {
+          for (i64 n = 0; n < least<i64>(kLanes, channels - c); ++n) {
+            store_one(row + (c + n) * x.d * size, x.type, block[i][n]);
+          }
+        }
+      }
+    }
+  }
+}
+
+} // namespace MMK_ISA
+} // namespace mmkernels

@@ -1,0 +1,262 @@
+// What all passes over a tile of scores share: operands, scores, mask, bias, dropout. A tile is transposed, [keys, lanes]
+// with a panel's queries side by side: keys and values are read where they lie, and no sum or maximum runs across lanes.
+#pragma once
+
+#include "../common/philox.h"
+#include "../common/tile_gemm.h"
+#include "mask.h"
+
+namespace mmkernels {
+namespace MMK_ISA {
+
+// Keys that are worked on together: the tile of scores stays in the first-level cache beside a strip of its operands.
+constexpr i64 kTileKeys = 96;
+
+// Dispatches on whether products are those of bfloat16 pairs.
+MMK_INLINE void gemm(bool is_dot, Operand a, const void* b, i64 b_step, float* c, i64 c_row, i64 rows, i64 vectors,
+                     i64 depth, bool add) {
+  if (kHasDot && is_dot) {
+    gemm<true>(a, b, b_step, c, c_row, rows, vectors, depth, add);
+  } else {
+    gemm<false>(a, b, b_step, c, c_row, rows, vectors, depth, add);
+  }
+}
+
+// Scores [rows, lanes] of keys in the working format with the transposed queries.
+MMK_INLINE void multiply_rows(bool is_dot, Rows rows, const float* transposed, i64 lanes, i64 count, i64 depth,
+                              float* to) {
+  gemm(is_dot, {rows.data, rows.stride, 4}, transposed, lanes * 4, to, lanes, count, lanes / kLanes, depth, false);
+}
+
+// The bias of places [a, b) transposed to [b - a, lanes], as float32.
+inline void bias_tile(const Problem& p, const Panel& panel, const KeyList& list, i64 a, i64 b, float* to) {
+  const View& x = p.bias;
+  const i64 size = bytes_of(x.type);
+  const char* base = x.data + (panel.b * x.b + panel.h * x.h + panel.i0 * x.l) * size;
+  for (i64 q = 0; q < panel.lanes; q += kLanes) {
+    for (i64 r = a; r < b; r += kLanes) {
+      const i64 n = least<i64>(kLanes, b - r), key = key_at(list, r);
+      const bool neighbours = x.d == 1 && key_at(list, r + n - 1) - key == n - 1;
+      Vec block[kLanes];
+      for (i64 i = 0; i < kLanes; ++i) {
+        if (q + i >= panel.count) {
+          block[i] = zero();
+          continue;
+        }
+        const char* row = base + (q + i) * x.l * size;
+        if (neighbours) {
+          block[i] = load_as_f32(row + key * size, x.type, n);
+        } else {
+          float few[kLanes] = {};
+          for (i64 j = 0; j < n; ++j) {
+            few[j] = load_one(row + key_at(list, r + j) * x.d * size, x.type);
+          }
+          block[i] = load(few);
+        }
+      }
+      transpose(block);
+      for (i64 j = 0; j < n; ++j) {
+        store(to + (r - a + j) * panel.lanes + q, block[j]);
+      }
+    }
+  }
+}
+
+// Scores to base-2 logarithms of weights, where the factor can't wait for the exponential: times the scale, plus the
+// bias. A bias of -inf hides, whatever the score is: that goes into the sight.
+inline void scale_and_bias(const Problem& p, const Panel& panel, const KeyList& list, Sight& sight, float* scores,
+                           float* bias, Word* words) {
+  const Vec scale = set1(p.scale * kLog2e), log2e = set1(kLog2e), hidden = set1(-kInf);
+  const i64 n = sight.b - sight.a, lanes = panel.lanes;
+  if (p.bias.data == nullptr) {
+    for (i64 i = 0; i < n * lanes; i += kLanes) {
+      store(scores + i, load(scores + i) * scale);
+    }
+    return;
+  }
+  bias_tile(p, panel, list, sight.a, sight.b, bias);
+  Word any = 0;
+  for (i64 r = 0; r < n; ++r) {
+    Word hides = 0;
+    for (i64 q = 0; q < lanes; q += kLanes) {
+      const Vec y = load(bias + r * lanes + q);
+      float* at = scores + r * lanes + q;
+      store(at, fma(load(at), scale, y * log2e));
+      hides |= (Word)((Word)bits_of(y == hidden) << q);
+    }
+    if (hides != 0) {
+      write_out(sight, panel, words);
+      sight.words[r] &= (Word)~hides;
+    }
+    any |= sight.words != nullptr ? sight.words[r] : panel.real;
+  }
+  sight.any = any;
+}
+
+// Whether scores are scaled at once (a bias is added, or the largest score would not become the largest logarithm).
+MMK_INLINE bool scales_early(const Problem& p) {
+  return p.bias.data != nullptr || !(p.scale > 0.0f);
+}
+
+MMK_INLINE void hide(const Panel& panel, const Word* words, i64 count, float* scores) {
+  const Vec hidden = set1(-kInf);
+  for (i64 r = 0; r < count; ++r) {
+    if (words[r] == panel.real && panel.count == panel.lanes) {
+      continue;
+    }
+    for (i64 n = 0; n < panel.vectors; ++n) {
+      float* at = scores + r * panel.lanes + n * kLanes;
+      store(at, choose((std::uint32_t)(words[r] >> (n * kLanes)), load(at), hidden));
+    }
+  }
+}
+
+// For each place of [a, b) the bits of the queries whose probability dropout keeps.
+inline void kept_words(const Problem& p, const Panel& panel, const KeyList& list, i64 a, i64 b, Word* kept) {
+  UVec lane;
+  for (int i = 0; i < kLanes; ++i) {
+    lane[i] = (std::uint32_t)i;
+  }
+  std::memset(kept, 0, (b - a) * sizeof(Word));
+  if (p.threshold >> 32 != 0) { // everything is dropped
+    return;
+  }
+  const std::uint32_t threshold = (std::uint32_t)p.threshold;
+  for (i64 n = 0; n < panel.vectors; ++n) {
+    i64 last = -1; // the quad of keys whose words are at hand
+    UVec words[4];
+    for (i64 r = a; r < b; ++r) {
+      const i64 key = key_at(list, r);
+      if (key / 4 != last) {
+        last = key / 4;
+        const UVec none{};
+        words[0] = none + (std::uint32_t)last;
+        words[1] = lane + (std::uint32_t)(panel.i0 + n * kLanes);
+        words[2] = none + (std::uint32_t)panel.h;
+        words[3] = none + (std::uint32_t)panel.b;
+        philox(words[0], words[1], words[2], words[3], p.seed_low, p.seed_high);
+      }
+      const UVec word = words[key % 4];
+      Word bits = 0;
+      for (int i = 0; i < kLanes; ++i) {
+        bits |= (Word)((Word)(word[i] >= threshold) << i);
+      }
+      kept[r - a] |= (Word)(bits << (n * kLanes));
+    }
+  }
+}
+
+// A tile [count, lanes] of places from `a` on, transposed to rows of queries: f(where, elements, how many) for runs of
+// neighbouring keys. `to` is float32, its first row the panel's first query.
+template <typename F>
+MMK_INLINE void each_transposed_block(const Panel& panel, const KeyList& list, i64 a, i64 count, const float* tile,
+                                      const View& to, const F& f) {
+  for (i64 q = 0; q < panel.count; q += kLanes) {
+    for (i64 r = 0; r < count; r += kLanes) {
+      const i64 n = least<i64>(kLanes, count - r), key = key_at(list, a + r);
+      const bool neighbours = to.d == 1 && key_at(list, a + r + n - 1) - key == n - 1;
+      Vec block[kLanes];
+      for (i64 i = 0; i < kLanes; ++i) {
+        block[i] = i < n ? load(tile + (r + i) * panel.lanes + q) : zero();
+      }
+      transpose(block);
+      for (i64 i = 0; i < least<i64>(kLanes, panel.count - q); ++i) {
+        float* row = (float*)to.data + (q + i) * to.l;
+        if (neighbours) {
+          f(row + key, block[i], n);
+        } else {
+          for (i64 j = 0; j < n; ++j) {
+            f(row + key_at(list, a + r + j) * to.d, set1(block[i][j]), 1);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Keys or values of one tile, brought into the working format when first asked for.
+class Tile {
+public:
+  Tile(const Problem& p, const View& x, const KeyList& list, i64 kv, i64 cols, char* copy, char* pairs)
+      : source_(source_of(x, kv / p.key_heads, kv % p.key_heads)), list_(list), cols_(cols), dot_(uses_dot(x.type)),
+        copy_(copy), pairs_(pairs) {
+  }
+
+  // The tile of places [first, first + count).
+  void move(i64 first, i64 count) {
+    first_ = first;
+    count_ = count;
+    rows_.data = nullptr;
+    paired_ = false;
+    finite_ = -1;
+  }
+  Rows rows() {
+    if (rows_.data == nullptr) {
+      rows_ = fetch(at_keys(source_, list_, first_, count_), count_, cols_, dot_, copy_);
+    }
+    return rows_;
+  }
+  // Rows from place `a` of the list on.
+  Rows rows_from(i64 a) {
+    const Rows all = rows();
+    return {all.data + (a - first_) * all.stride, all.stride};
+  }
+  // A of a product that sums over this tile's rows: element (channel, row), or pair of rows. With pairs `a - first` is
+  // even.
+  Operand columns_from(i64 a) {
+    if (!dot_) {
+      const Rows all = rows_from(a);
+      return {all.data, 4, all.stride};
+    }
+    if (!paired_) {
+      interleave_rows(rows(), count_, cols_, pairs_);
+      paired_ = true;
+    }
+    const i64 stride = pad_lanes(cols_) * 4;
+    return {pairs_ + (a - first_) / 2 * stride, 4, stride};
+  }
+  bool finite() {
+    if (finite_ < 0) {
+      finite_ = all_finite(rows(), count_, cols_, dot_);
+    }
+    return finite_ != 0;
+  }
+  bool dot() const {
+    return dot_;
+  }
+  i64 first() const {
+    return first_;
+  }
+
+  static i64 copy_bytes(bool is_dot, i64 cols) {
+    return kTileKeys * row_bytes(is_dot, cols);
+  }
+  static i64 pairs_bytes(bool is_dot, i64 cols) {
+    return is_dot ? (kTileKeys + 1) / 2 * pad_lanes(cols) * 4 : 0;
+  }
+
+private:
+  Source source_;
+  KeyList list_;
+  i64 cols_;
+  bool dot_;
+  char *copy_, *pairs_;
+  i64 first_ = 0, count_ = 0;
+  Rows rows_{nullptr, 0};
+  bool paired_ = false;
+  int finite_ = -1;
+};
+
+// float32 [rows, lanes] to pairs of neighbouring rows [(rows + 1) / 2, lanes], in place.
+inline void pair_in_place(float* tile, i64 rows, i64 lanes) {
+  for (i64 r = 0; r < rows; r += 2) {
+    for (i64 n = 0; n < lanes; n += kLanes) {
+      const Vec low = load(tile + r * lanes + n);
+      const Vec high = r + 1 < rows ? load(tile + (r + 1) * lanes + n) : zero();
+      store(tile + r / 2 * lanes + n, pair_bf16(low, high));
+    }
+  }
+}
+
+} // namespace MMK_ISA
+} // namespace mmkernels

@@ -1,0 +1,101 @@
+"""The CPU extension: loads the kernels of ``csrc/``, chooses their instruction set, says why a call can't use them.
+
+Environment:
+    MMKERNELS_CPU_ISA: the widest instruction set that the kernels may use: ``avx512_bf16``, ``avx512``, ``avx2`` or
+        ``plain``. Unset: the widest that the CPU has. Read once, on import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["isas", "op", "use_isa", "why_not"]
+
+_VARIABLE = "MMKERNELS_CPU_ISA"
+_ASK = "?"  # changes nothing
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load() -> str | None:
+    """Why the extension can't be used, or None."""
+    folder = Path(__file__).parent
+    reason = folder / "_cpu_why_not.txt"  # left by setup.py
+    found = sorted(folder.glob("_cpu.*so")) + sorted(folder.glob("_cpu.*pyd"))
+    if not found:
+        why = reason.read_text().strip() if reason.exists() else "there is no such file"
+        return f"the CPU extension is not built: {why}; install again with a C++ compiler and --no-build-isolation"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except (OSError, RuntimeError) as error:  # built for another version of torch
+        return f"the CPU extension does not load: {error}; install again to build it for torch {torch.__version__}"
+    wanted = os.environ.get(_VARIABLE, "")
+    try:
+        torch.ops.mmkernels.cpu_isa(wanted)
+    except (ValueError, RuntimeError):
+        raise ValueError(f"{_VARIABLE} must be one of {', '.join(isas())}, got {wanted!r}") from None
+    return None
+
+
+def isas() -> list[str]:
+    """The instruction sets that the kernels can use here, the one in use first; empty without the extension."""
+    return [] if _unusable else str(torch.ops.mmkernels.cpu_isa(_ASK)).split()
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Make the kernels use a narrower instruction set than they could; for the whole process, for tests and timings.
+
+    Args:
+        name: one of `isas()`.
+
+    Raises:
+        ValueError: the CPU has no such instruction set, or the extension is not there.
+
+    Example:
+        >>> from mmkernels import cpu
+        >>> for isa in cpu.isas():
+        ...     with cpu.use_isa(isa):
+        ...         out = cross_attention(query, key, value)  # doctest: +SKIP
+    """
+    offered = isas()
+    if name not in offered:
+        raise ValueError(f"name must be one of {', '.join(offered) or 'nothing'}, got {name!r}")
+    torch.ops.mmkernels.cpu_isa(name)
+    try:
+        yield
+    finally:
+        torch.ops.mmkernels.cpu_isa(offered[0])
+
+
+def op(name: str) -> Callable[..., Any]:
+    """The kernel ``torch.ops.mmkernels.<name>``, looked up here once; for a table of backends."""
+    if _unusable is None:
+        return getattr(torch.ops.mmkernels, name).default  # type: ignore[no-any-return]
+
+    def unusable(*args: Any) -> Any:
+        raise RuntimeError(_unusable)
+
+    return unusable
+
+
+def why_not(*args: Any) -> str | None:
+    """Why a call whose first argument is a tensor can't run on the CPU kernels, or None; without arguments, why none can."""
+    if _unusable is not None or not args:
+        return _unusable
+    x: Tensor = args[0]
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"{x.dtype} is not computed: sums are kept in float32"
+    return None
+
+
+_unusable: str | None = None
+_unusable = _load()
