@@ -77,7 +77,8 @@ def use_isa(name: str) -> Iterator[None]:
 def op(name: str) -> Callable[..., Any]:
     """The kernel ``torch.ops.mmkernels.<name>``, looked up here once; for a table of backends."""
     if _unusable is None:
-        return getattr(torch.ops.mmkernels, name).default  # type: ignore[no-any-return]
+        overload = getattr(torch.ops.mmkernels, name).default
+        return getattr(overload, "_op", overload)  # what the overload calls, without a Python function between
 
     def unusable(*args: Any) -> Any:
         raise RuntimeError(_unusable)
@@ -86,7 +87,7 @@ def op(name: str) -> Callable[..., Any]:
 
 
 def why_not(*args: Any) -> str | None:
-    """Why a call whose first argument is a tensor can't run on the CPU kernels, or None; without arguments, why none can."""
+    """Why a call on these tensors can't run on the CPU kernels, or None; without arguments, why no call can."""
     if _unusable is not None or not args:
         return _unusable
     x: Tensor = args[0]

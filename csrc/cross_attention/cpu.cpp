@@ -1,4 +1,5 @@
 // The attention ops on the CPU: tensors to plain data, work to threads. Arguments were checked by the public functions.
+#include <ATen/EmptyTensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -280,8 +281,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Call call(query, key, scale);
   Problem& p = call.p;
   call.set_value(value);
-  const Tensor out = at::empty({p.batch, p.q_len, p.heads, p.value_dim}, query.options()).transpose(1, 2);
-  const Tensor lse = at::empty({p.batch, p.heads, p.q_len}, query.options().dtype(at::kFloat));
+  const i64 row = p.heads * p.value_dim;
+  // Not through the dispatcher: a small call notices.
+  const Tensor out = at::detail::empty_strided_cpu({p.batch, p.heads, p.q_len, p.value_dim},
+                                                   {p.q_len * row, p.value_dim, row, 1}, query.scalar_type());
+  const Tensor lse = at::detail::empty_cpu({p.batch, p.heads, p.q_len}, at::kFloat);
   if (out.numel() == 0) {
     return {out, lse};
   }

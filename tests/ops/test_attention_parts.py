@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from mmkernels import SpanMask, attention_received, attention_weights, cross_attention, merge_attention
+from mmkernels import SpanMask, attention_received, attention_weights, cpu, cross_attention, merge_attention
 from mmkernels.profiling.meters import peak_memory
 
-each_backend = pytest.mark.parametrize("backend", ["chunked", "reference"])
+EXACT = ("chunked", "reference")  # those that compute in float64
+each_backend = pytest.mark.parametrize("backend", EXACT)
+each_scores_backend = pytest.mark.parametrize("backend", EXACT if cpu.why_not() else ("cpu", *EXACT))
 
 
 @each_backend
@@ -46,25 +48,27 @@ def test_merge_has_second_derivatives(backend: str) -> None:
     assert torch.autograd.gradcheck(call, inputs) and torch.autograd.gradgradcheck(call, inputs)
 
 
-@each_backend
+@each_scores_backend
 def test_received_is_the_column_sum_of_the_weights(backend: str) -> None:
-    q, k = torch.randn(2, 4, 40, 8, dtype=torch.float64), torch.randn(2, 2, 600, 8, dtype=torch.float64)
+    dtype = torch.float64 if backend in EXACT else torch.float32
+    q, k = torch.randn(2, 4, 40, 8, dtype=dtype), torch.randn(2, 2, 600, 8, dtype=dtype)
     mask = SpanMask.key_padding([600, 77])
     weights = attention_weights(q, k, mask, backend=backend)
     received = attention_received(q, k, mask, backend=backend)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     torch.testing.assert_close(received, weights.sum(2))
     assert not bool(received[1, :, 77:].any())
-    one = torch.zeros(1, 1, 40, dtype=torch.float64)
+    one = torch.zeros(1, 1, 40, dtype=dtype)
     one[..., 7] = 1
     last = attention_received(q, k, mask, query_weights=one, backend=backend)
     torch.testing.assert_close(last, attention_weights(q, k, mask, rows=torch.tensor([7]), backend=backend)[:, :, 0])
 
 
-@each_backend
+@each_scores_backend
 def test_weights_times_values_is_cross_attention(backend: str) -> None:
-    q, k, v = (torch.randn(2, 2, n, 8, dtype=torch.float64) for n in (6, 9, 9))
-    bias = torch.randn(1, 2, 6, 9, dtype=torch.float64)
+    dtype = torch.float64 if backend in EXACT else torch.float32
+    q, k, v = (torch.randn(2, 2, n, 8, dtype=dtype) for n in (6, 9, 9))
+    bias = torch.randn(1, 2, 6, 9, dtype=dtype)
     mask = torch.rand(2, 1, 6, 9) < 0.5
     weights = attention_weights(q, k, mask, bias=bias, scale=0.5, backend=backend)
     torch.testing.assert_close(weights @ v, cross_attention(q, k, v, mask, bias=bias, scale=0.5))
@@ -76,7 +80,7 @@ def test_weights_times_values_is_cross_attention(backend: str) -> None:
     assert single.shape == (2, 2, 2, 9)
 
 
-@each_backend
+@each_scores_backend
 def test_a_nan_query_spoils_only_what_it_sees(backend: str) -> None:
     q, k = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 5, 4)
     q[0, 0, 1] = math.nan
