@@ -31,7 +31,7 @@ MMK_INLINE void tile(const char* __restrict a, i64 a_row, i64 a_step, const char
   Vec acc[kRows][kCols];
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < kCols; ++n) {
       acc[m][n] = add ? load(c + m * c_row + n * kLanes) : zero();
     }
@@ -40,14 +40,14 @@ MMK_INLINE void tile(const char* __restrict a, i64 a_row, i64 a_step, const char
   const i64 row = kUnitStep ? a_row : 4, step = kUnitStep ? 4 : a_step;
   for (i64 k = 0; k < depth; ++k) {
     Vec x[kCols];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < kCols; ++n) {
       x[n] = load(b + n * sizeof(Vec));
     }
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const Vec y = broadcast(a + m * row);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int n = 0; n < kCols; ++n) {
         acc[m][n] = multiply_add<kDot>(y, x[n], acc[m][n]);
       }
@@ -57,7 +57,7 @@ MMK_INLINE void tile(const char* __restrict a, i64 a_row, i64 a_step, const char
   }
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < kCols; ++n) {
       store(c + m * c_row + n * kLanes, acc[m][n]);
     }

@@ -8,6 +8,7 @@ namespace mmkernels {
 namespace MMK_ISA {
 
 constexpr i64 kDecodeKeys = 128;
+constexpr i64 kValueKeys = 32;
 
 struct DecodeRow {
   i64 b, h, i;
@@ -25,27 +26,44 @@ inline DecodeRow decode_row(const Problem& p, const KeyList& list, i64 kv, i64 r
   return {b, h, i, run_of(p, list, b, i), -kInf, 0.0f, false};
 }
 
-// scores[r, j] = sum_k a[r, k] b[j, k] for kRows rows and kLanes / kRows keys; a is padded with zeros, b need not be.
+// scores[r, j] = sum_k a[r, k] b[j, k] for kRows rows and kLanes / kRows keys; a is padded with zeros, b need not be. One
+// key after the other, so that memory is read in one stream: hardware fetches those ahead, twice as fast as loads can ask.
 template <int kRows, bool kDot>
 MMK_INLINE void dot_block(const char* a, i64 a_row, const char* b, i64 b_row, i64 keys, i64 depth, float* scores,
                           i64 scores_row) {
   constexpr int kKeys = kLanes / kRows;
   Vec acc[kLanes];
-  for (auto& x : acc) {
-    x = zero();
-  }
-  for (i64 k = 0; k < depth; k += kLanes) {
-    Vec x[kRows];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      x[r] = load(a + r * a_row + k * 4);
+  constexpr int kStep = kDot && kKeys >= 2 ? 2 : 1; // half as many bytes a row: two rows are still one stream
+#pragma GCC unroll 8
+  for (int j = 0; j < kKeys; j += kStep) { // past the last key: the last one again
+    const char* key[kStep];
+    Vec sums[kStep][kRows];
+    for (int i = 0; i < kStep; ++i) {
+      key[i] = b + least<i64>(j + i, keys - 1) * b_row;
+      for (auto& x : sums[i]) {
+        x = zero();
+      }
     }
-#pragma GCC unroll 16
-    for (int j = 0; j < kKeys; ++j) { // past the last key: the last one again
-      const Vec y = load_part(b + least<i64>(j, keys - 1) * b_row + k * 4, depth - k);
+    for (i64 k = 0; k < depth; k += kLanes) {
+      Vec y[kStep];
+#pragma GCC unroll 2
+      for (int i = 0; i < kStep; ++i) {
+        y[i] = load_part(key[i] + k * 4, depth - k);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        acc[r * kKeys + j] = multiply_add<kDot>(x[r], y, acc[r * kKeys + j]);
+        const Vec x = load(a + r * a_row + k * 4);
+#pragma GCC unroll 2
+        for (int i = 0; i < kStep; ++i) {
+          sums[i][r] = multiply_add<kDot>(x, y[i], sums[i][r]);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kStep; ++i) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        acc[r * kKeys + j + i] = sums[i][r];
       }
     }
   }
@@ -53,6 +71,29 @@ MMK_INLINE void dot_block(const char* a, i64 a_row, const char* b, i64 b_row, i6
   store(sums, sum_each(acc));
   for (int r = 0; r < kRows; ++r) {
     std::memcpy(scores + r * scores_row, sums + r * kKeys, least<i64>(kKeys, keys) * 4);
+  }
+}
+
+// out[r, :] += sum_k a[r, k] b[k, :]: whole rows of b at once where registers allow, for the same reason.
+template <bool kDot>
+void add_rows(const char* a, i64 a_row, i64 rows, const char* b, i64 b_step, i64 depth, float* out, i64 vectors) {
+  constexpr int kWide = 8;
+  const i64 out_row = vectors * kLanes;
+  i64 n = 0;
+  for (; n + kWide <= vectors; n += kWide) {
+    constexpr int kTall = kLanes == 16 ? 2 : 1;
+    i64 r = 0;
+    for (; r + kTall <= rows; r += kTall) {
+      tile<kTall, kWide, kDot, true>(a + r * a_row, a_row, 4, b + n * sizeof(Vec), b_step,
+                                     out + r * out_row + n * kLanes, out_row, depth, true);
+    }
+    for (; r < rows; ++r) {
+      tile<1, kWide, kDot, true>(a + r * a_row, a_row, 4, b + n * sizeof(Vec), b_step, out + r * out_row + n * kLanes,
+                                 out_row, depth, true);
+    }
+  }
+  if (n < vectors) {
+    gemm<kDot>({a, a_row, 4}, b + n * sizeof(Vec), b_step, out + n * kLanes, out_row, rows, vectors - n, depth, true);
   }
 }
 
@@ -164,7 +205,7 @@ inline DecodeScratch take_decode(const Problem& p, Arena& arena) {
   s.query = arena.take<char>(rows * row_bytes(is_dot, p.dim));
   s.key_copy = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.dim));
   s.value_copy = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
-  s.value_pairs = arena.take<char>(is_dot ? kDecodeKeys / 2 * pad_lanes(p.value_dim) * 4 : 0);
+  s.value_pairs = arena.take<char>(is_dot ? kValueKeys / 2 * pad_lanes(p.value_dim) * 4 : 0);
   s.clean = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
   s.rows = arena.take<DecodeRow>(rows);
   return s;
@@ -184,12 +225,17 @@ inline void add_decoded(const Problem& p, const DecodeScratch& s, Rows values, i
   if (careful) {
     used = finite_copy(values, count, cols, is_dot, s.clean);
   }
-  const Operand weights{(const char*)s.scores, kDecodeKeys * 4, 4};
-  if (is_dot) {
-    interleave_rows(used, count, cols, s.value_pairs);
-    gemm<kHasDot>(weights, s.value_pairs, padded * 4, s.out, padded, rows, padded / kLanes, (count + 1) / 2, true);
-  } else {
-    gemm<false>(weights, used.data, used.stride, s.out, padded, rows, padded / kLanes, count, true);
+  const char* weights = (const char*)s.scores;
+  for (i64 k = 0; k < count; k += kValueKeys) { // few enough to stay in the first-level cache from row to row
+    const i64 n = least(kValueKeys, count - k);
+    const Rows part{used.data + k * used.stride, used.stride};
+    if (is_dot) {
+      interleave_rows(part, n, cols, s.value_pairs);
+      add_rows<kHasDot>(weights + k * 2, kDecodeKeys * 4, rows, s.value_pairs, padded * 4, (n + 1) / 2, s.out,
+                        padded / kLanes);
+    } else {
+      add_rows<false>(weights + k * 4, kDecodeKeys * 4, rows, part.data, part.stride, n, s.out, padded / kLanes);
+    }
   }
   if (!careful) {
     return;

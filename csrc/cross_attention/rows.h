@@ -187,6 +187,17 @@ inline void transpose_rows(Rows rows, i64 count, i64 depth, i64 lanes, float* to
   }
 }
 
+#if defined(__AVX512F__)
+// Orders that interleave the first, or last, 16 of 32 elements of two vectors.
+MMK_INLINE __m512i front_halves() {
+  return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
+                          3, 34, 2, 33, 1, 32, 0);
+}
+MMK_INLINE __m512i back_halves() {
+  return _mm512_or_si512(front_halves(), _mm512_set1_epi16(16));
+}
+#endif
+
 // Rows of bfloat16 [count, cols] to [(count + 1) / 2, cols padded] pairs of the same column of two neighbouring rows.
 inline void interleave_rows(Rows rows, i64 count, i64 cols, char* to) {
   const i64 stride = pad_lanes(cols) * 4;
@@ -194,22 +205,46 @@ inline void interleave_rows(Rows rows, i64 count, i64 cols, char* to) {
     const char* a = rows.data + r * rows.stride;
     const char* b = r + 1 < count ? a + rows.stride : nullptr;
     std::uint32_t* out = (std::uint32_t*)(to + r / 2 * stride);
-    for (i64 c = 0; c < cols; c += kLanes) {
-      std::uint16_t low[kLanes] = {}, high[kLanes] = {};
-      const i64 n = least<i64>(kLanes, cols - c);
-      if (n == kLanes) {
-        std::memcpy(low, a + c * 2, sizeof low);
-      } else {
-        std::memcpy(low, a + c * 2, n * 2);
+    i64 c = 0;
+#if defined(__AVX512F__)
+    for (; b != nullptr && c + 8 * kLanes <= cols; c += 8 * kLanes) { // one row after the other: memory is read in order
+      __m512i low[4], high[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        low[i] = _mm512_loadu_si512(a + (c + i * 2 * kLanes) * 2);
       }
-      if (b != nullptr && n == kLanes) {
-        std::memcpy(high, b + c * 2, sizeof high);
-      } else if (b != nullptr) {
-        std::memcpy(high, b + c * 2, n * 2);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        high[i] = _mm512_loadu_si512(b + (c + i * 2 * kLanes) * 2);
+        _mm512_storeu_si512(out + c + 2 * i * kLanes, _mm512_permutex2var_epi16(low[i], front_halves(), high[i]));
+        _mm512_storeu_si512(out + c + (2 * i + 1) * kLanes, _mm512_permutex2var_epi16(low[i], back_halves(), high[i]));
       }
-      for (int i = 0; i < kLanes; ++i) {
-        out[c + i] = low[i] | ((std::uint32_t)high[i] << 16);
+    }
+    for (; b != nullptr && c + 2 * kLanes <= cols; c += 2 * kLanes) {
+      const __m512i low = _mm512_loadu_si512(a + c * 2), high = _mm512_loadu_si512(b + c * 2);
+      _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(low, front_halves(), high));
+      _mm512_storeu_si512(out + c + kLanes, _mm512_permutex2var_epi16(low, back_halves(), high));
+    }
+#endif
+    for (; c < cols; c += kLanes) {
+      const i64 n = cols - c;
+#if defined(__AVX512F__)
+      const __mmask16 some = (__mmask16)(n >= kLanes ? 0xffff : (1u << n) - 1);
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, a + c * 2));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(b != nullptr ? some : 0, b + c * 2));
+      _mm512_storeu_si512(out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+      for (i64 i = 0; i < kLanes; ++i) {
+        std::uint16_t low = 0, high = 0;
+        if (i < n) {
+          std::memcpy(&low, a + (c + i) * 2, 2);
+          if (b != nullptr) {
+            std::memcpy(&high, b + (c + i) * 2, 2);
+          }
+        }
+        out[c + i] = low | ((std::uint32_t)high << 16);
       }
+#endif
     }
   }
 }
