@@ -9,6 +9,7 @@
 
 #ifndef _WIN32
 #include <pthread.h>
+#include <sys/mman.h>
 #endif
 
 namespace mmkernels {
@@ -84,6 +85,22 @@ void parallel_tasks(std::int64_t count, int threads, std::int64_t bytes,
       work();
     }
   });
+}
+
+void expect_writes(void* data, std::int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr std::uintptr_t kPage = 1 << 21;
+  if (bytes < static_cast<std::int64_t>(2 * kPage)) {
+    return;
+  }
+  const auto begin = reinterpret_cast<std::uintptr_t>(data), first = (begin + kPage - 1) / kPage * kPage;
+  const std::uintptr_t last = (begin + bytes) / kPage * kPage;
+  if (first < last) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE); // a hint: nothing depends on its success
+  }
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 } // namespace mmkernels

@@ -15,4 +15,8 @@ int available_threads();
 void parallel_tasks(std::int64_t count, int threads, std::int64_t bytes,
                     const std::function<void(std::int64_t, char*)>& run);
 
+// Asks the system for large pages under `bytes` at `data`, freshly allocated and about to be written in full: a page fault
+// for each 4 KiB of a large output otherwise costs as much time as its arithmetic.
+void expect_writes(void* data, std::int64_t bytes);
+
 } // namespace mmkernels

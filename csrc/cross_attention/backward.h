@@ -3,7 +3,8 @@
 //   dP = dO V',  dS = P o (f K o dP - delta),  delta = rowsum(dO o out) - grad_lse,
 //   dV += (f K o P)' dO,  dK += dS' Q,  dQ += dS K   (dK, dQ times the scale),  dbias += dS,  dgate ~ sum(K o P o dP).
 // A thread owns some keys of some heads, so that nothing is added to by two; dQ is summed over such pieces in a fixed
-// order where there are several.
+// order where there are several. It takes its keys in chunks which, with their gradients, stay in the second-level cache
+// while all queries pass by.
 #pragma once
 
 #include "forward.h"
@@ -18,14 +19,26 @@ struct BackwardScratch {
   char *query_copy, *grad_copy, *query_clean, *grad_clean; // rows in the working format
   float *query, *grad;                                     // transposed
   char *query_pairs, *grad_pairs;
-  float *grad_query, *lse, *delta, *gate, *scale;
+  float *lse, *delta, *gate, *scale;
   char *key_copy, *key_pairs, *value_copy, *clean, *clean_pairs;
-  float *grad_key, *grad_value; // [places of the split, channels padded]
+  float *grad_key, *grad_value; // [places of a chunk, channels padded]
+  float* grad_query;            // transposed, for each panel [dim, kPanel]
+  bool* begun;                  // for each panel: grad_query holds something
 };
+
+MMK_INLINE i64 panels_of_key_head(const Problem& p) {
+  return sharers(p) * group_of(p) * panels_of(p);
+}
 
 // Places of one split: a multiple of a tile, so that pairs of keys start alike.
 MMK_INLINE i64 split_places(const Problem& p) {
   return round_up((p.k_len + p.splits - 1) / p.splits, kTileKeys);
+}
+
+// Places of one chunk: tiles whose keys, values and gradients take half a mebibyte.
+MMK_INLINE i64 chunk_places(const Problem& p) {
+  const i64 tiles = (1 << 19) / (kTileKeys * 8 * (pad_lanes(p.dim) + pad_lanes(p.value_dim)));
+  return least(most<i64>(tiles, 1) * kTileKeys, split_places(p));
 }
 
 inline BackwardScratch take_backward(const Problem& p, Arena& arena) {
@@ -46,7 +59,6 @@ inline BackwardScratch take_backward(const Problem& p, Arena& arena) {
   s.grad = arena.take<float>(depth_of(is_dot, value_dim) * kPanel);
   s.query_pairs = arena.take<char>(is_dot ? kPanel / 2 * pad_lanes(dim) * 4 : 0);
   s.grad_pairs = arena.take<char>(is_dot ? kPanel / 2 * pad_lanes(value_dim) * 4 : 0);
-  s.grad_query = arena.take<float>(dim * kPanel);
   s.lse = arena.take<float>(kPanel);
   s.delta = arena.take<float>(kPanel);
   s.gate = arena.take<float>(kPanel);
@@ -56,9 +68,11 @@ inline BackwardScratch take_backward(const Problem& p, Arena& arena) {
   s.value_copy = arena.take<char>(Tile::copy_bytes(is_dot, value_dim));
   s.clean = arena.take<char>(Tile::copy_bytes(is_dot, dim));
   s.clean_pairs = arena.take<char>(Tile::pairs_bytes(is_dot, dim));
-  const i64 places = least(split_places(p), round_up(p.k_len, 2));
+  const i64 places = chunk_places(p), panels = panels_of_key_head(p);
   s.grad_key = arena.take<float>(p.grad_key.data != nullptr ? places * pad_lanes(dim) : 0);
   s.grad_value = arena.take<float>(p.grad_value.data != nullptr ? places * pad_lanes(value_dim) : 0);
+  s.grad_query = arena.take<float>(p.grad_query.data != nullptr ? panels * dim * kPanel : 0);
+  s.begun = arena.take<bool>(panels);
   return s;
 }
 
@@ -81,19 +95,17 @@ struct BackwardRows {
   Summed query, grad;
   Rows grad_rows;    // as they are, where they are not all finite
   bool grad_finite;
-  bool begun;        // grad_query holds something
+  float* grad_query;
+  bool* begun;
 };
 
 MMK_INLINE bool hides_anything(const Problem& p) {
   return p.start != nullptr || p.words != nullptr || p.key_valid != nullptr || p.bias.data != nullptr;
 }
 
-inline BackwardRows begin_backward(const Problem& p, const KeyList& list, i64 kv, i64 index, const BackwardScratch& s) {
-  BackwardRows r;
-  r.panel = panel_at(p, kv, index);
-  r.begun = false;
+// Packs what the products take of a panel.
+inline void begin_backward(const Problem& p, BackwardRows& r, const BackwardScratch& s) {
   const Panel& panel = r.panel;
-  spans_of(p, panel, list, r.spans);
   const bool is_dot = uses_dot(p.query.type);
   const auto rows_of = [&](const View& x, i64 cols, char* copy) {
     Source source = source_of(x, panel.b, panel.h);
@@ -141,7 +153,6 @@ inline BackwardRows begin_backward(const Problem& p, const KeyList& list, i64 kv
     r.query = {s.query_pairs, pad_lanes(p.dim) * 4};
     r.grad = {s.grad_pairs, pad_lanes(p.value_dim) * 4};
   }
-  return r;
 }
 
 // Scores and dP of a tile, in place, to what the products take: f K o P (kPairs: rows of bfloat16) and dS (kPairs: pairs
@@ -256,12 +267,12 @@ inline void add_query_grads(const Problem& p, BackwardRows& rows, Tile& keys, co
       columns = {s.clean_pairs, 4, pad_lanes(p.dim) * 4};
     }
   }
-  gemm(is_dot, columns, s.grads, lanes * 4, s.grad_query, lanes, p.dim, lanes / kLanes, is_dot ? (n + 1) / 2 : n,
-       rows.begun);
-  rows.begun = true;
+  gemm(is_dot, columns, s.grads, lanes * 4, rows.grad_query, lanes, p.dim, lanes / kLanes, is_dot ? (n + 1) / 2 : n,
+       *rows.begun);
+  *rows.begun = true;
 }
 
-// One panel against the places [first, last) of a split.
+// One panel against the places [first, last) of a chunk.
 inline void backward_panel(const Problem& p, const KeyList& list, BackwardRows& rows, Tile& keys, Tile& values,
                            i64 split, i64 first, i64 last, const BackwardScratch& s) {
   const bool is_dot = keys.dot();
@@ -335,49 +346,71 @@ inline void write_key_rows(const float* from, i64 cols, float scale, const View&
   }
 }
 
-inline void backward(const Problem& p, i64 kv, i64 split, char* memory) {
-  Arena arena{memory};
-  const BackwardScratch s = take_backward(p, arena);
-  const KeyList list = list_of(p, kv);
-  const i64 first = least(split * split_places(p), list.count), last = least(first + split_places(p), list.count);
-  const i64 count = last - first;
-  if (p.grad_key.data != nullptr) {
-    std::memset(s.grad_key, 0, count * pad_lanes(p.dim) * 4);
-  }
-  if (p.grad_value.data != nullptr) {
-    std::memset(s.grad_value, 0, count * pad_lanes(p.value_dim) * 4);
-  }
-  Tile keys(p, p.key, list, kv, p.dim, s.key_copy, s.key_pairs);
-  Tile values(p, p.value, list, kv, p.value_dim, s.value_copy, nullptr);
-  View grad_query = p.grad_query;
+// dQ of all panels, from the sums to where it belongs.
+inline void write_query_grads(const Problem& p, i64 kv, i64 split, const BackwardScratch& s) {
+  View to = p.grad_query;
   if (p.splits > 1) {
-    grad_query = {(char*)(p.query_parts + split * p.batch * p.heads * p.q_len * p.dim), Type::f32,
-                  p.heads * p.q_len * p.dim, p.q_len * p.dim, p.dim, 1};
+    to = {(char*)(p.query_parts + split * p.batch * p.heads * p.q_len * p.dim), Type::f32,
+          p.heads * p.q_len * p.dim, p.q_len * p.dim, p.dim, 1};
   }
   for (i64 q = 0; q < kPanel; ++q) {
     s.scale[q] = p.scale;
   }
-  const i64 panels = sharers(p) * group_of(p) * panels_of(p);
-  for (i64 i = 0; i < panels; ++i) {
-    BackwardRows rows = begin_backward(p, list, kv, i, s);
-    const Panel& panel = rows.panel;
-    backward_panel(p, list, rows, keys, values, split, first, last, s);
-    if (p.grad_query.data != nullptr) {
-      if (!rows.begun) {
-        std::memset(s.grad_query, 0, p.dim * panel.lanes * 4);
+  for (i64 i = 0; i < panels_of_key_head(p); ++i) {
+    const Panel panel = panel_at(p, kv, i);
+    float* sums = s.grad_query + i * p.dim * kPanel;
+    if (!s.begun[i]) {
+      std::memset(sums, 0, p.dim * panel.lanes * 4);
+    }
+    write_rows(sums, panel.lanes, p.dim, s.scale, to, panel.b, panel.h, panel.i0, panel.count);
+  }
+}
+
+inline void backward(const Problem& p, i64 kv, i64 split, char* memory) {
+  Arena arena{memory};
+  const BackwardScratch s = take_backward(p, arena);
+  const KeyList list = list_of(p, kv);
+  const i64 begin = least(split * split_places(p), list.count), end = least(begin + split_places(p), list.count);
+  const i64 panels = panels_of_key_head(p);
+  Tile keys(p, p.key, list, kv, p.dim, s.key_copy, s.key_pairs);
+  Tile values(p, p.value, list, kv, p.value_dim, s.value_copy, nullptr);
+  std::memset(s.begun, 0, panels * sizeof(bool));
+  for (i64 first = begin; first < end; first += chunk_places(p)) {
+    const i64 last = least(first + chunk_places(p), end);
+    if (p.grad_key.data != nullptr) {
+      std::memset(s.grad_key, 0, (last - first) * pad_lanes(p.dim) * 4);
+    }
+    if (p.grad_value.data != nullptr) {
+      std::memset(s.grad_value, 0, (last - first) * pad_lanes(p.value_dim) * 4);
+    }
+    for (i64 i = 0; i < panels; ++i) {
+      BackwardRows rows;
+      rows.panel = panel_at(p, kv, i);
+      rows.grad_query = s.grad_query + i * p.dim * kPanel;
+      rows.begun = s.begun + i;
+      const Panel& panel = rows.panel;
+      spans_of(p, panel, list, rows.spans);
+      if (rows.spans.first >= last || rows.spans.last <= first) {
+        continue;
       }
-      write_rows(s.grad_query, panel.lanes, p.dim, s.scale, grad_query, panel.b, panel.h, panel.i0, panel.count);
+      begin_backward(p, rows, s);
+      backward_panel(p, list, rows, keys, values, split, first, last, s);
+      if (p.gate_rows != nullptr) {
+        float* sums = p.gate_rows + ((split * p.batch + panel.b) * p.heads + panel.h) * p.q_len + panel.i0;
+        for (i64 q = 0; q < panel.count; ++q) {
+          sums[q] += s.gate[q];
+        }
+      }
     }
-    if (p.gate_rows != nullptr) {
-      std::memcpy(p.gate_rows + ((split * p.batch + panel.b) * p.heads + panel.h) * p.q_len + panel.i0, s.gate,
-                  panel.count * 4);
+    if (p.grad_key.data != nullptr) {
+      write_key_rows(s.grad_key, p.dim, p.scale, p.grad_key, list, kv, p.key_heads, first, last - first);
+    }
+    if (p.grad_value.data != nullptr) {
+      write_key_rows(s.grad_value, p.value_dim, 1.0f, p.grad_value, list, kv, p.key_heads, first, last - first);
     }
   }
-  if (p.grad_key.data != nullptr) {
-    write_key_rows(s.grad_key, p.dim, p.scale, p.grad_key, list, kv, p.key_heads, first, count);
-  }
-  if (p.grad_value.data != nullptr) {
-    write_key_rows(s.grad_value, p.value_dim, 1.0f, p.grad_value, list, kv, p.key_heads, first, count);
+  if (p.grad_query.data != nullptr) {
+    write_query_grads(p, kv, split, s);
   }
 }
 

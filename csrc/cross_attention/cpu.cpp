@@ -289,8 +289,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   if (out.numel() == 0) {
     return {out, lse};
   }
+  expect_writes(out.mutable_data_ptr(), static_cast<i64>(out.nbytes()));
   p.out = view_of(out);
-  p.out.l = out.stride(2);
   p.lse = lse.mutable_data_ptr<float>();
   call.set_mask(start, end, key_valid, dense);
   call.set_rest(bias, gate, seed, dropout_p);
@@ -348,7 +348,9 @@ Tensor grad_like(const Tensor& x, bool wanted, bool partly_written) {
   if (!wanted) {
     return at::empty({0}, x.options());
   }
-  return partly_written ? at::zeros_like(x) : at::empty_like(x);
+  Tensor grad = at::empty_like(x);
+  expect_writes(grad.mutable_data_ptr(), static_cast<i64>(grad.nbytes()));
+  return partly_written ? grad.zero_() : grad;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
@@ -402,7 +404,7 @@ backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q
     p.grad_bias_split = shared ? bias_sums.stride(0) : 0;
   }
   if (gate_grad) {
-    gate_rows = at::empty({p.splits, p.batch, p.heads, p.q_len}, query.options().dtype(at::kFloat));
+    gate_rows = at::zeros({p.splits, p.batch, p.heads, p.q_len}, query.options().dtype(at::kFloat));
     p.gate_rows = gate_rows.mutable_data_ptr<float>();
   }
   if (needs[0] && p.splits > 1) {

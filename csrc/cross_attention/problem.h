@@ -60,7 +60,7 @@ struct Problem {
   const float* grad_lse = nullptr;
   View grad_bias; // float32, added to; splits lie apart where the bias is shared by keys
   std::int64_t grad_bias_split = 0;
-  float* gate_rows = nullptr;     // [splits, B, Hq, Lq]: sum_j P_ij (grad_i . v_j)
+  float* gate_rows = nullptr;     // [splits, B, Hq, Lq]: sum_j P_ij (grad_i . v_j), added to
   float* query_parts = nullptr;   // [splits, B, Hq, Lq, D] where splits > 1
 
   // Received attention and weights.
