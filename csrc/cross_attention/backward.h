@@ -13,7 +13,7 @@ namespace mmkernels {
 namespace MMK_ISA {
 
 struct BackwardScratch {
-  float *scores, *grads, *bias;
+  float *scores, *grads, *plain_grads; // the last: dS as float32, where `grads` becomes pairs
   char* grad_rows; // dS as bfloat16 [keys, lanes]
   Word *words, *kept;
   char *query_copy, *grad_copy, *query_clean, *grad_clean; // rows in the working format
@@ -47,7 +47,7 @@ inline BackwardScratch take_backward(const Problem& p, Arena& arena) {
   BackwardScratch s;
   s.scores = arena.take<float>(tile);
   s.grads = arena.take<float>(tile);
-  s.bias = p.bias.data != nullptr ? arena.take<float>(tile) : nullptr;
+  s.plain_grads = is_dot && p.grad_bias.data != nullptr ? arena.take<float>(tile) : nullptr;
   s.grad_rows = arena.take<char>(is_dot ? tile * 2 : 0);
   s.words = arena.take<Word>(kTileKeys + 1, 1);
   s.kept = arena.take<Word>(kTileKeys);
@@ -156,10 +156,10 @@ inline void begin_backward(const Problem& p, BackwardRows& r, const BackwardScra
 }
 
 // Scores and dP of a tile, in place, to what the products take: f K o P (kPairs: rows of bfloat16) and dS (kPairs: pairs
-// of rows, and rows in `grad_rows`). float32 dS goes to `plain_grads` too where that is given.
+// of rows, and rows in `grad_rows`).
 template <bool kPairs>
 inline void differentiate(const Problem& p, const Panel& panel, i64 count, float factor, const Word* words,
-                          const Word* kept, const BackwardScratch& s, float* plain_grads) {
+                          const Word* kept, const BackwardScratch& s) {
   const Vec scale = set1(factor), gate = set1(p.factor != nullptr ? p.factor[panel.h] : 1.0f);
   const i64 lanes = panel.lanes;
   for (i64 n = 0; n < lanes; n += kLanes) {
@@ -184,8 +184,8 @@ inline void differentiate(const Problem& p, const Panel& panel, i64 count, float
       if (words != nullptr) {
         grad = choose((std::uint32_t)(words[r] >> n), grad, zero());
       }
-      if (plain_grads != nullptr) {
-        store(plain_grads + r * lanes + n, grad);
+      if (s.plain_grads != nullptr) {
+        store(s.plain_grads + r * lanes + n, grad);
       }
     };
     if constexpr (!kPairs) {
@@ -230,7 +230,10 @@ inline void add_bias_grads(const Problem& p, const Panel& panel, const KeyList& 
   View to = x;
   to.data = (char*)base;
   each_transposed_block(panel, list, a, count, grads, to,
-                        [](float* at, Vec block, i64 n) { store_part(at, load_part(at, n) + block, n); });
+                        [](float* at, Vec block, i64 n) {
+                          store_part(at, load_part(at, n) + block, n);
+                          __builtin_prefetch(at + kTileKeys, 1);
+                        });
 }
 
 inline void add_value_grads(const Problem& p, const BackwardRows& rows, const Sight& sight, const BackwardScratch& s,
@@ -292,7 +295,7 @@ inline void backward_panel(const Problem& p, const KeyList& list, BackwardRows& 
     }
     keys.move(a, b - a);
     values.move(a, b - a);
-    const float factor = score_tile(p, panel, list, s.query, keys, sight, s.scores, s.bias, s.words);
+    const float factor = score_tile(p, panel, list, s.query, keys, sight, s.scores, s.words);
     if (of_scores) {
       multiply_rows(is_dot, values.rows_from(sight.a), s.grad, lanes, n, depth_of(is_dot, p.value_dim), s.grads);
     } else {
@@ -303,11 +306,11 @@ inline void backward_panel(const Problem& p, const KeyList& list, BackwardRows& 
       kept_words(p, panel, list, sight.a, sight.b, s.kept);
       kept = s.kept;
     }
-    float* plain = p.grad_bias.data == nullptr ? nullptr : (is_dot ? s.bias : s.grads);
+    float* plain = p.grad_bias.data == nullptr ? nullptr : (is_dot ? s.plain_grads : s.grads);
     if (is_dot) {
-      differentiate<true>(p, panel, n, factor, sight.words, kept, s, plain);
+      differentiate<true>(p, panel, n, factor, sight.words, kept, s);
     } else {
-      differentiate<false>(p, panel, n, factor, sight.words, kept, s, nullptr);
+      differentiate<false>(p, panel, n, factor, sight.words, kept, s);
     }
     if (plain != nullptr) {
       add_bias_grads(p, panel, list, split, sight.a, n, plain);

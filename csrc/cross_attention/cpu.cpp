@@ -369,7 +369,7 @@ backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q
   const bool partly = empty || p.lists != nullptr;
   const Tensor grad_query = grad_like(query, needs[0], empty), grad_key = grad_like(key, needs[1], partly),
                grad_value = grad_like(value, needs[2], partly);
-  Tensor grad_bias = bias_grad ? at::zeros_like(*bias) : at::empty({0}, query.options());
+  Tensor grad_bias = grad_like(bias.has_value() ? *bias : query, bias_grad, true);
   Tensor grad_gate = gate_grad ? at::zeros_like(*gate) : at::empty({0}, query.options());
   const auto answer = [&] { return std::make_tuple(grad_query, grad_key, grad_value, grad_bias, grad_gate); };
   if (empty) {
@@ -396,11 +396,15 @@ backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q
   p.splits = plan.splits;
   Tensor bias_sums, gate_rows, parts;
   if (bias_grad) { // float32 sums; one for each split where splits share it
-    const bool shared = bias->size(3) == 1 && p.k_len > 1;
-    std::vector<i64> shape = bias->sizes().vec();
-    shape.insert(shape.begin(), shared ? p.splits : 1);
-    bias_sums = at::zeros(shape, bias->options().dtype(at::kFloat));
-    p.grad_bias = bias_of(bias_sums.select(0, 0));
+    const bool shared = bias->size(3) == 1 && p.splits > 1;
+    if (shared || grad_bias.scalar_type() != at::kFloat) {
+      std::vector<i64> shape = bias->sizes().vec();
+      shape.insert(shape.begin(), shared ? p.splits : 1);
+      bias_sums = at::empty(shape, bias->options().dtype(at::kFloat));
+      expect_writes(bias_sums.mutable_data_ptr(), static_cast<i64>(bias_sums.nbytes()));
+      bias_sums.zero_();
+    }
+    p.grad_bias = bias_of(bias_sums.defined() ? bias_sums.select(0, 0) : grad_bias);
     p.grad_bias_split = shared ? bias_sums.stride(0) : 0;
   }
   if (gate_grad) {
@@ -421,7 +425,7 @@ backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q
     parallel_tasks((rows + share - 1) / share, threads, 0,
                    [&](i64 i, char*) { k.backward_merge(p, i * share, std::min(rows, (i + 1) * share)); });
   }
-  if (bias_grad) {
+  if (bias_sums.defined()) {
     grad_bias.copy_(bias_sums.size(0) == 1 ? bias_sums.select(0, 0) : bias_sums.sum(0));
   }
   if (gate_grad) {

@@ -96,7 +96,7 @@ MMK_INLINE void weigh(float* scores, i64 count, i64 lanes, float factor, const f
 }
 
 struct ForwardScratch {
-  float *scores, *bias, *shrink;
+  float *scores, *shrink;
   Word *words, *kept;
   char *row_copy, *key_copy, *value_copy, *value_pairs, *clean, *clean_pairs;
 };
@@ -131,13 +131,19 @@ inline void add_values(const RowState& s, Tile& values, const Sight& sight, cons
 
 // Scores of the places that the panel sees, as base-2 logarithms once multiplied by the factor that is returned.
 inline float score_tile(const Problem& p, const Panel& panel, const KeyList& list, const float* query, Tile& keys,
-                        Sight& sight, float* scores, float* bias, Word* words) {
+                        Sight& sight, float* scores, Word* words) {
   const i64 n = sight.b - sight.a;
   multiply_rows(keys.dot(), keys.rows_from(sight.a), query, panel.lanes, n, depth_of(keys.dot(), p.dim), scores);
   float factor = p.scale * kLog2e;
   if (scales_early(p)) {
-    scale_and_bias(p, panel, list, sight, scores, bias, words);
-    factor = 1.0f;
+    factor = kLog2e;
+    if (p.bias.data != nullptr) {
+      add_bias(p, panel, list, sight, scores, words);
+    } else {
+      for (i64 i = 0; i < n * panel.lanes; i += kLanes) {
+        store(scores + i, load(scores + i) * p.scale);
+      }
+    }
   }
   if (sight.words != nullptr) {
     hide(panel, sight.words, n, scores);
@@ -148,8 +154,7 @@ inline float score_tile(const Problem& p, const Panel& panel, const KeyList& lis
 inline void attend(const Problem& p, const KeyList& list, RowState& s, Tile& keys, Tile& values, Sight sight,
                    const ForwardScratch& scratch) {
   const i64 n = sight.b - sight.a, lanes = s.panel.lanes;
-  const float factor = score_tile(p, s.panel, list, s.query, keys, sight, scratch.scores, scratch.bias,
-                                  scratch.words);
+  const float factor = score_tile(p, s.panel, list, s.query, keys, sight, scratch.scores, scratch.words);
   s.sees |= sight.any;
   if (move_top(scratch.scores, n, lanes, factor, s.top, s.total, scratch.shrink) && s.begun) {
     for (i64 c = 0; c < p.value_dim; ++c) {
@@ -224,7 +229,6 @@ inline ForwardScratch take_scratch(const Problem& p, Arena& arena, bool with_val
   const i64 copied = Tile::copy_bytes(is_dot, p.value_dim), paired = Tile::pairs_bytes(is_dot, p.value_dim);
   ForwardScratch s;
   s.scores = arena.take<float>(kTileKeys * kPanel);
-  s.bias = p.bias.data != nullptr ? arena.take<float>(kTileKeys * kPanel) : nullptr;
   s.shrink = arena.take<float>(kPanel);
   s.words = arena.take<Word>(kTileKeys + 1, 1);
   s.kept = arena.take<Word>(kTileKeys);

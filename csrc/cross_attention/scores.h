@@ -26,7 +26,7 @@ void each_score_tile(const Problem& p, const KeyList& list, const RowState& s, i
     if (sight.a < sight.b) {
       keys.move(a, b - a);
       const float factor =
-          score_tile(p, s.panel, list, s.query, keys, sight, scratch.scores, scratch.bias, scratch.words);
+          score_tile(p, s.panel, list, s.query, keys, sight, scratch.scores, scratch.words);
       f(sight, factor, scratch.scores);
     }
   }

@@ -28,16 +28,20 @@ MMK_INLINE void multiply_rows(bool is_dot, Rows rows, const float* transposed, i
   gemm(is_dot, {rows.data, rows.stride, 4}, transposed, lanes * 4, to, lanes, count, lanes / kLanes, depth, false);
 }
 
-// The bias of places [a, b) transposed to [b - a, lanes], as float32.
-inline void bias_tile(const Problem& p, const Panel& panel, const KeyList& list, i64 a, i64 b, float* to) {
+// Scores to scores * scale + bias, all of it in place. A bias of -inf hides, whatever the score is: that goes into the
+// sight. The bias is read along its keys and turned in registers.
+inline void add_bias(const Problem& p, const Panel& panel, const KeyList& list, Sight& sight, float* scores,
+                     Word* words) {
   const View& x = p.bias;
-  const i64 size = bytes_of(x.type);
+  const i64 size = bytes_of(x.type), count = sight.b - sight.a;
   const char* base = x.data + (panel.b * x.b + panel.h * x.h + panel.i0 * x.l) * size;
+  const Vec scale = set1(p.scale), hidden = set1(-kInf);
   for (i64 q = 0; q < panel.lanes; q += kLanes) {
-    for (i64 r = a; r < b; r += kLanes) {
-      const i64 n = least<i64>(kLanes, b - r), key = key_at(list, r);
-      const bool neighbours = x.d == 1 && key_at(list, r + n - 1) - key == n - 1;
+    for (i64 r = 0; r < count; r += kLanes) {
+      const i64 n = least<i64>(kLanes, count - r), key = key_at(list, sight.a + r);
+      const bool neighbours = x.d == 1 && key_at(list, sight.a + r + n - 1) - key == n - 1;
       Vec block[kLanes];
+      Vec lowest = zero();
       for (i64 i = 0; i < kLanes; ++i) {
         if (q + i >= panel.count) {
           block[i] = zero();
@@ -46,54 +50,39 @@ inline void bias_tile(const Problem& p, const Panel& panel, const KeyList& list,
         const char* row = base + (q + i) * x.l * size;
         if (neighbours) {
           block[i] = load_as_f32(row + key * size, x.type, n);
+          __builtin_prefetch(row + (key + kTileKeys) * size); // so many rows at once are more streams than hardware sees
         } else {
           float few[kLanes] = {};
           for (i64 j = 0; j < n; ++j) {
-            few[j] = load_one(row + key_at(list, r + j) * x.d * size, x.type);
+            few[j] = load_one(row + key_at(list, sight.a + r + j) * x.d * size, x.type);
           }
           block[i] = load(few);
         }
+        lowest = block[i] < lowest ? block[i] : lowest;
       }
       transpose(block);
       for (i64 j = 0; j < n; ++j) {
-        store(to + (r - a + j) * panel.lanes + q, block[j]);
+        float* at = scores + (r + j) * panel.lanes + q;
+        store(at, fma(load(at), scale, block[j]));
+      }
+      if (bits_of(lowest == hidden) != 0) {
+        write_out(sight, panel, words);
+        for (i64 j = 0; j < n; ++j) {
+          const Word hides = (Word)((Word)bits_of(block[j] == hidden) << q);
+          sight.words[r + j] &= (Word)~hides;
+        }
       }
     }
   }
+  if (sight.words != nullptr) {
+    sight.any = 0;
+    for (i64 r = 0; r < count; ++r) {
+      sight.any |= sight.words[r];
+    }
+  }
 }
 
-// Scores to base-2 logarithms of weights, where the factor can't wait for the exponential: times the scale, plus the
-// bias. A bias of -inf hides, whatever the score is: that goes into the sight.
-inline void scale_and_bias(const Problem& p, const Panel& panel, const KeyList& list, Sight& sight, float* scores,
-                           float* bias, Word* words) {
-  const Vec scale = set1(p.scale * kLog2e), log2e = set1(kLog2e), hidden = set1(-kInf);
-  const i64 n = sight.b - sight.a, lanes = panel.lanes;
-  if (p.bias.data == nullptr) {
-    for (i64 i = 0; i < n * lanes; i += kLanes) {
-      store(scores + i, load(scores + i) * scale);
-    }
-    return;
-  }
-  bias_tile(p, panel, list, sight.a, sight.b, bias);
-  Word any = 0;
-  for (i64 r = 0; r < n; ++r) {
-    Word hides = 0;
-    for (i64 q = 0; q < lanes; q += kLanes) {
-      const Vec y = load(bias + r * lanes + q);
-      float* at = scores + r * lanes + q;
-      store(at, fma(load(at), scale, y * log2e));
-      hides |= (Word)((Word)bits_of(y == hidden) << q);
-    }
-    if (hides != 0) {
-      write_out(sight, panel, words);
-      sight.words[r] &= (Word)~hides;
-    }
-    any |= sight.words != nullptr ? sight.words[r] : panel.real;
-  }
-  sight.any = any;
-}
-
-// Whether scores are scaled at once (a bias is added, or the largest score would not become the largest logarithm).
+// Whether scores are scaled before their maximum is known: a bias is added, or the largest would not stay the largest.
 MMK_INLINE bool scales_early(const Problem& p) {
   return p.bias.data != nullptr || !(p.scale > 0.0f);
 }
