@@ -2,7 +2,10 @@
 
 Environment:
     MMKERNELS_CPU_ISA: the widest instruction set that the kernels may use: ``avx512_bf16``, ``avx512``, ``avx2`` or
-        ``plain``. Unset: the widest that the CPU has. Read once, on import.
+        ``plain``. Unset: the widest that the CPU has.
+    MMKERNELS_CPU_EXTENSION: a file to load instead of the extension that was installed, such as one with sanitizers.
+
+Both are read once, on import.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor
 
 __all__ = ["isas", "op", "use_isa", "why_not"]
 
-_VARIABLE = "MMKERNELS_CPU_ISA"
+_ISA, _EXTENSION = "MMKERNELS_CPU_ISA", "MMKERNELS_CPU_EXTENSION"
 _ASK = "?"  # changes nothing
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,7 +30,8 @@ def _load() -> str | None:
     """Why the extension can't be used, or None."""
     folder = Path(__file__).parent
     reason = folder / "_cpu_why_not.txt"  # left by setup.py
-    found = sorted(folder.glob("_cpu.*so")) + sorted(folder.glob("_cpu.*pyd"))
+    named = os.environ.get(_EXTENSION)
+    found = [Path(named)] if named else sorted(folder.glob("_cpu.*so"))
     if not found:
         why = reason.read_text().strip() if reason.exists() else "there is no such file"
         return f"the CPU extension is not built: {why}; install again with a C++ compiler and --no-build-isolation"
@@ -35,11 +39,11 @@ def _load() -> str | None:
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:  # built for another version of torch
         return f"the CPU extension does not load: {error}; install again to build it for torch {torch.__version__}"
-    wanted = os.environ.get(_VARIABLE, "")
+    wanted = os.environ.get(_ISA, "")
     try:
         torch.ops.mmkernels.cpu_isa(wanted)
     except (ValueError, RuntimeError):
-        raise ValueError(f"{_VARIABLE} must be one of {', '.join(isas())}, got {wanted!r}") from None
+        raise ValueError(f"{_ISA} must be one of {', '.join(isas())}, got {wanted!r}") from None
     return None
 
 

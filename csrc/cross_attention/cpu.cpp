@@ -107,6 +107,17 @@ View bias_of(const Tensor& x) {
   return v;
 }
 
+// The public functions have checked everything and said it better; this keeps a call of torch.ops from reading past an
+// end. Sizes of -1 may be anything, those of `loose` dims also 1.
+void check_sizes(const char* name, const Tensor& x, at::IntArrayRef sizes, bool loose = false) {
+  bool fits = x.device().is_cpu() && x.dim() == static_cast<i64>(sizes.size());
+  for (i64 dim = 0; fits && dim < x.dim(); ++dim) {
+    fits = sizes[dim] < 0 || x.size(dim) == sizes[dim] || (loose && x.size(dim) == 1);
+  }
+  TORCH_CHECK_VALUE(fits, name, " must be on the CPU and of shape ", sizes, loose ? " or 1 in any dim" : "", ", got ",
+                    x.sizes());
+}
+
 // A problem and what its pointers point to.
 struct Call {
   Problem p{};
@@ -115,6 +126,11 @@ struct Call {
   Tensor factor, words;
 
   Call(const Tensor& query, const Tensor& key, double scale) {
+    check_sizes("query", query, {-1, -1, -1, -1});
+    check_sizes("key", key, {-1, -1, -1, query.size(3)});
+    TORCH_CHECK_VALUE((key.size(0) == 1 || key.size(0) == query.size(0)) && key.size(1) > 0 && query.size(3) > 0 &&
+                          query.size(1) % key.size(1) == 0 && key.scalar_type() == query.scalar_type(),
+                      "key must fit query ", query.sizes(), ", got ", key.sizes());
     p.batch = query.size(0);
     p.heads = query.size(1);
     p.q_len = query.size(2);
@@ -127,7 +143,9 @@ struct Call {
     p.key = view_of(key);
   }
 
-  void set_value(const Tensor& value) {
+  void set_value(const Tensor& value, const Tensor& key) {
+    check_sizes("value", value, {key.size(0), key.size(1), key.size(2), -1});
+    TORCH_CHECK_TYPE(value.scalar_type() == key.scalar_type(), "value must have key's dtype");
     p.value = view_of(value);
     p.value_dim = value.size(3);
   }
@@ -135,6 +153,8 @@ struct Call {
   void set_mask(const OptionalTensor& start, const OptionalTensor& end, const OptionalTensor& key_valid,
                 const OptionalTensor& dense) {
     if (start.has_value() && end.has_value()) {
+      check_sizes("start", *start, {p.batch, p.q_len}, true);
+      check_sizes("end", *end, {p.batch, p.q_len}, true);
       const auto stride = [](const Tensor& x, int dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); };
       p.start = start->const_data_ptr<std::int32_t>();
       p.end = end->const_data_ptr<std::int32_t>();
@@ -142,9 +162,11 @@ struct Call {
       p.end_b = stride(*end, 0), p.end_i = stride(*end, 1);
     }
     if (key_valid.has_value()) {
+      check_sizes("key_valid", *key_valid, {key_valid->size(0) == 1 ? 1 : p.batch, p.k_len});
       list_keys(*key_valid);
     }
     if (dense.has_value()) {
+      check_sizes("dense", *dense, {p.batch, p.heads, p.q_len, p.k_len}, true);
       if (dense->size(1) == 1 && dense->size(2) == 1 && !key_valid.has_value()) {
         list_keys(dense->select(2, 0).select(1, 0).expand({dense->size(0), p.k_len}));
       } else {
@@ -206,13 +228,16 @@ struct Call {
 
   void set_rest(const OptionalTensor& bias, const OptionalTensor& gate, const OptionalTensor& seed, double dropout_p) {
     if (bias.has_value()) {
+      check_sizes("bias", *bias, {p.batch, p.heads, p.q_len, p.k_len}, true);
       p.bias = bias_of(*bias);
     }
     if (gate.has_value()) {
+      TORCH_CHECK_VALUE(gate->numel() == 1 || gate->numel() == p.heads, "gate must have 1 or ", p.heads, " elements");
       factor = gate->to(at::kFloat).tanh().expand({p.heads}).contiguous();
       p.factor = factor.const_data_ptr<float>();
     }
     if (seed.has_value()) {
+      check_sizes("seed", *seed, {1});
       const auto value = static_cast<std::uint64_t>(*seed->const_data_ptr<i64>());
       p.dropout = true;
       p.seed_low = static_cast<std::uint32_t>(value);
@@ -280,7 +305,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
                                    double scale, double dropout_p) {
   Call call(query, key, scale);
   Problem& p = call.p;
-  call.set_value(value);
+  call.set_value(value, key);
   const i64 row = p.heads * p.value_dim;
   // Not through the dispatcher: a small call notices.
   const Tensor out = at::detail::empty_strided_cpu({p.batch, p.heads, p.q_len, p.value_dim},
@@ -361,7 +386,13 @@ backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q
          std::array<bool, 5> needs) {
   Call call(query, key, scale);
   Problem& p = call.p;
-  call.set_value(value);
+  call.set_value(value, key);
+  for (const auto& [name, x] : {std::pair<const char*, const Tensor&>("out", out), {"grad_out", grad_out}}) {
+    check_sizes(name, x, {p.batch, p.heads, p.q_len, p.value_dim});
+    TORCH_CHECK_TYPE(x.scalar_type() == query.scalar_type(), name, " must have query's dtype");
+  }
+  check_sizes("lse", lse, {p.batch, p.heads, p.q_len});
+  TORCH_CHECK_VALUE(out.stride(3) == 1 || p.value_dim == 1, "out must be as the forward pass made it");
   const bool empty = out.numel() == 0 || p.k_len == 0;
   call.set_mask(start, end, key_valid, dense);
   call.set_rest(bias, gate, seed, dropout_p);
@@ -376,8 +407,12 @@ backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q
     return answer();
   }
   p.out = view_of(out);
-  p.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  const Tensor row_lse = lse.contiguous();
+  p.lse = const_cast<float*>(row_lse.const_data_ptr<float>());
   p.grad_out = view_of(grad_out);
+  if (grad_lse.has_value()) {
+    check_sizes("grad_lse", *grad_lse, lse.sizes());
+  }
   const Tensor lse_grad = grad_lse.has_value() ? grad_lse->to(at::kFloat).contiguous() : Tensor();
   p.grad_lse = lse_grad.defined() ? lse_grad.const_data_ptr<float>() : nullptr;
   for (const auto& [tensor, view] : {std::pair<const Tensor&, View&>(grad_query, p.grad_query),
@@ -460,6 +495,7 @@ Tensor received(const Tensor& query, const Tensor& key, const OptionalTensor& st
   p.received = result.mutable_data_ptr<float>();
   Tensor counts;
   if (query_weights.has_value()) {
+    check_sizes("query_weights", *query_weights, {p.batch, p.heads, p.q_len}, true);
     counts = query_weights->to(at::kFloat).unsqueeze(3);
     p.query_weights = view_of(counts);
   }
