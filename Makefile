@@ -63,15 +63,16 @@ test: setup lint ## lint, types, C++ build, unit tests, a smoke run of the profi
 	@$(BIN)/mmkernels profile flamingo $(SMOKE_ARGS)
 	$(finish)
 
-# Python itself is not instrumented, so the sanitizer's runtime comes first by hand; what it does not know of (leaks at
-# exit, memory meters) is left out.
+# Python itself is not instrumented, so the sanitizer's runtime comes first by hand, with the C++ runtime whose exceptions
+# it watches; what it can't know of (leaks at exit, memory meters, code that torch compiles) is left out.
 sanitize: setup ## the ops' tests on the CPU extension built with address and undefined-behaviour sanitizers
 	$(call heading,CPU extension with sanitizers)
 	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMMKERNELS_SANITIZE=ON >/dev/null
 	@$(BIN)/cmake --build build/sanitize --target _cpu
 	$(call heading,pytest tests/ops)
-	@LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0 \
 		MMKERNELS_CPU_EXTENSION=$$(ls $(abspath build/sanitize)/_cpu.*so) \
 		$(BIN)/python -m pytest tests/ops -k "not memory and not inductor" $(PYTEST_ARGS)
 	$(finish)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["isas", "op", "use_isa", "why_not"]
+__all__ = ["isas", "op", "peak", "use_isa", "why_not"]
 
 _ISA, _EXTENSION = "MMKERNELS_CPU_ISA", "MMKERNELS_CPU_EXTENSION"
 _ASK = "?"  # changes nothing
@@ -76,6 +76,12 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.mmkernels.cpu_isa(offered[0])
+
+
+def peak(dtype: torch.dtype) -> float:
+    """FLOP a second of all of torch's threads when they only multiply and add in registers, measured; 0 without the
+    extension."""
+    return 0.0 if _unusable else float(torch.ops.mmkernels.cpu_peak(dtype == torch.bfloat16))
 
 
 def op(name: str) -> Callable[..., Any]:

@@ -89,6 +89,18 @@ MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return a * b + c;
 #endif
 }
+// Makes the compiler believe that v is used and changed.
+MMK_INLINE void keep(Vec& v) {
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm volatile("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm volatile("" : "+w"(v));
+#else
+  asm volatile("" : "+m"(v));
+#endif
+}
 // acc + a0 * b0 + a1 * b1, where each lane of a and b holds two bfloat16.
 MMK_INLINE Vec dot(Vec a, Vec b, Vec acc) {
 #if defined(__AVX512BF16__)

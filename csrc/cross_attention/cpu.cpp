@@ -12,6 +12,7 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -74,6 +75,15 @@ std::string cpu_isa(const std::string& name) {
     }
   }
   return names;
+}
+
+// FLOP a second of all threads together that only multiply and add in registers.
+double cpu_peak(bool bf16) {
+  const Kernels& k = kernels();
+  const int threads = available_threads();
+  std::vector<double> rates(threads);
+  parallel_tasks(threads, threads, 0, [&](i64 i, char*) { rates[i] = k.peak(bf16); });
+  return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 
 Type type_of(const Tensor& x) {
@@ -541,6 +551,7 @@ TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
                     scores = "Tensor query, Tensor key, " + mask;
   const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
   m.def("cpu_isa(str name) -> str", cpu_isa);
+  m.def("cpu_peak(bool bf16) -> float", cpu_peak);
   define("cross_attention_cpu(" + inputs + "float scale, float dropout_p) -> (Tensor, Tensor)");
   define("cross_attention_backward_cpu(Tensor grad_out, Tensor? grad_lse, " + inputs +
          "Tensor out, Tensor lse, float scale, float dropout_p, bool[5] needs) -> "

@@ -1,4 +1,5 @@
 // The attention kernels of one instruction set: CMakeLists.txt compiles this file once for each, with MMK_ISA its name.
+#include "../common/peak.h"
 #include "backward.h"
 #include "decode.h"
 #include "forward.h"
@@ -17,6 +18,7 @@ const Kernels MMK_JOIN(kernels_, MMK_ISA) = {
     MMK_ISA::kPanel,
     sizeof(MMK_ISA::Word),
     MMK_ISA::kHasDot,
+    MMK_ISA::peak,
     MMK_ISA::mask_words,
     MMK_ISA::forward_scratch,
     MMK_ISA::forward,

@@ -76,6 +76,9 @@ struct Kernels {
   int word_bytes; // of a mask word: a bit for each of them
   bool dot;       // multiplies bfloat16 without converting it
 
+  // FLOP a second of one thread that does nothing but multiply and add in registers, of bfloat16 pairs if it can.
+  double (*peak)(bool bf16);
+
   // The bits of one panel of `dense`: entry b, h of the mask.
   void (*mask_words)(const Problem&, std::int64_t b, std::int64_t h, std::int64_t panel);
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mmkernels
-from mmkernels import host
+from mmkernels import cpu, host
 from mmkernels.profiling.meters import Run, time_once
 from mmkernels.profiling.options import DTYPES
 
@@ -155,14 +155,18 @@ def _large(device: torch.device | str) -> Tensor:
 
 @cache
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
-    """FLOP a second of a square matrix product, the best of the routes that PyTorch offers.
+    """FLOP a second of a square matrix product, the best of the routes that PyTorch offers; on a CPU, if that is more,
+    of threads that only multiply and add in registers.
 
-    On a CPU that is the BLAS behind ``@`` or oneDNN, whichever is faster, and float16 may be computed in float32, as
-    many CPUs have no fast float16 at all. The size is what ends within a fraction of a second.
+    On a CPU PyTorch's route is the BLAS behind ``@`` or oneDNN, whichever is faster, and float16 may be computed in
+    float32, as many CPUs have no fast float16 at all. The size is what ends within a fraction of a second.
     """
-    if dtype == torch.float16 and torch.device(device).type == "cpu":
-        return max(_matmul_rate(dtype, device), matmul_rate(torch.float32, device))
-    return _matmul_rate(dtype, device)
+    rate = _matmul_rate(dtype, device)
+    if torch.device(device).type != "cpu":
+        return rate
+    if dtype == torch.float16:
+        rate = max(rate, matmul_rate(torch.float32, device))
+    return max(rate, cpu.peak(dtype))
 
 
 def _matmul_rate(dtype: torch.dtype, device: torch.device | str) -> float:

@@ -131,7 +131,7 @@ TILES = {
     "sparse dense": _inputs(1, 2, 100, 210, 16, mask=_bits(1, 2, 100, 210, share=0.02)),
     "dense of queries": _inputs(2, 2, 100, 100, 16, mask=_bits(2, 1, 100, 1)),
     "dense key mask of each head": _inputs(2, 2, 100, 210, 16, mask=_bits(2, 2, 1, 210)),
-    "dense, keys first in memory": _inputs(1, 2, 70, 210, 16, mask=lambda g: _bits(1, 1, 210, 70)(g).mT),
+    "dense, keys first": _inputs(1, 2, 70, 210, 16, mask=lambda g: _bits(1, 1, 210, 70)(g).mT),
     "bias": _inputs(2, 4, 100, 300, 16, key_heads=2, bias=_bias(2, 4, 100, 300)),
     "bias of all": _inputs(2, 4, 70, 500, 16, bias=_bias(70, 500)),
     "bias of queries": _inputs(1, 2, 70, 500, 16, bias=_bias(2, 70, 1)),
@@ -317,7 +317,7 @@ def test_memory_at_8192(dtype: torch.dtype, threads: None) -> None:
     assert peak is not None and peak < 0.02 * 16 * 8192 * 8192 * q.element_size()
 
 
-def test_backward_takes_memory_linear_in_its_inputs(threads: None) -> None:
+def test_backward_memory_is_linear(threads: None) -> None:
     leaves = [torch.randn(1, 4, n, 64, requires_grad=True) for n in (2048, 4096, 4096)]
     out = cross_attention(*leaves, backend="cpu")
     grad = torch.randn_like(out)
