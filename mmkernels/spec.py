@@ -33,6 +33,22 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a benchmark row must reach.
+
+    Args:
+        dtype, backward: which row of the configuration.
+        than: a peer, which the op must be `least` times as fast as; or "peak" or "bandwidth", of whose measured rate it
+            must reach the share `least`.
+    """
+
+    dtype: str
+    backward: bool
+    than: str
+    least: float
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """One benchmark configuration at published widths; it is never changed to meet a target.
 
@@ -40,6 +56,7 @@ class Benchmark:
         make: as in `Case`.
         grads: arguments that a training step differentiates; empty: forward only.
         params: the shape by name, for the table and the JSON.
+        targets: what its rows must reach on a CPU.
     """
 
     id: str
@@ -47,6 +64,7 @@ class Benchmark:
     params: Mapping[str, Any]
     grads: tuple[str, ...] = ()
     tags: frozenset[str] = frozenset()
+    targets: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -89,12 +89,14 @@ def render(report: dict[str, Any]) -> RenderableType:
     for group in dict.fromkeys((row["dtype"], row["pass"]) for row in rows):
         parts += [Text(" ".join(group), style="bold")]
         parts += _table([row for row in rows if (row["dtype"], row["pass"]) == group])
-    return Group(*parts, Text(_LEGEND, style="dim"))
+    return Group(*parts, *_targets(rows), Text(_LEGEND, style="dim"))
 
 
 _LEGEND = (
     "ms: median of ours. vs a peer: its time over ours, so above 1 ours is faster.\n"
-    "of peak: of the matrix product rate or, if more, of the memory bandwidth (then marked b), both measured here.\n"
+    "of peak: of the arithmetic's rate or, if more, of the memory bandwidth (then marked b), both measured here.\n"
+    "targets: ours over the peer's speed, or the share of a peak; at peak: what a kernel that did only the least work,\n"
+    "at the full rate of arithmetic or memory, would reach on this machine.\n"
     "MB: peak memory above the inputs, ours and the naive baseline's."
 )
 
@@ -128,6 +130,27 @@ def _table(rows: list[dict[str, Any]]) -> list[RenderableType]:
         memory = megabytes(row["peak_memory_bytes"])
         table.add_row(row["configuration"], _ms(row["seconds"]), *ratios, speed, _share(row), memory, naive)
     return [table, *(Text(f"[{number}] {note}") for note, number in notes.items()), Text()]
+
+
+def _targets(rows: list[dict[str, Any]]) -> list[RenderableType]:
+    """Ours beside each target, and what no kernel can pass here: the same ratio with nothing but the least work."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("targets")
+    for title in ("dtype", "pass"):
+        table.add_column(title)
+    for title in ("than", "target", "ours", "at peak", ""):
+        table.add_column(title, justify="right")
+    for row in rows:
+        for target in row.get("targets", ()):
+            met = target["found"] >= target["least"]
+            mark = Text("met", style="green") if met else Text("missed", style="yellow")
+            numbers = (_times(target["than"], target[key]) for key in ("least", "found", "at_peak"))
+            table.add_row(row["configuration"], row["dtype"], row["pass"], target["than"], *numbers, mark)
+    return [table, Text()] if table.row_count else []
+
+
+def _times(than: str, value: float) -> str:
+    return f"{value:.0%}" if than in ("peak", "bandwidth") else f"{value:.2f}"
 
 
 def _ratio(name: str, peer: dict[str, Any] | None, notes: dict[str, int]) -> str:

@@ -50,7 +50,7 @@ class Peer:
     prepare: Callable[[Inputs], Call]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Row:
     """One row of a benchmark.
 
@@ -65,8 +65,10 @@ class Row:
     backward: bool
     device: str = "cpu"
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # also what the JSON says of it
         return f"{self.config.id}, {self.dtype}, {self.passes}"
+
+    __repr__ = __str__
 
     @property
     def passes(self) -> str:
@@ -212,6 +214,20 @@ def _description(
         for name in medians
         if name != "ours"
     }
+    shares = {"peak": cost.flops / seconds / compute, "bandwidth": cost.bytes / seconds / bandwidth}
+    least_seconds = max(cost.flops / compute, cost.bytes / bandwidth)
+    targets = [
+        {
+            "than": target.than,
+            "least": target.least,
+            "found": shares[target.than] if target.than in shares else peers[target.than]["ratio"],
+            "at_peak": 1.0 if target.than in shares else medians[target.than] / least_seconds,
+        }
+        for target in row.config.targets
+        if (target.dtype, target.backward) == (row.dtype, row.backward)
+        and row.device == "cpu"
+        and (target.than in shares or target.than in medians)
+    ]
     return {
         "op": row.spec.name,
         "configuration": row.config.id,
@@ -228,7 +244,8 @@ def _description(
         "bytes": cost.bytes,
         "flops_per_second": cost.flops / seconds,
         "bytes_per_second": cost.bytes / seconds,
-        "share_of_compute_peak": cost.flops / seconds / compute,
-        "share_of_bandwidth_peak": cost.bytes / seconds / bandwidth,
+        "share_of_compute_peak": shares["peak"],
+        "share_of_bandwidth_peak": shares["bandwidth"],
+        "targets": targets,
         "rounds": len(times["ours"]),
     }
