@@ -157,12 +157,31 @@ def register(
     op = getattr(torch.ops.mmkernels, name).default
     torch.library.register_vmap(qualified, _loop_over(op), lib=LIBRARY)
 
+    class Recorded(torch.autograd.Function):
+        """What `register_autograd` makes of the boundary, for calls that need nothing but a gradient."""
+
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            inputs = args[:-1]
+            outputs = choose(name, args[-1], inputs, forced_may_fall_back=is_backward).run(*inputs)
+            assert setup_context is not None
+            setup_context(ctx, args, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            assert backward is not None
+            return backward(ctx, *grads)
+
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
-        if _nothing_to_record(args):
+        wanted = _gradient_wanted(args)
+        if wanted is False:
             inputs = args[:-1]
             return choose(name, args[-1], inputs, forced_may_fall_back=is_backward).run(*inputs)
+        if wanted is True and backward is not None:
+            return Recorded.apply(*args)
         if _in_grad_transform() or _has_tangent(args):
             raise NotImplementedError(
                 f"{name} can't be differentiated by torch.func (grad, vjp, jvp, jacrev, ...) or in forward mode, which "
@@ -173,10 +192,11 @@ def register(
     return call
 
 
-def _nothing_to_record(args: Sequence[Any]) -> bool:
-    """Whether a call may go straight to its kernel: eager, plain tensors, no gradient wanted, no transform or mode active.
+def _gradient_wanted(args: Sequence[Any]) -> bool | None:
+    """Whether a call must be recorded for a gradient; None: it is not eager, plain tensors without transform or mode.
 
-    The boundary's own layers of Python would cost such a call some 20 us, more than a small call's kernel.
+    What is no more than that goes straight to its kernel, or through one autograd function: the boundary's own layers of
+    Python would cost 20 us, or 80 with a backward pass, which is more than a small call's kernels.
     """
     if (
         _removed
@@ -186,18 +206,17 @@ def _nothing_to_record(args: Sequence[Any]) -> bool:
         or forward_ad._current_level >= 0
         or args[0].is_meta
     ):
-        return False
-    recording = torch.is_grad_enabled()
+        return None
+    wanted, recording = False, torch.is_grad_enabled()
     for x in args:
         kind = type(x)
         if x is None or kind is float:
             continue
-        if kind is Tensor:
-            if recording and x.requires_grad:
-                return False
-        elif (recording or kind is not Parameter) and isinstance(x, Tensor):
-            return False
-    return True
+        if kind is Tensor or kind is Parameter:
+            wanted = wanted or (recording and x.requires_grad)
+        elif isinstance(x, Tensor):
+            return None
+    return wanted
 
 
 @contextmanager

@@ -166,12 +166,15 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     saved = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(saved[-2])
-    needs = [bool(ctx.needs_input_grad[place]) for place in _DIFFERENTIABLE]
-    grads = _op_backward(grad_out, grad_lse, *saved, ctx.scale, ctx.dropout_p, needs, ctx.backend)
-    result: list[Tensor | None] = [None] * 13
-    for place, grad, need in zip(_DIFFERENTIABLE, grads, needs, strict=True):
-        result[place] = grad if need else None
-    return tuple(result)
+    wanted = ctx.needs_input_grad
+    needs = [wanted[0], wanted[1], wanted[2], wanted[7], wanted[8]]  # _DIFFERENTIABLE, as below
+    query, key, value, bias, gate = (
+        grad if need else None
+        for grad, need in zip(
+            _op_backward(grad_out, grad_lse, *saved, ctx.scale, ctx.dropout_p, needs, ctx.backend), needs, strict=True
+        )
+    )
+    return query, key, value, None, None, None, None, bias, gate, None, None, None, None
 
 
 _DIFFERENTIABLE = (0, 1, 2, 7, 8)  # query, key, value, bias, gate among the inputs
