@@ -133,6 +133,7 @@ struct Call {
   Problem p{};
   std::vector<std::vector<std::int32_t>> index;
   std::vector<KeyList> lists;
+  std::vector<PanelRange> panels;
   Tensor factor, words;
 
   Call(const Tensor& query, const Tensor& key, double scale) {
@@ -217,23 +218,35 @@ struct Call {
     }
   }
 
-  // The dense mask as bits, once for all heads and passes over it.
-  void pack_mask() {
+  // What the mask means to panels of queries: which queries to take together, and the dense mask as bits, once for all
+  // heads and passes over it.
+  void plan_panels() {
+    const Kernels& k = kernels();
     if (p.dense == nullptr) {
+      if (p.start_i != 0 || p.end_i != 0) {
+        std::vector<std::vector<PanelRange>> found(p.batch, std::vector<PanelRange>(p.q_len));
+        for (i64 b = 0; b < p.batch; ++b) {
+          found[b].resize(k.plan_panels(p, b, found[b].data()));
+          p.panel_count = std::max<i64>(p.panel_count, static_cast<i64>(found[b].size()));
+        }
+        for (std::vector<PanelRange>& of_batch : found) {
+          of_batch.resize(p.panel_count, {static_cast<std::int32_t>(p.q_len), 0});
+          panels.insert(panels.end(), of_batch.begin(), of_batch.end());
+        }
+        p.panels = panels.data();
+      }
       return;
     }
-    const Kernels& k = kernels();
     const i64 batch = p.dense_b == 0 ? 1 : p.batch, heads = p.dense_h == 0 ? 1 : p.heads;
-    const i64 panels = p.dense_i == 0 ? 1 : (p.q_len + k.panel - 1) / k.panel;
-    words = at::empty({batch * heads * panels * p.k_len * k.word_bytes}, at::kByte);
+    const i64 count = p.dense_i == 0 ? 1 : (p.q_len + k.panel - 1) / k.panel;
+    words = at::empty({batch * heads * count * p.k_len * k.word_bytes}, at::kByte);
     p.words = static_cast<char*>(words.mutable_data_ptr());
-    p.words_panel = panels == 1 ? 0 : p.k_len;
-    p.words_h = heads == 1 ? 0 : panels * p.k_len;
-    p.words_b = batch == 1 ? 0 : heads * panels * p.k_len;
+    p.words_panel = count == 1 ? 0 : p.k_len;
+    p.words_h = heads == 1 ? 0 : count * p.k_len;
+    p.words_b = batch == 1 ? 0 : heads * count * p.k_len;
     const int threads = batch * heads * p.q_len * p.k_len < (1 << 16) ? 1 : available_threads();
-    parallel_tasks(batch * heads * panels, threads, 0, [&](i64 i, char*) {
-      k.mask_words(p, i / (heads * panels), i / panels % heads, i % panels);
-    });
+    parallel_tasks(batch * heads * count, threads, 0,
+                   [&](i64 i, char*) { k.mask_words(p, i / (heads * count), i / count % heads, i % count); });
   }
 
   void set_rest(const OptionalTensor& bias, const OptionalTensor& gate, const OptionalTensor& seed, double dropout_p) {
@@ -265,7 +278,8 @@ struct Call {
     return (p.key_batch == p.batch ? 1 : p.batch) * (p.heads / p.key_heads) * p.q_len;
   }
   i64 panels_of_key_head(const Kernels& k) const {
-    return rows_of_key_head() / std::max<i64>(1, p.q_len) * ((p.q_len + k.panel - 1) / k.panel);
+    const i64 of_head = p.panels != nullptr ? p.panel_count : (p.q_len + k.panel - 1) / k.panel;
+    return rows_of_key_head() / std::max<i64>(1, p.q_len) * of_head;
   }
   double pairs() const {
     return static_cast<double>(p.batch) * p.heads * p.q_len * p.k_len;
@@ -333,7 +347,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
     run_decode(call);
     return {out, lse};
   }
-  call.pack_mask();
+  call.plan_panels();
   const Kernels& k = kernels();
   const i64 heads = call.key_head_count(), panels = call.panels_of_key_head(k);
   const int threads = call.threads(2.0 * call.pairs() * (p.dim + p.value_dim));
@@ -432,7 +446,7 @@ backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q
       view = view_of(tensor);
     }
   }
-  call.pack_mask();
+  call.plan_panels();
 
   const Kernels& k = kernels();
   const double products = 5.0 * call.pairs() * (p.dim + p.value_dim);
@@ -501,7 +515,7 @@ Tensor received(const Tensor& query, const Tensor& key, const OptionalTensor& st
   }
   call.set_mask(start, end, key_valid, dense);
   call.set_rest(bias, {}, {}, 0.0);
-  call.pack_mask();
+  call.plan_panels();
   p.received = result.mutable_data_ptr<float>();
   Tensor counts;
   if (query_weights.has_value()) {
@@ -532,7 +546,7 @@ Tensor weights(const Tensor& query, const Tensor& key, const OptionalTensor& sta
   }
   call.set_mask(start, end, key_valid, dense);
   call.set_rest(bias, {}, {}, 0.0);
-  call.pack_mask();
+  call.plan_panels();
   p.weights = result.mutable_data_ptr<float>();
   const Kernels& k = kernels();
   const i64 panels = call.panels_of_key_head(k);

@@ -20,6 +20,7 @@ const Kernels MMK_JOIN(kernels_, MMK_ISA) = {
     MMK_ISA::kHasDot,
     MMK_ISA::peak,
     MMK_ISA::mask_words,
+    MMK_ISA::plan_panels,
     MMK_ISA::forward_scratch,
     MMK_ISA::forward,
     MMK_ISA::decode_scratch,

@@ -14,13 +14,13 @@ static_assert(sizeof(Word) * 8 == kPanel);
 
 // Queries i0 to i0 + count of one (b, h).
 struct Panel {
-  i64 b, h, i0, count, number; // number: i0 / kPanel
+  i64 b, h, i0, count, number; // number: which of its (b, h)
   i64 vectors, lanes;
   Word real; // a bit for each query
 };
 
 MMK_INLINE i64 panels_of(const Problem& p) { // of one (b, h)
-  return (p.q_len + kPanel - 1) / kPanel;
+  return p.panels != nullptr ? p.panel_count : (p.q_len + kPanel - 1) / kPanel;
 }
 MMK_INLINE i64 sharers(const Problem& p) { // batch entries that share one batch entry of the keys
   return p.key_batch == p.batch ? 1 : p.batch;
@@ -36,11 +36,17 @@ inline Panel panel_at(const Problem& p, i64 kv, i64 index) {
   const i64 row = index / of_head;
   panel.b = kv / p.key_heads + row / group;
   panel.h = kv % p.key_heads * group + row % group;
-  panel.i0 = panel.number * kPanel;
-  panel.count = least<i64>(kPanel, p.q_len - panel.i0);
+  if (p.panels != nullptr) {
+    const PanelRange range = p.panels[panel.b * p.panel_count + panel.number];
+    panel.i0 = range.first;
+    panel.count = range.count;
+  } else {
+    panel.i0 = panel.number * kPanel;
+    panel.count = least<i64>(kPanel, p.q_len - panel.i0);
+  }
   panel.vectors = (panel.count + kLanes - 1) / kLanes;
   panel.lanes = panel.vectors * kLanes;
-  panel.real = (Word)(~(Word)0 >> (kPanel - panel.count));
+  panel.real = panel.count == 0 ? (Word)0 : (Word)((Word)~(Word)0 >> (kPanel - panel.count));
   return panel;
 }
 
@@ -78,6 +84,52 @@ MMK_INLINE Run run_of(const Problem& p, const KeyList& list, i64 b, i64 i) {
   const i64 start = p.start[b * p.start_b + i * p.start_i], end = p.end[b * p.end_b + i * p.end_i];
   const Run run{place_of(list, start), place_of(list, end)};
   return run.first < run.last ? run : Run{0, 0};
+}
+
+// Cuts the queries of one batch entry into panels: a query joins the panel before it unless computing the two apart is less
+// work. Work: keys that somebody of the panel sees, times vectors of queries, one more for what a panel costs by itself.
+inline i64 plan_panels(const Problem& p, i64 b, PanelRange* ranges) {
+  const KeyList all{nullptr, p.k_len};
+  const auto work = [](i64 queries, i64 keys) { return ((queries + kLanes - 1) / kLanes + 1) * keys; };
+  const auto length = [](const Run& r) { return r.last - r.first; };
+  i64 panels = 0;
+  Run hull{0, 0};
+  i64 seen = 0; // keys that the panel sees
+  for (i64 i = 0; i < p.q_len;) {
+    const Run run = run_of(p, all, b, i);
+    i64 same = 1; // queries that see just the same
+    while (i + same < p.q_len && same < kPanel) {
+      const Run next = run_of(p, all, b, i + same);
+      if (next.first != run.first || next.last != run.last) {
+        break;
+      }
+      ++same;
+    }
+    bool joins = false;
+    i64 taken = same;
+    if (panels > 0 && ranges[panels - 1].count < kPanel) {
+      PanelRange* last = ranges + panels - 1;
+      taken = least<i64>(same, kPanel - last->count);
+      const i64 shared = most<i64>(0, least(hull.last, run.last) - most(hull.first, run.first));
+      const i64 together = seen + length(run) - least(shared, seen);
+      joins = work(last->count + taken, together) <= work(last->count, seen) + work(taken, length(run));
+      if (joins) {
+        last->count += (std::int32_t)taken;
+        seen = together;
+        if (length(run) > 0) {
+          hull = length(hull) == 0 ? run : Run{least(hull.first, run.first), most(hull.last, run.last)};
+        }
+      }
+    }
+    if (!joins) {
+      taken = same;
+      ranges[panels++] = {(std::int32_t)i, (std::int32_t)taken};
+      hull = run;
+      seen = length(run);
+    }
+    i += taken;
+  }
+  return panels;
 }
 
 struct Spans {

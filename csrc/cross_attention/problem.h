@@ -25,6 +25,11 @@ struct KeyList {
   std::int64_t count;
 };
 
+// Queries that are worked on together: `count` of them, from `first` on.
+struct PanelRange {
+  std::int32_t first, count;
+};
+
 struct Problem {
   std::int64_t batch, heads, key_heads, q_len, k_len, dim, value_dim;
   std::int64_t key_batch; // 1 or batch
@@ -43,6 +48,11 @@ struct Problem {
   std::int64_t dense_b = 0, dense_h = 0, dense_i = 0, dense_j = 0;
   char* words = nullptr; // dense as bits: for each of its (b, h, panel of queries) and key, a bit for each query
   std::int64_t words_b = 0, words_h = 0, words_panel = 0; // strides in words; 0 where shared
+
+  // Where spans differ from query to query, a panel's queries are chosen to see much the same keys: `panel_count` ranges
+  // for each batch entry, some of them empty at the end. Null: as many queries as a panel holds, one after the other.
+  const PanelRange* panels = nullptr;
+  std::int64_t panel_count = 0;
 
   bool dropout = false;
   std::uint32_t seed_low = 0, seed_high = 0;
@@ -81,6 +91,9 @@ struct Kernels {
 
   // The bits of one panel of `dense`: entry b, h of the mask.
   void (*mask_words)(const Problem&, std::int64_t b, std::int64_t h, std::int64_t panel);
+
+  // One batch entry's panels, written to `ranges`, which has room for one a query; answers how many.
+  std::int64_t (*plan_panels)(const Problem&, std::int64_t b, PanelRange* ranges);
 
   // Panels first to last of key head `kv` (batch entry of the keys x heads + head), which share its tiles.
   std::int64_t (*forward_scratch)(const Problem&, std::int64_t panels);
