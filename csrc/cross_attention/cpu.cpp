@@ -318,8 +318,9 @@ void run_decode(Call& call) {
 // something to do.
 i64 panels_together(const Problem& p, const Kernels& k, i64 panels, i64 heads, int threads) {
   const i64 bytes = (p.dim + p.value_dim) * k.panel * 4;
-  const i64 fit = std::max<i64>(1, (1 << 18) / bytes), share = std::max<i64>(1, panels * heads / (4 * threads));
-  return std::clamp<i64>(std::min(fit, share), 1, std::max<i64>(1, panels));
+  const i64 fit = std::max<i64>(1, (1 << 18) / bytes), share = std::max<i64>(1, panels * heads / (8 * threads));
+  const i64 items = (panels + std::min(fit, share) - 1) / std::min(fit, share);
+  return (panels + items - 1) / items; // even ones
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,

@@ -195,7 +195,19 @@ public:
   Operand columns_from(i64 a) {
     if (!dot_) {
       const Rows all = rows_from(a);
-      return {all.data, 4, all.stride};
+      if (all.stride % 1024 != 0) {
+        return {all.data, 4, all.stride};
+      }
+      // Down a column of such rows everything falls into the same few sets of the first-level cache.
+      const i64 apart = padded_row(cols_);
+      if (!paired_) {
+        const Rows whole = rows();
+        for (i64 r = 0; r < count_; ++r) {
+          std::memcpy(pairs_ + r * apart, whole.data + r * whole.stride, cols_ * 4);
+        }
+        paired_ = true;
+      }
+      return {pairs_ + (a - first_) * apart, 4, apart};
     }
     if (!paired_) {
       interleave_rows(rows(), count_, cols_, pairs_);
@@ -221,10 +233,14 @@ public:
     return kTileKeys * row_bytes(is_dot, cols);
   }
   static i64 pairs_bytes(bool is_dot, i64 cols) {
-    return is_dot ? (kTileKeys + 1) / 2 * pad_lanes(cols) * 4 : 0;
+    return is_dot ? (kTileKeys + 1) / 2 * pad_lanes(cols) * 4 : kTileKeys * padded_row(cols);
   }
 
 private:
+  static i64 padded_row(i64 cols) {
+    return round_up(cols * 4, 64) + 64;
+  }
+
   Source source_;
   KeyList list_;
   i64 cols_;
@@ -232,7 +248,7 @@ private:
   char *copy_, *pairs_;
   i64 first_ = 0, count_ = 0;
   Rows rows_{nullptr, 0};
-  bool paired_ = false;
+  bool paired_ = false; // `pairs_` holds pairs of rows, or rows a line further apart
   int finite_ = -1;
 };
 

@@ -95,8 +95,8 @@ def render(report: dict[str, Any]) -> RenderableType:
 _LEGEND = (
     "ms: median of ours. vs a peer: its time over ours, so above 1 ours is faster.\n"
     "of peak: of the arithmetic's rate or, if more, of the memory bandwidth (then marked b), both measured here.\n"
-    "targets: ours over the peer's speed, or the share of a peak; at peak: what a kernel that did only the least work,\n"
-    "at the full rate of arithmetic or memory, would reach on this machine.\n"
+    "targets: ours over the peer's speed, or the share of a peak; at peak: what a kernel that did only the least\n"
+    "work, at the full rate of arithmetic or memory, would reach on this machine.\n"
     "MB: peak memory above the inputs, ours and the naive baseline's."
 )
 
