@@ -66,7 +66,8 @@ int physical_cores() {
 
 PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
   m.doc() = "What the host CPU offers; tensor-free.";
-  m.def("isa", &mmkernels::detect_isa, "Widest instruction set of this CPU and OS: avx512_bf16, avx512, avx2, neon or plain.");
+  m.def("isa", &mmkernels::detect_isa,
+        "Widest instruction set of this CPU and OS: avx512_bf16, avx512, avx2, neon or plain.");
   m.def("cache_sizes", &cache_sizes, "Bytes of the caches that one core sees, by l1d, l2, l3; 0 where unknown.");
   m.def("physical_cores", &physical_cores, "Cores that this process may run on; the threads of one core count once.");
   m.def("compiler", [] { return MMKERNELS_COMPILER; }, "Name and version of the compiler that built this module.");

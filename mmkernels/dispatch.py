@@ -193,10 +193,10 @@ def register(
 
 
 def _gradient_wanted(args: Sequence[Any]) -> bool | None:
-    """Whether a call must be recorded for a gradient; None: it is not eager, plain tensors without transform or mode.
+    """Whether a call must be recorded for a gradient; None: there is more to it than plain tensors in eager mode.
 
-    What is no more than that goes straight to its kernel, or through one autograd function: the boundary's own layers of
-    Python would cost 20 us, or 80 with a backward pass, which is more than a small call's kernels.
+    What has no transform or mode goes straight to its kernel, or through one autograd function: the boundary's own
+    layers of Python would cost 20 us, or 80 with a backward pass, which is more than a small call's kernels.
     """
     if (
         _removed

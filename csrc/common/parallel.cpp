@@ -39,8 +39,8 @@ Memory allocate(std::int64_t bytes) {
   return Memory(static_cast<char*>(p));
 }
 
-// What a thread keeps from one call to the next, so that small calls neither allocate nor touch fresh pages: at most the
-// size of a second-level cache, which is what most calls' scratch is cut to.
+// What a thread keeps from one call to the next, so that small calls neither allocate nor touch fresh pages: at most
+// the size of a second-level cache, which is what most calls' scratch is cut to.
 constexpr std::int64_t kKept = 1 << 20;
 thread_local Memory kept;
 thread_local std::int64_t kept_bytes = 0;

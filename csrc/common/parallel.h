@@ -6,8 +6,8 @@
 
 namespace mmkernels {
 
-// Threads that a loop started here would use: torch.get_num_threads(), 1 inside another parallel region and in a process
-// forked after threads were started (OpenMP's do not survive a fork).
+// Threads that a loop started here would use: torch.get_num_threads(), 1 inside another parallel region and in a
+// process forked after threads were started (OpenMP's do not survive a fork).
 int available_threads();
 
 // Calls run(i, scratch) for each i below `count`, each once, in any order, on at most `threads` threads; `scratch` is
@@ -15,8 +15,8 @@ int available_threads();
 void parallel_tasks(std::int64_t count, int threads, std::int64_t bytes,
                     const std::function<void(std::int64_t, char*)>& run);
 
-// Asks the system for large pages under `bytes` at `data`, freshly allocated and about to be written in full: a page fault
-// for each 4 KiB of a large output otherwise costs as much time as its arithmetic.
+// Asks the system for large pages under `bytes` at `data`, freshly allocated and about to be written in full: a page
+// fault for each 4 KiB of a large output otherwise costs as much time as its arithmetic.
 void expect_writes(void* data, std::int64_t bytes);
 
 } // namespace mmkernels

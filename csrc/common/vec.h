@@ -174,8 +174,8 @@ constexpr float kInf = __builtin_inff();
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
-// 2^x, exactly 0 below -126 (so for -inf), NaN for NaN. Relative error below 1.6e-7: x = n + f, |f| <= 1/2, and 2^f by a
-// polynomial of degree 5 with least relative error on that interval.
+// 2^x, exactly 0 below -126 (so for -inf), NaN for NaN. Relative error below 1.6e-7: x = n + f, |f| <= 1/2, and 2^f by
+// a polynomial of degree 5 with least relative error on that interval.
 MMK_INLINE Vec exp2(Vec x) {
   constexpr float c0 = 1.0f, c1 = 6.931469776e-1f, c2 = 2.402224208e-1f, c3 = 5.550733747e-2f, c4 = 9.671512910e-3f,
                   c5 = 1.326472689e-3f;

@@ -1,10 +1,10 @@
-// Backward: for each panel of queries, tile by tile over the keys, five products. Probabilities P are recomputed from the
-// log-sum-exp; with dO the gradient of the output, f the gate, K_ij what dropout keeps:
+// Backward: for each panel of queries, tile by tile over the keys, five products. Probabilities P are recomputed from
+// the log-sum-exp; with dO the gradient of the output, f the gate, K_ij what dropout keeps:
 //   dP = dO V',  dS = P o (f K o dP - delta),  delta = rowsum(dO o out) - grad_lse,
 //   dV += (f K o P)' dO,  dK += dS' Q,  dQ += dS K   (dK, dQ times the scale),  dbias += dS,  dgate ~ sum(K o P o dP).
 // A thread owns some keys of some heads, so that nothing is added to by two; dQ is summed over such pieces in a fixed
-// order where there are several. It takes its keys in chunks which, with their gradients, stay in the second-level cache
-// while all queries pass by.
+// order where there are several. It takes its keys in chunks which, with their gradients, stay in the second-level
+// cache while all queries pass by.
 #pragma once
 
 #include "forward.h"
@@ -14,7 +14,7 @@ namespace MMK_ISA {
 
 struct BackwardScratch {
   float *scores, *grads, *plain_grads; // the last: dS as float32, where `grads` becomes pairs
-  char* grad_rows; // dS as bfloat16 [keys, lanes]
+  char* grad_rows;                     // dS as bfloat16 [keys, lanes]
   Word *words, *kept;
   char *query_copy, *grad_copy, *query_clean, *grad_clean; // rows in the working format
   float *query, *grad;                                     // transposed
@@ -93,7 +93,7 @@ struct BackwardRows {
   Panel panel;
   Spans spans;
   Summed query, grad;
-  Rows grad_rows;    // as they are, where they are not all finite
+  Rows grad_rows; // as they are, where they are not all finite
   bool grad_finite;
   float* grad_query;
   bool* begun;
@@ -155,8 +155,8 @@ inline void begin_backward(const Problem& p, BackwardRows& r, const BackwardScra
   }
 }
 
-// Scores and dP of a tile, in place, to what the products take: f K o P (kPairs: rows of bfloat16) and dS (kPairs: pairs
-// of rows, and rows in `grad_rows`).
+// Scores and dP of a tile, in place, to what the products take: f K o P (kPairs: rows of bfloat16) and dS (kPairs:
+// pairs of rows, and rows in `grad_rows`).
 template <bool kPairs>
 inline void differentiate(const Problem& p, const Panel& panel, i64 count, float factor, const Word* words,
                           const Word* kept, const BackwardScratch& s) {
@@ -229,11 +229,10 @@ inline void add_bias_grads(const Problem& p, const Panel& panel, const KeyList& 
   }
   View to = x;
   to.data = (char*)base;
-  each_transposed_block(panel, list, a, count, grads, to,
-                        [](float* at, Vec block, i64 n) {
-                          store_part(at, load_part(at, n) + block, n);
-                          __builtin_prefetch(at + kTileKeys, 1);
-                        });
+  each_transposed_block(panel, list, a, count, grads, to, [](float* at, Vec block, i64 n) {
+    store_part(at, load_part(at, n) + block, n);
+    __builtin_prefetch(at + kTileKeys, 1);
+  });
 }
 
 inline void add_value_grads(const Problem& p, const BackwardRows& rows, const Sight& sight, const BackwardScratch& s,
@@ -353,8 +352,12 @@ inline void write_key_rows(const float* from, i64 cols, float scale, const View&
 inline void write_query_grads(const Problem& p, i64 kv, i64 split, const BackwardScratch& s) {
   View to = p.grad_query;
   if (p.splits > 1) {
-    to = {(char*)(p.query_parts + split * p.batch * p.heads * p.q_len * p.dim), Type::f32,
-          p.heads * p.q_len * p.dim, p.q_len * p.dim, p.dim, 1};
+    to = {(char*)(p.query_parts + split * p.batch * p.heads * p.q_len * p.dim),
+          Type::f32,
+          p.heads * p.q_len * p.dim,
+          p.q_len * p.dim,
+          p.dim,
+          1};
   }
   for (i64 q = 0; q < kPanel; ++q) {
     s.scale[q] = p.scale;
@@ -422,7 +425,8 @@ inline void backward_merge(const Problem& p, i64 begin, i64 end) {
   const View& x = p.grad_query;
   const i64 rows = p.batch * p.heads * p.q_len;
   for (i64 r = begin; r < end; ++r) {
-    char* to = x.data + (r / (p.heads * p.q_len) * x.b + r / p.q_len % p.heads * x.h + r % p.q_len * x.l) * bytes_of(x.type);
+    char* to =
+        x.data + (r / (p.heads * p.q_len) * x.b + r / p.q_len % p.heads * x.h + r % p.q_len * x.l) * bytes_of(x.type);
     for (i64 c = 0; c < p.dim; c += kLanes) {
       const i64 n = least<i64>(kLanes, p.dim - c);
       Vec total = zero();

@@ -1,5 +1,6 @@
-// Few queries (a decode step): the query rows that share a key head, over group and shared batch, against keys and values
-// that are streamed once. Bound by memory, so scores are dot products along the head dim, straight from where keys lie.
+// Few queries (a decode step): the query rows that share a key head, over group and shared batch, against keys and
+// values that are streamed once. Bound by memory, so scores are dot products along the head dim, straight from where
+// keys lie.
 #pragma once
 
 #include "forward.h"
@@ -26,8 +27,9 @@ inline DecodeRow decode_row(const Problem& p, const KeyList& list, i64 kv, i64 r
   return {b, h, i, run_of(p, list, b, i), -kInf, 0.0f, false};
 }
 
-// scores[r, j] = sum_k a[r, k] b[j, k] for kRows rows and kLanes / kRows keys; a is padded with zeros, b need not be. One
-// key after the other, so that memory is read in one stream: hardware fetches those ahead, twice as fast as loads can ask.
+// scores[r, j] = sum_k a[r, k] b[j, k] for kRows rows and kLanes / kRows keys; a is padded with zeros, b need not be.
+// One key after the other, so that memory is read in one stream: hardware fetches those ahead, twice as fast as loads
+// can ask.
 template <int kRows, bool kDot>
 MMK_INLINE void dot_block(const char* a, i64 a_row, const char* b, i64 b_row, i64 keys, i64 depth, float* scores,
                           i64 scores_row) {

@@ -21,8 +21,8 @@ struct RowState {
   bool begun;
 };
 
-// Moves the rows' reference points for a tile of logarithms `scores * factor`; leaves in `shrink` what earlier sums must
-// be multiplied by, and answers whether any must.
+// Moves the rows' reference points for a tile of logarithms `scores * factor`; leaves in `shrink` what earlier sums
+// must be multiplied by, and answers whether any must.
 inline bool move_top(const float* scores, i64 count, i64 lanes, float factor, float* top, float* total, float* shrink) {
   bool moved = false;
   for (i64 n = 0; n < lanes; n += kLanes) {
@@ -183,8 +183,7 @@ inline void write_lse(const Problem& p, const RowState& s) {
   float* lse = p.lse + (s.panel.b * p.heads + s.panel.h) * p.q_len + s.panel.i0;
   for (i64 q = 0; q < s.panel.count; ++q) {
     const bool seen = s.sees >> q & 1;
-    lse[q] = s.total[q] != 0.0f ? (s.top[q] + __builtin_log2f(s.total[q])) * kLn2
-                                : (seen ? __builtin_nanf("") : -kInf);
+    lse[q] = s.total[q] != 0.0f ? (s.top[q] + __builtin_log2f(s.total[q])) * kLn2 : (seen ? __builtin_nanf("") : -kInf);
   }
 }
 
@@ -203,8 +202,8 @@ inline void finish(const Problem& p, const RowState& s, float* factor) {
   write_lse(p, s);
 }
 
-inline void begin_rows(const Problem& p, const KeyList& list, i64 kv, i64 index, RowState& s, Arena& arena,
-                       char* copy, i64 out_rows) {
+inline void begin_rows(const Problem& p, const KeyList& list, i64 kv, i64 index, RowState& s, Arena& arena, char* copy,
+                       i64 out_rows) {
   s.panel = panel_at(p, kv, index);
   spans_of(p, s.panel, list, s.spans);
   const bool is_dot = uses_dot(p.query.type);

@@ -1,5 +1,5 @@
-// Which keys the queries of a panel see. Spans, `key_valid` and dense masks all become one word for each key, with a bit
-// for each query; a tile of keys whose words are all 0 is skipped, one whose words are all ones needs no mask.
+// Which keys the queries of a panel see. Spans, `key_valid` and dense masks all become one word for each key, with a
+// bit for each query; a tile of keys whose words are all 0 is skipped, one whose words are all ones needs no mask.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,8 @@
 namespace mmkernels {
 namespace MMK_ISA {
 
-using Word = std::conditional_t<kPanel == 64, std::uint64_t, std::conditional_t<kPanel == 16, std::uint16_t, std::uint8_t>>;
+using Word =
+    std::conditional_t<kPanel == 64, std::uint64_t, std::conditional_t<kPanel == 16, std::uint16_t, std::uint8_t>>;
 static_assert(sizeof(Word) * 8 == kPanel);
 
 // Queries i0 to i0 + count of one (b, h).
@@ -46,7 +47,7 @@ inline Panel panel_at(const Problem& p, i64 kv, i64 index) {
   }
   panel.vectors = (panel.count + kLanes - 1) / kLanes;
   panel.lanes = panel.vectors * kLanes;
-  panel.real = panel.count == 0 ? (Word)0 : (Word)((Word)~(Word)0 >> (kPanel - panel.count));
+  panel.real = panel.count == 0 ? (Word)0 : (Word)((Word) ~(Word)0 >> (kPanel - panel.count));
   return panel;
 }
 
@@ -86,8 +87,9 @@ MMK_INLINE Run run_of(const Problem& p, const KeyList& list, i64 b, i64 i) {
   return run.first < run.last ? run : Run{0, 0};
 }
 
-// Cuts the queries of one batch entry into panels: a query joins the panel before it unless computing the two apart is less
-// work. Work: keys that somebody of the panel sees, times vectors of queries, one more for what a panel costs by itself.
+// Cuts the queries of one batch entry into panels: a query joins the panel before it unless computing the two apart is
+// less work. Work: keys that somebody of the panel sees, times vectors of queries, one more for what a panel costs by
+// itself.
 inline i64 plan_panels(const Problem& p, i64 b, PanelRange* ranges) {
   const KeyList all{nullptr, p.k_len};
   const auto work = [](i64 queries, i64 keys) { return ((queries + kLanes - 1) / kLanes + 1) * keys; };
@@ -198,8 +200,7 @@ inline Sight see(const Problem& p, const Panel& panel, const KeyList& list, cons
     std::memset(words, 0xff, n * sizeof(Word));
   }
   if (p.words != nullptr) {
-    const Word* dense =
-        (const Word*)p.words + panel.b * p.words_b + panel.h * p.words_h + panel.number * p.words_panel;
+    const Word* dense = (const Word*)p.words + panel.b * p.words_b + panel.h * p.words_h + panel.number * p.words_panel;
     if (list.index == nullptr) {
       for (i64 r = 0; r < n; ++r) {
         words[r] &= dense[a + r];

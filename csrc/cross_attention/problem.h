@@ -1,5 +1,5 @@
-// One attention call as the kernels see it: plain data, no torch. csrc/cross_attention/cpu.cpp fills it in; the kernels,
-// compiled once for each instruction set, read it.
+// One attention call as the kernels see it: plain data, no torch. csrc/cross_attention/cpu.cpp fills it in; the
+// kernels, compiled once for each instruction set, read it.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ struct Problem {
   std::int64_t key_batch; // 1 or batch
   float scale;
 
-  View query, key, value, bias; // bias.data may be null
+  View query, key, value, bias;  // bias.data may be null
   const float* factor = nullptr; // tanh(gate) [heads], or null
 
   // The mask. Spans are int32 with their strides; `lists` has one entry for each batch entry of the keys.
@@ -49,8 +49,9 @@ struct Problem {
   char* words = nullptr; // dense as bits: for each of its (b, h, panel of queries) and key, a bit for each query
   std::int64_t words_b = 0, words_h = 0, words_panel = 0; // strides in words; 0 where shared
 
-  // Where spans differ from query to query, a panel's queries are chosen to see much the same keys: `panel_count` ranges
-  // for each batch entry, some of them empty at the end. Null: as many queries as a panel holds, one after the other.
+  // Where spans differ from query to query, a panel's queries are chosen to see much the same keys: `panel_count`
+  // ranges for each batch entry, some of them empty at the end. Null: as many queries as a panel holds, one after the
+  // other.
   const PanelRange* panels = nullptr;
   std::int64_t panel_count = 0;
 
@@ -70,13 +71,13 @@ struct Problem {
   const float* grad_lse = nullptr;
   View grad_bias; // float32, added to; splits lie apart where the bias is shared by keys
   std::int64_t grad_bias_split = 0;
-  float* gate_rows = nullptr;     // [splits, B, Hq, Lq]: sum_j P_ij (grad_i . v_j), added to
-  float* query_parts = nullptr;   // [splits, B, Hq, Lq, D] where splits > 1
+  float* gate_rows = nullptr;   // [splits, B, Hq, Lq]: sum_j P_ij (grad_i . v_j), added to
+  float* query_parts = nullptr; // [splits, B, Hq, Lq, D] where splits > 1
 
   // Received attention and weights.
-  View query_weights; // l: stride along queries; data may be null
-  float* received = nullptr;      // [B, Hq, Lk], added to
-  float* weights = nullptr;       // [B, Hq, Lq, Lk]
+  View query_weights;        // l: stride along queries; data may be null
+  float* received = nullptr; // [B, Hq, Lk], added to
+  float* weights = nullptr;  // [B, Hq, Lq, Lk]
 };
 
 // What one instruction set offers. `scratch` functions answer bytes for one thread.

@@ -207,7 +207,8 @@ inline void interleave_rows(Rows rows, i64 count, i64 cols, char* to) {
     std::uint32_t* out = (std::uint32_t*)(to + r / 2 * stride);
     i64 c = 0;
 #if defined(__AVX512F__)
-    for (; b != nullptr && c + 8 * kLanes <= cols; c += 8 * kLanes) { // one row after the other: memory is read in order
+    for (; b != nullptr && c + 8 * kLanes <= cols;
+         c += 8 * kLanes) { // one row after the other: memory is read in order
       __m512i low[4], high[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {

@@ -25,8 +25,7 @@ void each_score_tile(const Problem& p, const KeyList& list, const RowState& s, i
     Sight sight = see(p, s.panel, list, s.spans, a, b, scratch.words);
     if (sight.a < sight.b) {
       keys.move(a, b - a);
-      const float factor =
-          score_tile(p, s.panel, list, s.query, keys, sight, scratch.scores, scratch.words);
+      const float factor = score_tile(p, s.panel, list, s.query, keys, sight, scratch.scores, scratch.words);
       f(sight, factor, scratch.scores);
     }
   }

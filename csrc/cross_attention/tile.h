@@ -1,5 +1,6 @@
-// What all passes over a tile of scores share: operands, scores, mask, bias, dropout. A tile is transposed, [keys, lanes]
-// with a panel's queries side by side: keys and values are read where they lie, and no sum or maximum runs across lanes.
+// What all passes over a tile of scores share: operands, scores, mask, bias, dropout. A tile is transposed, [keys,
+// lanes] with a panel's queries side by side: keys and values are read where they lie, and no sum or maximum runs
+// across lanes.
 #pragma once
 
 #include "../common/philox.h"
@@ -50,7 +51,8 @@ inline void add_bias(const Problem& p, const Panel& panel, const KeyList& list, 
         const char* row = base + (q + i) * x.l * size;
         if (neighbours) {
           block[i] = load_as_f32(row + key * size, x.type, n);
-          __builtin_prefetch(row + (key + kTileKeys) * size); // so many rows at once are more streams than hardware sees
+          __builtin_prefetch(row +
+                             (key + kTileKeys) * size); // so many rows at once are more streams than hardware sees
         } else {
           float few[kLanes] = {};
           for (i64 j = 0; j < n; ++j) {
@@ -168,8 +170,7 @@ class Tile {
 public:
   Tile(const Problem& p, const View& x, const KeyList& list, i64 kv, i64 cols, char* copy, char* pairs)
       : source_(source_of(x, kv / p.key_heads, kv % p.key_heads)), list_(list), cols_(cols), dot_(uses_dot(x.type)),
-        copy_(copy), pairs_(pairs) {
-  }
+        copy_(copy), pairs_(pairs) {}
 
   // The tile of places [first, first + count).
   void move(i64 first, i64 count) {

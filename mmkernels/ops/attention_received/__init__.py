@@ -36,7 +36,7 @@ def attention_received(
         query, key, mask, bias, scale: as in `cross_attention`.
         query_weights: float ``[B or 1, Hq or 1, Lq]``: what each query counts; None: 1 each. ``1 / Lq`` gives the mean;
             1 at the last query and 0 elsewhere gives what that query looks at.
-        backend: None, "chunked" or "reference".
+        backend: None (the fastest that can), "cpu", "chunked" or "reference".
 
     Returns:
         ``[B, Hq, Lk]`` float32 (float64 for float64 inputs). A key that nobody sees receives 0; without query_weights a

@@ -35,7 +35,7 @@ def attention_weights(
     Args:
         query, key, mask, bias, scale: as in `cross_attention`.
         rows: int64 ``[R]`` or ``[B, R]``: which queries, each from 0 to Lq - 1; None: all of them.
-        backend: None, "chunked" or "reference".
+        backend: None (the fastest that can), "cpu", "chunked" or "reference".
 
     Returns:
         ``[B, Hq, R, Lk]`` float32 (float64 for float64 inputs), 0 where hidden; a row sums to 1, or to 0 where its

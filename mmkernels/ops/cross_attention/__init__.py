@@ -84,9 +84,10 @@ def cross_attention(
         dropout_p: the chance, 0 to 1, that a probability is dropped; the others are multiplied by ``1 / (1 - p)``.
             Drawn from PyTorch's generator of query's device, the same mask on every backend.
         return_lse: also return the log-sum-exp of each query's scores (before dropout and gate).
-        backend: None (``use_backend``'s choice, else the fastest that can), "chunked" or "reference". "reference" is
-            the naive formula in PyTorch's own operators; outside ``torch.compile`` it is differentiated by PyTorch's
-            own autograd, so that it takes the memory that a naive model takes. With a mask it waits for the device.
+        backend: None (``use_backend``'s choice, else the fastest that can), "cpu" (kernels for float32, bfloat16 and
+            float16 on CPU tensors), "chunked" or "reference". "reference" is the naive formula in PyTorch's own
+            operators; outside ``torch.compile`` it is differentiated by PyTorch's own autograd, so that it takes the
+            memory that a naive model takes. With a mask it waits for the device.
 
     Returns:
         ``[B, Hq, Lq, Dv]`` in query's dtype, in memory laid out as ``[B, Lq, Hq, Dv]``; with `return_lse` also

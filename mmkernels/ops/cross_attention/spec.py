@@ -160,8 +160,8 @@ _CASES = (
 # dims 72 and 80 of SigLIP-SO400M and ViT-H, a decode step of a Llama-3-8B-like model.
 
 
-# What the CPU kernels set out to reach: (than, float32, bfloat16) for each pass. Set by the speed of SDPA and of the loop
-# on a Zen 5, whose peak is twice as far above theirs as a Zen 4's is.
+# What the CPU kernels set out to reach: (than, float32, bfloat16) for each pass. Set by the speed of SDPA and of the
+# loop on a Zen 5, whose peak is twice as far above theirs as a Zen 4's is.
 _CPU_TARGETS = {
     "none": ((("sdpa", 2.3, 3.5),), (("sdpa", 2.2, 2.5),)),
     "padding": ((("sdpa", 3.0, 4.5),), (("sdpa", 2.8, 3.5),)),
