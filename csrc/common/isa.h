@@ -14,8 +14,7 @@ inline std::string detect_isa() {
       __builtin_cpu_supports("avx512vl")) {
     return __builtin_cpu_supports("avx512bf16") ? "avx512_bf16" : "avx512";
   }
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? "avx2"
-                                                                                                           : "plain";
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? "avx2" : "plain";
 #elif defined(__aarch64__)
   return "neon";
 #else

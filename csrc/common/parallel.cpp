@@ -3,27 +3,21 @@
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 
-#ifndef _WIN32
 #include <pthread.h>
 #include <sys/mman.h>
-#endif
 
 namespace mmkernels {
 namespace {
 
-std::atomic<bool> used_threads{false}, forked{false};
+std::atomic<bool> forked{false};
 
-#ifndef _WIN32
-const int registered = pthread_atfork(nullptr, nullptr, [] {
-  if (used_threads.load()) {
-    forked.store(true);
-  }
-});
-#endif
+// Whoever started OpenMP's threads, torch or this: nothing tells, and waiting for them would never end.
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 struct Free {
   void operator()(char* p) const {
@@ -48,6 +42,9 @@ thread_local std::int64_t kept_bytes = 0;
 } // namespace
 
 int available_threads() {
+#ifndef _OPENMP
+  return 1;
+#endif
   if (at::in_parallel_region() || forked.load(std::memory_order_relaxed)) {
     return 1;
   }
@@ -79,7 +76,6 @@ void parallel_tasks(std::int64_t count, int threads, std::int64_t bytes,
     work();
     return;
   }
-  used_threads.store(true, std::memory_order_relaxed);
   at::parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       work();

@@ -110,10 +110,6 @@ MMK_INLINE Vec dot(Vec a, Vec b, Vec acc) {
   return acc;
 #endif
 }
-// The larger one, and `data` where the two can't be compared: NaN in `data` stays.
-MMK_INLINE Vec max_keep_nan(Vec bound, Vec data) {
-  return data < bound ? bound : data;
-}
 // The larger one, ignoring NaN in `data`.
 MMK_INLINE Vec max_skip_nan(Vec bound, Vec data) {
 #if defined(__AVX512F__)

@@ -2,8 +2,8 @@
 // the log-sum-exp; with dO the gradient of the output, f the gate, K_ij what dropout keeps:
 //   dP = dO V',  dS = P o (f K o dP - delta),  delta = rowsum(dO o out) - grad_lse,
 //   dV += (f K o P)' dO,  dK += dS' Q,  dQ += dS K   (dK, dQ times the scale),  dbias += dS,  dgate ~ sum(K o P o dP).
-// A thread owns some keys of some heads, so that nothing is added to by two; dQ is summed over such pieces in a fixed
-// order where there are several. It takes its keys in chunks which, with their gradients, stay in the second-level
+// A task owns some keys of some heads, so that nothing is added to by two; where there are too few of these, keys or
+// queries are split, and the parts of dQ, or of dK and dV, summed in a fixed order. It takes its keys in chunks which, with their gradients, stay in the second-level
 // cache while all queries pass by.
 #pragma once
 
@@ -26,8 +26,9 @@ struct BackwardScratch {
   bool* begun;                  // for each panel: grad_query holds something
 };
 
-MMK_INLINE i64 panels_of_key_head(const Problem& p) {
-  return sharers(p) * group_of(p) * panels_of(p);
+// The panels of one row split of a key head.
+MMK_INLINE i64 panels_of_split(const Problem& p) {
+  return (sharers(p) * group_of(p) * panels_of(p) + p.row_splits - 1) / p.row_splits;
 }
 
 // Places of one split: a multiple of a tile, so that pairs of keys start alike.
@@ -68,7 +69,7 @@ inline BackwardScratch take_backward(const Problem& p, Arena& arena) {
   s.value_copy = arena.take<char>(Tile::copy_bytes(is_dot, value_dim));
   s.clean = arena.take<char>(Tile::copy_bytes(is_dot, dim));
   s.clean_pairs = arena.take<char>(Tile::pairs_bytes(is_dot, dim));
-  const i64 places = chunk_places(p), panels = panels_of_key_head(p);
+  const i64 places = chunk_places(p), panels = panels_of_split(p);
   s.grad_key = arena.take<float>(p.grad_key.data != nullptr ? places * pad_lanes(dim) : 0);
   s.grad_value = arena.take<float>(p.grad_value.data != nullptr ? places * pad_lanes(value_dim) : 0);
   s.grad_query = arena.take<float>(p.grad_query.data != nullptr ? panels * dim * kPanel : 0);
@@ -162,27 +163,28 @@ inline void differentiate(const Problem& p, const Panel& panel, i64 count, float
                           const Word* kept, const BackwardScratch& s) {
   const Vec scale = set1(factor), gate = set1(p.factor != nullptr ? p.factor[panel.h] : 1.0f);
   const i64 lanes = panel.lanes;
+  const bool partly = words != nullptr || panel.count < lanes; // lanes past the last query hold nothing either
   for (i64 n = 0; n < lanes; n += kLanes) {
     const Vec base = -load(s.lse + n), delta = load(s.delta + n);
     Vec gate_sum = zero();
     const auto at = [&](i64 r, Vec& weight, Vec& grad) {
       Vec w = exp2(fma(load(s.scores + r * lanes + n), scale, base)), g = load(s.grads + r * lanes + n);
-      if (words != nullptr) { // before any product: the other factor may be NaN
-        const std::uint32_t bits = (std::uint32_t)(words[r] >> n);
+      const std::uint32_t bits = (std::uint32_t)((words != nullptr ? words[r] : panel.real) >> n);
+      if (partly) { // before any product: the other factor may be NaN
         w = choose(bits, w, zero());
         g = choose(bits, g, zero());
       }
       Vec kept_w = w, kept_g = g;
       if (kept != nullptr) {
-        const std::uint32_t bits = (std::uint32_t)(kept[r] >> n);
-        kept_w = choose(bits, w * p.keep_scale, zero());
-        kept_g = choose(bits, g * p.keep_scale, zero());
+        const std::uint32_t keeps = (std::uint32_t)(kept[r] >> n);
+        kept_w = choose(keeps, w * p.keep_scale, zero());
+        kept_g = choose(keeps, g * p.keep_scale, zero());
       }
       gate_sum = fma(kept_w, g, gate_sum);
       weight = kept_w * gate;
       grad = w * fma(kept_g, gate, -delta);
-      if (words != nullptr) {
-        grad = choose((std::uint32_t)(words[r] >> n), grad, zero());
+      if (partly) {
+        grad = choose(bits, grad, zero());
       }
       if (s.plain_grads != nullptr) {
         store(s.plain_grads + r * lanes + n, grad);
@@ -259,7 +261,8 @@ inline void add_query_grads(const Problem& p, BackwardRows& rows, Tile& keys, co
   const bool is_dot = keys.dot();
   const i64 n = sight.b - sight.a, lanes = rows.panel.lanes;
   Operand columns;
-  if (sight.words == nullptr || keys.finite()) {
+  const bool plain = sight.words == nullptr && !(is_dot && n % 2 != 0); // see `add_values`
+  if (plain || keys.finite()) {
     columns = keys.columns_from(sight.a);
   } else {
     const Rows clean = finite_copy(keys.rows_from(sight.a), n, p.dim, is_dot, s.clean);
@@ -349,7 +352,7 @@ inline void write_key_rows(const float* from, i64 cols, float scale, const View&
 }
 
 // dQ of all panels, from the sums to where it belongs.
-inline void write_query_grads(const Problem& p, i64 kv, i64 split, const BackwardScratch& s) {
+inline void write_query_grads(const Problem& p, i64 kv, i64 first, i64 count, i64 split, const BackwardScratch& s) {
   View to = p.grad_query;
   if (p.splits > 1) {
     to = {(char*)(p.query_parts + split * p.batch * p.heads * p.q_len * p.dim),
@@ -362,8 +365,8 @@ inline void write_query_grads(const Problem& p, i64 kv, i64 split, const Backwar
   for (i64 q = 0; q < kPanel; ++q) {
     s.scale[q] = p.scale;
   }
-  for (i64 i = 0; i < panels_of_key_head(p); ++i) {
-    const Panel panel = panel_at(p, kv, i);
+  for (i64 i = 0; i < count; ++i) {
+    const Panel panel = panel_at(p, kv, first + i);
     float* sums = s.grad_query + i * p.dim * kPanel;
     if (!s.begun[i]) {
       std::memset(sums, 0, p.dim * panel.lanes * 4);
@@ -372,12 +375,21 @@ inline void write_query_grads(const Problem& p, i64 kv, i64 split, const Backwar
   }
 }
 
-inline void backward(const Problem& p, i64 kv, i64 split, char* memory) {
+inline void backward(const Problem& p, i64 kv, i64 row_split, i64 split, char* memory) {
   Arena arena{memory};
   const BackwardScratch s = take_backward(p, arena);
   const KeyList list = list_of(p, kv);
   const i64 begin = least(split * split_places(p), list.count), end = least(begin + split_places(p), list.count);
-  const i64 panels = panels_of_key_head(p);
+  const i64 first_panel = row_split * panels_of_split(p);
+  const i64 panels = least(panels_of_split(p), sharers(p) * group_of(p) * panels_of(p) - first_panel);
+  if (panels <= 0) {
+    return;
+  }
+  View grad_key = p.grad_key, grad_value = p.grad_value;
+  if (p.row_splits > 1) {
+    grad_key.data += grad_key.data != nullptr ? row_split * p.key_part * 4 : 0;
+    grad_value.data += grad_value.data != nullptr ? row_split * p.value_part * 4 : 0;
+  }
   Tile keys(p, p.key, list, kv, p.dim, s.key_copy, s.key_pairs);
   Tile values(p, p.value, list, kv, p.value_dim, s.value_copy, nullptr);
   std::memset(s.begun, 0, panels * sizeof(bool));
@@ -391,7 +403,7 @@ inline void backward(const Problem& p, i64 kv, i64 split, char* memory) {
     }
     for (i64 i = 0; i < panels; ++i) {
       BackwardRows rows;
-      rows.panel = panel_at(p, kv, i);
+      rows.panel = panel_at(p, kv, first_panel + i);
       rows.grad_query = s.grad_query + i * p.dim * kPanel;
       rows.begun = s.begun + i;
       const Panel& panel = rows.panel;
@@ -409,14 +421,14 @@ inline void backward(const Problem& p, i64 kv, i64 split, char* memory) {
       }
     }
     if (p.grad_key.data != nullptr) {
-      write_key_rows(s.grad_key, p.dim, p.scale, p.grad_key, list, kv, p.key_heads, first, last - first);
+      write_key_rows(s.grad_key, p.dim, p.scale, grad_key, list, kv, p.key_heads, first, last - first);
     }
     if (p.grad_value.data != nullptr) {
-      write_key_rows(s.grad_value, p.value_dim, 1.0f, p.grad_value, list, kv, p.key_heads, first, last - first);
+      write_key_rows(s.grad_value, p.value_dim, 1.0f, grad_value, list, kv, p.key_heads, first, last - first);
     }
   }
   if (p.grad_query.data != nullptr) {
-    write_query_grads(p, kv, split, s);
+    write_query_grads(p, kv, first_panel, panels, split, s);
   }
 }
 

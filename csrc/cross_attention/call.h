@@ -18,7 +18,7 @@
 
 namespace mmkernels {
 
-#if defined(__x86_64__)
+#if defined(MMKERNELS_X86)
 extern const Kernels kernels_avx512_bf16, kernels_avx512, kernels_avx2;
 #endif
 extern const Kernels kernels_plain;
@@ -31,7 +31,7 @@ using i64 = std::int64_t;
 inline const std::vector<const Kernels*>& offered() {
   static const std::vector<const Kernels*> found = [] {
     std::vector<const Kernels*> all;
-#if defined(__x86_64__)
+#if defined(MMKERNELS_X86)
     const std::string isa = detect_isa();
     for (const Kernels* k : {&kernels_avx512_bf16, &kernels_avx512, &kernels_avx2}) {
       if (!all.empty() || isa == k->name) {
@@ -97,6 +97,7 @@ inline void check_sizes(const char* name, const Tensor& x, at::IntArrayRef sizes
 // A problem and what its pointers point to.
 struct Call {
   Problem p{};
+  const Kernels& k = kernels(); // once: another thread may choose another instruction set meanwhile
   std::vector<std::vector<std::int32_t>> index;
   std::vector<KeyList> lists;
   std::vector<PanelRange> panels;
@@ -148,7 +149,7 @@ struct Call {
         list_keys(dense->select(2, 0).select(1, 0).expand({dense->size(0), p.k_len}));
       } else {
         const auto stride = [&](int dim) { return dense->size(dim) == 1 ? 0 : dense->stride(dim); };
-        p.dense = dense->const_data_ptr<bool>();
+        p.dense = static_cast<const std::uint8_t*>(dense->const_data_ptr());
         p.dense_b = stride(0), p.dense_h = stride(1), p.dense_i = stride(2), p.dense_j = stride(3);
       }
     }
@@ -156,7 +157,7 @@ struct Call {
 
   // The valid keys of each batch entry of the keys; of a shared one, those valid for anybody.
   void list_keys(const Tensor& valid) {
-    const bool* data = valid.const_data_ptr<bool>();
+    const auto* data = static_cast<const std::uint8_t*>(valid.const_data_ptr()); // any byte but 0 is true
     const i64 b_stride = valid.size(0) == 1 ? 0 : valid.stride(0), j_stride = valid.stride(1);
     const i64 users = p.key_batch < p.batch && valid.size(0) > 1 ? p.batch : 1;
     index.resize(p.key_batch);
@@ -168,7 +169,7 @@ struct Call {
       for (i64 j = 0; j < p.k_len; ++j) {
         bool any = false;
         for (i64 u = b; u < b + users; ++u) {
-          any |= data[u * b_stride + j * j_stride];
+          any |= data[u * b_stride + j * j_stride] != 0;
         }
         if (any) {
           index[b].push_back(static_cast<std::int32_t>(j));
@@ -187,15 +188,16 @@ struct Call {
   // What the mask means to panels of queries: which queries to take together, and the dense mask as bits, once for all
   // heads and passes over it.
   void plan_panels() {
-    const Kernels& k = kernels();
     if (p.dense == nullptr) {
       if (p.start_i != 0 || p.end_i != 0) {
-        std::vector<std::vector<PanelRange>> found(p.batch, std::vector<PanelRange>(p.q_len));
-        for (i64 b = 0; b < p.batch; ++b) {
-          found[b].resize(k.plan_panels(p, b, found[b].data()));
+        const bool same = p.start_b == 0 && p.end_b == 0;
+        std::vector<std::vector<PanelRange>> found(same ? 1 : p.batch, std::vector<PanelRange>(p.q_len));
+        for (std::size_t b = 0; b < found.size(); ++b) {
+          found[b].resize(k.plan_panels(p, static_cast<i64>(b), found[b].data()));
           p.panel_count = std::max<i64>(p.panel_count, static_cast<i64>(found[b].size()));
         }
-        for (std::vector<PanelRange>& of_batch : found) {
+        for (i64 b = 0; b < p.batch; ++b) {
+          std::vector<PanelRange>& of_batch = found[same ? 0 : b];
           of_batch.resize(p.panel_count, {static_cast<std::int32_t>(p.q_len), 0});
           panels.insert(panels.end(), of_batch.begin(), of_batch.end());
         }
@@ -243,7 +245,7 @@ struct Call {
   i64 rows_of_key_head() const {
     return (p.key_batch == p.batch ? 1 : p.batch) * (p.heads / p.key_heads) * p.q_len;
   }
-  i64 panels_of_key_head(const Kernels& k) const {
+  i64 panels_of_key_head() const {
     const i64 of_head = p.panels != nullptr ? p.panel_count : (p.q_len + k.panel - 1) / k.panel;
     return rows_of_key_head() / std::max<i64>(1, p.q_len) * of_head;
   }

@@ -45,12 +45,14 @@ constexpr i64 kDecodeQueries = 8;
 
 void run_decode(Call& call) {
   Problem& p = call.p;
-  const Kernels& k = kernels();
+  const Kernels& k = call.k;
   const i64 heads = call.key_head_count(), rows = call.rows_of_key_head();
+  const i64 blocks = (rows + k.decode_rows - 1) / k.decode_rows;
   const int threads = call.threads(4.0 * heads * std::max<i64>(rows, 4) * p.k_len * p.dim);
   // Enough pieces for all threads, but none shorter than 512 keys.
-  p.splits = std::clamp<i64>((2 * threads + heads - 1) / heads, 1, std::max<i64>(1, p.k_len / 512));
-  if (threads == 1 || heads >= 4 * threads) {
+  const i64 tasks = heads * blocks;
+  p.splits = std::clamp<i64>((2 * threads + tasks - 1) / tasks, 1, std::max<i64>(1, p.k_len / 512));
+  if (threads == 1 || tasks >= 4 * threads) {
     p.splits = 1;
   }
   Tensor partial;
@@ -58,8 +60,9 @@ void run_decode(Call& call) {
     partial = at::empty({heads * p.splits * rows * (p.value_dim + 3)}, at::kFloat);
     p.partial = partial.mutable_data_ptr<float>();
   }
-  parallel_tasks(heads * p.splits, threads, k.decode_scratch(p),
-                 [&](i64 i, char* scratch) { k.decode(p, i / p.splits, i % p.splits, scratch); });
+  parallel_tasks(tasks * p.splits, threads, k.decode_scratch(p), [&](i64 i, char* scratch) {
+    k.decode(p, i / (blocks * p.splits), i / p.splits % blocks, i % p.splits, scratch);
+  });
   if (p.splits > 1) {
     parallel_tasks(heads, threads, 0, [&](i64 kv, char*) { k.decode_merge(p, kv); });
   }
@@ -100,8 +103,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
     return {out, lse};
   }
   call.plan_panels();
-  const Kernels& k = kernels();
-  const i64 heads = call.key_head_count(), panels = call.panels_of_key_head(k);
+  const Kernels& k = call.k;
+  const i64 heads = call.key_head_count(), panels = call.panels_of_key_head();
   const int threads = call.threads(2.0 * call.pairs() * (p.dim + p.value_dim));
   const i64 together = panels_together(p, k, panels, heads, threads), items = (panels + together - 1) / together;
   parallel_tasks(heads * items, threads, k.forward_scratch(p, together), [&](i64 i, char* scratch) {
@@ -111,35 +114,38 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   return {out, lse};
 }
 
-// What one split of a backward pass works on. `heads`: key heads one after the other, where they add to one bias.
-struct Clusters {
-  i64 count, splits;
+// How a backward pass is cut. `heads`: key heads that one task takes one after the other, since they add to one bias.
+struct Plan {
+  i64 splits = 1, row_splits = 1;
   std::vector<std::vector<i64>> heads;
 };
 
-// Key heads that share a slice of the bias whose gradient is wanted belong to one thread. Where that leaves too few
-// pieces for the threads, keys are split, as far as the partial dQ that each split writes stay within the size of the
-// keys' and values' own gradients, or 16 MiB.
-Clusters plan_backward(const Call& call, bool bias_grad, bool query_grad, int threads) {
+// Key heads that share a slice of the bias whose gradient is wanted belong to one task. Where that leaves too few tasks
+// for the threads, keys are split, or queries: whichever leaves the smaller partial sums, of dQ or of dK and dV, as far as
+// these stay within the size of what the pass reads and writes, or 16 MiB.
+Plan plan_backward(const Call& call, bool bias_grad, bool query_grad, int threads) {
   const Problem& p = call.p;
-  Clusters plan;
+  Plan plan;
   const bool one_batch = bias_grad && p.bias.b == 0, one_head = bias_grad && p.bias.h == 0;
-  const i64 batch = one_batch ? 1 : p.key_batch, heads = one_head ? 1 : p.key_heads;
-  plan.heads.resize(batch * heads);
+  const i64 batch = one_batch ? 1 : p.key_batch, heads = one_head ? 1 : p.key_heads, count = batch * heads;
+  plan.heads.resize(count);
   for (i64 kv = 0; kv < p.key_batch * p.key_heads; ++kv) {
     const i64 b = one_batch ? 0 : kv / p.key_heads, h = one_head ? 0 : kv % p.key_heads;
     plan.heads[b * heads + h].push_back(kv);
   }
-  plan.count = batch * heads;
-  plan.splits = 1;
-  const i64 wanted = 4 * threads;
-  if (threads > 1 && plan.count < wanted) {
-    const i64 part = 4 * p.batch * p.heads * p.q_len * p.dim;
-    const i64 budget = std::max<i64>(1 << 24, 4 * p.key_batch * p.key_heads * p.k_len * (p.dim + p.value_dim));
-    plan.splits = std::min((wanted + plan.count - 1) / plan.count, std::max<i64>(1, p.k_len / 192));
-    if (query_grad) {
-      plan.splits = std::min(plan.splits, std::max<i64>(1, budget / part));
-    }
+  const i64 wanted = (4 * threads + count - 1) / count;
+  if (threads == 1 || wanted == 1) {
+    return plan;
+  }
+  const i64 of_query = query_grad ? 4 * p.batch * p.heads * p.q_len * p.dim : 0;
+  const i64 of_keys = 4 * p.key_batch * p.key_heads * p.k_len * (p.dim + p.value_dim);
+  const i64 budget = std::max<i64>(1 << 24, 2 * (of_query + of_keys));
+  const i64 by_keys = std::min(wanted, std::max<i64>(1, p.k_len / 192));
+  const i64 by_rows = std::min(wanted, call.panels_of_key_head());
+  if (!bias_grad && (of_keys < of_query || by_keys == 1)) {
+    plan.row_splits = std::min(by_rows, std::max<i64>(1, budget / of_keys));
+  } else {
+    plan.splits = of_query == 0 ? by_keys : std::min(by_keys, std::max<i64>(1, budget / of_query));
   }
   return plan;
 }
@@ -147,7 +153,7 @@ Clusters plan_backward(const Call& call, bool bias_grad, bool query_grad, int th
 // A gradient like x; 0 where the kernels write nothing: for keys that nobody may see.
 Tensor grad_like(const Tensor& x, bool wanted, bool partly_written) {
   if (!wanted) {
-    return at::empty({0}, x.options());
+    return Tensor();
   }
   Tensor grad = at::empty_like(x);
   expect_writes(grad.mutable_data_ptr(), static_cast<i64>(grad.nbytes()));
@@ -177,8 +183,11 @@ backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q
   const Tensor grad_query = grad_like(query, needs[0], empty), grad_key = grad_like(key, needs[1], partly),
                grad_value = grad_like(value, needs[2], partly);
   Tensor grad_bias = grad_like(bias.has_value() ? *bias : query, bias_grad, true);
-  Tensor grad_gate = gate_grad ? at::zeros_like(*gate) : at::empty({0}, query.options());
-  const auto answer = [&] { return std::make_tuple(grad_query, grad_key, grad_value, grad_bias, grad_gate); };
+  Tensor grad_gate = gate_grad ? at::zeros_like(*gate) : Tensor();
+  const auto answer = [&] {
+    const auto given = [&](const Tensor& x) { return x.defined() ? x : at::empty({0}, grad_out.options()); };
+    return std::make_tuple(given(grad_query), given(grad_key), given(grad_value), given(grad_bias), given(grad_gate));
+  };
   if (empty) {
     return answer();
   }
@@ -194,18 +203,34 @@ backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q
   for (const auto& [tensor, view] : {std::pair<const Tensor&, View&>(grad_query, p.grad_query),
                                      std::pair<const Tensor&, View&>(grad_key, p.grad_key),
                                      std::pair<const Tensor&, View&>(grad_value, p.grad_value)}) {
-    if (tensor.numel() > 0) {
+    if (tensor.defined()) {
       view = view_of(tensor);
     }
   }
   call.plan_panels();
 
-  const Kernels& k = kernels();
+  const Kernels& k = call.k;
   const double products = 5.0 * call.pairs() * (p.dim + p.value_dim);
   const int threads = call.threads(products);
-  const Clusters plan = plan_backward(call, bias_grad, needs[0], threads);
+  const Plan plan = plan_backward(call, bias_grad, needs[0], threads);
   p.splits = plan.splits;
-  Tensor bias_sums, gate_rows, parts;
+  p.row_splits = plan.row_splits;
+  Tensor bias_sums, gate_rows, parts, key_parts, value_parts;
+  if (p.row_splits > 1) {
+    const auto split = [&](const Tensor& grad, View& view, i64& apart) {
+      if (!grad.defined()) {
+        return Tensor();
+      }
+      std::vector<i64> shape = grad.sizes().vec();
+      shape.insert(shape.begin(), p.row_splits);
+      const Tensor sums = at::zeros(shape, grad.options().dtype(at::kFloat));
+      view = view_of(sums.select(0, 0));
+      apart = sums.stride(0);
+      return sums;
+    };
+    key_parts = split(grad_key, p.grad_key, p.key_part);
+    value_parts = split(grad_value, p.grad_value, p.value_part);
+  }
   if (bias_grad) { // float32 sums; one for each split where splits share it
     const bool shared = bias->size(3) == 1 && p.splits > 1;
     if (shared || grad_bias.scalar_type() != at::kFloat) {
@@ -226,11 +251,19 @@ backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q
     parts = at::empty({p.splits, p.batch, p.heads, p.q_len, p.dim}, query.options().dtype(at::kFloat));
     p.query_parts = parts.mutable_data_ptr<float>();
   }
-  parallel_tasks(plan.count * p.splits, threads, k.backward_scratch(p), [&](i64 i, char* scratch) {
-    for (const i64 kv : plan.heads[i / p.splits]) {
-      k.backward(p, kv, i % p.splits, scratch);
+  const i64 pieces = p.splits * p.row_splits;
+  parallel_tasks(static_cast<i64>(plan.heads.size()) * pieces, threads, k.backward_scratch(p),
+                 [&](i64 i, char* scratch) {
+                   for (const i64 kv : plan.heads[i / pieces]) {
+                     k.backward(p, kv, i / p.splits % p.row_splits, i % p.splits, scratch);
+                   }
+                 });
+  for (const auto& [grad, sums] : {std::pair<const Tensor&, const Tensor&>(grad_key, key_parts),
+                                   std::pair<const Tensor&, const Tensor&>(grad_value, value_parts)}) {
+    if (sums.defined()) {
+      grad.copy_(sums.sum(0));
     }
-  });
+  }
   if (parts.defined()) {
     const i64 rows = p.batch * p.heads * p.q_len, share = (rows + 4 * threads - 1) / (4 * threads);
     parallel_tasks((rows + share - 1) / share, threads, 0,
@@ -275,8 +308,8 @@ Tensor received(const Tensor& query, const Tensor& key, const OptionalTensor& st
     counts = query_weights->to(at::kFloat).unsqueeze(3);
     p.query_weights = view_of(counts);
   }
-  const Kernels& k = kernels();
-  const i64 panels = call.panels_of_key_head(k), heads = p.batch * p.heads;
+  const Kernels& k = call.k;
+  const i64 panels = call.panels_of_key_head(), heads = p.batch * p.heads;
   const int threads = call.threads(4.0 * call.pairs() * p.dim);
   const Tensor lse = log_sum_exp(call, query, k, panels, threads);
   p.splits = std::clamp<i64>((4 * threads + heads - 1) / heads, 1, std::max<i64>(1, p.k_len / 192));
@@ -300,8 +333,8 @@ Tensor weights(const Tensor& query, const Tensor& key, const OptionalTensor& sta
   call.set_rest(bias, {}, {}, 0.0);
   call.plan_panels();
   p.weights = result.mutable_data_ptr<float>();
-  const Kernels& k = kernels();
-  const i64 panels = call.panels_of_key_head(k);
+  const Kernels& k = call.k;
+  const i64 panels = call.panels_of_key_head();
   const int threads = call.threads(4.0 * call.pairs() * p.dim);
   const Tensor lse = log_sum_exp(call, query, k, panels, threads);
   parallel_tasks(call.key_head_count() * panels, threads, k.scores_scratch(p),
@@ -318,6 +351,7 @@ TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
   m.def("cpu_isa(str name) -> str", cpu_isa);
   m.def("cpu_peak(bool bf16) -> float", cpu_peak);
+  m.def("cpu_torch() -> str", [] { return std::string(MMKERNELS_TORCH); });
   define("cross_attention_cpu(" + inputs + "float scale, float dropout_p) -> (Tensor, Tensor)");
   define("cross_attention_backward_cpu(Tensor grad_out, Tensor? grad_lse, " + inputs +
          "Tensor out, Tensor lse, float scale, float dropout_p, bool[5] needs) -> "

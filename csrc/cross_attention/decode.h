@@ -10,6 +10,7 @@ namespace MMK_ISA {
 
 constexpr i64 kDecodeKeys = 128;
 constexpr i64 kValueKeys = 32;
+constexpr i64 kDecodeRows = 64; // of one task, which bounds its scratch; more than a group's queries only of shared keys
 
 struct DecodeRow {
   i64 b, h, i;
@@ -18,7 +19,7 @@ struct DecodeRow {
   bool sees;
 };
 
-MMK_INLINE i64 decode_rows(const Problem& p) {
+MMK_INLINE i64 decode_rows(const Problem& p) { // of one key head
   return sharers(p) * group_of(p) * p.q_len;
 }
 inline DecodeRow decode_row(const Problem& p, const KeyList& list, i64 kv, i64 row) {
@@ -134,14 +135,14 @@ inline bool mask_row(const Problem& p, const KeyList& list, DecodeRow& row, i64 
       seen[j] = j >= first && j < last;
     }
     if (p.dense != nullptr) {
-      const bool* dense = p.dense + row.b * p.dense_b + row.h * p.dense_h + row.i * p.dense_i;
+      const std::uint8_t* dense = p.dense + row.b * p.dense_b + row.h * p.dense_h + row.i * p.dense_i;
       for (i64 j = 0; j < n; ++j) {
-        seen[j] &= dense[key_at(list, a + j) * p.dense_j];
+        seen[j] &= dense[key_at(list, a + j) * p.dense_j] != 0;
       }
     }
     if (p.key_valid != nullptr) {
       for (i64 j = 0; j < n; ++j) {
-        seen[j] &= p.key_valid[row.b * p.valid_b + key_at(list, a + j) * p.valid_j];
+        seen[j] &= p.key_valid[row.b * p.valid_b + key_at(list, a + j) * p.valid_j] != 0;
       }
     }
     if (p.bias.data != nullptr) {
@@ -200,7 +201,7 @@ struct DecodeScratch {
 
 inline DecodeScratch take_decode(const Problem& p, Arena& arena) {
   const bool is_dot = uses_dot(p.query.type);
-  const i64 rows = decode_rows(p);
+  const i64 rows = least(decode_rows(p), kDecodeRows);
   DecodeScratch s;
   s.scores = arena.take<float>(rows * kDecodeKeys);
   s.out = arena.take<float>(rows * pad_lanes(p.value_dim));
@@ -219,10 +220,10 @@ inline i64 decode_scratch(const Problem& p) {
   return arena.used;
 }
 
-// out += weights values, for all rows.
-inline void add_decoded(const Problem& p, const DecodeScratch& s, Rows values, i64 count, bool careful) {
+// out += weights values, for all rows of the task.
+inline void add_decoded(const Problem& p, const DecodeScratch& s, i64 rows, Rows values, i64 count, bool careful) {
   const bool is_dot = uses_dot(p.value.type);
-  const i64 rows = decode_rows(p), cols = p.value_dim, padded = pad_lanes(cols);
+  const i64 cols = p.value_dim, padded = pad_lanes(cols);
   Rows used = values;
   if (careful) {
     used = finite_copy(values, count, cols, is_dot, s.clean);
@@ -275,15 +276,16 @@ MMK_INLINE float* partial_at(const Problem& p, i64 kv, i64 split, i64 row) {
   return p.partial + ((kv * p.splits + split) * decode_rows(p) + row) * (p.value_dim + 3);
 }
 
-inline void decode(const Problem& p, i64 kv, i64 split, char* memory) {
+inline void decode(const Problem& p, i64 kv, i64 block, i64 split, char* memory) {
   Arena arena{memory};
   const DecodeScratch s = take_decode(p, arena);
   const KeyList list = list_of(p, kv);
   const bool is_dot = uses_dot(p.query.type);
-  const i64 rows = decode_rows(p), padded = pad_lanes(p.value_dim), query_row = row_bytes(is_dot, p.dim);
+  const i64 first_row = block * kDecodeRows, rows = least(kDecodeRows, decode_rows(p) - first_row);
+  const i64 padded = pad_lanes(p.value_dim), query_row = row_bytes(is_dot, p.dim);
   i64 begin = list.count, end = 0;
   for (i64 r = 0; r < rows; ++r) {
-    s.rows[r] = decode_row(p, list, kv, r);
+    s.rows[r] = decode_row(p, list, kv, first_row + r);
     const DecodeRow& row = s.rows[r];
     if (row.run.first < row.run.last) {
       begin = least(begin, row.run.first);
@@ -323,14 +325,14 @@ inline void decode(const Problem& p, i64 kv, i64 split, char* memory) {
     }
     const Source source = at_keys(source_of(p.value, kv / p.key_heads, kv % p.key_heads), list, a, n);
     const Rows values = fetch(source, n, p.value_dim, is_dot, s.value_copy, !is_dot);
-    add_decoded(p, s, values, n, !all && !all_finite(values, n, p.value_dim, is_dot));
+    add_decoded(p, s, rows, values, n, !all && !all_finite(values, n, p.value_dim, is_dot));
   }
   for (i64 r = 0; r < rows; ++r) {
     if (p.splits == 1) {
       write_decoded(p, s.rows[r], s.out + r * padded);
       continue;
     }
-    float* to = partial_at(p, kv, split, r);
+    float* to = partial_at(p, kv, split, first_row + r);
     std::memcpy(to, s.out + r * padded, p.value_dim * 4);
     to[p.value_dim] = s.rows[r].top;
     to[p.value_dim + 1] = s.rows[r].total;

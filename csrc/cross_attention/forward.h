@@ -26,24 +26,24 @@ struct RowState {
 inline bool move_top(const float* scores, i64 count, i64 lanes, float factor, float* top, float* total, float* shrink) {
   bool moved = false;
   for (i64 n = 0; n < lanes; n += kLanes) {
-    Vec most[4];
-    for (auto& x : most) {
+    Vec tops[4];
+    for (auto& x : tops) {
       x = set1(-kInf);
     }
     const float* at = scores + n;
     i64 r = 0;
     for (; r + 4 <= count; r += 4) {
       for (int i = 0; i < 4; ++i) {
-        most[i] = max_skip_nan(most[i], load(at + (r + i) * lanes));
+        tops[i] = max_skip_nan(tops[i], load(at + (r + i) * lanes));
       }
     }
     for (; r < count; ++r) {
-      most[0] = max_skip_nan(most[0], load(at + r * lanes));
+      tops[0] = max_skip_nan(tops[0], load(at + r * lanes));
     }
     for (int i = 1; i < 4; ++i) {
-      most[0] = max_skip_nan(most[0], most[i]);
+      tops[0] = max_skip_nan(tops[0], tops[i]);
     }
-    const Vec seen = most[0] * factor, old = load(top + n);
+    const Vec seen = tops[0] * factor, old = load(top + n);
     const IVec grows = seen > old + kSlack;
     if (bits_of(grows) != 0) {
       moved = true;
@@ -107,7 +107,9 @@ inline void add_values(const RowState& s, Tile& values, const Sight& sight, cons
   const i64 n = sight.b - sight.a, lanes = s.panel.lanes;
   const bool is_dot = values.dot();
   const i64 depth = is_dot ? (n + 1) / 2 : n;
-  if (sight.words == nullptr || values.finite()) {
+  // All of it shows, but the last of an odd number of rows is paired with one that may not.
+  const bool plain = sight.words == nullptr && !(is_dot && n % 2 != 0);
+  if (plain || values.finite()) {
     gemm(is_dot, values.columns_from(sight.a), weights, lanes * 4, s.out, lanes, value_dim, lanes / kLanes, depth,
          s.begun);
     return;
@@ -122,7 +124,7 @@ inline void add_values(const RowState& s, Tile& values, const Sight& sight, cons
   gemm(is_dot, columns, weights, lanes * 4, s.out, lanes, value_dim, lanes / kLanes, depth, s.begun);
   each_non_finite(rows, n, value_dim, is_dot, [&](i64 r, i64 c, float x) {
     for (i64 q = 0; q < s.panel.count; ++q) {
-      if (sight.words[r] >> q & 1) {
+      if (sight.words == nullptr || (sight.words[r] >> q & 1)) {
         s.out[c * lanes + q] += x;
       }
     }

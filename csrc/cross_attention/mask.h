@@ -261,7 +261,7 @@ inline Sight from_even(Sight sight, i64 first, const Panel& panel, Word* words) 
 
 // One panel of `dense` as words: the bytes of eight queries become the bits of one byte, for many keys at once.
 inline void mask_words(const Problem& p, i64 b, i64 h, i64 number) {
-  const bool* mask = p.dense + b * p.dense_b + h * p.dense_h;
+  const std::uint8_t* mask = p.dense + b * p.dense_b + h * p.dense_h;
   char* to = p.words + (b * p.words_b + h * p.words_h + number * p.words_panel) * sizeof(Word);
   const i64 i0 = number * kPanel;
   constexpr i64 kBlock = 256;
@@ -274,7 +274,7 @@ inline void mask_words(const Problem& p, i64 b, i64 h, i64 number) {
         if (i >= p.q_len) {
           continue;
         }
-        const std::uint8_t* row = (const std::uint8_t*)mask + i * p.dense_i + j0 * p.dense_j;
+        const std::uint8_t* row = mask + i * p.dense_i + j0 * p.dense_j;
         if (p.dense_j == 1) {
           for (i64 j = 0; j < n; ++j) {
             bits[j] = (std::uint8_t)(bits[j] + bits[j] + (row[j] != 0));

@@ -8,10 +8,6 @@ namespace mmkernels {
 
 enum class Type : int { f32, bf16, f16 };
 
-inline constexpr int bytes_of(Type type) {
-  return type == Type::f32 ? 4 : 2;
-}
-
 // A [B, H, L, C] tensor; strides in elements, 0 where a dim of size 1 is shared.
 struct View {
   char* data = nullptr;
@@ -42,9 +38,9 @@ struct Problem {
   const std::int32_t *start = nullptr, *end = nullptr;
   std::int64_t start_b = 0, start_i = 0, end_b = 0, end_i = 0;
   const KeyList* lists = nullptr;
-  const bool* key_valid = nullptr; // only where one list serves batch entries that differ
+  const std::uint8_t* key_valid = nullptr; // only where one list serves batch entries that differ
   std::int64_t valid_b = 0, valid_j = 0;
-  const bool* dense = nullptr;
+  const std::uint8_t* dense = nullptr;
   std::int64_t dense_b = 0, dense_h = 0, dense_i = 0, dense_j = 0;
   char* words = nullptr; // dense as bits: for each of its (b, h, panel of queries) and key, a bit for each query
   std::int64_t words_b = 0, words_h = 0, words_panel = 0; // strides in words; 0 where shared
@@ -73,6 +69,8 @@ struct Problem {
   std::int64_t grad_bias_split = 0;
   float* gate_rows = nullptr;   // [splits, B, Hq, Lq]: sum_j P_ij (grad_i . v_j), added to
   float* query_parts = nullptr; // [splits, B, Hq, Lq, D] where splits > 1
+  // Where above 1, grad_key and grad_value are float32, and those of the row splits lie so many elements apart.
+  std::int64_t row_splits = 1, key_part = 0, value_part = 0;
 
   // Received attention and weights.
   View query_weights;        // l: stride along queries; data may be null
@@ -85,7 +83,6 @@ struct Kernels {
   const char* name;
   int panel;      // queries that are worked on together
   int word_bytes; // of a mask word: a bit for each of them
-  bool dot;       // multiplies bfloat16 without converting it
 
   // FLOP a second of one thread that does nothing but multiply and add in registers, of bfloat16 pairs if it can.
   double (*peak)(bool bf16);
@@ -100,14 +97,16 @@ struct Kernels {
   std::int64_t (*forward_scratch)(const Problem&, std::int64_t panels);
   void (*forward)(const Problem&, std::int64_t kv, std::int64_t first, std::int64_t last, char* scratch);
 
-  // Few queries: all rows of key head `kv`, split `split` of its keys; then the splits of all rows of kv made one.
+  // Few queries: `decode_rows` rows of key head `kv`, block by block, and split `split` of its keys; then the splits of
+  // all rows of kv made one.
+  std::int64_t decode_rows;
   std::int64_t (*decode_scratch)(const Problem&);
-  void (*decode)(const Problem&, std::int64_t kv, std::int64_t split, char* scratch);
+  void (*decode)(const Problem&, std::int64_t kv, std::int64_t block, std::int64_t split, char* scratch);
   void (*decode_merge)(const Problem&, std::int64_t kv);
 
-  // All rows of key head `kv` against split `split` of its keys.
+  // Row split `rows` of the panels that look at key head `kv`, against split `split` of its keys.
   std::int64_t (*backward_scratch)(const Problem&);
-  void (*backward)(const Problem&, std::int64_t kv, std::int64_t split, char* scratch);
+  void (*backward)(const Problem&, std::int64_t kv, std::int64_t rows, std::int64_t split, char* scratch);
   void (*backward_merge)(const Problem&, std::int64_t row_begin, std::int64_t row_end); // query_parts -> grad_query
 
   // Log-sum-exp of one panel; then columns summed over the panels of one query head (`head` of those that look at kv),

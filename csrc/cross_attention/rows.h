@@ -20,6 +20,9 @@ struct Arena {
   }
 };
 
+MMK_INLINE constexpr int bytes_of(Type type) {
+  return type == Type::f32 ? 4 : 2;
+}
 MMK_INLINE i64 pad_lanes(i64 n) {
   return round_up(n, kLanes);
 }

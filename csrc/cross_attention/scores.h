@@ -56,9 +56,8 @@ inline void normalise(const RowState& s, const Sight& sight, float factor, const
     for (i64 r = 0; r < sight.b - sight.a; ++r) {
       float* at = scores + r * lanes + q;
       Vec w = exp2(fma(load(at), set1(factor), base)) * count;
-      if (sight.words != nullptr) {
-        w = choose((std::uint32_t)(sight.words[r] >> q), w, zero());
-      }
+      const Word bits = sight.words != nullptr ? sight.words[r] : s.panel.real;
+      w = choose((std::uint32_t)(bits >> q), w, zero());
       store(at, w);
     }
   }

@@ -226,9 +226,6 @@ public:
   bool dot() const {
     return dot_;
   }
-  i64 first() const {
-    return first_;
-  }
 
   static i64 copy_bytes(bool is_dot, i64 cols) {
     return kTileKeys * row_bytes(is_dot, cols);
