@@ -11,6 +11,7 @@ Both are read once, on import.
 from __future__ import annotations
 
 import os
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,14 +32,17 @@ def _load() -> str | None:
     folder = Path(__file__).parent
     reason = folder / "_cpu_why_not.txt"  # left by setup.py
     named = os.environ.get(_EXTENSION)
-    found = [Path(named)] if named else sorted(folder.glob("_cpu.*so"))
-    if not found:
+    library = Path(named) if named else folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
         why = reason.read_text().strip() if reason.exists() else "there is no such file"
         return f"the CPU extension is not built: {why}; install again with a C++ compiler and --no-build-isolation"
     try:
-        torch.ops.load_library(str(found[0]))
-    except (OSError, RuntimeError) as error:  # built for another version of torch
+        torch.ops.load_library(str(library))
+        built_for = str(torch.ops.mmkernels.cpu_torch())
+    except (OSError, RuntimeError, AttributeError) as error:
         return f"the CPU extension does not load: {error}; install again to build it for torch {torch.__version__}"
+    if built_for != torch.__version__.partition("+")[0]:
+        return f"the CPU extension is built for torch {built_for}; install again to build it for {torch.__version__}"
     wanted = os.environ.get(_ISA, "")
     try:
         torch.ops.mmkernels.cpu_isa(wanted)

@@ -26,9 +26,28 @@ LIBRARY = torch.library.Library("mmkernels", "FRAGMENT")
 TABLES: dict[str, tuple[Backend, ...]] = {}
 """Each op boundary's backends in the order in which they are tried: what the body walks and ``doctor`` prints."""
 
-_peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
-_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+def _something_watches() -> bool:
+    """Whether a transform, mode, autocast level or tracer is active in this thread."""
+    return bool(
+        _peek_interpreter_stack() is not None
+        or _len_torch_dispatch_stack()
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+try:  # looked up once: a call asks in less than a microsecond
+    _peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
+    _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+    _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+    _get_tracing_state = torch._C._get_tracing_state
+except AttributeError:  # a torch that calls them otherwise: every call takes the boundary
+
+    def _something_watches() -> bool:
+        return True
+
 
 _choice = threading.local()  # not a ContextVar: reading one breaks torch.compile(fullgraph=True)
 _removed = False  # not thread-local: the backward pass of CUDA tensors runs in another thread
@@ -198,14 +217,7 @@ def _gradient_wanted(args: Sequence[Any]) -> bool | None:
     What has no transform or mode goes straight to its kernel, or through one autograd function: the boundary's own
     layers of Python would cost 20 us, or 80 with a backward pass, which is more than a small call's kernels.
     """
-    if (
-        _removed
-        or _peek_interpreter_stack() is not None
-        or _len_torch_dispatch_stack()
-        or _is_any_autocast_enabled()
-        or forward_ad._current_level >= 0
-        or args[0].is_meta
-    ):
+    if _removed or args[0].is_meta or _something_watches():
         return None
     wanted, recording = False, torch.is_grad_enabled()
     for x in args:

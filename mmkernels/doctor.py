@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmkernels import host
+from mmkernels import cpu, host
 from mmkernels.dispatch import BACKENDS, TABLES
 from mmkernels.profiling import machine
 from mmkernels.profiling.meters import memory_why_not
@@ -55,6 +55,7 @@ def _lines() -> Iterator[tuple[str, str]]:
     gpus = [f"cuda:{i} {machine.describe_gpu(f'cuda:{i}')['name']}" for i in range(torch.cuda.device_count())]
     yield "gpu", ", ".join(gpus) or ("none" if torch.version.cuda else "none: this torch is built without CUDA")
     yield "host extension", host.why_not or f"ready, built with {host.compiler()}"
+    yield "CPU kernels", cpu.why_not() or f"ready, for {cpu.isas()[0]}"
     yield "memory meter", memory_why_not() or "ready"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels import BackendError, cross_attention, dispatch, use_backend
+from mmkernels import BackendError, SpanMask, cross_attention, dispatch, use_backend
 from mmkernels.dispatch import TABLES, Backend, choose
 
 
@@ -84,3 +84,18 @@ def test_removed_ops_answer_zeros_forward_and_backward() -> None:
     with pytest.raises(KeyError), dispatch.removed():
         raise KeyError
     assert bool(cross_attention(q, q, q).any())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_trace_holds_the_boundary(grad: bool) -> None:
+    """torch.jit.trace must see one operator, not what its kernel did for the traced values."""
+    q, k = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=grad), torch.randn(1, 2, 9, 4, dtype=torch.float64)
+
+    def call(q: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        return cross_attention(q, k, k, SpanMask(torch.zeros_like(end), end))
+
+    ends = [torch.tensor([[n]], dtype=torch.int32) for n in (5, 8)]
+    traced = torch.jit.trace(call, (q, ends[0]), check_trace=False)
+    assert "mmkernels::cross_attention(" in str(traced.graph)
+    for end in ends:
+        torch.testing.assert_close(traced(q, end), call(q, end))

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from mmkernels import _host_fallback, host
+from mmkernels import _host_fallback, cpu, host
 
 ISAS = ["avx512_bf16", "avx512", "avx2", "neon", "plain"]
 both = pytest.mark.parametrize("module", [host, _host_fallback], ids=["host", "fallback"])
@@ -53,3 +53,8 @@ def test_physical_cores_counts_only_those_it_may_run_on(module: ModuleType) -> N
 def test_compiler_is_named_where_there_is_one() -> None:
     assert (host.compiler() == "none") == (host.why_not is not None)
     assert _host_fallback.compiler() == "none"
+
+
+@pytest.mark.skipif(os.environ.get("MMKERNELS_REQUIRE_EXT") != "1", reason="the extensions need not be built here")
+def test_what_must_be_built_loads() -> None:
+    assert host.why_not is None and cpu.why_not() is None
