@@ -89,7 +89,8 @@ def test_removed_ops_answer_zeros_forward_and_backward() -> None:
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_trace_holds_the_boundary(grad: bool) -> None:
     """torch.jit.trace must see one operator, not what its kernel did for the traced values."""
-    q, k = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=grad), torch.randn(1, 2, 9, 4, dtype=torch.float64)
+    q, k = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 9))
+    q.requires_grad_(grad)
 
     def call(q: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         return cross_attention(q, k, k, SpanMask(torch.zeros_like(end), end))

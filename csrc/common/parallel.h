@@ -6,8 +6,8 @@
 
 namespace mmkernels {
 
-// Threads that a loop started here would use: torch.get_num_threads(); 1 inside another parallel region, and in a process
-// forked from one that had loaded this (OpenMP's threads do not survive a fork).
+// Threads that a loop started here would use: torch.get_num_threads(); 1 inside another parallel region, and in a
+// process forked from one that had loaded this (OpenMP's threads do not survive a fork).
 int available_threads();
 
 // Calls run(i, scratch) for each i below `count`, each once, in any order, on at most `threads` threads; `scratch` is

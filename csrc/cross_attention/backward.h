@@ -3,8 +3,8 @@
 //   dP = dO V',  dS = P o (f K o dP - delta),  delta = rowsum(dO o out) - grad_lse,
 //   dV += (f K o P)' dO,  dK += dS' Q,  dQ += dS K   (dK, dQ times the scale),  dbias += dS,  dgate ~ sum(K o P o dP).
 // A task owns some keys of some heads, so that nothing is added to by two; where there are too few of these, keys or
-// queries are split, and the parts of dQ, or of dK and dV, summed in a fixed order. It takes its keys in chunks which, with their gradients, stay in the second-level
-// cache while all queries pass by.
+// queries are split, and the parts of dQ, or of dK and dV, summed in a fixed order. It takes its keys in chunks which,
+// with their gradients, stay in the second-level cache while all queries pass by.
 #pragma once
 
 #include "forward.h"

@@ -121,8 +121,8 @@ struct Plan {
 };
 
 // Key heads that share a slice of the bias whose gradient is wanted belong to one task. Where that leaves too few tasks
-// for the threads, keys are split, or queries: whichever leaves the smaller partial sums, of dQ or of dK and dV, as far as
-// these stay within the size of what the pass reads and writes, or 16 MiB.
+// for the threads, keys are split, or queries: whichever leaves the smaller partial sums, of dQ or of dK and dV, as far
+// as these stay within the size of what the pass reads and writes, or 16 MiB.
 Plan plan_backward(const Call& call, bool bias_grad, bool query_grad, int threads) {
   const Problem& p = call.p;
   Plan plan;

@@ -10,7 +10,8 @@ namespace MMK_ISA {
 
 constexpr i64 kDecodeKeys = 128;
 constexpr i64 kValueKeys = 32;
-constexpr i64 kDecodeRows = 64; // of one task, which bounds its scratch; more than a group's queries only of shared keys
+constexpr i64 kDecodeRows =
+    64; // of one task, which bounds its scratch; more than a group's queries only of shared keys
 
 struct DecodeRow {
   i64 b, h, i;
