@@ -156,10 +156,6 @@ _CASES = (
     _case("dropout, gate, bias", _with(dropout_p=0.5, gate=(4,), bias=(1, 4, 5, 7)), seeded=True),
 )
 
-# Benchmark configurations: encoder-decoder fusion widths, CLIP ViT-L/14's 577 and Flamingo-like 1601 tokens, the head
-# dims 72 and 80 of SigLIP-SO400M and ViT-H, a decode step of a Llama-3-8B-like model.
-
-
 # What the CPU kernels set out to reach: (than, float32, bfloat16) for each pass. Set by the speed of SDPA and of the
 # loop on a Zen 5, whose peak is twice as far above theirs as a Zen 4's is.
 _CPU_TARGETS = {
@@ -208,6 +204,9 @@ def _shape(batch: int, heads: int, q_len: int, k_len: int, dim: int, mask: str =
 def _decode(g: Generator) -> Inputs:
     return attention_inputs(g, 8, 32, 1, 4096, 128, key_heads=8)
 
+
+# Benchmark configurations: encoder-decoder fusion widths, CLIP ViT-L/14's 577 and Flamingo-like 1601 tokens, the head
+# dims 72 and 80 of SigLIP-SO400M and ViT-H, a decode step of a Llama-3-8B-like model.
 
 _LARGE = ((2, 16, 256, 2048, 64), (1, 16, 128, 4096, 128), (2, 12, 64, 1024, 64))
 _BENCHMARKS = (
