@@ -34,3 +34,10 @@ def test_non_finite_and_shapes(bad: float) -> None:
     assert "not finite" in (SPEC.over_budget(naive, naive, infinite) or "")
     assert SPEC.over_budget(infinite.float(), infinite.float(), infinite) is None
     assert "shape" in (SPEC.over_budget(naive[1:], naive, TRUE) or "")
+
+
+def test_the_cost_of_chosen_rows_is_theirs_alone() -> None:
+    spec = specs()["attention_weights"]
+    inputs = {"query": torch.zeros(1, 2, 8, 4), "key": torch.zeros(1, 2, 16, 4), "rows": torch.tensor([0, 5])}
+    assert spec.cost(inputs, False).flops == 2.0 * 4 * 2 * 2 * 16
+    assert spec.cost({name: inputs[name] for name in ("query", "key")}, False).flops == 2.0 * 4 * 2 * 8 * 16

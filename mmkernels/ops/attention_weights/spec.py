@@ -44,7 +44,14 @@ def _chosen(per_sequence: bool) -> Callable[[Generator], Inputs]:
 
 
 def _cost(inputs: Inputs, backward: bool) -> Cost:
-    return attention_cost(inputs, matmuls=1)
+    """Of the chosen rows alone; the probabilities are written in float32."""
+    rows = inputs.get("rows")
+    batch, heads, q_len, _ = inputs["query"].shape
+    chosen = q_len if rows is None else rows.shape[-1]
+    whole = attention_cost(inputs, matmuls=1)
+    key = inputs["key"]
+    moved = key.numel() * key.element_size() + 4 * batch * heads * chosen * key.shape[2]
+    return Cost(flops=whole.flops * chosen / max(1, q_len), bytes=float(moved))
 
 
 def _benchmark(generator: Generator) -> Inputs:
