@@ -70,11 +70,11 @@ sanitize: setup ## the ops' tests on the CPU extension built with address and un
 	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMMKERNELS_SANITIZE=ON >/dev/null
 	@$(BIN)/cmake --build build/sanitize --target _cpu
-	$(call heading,pytest tests/ops)
-	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	$(call heading,pytest tests/ops tests/test_host.py)
+	@MMKERNELS_REQUIRE_EXT=1 LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 \
 		MMKERNELS_CPU_EXTENSION=$$(ls $(abspath build/sanitize)/_cpu.*so) \
-		$(BIN)/python -m pytest tests/ops -k "not memory and not inductor" $(PYTEST_ARGS)
+		$(BIN)/python -m pytest tests/ops tests/test_host.py -k "not memory and not inductor" $(PYTEST_ARGS)
 	$(finish)
 
 lint: setup ## ruff, mypy and clang-format, changing nothing

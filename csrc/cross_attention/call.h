@@ -252,7 +252,7 @@ struct Call {
   double pairs() const {
     return static_cast<double>(p.batch) * p.heads * p.q_len * p.k_len;
   }
-  // Threads worth starting: one costs some microseconds, in which a core does about a million operations.
+  // Threads worth starting: that costs some 4 microseconds, in which a core does about 400,000 operations.
   int threads(double operations) const {
     return operations < 4e5 ? 1 : available_threads();
   }

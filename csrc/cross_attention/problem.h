@@ -1,4 +1,4 @@
-// One attention call as the kernels see it: plain data, no torch. csrc/cross_attention/cpu.cpp fills it in; the
+// One attention call as the kernels see it: plain data, no torch. csrc/cross_attention/call.h fills it in; the
 // kernels, compiled once for each instruction set, read it.
 #pragma once
 

@@ -75,6 +75,8 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_the_environment_chooses_the_instruction_set() -> None:
     code = "from mmkernels import cpu; print(cpu.isas()[0])"
     assert python(code, MMKERNELS_CPU_ISA="plain").stdout.strip() == "plain"
+    missing = python(code, MMKERNELS_CPU_EXTENSION="no/such/file.so")
+    assert missing.returncode != 0 and "MMKERNELS_CPU_EXTENSION must name a file, got 'no/such" in missing.stderr
     wrong = python(code, MMKERNELS_CPU_ISA="mmx")
     assert wrong.returncode != 0 and "MMKERNELS_CPU_ISA must be one of" in wrong.stderr and "'mmx'" in wrong.stderr
 
@@ -171,6 +173,21 @@ def test_tiles(id: str, dtype: torch.dtype, isa: str, threads: None) -> None:
         scores = Case(id, lambda g: {n: x for n, x in make(g).items() if n in _SCORES})
         for name in ("attention_received", "attention_weights"):
             check(SPECS[name], scores, dtype, "cpu")
+
+
+def test_second_derivatives() -> None:
+    """Of a first derivative by the kernels: the reference formula's, to float32's accuracy."""
+
+    def second(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        g = Generator().manual_seed(3)
+        leaves = [normal(g, 1, 2, n, 8).to(dtype).requires_grad_() for n in (20, 30, 30)]
+        out, lse = cross_attention(*leaves, SpanMask.key_padding([23]), return_lse=True, backend=backend)
+        first = torch.autograd.grad(out.pow(2).sum() + lse.sin().sum(), leaves, create_graph=True)
+        return (*(x.detach() for x in first), *torch.autograd.grad(sum(x.pow(2).sum() for x in first), leaves))
+
+    for mine, true in zip(second(torch.float32, "cpu"), second(torch.float64, "reference"), strict=True):
+        assert bool(true.any())
+        torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4 * float(true.abs().max()))
 
 
 def test_twice_the_same_bits(threads: None) -> None:
