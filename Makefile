@@ -5,11 +5,13 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup profile bench test sanitize lint format clean
+.PHONY: help setup profile bench gpu test sanitize lint format clean
 
 PYTHON ?= python3
 PROFILE_ARGS ?=
 BENCH_ARGS ?=
+PART ?=
+GPU_ARGS ?=
 PYTEST_ARGS ?=
 SMOKE_ARGS := --size tiny --tokens 8,16 --out build/smoke
 
@@ -31,7 +33,7 @@ finish = @printf '\n== make $@: done in %d s\n' $$(($$(date +%s) - $(START)))
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
-	@echo '  PYTHON=python3.12 picks the Python; PROFILE_ARGS, BENCH_ARGS, PYTEST_ARGS go to the commands.'
+	@echo '  PYTHON=python3.12 picks the Python; PROFILE_ARGS, BENCH_ARGS, GPU_ARGS, PYTEST_ARGS go to the commands.'
 
 setup: .venv/extension.stamp ## .venv with torch, all dependencies and the C++ extension; free the second time
 	$(finish)
@@ -44,7 +46,7 @@ setup: .venv/extension.stamp ## .venv with torch, all dependencies and the C++ e
 .venv/extension.stamp: .venv/environment.stamp CMakeLists.txt $(CSRC)
 	$(call heading,C++ extension)
 	@$(BIN)/python setup.py -q build_ext --inplace
-	@ls mmkernels/*_why_not.txt >/dev/null 2>&1 || touch $@
+	@test -e mmkernels/_host_why_not.txt -o -e mmkernels/_cpu_why_not.txt || touch $@
 
 profile: setup ## where the time of a Flamingo-style model goes, by number of visual tokens
 	$(call heading,mmkernels profile flamingo)
@@ -56,9 +58,18 @@ bench: setup ## the benchmarks
 	@$(BIN)/mmkernels bench $(BENCH_ARGS)
 	$(finish)
 
-test: setup lint ## lint, types, C++ build, unit tests, a smoke run of the profiler
+# No set-up first: where a CUDA torch is there already, its Python runs the checkout as it is, and nothing is installed.
+gpu: ## build, test and measure all that needs a GPU, in eight minutes; PART=help lists the parts
+	@scripts/gpu.sh $(if $(PART),"$(PART)") $(GPU_ARGS)
+	$(finish)
+
+test: setup lint ## lint, types, C++ build, unit tests, GPU kernels interpreted and compiled, a smoke run
 	$(call heading,pytest tests)
 	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+	$(call heading,pytest tests -m interpreted: the Triton kernels by Triton\'s interpreter)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -m interpreted $(PYTEST_ARGS)
+	$(call heading,python -m mmkernels.aot: the GPU kernels compiled ahead of time)
+	@$(BIN)/python -m mmkernels.aot
 	$(call heading,smoke run: mmkernels profile flamingo)
 	@$(BIN)/mmkernels profile flamingo $(SMOKE_ARGS)
 	$(finish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mmkernels benchmarks")
     group.addoption("--dtypes", default="fp32,bf16", help="of fp32, bf16, fp16")
     group.addoption("--device", default="cpu", help="cpu, cuda, ...")
+    group.addoption("--compile-only", action="store_true", help="run everything once and measure nothing")
     group.addoption("--filter", default="", help="only rows whose name contains this")
 
 
@@ -26,7 +28,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker is not None:
         option = metafunc.config.getoption
         found = rows(marker.args[0], option("dtypes").split(","), option("device"), option("filter"))
-        metafunc.parametrize("row", found, ids=str)
+        compile_only = option("compile_only")
+        metafunc.parametrize("row", [replace(row, compile_only=compile_only) for row in found], ids=str)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +39,16 @@ class Target:
     Args:
         dtype, backward: which row of the configuration.
         than: a peer, which the op must be `least` times as fast as; or "peak" or "bandwidth", of whose measured rate it
-            must reach the share `least`.
+            must reach the share `least`; or "tflops", an absolute rate, of the backward pass alone where `backward`; or
+            "yardstick", of whose rate it must reach the share `least` (`Benchmark.yardstick`).
+        device: the kind of device that it is set for, "cpu" or "gpu".
     """
 
     dtype: str
     backward: bool
     than: str
     least: float
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class Benchmark:
         make: as in `Case`.
         grads: arguments that a training step differentiates; empty: forward only.
         params: the shape by name, for the table and the JSON.
-        targets: what its rows must reach on a CPU.
+        targets: what its rows must reach.
+        devices: the kinds of device that it is measured on, of "cpu" and "gpu".
+        yardstick: another configuration of the op, timed beside this one for the FLOP a second that it reaches.
     """
 
     id: str
@@ -65,6 +70,8 @@ class Benchmark:
     grads: tuple[str, ...] = ()
     tags: frozenset[str] = frozenset()
     targets: tuple[Target, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "gpu")
+    yardstick: Benchmark | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,23 @@ class Cost:
 
     flops: float
     bytes: float
+
+
+Cut = Callable[[Any], Any]
+"""Takes an argument, an output or a gradient of a call, and answers its share in one part of the problem."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a problem too large for the naive formula in float64 is checked: on parts that depend on nothing else.
+
+    Args:
+        elements: inputs -> of the largest tensor that the naive formula builds.
+        cuts: inputs -> some parts, each computed by the same op from its share of the arguments alone.
+    """
+
+    elements: Callable[[Inputs], int]
+    cuts: Callable[[Inputs], Sequence[Cut]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +110,7 @@ class OpSpec:
         floor: absolute error below which no comparison is made, by dtype, relative to the largest reference value.
         always_wide: arguments that stay float32 beside 16-bit inputs.
         factor: an error may be at most this many times the same-dtype reference's error against float64.
+        parts: how benchmark configurations are checked whose naive formula does not fit; None: all of them fit.
     """
 
     name: str
@@ -102,6 +127,7 @@ class OpSpec:
             torch.float16: 5e-4,
         }
     )
+    parts: Parts | None = None
 
     @property
     def function(self) -> Callable[..., Any]:

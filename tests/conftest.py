@@ -1,10 +1,14 @@
 """Settings that all tests share."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # whose scripts are tested too
 
 hypothesis.settings.register_profile("mmkernels", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("mmkernels")

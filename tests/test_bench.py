@@ -16,9 +16,9 @@ from PIL import Image
 from mmkernels import SpanMask, cli, dispatch
 from mmkernels.dispatch import Backend
 from mmkernels.ops.cross_attention.spec import SPEC
-from mmkernels.profiling import bench_command, benchmark, machine
+from mmkernels.profiling import bench_command, benchmark, gate, machine
 from mmkernels.profiling.benchmark import CantRunError, Peer, Row
-from mmkernels.spec import Benchmark
+from mmkernels.spec import Benchmark, Target
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,6 +113,82 @@ def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match=r"cross_attention is wrong at tiny padding, .*, result 0: .* error"):
         benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False), ())
     assert not fixture.extra_info
+
+
+def test_a_peer_that_fails_has_a_reason() -> None:
+    def broken(given: dict[str, Any]) -> Callable[[], Any]:
+        return lambda: given["query"] @ given["key"]
+
+    fixture = Fixture()
+    benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False), (Peer("broken", broken),))
+    assert fixture.extra_info["peers"]["broken"]["why_not"].startswith("fails: RuntimeError: ")
+
+
+def grouped(g: torch.Generator) -> dict[str, Any]:
+    """Each part of which is one sequence, one key head and its two query heads."""
+    q = torch.randn(3, 4, 6, 8, generator=g, dtype=torch.float64)
+    k, v = (torch.randn(3, 2, 9, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    bias = torch.randn(3, 4, 6, 9, generator=g, dtype=torch.float64)
+    return {"query": q, "key": k, "value": v, "bias": bias, "mask": SpanMask.key_padding([9, 4, 7])}
+
+
+def shared(g: torch.Generator) -> dict[str, Any]:
+    """Where a bias is shared by all sequences, they stay together; a dense mask is cut like any other tensor."""
+    dense = torch.rand(3, 1, 6, 9, generator=g) < 0.8
+    return grouped(g) | {"bias": torch.randn(1, 4, 6, 9, generator=g, dtype=torch.float64), "mask": dense}
+
+
+_QKVB = ("query", "key", "value", "bias")
+PARTED = [Benchmark(make.__name__, make, {}, _QKVB) for make in (grouped, shared)]
+
+
+@pytest.mark.parametrize("config", PARTED, ids=lambda config: config.id)
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_does_not_fit_is_checked_on_parts(
+    config: Benchmark, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Fixture()
+    benchmark.measure(whole, Row(SPEC, config, "fp32", backward), (Peer("sdpa", mistaken),))
+    assert whole.extra_info["checked"] == "everything"
+    monkeypatch.setattr(gate, "room", lambda device: 0.0)
+    fixture = Fixture()
+    benchmark.measure(fixture, Row(SPEC, config, "fp32", backward), (Peer("sdpa", mistaken),))
+    assert fixture.extra_info["checked"].startswith("parts at full length")
+    assert fixture.extra_info["peers"]["naive"]["ratio"] > 0
+    assert "why_not" in fixture.extra_info["peers"]["sdpa"]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, 1.0])
+def test_parts_see_what_is_wrong_in_them_and_what_is_not_finite_anywhere(bad: float) -> None:
+    given = grouped(torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate, "room", lambda device: 0.0)
+        judge = gate.Gate(SPEC, given, (), ())
+    right = SPEC.function(**given)
+    assert judge.problem([right]) is None and judge.distance([right]) < 1e-12
+    last = right.clone()
+    last[-1, -1, 2, 3] = bad  # the last sequence and head are always a part
+    assert judge.problem([last]) is not None
+    elsewhere = right.clone()
+    elsewhere[1, 0, 2, 3] = bad
+    assert (judge.problem([elsewhere]) is not None) == (bad != bad)
+
+
+def test_a_gpu_s_row_has_its_backward_pass_alone_and_its_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "_kind", lambda device: "gpu")
+    thans = ("tflops", "yardstick", "sdpa", "nowhere", "peak")
+    targets = tuple(Target("fp32", True, than, 0.5, "gpu") for than in thans)
+    config = Benchmark("tiny", inputs, {}, ("query", "key", "value"), targets=targets, yardstick=CONFIG)
+    fixture = Fixture()
+    benchmark.measure(fixture, Row(SPEC, config, "fp32", True), (Peer("sdpa", sdpa),))
+    info = fixture.extra_info
+    assert 0 < info["backward_seconds"] < 0.5 and info["peers"]["sdpa"]["backward_flops_per_second"] > 0
+    assert info["backward_flops_per_second"] * info["backward_seconds"] == pytest.approx(info["flops"] * 5 / 7)
+    found = {target["than"]: target["found"] for target in info["targets"]}
+    assert found["tflops"] == pytest.approx(info["backward_flops_per_second"] / 1e12)
+    assert found["yardstick"] == pytest.approx(info["flops_per_second"] / info["yardstick_flops_per_second"])
+    assert found["nowhere"] is None and found["sdpa"] > 0
+    assert [str(bench_command.verdict(target)) for target in info["targets"]].count("can't run") == 1
 
 
 def test_rows_by_name() -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmkernels import host
 
@@ -82,3 +83,42 @@ def test_broken_source_fails_where_the_extension_is_required(checkout: Path) -> 
     assert repaired.returncode == 0, repaired.stderr
     assert not why_not.exists()
     assert list((checkout / "mmkernels").glob("_host.*.so"))
+    if torch.version.cuda is None:  # required, but of no use here
+        assert "mmkernels._cuda is not built" in repaired.stderr
+        assert "without CUDA" in (checkout / "mmkernels" / "_cuda_why_not.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("version", "nvcc", "found"),
+    [
+        ("cuda = None", True, "without CUDA"),
+        ("cuda = '13.0'", False, "nvcc not found"),
+        ("cuda = '13.0'", True, "/nvcc"),
+        (None, True, "torch is not there"),
+    ],
+)
+def test_cuda_extension_only_where_it_is_of_use(version: str | None, nvcc: bool, found: str, tmp_path: Path) -> None:
+    """Without importing torch: this one is nothing but a version, or is hidden."""
+    setup = str(ROOT / "setup.py")
+    if version is not None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").write_text("raise ImportError")
+        (tmp_path / "torch" / "version.py").write_text(f"{version}\n")
+    if nvcc:
+        (tmp_path / "nvcc").write_text("#!/bin/sh\n")
+        (tmp_path / "nvcc").chmod(0o755)
+    code = f"""
+import importlib.util, pathlib, setuptools
+setuptools.setup = lambda **_: None
+if {version is None}:
+    importlib.util.find_spec = lambda name: None
+names = {{"__file__": {setup!r}, "__name__": "setup"}}
+exec(pathlib.Path({setup!r}).read_text(), names)
+names["USUAL_NVCC"] = pathlib.Path("/nonexistent/nvcc")
+try:
+    print(names["find_nvcc"]())
+except names["NotForThisMachine"] as error:
+    print(error)
+"""
+    asked = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path), PATH=str(tmp_path))
+    assert found in asked.stdout, asked.stderr

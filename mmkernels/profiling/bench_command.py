@@ -19,9 +19,10 @@ from mmkernels.profiling import BadInput
 from mmkernels.profiling.command import prepare_folder
 from mmkernels.profiling.machine import device_slug
 from mmkernels.profiling.options import DTYPES, check_device, one_of
-from mmkernels.profiling.table import console, megabytes
+from mmkernels.profiling.table import WIDTH, console, megabytes
 
 _STDERR = 2  # where pytest's progress goes
+_GPU_WIDTH = 130  # columns: a GPU has more peers
 _NO_ROWS = 5  # pytest's exit code where nothing was collected
 
 
@@ -53,7 +54,7 @@ def run_bench(op: str | None, dtypes: Sequence[str], device: str, contains: str,
         result = out / f"{name}.json"
         failed += _run(path, result, ["--dtypes", ",".join(dtypes), "--device", device, "--filter", contains])
         report = json.loads(result.read_text())
-        console().print(render(report))
+        console(WIDTH if device == "cpu" else _GPU_WIDTH).print(render(report))
         subprocess.run([sys.executable, str(folder / "plot.py"), str(result)], check=True)
         console().print(f"Written: {result.with_suffix('.png')} (picture), {result} (all numbers)")
     if failed:
@@ -94,9 +95,10 @@ def render(report: dict[str, Any]) -> RenderableType:
 
 _LEGEND = (
     "ms: median of ours. vs a peer: its time over ours, so above 1 ours is faster.\n"
-    "of peak: of the arithmetic's rate or, if more, of the memory bandwidth (then marked b), both measured here.\n"
-    "targets: ours over the peer's speed, or the share of a peak; at peak: what a kernel that did only the least\n"
-    "work, at the full rate of arithmetic or memory, would reach on this machine.\n"
+    "of peak: of the arithmetic's rate or, if more, of the memory bandwidth (b); both measured here.\n"
+    "targets: ours over the peer's speed, or the share of a peak; tflops: of the pass, and in rows of\n"
+    "forward + backward of the backward alone; yardstick: the share of head dim 128's rate; at peak:\n"
+    "what a kernel that did only the least work, at the full rate of arithmetic or memory, would reach.\n"
     "MB: peak memory above the inputs, ours and the naive baseline's."
 )
 
@@ -142,15 +144,23 @@ def _targets(rows: list[dict[str, Any]]) -> list[RenderableType]:
         table.add_column(title, justify="right")
     for row in rows:
         for target in row.get("targets", ()):
-            met = target["found"] >= target["least"]
-            mark = Text("met", style="green") if met else Text("missed", style="yellow")
+            mark = verdict(target)
             numbers = (_times(target["than"], target[key]) for key in ("least", "found", "at_peak"))
             table.add_row(row["configuration"], row["dtype"], row["pass"], target["than"], *numbers, mark)
     return [table, Text()] if table.row_count else []
 
 
-def _times(than: str, value: float) -> str:
-    return f"{value:.0%}" if than in ("peak", "bandwidth") else f"{value:.2f}"
+def verdict(target: dict[str, Any]) -> Text:
+    """Of one target in the JSON."""
+    if target["found"] is None:
+        return Text("can't run", style="yellow")
+    return Text("met", style="green") if target["found"] >= target["least"] else Text("missed", style="yellow")
+
+
+def _times(than: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return {"peak": f"{value:.0%}", "bandwidth": f"{value:.0%}", "tflops": f"{value:,.0f}"}.get(than, f"{value:.2f}")
 
 
 def _ratio(name: str, peer: dict[str, Any] | None, notes: dict[str, int]) -> str:

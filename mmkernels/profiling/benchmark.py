@@ -2,6 +2,10 @@
 
 A bench file has the op's peers and one test of three lines; ``benchmarks/conftest.py`` makes the rows. Peers run in
 turns with the op, in one process, on the same inputs. A wrong result has no time.
+
+On a GPU times are the device's own (`meters.time_calls`), and a row of forward + backward also times each candidate's
+forward alone: the difference is its backward pass. FLOP are counted as attention papers do: 2 matrix products forward,
+and 5 backward (the scores again, and four gradients), whatever a kernel computes more than once.
 """
 
 from __future__ import annotations
@@ -11,24 +15,25 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from mmkernels.profiling.gate import Call, Gate, draw_cotangents, flat, with_gradients
 from mmkernels.profiling.machine import matmul_rate, memory_rate
-from mmkernels.profiling.meters import memory_why_not, peak_memory
+from mmkernels.profiling.meters import memory_why_not, peak_memory, time_calls
 from mmkernels.profiling.options import DTYPES
-from mmkernels.spec import Benchmark, Inputs, OpSpec, cast
-
-Call = Callable[[], Any]
+from mmkernels.spec import Benchmark, Inputs, OpSpec, Target, cast
 
 _BUDGET = 1.0  # seconds of counted rounds for one row, all candidates together
 _ROUNDS = (5, 200)
 _SAMPLE = 2e-3  # seconds that one sample lasts at least: shorter calls are repeated within it
 _OFF = 0.05  # relative L2 distance from the truth at which a peer computes something else
+_MOST_MEMORY = 0.5  # of a GPU's, that a peer may take: one that leaves others no room disturbs their times
+_OURS, _YARDSTICK, _FORWARD = "ours", "yardstick", ", forward"  # candidates beside the peers; a suffix of any
 
 
 class CantRunError(Exception):
@@ -57,6 +62,8 @@ class Row:
     Args:
         dtype: a name in `DTYPES`.
         backward: forward + backward instead of forward.
+        compile_only: nothing is measured; each candidate but the naive one runs once, so that what its compiler keeps
+            on disk is there when the row is measured.
     """
 
     spec: OpSpec
@@ -64,6 +71,7 @@ class Row:
     dtype: str
     backward: bool
     device: str = "cpu"
+    compile_only: bool = False
 
     def __str__(self) -> str:  # also what the JSON says of it
         return f"{self.config.id}, {self.dtype}, {self.passes}"
@@ -74,21 +82,38 @@ class Row:
     def passes(self) -> str:
         return "forward + backward" if self.backward else "forward"
 
+    @property
+    def grads(self) -> tuple[str, ...]:
+        """Names of the arguments that the row differentiates by."""
+        return self.config.grads if self.backward else ()
+
+    @property
+    def targets(self) -> list[Target]:
+        """Those that are set for this row."""
+        own = (self.dtype, self.backward, _kind(self.device))
+        return [target for target in self.config.targets if (target.dtype, target.backward, target.device) == own]
+
 
 def rows(spec: OpSpec, dtypes: Iterable[str], device: str = "cpu", contains: str = "") -> list[Row]:
-    """All rows of an op whose name contains `contains`."""
+    """All rows of an op for this kind of device whose name contains `contains`."""
     found = [
         Row(spec, config, dtype, backward, device)
         for dtype in dtypes
         for backward in (False, True)
         for config in spec.benchmarks
-        if config.grads or not backward
+        if (config.grads or not backward) and _kind(device) in config.devices
     ]
     return [row for row in found if contains in str(row)]
 
 
+def _kind(device: str) -> str:
+    return "cpu" if torch.device(device).type == "cpu" else "gpu"
+
+
 def measure(benchmark: Any, row: Row, peers: Iterable[Peer]) -> None:
     """Check the op, then time and weigh it beside the naive baseline and `peers`, into ``benchmark.extra_info``.
+
+    Nothing of that where the row says `compile_only`.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -96,156 +121,203 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer]) -> None:
     Raises:
         AssertionError: the op's result is wrong.
     """
-    spec, dtype, device = row.spec, DTYPES[row.dtype], torch.device(row.device)
-    inputs = cast(row.config.make(torch.Generator().manual_seed(0)), dtype, device, spec.always_wide)
-    inputs = {name: x.detach().requires_grad_() if row.backward and name in row.config.grads else x
-              for name, x in inputs.items()}  # fmt: skip
-    ours = _passes(row, inputs, partial(spec.function, **inputs))
-    naive = _passes(row, inputs, partial(spec.function, **inputs, backend="reference"))
-    wide = {name: x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-            for name, x in cast(inputs, torch.float64, device).items()}  # fmt: skip
-    truth = _flat(_passes(row, wide, partial(spec.function, **wide, backend="reference"))())
-    for place, found in enumerate(zip(_flat(ours()), _flat(naive()), truth, strict=True)):
-        problem = spec.over_budget(*found)
-        assert problem is None, f"{spec.name} is wrong at {row}, result {place}: {problem}"
+    spec, device = row.spec, torch.device(row.device)
+    inputs = _inputs(row)
+    leaves = [inputs[name] for name in row.grads]
+    ours = partial(spec.function, **inputs)
+    cotangents = draw_cotangents(flat(ours())) if leaves else []
+    passes = partial(with_gradients, leaves=leaves, cotangents=cotangents)
+    if row.compile_only:
+        passes(ours)()
+        for peer in peers:
+            with suppress(Exception):  # the measurement will say why
+                passes(peer.prepare(inputs))()
+        return
+    gate = Gate(spec, inputs, row.grads, cotangents)
+    problem = gate.problem(flat(passes(ours)()))
+    assert problem is None, f"{spec.name} is wrong at {row}, {problem}"
 
-    calls: dict[str, Call] = {"naive": naive}
+    calls: dict[str, Call] = {_OURS: ours}
+    memory = {_OURS: peak_memory(passes(ours), device)}
     why_not: dict[str, str] = {}
-    for peer in peers:
+    naive = Peer("naive", lambda given: partial(spec.function, **given, backend="reference"))
+    for peer in (naive, *peers):
         try:
-            call = _passes(row, inputs, peer.prepare(inputs))
-            _check_peer(_flat(call()), truth)
+            call = peer.prepare(inputs)
+            memory[peer.name] = _admit(passes(call), gate, device)
             calls[peer.name] = call
         except CantRunError as error:
             why_not[peer.name] = str(error)
-    del truth, wide
+        except Exception as error:  # a peer's own limits, such as memory, are no fault of the op
+            why_not[peer.name] = f"fails: {type(error).__name__}: {first_line(error)}"
+            _make_room(device)
+    checked = "parts at full length, and all for being finite" if gate.partial else "everything"
+    del gate
 
-    memory = {name: peak_memory(call, device) for name, call in {"ours": ours, **calls}.items()}
-    times = _time(benchmark, ours, calls, device)
+    candidates = {name: passes(call) for name, call in calls.items()}
+    if leaves and _kind(row.device) == "gpu":
+        candidates |= {name + _FORWARD: call for name, call in calls.items()}
+    yardstick = _yardstick(row)
+    if yardstick is not None:
+        candidates[_YARDSTICK] = yardstick[0]
+    times = _time(benchmark, candidates, device)
+    medians = {name: statistics.median(samples) for name, samples in times.items()}
     benchmark.group = f"{spec.name}, {row.dtype}, {row.passes}"
-    benchmark.extra_info.update(_description(row, inputs, times, memory, why_not))
+    figures = _Figures(row, inputs, medians, None if yardstick is None else yardstick[1])
+    benchmark.extra_info.update(
+        figures.description(memory, why_not) | {"checked": checked, "rounds": len(times[_OURS])}
+    )
 
 
-def _passes(row: Row, inputs: Inputs, call: Call) -> Call:
-    """`call`, or `call` and the gradients of what the row differentiates by."""
-    leaves = [inputs[name] for name in row.config.grads] if row.backward else []
-    if not leaves:
-        return call
-    cotangents: list[Tensor] = []
-
-    def both() -> tuple[Tensor, ...]:
-        out = call()
-        outputs = out if isinstance(out, tuple) else (out,)
-        if not cotangents:
-            generator = torch.Generator().manual_seed(1)
-            cotangents.extend(torch.randn(x.shape, generator=generator).to(x) for x in outputs)
-        return (*outputs, *torch.autograd.grad(outputs, leaves, cotangents))
-
-    return both
+def _inputs(row: Row) -> Inputs:
+    """The row's inputs, drawn on its device, the same at each call."""
+    device = torch.device(row.device)
+    _make_room(device)
+    with device:
+        drawn = row.config.make(torch.Generator(device).manual_seed(0))
+    inputs = cast(drawn, DTYPES[row.dtype], device, row.spec.always_wide)
+    return {name: x.detach().requires_grad_() if name in row.grads else x for name, x in inputs.items()}
 
 
-def _flat(out: Any) -> list[Tensor]:
-    return [x.detach() for x in (out if isinstance(out, tuple) else (out,))]
+def _yardstick(row: Row) -> tuple[Call, float] | None:
+    """The op at the configuration that a target compares rates with, and its FLOP."""
+    if row.config.yardstick is None or all(target.than != _YARDSTICK for target in row.targets):
+        return None
+    other = replace(row, config=row.config.yardstick)
+    inputs = _inputs(other)
+    call = partial(row.spec.function, **inputs)
+    leaves = [inputs[name] for name in other.grads]
+    cotangents = draw_cotangents(flat(call())) if leaves else []
+    return with_gradients(call, leaves, cotangents), row.spec.cost(inputs, row.backward).flops
 
 
-def _rms(x: Tensor) -> float:
-    return float(x.nan_to_num().square().mean().sqrt()) if x.numel() else 0.0
+def _admit(call: Call, gate: Gate, device: torch.device) -> int | None:
+    """A peer's peak memory. It needs no more than to compute the same thing: its own rounding is its affair."""
+    off = gate.distance(flat(call()))
+    if not off < _OFF:
+        raise CantRunError(f"computes something else: relative distance {off:.2g}")
+    memory = peak_memory(call, device)
+    if device.type == "cuda" and memory is not None:
+        share = memory / torch.cuda.get_device_properties(device).total_memory
+        if share > _MOST_MEMORY:
+            _make_room(device)
+            raise CantRunError(f"takes {memory / 1e9:.0f} GB, {share:.0%} of the GPU's memory: left out")
+    return memory
 
 
-def _check_peer(found: list[Tensor], truth: list[Tensor]) -> None:
-    """A peer needs no more than to compute the same thing: its own rounding is its affair."""
-    for mine, true in zip(found, truth, strict=False):
-        off = _rms(mine.to(true.dtype) - true) / max(_rms(true), 1e-30)
-        if mine.shape != true.shape or not off < _OFF:
-            raise CantRunError(f"computes something else: relative distance {off:.2g}")
+def _make_room(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
-def _time(benchmark: Any, ours: Call, peers: dict[str, Call], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of single calls, by candidate; each round times every peer, then ours."""
-    candidates = {"ours": ours, **peers}
-    repeats = {name: max(1, math.ceil(_SAMPLE / _seconds(call, device))) for name, call in candidates.items()}
-    batches = {name: partial(_batch, call, repeats[name], device) for name, call in candidates.items()}
-    round_seconds = sum(_seconds(batch, device) for batch in batches.values())
+def first_line(error: Exception) -> str:
+    """Of an error's message."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _time(benchmark: Any, candidates: dict[str, Call], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of single calls, by candidate; each round times every other one, then ours."""
+    repeats = {name: max(1, math.ceil(_SAMPLE / time_calls(call, 1, device))) for name, call in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
 
-    def time_peers() -> None:
-        for name in peers:
-            gc.collect(0)
-            begin = time.perf_counter()
-            batches[name]()
-            samples[name].append((time.perf_counter() - begin) / repeats[name])
+    def sample(name: str) -> None:
+        samples[name].append(time_calls(candidates[name], repeats[name], device))
 
-    rounds = min(max(_ROUNDS[0], int(_BUDGET / round_seconds)), _ROUNDS[1])
-    benchmark.pedantic(batches["ours"], setup=time_peers, rounds=rounds, iterations=1, warmup_rounds=1)
-    for name in peers:
-        del samples[name][0]  # the warm-up round
-    samples["ours"] = [seconds / repeats["ours"] for seconds in benchmark.stats.stats.data]
-    benchmark.extra_info["calls_per_round"] = repeats["ours"]
+    def sample_others() -> None:
+        for name in candidates:
+            if name != _OURS:
+                gc.collect(0)
+                sample(name)
+
+    begin = time.perf_counter()
+    sample_others()
+    sample(_OURS)
+    rounds = min(max(_ROUNDS[0], int(_BUDGET / (time.perf_counter() - begin))), _ROUNDS[1])
+    benchmark.pedantic(partial(sample, _OURS), setup=sample_others, rounds=rounds, iterations=1, warmup_rounds=1)
+    for taken in samples.values():
+        del taken[:2]  # the round that counted the rounds, and the warm-up
+    if device.type != "cuda":  # pytest-benchmark's clock is as good, and its own statistics then speak of the same
+        samples[_OURS] = [seconds / repeats[_OURS] for seconds in benchmark.stats.stats.data]
+    benchmark.extra_info["calls_per_round"] = repeats[_OURS]
     return samples
 
 
-def _batch(call: Call, repeats: int, device: torch.device) -> None:
-    for _ in range(repeats):
-        call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _seconds(call: Call, device: torch.device) -> float:
-    begin = time.perf_counter()
-    _batch(call, 1, device)
-    return time.perf_counter() - begin
-
-
-def _description(
-    row: Row,
-    inputs: Inputs,
-    times: dict[str, list[float]],
-    memory: dict[str, int | None],
-    why_not: dict[str, str],
-) -> dict[str, Any]:
+class _Figures:
     """What the JSON says about a row; units stand in the names."""
-    medians = {name: statistics.median(samples) for name, samples in times.items()}
-    seconds = medians["ours"]
-    cost = row.spec.cost(inputs, row.backward)
-    compute, bandwidth = matmul_rate(DTYPES[row.dtype], row.device), memory_rate(row.device)
-    peers: dict[str, Any] = {
-        name: {"seconds": medians[name], "ratio": medians[name] / seconds, "peak_memory_bytes": memory[name]}
-        for name in medians
-        if name != "ours"
-    }
-    shares = {"peak": cost.flops / seconds / compute, "bandwidth": cost.bytes / seconds / bandwidth}
-    least_seconds = max(cost.flops / compute, cost.bytes / bandwidth)
-    targets = [
-        {
-            "than": target.than,
-            "least": target.least,
-            "found": shares[target.than] if target.than in shares else peers[target.than]["ratio"],
-            "at_peak": 1.0 if target.than in shares else medians[target.than] / least_seconds,
+
+    def __init__(self, row: Row, inputs: Inputs, medians: dict[str, float], yardstick_flops: float | None) -> None:
+        self.row, self.medians = row, medians
+        self.cost = row.spec.cost(inputs, row.backward)
+        self.backward_flops = self.cost.flops - row.spec.cost(inputs, False).flops if row.backward else 0.0
+        self.compute, self.bandwidth = matmul_rate(DTYPES[row.dtype], row.device), memory_rate(row.device)
+        seconds = medians[_OURS]
+        self.shares = {
+            "peak": self.cost.flops / seconds / self.compute,
+            "bandwidth": self.cost.bytes / seconds / self.bandwidth,
         }
-        for target in row.config.targets
-        if (target.dtype, target.backward) == (row.dtype, row.backward)
-        and row.device == "cpu"
-        and (target.than in shares or target.than in medians)
-    ]
-    return {
-        "op": row.spec.name,
-        "configuration": row.config.id,
-        "parameters": dict(row.config.params),
-        "tags": sorted(row.config.tags),
-        "dtype": row.dtype,
-        "pass": row.passes,
-        "device": row.device,
-        "seconds": seconds,
-        "peers": peers | {name: {"why_not": reason} for name, reason in why_not.items()},
-        "peak_memory_bytes": memory["ours"],
-        "memory_why_not": memory_why_not(row.device),
-        "flops": cost.flops,
-        "bytes": cost.bytes,
-        "flops_per_second": cost.flops / seconds,
-        "bytes_per_second": cost.bytes / seconds,
-        "share_of_compute_peak": shares["peak"],
-        "share_of_bandwidth_peak": shares["bandwidth"],
-        "targets": targets,
-        "rounds": len(times["ours"]),
-    }
+        self.yardstick_rate = None if yardstick_flops is None else yardstick_flops / medians[_YARDSTICK]
+
+    def description(self, memory: dict[str, int | None], why_not: dict[str, str]) -> dict[str, Any]:
+        row, cost, seconds = self.row, self.cost, self.medians[_OURS]
+        peers: dict[str, Any] = {
+            name: {
+                "seconds": self.medians[name],
+                "ratio": self.medians[name] / seconds,
+                "peak_memory_bytes": memory[name],
+                **self.backward(name),
+            }
+            for name in memory
+            if name != _OURS
+        }
+        return {
+            "op": row.spec.name,
+            "configuration": row.config.id,
+            "parameters": dict(row.config.params),
+            "tags": sorted(row.config.tags),
+            "dtype": row.dtype,
+            "pass": row.passes,
+            "device": row.device,
+            "seconds": seconds,
+            **self.backward(_OURS),
+            "peers": peers | {name: {"why_not": reason} for name, reason in why_not.items()},
+            "peak_memory_bytes": memory[_OURS],
+            "memory_why_not": memory_why_not(row.device),
+            "flops": cost.flops,
+            "bytes": cost.bytes,
+            "flops_per_second": cost.flops / seconds,
+            "bytes_per_second": cost.bytes / seconds,
+            "share_of_compute_peak": self.shares["peak"],
+            "share_of_bandwidth_peak": self.shares["bandwidth"],
+            "yardstick_flops_per_second": self.yardstick_rate,
+            "targets": [self.judged(target) for target in row.targets],
+        }
+
+    def backward(self, name: str) -> dict[str, float]:
+        """Of the backward pass alone, where the forward was timed too."""
+        forward = self.medians.get(name + _FORWARD)
+        if forward is None:
+            return {}
+        seconds = max(self.medians[name] - forward, 1e-9)
+        return {"backward_seconds": seconds, "backward_flops_per_second": self.backward_flops / seconds}
+
+    def judged(self, target: Target) -> dict[str, Any]:
+        """A target beside what was found, None where its peer can't run, and what nothing but the least work at the
+        measured peaks would reach."""
+        found: float | None
+        at_peak: float | None = 1.0
+        if target.than in self.shares:
+            found = self.shares[target.than]
+        elif target.than == "tflops":
+            rate = self.backward(_OURS).get("backward_flops_per_second", self.cost.flops / self.medians[_OURS])
+            found, at_peak = rate / 1e12, self.compute / 1e12
+        elif target.than == _YARDSTICK:
+            assert self.yardstick_rate is not None
+            found, at_peak = self.cost.flops / self.medians[_OURS] / self.yardstick_rate, None
+        elif target.than in self.medians:
+            other = self.medians[target.than]
+            found = other / self.medians[_OURS]
+            at_peak = other / max(self.cost.flops / self.compute, self.cost.bytes / self.bandwidth)
+        else:
+            found = at_peak = None
+        return {"than": target.than, "least": target.least, "found": found, "at_peak": at_peak}

@@ -20,6 +20,7 @@ Run = Callable[[], Any]
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _PROBE = 2**24  # bytes, to see whether the kernel's answers make sense
+_FLUSH = 2**28  # bytes, several times any GPU's L2 cache
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,53 @@ def time_once(run: Run, device: torch.device | str = "cpu") -> float:
     finally:
         if collecting:
             gc.enable()
+
+
+def time_calls(run: Run, calls: int, device: torch.device | str = "cpu") -> float:
+    """Mean seconds of one of `calls` calls.
+
+    On a CUDA device it is the device's time, between events around each call; the calls are queued without waiting, and
+    before each the L2 cache is overwritten, so that inputs come from memory as they do in a model between other layers.
+    Overwriting takes longer than launching most calls, so the launches themselves are seen only where they take longer
+    still; `host_seconds` measures them.
+    """
+    if torch.device(device).type != "cuda":
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - begin) / calls
+    overwrite = _larger_than_l2(device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    for begin_event, end_event in events:
+        overwrite.zero_()
+        begin_event.record()
+        run()
+        end_event.record()
+    torch.cuda.synchronize(device)
+    return sum(float(first.elapsed_time(last)) for first, last in events) / 1e3 / calls
+
+
+@cache
+def _larger_than_l2(device: torch.device | str) -> torch.Tensor:
+    return torch.empty(_FLUSH, dtype=torch.int8, device=device)
+
+
+def host_seconds(run: Run, device: torch.device | str = "cpu", *, calls: int = 100, rounds: int = 11) -> Timing:
+    """What one call takes of the calling thread, by round of `calls` calls that nothing waits for.
+
+    So few launches never fill a CUDA device's queue, where a launch would wait. On a CPU it is the call itself.
+    """
+    samples = []
+    for _ in range(rounds + 1):
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        samples.append((time.perf_counter() - begin) / calls)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return Timing(tuple(samples[1:]))
 
 
 def peak_memory(run: Run, device: torch.device | str = "cpu") -> int | None:

@@ -26,10 +26,10 @@ def name_of(backend: str) -> str:
     return _NAMES.get(backend, backend)
 
 
-def console() -> Console:
-    """For results, on standard output: as wide as the terminal, else `WIDTH`."""
+def console(width: int = WIDTH) -> Console:
+    """For results, on standard output: as wide as the terminal, else `width`."""
     found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=WIDTH)
+    return found if found.is_terminal else Console(highlight=False, width=width)
 
 
 def render(report: dict[str, Any]) -> RenderableType:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from mmkernels import SpanMask, attention_received, attention_weights, cpu, cross_attention, merge_attention
+from mmkernels import SpanMask, attention_received, attention_weights, cpu, cross_attention, gpu, merge_attention
 from mmkernels.profiling.meters import peak_memory
 
 EXACT = ("chunked", "reference")  # those that compute in float64
 each_backend = pytest.mark.parametrize("backend", EXACT)
-each_scores_backend = pytest.mark.parametrize("backend", EXACT if cpu.why_not() else ("cpu", *EXACT))
+BACKENDS = ("triton",) if gpu.INTERPRETED else EXACT if cpu.why_not() else ("cpu", *EXACT)
+
+
+def each_scores_backend(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.interpreted(pytest.mark.parametrize("backend", BACKENDS)(test))
 
 
 @each_backend

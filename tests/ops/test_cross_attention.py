@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from mmkernels import BackendError, SpanMask, cpu, cross_attention, merge_attention, use_backend
+from mmkernels import BackendError, SpanMask, cpu, cross_attention, gpu, merge_attention, use_backend
 from mmkernels.ops._attention.philox import keep_mask
 from mmkernels.profiling.meters import peak_memory
 
 EXACT = ("chunked", "reference")  # those that compute in float64
-BACKENDS = EXACT if cpu.why_not() else ("cpu", *EXACT)
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+BACKENDS = ("triton",) if gpu.INTERPRETED else EXACT if cpu.why_not() else ("cpu", *EXACT)
 each_exact_backend = pytest.mark.parametrize("backend", EXACT)
 NAN, INF = math.nan, math.inf
 each_op_of_two_tensors = pytest.mark.parametrize(
@@ -32,6 +31,10 @@ each_op_of_two_tensors = pytest.mark.parametrize(
         ("merge_attention", lambda q, k: merge_attention(q, q[..., 0], q, q[..., 0])[0]),
     ],
 )
+
+
+def each_backend(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.interpreted(pytest.mark.parametrize("backend", BACKENDS)(test))
 
 
 def qkv(
@@ -396,7 +399,7 @@ def test_a_compiled_function_serves_other_lengths() -> None:
         torch.testing.assert_close(call(q, k, v), cross_attention(q, k, v))
 
 
-@each_backend
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend: str) -> None:
     q, k, v = qkv(dtype=torch.float32, grad=True)
     gate = torch.randn(2, requires_grad=True)

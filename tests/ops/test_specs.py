@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DTYPES, backends, check, cotangent, draw, run
+from harness import DTYPES, backends, check, cotangent, draw, needed, run
 from torch import Tensor
 
 import mmkernels
@@ -45,10 +45,11 @@ each_distinct_case = pytest.mark.parametrize(
 each_op = pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 
 
+@pytest.mark.interpreted
 @each_case
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_against_float64(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    for backend in backends(spec, dtype):
+    for backend in needed(backends(spec, dtype)):
         assert check(spec, case, dtype, backend) > 0
 
 
@@ -86,11 +87,12 @@ def _boundary_calls(spec: OpSpec, case: Case, backend: str, monkeypatch: pytest.
     return [(*args[:-1], backend) for args in calls]
 
 
+@pytest.mark.interpreted
 @each_distinct_case
 def test_opcheck(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     op = getattr(torch.ops.mmkernels, spec.name).default
     names = [argument.name for argument in op._schema.arguments]
-    for backend in backends(spec):
+    for backend in needed(backends(spec)):
         for args in _boundary_calls(spec, case, backend, monkeypatch):
             args = tuple(
                 x.detach().requires_grad_() if name in case.grads else x for name, x in zip(names, args, strict=True)
@@ -99,10 +101,11 @@ def test_opcheck(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> N
             torch.library.opcheck(op, args, test_utils=tests if case.grads else tests[:3])
 
 
+@pytest.mark.interpreted
 @each_distinct_case
 def test_compiles_to_one_graph(spec: OpSpec, case: Case) -> None:
     inputs = cast(draw(case), torch.float32, always_wide=spec.always_wide)
-    for backend in backends(spec):
+    for backend in needed(backends(spec)):
         torch._dynamo.reset()
         plain = run(spec, case, inputs, backend)
         compiled = torch.compile(spec.function, fullgraph=True, backend="aot_eager", dynamic=False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import cpu
+from mmkernels import cpu, gpu
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
 from mmkernels.ops._attention.inputs import check_scores, check_tensor
@@ -36,7 +36,7 @@ def attention_received(
         query, key, mask, bias, scale: as in `cross_attention`.
         query_weights: float ``[B or 1, Hq or 1, Lq]``: what each query counts; None: 1 each. ``1 / Lq`` gives the mean;
             1 at the last query and 0 elsewhere gives what that query looks at.
-        backend: None (the fastest that can), "cpu", "chunked" or "reference".
+        backend: None (the fastest that can), "triton", "cpu", "chunked" or "reference".
 
     Returns:
         ``[B, Hq, Lk]`` float32 (float64 for float64 inputs). A key that nobody sees receives 0; without query_weights a
@@ -83,6 +83,7 @@ _op = register(
     "attention_received(Tensor query, Tensor key, Tensor? start, Tensor? end, Tensor? key_valid, Tensor? dense, "
     "Tensor? bias, Tensor? query_weights, float scale, str backend) -> Tensor",
     [
+        Backend("triton", gpu.op("mmkernels.ops.attention_received.triton", "forward"), gpu.why_not),
         Backend("cpu", cpu.op("attention_received_cpu"), cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),

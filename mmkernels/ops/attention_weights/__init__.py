@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import cpu
+from mmkernels import cpu, gpu
 from mmkernels.checks import check_range
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
@@ -35,7 +35,7 @@ def attention_weights(
     Args:
         query, key, mask, bias, scale: as in `cross_attention`.
         rows: int64 ``[R]`` or ``[B, R]``: which queries, each from 0 to Lq - 1; None: all of them.
-        backend: None (the fastest that can), "cpu", "chunked" or "reference".
+        backend: None (the fastest that can), "triton", "cpu", "chunked" or "reference".
 
     Returns:
         ``[B, Hq, R, Lk]`` float32 (float64 for float64 inputs), 0 where hidden; a row sums to 1, or to 0 where its
@@ -103,6 +103,7 @@ _op = register(
     "attention_weights(Tensor query, Tensor key, Tensor? start, Tensor? end, Tensor? key_valid, Tensor? dense, "
     "Tensor? bias, float scale, str backend) -> Tensor",
     [
+        Backend("triton", gpu.op("mmkernels.ops.attention_weights.triton", "forward"), gpu.why_not),
         Backend("cpu", cpu.op("attention_weights_cpu"), cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),

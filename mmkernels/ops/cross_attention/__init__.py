@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mmkernels import cpu
+from mmkernels import cpu, cuda, gpu
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.masks import SpanMask
 from mmkernels.ops._attention.inputs import (
@@ -84,8 +84,9 @@ def cross_attention(
         dropout_p: the chance, 0 to 1, that a probability is dropped; the others are multiplied by ``1 / (1 - p)``.
             Drawn from PyTorch's generator of query's device, the same mask on every backend.
         return_lse: also return the log-sum-exp of each query's scores (before dropout and gate).
-        backend: None (``use_backend``'s choice, else the fastest that can), "cpu" (kernels for float32, bfloat16 and
-            float16 on CPU tensors), "chunked" or "reference". "reference" is the naive formula in PyTorch's own
+        backend: None (``use_backend``'s choice, else the first that can), "cuda" (decoding: 1 to 8 queries in a 16-bit
+            dtype), "triton" (GPUs), "cpu" (kernels for float32, bfloat16 and float16 on CPU tensors), "chunked" or
+            "reference". "reference" is the naive formula in PyTorch's own
             operators; outside ``torch.compile`` it is differentiated by PyTorch's own autograd, so that it takes the
             memory that a naive model takes. With a mask it waits for the device.
 
@@ -236,6 +237,7 @@ _op_backward = register(
     f"cross_attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, float scale, "
     "float dropout_p, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     [
+        Backend("triton", gpu.op("mmkernels.ops.cross_attention.triton_backward", "backward"), gpu.why_not),
         Backend("cpu", cpu.op("cross_attention_backward_cpu"), cpu.why_not),
         Backend("chunked", chunked.backward),
         Backend("reference", reference_backward),
@@ -248,6 +250,8 @@ _op_backward = register(
 _op = register(
     f"cross_attention({_INPUTS}, float scale, float dropout_p, str backend) -> (Tensor, Tensor)",
     [
+        Backend("cuda", cuda.decode, cuda.why_not),
+        Backend("triton", gpu.op("mmkernels.ops.cross_attention.triton", "forward"), gpu.why_not),
         Backend("cpu", cpu.op("cross_attention_cpu"), cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -11,7 +14,7 @@ from mmkernels.masks import SpanMask
 from mmkernels.ops._attention.cases import CASES, attention_cost, attention_inputs, normal
 from mmkernels.ops._attention.formula import probabilities, visible_keys, weighted_values
 from mmkernels.ops._attention.philox import keep_mask, keep_scale
-from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec, Target
+from mmkernels.spec import Benchmark, Case, Cost, Cut, Inputs, OpSpec, Parts, Target
 
 
 def reference(
@@ -179,7 +182,7 @@ def _targets(kind: str, large: bool = False) -> tuple[Target, ...]:
     return (*found, Target("fp32", False, "peak", 0.75)) if large and kind == "none" else tuple(found)
 
 
-def _shape(batch: int, heads: int, q_len: int, k_len: int, dim: int, mask: str = "none") -> Benchmark:
+def _masked(mask: str, batch: int, heads: int, q_len: int, k_len: int, dim: int) -> Callable[[Generator], Inputs]:
     def make(g: Generator) -> Inputs:
         inputs = attention_inputs(g, batch, heads, q_len, k_len, dim)
         if mask == "padding":  # mean length 75 %: from half to all of the keys
@@ -193,23 +196,40 @@ def _shape(batch: int, heads: int, q_len: int, k_len: int, dim: int, mask: str =
             inputs["bias"] = normal(g, 1, heads, q_len, k_len)
         return inputs
 
+    return make
+
+
+def _shape(batch: int, heads: int, q_len: int, k_len: int, dim: int, mask: str = "none") -> Benchmark:
     params = {"B": batch, "H": heads, "Lq": q_len, "Lk": k_len, "D": dim, "mask": mask}
-    grads = (*_QKV, "bias") if mask == "bias" else _QKV
     large = q_len * k_len >= 2**18
-    targets = _targets("small" if q_len * k_len <= 2**10 else mask, large)
-    tags = frozenset({mask, "large"} if large else {mask})
-    return Benchmark(f"B{batch} H{heads} {q_len}x{k_len} D{dim} {mask}", make, params, grads, tags, targets)
+    return Benchmark(
+        f"B{batch} H{heads} {q_len}x{k_len} D{dim} {mask}",
+        _masked(mask, batch, heads, q_len, k_len, dim),
+        params,
+        grads=(*_QKV, "bias") if mask == "bias" else _QKV,
+        tags=frozenset({mask, "large"} if large else {mask}),
+        targets=_targets("small" if q_len * k_len <= 2**10 else mask, large),
+        devices=("cpu",),
+    )
 
 
-def _decode(g: Generator) -> Inputs:
-    return attention_inputs(g, 8, 32, 1, 4096, 128, key_heads=8)
+def _decode(batch: int) -> Benchmark:
+    return Benchmark(
+        f"decode B{batch}" if batch != 8 else "decode",
+        lambda g: attention_inputs(g, batch, 32, 1, 4096, 128, key_heads=8),
+        {"B": batch, "H": 32, "Hkv": 8, "Lq": 1, "Lk": 4096, "D": 128},
+        tags=frozenset({"decode"}),
+        targets=_targets("decode"),
+        devices=("cpu",),
+    )
 
 
 # Benchmark configurations: encoder-decoder fusion widths, CLIP ViT-L/14's 577 and Flamingo-like 1601 tokens, the head
 # dims 72 and 80 of SigLIP-SO400M and ViT-H, a decode step of a Llama-3-8B-like model.
 
 _LARGE = ((2, 16, 256, 2048, 64), (1, 16, 128, 4096, 128), (2, 12, 64, 1024, 64))
-_BENCHMARKS = (
+_SMALL = replace(_shape(1, 4, 16, 64, 64), devices=("cpu", "gpu"))
+_CPU_BENCHMARKS = (
     *(_shape(*shape) for shape in _LARGE),
     *(_shape(*shape, mask="padding") for shape in _LARGE),
     _shape(1, 8, 1024, 4096, 64, mask="media"),
@@ -217,14 +237,42 @@ _BENCHMARKS = (
     _shape(2, 16, 256, 2048, 64, mask="bias"),
     _shape(2, 16, 256, 577, 72),
     _shape(2, 16, 256, 1601, 80),
-    Benchmark(
-        "decode",
-        _decode,
-        {"B": 8, "H": 32, "Hkv": 8, "Lq": 1, "Lk": 4096, "D": 128},
-        tags=frozenset({"decode"}),
-        targets=_targets("decode"),
+    _decode(8),
+    _SMALL,
+)
+
+# The same for a GPU, whose shapes fill it: the 16k self-attention that attention papers report, texts over several
+# images, and the bias with and without a batch to sum its gradient over. Targets are set for bfloat16 on an H200.
+
+
+def _on_gpu(config: Benchmark, *targets: tuple[bool, str, float], yardstick: Benchmark | None = None) -> Benchmark:
+    """`config` for a GPU, with targets (backward, than, least)."""
+    found = tuple(Target("bf16", backward, than, least, "gpu") for backward, than, least in targets)
+    return replace(config, targets=found, devices=("gpu",), yardstick=yardstick)
+
+
+def _both(*targets: tuple[str, float]) -> tuple[tuple[bool, str, float], ...]:
+    return tuple((backward, *target) for backward in (False, True) for target in targets)
+
+
+_LONG = _on_gpu(_shape(1, 16, 16384, 16384, 128), (False, "tflops", 450.0), (True, "tflops", 260.0))
+_GPU_BENCHMARKS = (
+    _LONG,
+    _on_gpu(_shape(4, 16, 2048, 8192, 128, mask="padding"), *_both(("sdpa", 3.0), ("flex", 1.0))),
+    _on_gpu(_shape(4, 16, 2048, 16384, 128, mask="media"), *_both(("sdpa", 10.0), ("flex", 1.3), ("loop", 3.0))),
+    _on_gpu(_shape(4, 16, 2048, 4096, 128, mask="irregular"), (True, "sdpa", 2.0)),
+    _on_gpu(_shape(1, 16, 4096, 4096, 128, mask="bias"), (True, "sdpa", 2.0)),
+    _on_gpu(_shape(4, 16, 2048, 2048, 128, mask="bias"), (True, "sdpa", 2.0)),
+    *(
+        # 0.8 of head dim 128's rate, times what rounding the dim up to the matrix units' 16 leaves of it.
+        _on_gpu(
+            _shape(1, 16, 16384, 16384, dim),
+            *_both(("yardstick", 0.8 * dim / (-(-dim // 16) * 16))),
+            yardstick=_LONG,
+        )
+        for dim in (64, 72, 80)
     ),
-    _shape(1, 4, 16, 64, 64),
+    _on_gpu(_decode(32), (False, "bandwidth", 0.8)),
 )
 
 
@@ -233,4 +281,48 @@ def _cost(inputs: Inputs, backward: bool) -> Cost:
     return attention_cost(inputs, matmuls=7 if backward else 2)
 
 
-SPEC = OpSpec(name="cross_attention", cases=_CASES, benchmarks=_BENCHMARKS, cost=_cost)
+def _scores(inputs: Inputs) -> int:
+    (batch, heads, q_len, _), k_len = inputs["query"].shape, inputs["key"].shape[2]
+    return batch * heads * q_len * k_len
+
+
+def _cuts(inputs: Inputs) -> list[Cut]:
+    """One sequence and one key head with its query heads, drawn, and the last of both, whose offsets are the largest.
+
+    Sequences or heads that share a key or a bias stay together, since its gradient is a sum over them.
+    """
+    floating = [x for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 4]
+    batch, heads = inputs["query"].shape[:2]
+    key_heads = inputs["key"].shape[1]
+    one_sequence = all(x.shape[0] == batch for x in floating)
+    one_head = all(x.shape[1] in (heads, key_heads) for x in floating)
+    draw = random.Random(0)
+    places = ((draw.randrange(batch), draw.randrange(key_heads)), (batch - 1, key_heads - 1))
+
+    def cut_at(sequence: int, head: int) -> Cut:
+        def rows(x: Tensor) -> Tensor:
+            return x[sequence : sequence + 1] if one_sequence and x.shape[0] == batch else x
+
+        def cut(x: Any) -> Any:
+            if isinstance(x, SpanMask):
+                valid = None if x.key_valid is None else rows(x.key_valid)
+                return SpanMask(rows(x.start), rows(x.end), valid)
+            if not isinstance(x, Tensor) or x.dim() < 3:
+                return x
+            if one_head and x.shape[1] in (heads, key_heads):
+                group = x.shape[1] // key_heads
+                x = x[:, head * group : (head + 1) * group]
+            return rows(x)
+
+        return cut
+
+    return [cut_at(*place) for place in dict.fromkeys(places)]
+
+
+SPEC = OpSpec(
+    name="cross_attention",
+    cases=_CASES,
+    benchmarks=_CPU_BENCHMARKS + _GPU_BENCHMARKS,
+    cost=_cost,
+    parts=Parts(_scores, _cuts),
+)

@@ -1,0 +1,271 @@
+// What a warp of the decode kernels does: a slice of keys and values from global to shared memory, and 16 rows (queries
+// of all heads of a key head) multiplied with it under a running softmax. decode_cuda.cuh puts warps and blocks
+// together.
+#pragma once
+
+#include "../common/cuda_ptx.cuh"
+#include "decode_plan.h"
+
+namespace mmkernels {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr int kMaxInt = std::numeric_limits<int>::max();
+
+// Keys start <= j < end; of a query that sees nothing such that no key is, and that no minimum or maximum moves.
+struct KeySpan {
+  int start, end;
+};
+MMK_DEVICE KeySpan span_of(const DecodeProblem& p, int b, int i) {
+  if (p.start == nullptr) {
+    return {0, p.k_len};
+  }
+  const int start = load_global(p.start + b * p.start_b + i * p.start_i);
+  const int end = load_global(p.end + b * p.end_b + i * p.end_i);
+  const KeySpan span{start > 0 ? start : 0, end < p.k_len ? end : p.k_len};
+  return span.start < span.end ? span : KeySpan{kMaxInt, 0};
+}
+
+// What all queries of a batch entry see: keys in [first, last) somebody, in [shared_first, shared_last) everybody who
+// sees anything.
+struct BlockSpan {
+  int first = kMaxInt, last = 0;
+  int shared_first = 0, shared_last = kMaxInt;
+};
+MMK_DEVICE BlockSpan block_span(const DecodeProblem& p, int b) {
+  BlockSpan all;
+  for (int i = 0; i < p.q_len; ++i) {
+    const KeySpan span = span_of(p, b, i);
+    if (span.start >= span.end) {
+      continue;
+    }
+    all.first = span.start < all.first ? span.start : all.first;
+    all.last = span.end > all.last ? span.end : all.last;
+    all.shared_first = span.start > all.shared_first ? span.start : all.shared_first;
+    all.shared_last = span.end < all.shared_last ? span.end : all.shared_last;
+  }
+  all.first = all.first < all.last ? all.first : 0;
+  return all;
+}
+
+// Which of the 16 keys from `first` on a span has, as bits.
+MMK_DEVICE std::uint32_t keys_of(const KeySpan& span, int first) {
+  const auto below = [first](int j) { // keys before j
+    const int count = j - first < 0 ? 0 : j - first < kSliceKeys ? j - first : kSliceKeys;
+    return (1u << count) - 1;
+  };
+  return below(span.end) & ~below(span.start);
+}
+
+// Where 16-byte piece `c` of row `row` lies in a [rows, D] tile of 16-bit elements. Eight rows that follow each other
+// have their pieces c in eight different groups of four banks, for any D that is a multiple of 16: within each `kTurn`
+// pieces the places are turned from row to row.
+template <int D> constexpr int kTurn = D % 64 == 0 ? 8 : D % 32 == 0 ? 4 : 2;
+template <int D> MMK_DEVICE int piece_offset(int row, int c) {
+  return (row * (D / 8) + (c ^ (row / (8 / kTurn<D>) % kTurn<D>))) * 16;
+}
+
+// A warp's slice of 16 keys and their values on its way to shared memory; zeros for those that are not in `there`,
+// which are not read. kTurn lanes take a row, so that a lane has few rows and neither place nor swizzle is computed
+// twice.
+template <int D, class T>
+MMK_DEVICE void load_slice(std::uint32_t keys, std::uint32_t values, const T* key, const T* value,
+                           const DecodeProblem& p, int first, std::uint32_t there, int lane) {
+  constexpr int rows = 32 / kTurn<D>; // at a time
+  const int lane_row = lane / kTurn<D>, lane_c = lane % kTurn<D>;
+#pragma unroll
+  for (int n = 0; n < kSliceKeys / rows; ++n) {
+    const int row = n * rows + lane_row, at = piece_offset<D>(row, lane_c);
+    const bool read = there >> row & 1;
+    const T* k = key + (first + row) * p.key_j + lane_c * 8;
+    const T* v = value + (first + row) * p.value_j + lane_c * 8;
+#pragma unroll
+    for (int c = 0; c < D / 8; c += kTurn<D>) {
+      copy_async(keys + at + c * 16, k + c * 8, read);
+      copy_async(values + at + c * 16, v + c * 8, read);
+    }
+  }
+}
+
+template <class T> constexpr std::uint32_t kExponent = 0;
+template <> constexpr std::uint32_t kExponent<Bf16> = 0x7f80;
+template <> constexpr std::uint32_t kExponent<F16> = 0x7c00;
+
+// Whether a slice of values, 16 keys, has NaN or inf.
+template <int D, class T> MMK_DEVICE bool not_finite(std::uint32_t values, int lane) {
+  constexpr std::uint32_t low = kExponent<T>, high = low << 16;
+  bool found = false;
+#pragma unroll
+  for (int n = 0; n < kSliceKeys * D / 8 / 32; ++n) {
+    std::uint32_t x[4];
+    load_shared(values + (n * 32 + lane) * 16, x);
+#pragma unroll
+    for (std::uint32_t pair : x) {
+      found |= (pair & low) == low || (pair & high) == high;
+    }
+  }
+  return vote(found) != 0;
+}
+
+// Floats from row to row of sums in shared memory: eight more than there are, so that rows do not share banks.
+template <int D> constexpr int kSumRow = D + 8;
+
+// One warp's 16 rows: queries as the left operand of matrix instructions, and the running softmax. A lane has rows
+// lane / 4 and 8 more, and of each 8 columns of a product 2 (lane % 4) and the next.
+template <class T, int D> struct RowTile {
+  std::uint32_t query[D / 16][4];
+  float sums[D / 8][4] = {};
+  float largest[2] = {-kInfinity, -kInfinity}, total[2] = {0.0f, 0.0f}; // total: of this lane's columns
+  bool sees[2] = {false, false};
+  KeySpan span[2];
+
+  MMK_DEVICE void load(const DecodeProblem& p, int b, int kv, int first_row, int lane) {
+    const int group = p.heads / p.key_heads, rows = group * p.q_len;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + lane / 4 + 8 * half;
+      const bool there = row < rows;
+      const int h = kv * group + (there ? row / p.q_len : 0), i = there ? row % p.q_len : 0;
+      const T* q = static_cast<const T*>(p.query) + b * p.query_b + h * p.query_h + i * p.query_i + 2 * (lane % 4);
+      span[half] = span_of(p, b, i);
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const auto* pair = reinterpret_cast<const std::uint32_t*>(q + 16 * k + 8 * n);
+          query[k][half + 2 * n] = there ? load_global(pair) : 0;
+        }
+      }
+    }
+  }
+
+  // scores [16, 16 keys], before scaling.
+  MMK_DEVICE void multiply_keys(float (&s)[2][4], std::uint32_t keys, int lane) const {
+    const int row = lane % 8 + lane / 16 * 8, c = lane / 8 % 2;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      std::uint32_t x[4];
+      load_matrices(x, keys + piece_offset<D>(row, 2 * k + c));
+      multiply(T{}, s[0], query[k], x[0], x[1]);
+      multiply(T{}, s[1], query[k], x[2], x[3]);
+    }
+  }
+
+  // Scores to probabilities relative to the largest score so far; earlier sums are made relative to it too. Where that
+  // is infinite nothing is subtracted, so that exp2 gives 0 or inf, which the sums carry on as they should.
+  MMK_DEVICE void soften(float (&s)[2][4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]), fmaxf(s[1][2 * half], s[1][2 * half + 1]));
+      most = fmaxf(most, from_neighbour(most, 1));
+      most = fmaxf(most, from_neighbour(most, 2));
+      most = fmaxf(most, largest[half]);
+      const bool finite = fabsf(most) < kInfinity;
+      const float base = finite ? most : 0.0f, shrink = finite ? exp2_fast(largest[half] - most) : 1.0f;
+      largest[half] = most;
+      total[half] *= shrink;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          s[n][e] = exp2_fast(s[n][e] - base);
+          total[half] += s[n][e];
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        sums[n][2 * half] *= shrink;
+        sums[n][2 * half + 1] *= shrink;
+      }
+    }
+  }
+
+  MMK_DEVICE void multiply_values(const float (&s)[2][4], std::uint32_t values, int lane) {
+    const std::uint32_t weights[4] = {pack(T{}, s[0][0], s[0][1]), pack(T{}, s[0][2], s[0][3]),
+                                      pack(T{}, s[1][0], s[1][1]), pack(T{}, s[1][2], s[1][3])};
+    const int row = lane % 8 + lane / 8 % 2 * 8, c = lane / 16;
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      std::uint32_t x[4];
+      load_matrices_transposed(x, values + piece_offset<D>(row, 2 * n + c));
+      multiply(T{}, sums[2 * n], weights, x[0], x[1]);
+      multiply(T{}, sums[2 * n + 1], weights, x[2], x[3]);
+    }
+  }
+
+  // The same where a value is not finite and some row must not see it: a matrix instruction would give 0 * NaN.
+  MMK_DEVICE void multiply_values_seen(const float (&s)[2][4], std::uint32_t values, const std::uint32_t (&seen)[2],
+                                       int lane) {
+#pragma unroll 1
+    for (int place = 0; place < kSliceKeys; ++place) {
+      const int holder = lane / 4 * 4 + place % 8 / 2;
+      float weight[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float even = place < 8 ? s[0][2 * half] : s[1][2 * half];
+        const float odd = place < 8 ? s[0][2 * half + 1] : s[1][2 * half + 1];
+        weight[half] = from_lane(place % 2 == 0 ? even : odd, holder);
+      }
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        const std::uint32_t pair = load_shared(values + piece_offset<D>(place, n) + lane % 4 * 4);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float x = widen(T{static_cast<std::uint16_t>(pair >> 16 * e)});
+          sums[n][e] += seen[0] >> place & 1 ? weight[0] * x : 0.0f;
+          sums[n][2 + e] += seen[1] >> place & 1 ? weight[1] * x : 0.0f;
+        }
+      }
+    }
+  }
+
+  // One slice of 16 keys from `first` on, of which those in `there` are to be seen by whoever's span has them.
+  MMK_DEVICE void take(std::uint32_t keys, std::uint32_t values, int first, std::uint32_t there, const BlockSpan& all,
+                       float scale, int lane) {
+    float s[2][4] = {};
+    multiply_keys(s, keys, lane);
+    const std::uint32_t seen[2] = {keys_of(span[0], first) & there, keys_of(span[1], first) & there};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sees[half] |= seen[half] != 0;
+      const std::uint32_t own = seen[half] >> 2 * (lane % 4);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        s[0][2 * half + e] = own >> e & 1 ? s[0][2 * half + e] * scale : -kInfinity;
+        s[1][2 * half + e] = own >> (8 + e) & 1 ? s[1][2 * half + e] * scale : -kInfinity;
+      }
+    }
+    soften(s);
+    const int last = first + kSliceKeys < all.last ? first + kSliceKeys : all.last;
+    const bool all_alike = first >= all.shared_first && last <= all.shared_last; // whoever sees anything sees all
+    if (!all_alike && not_finite<D, T>(values, lane)) {
+      multiply_values_seen(s, values, seen, lane);
+    } else {
+      multiply_values(s, values, lane);
+    }
+  }
+
+  // Largest score and sum of exponentials to `stats` [16, 2], sums to `out` [16, kSumRow]. A sum of 1 beside a largest
+  // score of -inf says that keys were seen, all of score -inf; 0, that none was.
+  MMK_DEVICE void store(float* stats, float* out, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + 8 * half;
+      float sum = total[half];
+      sum += from_neighbour(sum, 1);
+      sum += from_neighbour(sum, 2);
+      if (lane % 4 == 0) {
+        stats[2 * row] = largest[half];
+        stats[2 * row + 1] = sees[half] && largest[half] == -kInfinity && sum == 0.0f ? 1.0f : sum;
+      }
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        out[row * kSumRow<D> + 8 * n + 2 * (lane % 4)] = sums[n][2 * half];
+        out[row * kSumRow<D> + 8 * n + 2 * (lane % 4) + 1] = sums[n][2 * half + 1];
+      }
+    }
+  }
+};
+
+} // namespace mmkernels

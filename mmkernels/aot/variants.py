@@ -1,0 +1,149 @@
+"""The launches that are compiled ahead of time: each kernel for the arguments that change its code."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mmkernels import SpanMask, tuning
+from mmkernels.aot.resources import Resources
+from mmkernels.aot.triton import TARGETS, resources, specialisation
+from mmkernels.gpu import Launch, recorded
+from mmkernels.ops._attention.inputs import take_mask_apart
+from mmkernels.ops.attention_received import triton as received
+from mmkernels.ops.attention_weights import triton as weights
+from mmkernels.ops.cross_attention import triton as forward
+from mmkernels.ops.cross_attention import triton_backward as backward
+
+_BATCH, _HEADS, _LENGTH = 2, 8, 2048
+_PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Arguments of a call.
+
+    Args:
+        what: "training" (forward and backward), "decode", "received" or "weights".
+        mask: "none", "spans", "dense", "bias" (shared by the batch, with its gradient), or "everything": valid keys, a
+            whole bias with its gradient, a gate with its gradient, dropout.
+    """
+
+    what: str
+    mask: str
+    dim: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} D{self.dim} {self.mask}"
+
+
+# The code that a mask makes is read for Hopper; elsewhere it is enough that each configuration compiles.
+_MAIN = (
+    *(Variant("training", mask, dim) for dim in (64, 128) for mask in ("none", "everything")),
+    *(Variant("training", "spans", dim) for dim in (64, 128, 256)),
+    Variant("training", "none", 80),
+    Variant("training", "spans", 64, torch.float32),
+    Variant("decode", "none", 128),
+    *(Variant(what, "spans", 64) for what in ("received", "weights")),
+)
+_HOPPER = (
+    *_MAIN,
+    *(Variant("training", mask, dim) for dim in (64, 128) for mask in ("dense", "bias")),
+    Variant("training", "none", 72),
+    Variant("training", "spans", 80),
+    Variant("training", "spans", 64, torch.float16),
+    Variant("decode", "spans", 128),
+    *(Variant(what, "none", 128) for what in ("received", "weights")),
+)
+
+
+def variants(target: str) -> tuple[Variant, ...]:
+    """What is compiled for a target."""
+    return _HOPPER if target == "sm_90" else _MAIN
+
+
+def launches(variant: Variant, target: str) -> list[Launch]:
+    """What the launchers launch for a variant on a GPU of architecture `target`. No kernel runs."""
+    with tuning.pretend(target), recorded() as found:
+        _call(variant)
+    return found
+
+
+def _call(variant: Variant) -> None:
+    dim, dtype = variant.dim, variant.dtype
+    q_len = 1 if variant.what == "decode" else _LENGTH
+    query = torch.empty(_BATCH, _HEADS, q_len, dim, dtype=dtype)
+    key = torch.empty(_BATCH, 2 if variant.what == "decode" else _HEADS, _LENGTH, dim, dtype=dtype)
+    masks = take_mask_apart(_mask(variant.mask, q_len), query, _LENGTH)
+    if variant.what == "received":
+        received.forward(query, key, *masks, None, None, 0.1)
+        return
+    if variant.what == "weights":
+        weights.forward(query, key, *masks, None, 0.1)
+        return
+    bias = gate = seed = None
+    if variant.mask in ("bias", "everything"):
+        bias = torch.empty(1 if variant.mask == "bias" else _BATCH, _HEADS, q_len, _LENGTH, dtype=dtype)
+    if variant.mask == "everything":
+        gate, seed = torch.zeros(_HEADS, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    out, lse = forward.forward(query, key, key, *masks, bias, gate, seed, 0.1, 0.1)
+    if variant.what == "training":
+        needs = [True, True, True, bias is not None, gate is not None]
+        backward.backward(out, None, query, key, key, *masks, bias, gate, seed, out, lse, 0.1, 0.1, needs)
+
+
+def _mask(kind: str, q_len: int) -> SpanMask | Tensor | None:
+    if kind == "spans":
+        return SpanMask.causal(q_len, _LENGTH)
+    if kind == "dense":
+        return torch.ones(_BATCH, 1, q_len, _LENGTH, dtype=torch.bool)
+    return SpanMask.from_key_mask(torch.ones(_BATCH, _LENGTH, dtype=torch.bool)) if kind == "everything" else None
+
+
+def distinct(target: str) -> Iterator[tuple[Variant, Launch]]:
+    """Every variant's launches, the same code once."""
+    seen: set[str] = set()
+    for variant in variants(target):
+        for launch in launches(variant, target):
+            code = repr((launch.kernel.__name__, launch.config, specialisation(launch)))
+            if code not in seen:
+                seen.add(code)
+                yield variant, launch
+
+
+# In processes of their own, each of which makes the launches again: they hold tensors and code.
+
+
+def compile_triton() -> list[Resources]:
+    """Every target's kernels."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default until 3.10; unset it warns of the change
+    with ProcessPoolExecutor(_PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        counts = dict(zip(TARGETS, pool.map(_count, TARGETS), strict=True))
+        jobs = [(target, number) for target in TARGETS for number in range(counts[target])]
+        return list(pool.map(_compile, *zip(*jobs, strict=True)))
+
+
+@cache
+def _launches(target: str) -> list[tuple[Variant, Launch]]:
+    return list(distinct(target))
+
+
+def _count(target: str) -> int:
+    return len(_launches(target))
+
+
+def _compile(target: str, number: int) -> Resources:
+    variant, launch = _launches(target)[number]
+    try:
+        return resources(launch, f"{variant} {variant.what}", target)
+    except Exception as error:  # of the compiler's own kinds, some of which can't be passed on to another process
+        name = launch.kernel.__name__
+        raise RuntimeError(f"{name}, {variant}, {launch.config} does not compile for {target}: {error}") from None

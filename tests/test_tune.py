@@ -1,0 +1,123 @@
+"""The search for tile sizes, with a clock that is none."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tune
+
+from mmkernels import tuning
+from mmkernels.ops._attention.cases import attention_inputs
+from mmkernels.tuning import Config
+
+ROOT = Path(__file__).parents[1]
+
+CPU = torch.device("cpu")
+DEFAULT = tuning.default("forward", tuning.architecture(CPU), torch.float32, 64)
+FAST, WRONG, BROKEN, SLOW = (Config(16, 16 * n, 4, 1) for n in range(1, 5))
+TIMES = {FAST: 1.0, WRONG: 0.1, SLOW: 9.0}
+
+
+def small(generator: torch.Generator, dim: int) -> dict[str, Any]:
+    return attention_inputs(generator, 1, 2, 6, 9, dim)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = {"forward": (tune.Problem(small), tune.Problem(small)), "grad_query": (tune.Problem(small, ("query",)),)}
+    monkeypatch.setitem(tune.PROBLEMS, "cross_attention", problems)
+    space = ((16,), tuple(config.block_k for config in (FAST, WRONG, BROKEN, SLOW)), (4,), (1,))
+    monkeypatch.setitem(tune.SPACE, "forward", space)
+    monkeypatch.setitem(tune.SPACE, "grad_query", space)
+
+
+def search(kernel: str, **times: float) -> tune.Search:
+    """Whose kernels take what `TIMES` says, and do what the names of the configurations say."""
+
+    def forced() -> Config | None:
+        return tuning._forced.get(("cross_attention", kernel))
+
+    def clock(call: Any, calls: int, device: torch.device) -> float:
+        return TIMES.get(forced(), times.get("default", 2.0))  # type: ignore[arg-type]
+
+    found = tune.Search("cross_attention", kernel, "fp32", 64, CPU, clock=clock, backend="chunked")
+    for timed in found._timed:
+        right = timed.call
+
+        def call(right: Any = right) -> Any:
+            if forced() == BROKEN:
+                raise RuntimeError("out of resource: shared memory")
+            out = right()
+            wrong = (lambda x: x + 1) if forced() == WRONG else lambda x: x
+            return tuple(map(wrong, out)) if isinstance(out, tuple) else wrong(out)
+
+        timed.call = call
+    return found
+
+
+@pytest.mark.parametrize("kernel", ["forward", "grad_query"])
+def test_the_fastest_right_configuration_wins(kernel: str) -> None:
+    found = search(kernel)
+    row = found.run(float("inf"))
+    assert row is not None
+    assert Config(row["block_q"], row["block_k"], row["warps"], row["stages"]) == FAST
+    assert (row["milliseconds"], row["default_milliseconds"]) == (1000.0, 2000.0)
+    assert (row["device"], row["kernel"], row["dtype"], row["dim"]) == ("cpu", kernel, "float32", 64)
+    assert found.failures == {"RuntimeError": 1, "WrongResult": 1}
+    assert "2.00x the default's speed; 5 tried, 1 WrongResult, 1 RuntimeError" in next(tune._told(found, row))
+
+
+def test_the_default_stays_where_nothing_is_clearly_faster() -> None:
+    row = search("forward", default=1.01).run(float("inf"))
+    assert row is not None and Config(row["block_q"], row["block_k"], row["warps"], row["stages"]) == DEFAULT
+
+
+def test_what_has_no_time_left_is_counted() -> None:
+    found = search("forward")
+    row = found.run(0.0)
+    assert row is not None and row["milliseconds"] == row["default_milliseconds"]
+    assert found.left_out == 4 and "4 left out for time" in list(tune._told(found, row))[1]
+
+
+def test_compiling_beforehand_survives_what_fails() -> None:
+    found = search("forward")
+    found.compile(found.candidates())
+    assert found.failures == {"RuntimeError": 1}
+
+
+def test_rows_replace_those_of_the_same_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ops" / "cross_attention" / "tuned.json"
+    path.parent.mkdir(parents=True)
+    row = search("forward").run(float("inf"))
+    assert row is not None
+    tune.write(path, row | {"dim": 128})
+    tune.write(path, row | {"milliseconds": 5.0})
+    tune.write(path, row)
+    rows = json.loads(path.read_text())
+    assert [(each["dim"], each["milliseconds"]) for each in rows] == [(64, 1000.0), (128, 1000.0)]
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    tuning._config.cache_clear()
+    try:
+        assert tuning.config("cross_attention", "forward", CPU, torch.float32, 40) == FAST
+        assert tuning.config("cross_attention", "forward", CPU, torch.float32, 200) != FAST
+    finally:
+        tuning._config.cache_clear()
+
+
+def test_every_kernel_has_a_space_with_its_default_s_kind() -> None:
+    for kernels in tune.PROBLEMS.values():
+        assert set(kernels) <= set(tune.SPACE)
+    for kernel in tune.SPACE:
+        assert tuning.default(kernel, "sm_90", torch.bfloat16, 128).warps in (4, 8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), "cross_attention"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 2 and "nothing was searched: there is no GPU" in ended.stderr
