@@ -67,7 +67,7 @@ test: setup lint ## lint, types, C++ build, unit tests, GPU kernels interpreted 
 	$(call heading,pytest tests)
 	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 	$(call heading,pytest tests -m interpreted: the Triton kernels by Triton\'s interpreter)
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops -m interpreted $(PYTEST_ARGS)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops -m interpreted -n 2 $(PYTEST_ARGS)
 	$(call heading,python -m mmkernels.aot: the GPU kernels compiled ahead of time)
 	@$(BIN)/python -m mmkernels.aot
 	$(call heading,smoke run: mmkernels profile flamingo)

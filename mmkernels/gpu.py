@@ -106,12 +106,17 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **con
         _recorded.append(Launch(kernel, grid, args, constants, config))
         return
     first = next(x for x in args if isinstance(x, Tensor))
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    options = launch_options(config)
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
             kernel[grid](*args, **constants, **options)
     else:
         kernel[grid](*args, **constants, **options)
+
+
+def launch_options(config: Config) -> dict[str, Any]:
+    """Options of Triton's compiler."""
+    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
 
 
 @cache

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmkernels.aot.resources import Resources, code_sizes
-from mmkernels.gpu import Launch
+from mmkernels.gpu import Launch, launch_options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,8 +54,7 @@ def specialisation(launch: Launch) -> Specialisation:
 def compile_launch(launch: Launch, target: str) -> Any:
     """Triton's compiled kernel."""
     source = ASTSource(launch.kernel, *specialisation(launch))
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-    return triton.compile(source, target=TARGETS[target], options=options)
+    return triton.compile(source, target=TARGETS[target], options=launch_options(launch.config))
 
 
 def _type_of(value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: Any) -> Any:

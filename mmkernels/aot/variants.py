@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -124,7 +123,6 @@ def distinct(target: str) -> Iterator[tuple[Variant, Launch]]:
 
 def compile_triton() -> list[Resources]:
     """Every target's kernels."""
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default until 3.10; unset it warns of the change
     with ProcessPoolExecutor(_PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
         counts = dict(zip(TARGETS, pool.map(_count, TARGETS), strict=True))
         jobs = [(target, number) for target in TARGETS for number in range(counts[target])]
