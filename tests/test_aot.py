@@ -75,7 +75,7 @@ def test_resources_of_a_small_kernel() -> None:
         ({"spilled_bytes": 8, "variant": "bfloat16 D128 none training"}, "spills 8 bytes"),
         ({"spilled_bytes": 8, "variant": "bfloat16 D256 none training"}, None),
         ({"spilled_bytes": 8, "target": "sm_80"}, None),
-        ({"spilled_bytes": 8, "target": "sm_80", "kernel": "decode_kernel", "variant": "float16 1 row tile"}, "8 bytes"),
+        ({"spilled_bytes": 8, "target": "sm_80", "variant": "float16 D80 1 row tile"}, "spills 8 bytes"),
         ({"shared_bytes": 228 << 10}, "needs 233472 bytes of shared memory, there are 232448"),
         ({"shared_bytes": 65 << 10, "target": "gfx942"}, "there are 65536"),
         ({"shared_bytes": 228 << 10, "target": "sm_100a"}, "there are 232448"),

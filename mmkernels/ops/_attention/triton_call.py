@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +17,12 @@ _LIST_BLOCK = 256
 _SMALL = Config(0, 0, 4, 1)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """``triton.cdiv`` without its 4 us, which is for kernels to call too."""
+    return -(-a // b)
+
+
+@cache
 def pieces(dim: int) -> tuple[int, int]:
     """Two powers of two, of at least 16 channels or 0, that cover a head dim with the least to spare.
 
@@ -99,10 +105,10 @@ class Call:
         return abs(self.scale) * tiles.LOG2E.value
 
     def row_tiles(self, config: Config) -> int:
-        return triton.cdiv(self.rows, config.block_q)
+        return ceil_div(self.rows, config.block_q)
 
     def key_tiles(self, config: Config) -> int:
-        return triton.cdiv(self.k_len, config.block_k)
+        return ceil_div(self.k_len, config.block_k)
 
     def lists(self, config: Config, *, of_rows: bool) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         """For each tile of keys (`of_rows`: of rows) the tiles of the other kind that meet it, see `tile_lists`."""
@@ -154,11 +160,10 @@ def _bytes(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.view(torch.uint8)
 
 
-def _mask_strides(*masks: Tensor | None) -> tuple[int, ...]:
-    start, end, key_valid, dense, bias = masks
-    parts: Sequence[tuple[Tensor | None, tuple[int, ...]]] = (
-        (start, (0, 1)), (end, (0, 1)), (key_valid, (0, 1)), (dense, (0, 1, 2, 3)), (bias, (0, 1, 2, 3)),
-    )  # fmt: skip
-    return tuple(
-        stride for x, dims in parts for stride in (strides_of(x, *dims) if x is not None else (0,) * len(dims))
-    )
+def _mask_strides(
+    start: Tensor | None, end: Tensor | None, key_valid: Tensor | None, dense: Tensor | None, bias: Tensor | None
+) -> tuple[int, ...]:
+    found: tuple[int, ...] = ()
+    for x, dims in ((start, 2), (end, 2), (key_valid, 2), (dense, 4), (bias, 4)):
+        found += (0,) * dims if x is None else strides_of(x, *range(dims))
+    return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmkernels.gpu import launch, multiprocessors
 from mmkernels.ops._attention.philox import keep_scale
-from mmkernels.ops._attention.triton_call import NO_LISTS, Call, key_strides, pieces, tma_descriptor
+from mmkernels.ops._attention.triton_call import NO_LISTS, Call, ceil_div, key_strides, pieces, tma_descriptor
 from mmkernels.ops._attention.triton_tiles import (
     INFINITY,
     LN2,
@@ -357,7 +357,7 @@ def attend(
     if splits > 1:
         rows = call.problems * call.rows
         launch(
-            merge_splits, (triton.cdiv(rows, _MERGE.block_q),), _MERGE,
+            merge_splits, (ceil_div(rows, _MERGE.block_q),), _MERGE,
             part_out, part_lse, out, lse, gate, gate_stride, call.sizes, splits, call.rows, rows,
             GROUP=call.group, PACKED=call.packed, SHARED=call.shared,
             DV=dv, VALUE=value is not None, WIDTH=max(16, triton.next_power_of_2(dv)), BLOCK_Q=_MERGE.block_q,
@@ -368,7 +368,7 @@ def attend(
 def count_splits(call: Call, plan: Config) -> int:
     """Into how many parts the keys are cut, so that about four programs go to each multiprocessor; 1: not at all."""
     programs = call.problems * call.row_tiles(plan)
-    wanted = triton.cdiv(4 * multiprocessors(call.query.device), max(1, programs))
+    wanted = ceil_div(4 * multiprocessors(call.query.device), max(1, programs))
     # A part of fewer than two tiles costs more to merge than it saves.
     return max(1, min(wanted, call.key_tiles(plan) // 2))
 

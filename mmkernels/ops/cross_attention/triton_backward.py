@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mmkernels.gpu import launch, multiprocessors
 from mmkernels.ops._attention.philox import keep_scale
-from mmkernels.ops._attention.triton_call import NO_LISTS, Call, key_strides, pieces
+from mmkernels.ops._attention.triton_call import NO_LISTS, Call, ceil_div, key_strides, pieces
 from mmkernels.ops.cross_attention.triton import LISTED, OP, threshold
 from mmkernels.ops.cross_attention.triton_grad_bias import grad_bias_kernel
 from mmkernels.ops.cross_attention.triton_grad_key_value import grad_key_value_kernel
@@ -156,7 +155,7 @@ class _Backward:
 
     def _shared_bias(self, bias: Tensor) -> Tensor:
         call, plan = self.call, self._config("grad_bias")
-        tiles = triton.cdiv(call.q_len, plan.block_q)
+        tiles = ceil_div(call.q_len, plan.block_q)
         sum_rows = bias.shape[2] == 1
         sums = (
             call.batch if bias.shape[0] == 1 else 1, call.heads if bias.shape[1] == 1 else 1, tiles if sum_rows else 1,
