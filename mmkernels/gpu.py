@@ -42,10 +42,13 @@ def _machine_why_not() -> str | None:
         return 'Triton is not installed: pip install "mmkernels[gpu]"'
     if INTERPRETED:
         return None
-    if not torch.cuda.is_available():
-        return "there is no GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    return None if torch.cuda.is_available() else "there is no GPU"
+
+
+@cache
+def _device_why_not(device: torch.device) -> str | None:
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
 
 
@@ -64,7 +67,7 @@ def why_not(*args: Any) -> str | None:
     widest = max((t.shape[3] for t in args[:5] if t is not None and t.dim() == 4), default=0)
     if widest > _MOST_CHANNELS:
         return f"head dims above {_MOST_CHANNELS} do not fit into a multiprocessor, got {widest}"
-    return None
+    return _device_why_not(x.device)
 
 
 @dataclass(frozen=True)

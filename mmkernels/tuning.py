@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-"""What defaults exist for; a GPU takes those of the newest that is not newer than itself."""
+"""What defaults exist for."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,8 @@ def _architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
-    number = 10 * major + minor
-    known = [name for name in ARCHITECTURES if name.startswith("sm_") and int(name[3:]) <= number]
-    # Consumer Blackwell (sm_120) has Ada's shared memory, not that of sm_100.
-    return "sm_89" if major == 12 or not known else known[-1]
+    # Consumer GPUs of every generation (sm_86, sm_89, sm_120) have Ada's shared memory.
+    return {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor), "sm_100" if major in (10, 11) else "sm_89")
 
 
 # (rows, keys, warps, stages) for head dims up to 64, 128 and 256. Chosen by registers and shared memory, which
@@ -124,7 +122,7 @@ _HOPPER = {
     "decode": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
     "grad_query": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 2)),
     "grad_key_value": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 32, 8, 2)),
-    "grad_key_value_masked": ((64, 128, 8, 2), (32, 128, 8, 3), (32, 32, 8, 2)),
+    "grad_key_value_masked": ((64, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
     "grad_query_dropout": ((128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
     "grad_key_value_dropout": ((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     "grad_bias": ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
@@ -172,5 +170,6 @@ def default(kernel: str, architecture: str, dtype: torch.dtype, dim: int) -> Con
     entry = _DEFAULTS[architecture][kernel][(64, 128, 256).index(bucket(dim))]
     block_q, block_k, warps, stages = entry
     if dtype == torch.float32:
-        block_q, block_k, warps, stages = min(block_q, 32), min(block_k, 32), 8, 1
+        most = 32 if bucket(dim) < 256 else 16
+        block_q, block_k, warps, stages = min(block_q, most), min(block_k, most), 8 if most == 32 else 4, 1
     return Config(block_q, block_k, warps, stages)

@@ -26,7 +26,7 @@ COMPILERS = {"triton": "1", "nvcc": "2"}
 
 def test_every_default_configuration_is_compiled() -> None:
     """Of each target: every kernel's tiles for every bucket of head dims that the op is trained with."""
-    for target in aot.TARGETS:
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         compiled = {(x.kernel.__name__, x.config) for _, x in distinct(target)}
         for kernel, dim in itertools.product(("forward", "grad_query", "grad_key_value_masked"), (64, 128, 256)):
             name = kernel.removesuffix("_masked") + "_kernel"

@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key, Tensor value, Option
     p.partial = partial->mutable_data_ptr<float>();
   }
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   if (query.scalar_type() == ScalarType::BFloat16) {
     launch_dim<Bf16>(p, plan, dim, device, static_cast<cudaStream_t>(stream));
   } else {

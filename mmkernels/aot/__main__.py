@@ -23,7 +23,7 @@ from mmkernels.aot.resources import Resources
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("table.csv")
-SHARED_LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED_LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 _NO_SPILLS = ("D64", "D128")
 
 
@@ -153,12 +153,11 @@ def read_table() -> tuple[dict[str, str], list[Resources]]:
 
 def print_table(found: list[Resources]) -> None:
     """A row for each kernel and variant; registers, spilled bytes, KiB of shared memory and of code by target."""
-    targets = list(dict.fromkeys(row.target for row in found))
-    groups = [[t for t in targets if t.endswith("a") or t == "sm_80"], [t for t in targets if not t.endswith("a")]]
-    for by_hand, columns in zip((True, False), groups, strict=True):
+    for by_hand in (True, False):
         rows = [row for row in found if _is_cuda(row) == by_hand]
         if not rows:
             continue
+        columns = sorted({row.target for row in rows}, key=lambda name: (len(name.rstrip("a")), name))
         print(f"\n{'registers/spilled bytes/KiB shared/KiB code':58}" + "".join(f"{t:>18}" for t in columns))
         by_name: dict[tuple[str, str], dict[str, Resources]] = {}
         for row in rows:

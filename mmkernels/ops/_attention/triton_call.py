@@ -82,7 +82,6 @@ class Call:
         self.scale = scale
         self.masks = (start, end, _bytes(key_valid), _bytes(dense), bias)
         self.mask_strides = _mask_strides(start, end, key_valid, dense, bias)
-        self.query_strides = query.stride()
         self.key_strides = key_strides(key)
         self.hides = any(x is not None for x in (start, key_valid, dense, bias))
         # Within its spans every key may be hidden all the same.
@@ -124,15 +123,24 @@ class Call:
         found = torch.empty(entries, lines, length, dtype=torch.int32, device=device)
         counts = torch.empty(entries, lines, 2, dtype=torch.int32, device=device)
         launch(
-            tiles.tile_status, (rows * keys, entries), _SMALL,
+            tiles.tile_status, (rows * keys * entries,), _SMALL,
             self.masks, self.mask_strides, status, self.sizes, map_heads, rows, keys,
             GROUP=self.group, PACKED=self.packed, SHARED=self.shared, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
         )  # fmt: skip
         steps = (keys, 1) if of_rows else (1, keys)
-        launch(tiles.list_tiles, (lines, entries), _SMALL, status, found, counts, lines, length, *steps,
+        launch(tiles.list_tiles, (lines * entries,), _SMALL, status, found, counts, lines, length, *steps,
                BLOCK=_LIST_BLOCK)  # fmt: skip
         strides = (map_heads * lines if map_batch > 1 else 0, lines if map_heads > 1 else 0)
         return (found, counts), strides
+
+
+def unit_of(*tensors: Tensor) -> int:
+    """8 where all strides of batch, head and row divide by it, else 1: see triton_tiles.py."""
+    return 8 if all(n % 8 == 0 for x in tensors for n in x.stride()[:3]) else 1
+
+
+def in_units(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
+    return (strides[0] // unit, strides[1] // unit, strides[2] // unit, strides[3])
 
 
 NO_LISTS: tuple[Any, tuple[int, int]] = ((None, None), (0, 0))

@@ -7,6 +7,8 @@ which have one key between them. A program works on a tile of rows and walks ove
 Arguments come in tuples, in this order:
 
     sizes: batch, query heads, key heads, queries, keys
+    query_strides and the like: (b, h, i, channel), the first three in UNITs: 8 elements where all divide by that, which
+        Triton does not find out about a stride of 72 by itself, so that rows are fetched 16 bytes at a time
     masks: start, end, key_valid, dense, bias; None where there is none
     mask_strides: start and end (b, i), key_valid (b, j), dense (b, h, i, j), bias (b, h, i, j); 0 where broadcast
     lists: tiles, counts of `tile_lists`, or None, None; and the strides of a problem's batch and head in them
@@ -53,16 +55,16 @@ def split_rows(rows, problem, sizes, GROUP: tl.constexpr, PACKED: tl.constexpr, 
 
 
 @triton.jit
-def row_offsets(b, h, i, strides):
-    """Where rows begin in a tensor of strides (b, h, i, ...); int64."""
-    return b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + i.to(tl.int64) * strides[2]
+def row_offsets(b, h, i, strides, UNIT: tl.constexpr = 1):
+    """Where rows begin in a tensor of strides (b, h, i, ...), in elements; int64."""
+    return (b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + i.to(tl.int64) * strides[2]) * UNIT
 
 
 @triton.jit
 def load_rows(source, offsets, live, stride, FROM: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
     """``[rows, WIDTH]``, channels FROM on, of rows at `offsets`; 0 where there is no row or channel."""
     d = FROM + tl.arange(0, WIDTH)
-    places = source + offsets[:, None] + d[None, :] * stride
+    places = source + offsets[:, None] + d.to(tl.int64)[None, :] * stride
     if FROM + WIDTH <= DIM:
         x = tl.load(places, mask=live[:, None], other=0.0)
     else:
@@ -74,7 +76,7 @@ def load_rows(source, offsets, live, stride, FROM: tl.constexpr, WIDTH: tl.const
 def store_rows(target, offsets, live, x, stride, FROM: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
     """The counterpart of `load_rows`."""
     d = FROM + tl.arange(0, WIDTH)
-    places = target + offsets[:, None] + d[None, :] * stride
+    places = target + offsets[:, None] + d.to(tl.int64)[None, :] * stride
     tl.store(places, x.to(target.dtype.element_ty), mask=live[:, None] & (d < DIM)[None, :])
 
 
@@ -89,8 +91,8 @@ def add_rows(target, offsets, live, x, stride, FROM: tl.constexpr, WIDTH: tl.con
 @triton.jit
 def load_keys(
     source, b, h, first, strides, k_len,
-    FROM: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-    TMA: tl.constexpr,
+    FROM: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """``[BLOCK, WIDTH]`` of key or value from key `first` on; 0 past the end. WHOLE: the tile ends before the end."""
     if TMA:
@@ -98,8 +100,8 @@ def load_keys(
     else:
         j = first + tl.arange(0, BLOCK)
         d = FROM + tl.arange(0, WIDTH)
-        start = source + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
-        places = start + j.to(tl.int64)[:, None] * strides[2] + d[None, :] * strides[3]
+        start = source + (b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]) * UNIT
+        places = start + (j.to(tl.int64) * strides[2] * UNIT)[:, None] + d.to(tl.int64)[None, :] * strides[3]
         if WHOLE and FROM + WIDTH <= DIM:
             x = tl.load(places)
         elif FROM + WIDTH <= DIM:
@@ -160,9 +162,12 @@ def tile_status(
     masks, mask_strides, status, sizes, heads_of_map, row_tiles, key_tiles_,
     GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """For each tile of the map: 0 nobody sees any of it, 2 everybody sees all of it, 1 otherwise."""
-    tile = tl.program_id(0)
-    entry = tl.program_id(1)
+    """For each tile of the map: 0 nobody sees any of it, 2 everybody sees all of it, 1 otherwise.
+
+    Grid: (tiles x entries of the map,).
+    """
+    tile = tl.program_id(0) % (row_tiles * key_tiles_)
+    entry = tl.program_id(0) // (row_tiles * key_tiles_)
     heads = sizes[2] if PACKED else sizes[1]
     problem = (entry // heads_of_map) * heads + entry % heads_of_map
     rows = (tile // key_tiles_) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -188,8 +193,8 @@ def tile_status(
 @triton.jit
 def list_tiles(status, tiles, counts, lines, length, line_stride, tile_stride, BLOCK: tl.constexpr):
     """Of each line of a map the tiles of status 1, from the front, and of status 2, from the back; how many of both."""
-    line = tl.program_id(0)
-    entry = tl.program_id(1).to(tl.int64)
+    line = tl.program_id(0) % lines
+    entry = (tl.program_id(0) // lines).to(tl.int64)
     source = status + entry * lines * length + line * line_stride
     target = tiles + (entry * lines + line) * length
     partial, full = 0, 0
@@ -206,12 +211,6 @@ def list_tiles(status, tiles, counts, lines, length, line_stride, tile_stride, B
 
 
 # The arithmetic of a tile. Rows may run down, with b, h, i, lo, hi of shape [rows, 1] and j [1, keys], or across.
-
-
-@triton.jit
-def hides(masks):
-    """Whether one row may see a key that another row does not."""
-    return masks[0] is not None or masks[2] is not None or masks[3] is not None or masks[4] is not None
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.gpu import launch
-from mmkernels.ops._attention.triton_call import NO_LISTS, Call, strides_of
+from mmkernels.ops._attention.triton_call import NO_LISTS, Call, in_units, strides_of, unit_of
 from mmkernels.ops._attention.triton_tiles import (
     INFINITY,
     list_start,
@@ -29,13 +29,14 @@ from mmkernels.tuning import config
 def column_sums(
     total, k0, k1, query, lse, counts, count_strides, masks, mask_strides, query_strides, problem, first_row, first_key,
     sizes, scale,
-    MASKED: tl.constexpr, GROUP: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr, DIM: tl.constexpr,
+    MASKED: tl.constexpr, GROUP: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add to each key what one tile of rows gives it; scores are [keys, rows]."""
     rows = first_row + tl.arange(0, BLOCK_Q)
     b, h, i, live = split_rows(rows, problem, sizes, GROUP, False, False)
-    offsets = row_offsets(b, h, i, query_strides)
+    offsets = row_offsets(b, h, i, query_strides, UNIT)
     q = load_rows(query, offsets, live, query_strides[3], 0, D0, DIM)
     dots = tl.dot(k0, tl.trans(q), input_precision=PRECISION)
     if D1 > 0:
@@ -62,7 +63,8 @@ def column_sums(
 def received_kernel(
     query, key, lse, counts, received, masks, mask_strides, lists, list_strides, query_strides, key_strides,
     count_strides, sizes, scale,
-    GROUP: tl.constexpr, ALL_PARTIAL: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr, DIM: tl.constexpr,
+    GROUP: tl.constexpr, ALL_PARTIAL: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one query head. Grid: (key tiles x batch x query heads,)."""
@@ -71,10 +73,12 @@ def received_kernel(
     problem, tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
     key_batch, _, key_head = split_problem(problem, sizes, GROUP, False)
     first_key = tile * BLOCK_K
-    k0 = load_keys(key, key_batch, key_head, first_key, key_strides, k_len, 0, D0, DIM, BLOCK_K, False, False)
+    k0 = load_keys(key, key_batch, key_head, first_key, key_strides, k_len, 0, D0, DIM, UNIT, BLOCK_K, False, False)
     k1 = k0
     if D1 > 0:
-        k1 = load_keys(key, key_batch, key_head, first_key, key_strides, k_len, D0, D1, DIM, BLOCK_K, False, False)
+        k1 = load_keys(
+            key, key_batch, key_head, first_key, key_strides, k_len, D0, D1, DIM, UNIT, BLOCK_K, False, False
+        )
     total = tl.zeros([BLOCK_K], tl.float32)
     row_tiles = tl.cdiv(sizes[3], BLOCK_Q)
     if lists[0] is None:
@@ -89,13 +93,13 @@ def received_kernel(
         at = n if listed is None else tl.load(listed + row_tiles - 1 - n)
         total = column_sums(
             total, k0, k1, query, lse, counts, count_strides, masks, mask_strides, query_strides, problem, at * BLOCK_Q,
-            first_key, sizes, scale, False, GROUP, NEGATE, PRECISION, DIM, D0, D1, BLOCK_Q, BLOCK_K,
+            first_key, sizes, scale, False, GROUP, NEGATE, PRECISION, UNIT, DIM, D0, D1, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     for n in range(0, partial_tiles):
         at = n if listed is None else tl.load(listed + n)
         total = column_sums(
             total, k0, k1, query, lse, counts, count_strides, masks, mask_strides, query_strides, problem, at * BLOCK_Q,
-            first_key, sizes, scale, True, GROUP, NEGATE, PRECISION, DIM, D0, D1, BLOCK_Q, BLOCK_K,
+            first_key, sizes, scale, True, GROUP, NEGATE, PRECISION, UNIT, DIM, D0, D1, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     j = first_key + tl.arange(0, BLOCK_K)
     tl.store(received + problem.to(tl.int64) * k_len + j, total, mask=j < k_len)
@@ -117,6 +121,7 @@ def forward(
     lse = log_sum_exp(Call(query, key, *masks, scale))
     call = Call(query, key, *masks, scale, packed=False, shared=False)
     plan = config("attention_received", "received", query.device, query.dtype, call.dim)
+    unit = unit_of(query, key)
     received = query.new_empty(call.batch, call.heads, call.k_len, dtype=torch.float32)
     listed = any(x is not None for x in masks[:4]) and call.q_len * call.k_len >= LISTED
     lists, list_strides = call.lists(plan, of_rows=False) if listed else NO_LISTS
@@ -124,8 +129,8 @@ def forward(
     launch(
         received_kernel, (call.key_tiles(plan) * call.problems,), plan,
         query, key, lse, query_weights, received, call.masks, call.mask_strides, lists, list_strides,
-        call.query_strides, call.key_strides,
+        in_units(query.stride(), unit), in_units(call.key_strides, unit),
         (0, 0, 0) if query_weights is None else strides_of(query_weights, 0, 1, 2), call.sizes, call.scale_log2,
-        **{name: call.constants[name] for name in used}, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
+        **{name: call.constants[name] for name in used}, UNIT=unit, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
     )  # fmt: skip
     return received

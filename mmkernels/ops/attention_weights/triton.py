@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.gpu import launch
-from mmkernels.ops._attention.triton_call import Call
+from mmkernels.ops._attention.triton_call import Call, in_units, unit_of
 from mmkernels.ops._attention.triton_tiles import (
     load_keys,
     load_lse,
@@ -27,6 +27,7 @@ from mmkernels.tuning import config
 def weights_kernel(
     query, key, lse, result, masks, mask_strides, query_strides, key_strides, sizes, row_tiles, scale,
     GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows by keys. Grid: (key tiles x row tiles x problems,)."""
@@ -42,13 +43,13 @@ def weights_kernel(
     j = first + tl.arange(0, BLOCK_K)
     weights = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     if (tl.min(lo, 0) < first + BLOCK_K) & (tl.max(hi, 0) > first):
-        offsets = row_offsets(b, h, i, query_strides)
+        offsets = row_offsets(b, h, i, query_strides, UNIT)
         q = load_rows(query, offsets, live, query_strides[3], 0, D0, DIM)
-        k = load_keys(key, key_batch, key_head, first, key_strides, k_len, 0, D0, DIM, BLOCK_K, False, False)
+        k = load_keys(key, key_batch, key_head, first, key_strides, k_len, 0, D0, DIM, UNIT, BLOCK_K, False, False)
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if D1 > 0:
             q = load_rows(query, offsets, live, query_strides[3], D0, D1, DIM)
-            k = load_keys(key, key_batch, key_head, first, key_strides, k_len, D0, D1, DIM, BLOCK_K, False, False)
+            k = load_keys(key, key_batch, key_head, first, key_strides, k_len, D0, D1, DIM, UNIT, BLOCK_K, False, False)
             dots = tl.dot(q, tl.trans(k), dots, input_precision=PRECISION)
         if NEGATE:
             dots = -dots
@@ -75,13 +76,15 @@ def forward(
     call = Call(query, key, start, end, key_valid, dense, bias, scale)
     lse = log_sum_exp(call)
     plan = config("attention_weights", "weights", query.device, query.dtype, call.dim)
+    unit = unit_of(query, key)
     result = query.new_empty(call.batch, call.heads, call.q_len, call.k_len, dtype=torch.float32)
     row_tiles = call.row_tiles(plan)
     used = ("GROUP", "PACKED", "SHARED", "NEGATE", "PRECISION", "DIM", "D0", "D1")
     launch(
         weights_kernel, (call.key_tiles(plan) * row_tiles * call.problems,), plan,
-        query, key, lse, result, call.masks, call.mask_strides, call.query_strides, call.key_strides, call.sizes,
+        query, key, lse, result, call.masks, call.mask_strides, in_units(query.stride(), unit),
+        in_units(call.key_strides, unit), call.sizes,
         row_tiles, call.scale_log2,
-        **{name: call.constants[name] for name in used}, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
+        **{name: call.constants[name] for name in used}, UNIT=unit, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
     )  # fmt: skip
     return result

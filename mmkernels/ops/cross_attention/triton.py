@@ -14,14 +14,22 @@ from torch import Tensor
 
 from mmkernels.gpu import launch, multiprocessors
 from mmkernels.ops._attention.philox import keep_scale
-from mmkernels.ops._attention.triton_call import NO_LISTS, Call, ceil_div, key_strides, pieces, tma_descriptor
+from mmkernels.ops._attention.triton_call import (
+    NO_LISTS,
+    Call,
+    ceil_div,
+    in_units,
+    key_strides,
+    pieces,
+    tma_descriptor,
+    unit_of,
+)
 from mmkernels.ops._attention.triton_tiles import (
     INFINITY,
     LN2,
     LOWEST,
     add_rows,
     has_non_finite,
-    hides,
     keep_pairs,
     key_tiles,
     list_start,
@@ -50,20 +58,22 @@ _TMA_KEYS = 1024  # from which on a descriptor's 5 us on the host are little bes
 def attend_tile(
     top, total, acc0, acc1, bad, q0, q1, key, value, masks, mask_strides, key_strides, value_strides, seed,
     b, h, i, lo, hi, key_batch, key_head, first, k_len, scale, threshold,
-    MASKED: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    MASKED: tl.constexpr, HIDES: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to the largest score, the sum of exponentials and the weighted values of the rows.
 
     `bad` notes where a value that not every row sees is not finite.
     """
-    k = load_keys(key, key_batch, key_head, first, key_strides, k_len, 0, D0, DIM, BLOCK_K, not MASKED, TMA)
+    k = load_keys(key, key_batch, key_head, first, key_strides, k_len, 0, D0, DIM, UNIT, BLOCK_K, not MASKED, TMA)
     scores = tl.dot(q0, tl.trans(k), input_precision=PRECISION)
     if D1 > 0:
-        k = load_keys(key, key_batch, key_head, first, key_strides, k_len, D0, D1, DIM, BLOCK_K, not MASKED, False)
+        k = load_keys(
+            key, key_batch, key_head, first, key_strides, k_len, D0, D1, DIM, UNIT, BLOCK_K, not MASKED, False
+        )
         scores = tl.dot(q1, tl.trans(k), scores, input_precision=PRECISION)
-    CAREFUL: tl.constexpr = MASKED and hides(masks)
+    CAREFUL: tl.constexpr = MASKED and HIDES
     if MASKED:
         j = first + tl.arange(0, BLOCK_K)
         scores, _ = masked_scores(
@@ -81,14 +91,17 @@ def attend_tile(
     if value is not None:
         if seed is not None:
             weights = tl.where(keep_pairs(seed, threshold, b, h, i, first, BLOCK_K), weights, 0.0)
-        v = load_keys(value, key_batch, key_head, first, value_strides, k_len, 0, V0, DV, BLOCK_K, not MASKED, TMA)
+        v = load_keys(
+            value, key_batch, key_head, first, value_strides, k_len, 0, V0, DV, UNIT, BLOCK_K, not MASKED, TMA
+        )
         weights = weights.to(v.dtype)
         if CAREFUL:
             bad = tl.maximum(bad, has_non_finite(v))
             v = zero_non_finite(v)
         acc0 = tl.dot(weights, v, acc0 * shrink[:, None], input_precision=PRECISION)
         if V1 > 0:
-            v = load_keys(value, key_batch, key_head, first, value_strides, k_len, V0, V1, DV, BLOCK_K, not MASKED,
+            v = load_keys(value, key_batch, key_head, first, value_strides, k_len, V0, V1, DV, UNIT, BLOCK_K,
+            not MASKED,
                           False)  # fmt: skip
             if CAREFUL:
                 bad = tl.maximum(bad, has_non_finite(v))
@@ -139,8 +152,9 @@ def places_of(rows, problem, split, problems, b, h, i, sizes, GROUP: tl.constexp
 def taint_rows(
     out, value, masks, mask_strides, value_strides, listed, first, full, full_end, partial_tiles,
     gate, gate_stride, split, problems, problem, tile, key_batch, key_head, sizes, readable,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr, DV: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """Bring what is not finite in the values to the stored rows that see it, whose sums were made without it.
 
@@ -158,10 +172,12 @@ def taint_rows(
         _, visible = masked_scores(
             nothing, masks, mask_strides, b[:, None], h[:, None], i[:, None], lo[:, None], hi[:, None], j[None, :], 1.0
         )
-        v = load_keys(value, key_batch, key_head, at, value_strides, sizes[4], 0, V0, DV, BLOCK_K, False, TMA)
+        v = load_keys(value, key_batch, key_head, at, value_strides, sizes[4], 0, V0, DV, UNIT, BLOCK_K, False, TMA)
         acc0 = taint(acc0, v, visible)
         if V1 > 0:
-            v = load_keys(value, key_batch, key_head, at, value_strides, sizes[4], V0, V1, DV, BLOCK_K, False, False)
+            v = load_keys(
+                value, key_batch, key_head, at, value_strides, sizes[4], V0, V1, DV, UNIT, BLOCK_K, False, False
+            )
             acc1 = taint(acc1, v, visible)
     factor = 1.0 if SPLIT else gate_of(gate, h, live, gate_stride)[:, None]
     _, place = places_of(rows, problem, split, problems, b, h, i, sizes, GROUP, PACKED, SHARED, SPLIT)
@@ -185,9 +201,9 @@ def forward_kernel(
     query, key, value, out, lse, masks, mask_strides, lists, list_strides, gate, gate_stride, seed,
     query_strides, key_strides, value_strides, sizes, scale, threshold, keep_scale, splits,
     GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, ALL_PARTIAL: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, TMA: tl.constexpr,
+    HIDES: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of one problem; with SPLIT one of `splits` parts of its keys.
 
@@ -206,7 +222,7 @@ def forward_kernel(
     k_len = sizes[4]
     if TMA and SHARED:
         key_batch = 0
-    offsets = row_offsets(b, h, i, query_strides)
+    offsets = row_offsets(b, h, i, query_strides, UNIT)
     q0 = load_rows(query, offsets, live, query_strides[3], 0, D0, DIM)
     q1 = q0
     if D1 > 0:
@@ -234,17 +250,18 @@ def forward_kernel(
         top, total, acc0, acc1, bad = attend_tile(
             top, total, acc0, acc1, bad, q0, q1, key, value, masks, mask_strides, key_strides, value_strides, seed,
             b, h, i, lo, hi, key_batch, key_head, at * BLOCK_K, k_len, scale, threshold,
-            False, DIM, D0, D1, DV, V0, V1, BLOCK_K, PRECISION, TMA,
+            False, HIDES, DIM, D0, D1, DV, V0, V1, BLOCK_K, PRECISION, UNIT, TMA,
         )  # fmt: skip
-    if full_tiles > 0:  # every row has seen something, if only scores of -inf
-        total = tl.where(top == -INFINITY, 1.0, total)
-        top = tl.where(top == -INFINITY, LOWEST, top)
+    if full_tiles > 0:  # every row has seen something, if only scores of -inf (or NaN, which makes its total NaN)
+        lowest = (top == -INFINITY) & (total == 0)
+        total = tl.where(lowest, 1.0, total)
+        top = tl.where(lowest, LOWEST, top)
     for n in range(0, partial_tiles):
         at = partial_tile(n, listed, first, full, full_end)
         top, total, acc0, acc1, bad = attend_tile(
             top, total, acc0, acc1, bad, q0, q1, key, value, masks, mask_strides, key_strides, value_strides, seed,
             b, h, i, lo, hi, key_batch, key_head, at * BLOCK_K, k_len, scale, threshold,
-            True, DIM, D0, D1, DV, V0, V1, BLOCK_K, PRECISION, TMA,
+            True, HIDES, DIM, D0, D1, DV, V0, V1, BLOCK_K, PRECISION, UNIT, TMA,
         )  # fmt: skip
     place, out_place = places_of(
         rows, problem, split, tl.num_programs(0) // row_tiles, b, h, i, sizes, GROUP, PACKED, SHARED, SPLIT
@@ -259,12 +276,13 @@ def forward_kernel(
         if V1 > 0:
             done, _ = finish_rows(top, total, acc1, factor, SPLIT)
             store_rows(out, out_place * DV, live, done, 1, V0, V1, DV)
-        if hides(masks):
+        if HIDES:
             if tl.max(bad, 0) > 0:  # rare, and so after the fact: its registers would be missed in the loops above
                 taint_rows(
                     out, value, masks, mask_strides, value_strides, listed, first, full, full_end, partial_tiles,
                     gate, gate_stride, split, tl.num_programs(0) // row_tiles, problem, tile, key_batch,
-                    key_head, sizes, query, GROUP, PACKED, SHARED, DV, V0, V1, BLOCK_Q, BLOCK_K, SPLIT, TMA,
+                    key_head, sizes, query, GROUP, PACKED, SHARED, UNIT, DV, V0, V1, BLOCK_Q, BLOCK_K, SPLIT,
+                    TMA,
                 )  # fmt: skip
 
 
@@ -343,15 +361,18 @@ def attend(
     if splits > 1:
         part_lse = lse.new_empty(splits, call.problems, call.rows)
         part_out = None if value is None else lse.new_empty(splits, call.problems, call.rows, dv)
+    unit = unit_of(query, key, *(() if value is None else (value,)))
     gate_stride = 0 if gate is None or gate.numel() == 1 else gate.stride(0)
     kept = 1.0 if seed is None else keep_scale(dropout_p)
     launch(
         forward_kernel, (call.row_tiles(plan) * call.problems, splits), plan,
         query, key_source, value_source, part_out, part_lse, call.masks, call.mask_strides, lists, list_strides,
-        gate, gate_stride, seed, call.query_strides, call.key_strides,
-        (0, 0, 0, 0) if value is None else key_strides(value), call.sizes, call.scale_log2, threshold(dropout_p), kept,
+        gate, gate_stride, seed, in_units(query.stride(), unit), in_units(call.key_strides, unit),
+        (0, 0, 0, 0) if value is None else in_units(key_strides(value), unit), call.sizes, call.scale_log2,
+        threshold(dropout_p), kept,
         splits,
-        **call.constants, DV=dv, V0=v0, V1=v1, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, SPLIT=splits > 1,
+        **call.constants, UNIT=unit, HIDES=call.hides, DV=dv, V0=v0, V1=v1, BLOCK_Q=plan.block_q,
+        BLOCK_K=plan.block_k, SPLIT=splits > 1,
         TMA=key_source is not key,
     )  # fmt: skip
     if splits > 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmkernels.gpu import launch, multiprocessors
 from mmkernels.ops._attention.philox import keep_scale
-from mmkernels.ops._attention.triton_call import NO_LISTS, Call, ceil_div, key_strides, pieces
+from mmkernels.ops._attention.triton_call import NO_LISTS, Call, ceil_div, in_units, key_strides, pieces, unit_of
 from mmkernels.ops.cross_attention.triton import LISTED, OP, threshold
 from mmkernels.ops.cross_attention.triton_grad_bias import grad_bias_kernel
 from mmkernels.ops.cross_attention.triton_grad_key_value import grad_key_value_kernel
@@ -68,7 +68,13 @@ class _Backward:
         self.gate_stride = 0 if gate is None or gate.numel() == 1 else gate.stride(0)
         self.dropout = (threshold(dropout_p), keep_scale(dropout_p) if seed is not None else 1.0)
         v0, v1 = pieces(value.shape[3])
-        self.constants: dict[str, Any] = call.constants | {"DV": value.shape[3], "V0": v0, "V1": v1}
+        unit = unit_of(call.query, call.key, value, grad_out, out)
+        self.constants: dict[str, Any] = call.constants | {"UNIT": unit, "DV": value.shape[3], "V0": v0, "V1": v1}
+        # Of query, key, value, grad_out.
+        self.strides = tuple(
+            in_units(x, unit) for x in (call.query.stride(), call.key_strides, key_strides(value), grad_out.stride())
+        )
+        self.out_strides = in_units(out.stride(), unit)
 
     def run(self, needs: list[bool]) -> tuple[Tensor, ...]:
         call, bias = self.call, self.call.masks[4]
@@ -116,8 +122,8 @@ class _Backward:
             grad_query_kernel, (call.row_tiles(plan) * call.problems,), plan,
             call.query, call.key, self.value, self.grad_out, out, self.lse, self.grad_lse, self.delta, grad_query,
             grad_bias, gate_sums, bias_sums, call.masks, call.mask_strides, lists, list_strides,
-            self.gate, self.gate_stride, self.seed, call.query_strides, call.key_strides, key_strides(self.value),
-            self.grad_out.stride(), out.stride(), (0,) * 4 if grad_query is None else grad_query.stride(),
+            self.gate, self.gate_stride, self.seed, *self.strides, self.out_strides,
+            (0,) * 4 if grad_query is None else grad_query.stride(),
             (0,) * 4 if grad_bias is None else grad_bias.stride(), call.sizes, call.scale_log2, call.scale,
             *self.dropout, **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
         )  # fmt: skip
@@ -142,9 +148,9 @@ class _Backward:
             grad_key_value_kernel, (programs, splits), plan,
             call.query, call.key, self.value, self.grad_out, self.lse, self.delta, *targets,
             call.masks, call.mask_strides, lists, list_strides, self.gate, self.gate_stride, self.seed,
-            call.query_strides, call.key_strides, key_strides(self.value), self.grad_out.stride(),
-            *((0,) * 5 if x is None else x.stride() for x in targets), call.sizes, call.scale_log2, abs(call.scale),
-            *self.dropout, splits, **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
+            *self.strides, *((0,) * 5 if x is None else x.stride() for x in targets), call.sizes, call.scale_log2,
+            abs(call.scale),
+            *self.dropout, splits, **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, HIDES=call.hides,
         )  # fmt: skip
         if splits == 1:
             return tuple(None if x is None else x[0] for x in targets)  # type: ignore[return-value]
@@ -160,18 +166,19 @@ class _Backward:
         sums = (
             call.batch if bias.shape[0] == 1 else 1, call.heads if bias.shape[1] == 1 else 1, tiles if sum_rows else 1,
         )  # fmt: skip
-        grid = (call.key_tiles(plan) * (1 if sum_rows else tiles), bias.shape[0] * bias.shape[1])
+        bias_tiles = 1 if sum_rows else tiles
+        programs = call.key_tiles(plan) * bias_tiles * bias.shape[0] * bias.shape[1]
         summed = sums[0] * sums[1] * sums[2]
-        splits = max(1, min(2 * multiprocessors(bias.device) // max(1, grid[0] * grid[1]), summed // 4))
+        splits = max(1, min(2 * multiprocessors(bias.device) // max(1, programs), summed // 4))
         parts = (
             torch.zeros_like(bias)[None] if splits == 1 else bias.new_zeros(splits, *bias.shape, dtype=torch.float32)
         )
-        used = ("GROUP", "NEGATE", "PRECISION", "DIM", "D0", "D1", "DV", "V0", "V1")
+        used = ("GROUP", "NEGATE", "PRECISION", "UNIT", "DIM", "D0", "D1", "DV", "V0", "V1")
         launch(
-            grad_bias_kernel, (*grid, splits), plan,
+            grad_bias_kernel, (programs, splits), plan,
             call.query, call.key, self.value, self.grad_out, self.lse, self.delta, parts, call.masks,
-            call.mask_strides, self.gate, self.gate_stride, self.seed, call.query_strides, call.key_strides,
-            key_strides(self.value), self.grad_out.stride(), parts.stride(), call.sizes, bias.shape[1], *sums,
+            call.mask_strides, self.gate, self.gate_stride, self.seed, *self.strides, parts.stride(), call.sizes,
+            bias.shape[1], bias_tiles, *sums,
             call.scale_log2, *self.dropout, splits, **{name: self.constants[name] for name in used},
             BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, SUM_ROWS=sum_rows,
         )  # fmt: skip

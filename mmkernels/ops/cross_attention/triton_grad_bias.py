@@ -21,24 +21,26 @@ from mmkernels.ops.cross_attention.triton import gate_of
 @triton.jit
 def grad_bias_kernel(
     query, key, value, grad_out, lse, delta, grad_bias, masks, mask_strides, gate, gate_stride, seed,
-    query_strides, key_strides, value_strides, grad_out_strides, grad_bias_strides, sizes, bias_heads,
+    query_strides, key_strides, value_strides, grad_out_strides, grad_bias_strides, sizes, bias_heads, bias_tiles,
     sum_batch, sum_heads, sum_tiles, scale, threshold, kept, splits,
-    GROUP: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr,
+    GROUP: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr,
+    D0: tl.constexpr,
     D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, SUM_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the bias's gradient: the sum over ``sum_batch x sum_heads x sum_tiles`` tiles of scores.
 
-    Grid: (key tiles x the bias's query tiles, the bias's batch x heads, splits). SUM_ROWS: all queries share the bias,
-    so that it is a row of keys and `sum_tiles` counts the tiles of queries; else that is 1. `grad_bias` has strides
+    Grid: (key tiles x the bias's query tiles x its batch x heads, splits). SUM_ROWS: all queries share the bias, so
+    that it is a row of keys and `sum_tiles` counts the tiles of queries; else that is 1. `grad_bias` has strides
     (split, batch, head, query, key).
     """
     k_len = sizes[4]
     key_tiles_ = tl.cdiv(k_len, BLOCK_K)
     first = (tl.program_id(0) % key_tiles_) * BLOCK_K
-    own_tile = tl.program_id(0) // key_tiles_
-    bias_batch, bias_head = tl.program_id(1) // bias_heads, tl.program_id(1) % bias_heads
-    split = tl.program_id(2)
+    own_tile = tl.program_id(0) // key_tiles_ % bias_tiles
+    entry = tl.program_id(0) // key_tiles_ // bias_tiles
+    bias_batch, bias_head = entry // bias_heads, entry % bias_heads
+    split = tl.program_id(1)
     j = first + tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     share = tl.cdiv(sum_batch * sum_heads * sum_tiles, splits)
@@ -51,13 +53,15 @@ def grad_bias_kernel(
         if (tl.min(lo, 0) < first + BLOCK_K) & (tl.max(hi, 0) > first):
             key_head = (bias_head + n % sum_heads) // GROUP
             key_batch = bias_batch + (n // sum_heads) % sum_batch
-            offsets = row_offsets(b, h, i, query_strides)
+            offsets = row_offsets(b, h, i, query_strides, UNIT)
             q = load_rows(query, offsets, live, query_strides[3], 0, D0, DIM)
-            k = load_keys(key, key_batch, key_head, first, key_strides, k_len, 0, D0, DIM, BLOCK_K, False, False)
+            k = load_keys(key, key_batch, key_head, first, key_strides, k_len, 0, D0, DIM, UNIT, BLOCK_K, False, False)
             dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if D1 > 0:
                 q = load_rows(query, offsets, live, query_strides[3], D0, D1, DIM)
-                k = load_keys(key, key_batch, key_head, first, key_strides, k_len, D0, D1, DIM, BLOCK_K, False, False)
+                k = load_keys(
+                    key, key_batch, key_head, first, key_strides, k_len, D0, D1, DIM, UNIT, BLOCK_K, False, False
+                )
                 dots = tl.dot(q, tl.trans(k), dots, input_precision=PRECISION)
             if NEGATE:
                 dots = -dots
@@ -68,13 +72,15 @@ def grad_bias_kernel(
             place = (b.to(tl.int64) * sizes[1] + h) * sizes[3] + i
             row_lse = load_lse(lse, place, live)
             weights = tl.where(scores == -INFINITY, 0.0, tl.exp2(scores - row_lse[:, None]))
-            offsets = row_offsets(b, h, i, grad_out_strides)
+            offsets = row_offsets(b, h, i, grad_out_strides, UNIT)
             do = load_rows(grad_out, offsets, live, grad_out_strides[3], 0, V0, DV)
-            v = load_keys(value, key_batch, key_head, first, value_strides, k_len, 0, V0, DV, BLOCK_K, False, False)
+            v = load_keys(
+                value, key_batch, key_head, first, value_strides, k_len, 0, V0, DV, UNIT, BLOCK_K, False, False
+            )
             grad = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if V1 > 0:
                 do = load_rows(grad_out, offsets, live, grad_out_strides[3], V0, V1, DV)
-                v = load_keys(value, key_batch, key_head, first, value_strides, k_len, V0, V1, DV, BLOCK_K, False,
+                v = load_keys(value, key_batch, key_head, first, value_strides, k_len, V0, V1, DV, UNIT, BLOCK_K, False,
                               False)  # fmt: skip
                 grad = tl.dot(do, tl.trans(v), grad, input_precision=PRECISION)
             if seed is not None:

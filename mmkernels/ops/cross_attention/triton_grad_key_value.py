@@ -9,7 +9,6 @@ from mmkernels.ops._attention.triton_tiles import (
     INFINITY,
     add_rows,
     has_non_finite,
-    hides,
     keep_pairs,
     list_start,
     load_keys,
@@ -33,7 +32,8 @@ def key_value_tile(
     dk0, dk1, dv0, dv1, bad, k0, k1, v0, v1, query, grad_out, lse, delta, masks, mask_strides, gate, gate_stride, seed,
     query_strides, grad_out_strides, problem, first_row, first_key, sizes, scale, threshold, kept,
     MASKED: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    DV: tl.constexpr, V0: tl.constexpr,
     V1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of rows to the gradients of the keys and values; scores are [keys, rows] here.
@@ -43,7 +43,7 @@ def key_value_tile(
     rows = first_row + tl.arange(0, BLOCK_Q)
     b, h, i, live = split_rows(rows, problem, sizes, GROUP, PACKED, SHARED)
     place = (b.to(tl.int64) * sizes[1] + h) * sizes[3] + i
-    offsets = row_offsets(b, h, i, query_strides)
+    offsets = row_offsets(b, h, i, query_strides, UNIT)
     q0 = load_rows(query, offsets, live, query_strides[3], 0, D0, DIM)
     if NEGATE:
         q0 = -q0
@@ -68,7 +68,7 @@ def key_value_tile(
         weights = tl.where(scores == -INFINITY, 0.0, tl.exp2(scores - row_lse[None, :]))
     else:
         weights = tl.exp2(dots * scale - row_lse[None, :])
-    offsets = row_offsets(b, h, i, grad_out_strides)
+    offsets = row_offsets(b, h, i, grad_out_strides, UNIT)
     do0 = load_rows(grad_out, offsets, live, grad_out_strides[3], 0, V0, DV)
     do1 = do0
     if V1 > 0:
@@ -113,8 +113,8 @@ def key_value_tile(
 def taint_values(
     grad_value, grad_value_strides, grad_out, masks, mask_strides, grad_out_strides, listed, split, partial_tiles,
     share, problem, key_batch, key_head, tile, sizes, readable,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr, DV: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Bring what is not finite in the output's gradient to the stored rows of the value's; see `taint_rows`."""
     j = tile * BLOCK_K + tl.arange(0, BLOCK_K) + unknown_zero(readable)
@@ -129,7 +129,7 @@ def taint_values(
         _, visible = masked_scores(
             nothing, masks, mask_strides, b[None, :], h[None, :], i[None, :], lo[None, :], hi[None, :], j[:, None], 1.0
         )
-        offsets = row_offsets(b, h, i, grad_out_strides)
+        offsets = row_offsets(b, h, i, grad_out_strides, UNIT)
         dv0 = taint(dv0, load_rows(grad_out, offsets, live, grad_out_strides[3], 0, V0, DV), visible)
         if V1 > 0:
             dv1 = taint(dv1, load_rows(grad_out, offsets, live, grad_out_strides[3], V0, V1, DV), visible)
@@ -152,8 +152,9 @@ def grad_key_value_kernel(
     gate, gate_stride, seed, query_strides, key_strides, value_strides, grad_out_strides, grad_key_strides,
     grad_value_strides, sizes, scale, abs_scale, threshold, kept, splits,
     GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, ALL_PARTIAL: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HIDES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tile of keys and values from one of `splits` parts of the rows.
 
@@ -165,13 +166,17 @@ def grad_key_value_kernel(
     split = tl.program_id(1)
     key_batch, _, key_head = split_problem(problem, sizes, GROUP, PACKED)
     first_key = tile * BLOCK_K
-    k0 = load_keys(key, key_batch, key_head, first_key, key_strides, k_len, 0, D0, DIM, BLOCK_K, False, False)
-    v0 = load_keys(value, key_batch, key_head, first_key, value_strides, k_len, 0, V0, DV, BLOCK_K, False, False)
+    k0 = load_keys(key, key_batch, key_head, first_key, key_strides, k_len, 0, D0, DIM, UNIT, BLOCK_K, False, False)
+    v0 = load_keys(value, key_batch, key_head, first_key, value_strides, k_len, 0, V0, DV, UNIT, BLOCK_K, False, False)
     k1, v1 = k0, v0
     if D1 > 0:
-        k1 = load_keys(key, key_batch, key_head, first_key, key_strides, k_len, D0, D1, DIM, BLOCK_K, False, False)
+        k1 = load_keys(
+            key, key_batch, key_head, first_key, key_strides, k_len, D0, D1, DIM, UNIT, BLOCK_K, False, False
+        )
     if V1 > 0:
-        v1 = load_keys(value, key_batch, key_head, first_key, value_strides, k_len, V0, V1, DV, BLOCK_K, False, False)
+        v1 = load_keys(
+            value, key_batch, key_head, first_key, value_strides, k_len, V0, V1, DV, UNIT, BLOCK_K, False, False
+        )
     dk0 = tl.zeros([BLOCK_K, D0], tl.float32)
     dk1 = tl.zeros([BLOCK_K, D1 if D1 > 0 else 16], tl.float32)
     dv0 = tl.zeros([BLOCK_K, V0], tl.float32)
@@ -194,7 +199,8 @@ def grad_key_value_kernel(
         dk0, dk1, dv0, dv1, bad = key_value_tile(
             dk0, dk1, dv0, dv1, bad, k0, k1, v0, v1, query, grad_out, lse, delta, masks, mask_strides, gate,
             gate_stride, seed, query_strides, grad_out_strides, problem, at * BLOCK_Q, first_key, sizes, scale,
-            threshold, kept, False, GROUP, PACKED, SHARED, NEGATE, PRECISION, DIM, D0, D1, DV, V0, V1, BLOCK_Q, BLOCK_K,
+            threshold, kept, False, GROUP, PACKED, SHARED, NEGATE, PRECISION, UNIT, DIM, D0, D1, DV, V0, V1, BLOCK_Q,
+            BLOCK_K,
             grad_key is not None, grad_value is not None,
         )  # fmt: skip
     share = tl.cdiv(partial_tiles, splits)
@@ -203,7 +209,8 @@ def grad_key_value_kernel(
         dk0, dk1, dv0, dv1, bad = key_value_tile(
             dk0, dk1, dv0, dv1, bad, k0, k1, v0, v1, query, grad_out, lse, delta, masks, mask_strides, gate,
             gate_stride, seed, query_strides, grad_out_strides, problem, at * BLOCK_Q, first_key, sizes, scale,
-            threshold, kept, True, GROUP, PACKED, SHARED, NEGATE, PRECISION, DIM, D0, D1, DV, V0, V1, BLOCK_Q, BLOCK_K,
+            threshold, kept, True, GROUP, PACKED, SHARED, NEGATE, PRECISION, UNIT, DIM, D0, D1, DV, V0, V1, BLOCK_Q,
+            BLOCK_K,
             grad_key is not None, grad_value is not None,
         )  # fmt: skip
     j = first_key + tl.arange(0, BLOCK_K)
@@ -218,10 +225,10 @@ def grad_key_value_kernel(
         store_rows(grad_value, offsets, live, dv0, grad_value_strides[4], 0, V0, DV)
         if V1 > 0:
             store_rows(grad_value, offsets, live, dv1, grad_value_strides[4], V0, V1, DV)
-        if hides(masks):
+        if HIDES:
             if tl.max(bad, 0) > 0:
                 taint_values(
                     grad_value, grad_value_strides, grad_out, masks, mask_strides, grad_out_strides, listed, split,
                     partial_tiles, share, problem, key_batch, key_head, tile, sizes, query,
-                    GROUP, PACKED, SHARED, DV, V0, V1, BLOCK_Q, BLOCK_K,
+                    GROUP, PACKED, SHARED, UNIT, DV, V0, V1, BLOCK_Q, BLOCK_K,
                 )  # fmt: skip

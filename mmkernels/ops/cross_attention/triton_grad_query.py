@@ -30,15 +30,18 @@ def query_tile(
     key_strides, value_strides, grad_bias_strides, seed, b, h, i, live, lo, hi, key_batch, key_head, first, sizes,
     scale, threshold, kept,
     MASKED: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, GATE_ROWS: tl.constexpr, BIAS_ROWS: tl.constexpr,
+    V1: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, GATE_ROWS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to the gradients of the rows."""
     k_len = sizes[4]
-    k0 = load_keys(key, key_batch, key_head, first, key_strides, k_len, 0, D0, DIM, BLOCK_K, not MASKED, False)
+    k0 = load_keys(key, key_batch, key_head, first, key_strides, k_len, 0, D0, DIM, UNIT, BLOCK_K, not MASKED, False)
     dots = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     k1 = k0
     if D1 > 0:
-        k1 = load_keys(key, key_batch, key_head, first, key_strides, k_len, D0, D1, DIM, BLOCK_K, not MASKED, False)
+        k1 = load_keys(
+            key, key_batch, key_head, first, key_strides, k_len, D0, D1, DIM, UNIT, BLOCK_K, not MASKED, False
+        )
         dots = tl.dot(q1, tl.trans(k1), dots, input_precision=PRECISION)
     j = first + tl.arange(0, BLOCK_K)
     if MASKED:
@@ -48,10 +51,12 @@ def query_tile(
         weights = tl.where(scores == -INFINITY, 0.0, tl.exp2(scores - lse[:, None]))
     else:
         weights = tl.exp2(dots * scale - lse[:, None])
-    v = load_keys(value, key_batch, key_head, first, value_strides, k_len, 0, V0, DV, BLOCK_K, not MASKED, False)
+    v = load_keys(value, key_batch, key_head, first, value_strides, k_len, 0, V0, DV, UNIT, BLOCK_K, not MASKED, False)
     grad = tl.dot(do0, tl.trans(v), input_precision=PRECISION)
     if V1 > 0:
-        v = load_keys(value, key_batch, key_head, first, value_strides, k_len, V0, V1, DV, BLOCK_K, not MASKED, False)
+        v = load_keys(
+            value, key_batch, key_head, first, value_strides, k_len, V0, V1, DV, UNIT, BLOCK_K, not MASKED, False
+        )
         grad = tl.dot(do1, tl.trans(v), grad, input_precision=PRECISION)
     if seed is not None:
         grad = tl.where(keep_pairs(seed, threshold, b, h, i, first, BLOCK_K), grad * kept, 0.0)
@@ -67,7 +72,11 @@ def query_tile(
         if D1 > 0:
             k1 = zero_non_finite(k1)
     if grad_bias is not None:
-        places = grad_bias + row_offsets(b, h, i, grad_bias_strides)[:, None] + j[None, :] * grad_bias_strides[3]
+        places = (
+            grad_bias
+            + row_offsets(b, h, i, grad_bias_strides)[:, None]
+            + j.to(tl.int64)[None, :] * grad_bias_strides[3]
+        )
         tl.store(places, grad.to(grad_bias.dtype.element_ty), mask=live[:, None] & (j < k_len)[None, :])
     if BIAS_ROWS:
         bias_rows += tl.sum(grad, 1)
@@ -85,7 +94,7 @@ def grad_query_kernel(
     query_strides, key_strides, value_strides, grad_out_strides, out_strides, grad_query_strides,
     grad_bias_strides, sizes, scale, true_scale, threshold, kept,
     GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, ALL_PARTIAL: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The query's gradient of one tile of rows; on the way delta, and where wanted the bias's gradient and the sums
@@ -102,8 +111,8 @@ def grad_query_kernel(
     key_batch, _, key_head = split_problem(problem, sizes, GROUP, PACKED)
     k_len = sizes[4]
 
-    offsets = row_offsets(b, h, i, grad_out_strides)
-    out_offsets = row_offsets(b, h, i, out_strides)
+    offsets = row_offsets(b, h, i, grad_out_strides, UNIT)
+    out_offsets = row_offsets(b, h, i, out_strides, UNIT)
     do0 = load_rows(grad_out, offsets, live, grad_out_strides[3], 0, V0, DV)
     o = load_rows(out, out_offsets, live, out_strides[3], 0, V0, DV)
     sums = tl.sum(do0.to(tl.float32) * o.to(tl.float32), 1)
@@ -118,7 +127,7 @@ def grad_query_kernel(
     tl.store(delta + place, sums, mask=live)
 
     if grad_query is not None or grad_bias is not None or gate_sums is not None or bias_sums is not None:
-        offsets = row_offsets(b, h, i, query_strides)
+        offsets = row_offsets(b, h, i, query_strides, UNIT)
         q0 = load_rows(query, offsets, live, query_strides[3], 0, D0, DIM)
         q1 = q0
         if D1 > 0:
@@ -149,7 +158,7 @@ def grad_query_kernel(
                 dq0, dq1, gate_rows, bias_rows, q0, q1, do0, do1, row_lse, sums, factor, key, value, grad_bias, masks,
                 mask_strides, key_strides, value_strides, grad_bias_strides, seed, b, h, i, live, lo, hi, key_batch,
                 key_head, at * BLOCK_K, sizes, scale, threshold, kept,
-                False, DIM, D0, D1, DV, V0, V1, BLOCK_K, PRECISION, gate_sums is not None, bias_sums is not None,
+                False, DIM, D0, D1, DV, V0, V1, BLOCK_K, PRECISION, UNIT, gate_sums is not None, bias_sums is not None,
             )  # fmt: skip
         for n in range(0, partial_tiles):
             at = (first + n if n < head else full_end + n - head) if listed is None else tl.load(listed + n)
@@ -157,7 +166,7 @@ def grad_query_kernel(
                 dq0, dq1, gate_rows, bias_rows, q0, q1, do0, do1, row_lse, sums, factor, key, value, grad_bias, masks,
                 mask_strides, key_strides, value_strides, grad_bias_strides, seed, b, h, i, live, lo, hi, key_batch,
                 key_head, at * BLOCK_K, sizes, scale, threshold, kept,
-                True, DIM, D0, D1, DV, V0, V1, BLOCK_K, PRECISION, gate_sums is not None, bias_sums is not None,
+                True, DIM, D0, D1, DV, V0, V1, BLOCK_K, PRECISION, UNIT, gate_sums is not None, bias_sums is not None,
             )  # fmt: skip
         if gate_sums is not None:
             tl.store(gate_sums + place, gate_rows, mask=live)
