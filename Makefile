@@ -13,6 +13,8 @@ BENCH_ARGS ?=
 PART ?=
 GPU_ARGS ?=
 PYTEST_ARGS ?=
+# The other end of what pyproject.toml allows: its language differs from that of the Triton that is installed.
+OLDEST_TRITON := triton==3.6.0
 SMOKE_ARGS := --size tiny --tokens 8,16 --out build/smoke
 
 # With a compiler and Python's headers, an extension that does not build is an error (setup.py); else Python parts do.
@@ -70,6 +72,10 @@ test: setup lint ## lint, types, C++ build, unit tests, GPU kernels interpreted 
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops -m interpreted -n 2 $(PYTEST_ARGS)
 	$(call heading,python -m mmkernels.aot: the GPU kernels compiled ahead of time)
 	@$(BIN)/python -m mmkernels.aot
+	$(call heading,python -m mmkernels.aot --frontend with $(OLDEST_TRITON))
+	@test -d .venv/$(OLDEST_TRITON) || $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps \
+		--target .venv/$(OLDEST_TRITON) $(OLDEST_TRITON)
+	@PYTHONPATH=$(abspath .venv)/$(OLDEST_TRITON) $(BIN)/python -m mmkernels.aot --frontend
 	$(call heading,smoke run: mmkernels profile flamingo)
 	@$(BIN)/mmkernels profile flamingo $(SMOKE_ARGS)
 	$(finish)

@@ -198,8 +198,10 @@ class Run:
 
     @property
     def code(self) -> int:
-        failed = any(result.get("problems") for result in self.report["parts"].values())
-        return int(failed or bool(self.report["left_out"]))
+        parts = self.report["parts"]
+        failed = any(result.get("problems") for result in parts.values())
+        unchecked = any(parts.get(name, {}).get("left_out") for name in ("tests", "nan"))
+        return int(failed or unchecked or bool(self.report["left_out"]))
 
     def table(self) -> str:
         """The short table: a line for each part, then each target beside its figure."""

@@ -72,6 +72,22 @@ def test_the_fastest_right_configuration_wins(kernel: str) -> None:
     assert "2.00x the default's speed; 5 tried, 1 WrongResult, 1 RuntimeError" in next(tune._told(found, row))
 
 
+def test_a_configuration_that_does_not_fit_the_heaviest_call_is_none() -> None:
+    """A row serves every mask: what only the timed calls can be launched with would break users."""
+    found = search("forward")
+    fits = found._heaviest.call
+
+    def call() -> bool:
+        if tuning._forced.get(("cross_attention", "forward")) == FAST:
+            raise RuntimeError("out of resource: shared memory")
+        return fits()
+
+    found._heaviest.call = call  # type: ignore[method-assign]
+    row = found.run(float("inf"))
+    assert row is not None and Config(row["block_q"], row["block_k"], row["warps"], row["stages"]) == DEFAULT
+    assert found.failures["RuntimeError"] == 2
+
+
 def test_the_default_stays_where_nothing_is_clearly_faster() -> None:
     row = search("forward", default=1.01).run(float("inf"))
     assert row is not None and Config(row["block_q"], row["block_k"], row["warps"], row["stages"]) == DEFAULT
@@ -104,7 +120,8 @@ def test_rows_replace_those_of_the_same_key(tmp_path: Path, monkeypatch: pytest.
     tuning._config.cache_clear()
     try:
         assert tuning.config("cross_attention", "forward", CPU, torch.float32, 40) == FAST
-        assert tuning.config("cross_attention", "forward", CPU, torch.float32, 200) != FAST
+        assert tuning.config("cross_attention", "forward", CPU, torch.bfloat16, 40) != FAST
+        assert tuning.config("cross_attention", "decode", CPU, torch.float32, 40) != FAST
     finally:
         tuning._config.cache_clear()
 

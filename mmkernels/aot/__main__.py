@@ -31,8 +31,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0 where everything is as it should be."""
     parser = argparse.ArgumentParser(prog="python -m mmkernels.aot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--update", action="store_true", help=f"write {TABLE.name} instead of comparing with it")
+    parser.add_argument(
+        "--frontend", action="store_true", help="only see whether Triton accepts its kernels, in seconds"
+    )
     options = parser.parse_args(arguments)
     begin = time.perf_counter()
+    if options.frontend:
+        from mmkernels.aot.variants import translate_triton
+
+        count = translate_triton()
+        print(f"Triton {triton_version()} accepts {count} kernels, in {time.perf_counter() - begin:.0f} s")
+        return 0
     compilers = versions()
     print(", ".join(f"{name} {version}" for name, version in compilers.items()))
     found = compile_all(compilers)
@@ -51,9 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def versions() -> dict[str, str]:
     """The compilers; what they make depends on them. Without nvcc there is none for CUDA C++."""
-    import triton
-
-    found = {"triton": triton.__version__}
+    found = {"triton": triton_version()}
     reason = cuda.why_not()
     if reason is None:
         answer = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
@@ -61,6 +68,12 @@ def versions() -> dict[str, str]:
     else:
         print(f"skipped: the CUDA C++ kernels are not compiled: {reason}")
     return found
+
+
+def triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)
 
 
 # Compiling.

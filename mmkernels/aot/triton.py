@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 from mmkernels.aot.resources import Resources, code_sizes
 from mmkernels.gpu import Launch, launch_options
@@ -56,6 +59,19 @@ def compile_launch(launch: Launch, target: str) -> Any:
     """Triton's compiled kernel."""
     source = ASTSource(launch.kernel, *specialisation(launch))
     return triton.compile(source, target=TARGETS[target], options=launch_options(launch.config))
+
+
+def check_frontend(launch: Launch, target: str) -> None:
+    """Translate a launch as far as Triton's own language goes: what differs between its versions shows here."""
+    backend = make_backend(TARGETS[target])
+    options = backend.parse_options(launch_options(launch.config))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source = ASTSource(launch.kernel, *specialisation(launch))
+    arguments = (options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    takes_target = "target" in inspect.signature(source.make_ir).parameters
+    source.make_ir(*((TARGETS[target], *arguments) if takes_target else arguments))
 
 
 def _type_of(value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: Any) -> Any:

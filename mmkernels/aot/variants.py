@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels import SpanMask, tuning
 from mmkernels.aot.resources import Resources
-from mmkernels.aot.triton import TARGETS, resources, specialisation
+from mmkernels.aot.triton import TARGETS, check_frontend, resources, specialisation
 from mmkernels.gpu import Launch, recorded
 from mmkernels.ops._attention.inputs import take_mask_apart
 from mmkernels.ops.attention_received import triton as received
@@ -131,10 +132,19 @@ def distinct(target: str) -> Iterator[tuple[Variant, Launch]]:
 
 def compile_triton() -> list[Resources]:
     """Every target's kernels."""
+    return _for_each_launch(_compile)
+
+
+def translate_triton() -> int:
+    """Every target's kernels as far as Triton's front end; how many."""
+    return len(_for_each_launch(_translate))
+
+
+def _for_each_launch(work: Callable[[str, int], Any]) -> list[Any]:
     with ProcessPoolExecutor(_PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
         counts = dict(zip(TARGETS, pool.map(_count, TARGETS), strict=True))
         jobs = [(target, number) for target in TARGETS for number in range(counts[target])]
-        return list(pool.map(_compile, *zip(*jobs, strict=True)))
+        return list(pool.map(work, *zip(*jobs, strict=True)))
 
 
 @cache
@@ -147,9 +157,17 @@ def _count(target: str) -> int:
 
 
 def _compile(target: str, number: int) -> Resources:
+    return _tried(target, number, lambda variant, launch: resources(launch, f"{variant} {variant.what}", target))
+
+
+def _translate(target: str, number: int) -> None:
+    _tried(target, number, lambda variant, launch: check_frontend(launch, target))
+
+
+def _tried(target: str, number: int, work: Callable[[Variant, Launch], Any]) -> Any:
     variant, launch = _launches(target)[number]
     try:
-        return resources(launch, f"{variant} {variant.what}", target)
+        return work(variant, launch)
     except Exception as error:  # of the compiler's own kinds, some of which can't be passed on to another process
         name = launch.kernel.__name__
         raise RuntimeError(f"{name}, {variant}, {launch.config} does not compile for {target}: {error}") from None

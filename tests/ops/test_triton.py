@@ -400,6 +400,29 @@ def test_strides_of_broadcast_masks_are_0() -> None:
     assert call.mask_strides == (0, 1, 1, 0, 0, 1, 0, 7, 0, 1, 5, 0, 1, 0)
 
 
+# What is not finite.
+
+
+@interpreted
+@pytest.mark.parametrize("listed", [0, 2**30], ids=["lists", "ranges"])
+@pytest.mark.parametrize(("k_len", "bad", "mask"), [
+    (20, 16, None), (40, 32, SpanMask.key_padding([40])), (40, 16, SpanMask.causal(5, 40)), (256, 128, None),
+])  # fmt: skip
+def test_whole_tiles_of_nan_keys_make_a_row_nan(
+    k_len: int, bad: int, mask: SpanMask | None, listed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "multiprocessors", lambda device: 100)
+    query, key = torch.randn(1, 1, 5, 8, device=DEVICE), torch.randn(1, 1, k_len, 8, device=DEVICE)
+    key[:, :, :bad] = NAN
+    mask = None if mask is None else mask.to(DEVICE)
+    with tiled(16, 16, listed), tuning.use_config(OP, "decode", Config(16, 16, 4, 1)):
+        out, lse = cross_attention(query, key, key, mask, return_lse=True, backend="triton")
+        weights = attention_weights(query, key, mask, backend="triton")
+    assert bool(out.isnan().all()) and bool(lse.isnan().all())
+    visible = torch.ones(1, 5, k_len, dtype=torch.bool) if mask is None else mask.to_dense(k_len)[:, 0].cpu()
+    torch.testing.assert_close(weights[:, 0].isnan().cpu(), visible.expand(1, 5, k_len))
+
+
 # What can't run, and what is chosen.
 
 
