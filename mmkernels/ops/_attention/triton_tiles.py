@@ -158,6 +158,16 @@ def list_start(lists, list_strides, problem, line, count, sizes, GROUP: tl.const
 
 
 @triton.jit
+def partial_tile(n, listed, first, full, full_end):
+    """The n-th tile that some row sees in part: of the list, or before and after those from `full` to `full_end`."""
+    if listed is None:
+        at = first + n if n < full - first else full_end + n - (full - first)
+    else:
+        at = tl.load(listed + n)
+    return at
+
+
+@triton.jit
 def tile_status(
     masks, mask_strides, status, sizes, heads_of_map, row_tiles, key_tiles_,
     GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,

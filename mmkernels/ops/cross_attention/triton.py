@@ -37,6 +37,7 @@ from mmkernels.ops._attention.triton_tiles import (
     load_rows,
     load_spans,
     masked_scores,
+    partial_tile,
     row_offsets,
     split_problem,
     split_rows,
@@ -184,16 +185,6 @@ def taint_rows(
     add_rows(out, place * DV, live, acc0 * factor, 1, 0, V0, DV)
     if V1 > 0:
         add_rows(out, place * DV, live, acc1 * factor, 1, V0, V1, DV)
-
-
-@triton.jit
-def partial_tile(n, listed, first, full, full_end):
-    """The n-th tile that some row sees in part: of the list, or before and after those from `full` to `full_end`."""
-    if listed is None:
-        at = first + n if n < full - first else full_end + n - (full - first)
-    else:
-        at = tl.load(listed + n)
-    return at
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from mmkernels.ops._attention.triton_tiles import (
     load_rows,
     load_spans,
     masked_scores,
+    partial_tile,
     row_offsets,
     split_problem,
     split_rows,
@@ -144,14 +145,14 @@ def grad_query_kernel(
 
         if lists[0] is None:
             first, end, full, full_end = key_tiles(lo, hi, live, k_len, 0, 1, BLOCK_K, ALL_PARTIAL)
-            head, partial_tiles, full_tiles = full - first, (full - first) + (end - full_end), full_end - full
+            partial_tiles, full_tiles = (full - first) + (end - full_end), full_end - full
             listed, length = None, 0
         else:
             length = tl.cdiv(k_len, BLOCK_K)
             listed, partial_tiles, full_tiles = list_start(
                 lists, list_strides, problem, tile, length, sizes, GROUP, PACKED
             )
-            first, full, full_end, head = 0, 0, 0, 0
+            first, full, full_end = 0, 0, 0
         for n in range(0, full_tiles):
             at = full + n if listed is None else tl.load(listed + length - 1 - n)
             dq0, dq1, gate_rows, bias_rows = query_tile(
@@ -161,7 +162,7 @@ def grad_query_kernel(
                 False, DIM, D0, D1, DV, V0, V1, BLOCK_K, PRECISION, UNIT, gate_sums is not None, bias_sums is not None,
             )  # fmt: skip
         for n in range(0, partial_tiles):
-            at = (first + n if n < head else full_end + n - head) if listed is None else tl.load(listed + n)
+            at = partial_tile(n, listed, first, full, full_end)
             dq0, dq1, gate_rows, bias_rows = query_tile(
                 dq0, dq1, gate_rows, bias_rows, q0, q1, do0, do1, row_lse, sums, factor, key, value, grad_bias, masks,
                 mask_strides, key_strides, value_strides, grad_bias_strides, seed, b, h, i, live, lo, hi, key_batch,
