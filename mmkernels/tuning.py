@@ -126,10 +126,12 @@ _HOPPER = {
     "grad_query_dropout": ((128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
     "grad_key_value_dropout": ((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     "grad_bias": ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-    "received": ((64, 128, 4, 3), (64, 128, 8, 2), (64, 64, 8, 2)),
+    "received": ((64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 8, 2)),
     "weights": ((64, 128, 4, 1), (64, 128, 8, 1), (64, 64, 8, 1)),
 }
 _AMPERE = _HOPPER | {
+    "grad_query_dropout": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    "grad_key_value_dropout": ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     "forward": ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
     "grad_query": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     "grad_key_value": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
@@ -171,5 +173,5 @@ def default(kernel: str, architecture: str, dtype: torch.dtype, dim: int) -> Con
     block_q, block_k, warps, stages = entry
     if dtype == torch.float32:
         most = 32 if bucket(dim) < 256 else 16
-        block_q, block_k, warps, stages = min(block_q, most), min(block_k, most), 8 if most == 32 else 4, 1
+        block_q, block_k, warps, stages = min(block_q, most), min(block_k, most), 8, 1
     return Config(block_q, block_k, warps, stages)
