@@ -68,7 +68,7 @@ gpu: ## build, test and measure all that needs a GPU, in eight minutes; PART=hel
 test: setup lint ## lint, types, C++ build, unit tests, GPU kernels interpreted and compiled, a smoke run
 	$(call heading,pytest tests)
 	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
-	$(call heading,pytest tests -m interpreted: the Triton kernels by Triton\'s interpreter)
+	$(call heading,pytest tests -m interpreted: the Triton kernels in an interpreter)
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops -m interpreted -n 2 $(PYTEST_ARGS)
 	$(call heading,python -m mmkernels.aot: the GPU kernels compiled ahead of time)
 	@$(BIN)/python -m mmkernels.aot
