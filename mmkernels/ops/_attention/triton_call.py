@@ -110,7 +110,7 @@ class Call:
         return ceil_div(self.k_len, config.block_k)
 
     def lists(self, config: Config, *, of_rows: bool) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        """For each tile of keys (`of_rows`: of rows) the tiles of the other kind that meet it, see `tile_lists`."""
+        """For each tile of keys (`of_rows`: of rows) the tiles of the other kind that meet it, see `list_tiles`."""
         start, end, key_valid, dense, _ = self.masks
         rows, keys = self.row_tiles(config), self.key_tiles(config)
         masked = [x for x in (start, end, key_valid, dense) if x is not None]

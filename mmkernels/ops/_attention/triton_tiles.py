@@ -11,7 +11,7 @@ Arguments come in tuples, in this order:
         Triton does not find out about a stride of 72 by itself, so that rows are fetched 16 bytes at a time
     masks: start, end, key_valid, dense, bias; None where there is none
     mask_strides: start and end (b, i), key_valid (b, j), dense (b, h, i, j), bias (b, h, i, j); 0 where broadcast
-    lists: tiles, counts of `tile_lists`, or None, None; and the strides of a problem's batch and head in them
+    lists: tiles, counts of `list_tiles`, or None, None; and the strides of a problem's batch and head in them
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def key_tiles(lo, hi, live, k_len, split, splits, BLOCK: tl.constexpr, ALL_PARTI
 
 @triton.jit
 def list_start(lists, list_strides, problem, line, count, sizes, GROUP: tl.constexpr, PACKED: tl.constexpr):
-    """Where a line's list of `tile_lists` begins, and how many of its tiles are partial and full."""
+    """Where a line's list of `list_tiles` begins, and how many of its tiles are partial and full."""
     b, head, _ = split_problem(problem, sizes, GROUP, PACKED)
     at = (b * list_strides[0] + head * list_strides[1]).to(tl.int64) + line
     return lists[0] + at * count, tl.load(lists[1] + 2 * at), tl.load(lists[1] + 2 * at + 1)

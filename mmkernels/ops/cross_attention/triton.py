@@ -101,9 +101,9 @@ def attend_tile(
             v = zero_non_finite(v)
         acc0 = tl.dot(weights, v, acc0 * shrink[:, None], input_precision=PRECISION)
         if V1 > 0:
-            v = load_keys(value, key_batch, key_head, first, value_strides, k_len, V0, V1, DV, UNIT, BLOCK_K,
-            not MASKED,
-                          False)  # fmt: skip
+            v = load_keys(
+                value, key_batch, key_head, first, value_strides, k_len, V0, V1, DV, UNIT, BLOCK_K, not MASKED, False
+            )
             if CAREFUL:
                 bad = tl.maximum(bad, has_non_finite(v))
                 v = zero_non_finite(v)
@@ -211,8 +211,6 @@ def forward_kernel(
     b, h, i, live = split_rows(rows, problem, sizes, GROUP, PACKED, SHARED)
     key_batch, _, key_head = split_problem(problem, sizes, GROUP, PACKED)
     k_len = sizes[4]
-    if TMA and SHARED:
-        key_batch = 0
     offsets = row_offsets(b, h, i, query_strides, UNIT)
     q0 = load_rows(query, offsets, live, query_strides[3], 0, D0, DIM)
     q1 = q0
@@ -360,11 +358,9 @@ def attend(
         query, key_source, value_source, part_out, part_lse, call.masks, call.mask_strides, lists, list_strides,
         gate, gate_stride, seed, in_units(query.stride(), unit), in_units(call.key_strides, unit),
         (0, 0, 0, 0) if value is None else in_units(key_strides(value), unit), call.sizes, call.scale_log2,
-        threshold(dropout_p), kept,
-        splits,
+        threshold(dropout_p), kept, splits,
         **call.constants, UNIT=unit, HIDES=call.hides, DV=dv, V0=v0, V1=v1, BLOCK_Q=plan.block_q,
-        BLOCK_K=plan.block_k, SPLIT=splits > 1,
-        TMA=key_source is not key,
+        BLOCK_K=plan.block_k, SPLIT=splits > 1, TMA=key_source is not key,
     )  # fmt: skip
     if splits > 1:
         rows = call.problems * call.rows

@@ -149,15 +149,14 @@ class _Backward:
             call.query, call.key, self.value, self.grad_out, self.lse, self.delta, *targets,
             call.masks, call.mask_strides, lists, list_strides, self.gate, self.gate_stride, self.seed,
             *self.strides, *((0,) * 5 if x is None else x.stride() for x in targets), call.sizes, call.scale_log2,
-            abs(call.scale),
-            *self.dropout, splits, **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, HIDES=call.hides,
+            abs(call.scale), *self.dropout, splits,
+            **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, HIDES=call.hides,
         )  # fmt: skip
-        if splits == 1:
-            return tuple(None if x is None else x[0] for x in targets)  # type: ignore[return-value]
-        return tuple(  # type: ignore[return-value]
-            None if x is None or parts is None else like(parts.sum(0), x)
+        grad_key, grad_value = (
+            None if x is None or parts is None else parts[0] if splits == 1 else like(parts.sum(0), x)
             for x, parts in zip(inputs, targets, strict=True)
         )
+        return grad_key, grad_value
 
     def _shared_bias(self, bias: Tensor) -> Tensor:
         call, plan = self.call, self._config("grad_bias")

@@ -80,8 +80,9 @@ def grad_bias_kernel(
             grad = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if V1 > 0:
                 do = load_rows(grad_out, offsets, live, grad_out_strides[3], V0, V1, DV)
-                v = load_keys(value, key_batch, key_head, first, value_strides, k_len, V0, V1, DV, UNIT, BLOCK_K, False,
-                              False)  # fmt: skip
+                v = load_keys(
+                    value, key_batch, key_head, first, value_strides, k_len, V0, V1, DV, UNIT, BLOCK_K, False, False
+                )
                 grad = tl.dot(do, tl.trans(v), grad, input_precision=PRECISION)
             if seed is not None:
                 grad = tl.where(keep_pairs(seed, threshold, b, h, i, first, BLOCK_K), grad * kept, 0.0)

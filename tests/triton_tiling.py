@@ -1,0 +1,32 @@
+"""What the tests of the Triton kernels share: where they run, and tiles of a given size. Imports Triton."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+
+from mmkernels import gpu, tuning
+from mmkernels.ops import specs
+from mmkernels.ops.attention_received import triton as received
+from mmkernels.ops.cross_attention import triton as forward
+from mmkernels.ops.cross_attention import triton_backward as backward
+from mmkernels.tuning import KERNELS, Config
+
+DEVICE = "cpu" if gpu.INTERPRETED or not torch.cuda.is_available() else "cuda"
+SPECS = specs()
+
+
+@contextmanager
+def tiled(queries: int, keys: int, listed: int = forward.LISTED) -> Iterator[None]:
+    """All kernels with tiles of this size; masks of `listed` scores or more with lists of tiles."""
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        for op, kernel in itertools.product(SPECS, KERNELS):
+            if kernel != "decode":
+                stack.enter_context(tuning.use_config(op, kernel, Config(queries, keys, 4, 1)))
+        for module in (forward, backward, received):
+            patch.setattr(module, "LISTED", listed)
+        yield
