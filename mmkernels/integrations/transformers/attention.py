@@ -1,0 +1,162 @@
+"""The attention function: what transformers calls in each layer."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.integrations.transformers.counts import active
+from mmkernels.integrations.transformers.masks import ModelMask
+from mmkernels.integrations.transformers.matrices import read_matrix
+from mmkernels.masks import SpanMask
+from mmkernels.ops._attention.formula import probabilities, visible_keys
+from mmkernels.ops._attention.inputs import check_scale, take_mask_apart
+from mmkernels.ops.attention_weights import attention_weights
+from mmkernels.ops.cross_attention import cross_attention
+
+Mask = SpanMask | Tensor | None
+
+_KINDS = ("attentions", "cross_attentions")
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: ModelMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention for ``AttentionInterface``.
+
+    Args:
+        module: the model's attention; where `is_causal` is None its attribute of that name counts, True without one.
+        query: ``[B or 1, Hq, Lq, D]``. key: ``[B or 1, Hkv, Lk, D]``. value: ``[B or 1, Hkv, Lk, Dv]``.
+        attention_mask: what `make_mask` returned; or a matrix of the model's own, bool (True = visible) or numbers to
+            add to the scores; or None: with `is_causal` and more than one query, query i sees the keys 0 to i.
+        dropout: the chance that a probability is dropped. scaling: of the scores; None: ``1 / sqrt(D)``.
+        position_bias: added to the scores, broadcastable to ``[B, Hq, Lq, Lk]``.
+        s_aux: ``[Hq]`` attention sinks: one more score for each query, whose value is 0.
+        softcap: refused unless None.
+        output_attentions: also return the probabilities, before dropout: ``[B, Hq, Lq, Lk]`` in query's dtype.
+
+    Returns:
+        ``[B, Lq, Hq, Dv]`` contiguous, and the probabilities or None.
+
+    Raises:
+        NotImplementedError: `softcap`, or a paged cache.
+        TypeError, ValueError: as `mmkernels.cross_attention`.
+    """
+    if softcap is not None or kwargs.get("cache") is not None:
+        what = "a paged cache (continuous batching)" if softcap is None else f"softcap (got {softcap})"
+        raise NotImplementedError(
+            f'attn_implementation="mmkernels" has no {what}, which {type(module).__name__} needs; '
+            'use "eager" or "flex_attention" there'
+        )
+    if query.shape[0] < key.shape[0] and query.shape[0] == 1:  # learned queries
+        query = query.expand(key.shape[0], -1, -1, -1)
+    mask, bias = _mask(module, query, attention_mask, is_causal)
+    if position_bias is not None:
+        bias = position_bias if bias is None else bias + position_bias
+    if bias is not None and bias.dtype not in (query.dtype, torch.float32):
+        bias = bias.to(query.dtype)
+    _count(mask, bias)
+    if s_aux is None:
+        out, sink = cross_attention(query, key, value, mask, bias=bias, scale=scaling, dropout_p=dropout), None
+    else:
+        out, lse = cross_attention(
+            query, key, value, mask, bias=bias, scale=scaling, dropout_p=dropout, return_lse=True
+        )
+        sink = torch.sigmoid(lse - s_aux.reshape(1, -1, 1))[..., None]  # [B, Hq, Lq, 1]: what the sink leaves over
+        out = (out * sink).to(out.dtype)
+    out = out.transpose(1, 2)
+    if not _weights_wanted(output_attentions):
+        return out, None
+    weights = _weights(query, key, mask, bias, scaling)
+    return out, (weights if sink is None else weights * sink).to(out.dtype)
+
+
+def _mask(
+    module: torch.nn.Module, query: Tensor, given: ModelMask | Tensor | None, is_causal: bool | None
+) -> tuple[Mask, Tensor | None]:
+    """The mask and the bias for `cross_attention`."""
+    if given is None:
+        q_len = query.shape[2]
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if q_len == 1 or not causal:
+            return None, None
+        if torch.compiler.is_compiling():
+            return _first_keys(q_len, query.device), None
+        return _first_keys_kept(q_len, query.device), None
+    if isinstance(given, ModelMask):
+        return given.spans, None
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"attention_mask must be a tensor, None or made for {'mmkernels'!r}, got {type(given).__name__}; "
+            "set the implementation with set_attn_implementation, so that masks are made for it"
+        )
+    mask, bias, _ = read_matrix(given, query.dtype)
+    return mask, bias
+
+
+def _first_keys(q_len: int, device: torch.device) -> SpanMask:
+    """Query i sees the keys 0 to i: causal from the first key on, whatever comes behind the last."""
+    end = torch.arange(1, q_len + 1, dtype=torch.int32, device=device)[None]
+    return SpanMask(end.new_zeros(1, 1), end)
+
+
+_first_keys_kept = lru_cache(maxsize=64)(_first_keys)
+
+
+def _count(mask: Mask, bias: Tensor | None) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for calls in active():
+        if bias is not None:
+            calls.bias += 1
+        elif mask is None:
+            calls.unmasked += 1
+        elif isinstance(mask, SpanMask):
+            calls.spans += 1
+        else:
+            calls.dense += 1
+
+
+def _weights_wanted(asked: bool | None) -> bool:
+    """Whether the model records attention weights: asked for, or collected by transformers' hooks."""
+    if asked is not None or torch.compiler.is_compiling():
+        return bool(asked)
+    collected = _collector.get() if _collector is not None else None
+    return collected is not None and any(kind in collected for kind in _KINDS)
+
+
+def _collected() -> Any:
+    """Where transformers keeps what the model that runs is to record; None: a version that keeps it elsewhere."""
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:
+        return None
+    return getattr(output_capturing, "_active_collector", None)
+
+
+_collector = _collected()
+
+
+def _weights(query: Tensor, key: Tensor, mask: Mask, bias: Tensor | None, scale: float | None) -> Tensor:
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, bias))
+    if not wanted:
+        return attention_weights(query, key, mask, bias=bias, scale=scale)
+    spans = take_mask_apart(mask, query, key.shape[2])
+    heads = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return probabilities(query, heads, visible_keys(*spans, key.shape[2]), bias, check_scale(scale, query), False)[0]

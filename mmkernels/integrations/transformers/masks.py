@@ -1,0 +1,189 @@
+"""Masks as transformers makes them, turned into spans: those of its mask functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from mmkernels.integrations.transformers.counts import count_conversion
+from mmkernels.integrations.transformers.symbols import UnreadableError, read
+from mmkernels.masks import SpanMask
+
+_UNTRACEABLE = "torch.compile does not let the mask function be read"
+
+
+class ModelMask:
+    """A mask on its way through a model: spans that look like the bool ``[B, 1, Lq, Lk]`` that the model expects.
+
+    Models hand masks on to their attention. One that does more with it, such as slicing or ``torch.cat``, gets the
+    matrix, which is counted as dense.
+    """
+
+    dtype = torch.bool
+    ndim = 4
+
+    def __init__(self, spans: SpanMask, shape: tuple[int, ...]) -> None:
+        self.spans = spans
+        self.shape = torch.Size(shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.spans.device
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def to(self, *args: Any, **kwargs: Any) -> ModelMask:
+        """On another device; the dtype stays bool."""
+        device = kwargs.get("device", args[0] if args else None)
+        device = device.device if isinstance(device, Tensor) else device
+        device = torch.device(device) if isinstance(device, str | int) else device
+        if not isinstance(device, torch.device) or device == self.device:
+            return self
+        return ModelMask(self.spans.to(device, non_blocking=kwargs.get("non_blocking", False)), self.shape)
+
+    def dense(self) -> Tensor:
+        """The matrix, bool ``[B, 1, Lq, Lk]``."""
+        count_conversion("the model changes the mask itself")
+        return self.spans.to_dense(self.shape[3]).expand(self.shape)
+
+    def __getitem__(self, where: Any) -> Tensor:
+        return self.dense()[where]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("spans", "shape"):  # asked for while being copied
+            raise AttributeError(name)
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Any function of PyTorch gets the matrix."""
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: Tensor | ModelMask | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> ModelMask | Tensor | None:
+    """What ``AttentionMaskInterface`` gets: called once a forward pass and kind of mask, for all layers.
+
+    The arguments are those of ``transformers.masking_utils.sdpa_mask``. On an accelerator, masks that rest on data
+    (image blocks, packed sequences) wait for the device once.
+
+    Returns:
+        a `ModelMask`; None where nothing is hidden and the caller allows it; a bool tensor ``[B, 1, Lq, Lk]``, and a
+        count of why, where no span mask equals the function's or where it can't be read.
+    """
+    if isinstance(attention_mask, ModelMask):  # made before, by a model that asks again
+        return attention_mask
+    compiling = torch.compiler.is_compiling()
+    causal = mask_function is masking_utils.causal_mask_function
+    bidirectional = mask_function is masking_utils.bidirectional_mask_function
+    keys = None
+    if attention_mask is not None:
+        keys = _visible_keys(attention_mask, kv_length, kv_offset)
+        if not compiling and keys.is_cpu and bool(keys.all()):  # elsewhere a look would wait for the device
+            keys = None
+    if keys is None:
+        if bidirectional and allow_is_bidirectional_skip:
+            return None
+        newest = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 >= kv_offset + kv_length
+        if causal and newest and allow_is_causal_skip:
+            return None
+    place = torch.arange(q_length, device=device) + (q_offset - kv_offset)  # among the keys
+    spans: SpanMask | None
+    if causal:
+        spans = _clamped(place.new_zeros(1, 1), place[None] + 1, kv_length)
+    elif bidirectional:
+        spans = _clamped(place.new_zeros(1, 1), place.new_full((1, 1), kv_length), kv_length)
+    elif compiling:
+        spans, reason = _window(place, local_size, allow_is_causal_skip, kv_length, **kwargs), _UNTRACEABLE
+    else:
+        spans, reason = _read(mask_function, batch_size, place, kv_length, kv_offset)
+    if spans is None:
+        count_conversion(reason)
+        return masking_utils.sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,  # type: ignore[arg-type]  # a tensor from a static cache, whatever the annotation says
+            kv_offset,
+            mask_function,
+            attention_mask,
+            allow_is_causal_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+    if keys is not None:
+        spans = _hide(spans, keys)
+    count_conversion()
+    return ModelMask(spans, (batch_size, 1, q_length, kv_length))
+
+
+def _visible_keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
+    """A tokenizer's mask for the keys of this call, bool [B, Lk]: what it does not reach is hidden."""
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask must be [B, Lk] or [B, 1, Lq, Lk], got shape {tuple(attention_mask.shape)}")
+    keys = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+    missing = kv_length - keys.shape[1]
+    return torch.nn.functional.pad(keys, (0, missing)) if missing > 0 else keys
+
+
+def _clamped(start: Tensor, end: Tensor, k_len: int) -> SpanMask:
+    return SpanMask(start.clamp(0, k_len).to(torch.int32), end.clamp(0, k_len).to(torch.int32))
+
+
+def _hide(spans: SpanMask, keys: Tensor) -> SpanMask:
+    """Padding moves the spans' ends; keys that are hidden in between stay a mask of their own."""
+    padding = SpanMask.from_key_mask(keys)
+    if not torch.compiler.is_compiling() and keys.is_cpu:
+        one_run = (padding.end - padding.start)[:, 0] == keys.sum(-1)
+        if bool(one_run.all()):
+            padding = SpanMask(padding.start, padding.end)
+    return spans & padding
+
+
+def _window(
+    place: Tensor, size: int | None, may_be_causal: bool, k_len: int, config: Any = None, **kwargs: Any
+) -> SpanMask | None:
+    """A causal sliding window, as far as the arguments beside the function say that it is just that."""
+    if size is None or not may_be_causal or getattr(config, "attention_chunk_size", None) is not None:
+        return None
+    return _clamped(place[None] - (size - 1), place[None] + 1, k_len)
+
+
+def _read(
+    function: Callable[..., Any], batch_size: int, place: Tensor, k_len: int, k_offset: int
+) -> tuple[SpanMask | None, str]:
+    """The function's spans; or None and why it has none."""
+    batch = torch.arange(batch_size, device=place.device)
+    key = torch.arange(k_len, device=place.device)
+    try:
+        start, end, key_valid, exact = read(function, batch, place + k_offset, key + k_offset).spans()
+    except UnreadableError as reason:
+        return None, str(reason)
+    if exact and place.device.type != "meta" and not bool(torch.stack(exact).all()):
+        return None, "the mask shows a query more than one run of keys"
+    spans = _clamped(start.to(place.device), end.to(place.device), k_len)
+    return (spans if key_valid is None else _hide(spans, key_valid)), ""
