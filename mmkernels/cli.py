@@ -1,4 +1,4 @@
-"""The command ``mmkernels``: doctor, profile, bench. Each command imports what it needs itself."""
+"""The command ``mmkernels``: doctor, profile, bench, support. Each command imports what it needs itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Fused, memory-linear kernels for multimodal models.",
     )
-    for command in (doctor, profile, bench):
+    for command in (doctor, profile, bench, support):
         app.command()(command)
     return app
 
@@ -124,6 +124,16 @@ def bench(
     from mmkernels.profiling.options import parse_list
 
     run_bench(op, parse_list(dtype), device or _default_device(), filter, out, save)
+
+
+def support(
+    families: Annotated[list[str] | None, typer.Argument(help="Names as in the table; default: all of it.")] = None,
+) -> None:
+    """Run small transformers models of each family on "mmkernels", and show which equal transformers' own attention."""
+    from mmkernels.integrations.transformers.support_table import run_support
+
+    if not run_support(families or ()):
+        raise SystemExit(1)
 
 
 def _default_device() -> str:

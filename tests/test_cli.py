@@ -87,6 +87,8 @@ def test_profile_prints_tables_and_writes_json_and_picture(mmkernels, tmp_path: 
         ([*TINY, "--out", "/proc/here"], "--out /proc/here can't be written to"),
         (["bench", "no_such_op"], "op must be one of"),
         (["bench", "--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16; got 'fp8'"),
+        (["support", "llama", "clap"], "family must be one of llama, "),
+        (["support", "--all"], "--all"),
         (["fly"], "fly"),
         (["doctor", "--fast"], "--fast"),
     ],
@@ -142,16 +144,54 @@ def test_doctor_gives_reasons(mmkernels, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "no [1]" in ended.out and "[1] triton: there is no GPU" in ended.out
 
 
+def test_support_prints_a_row_for_each_family(mmkernels) -> None:
+    ended = mmkernels("support", "llama", "blip_2", "siglip", "vilt")
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert max(map(len, lines)) <= 120
+    rows = {line.split()[0]: line for line in lines if line.split()[:1] and line[0].isalpha()}
+    assert "greedy, sampled, beam, static, assisted" in rows["llama"] and "[" not in rows["llama"]
+    assert rows["llama"].split()[1:10] == ["2", "of", "2", "2", "0", "0", "0", "yes", "yes"]
+    assert "greedy, sampled, beam, static [1]" in " ".join(rows["blip_2"].split())
+    assert "4 of 5" in rows["siglip"] and "0 of 2" in rows["vilt"] and "yes" not in rows["vilt"]
+    notes = " ".join(ended.out.split())
+    assert "[1] assisted generation, on transformers' own attention too: TypeError" in notes
+    assert "[2] modules with an attention of their own: MultiheadAttention" in notes
+    assert "[3] transformers keeps its own attention, eager" in notes
+    assert f"torch {torch.__version__}" in notes and "cross_attention ran on " in notes
+    assert "calls)" in notes and "no backend" not in notes
+    assert "[4/4] vilt" in ended.err
+    assert all(line.startswith("[") for line in ended.err.splitlines())
+
+
+def test_support_ends_with_1_where_a_family_fails(mmkernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "set_attn_implementation", lambda self, name: None)
+    ended = mmkernels("support", "llama", "vilt")
+    assert ended.code == 1
+    assert "[1] forward: called where the model is built with it, but not where it is set" in ended.out
+    assert mmkernels("support", "vilt").code == 0
+
+
 def test_help(mmkernels) -> None:
     ended = mmkernels("--help")
-    assert ended.code == 0 and all(command in ended.out for command in ("doctor", "profile", "bench"))
+    assert ended.code == 0 and all(command in ended.out for command in ("doctor", "profile", "bench", "support"))
     assert mmkernels("profile", "--help").code == 0
     assert mmkernels().code == 2
 
 
-@pytest.mark.parametrize("package", ["typer", "matplotlib"])
-def test_a_missing_package_says_what_to_install(package: str) -> None:
-    code = f"import sys; sys.modules['{package}'] = None; sys.argv = ['mmkernels', 'profile', 'flamingo']; "
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("typer", ["profile", "flamingo"]),
+        ("matplotlib", ["profile", "flamingo"]),
+        ("transformers", ["support", "llama"]),
+        ("rich", ["support", "llama"]),
+    ],
+)
+def test_a_missing_package_says_what_to_install(package: str, command: list[str]) -> None:
+    code = f"import sys; sys.modules['{package}'] = None; sys.argv = {['mmkernels', *command]}; "
     code += "from mmkernels.cli import main; main()"
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"TYPER_USE_RICH": "0"}

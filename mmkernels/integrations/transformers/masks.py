@@ -49,6 +49,12 @@ class ModelMask:
             return self
         return ModelMask(self.spans.to(device, non_blocking=kwargs.get("non_blocking", False)), self.shape)
 
+    def contiguous(self, *args: Any, **kwargs: Any) -> ModelMask:
+        """Itself, as are copies: nobody writes to it."""
+        return self
+
+    clone = detach = contiguous
+
     def dense(self) -> Tensor:
         """The matrix, bool ``[B, 1, Lq, Lk]``."""
         count_conversion("the model changes the mask itself")

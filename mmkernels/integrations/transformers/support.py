@@ -1,0 +1,177 @@
+"""Which model families run on ``"mmkernels"``, found by running them: `check` is what the table and the tests share."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from mmkernels.integrations.transformers.counts import Calls, counting
+from mmkernels.integrations.transformers.families_common import Family, Inputs
+from mmkernels.integrations.transformers.registration import NAME, register
+from mmkernels.integrations.transformers.support_compare import (
+    WAYS,
+    Comparison,
+    NotEqual,
+    NotOffered,
+    one_line,
+    set_attention,
+)
+
+YES, NOTHING = "yes", "-"
+
+
+@dataclass(frozen=True)
+class Support:
+    """What was found of one family.
+
+    Args:
+        name: the family's.
+        model: its class.
+        calls: attention calls of one forward pass, by mask.
+        inside, outside: how many modules of each attention class called ``"mmkernels"`` in it, and how many did not.
+        forward, gradients: `YES`, or "no: " and the reason; `NOTHING` where nothing was compared.
+        generation: the same for each of `WAYS`, or "not offered: " and why transformers' own attention can't either;
+            empty for a model that does not generate.
+        refused: why nothing was compared, or "".
+    """
+
+    name: str
+    model: str
+    calls: Calls = field(default_factory=Calls)
+    inside: Counter[str] = field(default_factory=Counter)
+    outside: Counter[str] = field(default_factory=Counter)
+    forward: str = NOTHING
+    gradients: str = NOTHING
+    generation: dict[str, str] = field(default_factory=dict)
+    refused: str = ""
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """What was compared and is not equal, with the reason."""
+        cells = {"forward": self.forward, "gradients": self.gradients} | self.generation
+        return {name: cell.removeprefix("no: ") for name, cell in cells.items() if cell.startswith("no: ")}
+
+    @property
+    def not_offered(self) -> dict[str, str]:
+        """Ways to generate that transformers refuses this model on its own attention too, with the reason."""
+        start = "not offered: "
+        return {way: cell.removeprefix(start) for way, cell in self.generation.items() if cell.startswith(start)}
+
+    @property
+    def equal(self) -> list[str]:
+        """Ways to generate that gave the same tokens."""
+        return [way for way, cell in self.generation.items() if cell == YES]
+
+
+def check(family: Family) -> Support:
+    """Run a family on ``"mmkernels"`` and on transformers' own attention, and compare.
+
+    A family is refused where the attention function says that it lacks something, and where no module calls it: then
+    the model is also built with the implementation in its configuration, before this says so.
+    """
+    register()
+    with quiet():
+        model, inputs = family.build()
+        found = Support(family.name, type(model).__name__)
+        set_attention(model, NAME)
+        try:
+            calls, inside, outside = _trace(model, inputs)
+        except NotImplementedError as error:
+            return replace(found, refused=one_line(error))
+        except Exception as error:
+            return replace(found, forward=_no(error))
+        found = replace(found, calls=calls, inside=inside, outside=outside)
+        if not inside:
+            return _uncalled(found, model, inputs)
+        compare = Comparison(family)
+        return replace(
+            found,
+            forward=_outcome(compare.forward),
+            gradients=_outcome(compare.gradients),
+            generation={way: _outcome(compare.generation, way) for way in WAYS} if model.can_generate() else {},
+        )
+
+
+def _uncalled(found: Support, model: Any, inputs: Inputs) -> Support:
+    """Nothing called ``"mmkernels"`` after it was set: nor does it where the model is built with it?"""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = NAME
+    if _trace(type(model)(config).eval(), inputs)[0].total:
+        return replace(found, forward="no: called where the model is built with it, but not where it is set")
+    kept = model.config._attn_implementation
+    return replace(found, refused=f'transformers keeps its own attention, {kept}, set to "{NAME}" or built with it')
+
+
+def _trace(model: Any, inputs: Inputs) -> tuple[Calls, Counter[str], Counter[str]]:
+    """The calls of one forward pass, and the classes of attention modules that made them, and that ran without."""
+    called: dict[nn.Module, bool] = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=()), counting() as calls:
+        hooks = [hook for module in _attention_modules(model) for hook in _watch(module, calls, called)]
+        try:
+            model(**inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    inside, outside = Counter[str](), Counter[str]()
+    for module, did in called.items():
+        (inside if did else outside)[type(module).__name__] += 1
+    return calls, inside, outside
+
+
+def _attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Attention by the name of its class, without the shells around another."""
+    named = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    return [module for module in named if not set(module.modules()) & set(named) - {module}]
+
+
+def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool]) -> list[Any]:
+    """Hooks that note whether every run of the module made a call."""
+    before: list[int] = []
+
+    def start(module: nn.Module, args: Any) -> None:
+        before.append(calls.total)
+
+    def end(module: nn.Module, args: Any, out: Any) -> None:
+        called[module] = called.get(module, True) and calls.total > before.pop()
+
+    return [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
+
+
+def _outcome(compare: Callable[..., None], *args: Any) -> str:
+    """`YES`, or what came instead: a model that fails is one row of the table, not its end."""
+    try:
+        compare(*args)
+    except NotEqual as error:
+        return f"no: {error}"
+    except NotOffered as error:
+        return f"not offered: {error}"
+    except Exception as error:
+        return _no(error)
+    return YES
+
+
+def _no(error: Exception) -> str:
+    return f"no: {one_line(error)}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers says about tiny models and about classes that refuse an implementation."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(before)

@@ -1,0 +1,141 @@
+"""``mmkernels support``: a table of model families, each cell of which comes from a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mmkernels.dispatch import TABLES, Backend
+from mmkernels.integrations.transformers.families import find
+from mmkernels.integrations.transformers.families_common import Family
+from mmkernels.integrations.transformers.support import NOTHING, YES, Support, check
+from mmkernels.integrations.transformers.support_compare import WAYS
+from mmkernels.profiling import machine
+from mmkernels.profiling.command import progress_bar
+from mmkernels.profiling.table import console
+
+WIDTH = 120
+
+_OP = "cross_attention"
+
+_LEGEND = (
+    "modules: attention modules that ran on mmkernels, of all that ran.\n"
+    "spans, dense, none, bias: their calls in one forward pass, by mask.\n"
+    "forward, gradient: float32 is at most twice as far from float64 as transformers' own attention (sdpa, eager).\n"
+    "generation: the same tokens as transformers' own attention."
+)
+
+
+def run_support(names: Sequence[str]) -> bool:
+    """Check the families of these names, or all, and print what was found; answers whether none fails.
+
+    Raises:
+        BadInput: no family has this name.
+    """
+    families = find(names)
+    with progress_bar(len(families)) as advance, _recorded() as ran:
+        rows = support_table(families, advance)
+    console(WIDTH).print(Group(*_rendered(rows), Text(_facts(ran), style="dim")))
+    return not any(row.failures for row in rows)
+
+
+def support_table(families: Sequence[Family], advance: Callable[[str], None] = lambda name: None) -> list[Support]:
+    """One row for each family; `advance` is told its name before it is checked."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are so small that a second thread only waits
+    try:
+        rows = []
+        for family in families:
+            advance(family.name)
+            rows.append(check(family))
+        return rows
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _recorded() -> Iterator[Counter[str]]:
+    """How many calls of cross-attention each backend runs."""
+    ran = Counter[str]()
+    entries = TABLES[_OP]
+
+    def recording(entry: Backend) -> Backend:
+        def run(*args: Any) -> Any:
+            ran[entry.name] += 1
+            return entry.run(*args)
+
+        return replace(entry, run=run)
+
+    TABLES[_OP] = tuple(map(recording, entries))
+    try:
+        yield ran
+    finally:
+        TABLES[_OP] = entries
+
+
+def _facts(ran: Counter[str]) -> str:
+    versions = machine.versions()
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("mmkernels", "torch", "transformers"))
+    backends = ", ".join(f"{backend} ({calls:,} calls)" for backend, calls in ran.most_common()) or "no backend"
+    return f"{packages}; {_OP} ran on {backends}"
+
+
+def _rendered(rows: Sequence[Support]) -> Iterator[Table | Text]:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("family", no_wrap=True)
+    for name in ("modules", "spans", "dense", "none", "bias"):
+        table.add_column(name, justify="right")
+    for name in ("forward", "gradient", "generation", "notes"):
+        table.add_column(name)
+    notes: dict[str, int] = {}
+    for row in rows:
+        table.add_row(*_row(row, notes))
+    yield table
+    yield Text("\n".join(f"[{number}] {note}" for note, number in notes.items()))
+    yield Text(_LEGEND, style="dim")
+
+
+def _row(row: Support, notes: dict[str, int]) -> list[Text]:
+    calls = row.calls
+    counts = [str(count) for count in (calls.spans, calls.dense, calls.unmasked, calls.bias)]
+    inside, ran = row.inside.total(), row.inside.total() + row.outside.total()
+    marks = ",".join(str(notes.setdefault(note, len(notes) + 1)) for note in _notes(row))
+    cells = [f"{inside} of {ran}" if ran else NOTHING, *(counts if inside else [NOTHING] * 4)]
+    judged = [_judged(row.forward), _judged(row.gradients), _generation(row)]
+    return [Text(row.name), *map(Text, cells), *judged, Text(f"[{marks}]" if marks else "")]
+
+
+def _judged(cell: str) -> Text:
+    if cell == YES:
+        return Text(YES, style="green")
+    return Text(NOTHING, style="dim") if cell == NOTHING else Text("no", style="red")
+
+
+def _generation(row: Support) -> Text:
+    failed = [f"no {way}" for way in WAYS if way in row.failures]
+    if failed:
+        return Text(", ".join(row.equal + failed), style="red")
+    return Text(", ".join(row.equal), style="green") if row.equal else Text(NOTHING, style="dim")
+
+
+def _notes(row: Support) -> Iterator[str]:
+    """What the row does not say in its own cells."""
+    if row.refused:
+        yield row.refused
+    elif row.inside and row.outside:
+        yield f"modules with an attention of their own: {', '.join(sorted(row.outside))}"
+    for reason in row.calls.reasons:
+        yield f"mask made dense: {reason}"
+    for what, reason in row.failures.items():
+        yield f"{what}: {reason}"
+    for way, reason in row.not_offered.items():
+        yield f"{way} generation, on transformers' own attention too: {reason}"

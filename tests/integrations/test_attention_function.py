@@ -1,0 +1,304 @@
+"""The function that transformers calls in each layer, against the formula in float64."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+from mmkernels.integrations.transformers import NAME, counting, register
+from mmkernels.integrations.transformers.attention import attention
+from mmkernels.integrations.transformers.masks import make_mask
+
+B, H, L, D = 2, 4, 6, 8
+MODULE: Any = SimpleNamespace(is_causal=False)
+CAUSAL: Any = SimpleNamespace()  # transformers' default where a module does not say
+LOWEST = torch.finfo(torch.float64).min
+
+
+def draw(*shape: int, grad: bool = False) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+
+def inputs(k_len: int = L, kv_heads: int = H, q_batch: int = B) -> tuple[Tensor, Tensor, Tensor]:
+    return draw(q_batch, H, L, D), draw(B, kv_heads, k_len, D), draw(B, kv_heads, k_len, D)
+
+
+def formula(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | float = 0.0, sink: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(query key' / sqrt(D) + bias), with one more score a query where there is a sink."""
+    key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.mT / D**0.5 + bias
+    if sink is not None:
+        scores = torch.cat([scores, sink.reshape(1, H, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]].nan_to_num(0.0)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def hidden(visible: Tensor) -> Tensor:
+    return torch.where(visible, 0.0, -torch.inf).to(torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+LOWER = torch.ones(L, L, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize(
+    ("module", "is_causal", "k_len", "bias"),
+    [
+        (MODULE, None, L, torch.zeros(L, L)),
+        (MODULE, True, L, hidden(LOWER)),
+        (CAUSAL, None, L, hidden(LOWER)),
+        (CAUSAL, False, L, torch.zeros(L, L)),
+        # more keys than queries, as in an empty static cache: causal from the first key on
+        (CAUSAL, None, L + 3, hidden(torch.ones(L, L + 3, dtype=torch.bool).tril())),
+    ],
+)
+def test_without_a_mask_the_module_says_whether_it_is_causal(
+    module: Any, is_causal: bool | None, k_len: int, bias: Tensor
+) -> None:
+    query, key, value = inputs(k_len)
+    out, weights = attention(module, query, key, value, None, is_causal=is_causal)
+    torch.testing.assert_close(out, formula(query, key, value, bias)[0])
+    assert weights is None and out.is_contiguous() and out.shape == (B, L, H, D)
+
+
+def test_one_query_sees_every_key() -> None:
+    query, key, value = inputs()
+    out, _ = attention(CAUSAL, query[:, :, :1], key, value, None)
+    torch.testing.assert_close(out, formula(query[:, :, :1], key, value)[0])
+
+
+def test_grouped_queries_scaling_and_learned_queries() -> None:
+    query, key, value = inputs(kv_heads=2, q_batch=1)
+    out, _ = attention(MODULE, query, key, value, None, scaling=1.0)
+    torch.testing.assert_close(out, formula(query.expand(B, -1, -1, -1) * D**0.5, key, value)[0])
+
+
+VISIBLE = {
+    "padding": torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()[:, None, None].expand(B, 1, L, L),
+    "causal": LOWER.expand(B, 1, L, L),
+    "images": torch.block_diag(*[torch.ones(2, 2)] * 3).bool()[None, None],
+    "holes": (torch.arange(L)[:, None] != torch.arange(L)).expand(1, 1, L, L),
+    "by head": torch.rand(1, H, L, L, generator=torch.Generator().manual_seed(1)) < 0.7,
+    "nothing hidden": torch.ones(1, 1, L, L, dtype=torch.bool),
+    "everything hidden for some": torch.tensor([0, 1, 1, 0, 1, 1]).bool()[None, None, :, None].expand(1, 1, L, L),
+}
+KINDS = {"padding": "spans", "causal": "spans", "images": "spans", "holes": "dense", "by head": "dense"} | {
+    "nothing hidden": "unmasked",
+    "everything hidden for some": "spans",
+}
+
+
+@pytest.mark.parametrize("written", ["bool", "lowest", "-inf", "twice the lowest"])
+@pytest.mark.parametrize("name", VISIBLE)
+def test_a_models_own_matrix(name: str, written: str) -> None:
+    """Looked through once; spans where it can; numbers that mean "hidden" are no bias."""
+    visible, (query, key, value) = VISIBLE[name], inputs()
+    mask: Tensor = visible
+    if written != "bool":
+        number = {"lowest": LOWEST, "-inf": -torch.inf, "twice the lowest": LOWEST * 2}[written]
+        mask = torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, number)
+    with counting() as calls:
+        for _layer in range(3):
+            out, _ = attention(MODULE, query, key, value, mask)
+    torch.testing.assert_close(out, formula(query, key, value, hidden(visible))[0])
+    assert getattr(calls, KINDS[name]) == calls.total == 3
+    assert calls.conversions == 1
+
+
+def test_other_numbers_are_a_bias() -> None:
+    query, key, value = inputs()
+    alibi = -torch.arange(L).sub(torch.arange(L)[:, None]).abs().to(torch.float64).expand(1, H, L, L)
+    with counting() as calls:
+        out, _ = attention(MODULE, query, key, value, alibi)
+    torch.testing.assert_close(out, formula(query, key, value, alibi)[0])
+    assert calls.bias == calls.total == 1
+
+
+def test_a_trained_bias_gets_its_gradient() -> None:
+    query, key, value = inputs()
+    bias = draw(1, H, L, L, grad=True)
+    position = draw(1, H, L, L, grad=True)
+    attention(MODULE, query, key, value, bias, position_bias=position)[0].sin().sum().backward()
+    other = bias.detach() + position.detach()
+    other.requires_grad_()
+    formula(query, key, value, other)[0].sin().sum().backward()
+    torch.testing.assert_close(bias.grad, other.grad)
+    torch.testing.assert_close(position.grad, other.grad)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_matrix_changed_in_place_is_read_again(inference: bool) -> None:
+    query, key, value = inputs()
+    with torch.inference_mode(inference):
+        mask = hidden(VISIBLE["causal"].clone())
+        with counting() as calls:
+            attention(MODULE, query, key, value, mask)
+            mask.zero_()
+            out, _ = attention(MODULE, query, key, value, mask)
+        torch.testing.assert_close(out, formula(query, key, value)[0])
+        assert (calls.spans, calls.unmasked, calls.conversions) == (1, 1, 2)
+
+
+def test_position_bias_with_spans() -> None:
+    query, key, value = inputs()
+    position = draw(1, H, L, L)
+    out, _ = attention(MODULE, query, key, value, make_mask(B, L, L), position_bias=position)
+    torch.testing.assert_close(out, formula(query, key, value, position + hidden(LOWER))[0])
+
+
+def test_sinks_and_their_gradient() -> None:
+    query, key, value = (x.requires_grad_() for x in inputs(kv_heads=2))
+    sink = draw(H, grad=True)
+    leaves = [query, key, value, sink]
+    ours = attention(MODULE, query, key, value, make_mask(B, L, L), s_aux=sink, output_attentions=True)
+    truth = formula(query, key, value, hidden(LOWER), sink)
+    for got, want in zip(ours, truth, strict=True):
+        torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad((out * out).sum() + weights.sin().sum(), leaves) for out, weights in (ours, truth)]
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_weights_are_the_real_ones(grad: bool) -> None:
+    query, key, value = (x.requires_grad_(grad) for x in inputs(kv_heads=2))
+    out, weights = attention(MODULE, query, key, value, make_mask(B, L, L), output_attentions=True)
+    truth = formula(query, key, value, hidden(LOWER))
+    torch.testing.assert_close((out, weights), truth)
+    assert weights is not None and weights.requires_grad == grad
+    if grad:
+        for got, want in zip(
+            torch.autograd.grad(weights.sin().sum(), [query, key]),
+            torch.autograd.grad(truth[1].sin().sum(), [query, key]),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want)
+
+
+def test_weights_have_the_querys_dtype() -> None:
+    query, key, value = (x.bfloat16() for x in inputs())
+    _, weights = attention(MODULE, query, key, value, None, output_attentions=True)
+    assert weights is not None and weights.dtype == torch.bfloat16
+
+
+def test_dropout_drops() -> None:
+    query, key, _ = inputs()
+    ones = torch.ones(B, H, L, D, dtype=torch.float64)
+    torch.manual_seed(1)
+    out, _ = attention(MODULE, query, key, ones, None, dropout=0.5)
+    torch.manual_seed(1)
+    again, _ = attention(MODULE, query, key, ones, None, dropout=0.5)
+    assert torch.equal(out, again) and out.std() > 0.1
+    torch.testing.assert_close(attention(MODULE, query, key, ones, None, dropout=0.0)[0], torch.ones_like(out))
+
+
+# Bad input.
+
+
+def test_softcap_and_paged_caches_are_refused() -> None:
+    query, key, value = inputs()
+    with pytest.raises(NotImplementedError, match=r"has no softcap \(got 50.0\), which SimpleNamespace needs"):
+        attention(MODULE, query, key, value, None, softcap=50.0)
+    with pytest.raises(NotImplementedError, match="paged cache"):
+        attention(MODULE, query, key, value, None, cache=object())
+
+
+def test_masks_of_a_wrong_kind() -> None:
+    query, key, value = inputs()
+    with pytest.raises(TypeError, match=r"attention_mask must be bool or a floating dtype, got torch\.int64"):
+        attention(MODULE, query, key, value, torch.ones(B, 1, L, L, dtype=torch.int64))
+    with pytest.raises(TypeError, match="attention_mask must be a tensor, None or made for 'mmkernels', got list"):
+        attention(MODULE, query, key, value, [1, 2])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must broadcast to"):
+        attention(MODULE, query, key, value, torch.zeros(B, H, L, L + 1) - 0.5)
+    with pytest.raises(ValueError, match="mask must be for"):
+        attention(MODULE, query, key, value, make_mask(B, L + 1, L))
+
+
+def test_meta_tensors_have_shapes() -> None:
+    query, key, value = (x.to("meta") for x in inputs())
+    for mask in (None, make_mask(B, L, L, device="meta"), VISIBLE["holes"].to("meta"), hidden(LOWER).to("meta")):
+        out, weights = attention(CAUSAL, query, key, value, mask, output_attentions=True)
+        assert out.shape == (B, L, H, D) and weights is not None and weights.shape == (B, H, L, L)
+
+
+def test_two_threads_count_their_own_and_agree() -> None:
+    query, key, value = inputs()
+    masks = [make_mask(B, L, L), hidden(VISIBLE["images"])]
+    truth = [attention(MODULE, query, key, value, mask)[0] for mask in masks]
+    found: list[tuple[bool, int]] = []
+
+    def work(number: int) -> None:
+        with counting() as calls:
+            outs = [attention(MODULE, query, key, value, masks[number])[0] for _ in range(50)]
+        found.append((all(torch.equal(out, truth[number]) for out in outs), calls.total))
+
+    threads = [threading.Thread(target=work, args=(n % 2,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [(True, 50)] * 4
+
+
+# Registering.
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
+        interface._global_mapping.pop(NAME, None)
+
+
+@pytest.mark.usefixtures("clean")
+class TestRegister:
+    def test_twice_is_once(self) -> None:
+        register()
+        before = AttentionInterface._global_mapping[NAME], AttentionMaskInterface._global_mapping[NAME]
+        register()
+        assert before == (AttentionInterface._global_mapping[NAME], AttentionMaskInterface._global_mapping[NAME])
+        assert before == (attention, make_mask)
+
+    def test_somebody_elses_name_is_not_taken(self) -> None:
+        AttentionInterface.register(NAME, torch.nn.functional.relu)
+        with pytest.raises(ValueError, match=r"AttentionInterface already has another 'mmkernels'.*relu"):
+            register()
+
+    def test_from_two_threads(self) -> None:
+        threads = [threading.Thread(target=register) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert AttentionInterface._global_mapping[NAME] is attention
+
+    @pytest.mark.parametrize("moved", ["name", "argument", "module"])
+    def test_an_interface_that_moved_is_an_import_error(self, moved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        if moved == "name":
+            monkeypatch.delattr(transformers.modeling_utils.AttentionInterface, "_global_mapping")
+        elif moved == "argument":
+            other = lambda layer, q, k, v, mask: None
+            monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", other)
+        else:
+            monkeypatch.delattr(masking_utils, "causal_mask_function")
+        with pytest.raises(ImportError, match=r"transformers .* has another attention interface"):
+            register()
+
+    def test_without_transformers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+        with pytest.raises(ImportError, match=r'pip install "mmkernels\[models\]"'):
+            register()

@@ -1,0 +1,238 @@
+"""transformers' mask functions read as spans, against their own evaluation for every pair of a query and a key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import masking_utils as theirs
+
+from mmkernels.integrations.transformers import Calls, counting
+from mmkernels.integrations.transformers.masks import ModelMask, make_mask
+from mmkernels.masks import SpanMask
+
+B, L = 3, 12
+BLOCKS = torch.tensor([[-1, -1, 0, 0, 0, -1, -1, 1, 1, 1, -1, -1], [0] * 3 + [-1] * 9, [-1] * 6 + [0] * 6])
+POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]]).expand(B, -1)
+SEQUENCES = theirs.find_packed_sequence_indices(POSITIONS)
+
+causal = theirs.causal_mask_function
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "causal": causal,
+    "bidirectional": theirs.bidirectional_mask_function,
+    "sliding": theirs.sliding_window_causal_mask_function(3),
+    "sliding both ways": theirs.sliding_window_bidirectional_mask_function(2),
+    "chunks": theirs.chunked_causal_mask_function(4, torch.tensor([4, 1, 0])),
+    "image blocks": theirs.or_masks(causal, theirs.blockwise_overlay(BLOCKS)),
+    "image blocks in a window": theirs.and_masks(
+        theirs.or_masks(causal, theirs.blockwise_overlay(BLOCKS)), theirs.sliding_window_overlay(4)
+    ),
+    "prefix": theirs.or_masks(causal, theirs.blockwise_overlay(torch.tensor([[0] * 5 + [-1] * 7] * B))),
+    "packed": theirs.packed_sequence_compatibility_function(causal, POSITIONS, SEQUENCES),
+    "packed sliding": theirs.packed_sequence_compatibility_function(
+        theirs.sliding_window_causal_mask_function(2), POSITIONS, SEQUENCES
+    ),
+    "packed chunks": theirs.packed_sequence_compatibility_function(
+        theirs.chunked_causal_mask_function(2, torch.zeros(B, dtype=torch.int64)), POSITIONS, SEQUENCES
+    ),
+    "a user's constant": theirs.or_masks(causal, lambda *_: torch.tensor(True)),
+    "a user's own": lambda b, h, q, k: (k // 3 <= q // 3) & (k + 5 >= q),
+    "a distance": lambda b, h, q, k: (q - k < 4) & (k - q <= 1),
+    "written backwards": lambda b, h, q, k: (q > 2) & (q >= k) & (k - q > -5),
+    "first queries see nothing": lambda b, h, q, k: (q >= 3) & (k <= q),
+}
+NO_SPANS: dict[str, tuple[Callable[..., Any], str]] = {
+    "every other": (lambda b, h, q, k: (q + k) % 2 == 0, "combines a query's and a key's index by add"),
+    "where": (lambda b, h, q, k: torch.where(q > k, True, False), "calls torch's where"),
+    "by head": (lambda b, h, q, k: k <= q + h, "differs by head"),
+    "split block": (
+        theirs.or_masks(causal, theirs.blockwise_overlay(torch.tensor([[0, 0, -1, -1, 0, 0] * 2] * B))),
+        "more than one run",
+    ),
+    "only far away": (lambda b, h, q, k: abs(q - k) > 3, "hides what is near"),
+    "not": (lambda b, h, q, k: ~(k <= q), "TypeError"),
+    "far or near": (lambda b, h, q, k: (k <= q - 6) | (k >= q), "more than one run"),
+}
+
+
+def padding(kind: str) -> torch.Tensor | None:
+    """bool [B, L]."""
+    if kind == "none":
+        return None
+    mask = torch.arange(L) >= torch.tensor([4, 1, 0])[:, None]
+    if kind == "right":
+        mask = mask.flip(1)
+    if kind == "holes":
+        mask[2, 5] = False
+    return mask
+
+
+def both(**arguments: Any) -> tuple[ModelMask | torch.Tensor | None, torch.Tensor, Calls]:
+    with counting() as calls:
+        ours = make_mask(**arguments)
+    return ours, theirs.sdpa_mask(**arguments | {"allow_is_causal_skip": False}), calls
+
+
+def dense(mask: ModelMask | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    assert isinstance(mask, ModelMask)
+    assert mask.shape == like.shape
+    return mask.spans.to_dense(like.shape[-1]).expand(like.shape)
+
+
+@pytest.mark.parametrize("padded", ["none", "left", "right", "holes"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_spans_equal_the_function(name: str, padded: str) -> None:
+    ours, truth, calls = both(
+        batch_size=B, q_length=L, kv_length=L, mask_function=FUNCTIONS[name], attention_mask=padding(padded)
+    )
+    assert torch.equal(dense(ours, truth), truth)
+    assert (ours.spans.key_valid is not None) == (padded == "holes"), "padding at an end costs no mask of its own"
+    assert calls.conversions == 1 and not calls.reasons
+
+
+@pytest.mark.parametrize("padded", ["none", "left", "holes"])
+@pytest.mark.parametrize("name", NO_SPANS)
+def test_what_is_no_span_goes_dense_and_says_why(name: str, padded: str) -> None:
+    function, reason = NO_SPANS[name]
+    ours, truth, calls = both(
+        batch_size=B, q_length=L, kv_length=L, mask_function=function, attention_mask=padding(padded)
+    )
+    assert isinstance(ours, torch.Tensor) and torch.equal(ours, truth)
+    assert len(calls.reasons) == 1 and reason in next(iter(calls.reasons))
+
+
+@pytest.mark.parametrize("name", ["causal", "sliding"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("q_offset", "kv_offset", "q_length", "kv_length"),
+    [(9, 0, 1, 10), (9, 0, 3, 12), (0, 0, 3, 12), (torch.tensor(4), 0, 2, 12), (10, 5, 1, 6), (10, 5, 3, 8)],
+)
+def test_caches(
+    name: str, padded: bool, q_offset: int | torch.Tensor, kv_offset: int, q_length: int, kv_length: int
+) -> None:
+    """Dynamic caches, static ones (more keys than there are, the offset a tensor), sliding ones (keys dropped)."""
+    mask = torch.ones(B, int(q_offset) + q_length, dtype=torch.bool)
+    mask[0, :7] = False
+    ours, truth, _ = both(
+        batch_size=B,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=FUNCTIONS[name],
+        attention_mask=mask if padded else None,
+    )
+    if ours is None:
+        assert q_length == 1 and truth.all()
+    else:
+        assert torch.equal(dense(ours, truth), truth)
+
+
+def test_the_newest_token_needs_no_mask() -> None:
+    """One query and a growing cache: nothing is hidden."""
+    step = {"batch_size": B, "q_length": 1, "kv_length": L, "q_offset": L - 1}
+    assert make_mask(**step) is None
+    assert make_mask(**step, attention_mask=torch.ones(B, L, dtype=torch.bool)) is None
+    assert make_mask(**step, attention_mask=padding("left")) is not None
+    assert make_mask(**step, allow_is_causal_skip=False) is not None
+
+
+def test_no_padding_both_ways_needs_no_mask() -> None:
+    both_ways = {"batch_size": B, "q_length": L, "kv_length": L, "mask_function": theirs.bidirectional_mask_function}
+    assert make_mask(**both_ways, allow_is_bidirectional_skip=True) is None
+    assert make_mask(**both_ways, allow_is_bidirectional_skip=True, attention_mask=padding("right")) is not None
+    assert make_mask(**both_ways) is not None
+
+
+@st.composite
+def functions(draw: st.DrawFn) -> Callable[..., Any]:
+    """Compositions of what transformers offers, with random windows, chunks, blocks and sequences."""
+    blocks = torch.tensor([draw(st.lists(st.integers(-1, 2), min_size=L, max_size=L)) for _ in range(B)])
+    starts = torch.tensor([draw(st.lists(st.booleans(), min_size=L, max_size=L)) for _ in range(B)])
+    starts[:, 0] = True
+    place = torch.arange(L)
+    positions = place - torch.where(starts, place, 0).cummax(1).values  # each sequence counts from 0
+    parts = [
+        causal,
+        theirs.bidirectional_mask_function,
+        theirs.sliding_window_overlay(draw(st.integers(1, L))),
+        theirs.sliding_window_bidirectional_overlay(draw(st.integers(0, L))),
+        theirs.chunked_overlay(draw(st.integers(1, 5)), torch.tensor([draw(st.integers(0, 4)) for _ in range(B)])),
+        theirs.blockwise_overlay(blocks),
+        theirs.padding_mask_function(padding(draw(st.sampled_from(["left", "right", "holes"])))),
+    ]
+    function = draw(st.sampled_from(parts))
+    for _ in range(draw(st.integers(0, 3))):
+        join = draw(st.sampled_from([theirs.and_masks, theirs.or_masks]))
+        function = join(function, draw(st.sampled_from(parts)))
+    if draw(st.booleans()):
+        sequences = (~starts).logical_not().cumsum(1) - 1
+        function = theirs.packed_sequence_compatibility_function(function, positions, sequences)
+    return function
+
+
+@settings(deadline=None, max_examples=300)
+@given(functions(), st.sampled_from(["none", "left", "right", "holes"]))
+def test_any_composition_is_right(function: Callable[..., Any], padded: str) -> None:
+    """Spans or dense: the mask is the function's."""
+    ours, truth, calls = both(
+        batch_size=B, q_length=L, kv_length=L, mask_function=function, attention_mask=padding(padded)
+    )
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, truth) and calls.reasons
+    else:
+        assert torch.equal(dense(ours, truth), truth)
+
+
+def test_a_function_that_fails_fails_as_with_sdpa() -> None:
+    def broken(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        raise ZeroDivisionError("the user's own")
+
+    with pytest.raises(ZeroDivisionError, match="the user's own"):
+        make_mask(B, L, L, mask_function=broken)
+
+
+def test_a_mask_of_another_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"attention_mask must be \[B, Lk\]"):
+        make_mask(B, L, L, attention_mask=torch.ones(B, L, L, dtype=torch.bool))
+
+
+class TestModelMask:
+    """What models do with a mask between making it and handing it to their attention."""
+
+    mask = ModelMask(SpanMask.causal(3, 4), (2, 1, 3, 4))
+    truth = SpanMask.causal(3, 4).to_dense(4).expand(2, 1, 3, 4)
+
+    def test_looks_like_the_matrix(self) -> None:
+        assert (self.mask.shape, self.mask.ndim, self.mask.dim()) == (self.truth.shape, 4, 4)
+        assert (self.mask.size(-1), self.mask.dtype, self.mask.device) == (4, torch.bool, torch.device("cpu"))
+
+    @pytest.mark.parametrize("copy", [("contiguous",), ("clone",), ("to", torch.float32), ("to", "cpu")])
+    def test_copies_stay_spans(self, copy: tuple[Any, ...]) -> None:
+        with counting() as calls:
+            assert getattr(self.mask, copy[0])(*copy[1:]) is self.mask
+        assert not calls.reasons
+
+    def test_moves(self) -> None:
+        moved = self.mask.to(device="meta")
+        assert isinstance(moved, ModelMask) and moved.spans.device.type == "meta"
+
+    def test_anything_else_gets_the_matrix_and_is_counted(self) -> None:
+        with counting() as calls:
+            assert torch.equal(self.mask[:, :, 1:], self.truth[:, :, 1:])
+            assert torch.equal(torch.cat([self.mask, self.truth], 0), torch.cat([self.truth, self.truth], 0))
+            assert torch.equal(self.mask.logical_not(), ~self.truth)
+        assert calls.reasons == {"the model changes the mask itself": 3}
+
+    def test_a_model_that_asks_again_gets_it_back(self) -> None:
+        assert make_mask(2, 3, 4, attention_mask=self.mask) is self.mask
+
+
+def test_on_the_meta_device_only_shapes_matter() -> None:
+    blocks = theirs.or_masks(causal, theirs.blockwise_overlay(BLOCKS.to("meta")))
+    mask = make_mask(B, L, L, mask_function=blocks, attention_mask=padding("left").to("meta"), device="meta")
+    assert isinstance(mask, ModelMask) and mask.shape == (B, 1, L, L) and mask.device.type == "meta"

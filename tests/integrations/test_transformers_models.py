@@ -1,0 +1,337 @@
+"""Whole models: every way of calling them that meets another kind of mask or cache, against sdpa, in float64.
+
+Float64 leaves no room for an error of the wiring to hide in; what the kernels do in float32 is `test_support.py`'s.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from mmkernels.integrations.transformers import counting, register
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+KINDS = ["sliding_attention", "full_attention"]
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=6)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=6, layer_types=KINDS)
+    ),
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            **SIZES, head_dim=16, sliding_window=8, num_local_experts=2, num_experts_per_tok=1, layer_types=KINDS
+        )
+    ),
+}
+GENERATION = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 20},
+    "beam": {"num_beams": 3},
+    "static": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+IDS = torch.randint(5, 60, (2, 10), generator=torch.Generator().manual_seed(0))
+LEFT = torch.ones_like(IDS).index_fill_(1, torch.arange(3), 0)
+LEFT[1] = 1
+RIGHT = LEFT.flip(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered() -> None:
+    register()
+    transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> Any:
+    return build(request.param)
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(0)
+    model = MODELS[name]().double().eval()
+    if name == "gpt_oss":
+        model.set_experts_implementation("eager")  # the default has no float64
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def other(model: Any) -> str:
+    return "eager" if isinstance(model, transformers.GptOssForCausalLM) else "sdpa"  # sdpa knows no sinks
+
+
+def both(model: Any, run: Callable[[Any], Any], against: str = "") -> tuple[Any, Any, Any]:
+    """The same run on ours and on transformers' own attention; and what ours was called with."""
+    model.set_attn_implementation(against or other(model))
+    theirs = run(model)
+    model.set_attn_implementation("mmkernels")
+    with counting() as calls:
+        ours = run(model)
+    assert calls.dense == calls.bias == 0 and not calls.reasons and calls.total
+    return ours, theirs, calls
+
+
+@pytest.mark.parametrize("padded", [LEFT, RIGHT, None])
+def test_forward_and_gradients(model: Any, padded: Tensor | None) -> None:
+    def run(model: Any) -> list[Tensor]:
+        model.zero_grad()
+        logits = model(IDS, attention_mask=padded).logits
+        seen = logits if padded is None else logits[padded.bool()]
+        seen.sin().sum().backward()
+        return [seen.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    ours, theirs, calls = both(model, run)
+    torch.testing.assert_close(ours, theirs)
+    kinds = len(set(getattr(model.config, "layer_types", None) or ["full_attention"]))
+    assert calls.conversions == kinds < calls.spans + 1, "one conversion a kind of mask, not one a layer"
+
+
+@pytest.mark.parametrize("mode", GENERATION)
+def test_generation(model: Any, mode: str) -> None:
+    def run(model: Any) -> Tensor:
+        torch.manual_seed(1)
+        mask = {"attention_mask": LEFT} if mode != "prompt lookup" else {}
+        ids = IDS if mode != "prompt lookup" else IDS[:1]
+        return model.generate(ids, **mask, max_new_tokens=12, min_new_tokens=12, **GENERATION[mode])
+
+    ours, theirs, _ = both(model, run)
+    assert torch.equal(ours, theirs) and ours.shape[1] == 22
+
+
+def test_assisted_generation(model: Any) -> None:
+    assistant = build("llama")
+    assistant.set_attn_implementation("mmkernels")
+    run = lambda model: model.generate(IDS[:1], max_new_tokens=12, min_new_tokens=12, assistant_model=assistant)
+    ours, theirs, _ = both(model, run)
+    assert torch.equal(ours, theirs)
+
+
+def test_packed_sequences(model: Any) -> None:
+    """Several sequences in one row, told apart by their positions: each equals itself alone."""
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    run = lambda model: model(IDS[:1], position_ids=positions, use_cache=False).logits.detach()
+    ours, theirs, _ = both(model, run)
+    torch.testing.assert_close(ours, theirs)
+    if not isinstance(model, transformers.GptOssForCausalLM):  # there transformers does not tell them apart
+        torch.testing.assert_close(ours[:, 4:], model(IDS[:1, 4:]).logits.detach())
+
+
+def test_attention_weights_of_a_forward_pass(model: Any) -> None:
+    run = lambda model: model(IDS, attention_mask=RIGHT, output_attentions=True).attentions
+    ours, theirs, _ = both(model, run, "eager")
+    assert len(ours) == 2
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_attention_weights_while_generating(model: Any) -> None:
+    """In float32: transformers' eager attention gives NaN where a float64 mask hides everything."""
+    model.float()
+
+    def run(model: Any) -> Any:
+        record = {"output_attentions": True, "return_dict_in_generate": True}
+        return model.generate(IDS, attention_mask=LEFT, max_new_tokens=3, min_new_tokens=3, **record)
+
+    ours, theirs, _ = both(model, run, "eager")
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert len(ours.attentions) == len(theirs.attentions) == 3
+    for step in range(3):
+        seeing = slice(3 if step == 0 else 0, None)  # of the prompt, the first three are padding
+        for got, want in zip(ours.attentions[step], theirs.attentions[step], strict=True):
+            torch.testing.assert_close(got[:, :, seeing], want[:, :, seeing])
+
+
+def test_continued_from_a_cache(model: Any) -> None:
+    """Several new tokens behind cached ones, and a prompt that is longer than the window."""
+
+    def run(model: Any) -> Tensor:
+        first = model(IDS[:, :4], attention_mask=LEFT[:, :4], use_cache=True)
+        return model(IDS[:, 4:], attention_mask=LEFT, past_key_values=first.past_key_values).logits.detach()
+
+    ours, theirs, _ = both(model, run)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    model = build("gemma3").train()
+    model.enable_input_require_grads()
+
+    def run(model: Any) -> list[Tensor]:
+        model.zero_grad()
+        model(IDS, attention_mask=RIGHT, labels=IDS).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain = both(model, run)[1]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    ours, _, calls = both(model, run)
+    torch.testing.assert_close(ours, plain)
+    assert calls.spans == 4 and calls.conversions == 2, "the layers run again, the masks are not made again"
+
+
+def test_dropout_in_training() -> None:
+    model = build("llama").train()
+    model.set_attn_implementation("mmkernels")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+
+    def run() -> Tensor:
+        torch.manual_seed(1)
+        return model(IDS).logits.detach()
+
+    dropped = run()
+    assert torch.equal(dropped, run())
+    assert not torch.allclose(dropped, model.eval()(IDS).logits)
+
+
+def test_autocast() -> None:
+    """Both in bfloat16; how far from each other is measured against how far sdpa is from float32."""
+    model = build("llama").float()
+
+    def run(model: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(IDS, attention_mask=RIGHT).logits.detach()[RIGHT.bool()].float()
+
+    ours, theirs, _ = both(model, run)
+    truth = model.double()(IDS, attention_mask=RIGHT).logits.detach()[RIGHT.bool()]
+    assert (ours - truth).norm() <= 2 * (theirs - truth).norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_compiled_as_one_graph(name: str) -> None:
+    model = build(name)
+
+    def run(model: Any) -> list[Tensor]:
+        torch._dynamo.reset()
+        model.zero_grad()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        logits = compiled(IDS, attention_mask=RIGHT, use_cache=False).logits[RIGHT.bool()]
+        logits.sin().sum().backward()
+        return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    model.set_attn_implementation("sdpa")
+    theirs = run(model)
+    model.set_attn_implementation("mmkernels")
+    torch.testing.assert_close(run(model), theirs)
+
+
+def test_decoding_compiled_over_a_static_cache() -> None:
+    def run(model: Any) -> Tensor:
+        torch._dynamo.reset()
+        cache = transformers.StaticCache(config=model.config, max_cache_len=24)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        mask, steps = LEFT, []
+        with torch.no_grad():
+            out = model(IDS, attention_mask=mask, past_key_values=cache, use_cache=True)
+            for _ in range(3):
+                mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+                new = out.logits[:, -1:].argmax(-1)
+                out = compiled(new, attention_mask=mask, past_key_values=cache, use_cache=True)
+                steps.append(out.logits)
+        return torch.cat(steps, 1)
+
+    ours, theirs, _ = both(build("llama"), run)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_from_pretrained_and_a_part_of_a_model(tmp_path: Path) -> None:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+    }
+    config = transformers.LlavaConfig(
+        vision_config=dict(vision, image_size=32, patch_size=8, model_type="clip_vision_model"),
+        text_config=dict(SIZES, model_type="llama"),
+        image_token_index=63,
+    )
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    ids = torch.cat([IDS[:, :1], torch.full((2, 16), 63), IDS[:, 1:]], 1)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 32, 32)}
+    load = lambda implementation: transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, attn_implementation=implementation
+    ).eval()
+    want = load("sdpa")(**inputs).logits
+    for implementation, attention_calls in (
+        ("mmkernels", 4),
+        ({"vision_config": "mmkernels", "text_config": "sdpa"}, 2),
+        ({"text_config": "mmkernels"}, 2),
+    ):
+        model = load(implementation)
+        with counting() as calls:
+            torch.testing.assert_close(model(**inputs).logits, want)
+        assert calls.total == attention_calls, implementation
+
+
+def test_on_the_meta_device() -> None:
+    model = build("gemma3").to("meta")
+    model.set_attn_implementation("mmkernels")
+    out = model(IDS.to("meta"), attention_mask=LEFT.to("meta"))
+    assert out.logits.shape == (2, 10, 64) and out.logits.is_meta
+
+
+def test_two_threads_and_one_model() -> None:
+    model = build("gemma3")
+    model.set_attn_implementation("mmkernels")
+    masks = [LEFT, RIGHT]
+    with torch.no_grad():
+        truth = [model(IDS, attention_mask=mask).logits for mask in masks]
+    same: list[bool] = []
+
+    @torch.no_grad()
+    def work(number: int) -> None:
+        for _ in range(10):
+            same.append(torch.equal(model(IDS, attention_mask=masks[number]).logits, truth[number]))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same == [True] * 20
+
+
+def test_a_custom_mask_function_that_is_no_span() -> None:
+    """The right answer, and a count of why it is slower."""
+    from transformers.masking_utils import create_causal_mask
+
+    model = build("llama")
+    embeds = torch.randn(2, 10, 64, dtype=torch.float64)
+    every_other = lambda batch, head, query, key: (query + key) % 2 == 0
+    results = []
+    for implementation in ("sdpa", "mmkernels"):
+        model.set_attn_implementation(implementation)
+        with counting() as calls:
+            mask = create_causal_mask(model.config, embeds, None, None, and_mask_function=every_other)
+            results.append(model(inputs_embeds=embeds, attention_mask=mask).logits.detach())
+    torch.testing.assert_close(*results)
+    assert calls.dense == calls.total == 2
+    assert list(calls.reasons) == [
+        "the mask function combines a query's and a key's index by add",
+        *list(calls.reasons)[1:],
+    ]
