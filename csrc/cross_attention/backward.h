@@ -169,7 +169,7 @@ inline void differentiate(const Problem& p, const Panel& panel, i64 count, float
     const Vec base = -load(s.lse + n), delta = load(s.delta + n);
     Vec gate_sum = zero();
     const auto at = [&](i64 r, Vec& weight, Vec& grad) {
-      Vec w = exp2(fma(load(s.scores + r * lanes + n), scale, base)), g = load(s.grads + r * lanes + n);
+      Vec w = probability(fma(load(s.scores + r * lanes + n), scale, base)), g = load(s.grads + r * lanes + n);
       const std::uint32_t bits = (std::uint32_t)((words != nullptr ? words[r] : panel.real) >> n);
       if (partly) { // before any product: the other factor may be NaN
         w = choose(bits, w, zero());

@@ -151,7 +151,7 @@ inline bool mask_row(const Problem& p, const KeyList& list, DecodeRow& row, i64 
       const char* bias = x.data + (row.b * x.b + row.h * x.h + row.i * x.l) * bytes_of(x.type);
       for (i64 j = 0; j < n; ++j) {
         const float y = load_one(bias + key_at(list, a + j) * x.d * bytes_of(x.type), x.type);
-        scores[j] += y * kLog2e;
+        scores[j] += (y < kLowestBias ? kLowestBias : y) * kLog2e;
         seen[j] &= y != -kInf;
       }
     }

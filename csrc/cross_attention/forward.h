@@ -21,9 +21,12 @@ struct RowState {
   bool begun;
 };
 
-// Moves the rows' reference points for a tile of logarithms `scores * factor`; leaves in `shrink` what earlier sums
-// must be multiplied by, and answers whether any must.
-inline bool move_top(const float* scores, i64 count, i64 lanes, float factor, float* top, float* total, float* shrink) {
+// Moves the rows' reference points for a tile of logarithms: natural ones in `scores`, or to base 2 `scores * factor`.
+// Leaves in `shrink` what earlier sums must be multiplied by, and answers whether any must.
+inline bool move_top(const float* scores, i64 count, i64 lanes, bool natural, float factor, float* top, float* total,
+                     float* shrink) {
+  const float unit = natural ? kLog2e : 1.0f;
+  factor = natural ? 1.0f : factor;
   bool moved = false;
   for (i64 n = 0; n < lanes; n += kLanes) {
     Vec tops[4];
@@ -48,7 +51,7 @@ inline bool move_top(const float* scores, i64 count, i64 lanes, float factor, fl
     if (bits_of(grows) != 0) {
       moved = true;
       const Vec now = grows != 0 ? seen : old;
-      const Vec by = grows != 0 ? exp2(old - now) : set1(1.0f);
+      const Vec by = grows != 0 ? exp2((old - now) * unit) : set1(1.0f);
       store(top + n, now);
       store(total + n, load(total + n) * by);
       store(shrink + n, by);
@@ -60,7 +63,7 @@ inline bool move_top(const float* scores, i64 count, i64 lanes, float factor, fl
 }
 
 // Scores to weights relative to `top`, in place (kPairs: as bfloat16 pairs of neighbouring rows), and their sums.
-template <bool kPairs>
+template <bool kPairs, bool kNatural>
 MMK_INLINE void weigh(float* scores, i64 count, i64 lanes, float factor, const float* top, float* total,
                       const Word* kept, float keep_scale) {
   const Vec scale = set1(factor);
@@ -71,7 +74,8 @@ MMK_INLINE void weigh(float* scores, i64 count, i64 lanes, float factor, const f
     float* at = scores + n;
     i64 r = 0;
     const auto weight = [&](i64 row, Vec& into) {
-      Vec w = exp2(fma(load(at + row * lanes), scale, base));
+      const Vec x = load(at + row * lanes);
+      Vec w = exp2(kNatural ? (x + base) * kLog2e : fma(x, scale, base));
       into += w;
       if (kept != nullptr) {
         w = choose((std::uint32_t)(kept[row] >> n), w * keep_scale, zero());
@@ -92,6 +96,16 @@ MMK_INLINE void weigh(float* scores, i64 count, i64 lanes, float factor, const f
       store(at + (kPairs ? r / 2 : r) * lanes, kPairs ? pair_bf16(a, zero()) : a);
     }
     store(total + n, load(total + n) + (sum[0] + sum[1]));
+  }
+}
+
+template <bool kPairs>
+MMK_INLINE void weigh(float* scores, i64 count, i64 lanes, bool natural, float factor, const float* top, float* total,
+                      const Word* kept, float keep_scale) {
+  if (natural) {
+    weigh<kPairs, true>(scores, count, lanes, factor, top, total, kept, keep_scale);
+  } else {
+    weigh<kPairs, false>(scores, count, lanes, factor, top, total, kept, keep_scale);
   }
 }
 
@@ -131,20 +145,20 @@ inline void add_values(const RowState& s, Tile& values, const Sight& sight, cons
   });
 }
 
-// Scores of the places that the panel sees, as base-2 logarithms once multiplied by the factor that is returned.
+// Scores of the places that the panel sees, as base-2 logarithms once multiplied by the factor that is returned;
+// before that they are natural where `is_natural` says so.
 inline float score_tile(const Problem& p, const Panel& panel, const KeyList& list, const float* query, Tile& keys,
                         Sight& sight, float* scores, Word* words) {
   const i64 n = sight.b - sight.a;
   multiply_rows(keys.dot(), keys.rows_from(sight.a), query, panel.lanes, n, depth_of(keys.dot(), p.dim), scores);
   float factor = p.scale * kLog2e;
-  if (scales_early(p)) {
+  if (p.bias.data != nullptr) {
     factor = kLog2e;
-    if (p.bias.data != nullptr) {
-      add_bias(p, panel, list, sight, scores, words);
-    } else {
-      for (i64 i = 0; i < n * panel.lanes; i += kLanes) {
-        store(scores + i, load(scores + i) * p.scale);
-      }
+    add_bias(p, panel, list, sight, scores, words);
+  } else if (!(p.scale > 0.0f)) { // the largest would not stay the largest
+    factor = kLog2e;
+    for (i64 i = 0; i < n * panel.lanes; i += kLanes) {
+      store(scores + i, load(scores + i) * p.scale);
     }
   }
   if (sight.words != nullptr) {
@@ -157,8 +171,9 @@ inline void attend(const Problem& p, const KeyList& list, RowState& s, Tile& key
                    const ForwardScratch& scratch) {
   const i64 n = sight.b - sight.a, lanes = s.panel.lanes;
   const float factor = score_tile(p, s.panel, list, s.query, keys, sight, scratch.scores, scratch.words);
+  const bool natural = is_natural(p);
   s.sees |= sight.any;
-  if (move_top(scratch.scores, n, lanes, factor, s.top, s.total, scratch.shrink) && s.begun) {
+  if (move_top(scratch.scores, n, lanes, natural, factor, s.top, s.total, scratch.shrink) && s.begun) {
     for (i64 c = 0; c < p.value_dim; ++c) {
       for (i64 q = 0; q < lanes; q += kLanes) {
         float* at = s.out + c * lanes + q;
@@ -172,9 +187,9 @@ inline void attend(const Problem& p, const KeyList& list, RowState& s, Tile& key
     kept = scratch.kept;
   }
   if (values.dot()) {
-    weigh<true>(scratch.scores, n, lanes, factor, s.top, s.total, kept, p.keep_scale);
+    weigh<true>(scratch.scores, n, lanes, natural, factor, s.top, s.total, kept, p.keep_scale);
   } else {
-    weigh<false>(scratch.scores, n, lanes, factor, s.top, s.total, kept, p.keep_scale);
+    weigh<false>(scratch.scores, n, lanes, natural, factor, s.top, s.total, kept, p.keep_scale);
   }
   add_values(s, values, sight, scratch.scores, p.value_dim, scratch);
   s.begun = true;
@@ -185,7 +200,8 @@ inline void write_lse(const Problem& p, const RowState& s) {
   float* lse = p.lse + (s.panel.b * p.heads + s.panel.h) * p.q_len + s.panel.i0;
   for (i64 q = 0; q < s.panel.count; ++q) {
     const bool seen = s.sees >> q & 1;
-    lse[q] = s.total[q] != 0.0f ? (s.top[q] + __builtin_log2f(s.total[q])) * kLn2 : (seen ? __builtin_nanf("") : -kInf);
+    const float top = is_natural(p) ? s.top[q] : s.top[q] * kLn2;
+    lse[q] = s.total[q] != 0.0f ? top + __builtin_log2f(s.total[q]) * kLn2 : (seen ? __builtin_nanf("") : -kInf);
   }
 }
 

@@ -41,8 +41,8 @@ inline void scores_lse(const Problem& p, i64 kv, i64 panel, char* memory) {
   each_score_tile(p, list, s, kv, 0, list.count, scratch, [&](const Sight& sight, float factor, float* scores) {
     const i64 n = sight.b - sight.a;
     s.sees |= sight.any;
-    move_top(scores, n, lanes, factor, s.top, s.total, scratch.shrink);
-    weigh<false>(scores, n, lanes, factor, s.top, s.total, nullptr, 1.0f);
+    move_top(scores, n, lanes, is_natural(p), factor, s.top, s.total, scratch.shrink);
+    weigh<false>(scores, n, lanes, is_natural(p), factor, s.top, s.total, nullptr, 1.0f);
   });
   write_lse(p, s);
 }
@@ -55,7 +55,7 @@ inline void normalise(const RowState& s, const Sight& sight, float factor, const
     const Vec base = -load(lse + q), count = load(counts + q);
     for (i64 r = 0; r < sight.b - sight.a; ++r) {
       float* at = scores + r * lanes + q;
-      Vec w = exp2(fma(load(at), set1(factor), base)) * count;
+      Vec w = probability(fma(load(at), set1(factor), base)) * count;
       const Word bits = sight.words != nullptr ? sight.words[r] : s.panel.real;
       w = choose((std::uint32_t)(bits >> q), w, zero());
       store(at, w);

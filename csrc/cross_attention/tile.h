@@ -29,14 +29,18 @@ MMK_INLINE void multiply_rows(bool is_dot, Rows rows, const float* transposed, i
   gemm(is_dot, {rows.data, rows.stride, 4}, transposed, lanes * 4, to, lanes, count, lanes / kLanes, depth, false);
 }
 
-// Scores to scores * scale + bias, all of it in place. A bias of -inf hides, whatever the score is: that goes into the
-// sight. The bias is read along its keys and turned in registers.
+// A bias below this is taken for it, so that it stays finite in base 2: models write "hidden" as the lowest number.
+constexpr float kLowestBias = -2.3e38f;
+
+// Scores to (scores * scale + bias) in base 2, all of it in place: a factor that came later, in a fused product, would
+// leave of a huge score's distance from the largest what rounding made of that. A bias of -inf hides, whatever the
+// score is: that goes into the sight. The bias is read along its keys and turned in registers.
 inline void add_bias(const Problem& p, const Panel& panel, const KeyList& list, Sight& sight, float* scores,
                      Word* words) {
   const View& x = p.bias;
   const i64 size = bytes_of(x.type), count = sight.b - sight.a;
   const char* base = x.data + (panel.b * x.b + panel.h * x.h + panel.i0 * x.l) * size;
-  const Vec scale = set1(p.scale), hidden = set1(-kInf);
+  const Vec scale = set1(p.scale), hidden = set1(-kInf), floor = set1(kLowestBias);
   for (i64 q = 0; q < panel.lanes; q += kLanes) {
     for (i64 r = 0; r < count; r += kLanes) {
       const i64 n = least<i64>(kLanes, count - r), key = key_at(list, sight.a + r);
@@ -65,7 +69,8 @@ inline void add_bias(const Problem& p, const Panel& panel, const KeyList& list, 
       transpose(block);
       for (i64 j = 0; j < n; ++j) {
         float* at = scores + (r + j) * panel.lanes + q;
-        store(at, fma(load(at), scale, block[j]));
+        const Vec bias = block[j] < floor ? floor : block[j];
+        store(at, fma(load(at), scale, bias));
       }
       if (bits_of(lowest == hidden) != 0) {
         write_out(sight, panel, words);
@@ -84,9 +89,15 @@ inline void add_bias(const Problem& p, const Panel& panel, const KeyList& list, 
   }
 }
 
-// Whether scores are scaled before their maximum is known: a bias is added, or the largest would not stay the largest.
-MMK_INLINE bool scales_early(const Problem& p) {
-  return p.bias.data != nullptr || !(p.scale > 0.0f);
+// Whether logarithms stay natural until they are taken relative to a row's largest. A bias may be huge: then that
+// difference is exact, and the difference of two rounded products would be nothing but their rounding.
+MMK_INLINE bool is_natural(const Problem& p) {
+  return p.bias.data != nullptr;
+}
+
+// A probability from its logarithm, which rounding may leave above 0: where scores are huge, by far.
+MMK_INLINE Vec probability(Vec x) {
+  return exp2(x > zero() ? zero() : x);
 }
 
 MMK_INLINE void hide(const Panel& panel, const Word* words, i64 count, float* scores) {

@@ -127,6 +127,24 @@ def test_other_numbers_are_a_bias() -> None:
     assert calls.bias == calls.total == 1
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_numbers_that_hide_among_others(compiled: bool) -> None:
+    """A matrix may do both; a row that is hidden whole is 0, as from a mask; NaN is not taken for hidden."""
+    torch._dynamo.reset()
+    call = torch.compile(attention, backend="eager", fullgraph=True) if compiled else attention
+    query, key, value = inputs()
+    numbers = draw(B, H, L, L)
+    matrix = numbers.masked_fill(~LOWER, LOWEST)
+    matrix[:, :, 2] = LOWEST
+    out, _ = call(torch.nn.Identity(), query, key, value, matrix)
+    truth = formula(query, key, value, numbers + hidden(LOWER))[0]
+    truth[:, 2] = 0.0
+    torch.testing.assert_close(out, truth)
+    matrix[0, 0, 4, 1] = torch.nan
+    out, _ = call(torch.nn.Identity(), query, key, value, matrix)
+    assert out[0, 4, 0].isnan().all() and out.isnan().sum() == D
+
+
 def test_a_trained_bias_gets_its_gradient() -> None:
     query, key, value = inputs()
     bias = draw(1, H, L, L, grad=True)

@@ -339,6 +339,25 @@ def test_large_scores_do_not_overflow(backend: str) -> None:
     assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
 
 
+@each_backend
+@pytest.mark.parametrize("q_len", [1, 20])
+@pytest.mark.parametrize("low", [-1e20, -3e38, torch.finfo(torch.float32).min])
+def test_a_row_whose_every_bias_is_very_low_is_still_a_mean(backend: str, low: float, q_len: int) -> None:
+    """As a mask of numbers makes it; where nothing comes back to that row, no gradient is NaN either."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 8, generator=generator, requires_grad=True) for n in (q_len, 6, 6))
+    bias = torch.zeros(q_len, 6)
+    bias[0] = low
+    out = cross_attention(q, k, v, bias=bias, backend=backend)
+    torch.testing.assert_close(out[:, :, 0], v.mean(2))
+    sent = torch.ones_like(out)
+    sent[:, :, 0] = 0.0
+    ours = torch.autograd.grad(out, (q, k, v), sent)
+    wide = [x.double() for x in (q, k, v)]
+    truth = torch.autograd.grad(cross_attention(*wide, bias=bias, backend="reference"), (q, k, v), sent.double())
+    torch.testing.assert_close(ours, truth)
+
+
 # How a call travels.
 
 

@@ -12,7 +12,7 @@ from mmkernels.masks import SpanMask
 
 
 class Reading(NamedTuple):
-    """A model's matrix as `cross_attention` takes it: one of the two, or neither where it hides nothing."""
+    """A model's matrix as `cross_attention` takes it: what it hides, and what it adds to the scores."""
 
     mask: SpanMask | Tensor | None = None
     bias: Tensor | None = None
@@ -28,10 +28,10 @@ class _Kept(NamedTuple):
 def read_matrix(matrix: Tensor, dtype: torch.dtype) -> Reading:
     """What a mask matrix ``[B or 1, H or 1, Lq or 1, Lk]`` says: spans where it can, else bool, else a bias.
 
-    A matrix of numbers is a mask where each is 0 or at most half of its dtype's most negative value, as models write
-    "hidden"; any other is added to the scores. The answer is kept with the tensor until it is changed in place.
-    Looking at values waits for the device, once a matrix; inside ``torch.compile``, and where the matrix wants a
-    gradient, nothing is looked at.
+    Of a matrix of numbers, those at most half of its dtype's most negative value hide, as models write it; the others
+    are added to the scores, unless all are 0. The answer is kept with the tensor until it is changed in place. Looking
+    at values waits for the device, once a matrix; inside ``torch.compile``, and where the matrix wants a gradient,
+    nothing is looked at.
 
     Args:
         dtype: the query's, which a bias that is not float32 takes on.
@@ -44,7 +44,8 @@ def read_matrix(matrix: Tensor, dtype: torch.dtype) -> Reading:
     if torch.compiler.is_compiling() or matrix.requires_grad or matrix.is_meta:
         if matrix.dtype == torch.bool:
             return Reading(matrix, reason="a matrix inside torch.compile is not looked through")
-        return Reading(bias=_as_bias(matrix, dtype))
+        shown, bias = _split(matrix, dtype)
+        return Reading(shown, bias)
     kept: _Kept | None = getattr(matrix, "_mmkernels_mask", None)
     if kept is not None and _unchanged(matrix, kept):
         return kept.reading
@@ -64,11 +65,10 @@ def _unchanged(matrix: Tensor, kept: _Kept) -> bool:
 def _look_through(matrix: Tensor, dtype: torch.dtype) -> Reading:
     matrix = _shared(matrix)
     if matrix.dtype != torch.bool:
-        visible = matrix == 0
-        hidden = matrix <= torch.finfo(matrix.dtype).min / 2
-        if not bool((visible | hidden).all()):
-            return Reading(bias=_as_bias(matrix, dtype))
-        matrix = visible
+        shown, bias = _split(matrix, dtype)
+        if bool(bias.any()):
+            return Reading(None if bool(shown.all()) else shown, bias)
+        matrix = shown
     if bool(matrix.all()):
         return Reading()
     if matrix.dim() < 4:
@@ -89,5 +89,8 @@ def _shared(matrix: Tensor) -> Tensor:
     return matrix
 
 
-def _as_bias(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    return matrix if matrix.dtype in (dtype, torch.float32) else matrix.to(dtype)
+def _split(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a matrix of numbers shows, and what it adds to the scores, 0 where it hides."""
+    shown = ~(matrix.detach() <= torch.finfo(matrix.dtype).min / 2)  # NaN is no way to hide
+    bias = torch.where(shown, matrix, 0.0)
+    return shown, bias if bias.dtype in (dtype, torch.float32) else bias.to(dtype)

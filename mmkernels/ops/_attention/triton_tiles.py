@@ -23,6 +23,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Stands for a visible score of -inf, so that a row which sees nothing else is told from one that sees nothing.
 LOWEST = tl.constexpr(-3.0e38)
+# A bias below this is taken for it: in base 2 it stays finite, and above `LOWEST`. Models write "hidden" as the lowest
+# finite number.
+LOWEST_BIAS = tl.constexpr(-2.0e38)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -245,7 +248,7 @@ def masked_scores(dots, masks, strides, b, h, i, lo, hi, j, scale):
         offsets = row_offsets(b, h, i, (strides[10], strides[11], strides[12])) + j.to(tl.int64) * strides[13]
         bias = tl.load(masks[4] + offsets, mask=visible, other=-INFINITY).to(tl.float32)
         visible = visible & (bias != -INFINITY)
-        scores += bias * LOG2E
+        scores += tl.where(bias < LOWEST_BIAS, LOWEST_BIAS, bias) * LOG2E
     return tl.where(visible, tl.where(scores == -INFINITY, LOWEST, scores), -INFINITY), visible
 
 
