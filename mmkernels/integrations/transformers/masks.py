@@ -117,16 +117,19 @@ def make_mask(
         newest = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 >= kv_offset + kv_length
         if causal and newest and allow_is_causal_skip:
             return None
-    place = torch.arange(q_length, device=device) + (q_offset - kv_offset)  # among the keys
+    first = q_offset - kv_offset  # the first query's place among the keys
     spans: SpanMask | None
     if causal:
-        spans = _clamped(place.new_zeros(1, 1), place[None] + 1, kv_length)
+        spans = _causal(q_length, first, device)
     elif bidirectional:
-        spans = _clamped(place.new_zeros(1, 1), place.new_full((1, 1), kv_length), kv_length)
+        spans = SpanMask(*(torch.tensor([[n]], dtype=torch.int32, device=device) for n in (0, kv_length)))
     elif compiling:
-        spans, reason = _window(place, local_size, allow_is_causal_skip, kv_length, **kwargs), _UNTRACEABLE
+        spans = _window(q_length, first, device, local_size, allow_is_causal_skip, **kwargs)
+        reason = _UNTRACEABLE
     else:
-        spans, reason = _read(mask_function, batch_size, place, kv_length, kv_offset)
+        query = torch.arange(q_length, device=device) + q_offset
+        key = torch.arange(kv_length, device=device) + kv_offset
+        spans, reason = _read(mask_function, batch_size, query, key)
     if spans is None:
         count_conversion(reason)
         return masking_utils.sdpa_mask(
@@ -156,40 +159,52 @@ def _visible_keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Ten
     return torch.nn.functional.pad(keys, (0, missing)) if missing > 0 else keys
 
 
-def _clamped(start: Tensor, end: Tensor, k_len: int) -> SpanMask:
-    return SpanMask(start.clamp(0, k_len).to(torch.int32), end.clamp(0, k_len).to(torch.int32))
-
-
-def _hide(spans: SpanMask, keys: Tensor) -> SpanMask:
-    """Padding moves the spans' ends; keys that are hidden in between stay a mask of their own."""
-    padding = SpanMask.from_key_mask(keys)
-    if not torch.compiler.is_compiling() and keys.is_cpu:
-        one_run = (padding.end - padding.start)[:, 0] == keys.sum(-1)
-        if bool(one_run.all()):
-            padding = SpanMask(padding.start, padding.end)
-    return spans & padding
+def _causal(q_len: int, first: int | Tensor, device: torch.device | str) -> SpanMask:
+    """Each query sees the keys up to its own place."""
+    if isinstance(first, int):
+        end = torch.arange(first + 1, first + 1 + q_len, dtype=torch.int32, device=device)
+    else:  # of a static cache, and not to be waited for
+        end = (torch.arange(1, q_len + 1, device=device) + first).to(torch.int32)
+    return SpanMask(end.new_zeros(1, 1), end[None])
 
 
 def _window(
-    place: Tensor, size: int | None, may_be_causal: bool, k_len: int, config: Any = None, **kwargs: Any
+    q_len: int,
+    first: int | Tensor,
+    device: torch.device | str,
+    size: int | None,
+    may_be_causal: bool,
+    config: Any = None,
+    **kwargs: Any,
 ) -> SpanMask | None:
     """A causal sliding window, as far as the arguments beside the function say that it is just that."""
     if size is None or not may_be_causal or getattr(config, "attention_chunk_size", None) is not None:
         return None
-    return _clamped(place[None] - (size - 1), place[None] + 1, k_len)
+    causal = _causal(q_len, first, device)
+    return SpanMask(causal.end - size, causal.end)
 
 
-def _read(
-    function: Callable[..., Any], batch_size: int, place: Tensor, k_len: int, k_offset: int
-) -> tuple[SpanMask | None, str]:
+def _hide(spans: SpanMask, keys: Tensor) -> SpanMask:
+    """Padding moves the spans' ends; keys that are hidden in between stay a mask of their own."""
+    if torch.compiler.is_compiling() or not keys.is_cpu:
+        return spans & SpanMask.from_key_mask(keys)
+    places = keys.view(torch.uint8)  # [B, Lk]
+    start, count = places.argmax(-1, keepdim=True), places.sum(-1, keepdim=True)
+    end = start + count
+    if not bool((end == keys.shape[1]).all()):  # else all is padding on the left
+        last = keys.shape[1] - places.flip(-1).argmax(-1, keepdim=True)
+        if not bool(((end == last) | (count == 0)).all()):
+            return spans & SpanMask.from_key_mask(keys)
+    return spans & SpanMask(start.to(torch.int32), end.to(torch.int32))
+
+
+def _read(function: Callable[..., Any], batch_size: int, query: Tensor, key: Tensor) -> tuple[SpanMask | None, str]:
     """The function's spans; or None and why it has none."""
-    batch = torch.arange(batch_size, device=place.device)
-    key = torch.arange(k_len, device=place.device)
     try:
-        start, end, key_valid, exact = read(function, batch, place + k_offset, key + k_offset).spans()
+        start, end, key_valid, exact = read(function, torch.arange(batch_size, device=key.device), query, key).spans()
     except UnreadableError as reason:
         return None, str(reason)
-    if exact and place.device.type != "meta" and not bool(torch.stack(exact).all()):
+    if exact and key.device.type != "meta" and not bool(torch.stack(exact).all()):
         return None, "the mask shows a query more than one run of keys"
-    spans = _clamped(start.to(place.device), end.to(place.device), k_len)
+    spans = SpanMask(*(x.to(key.device, torch.int32) for x in (start, end)))
     return (spans if key_valid is None else _hide(spans, key_valid)), ""
