@@ -64,21 +64,34 @@ def _unchanged(matrix: Tensor, kept: _Kept) -> bool:
 
 def _look_through(matrix: Tensor, dtype: torch.dtype) -> Reading:
     matrix = _shared(matrix)
-    if matrix.dtype != torch.bool:
-        shown, bias = _split(matrix, dtype)
-        if bool(bias.any()):
-            return Reading(None if bool(shown.all()) else shown, bias)
-        matrix = shown
-    if bool(matrix.all()):
-        return Reading()
-    if matrix.dim() < 4:
-        matrix = matrix.reshape((1,) * (4 - matrix.dim()) + tuple(matrix.shape))
-    if matrix.shape[1] > 1:
-        return Reading(matrix, reason="the model's matrix differs by head")
-    spans = SpanMask.try_from_dense(matrix)
-    if spans is None:
-        return Reading(matrix, reason="the model's matrix shows a query more than one run of keys")
-    return Reading(spans)
+    rows, row_of = _distinct_rows(matrix.reshape((1,) * (4 - matrix.dim()) + tuple(matrix.shape)))
+    bias = None
+    if rows.dtype == torch.bool:
+        shown = rows
+    else:
+        shown, bias = _split(rows, dtype)
+        bias = bias.index_select(2, row_of) if bool(bias.any()) else None
+    if bool(shown.all()):
+        return Reading(bias=bias)
+    reason = "the model's matrix differs by head"
+    if shown.shape[1] == 1:
+        spans = SpanMask.try_from_dense(shown)
+        if spans is not None:
+            start, end = (x.index_select(1, row_of) for x in (spans.start, spans.end))
+            return Reading(SpanMask(start, end, spans.key_valid), bias)
+        reason = "the model's matrix shows a query more than one run of keys"
+    return Reading(shown.index_select(2, row_of), bias, reason)
+
+
+def _distinct_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of each run of equal rows of ``[B, H, Lq, Lk]``, and for each row which of those it equals.
+
+    All queries of one image have one row: a pass over the matrix, and all others are over a handful of rows.
+    """
+    changes = (matrix[:, :, 1:] != matrix[:, :, :-1]).any(-1).any(0).any(0)  # [Lq - 1]
+    row_of = torch.nn.functional.pad(changes.cumsum(0), (1, 0))
+    first = torch.nn.functional.pad(changes.nonzero()[:, 0] + 1, (1, 0))
+    return matrix.index_select(2, first), row_of
 
 
 def _shared(matrix: Tensor) -> Tensor:
