@@ -53,8 +53,12 @@ def run_bench(op: str | None, dtypes: Sequence[str], device: str, contains: str,
     for name, path in files.items():
         result = out / f"{name}.json"
         failed += _run(path, result, ["--dtypes", ",".join(dtypes), "--device", device, "--filter", contains])
-        report = json.loads(result.read_text())
-        console(WIDTH if device == "cpu" else _GPU_WIDTH).print(render(report))
+        own = folder / f"{name}_report.py"  # of a benchmark whose rows are not an op's
+        if own.exists():
+            subprocess.run([sys.executable, str(own), str(result)], check=True)
+        else:
+            report = json.loads(result.read_text())
+            console(WIDTH if device == "cpu" else _GPU_WIDTH).print(render(report))
         subprocess.run([sys.executable, str(folder / "plot.py"), str(result)], check=True)
         console().print(f"Written: {result.with_suffix('.png')} (picture), {result} (all numbers)")
     if failed:

@@ -1,0 +1,31 @@
+"""transformers' models on ``attn_implementation="mmkernels"`` beside "sdpa": forward passes, and the attention in them.
+
+The widths are published ones, the weights random: transformers_models.py, transformers_more.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import transformers
+from transformers_measure import Row, measure
+from transformers_models import HEADLINES, OVERHEAD
+from transformers_more import OTHERS
+
+transformers.logging.set_verbosity_error()  # each change of attention would warn of parts that have none
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    option = metafunc.config.getoption
+    device, compile_only = option("device"), option("compile_only")
+    found = [
+        Row(model, dtype, device, compile_only)
+        for dtype in option("dtypes").split(",")
+        for model in (*HEADLINES, *OVERHEAD, *OTHERS)
+    ]
+    metafunc.parametrize("row", [row for row in found if option("filter") in str(row)], ids=str)
+
+
+def test_transformers(benchmark: Any, row: Row) -> None:
+    measure(benchmark, row)

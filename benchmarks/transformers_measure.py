@@ -1,0 +1,332 @@
+"""Measures one model on ``attn_implementation="mmkernels"`` beside "sdpa": its forward pass, and the attention in it.
+
+Both run in turns on the same weights and inputs, and with them a third, the forward pass with every op of mmkernels
+removed, which bounds the speed-up (Amdahl). The attention calls and the making of masks are timed inside the same
+forward passes, by functions put around those that transformers has registered. A wrong result has no time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers_models import Inputs, Model
+
+from mmkernels.integrations.transformers import NAME, counting, register
+from mmkernels.ops.cross_attention.spec import SPEC
+from mmkernels.profiling.meters import Run, Timing, memory_why_not, peak_memory, time_alternating, time_once
+from mmkernels.profiling.options import DTYPES
+from mmkernels.profiling.point import REMOVED, running_as
+
+SDPA = "sdpa"
+CANDIDATES = {SDPA: SDPA, NAME: NAME, REMOVED: NAME}
+"""What runs in turns, and on which attention."""
+LEAST_SHARE = 0.85  # of the speed-up that removing the attention would bring
+LEAST_SPEED = 0.95  # of sdpa's, whatever the model
+
+_BUDGET = 3.0  # seconds of counted rounds for one row, all candidates together
+_ROUNDS = (5, 2000)
+_ATTENTION, _COUNTED, _MASKS = "attention", "counted", "masks"
+
+
+@dataclass(frozen=True, repr=False)
+class Row:
+    """One row of the benchmark.
+
+    Args:
+        dtype: a name in `DTYPES`.
+        compile_only: nothing is measured, the model only runs once.
+    """
+
+    model: Model
+    dtype: str
+    device: str = "cpu"
+    compile_only: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.model.id}, {self.dtype}, forward"
+
+    __repr__ = __str__
+
+
+class Clock:
+    """What the registered functions take inside one forward pass, and how often they are called."""
+
+    def __init__(self, counts: Callable[[Any], bool], device: str) -> None:
+        self._counts, self._device = counts, device
+        self.clear()
+
+    def clear(self) -> None:
+        self.seconds = dict.fromkeys((_ATTENTION, _COUNTED, _MASKS), 0.0)
+        self.calls = dict.fromkeys(self.seconds, 0)
+
+    @contextmanager
+    def around(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Time what transformers has registered under these names, for as long as the ``with`` block lasts."""
+        with ExitStack() as stack:
+            for name in names:
+                for interface, kinds in ((AttentionInterface, self._attention), (AttentionMaskInterface, self._masks)):
+                    function = interface()[name]
+                    stack.callback(interface.register, name, function)
+                    interface.register(name, self._timed(function, kinds))
+            yield
+
+    def _attention(self, module: Any, *args: Any) -> tuple[str, ...]:
+        return (_ATTENTION, _COUNTED) if self._counts(module) else (_ATTENTION,)
+
+    def _masks(self, *args: Any) -> tuple[str, ...]:
+        return (_MASKS,)
+
+    def _timed(self, function: Callable[..., Any], kinds: Callable[..., tuple[str, ...]]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            answers = []
+            seconds = time_once(lambda: answers.append(function(*args, **kwargs)), self._device)
+            for kind in kinds(*args):
+                self.seconds[kind] += seconds
+                self.calls[kind] += 1
+            return answers[0]
+
+        return timed
+
+
+class Trial:
+    """A model with its inputs, in one dtype at a time, and on one attention at a time."""
+
+    def __init__(self, row: Row) -> None:
+        self.model, self._device, self._attention = row.model, torch.device(row.device), ""
+        torch.manual_seed(0)
+        self.net: Any = row.model.build().eval()
+        _open_gates(self.net)
+        self.net.to(self._device)
+        self._inputs = self._draw(DTYPES[row.dtype])
+        self._cached: list[tuple[Tensor, Tensor]] = []
+        if row.model.cached:
+            self._cached = self._draw_cache(DTYPES[row.dtype])
+        self.to(DTYPES[row.dtype])
+
+    def _draw(self, dtype: torch.dtype) -> Inputs:
+        drawn = self.model.inputs(torch.Generator().manual_seed(0))
+        return {name: _rounded(x, dtype).to(self._device) if isinstance(x, Tensor) else x for name, x in drawn.items()}
+
+    def _draw_cache(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        config, g = self.net.config, torch.Generator().manual_seed(1)
+        shape = (2, 1, config.num_key_value_heads, self.model.cached, config.head_dim)
+        layers = (torch.randn(shape, generator=g) for _ in range(config.num_hidden_layers))
+        return [tuple(_rounded(x, dtype).to(self._device)) for x in layers]
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Convert weights and inputs; buffers keep their precision, as in models that were loaded in `dtype`."""
+        for x in self.net.parameters():
+            x.data = x.data.to(dtype)
+        self.inputs = {
+            name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in self._inputs.items()
+        }
+        self._cached = [(key.to(dtype), value.to(dtype)) for key, value in self._cached]
+
+    def prepare(self, attention: str) -> None:
+        """What is not part of a forward pass on this attention."""
+        if attention != self._attention:
+            self.net.set_attn_implementation(attention)
+            self._attention = attention
+        if self._cached:
+            cache = self.inputs["past_key_values"] = DynamicCache(config=self.net.config)
+            for number, (key, value) in enumerate(self._cached):
+                cache.update(key, value, number)
+
+    def run(self) -> Any:
+        return self.net(**self.inputs)
+
+    def answer(self, attention: str) -> list[Tensor]:
+        """The outputs, without the positions that padding hides."""
+        self.prepare(attention)
+        outputs = self.model.outputs(self.run())
+        shown = self.inputs.get("attention_mask")
+        if shown is None:
+            return list(outputs)
+        shown = shown.bool()
+        return [x[shown] if x.shape[: shown.dim()] == shown.shape else x for x in outputs]
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """To numbers that `dtype` has, so that wider dtypes compute the same problem."""
+    return x.to(dtype).to(x.dtype) if x.is_floating_point() else x
+
+
+@torch.no_grad()
+def _open_gates(net: torch.nn.Module) -> None:
+    """Zeros as some models begin with, at the gates of what they add to a language model, would hide its errors."""
+    for x in net.parameters():
+        if not x.any():
+            x.fill_(0.5) if x.numel() == 1 else x.normal_(std=0.02)
+
+
+@torch.no_grad()
+def measure(benchmark: Any, row: Row) -> None:
+    """Check the model on mmkernels' attention, then time it beside sdpa's, into ``benchmark.extra_info``.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+
+    Raises:
+        AssertionError: the result is wrong, or the model has no attention that mmkernels runs.
+    """
+    register()
+    trial = Trial(row)
+    if row.compile_only:
+        trial.answer(NAME)
+        return
+    masks = _check(trial, row)
+    memory = {name: _peak(trial, name, row) for name in (SDPA, NAME)} if row.model.least else {}
+    timings, inside, calls = _time(trial, row)
+    benchmark.group = f"transformers, {row.dtype}, forward"
+    benchmark.extra_info.update(_Figures(row, timings, inside, calls).description(memory, masks))
+    trial.prepare(NAME)
+    benchmark.pedantic(trial.run, rounds=1, iterations=1)  # one pass more: it reports only what it has timed itself
+
+
+def _check(trial: Trial, row: Row) -> dict[str, Any]:
+    """What masks the attention calls came with, if the outputs are right: within twice sdpa's own distance from a wider
+    dtype's."""
+    naive = trial.answer(SDPA)
+    with counting() as calls:
+        mine = trial.answer(NAME)
+    assert calls.total, f"no attention call of {row} ran on {NAME}"
+    trial.to(torch.float64 if row.dtype == "fp32" else torch.float32)
+    truth = trial.answer(SDPA)
+    trial.to(DTYPES[row.dtype])
+    for place, results in enumerate(zip(mine, naive, truth, strict=True)):
+        problem = SPEC.over_budget(*results)
+        assert problem is None, f"{NAME} is wrong at {row}, result {place}: {problem}"
+    return asdict(calls)
+
+
+def _peak(trial: Trial, name: str, row: Row) -> int | None:
+    trial.prepare(name)
+    return peak_memory(trial.run, row.device)
+
+
+def _time(trial: Trial, row: Row) -> tuple[dict[str, Timing], dict[str, list[dict[str, float]]], dict[str, int]]:
+    """Of forward passes by candidate; the seconds inside each of them by kind; and the numbers of calls."""
+    clock = Clock(row.model.counts, row.device)
+    candidates = [name for name in CANDIDATES if name != REMOVED or row.model.most_overhead is None]
+    inside: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
+
+    def before(name: str) -> None:
+        trial.prepare(CANDIDATES[name])
+        clock.clear()
+
+    def run(name: str) -> None:
+        with running_as(name if name == REMOVED else "fused"):
+            trial.run()
+        inside[name].append(clock.seconds)
+
+    runs: dict[str, Run] = {name: functools.partial(run, name) for name in candidates}
+    with clock.around((SDPA, NAME)):
+        timings = time_alternating(
+            runs,
+            before={name: functools.partial(before, name) for name in candidates},
+            budget=_BUDGET,
+            least=_ROUNDS[0],
+            most=_ROUNDS[1],
+            warm=True,  # by the check; what the removed ops leave is no more than that
+            device=row.device,
+        )
+    return timings, inside, clock.calls
+
+
+class _Figures:
+    """What the JSON says about a row; units stand in the names."""
+
+    def __init__(
+        self,
+        row: Row,
+        timings: dict[str, Timing],
+        inside: dict[str, list[dict[str, float]]],
+        calls: dict[str, int],
+    ) -> None:
+        self.row, self.calls, self.rounds = row, calls, len(timings[NAME].samples)
+        self.seconds = {name: timing.seconds for name, timing in timings.items()}
+        self.spread = {name: timing.spread for name, timing in timings.items()}
+        self.inside = {
+            kind: {name: median(sample[kind] for sample in inside[name]) for name in (SDPA, NAME)} for kind in calls
+        }
+
+    def description(self, memory: dict[str, int | None], masks: dict[str, Any]) -> dict[str, Any]:
+        counted = self._beside(_COUNTED)
+        peers = {
+            SDPA: {
+                "seconds": self.seconds[SDPA],
+                "ratio": self.speedup,
+                "peak_memory_bytes": memory.get(SDPA),
+            },
+            "sdpa's attention calls": {"seconds": counted["sdpa_seconds"], "ratio": counted["ratio"]},
+        }
+        return {
+            "op": "transformers",
+            "configuration": self.row.model.id,
+            "dtype": self.row.dtype,
+            "pass": "forward",
+            "device": self.row.device,
+            "seconds": self.seconds[NAME],
+            "peers": peers,
+            "peak_memory_bytes": memory.get(NAME),
+            "memory_why_not": memory_why_not(self.row.device),
+            "amdahl": self._amdahl(),
+            "attention": self._beside(_ATTENTION),
+            "counted": counted | {"called": self.row.model.called},
+            "masks": self._beside(_MASKS) | masks,
+            "overhead_seconds_per_call": self.overhead,
+            "rounds": self.rounds,
+            "spread": self.spread,
+            "targets": self._targets(),
+        }
+
+    @property
+    def speedup(self) -> float:
+        return self.seconds[SDPA] / self.seconds[NAME]
+
+    @property
+    def overhead(self) -> float:
+        """Seconds that ours takes longer than sdpa's, by attention call; less than 0 where it is faster."""
+        return (self.seconds[NAME] - self.seconds[SDPA]) / self.calls[_ATTENTION]
+
+    def _amdahl(self) -> dict[str, float]:
+        """The speed-up over sdpa, what it would be with our ops gone, and the share reached; empty: not measured."""
+        gone = self.seconds.get(REMOVED)
+        if gone is None:
+            return {}
+        return {
+            "removed_seconds": gone,
+            "speedup": self.speedup,
+            "cap": self.seconds[SDPA] / gone,
+            "share_of_cap": gone / self.seconds[NAME],
+        }
+
+    def _beside(self, kind: str) -> dict[str, Any]:
+        """Seconds of all calls of one kind in a forward pass; no ratio where there is nothing to compare."""
+        found = self.inside[kind]
+        ratio = {"ratio": found[SDPA] / found[NAME]} if found[SDPA] and found[NAME] else {}
+        return {"calls": self.calls[kind], "seconds": found[NAME], "sdpa_seconds": found[SDPA], **ratio}
+
+    def _targets(self) -> list[dict[str, Any]]:
+        """They are set for a CPU."""
+        model = self.row.model
+        if torch.device(self.row.device).type != "cpu":
+            return []
+        if model.most_overhead is not None:
+            return [{"than": "overhead", "most": model.most_overhead, "found": self.overhead}]
+        found = [{"than": "forward", "least": LEAST_SPEED, "found": self.speedup}]
+        least = model.least.get(self.row.dtype)
+        if least is not None:
+            found.append({"than": "attention", "least": least, "found": self._beside(_COUNTED)["ratio"]})
+            found.append({"than": "share of cap", "least": LEAST_SHARE, "found": self._amdahl()["share_of_cap"]})
+        return found

@@ -1,0 +1,119 @@
+"""Prints what bench_transformers.py measured. Reads only JSON.
+
+python benchmarks/transformers_report.py build/bench/transformers.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mmkernels.profiling.table import console, megabytes, microseconds, milliseconds, ratio
+
+_WIDTH = 130
+
+_LEGEND = (
+    "forward: of the whole model. vs sdpa: sdpa's time over ours. at most: sdpa's time over the time with every op of\n"
+    "mmkernels removed (the Amdahl cap); share: of the cap that is reached. attention: all calls of the registered\n"
+    "function in a forward pass, together; to images: only those whose keys are the images'. masks: the function that\n"
+    "makes them, in a forward pass. MB: peak memory of a forward pass above the model and its inputs.\n"
+    "Widths as published, weights random, one or two layers: a deeper model makes its masks no more often."
+)
+
+
+def render(report: dict[str, Any]) -> RenderableType:
+    """A table for each dtype, and one of the targets."""
+    rows = [entry["extra_info"] for entry in report["benchmarks"]]
+    parts: list[RenderableType] = [_heading(report["machine_info"])]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        parts += [Text(dtype, style="bold"), _table([row for row in rows if row["dtype"] == dtype])]
+    return Group(*parts, *_targets(rows), Text(_LEGEND, style="dim"))
+
+
+def _heading(machine: dict[str, Any]) -> Text:
+    title = Text("transformers", style="bold")
+    versions = machine["versions"]
+    title.append(
+        f" {versions['transformers']}, torch {versions['torch']}, on {machine['device']}: "
+        'attn_implementation="mmkernels" beside "sdpa"\n',
+        style="not bold",
+    )
+    return title
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("model")
+    titles = ["forward\nms", "vs\nsdpa", "at\nmost", "share", "attention\nms", "vs\nsdpa", "to images\nvs sdpa"]
+    for title in (*titles, "masks\nms", "sdpa's\nms", "MB", "sdpa's\nMB"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        bound, attention, counted, masks = (row[name] for name in ("amdahl", "attention", "counted", "masks"))
+        table.add_row(
+            row["configuration"],
+            milliseconds(row["seconds"]),
+            ratio(row["peers"]["sdpa"]["ratio"]),
+            ratio(bound["cap"]) if bound else "",
+            f"{bound['share_of_cap']:.0%}" if bound else "",
+            milliseconds(attention["seconds"]),
+            ratio(attention.get("ratio")),
+            ratio(counted.get("ratio")) if counted["called"] != "all" else "",
+            milliseconds(masks["seconds"]),
+            milliseconds(masks["sdpa_seconds"]),
+            *(_memory(size) for size in (row["peak_memory_bytes"], row["peers"]["sdpa"]["peak_memory_bytes"])),
+        )
+    return table
+
+
+def _memory(size: int | None) -> str:
+    return "" if size is None else megabytes(size)
+
+
+def _targets(rows: list[dict[str, Any]]) -> list[RenderableType]:
+    """All but those forward passes that are no slower than they may be; of these, the slowest."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("targets", "dtype", "of"):
+        table.add_column(title)
+    for title in ("target", "found", ""):
+        table.add_column(title, justify="right")
+    forwards = []
+    for row in rows:
+        for target in row["targets"]:
+            if target["than"] == "forward":
+                forwards.append((target["found"], row, target))
+                if met(target):
+                    continue
+            mark = Text("met", style="green") if met(target) else Text("missed", style="yellow")
+            table.add_row(row["configuration"], row["dtype"], target["than"], *_numbers(target), mark)
+    parts: list[RenderableType] = [table] if table.row_count else []
+    if forwards:
+        found, row, target = min(forwards, key=lambda entry: entry[0])
+        name = f"{row['configuration']}, {row['dtype']}"
+        parts.append(
+            Text(f"slowest forward: {found:.2f}x sdpa's speed ({name}); none may be below {target['least']}x\n")
+        )
+    return parts
+
+
+def met(target: dict[str, Any]) -> bool:
+    """Whether a target in the JSON, a least or a most, is reached."""
+    return bool(target["found"] >= target["least"] if "least" in target else target["found"] <= target["most"])
+
+
+def _numbers(target: dict[str, Any]) -> tuple[str, str]:
+    if "most" in target:
+        return f"<= {microseconds(target['most'])}", microseconds(target["found"])
+    return f">= {target['least']:g}x", ratio(target["found"])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    console(_WIDTH).print(render(json.loads(Path(sys.argv[1]).read_text())))
