@@ -27,7 +27,7 @@ TABLES: dict[str, tuple[Backend, ...]] = {}
 """Each op boundary's backends in the order in which they are tried: what the body walks and ``doctor`` prints."""
 
 
-def _something_watches() -> bool:
+def something_watches() -> bool:
     """Whether a transform, mode, autocast level or tracer is active in this thread."""
     return bool(
         _peek_interpreter_stack() is not None
@@ -45,7 +45,7 @@ try:  # looked up once: a call asks in less than a microsecond
     _get_tracing_state = torch._C._get_tracing_state
 except AttributeError:  # a torch that calls them otherwise: every call takes the boundary
 
-    def _something_watches() -> bool:
+    def something_watches() -> bool:
         return True
 
 
@@ -217,7 +217,7 @@ def _gradient_wanted(args: Sequence[Any]) -> bool | None:
     What has no transform or mode goes straight to its kernel, or through one autograd function: the boundary's own
     layers of Python would cost 20 us, or 80 with a backward pass, which is more than a small call's kernels.
     """
-    if _removed or args[0].is_meta or _something_watches():
+    if _removed or args[0].is_meta or something_watches():
         return None
     wanted, recording = False, torch.is_grad_enabled()
     for x in args:

@@ -276,8 +276,8 @@ class SpanMask:
     @property
     def shape(self) -> tuple[int, int]:
         """(B or 1, Lq or 1) that the spans broadcast to."""
-        batch, q_len = torch.broadcast_shapes(self.start.shape, self.end.shape)
-        return batch, q_len
+        (b, i), (batch, q_len) = self.start.shape, self.end.shape
+        return (batch if b == 1 else b), (q_len if i == 1 else i)
 
     @property
     def device(self) -> torch.device:

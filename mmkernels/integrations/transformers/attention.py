@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels.integrations.transformers.counts import active
-from mmkernels.integrations.transformers.masks import ModelMask
+from mmkernels.integrations.transformers.masks import ModelMask, causal_from
 from mmkernels.integrations.transformers.matrices import read_matrix
 from mmkernels.masks import SpanMask
 from mmkernels.ops._attention.formula import probabilities, visible_keys
@@ -96,9 +95,7 @@ def _mask(
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if q_len == 1 or not causal:
             return None, None
-        if torch.compiler.is_compiling():
-            return _first_keys(q_len, query.device), None
-        return _first_keys_kept(q_len, query.device), None
+        return causal_from(0, q_len, query.device), None  # whatever comes behind the last query
     if isinstance(given, ModelMask):
         return given.spans, None
     if not isinstance(given, Tensor):
@@ -108,15 +105,6 @@ def _mask(
         )
     mask, bias, _ = read_matrix(given, query.dtype)
     return mask, bias
-
-
-def _first_keys(q_len: int, device: torch.device) -> SpanMask:
-    """Query i sees the keys 0 to i: causal from the first key on, whatever comes behind the last."""
-    end = torch.arange(1, q_len + 1, dtype=torch.int32, device=device)[None]
-    return SpanMask(end.new_zeros(1, 1), end)
-
-
-_first_keys_kept = lru_cache(maxsize=64)(_first_keys)
 
 
 def _count(mask: Mask, bias: Tensor | None) -> None:

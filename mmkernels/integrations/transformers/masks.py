@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from mmkernels.dispatch import something_watches
 from mmkernels.integrations.transformers.counts import count_conversion
 from mmkernels.integrations.transformers.symbols import UnreadableError, read
 from mmkernels.masks import SpanMask
@@ -120,7 +122,7 @@ def make_mask(
     first = q_offset - kv_offset  # the first query's place among the keys
     spans: SpanMask | None
     if causal:
-        spans = _causal(q_length, first, device)
+        spans = causal_from(first, q_length, device)
     elif bidirectional:
         spans = SpanMask(*(torch.tensor([[n]], dtype=torch.int32, device=device) for n in (0, kv_length)))
     elif compiling:
@@ -159,13 +161,19 @@ def _visible_keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Ten
     return torch.nn.functional.pad(keys, (0, missing)) if missing > 0 else keys
 
 
-def _causal(q_len: int, first: int | Tensor, device: torch.device | str) -> SpanMask:
-    """Each query sees the keys up to its own place."""
-    if isinstance(first, int):
-        end = torch.arange(first + 1, first + 1 + q_len, dtype=torch.int32, device=device)
-    else:  # of a static cache, and not to be waited for
-        end = (torch.arange(1, q_len + 1, device=device) + first).to(torch.int32)
-    return SpanMask(end.new_zeros(1, 1), end[None])
+def causal_from(first: int | Tensor, q_len: int, device: torch.device | str) -> SpanMask:
+    """Each query sees the keys up to its own place, the first query's being `first`."""
+    if torch.compiler.is_compiling() or not isinstance(first, int) or something_watches():
+        end = torch.arange(1, q_len + 1, device=device) + first  # a static cache's `first` is not to be waited for
+        return SpanMask(end.new_zeros(1, 1, dtype=torch.int32), end.to(torch.int32)[None])
+    return _causal_kept(first, q_len, torch.device(device))
+
+
+@lru_cache(maxsize=64)
+def _causal_kept(first: int, q_len: int, device: torch.device) -> SpanMask:
+    with torch.inference_mode(False):  # kept for others, who may want gradients
+        end = torch.arange(first + 1, first + 1 + q_len, dtype=torch.int32, device=device)[None]
+        return SpanMask(end.new_zeros(1, 1), end)
 
 
 def _window(
@@ -180,7 +188,7 @@ def _window(
     """A causal sliding window, as far as the arguments beside the function say that it is just that."""
     if size is None or not may_be_causal or getattr(config, "attention_chunk_size", None) is not None:
         return None
-    causal = _causal(q_len, first, device)
+    causal = causal_from(first, q_len, device)
     return SpanMask(causal.end - size, causal.end)
 
 

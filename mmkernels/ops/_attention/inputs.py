@@ -105,7 +105,7 @@ def take_mask_apart(mask: SpanMask | Tensor | None, query: Tensor, k_len: int) -
                 raise ValueError(f"mask.key_valid must be for batch 1 or {batch}, got {mask.key_valid.shape[0]}")
             if mask.key_valid.shape[1] != k_len:
                 raise ValueError(f"mask.key_valid must be for {k_len} keys, got {mask.key_valid.shape[1]}")
-        if mask.device != query.device:
+        if not (mask.start.is_cpu and query.is_cpu) and mask.device != query.device:
             raise ValueError(f"mask must be on query's device {query.device}, got {mask.device}; see SpanMask.to")
         return MaskTensors(mask.start, mask.end, mask.key_valid)
     if not isinstance(mask, Tensor):
