@@ -275,15 +275,30 @@ inline void forward(const Problem& p, i64 kv, i64 first, i64 last, char* memory)
   const i64 count = last - first;
   RowState* rows = arena.take<RowState>(count);
   i64 begin = list.count, end = 0;
+  const auto prefetch_query = [&](i64 index) {
+    const Panel panel = panel_at(p, kv, index);
+    prefetch_rows<false>(p.query, panel.b, panel.h, panel.i0, panel.count, p.dim);
+  };
+  prefetch_query(first);
   for (i64 i = 0; i < count; ++i) {
+    if (i + 1 < count) {
+      prefetch_query(first + i + 1);
+    }
     begin_rows(p, list, kv, first + i, rows[i], arena, scratch.row_copy, p.value_dim);
+    prefetch_rows<true>(p.out, rows[i].panel.b, rows[i].panel.h, rows[i].panel.i0, rows[i].panel.count, p.value_dim);
     begin = least(begin, rows[i].spans.first);
     end = most(end, rows[i].spans.last);
   }
   Tile keys(p, p.key, list, kv, p.dim, scratch.key_copy, nullptr);
   Tile values(p, p.value, list, kv, p.value_dim, scratch.value_copy, scratch.value_pairs);
-  for (i64 a = begin; a < end; a += kTileKeys) {
-    const i64 b = least(a + kTileKeys, end);
+  for (i64 a = begin, b = 0; a < end; a = b) {
+    b = least(a + kTileKeys, end);
+    for (i64 i = 0; i < count; ++i) { // a panel that sees no more than a tile or two had better see them whole
+      const Spans& spans = rows[i].spans;
+      if (spans.first > a && spans.first < b && spans.last - spans.first <= 2 * kTileKeys) {
+        b = spans.first;
+      }
+    }
     keys.move(a, b - a);
     values.move(a, b - a);
     for (i64 i = 0; i < count; ++i) {

@@ -292,6 +292,17 @@ template <typename F> void each_non_finite(Rows rows, i64 count, i64 cols, bool 
   }
 }
 
+// Asks for rows of one (b, h) before they are needed: they lie so far apart that no hardware sees them coming.
+template <bool kToWrite> MMK_INLINE void prefetch_rows(const View& x, i64 b, i64 h, i64 first, i64 count, i64 cols) {
+  const i64 size = bytes_of(x.type);
+  const char* base = x.data + (b * x.b + h * x.h + first * x.l) * size;
+  for (i64 r = 0; r < count && x.d == 1; ++r) {
+    for (i64 byte = 0; byte < cols * size; byte += 64) {
+      __builtin_prefetch(base + r * x.l * size + byte, kToWrite ? 1 : 0, 2);
+    }
+  }
+}
+
 // [channels, lanes] to `count` rows of one (b, h) of a tensor, each lane times its factor.
 inline void write_rows(const float* tile, i64 lanes, i64 channels, const float* factor, const View& x, i64 b, i64 h,
                        i64 first, i64 count) {

@@ -21,7 +21,7 @@ class Calls:
         dense: a bool matrix, because no span mask equals it; `reasons` says why.
         bias: numbers added to the scores (relative positions, ALiBi).
         conversions: masks that were looked through or turned into spans: one a forward pass and mask, not one a layer.
-        reasons: why masks went dense, and how many masks each.
+        reasons: why masks became a matrix somewhere on their way, and how many masks each.
     """
 
     unmasked: int = 0

@@ -15,8 +15,6 @@ from mmkernels.integrations.transformers.counts import count_conversion
 from mmkernels.integrations.transformers.symbols import UnreadableError, read
 from mmkernels.masks import SpanMask
 
-_UNTRACEABLE = "torch.compile does not let the mask function be read"
-
 
 class ModelMask:
     """A mask on its way through a model: spans that look like the bool ``[B, 1, Lq, Lk]`` that the model expects.
@@ -126,8 +124,7 @@ def make_mask(
     elif bidirectional:
         spans = SpanMask(*(torch.tensor([[n]], dtype=torch.int32, device=device) for n in (0, kv_length)))
     elif compiling:
-        spans = _window(q_length, first, device, local_size, allow_is_causal_skip, **kwargs)
-        reason = _UNTRACEABLE
+        spans, reason = _window(q_length, first, device, local_size, allow_is_causal_skip, **kwargs), ""
     else:
         query = torch.arange(q_length, device=device) + q_offset
         key = torch.arange(kv_length, device=device) + kv_offset

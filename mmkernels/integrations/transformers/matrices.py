@@ -43,7 +43,7 @@ def read_matrix(matrix: Tensor, dtype: torch.dtype) -> Reading:
         raise TypeError(f"attention_mask must be bool or a floating dtype, got {matrix.dtype}")
     if torch.compiler.is_compiling() or matrix.requires_grad or matrix.is_meta:
         if matrix.dtype == torch.bool:
-            return Reading(matrix, reason="a matrix inside torch.compile is not looked through")
+            return Reading(matrix)
         shown, bias = _split(matrix, dtype)
         return Reading(shown, bias)
     kept: _Kept | None = getattr(matrix, "_mmkernels_mask", None)
