@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether Python may branch on a tensor's values: not where a graph is traced, and not without values."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or x.is_meta:
+        return False
+    return not isinstance(x, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def check_range(

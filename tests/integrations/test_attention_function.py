@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,6 +171,34 @@ def test_a_matrix_changed_in_place_is_read_again(inference: bool) -> None:
         assert (calls.spans, calls.unmasked, calls.conversions) == (1, 1, 2)
 
 
+@pytest.mark.parametrize("name", ["padding", "holes"])
+@pytest.mark.parametrize("written", ["bool", "numbers", "bias"])
+def test_a_matrix_read_for_inference_serves_training(name: str, written: str) -> None:
+    visible = VISIBLE[name]
+    mask = {"bool": visible.clone(), "numbers": hidden(visible), "bias": hidden(visible) + 0.5}[written]
+    query, key, value = inputs()
+    with torch.inference_mode():
+        attention(MODULE, query, key, value, mask)
+    query.requires_grad_()
+    attention(MODULE, query, key, value, mask)[0].sum().backward()
+    assert query.grad is not None
+
+
+def test_a_matrix_serves_queries_of_several_dtypes_and_is_saved_as_it_was(tmp_path: Path) -> None:
+    query, key, value = inputs()
+    bias = draw(B, H, L, L)
+    attention(MODULE, *(x.bfloat16() for x in (query, key, value)), bias)
+    torch.testing.assert_close(attention(MODULE, query, key, value, bias)[0], formula(query, key, value, bias)[0])
+    torch.save(bias, tmp_path / "bias.pt")
+    assert torch.equal(torch.load(tmp_path / "bias.pt"), bias)
+
+
+def test_no_queries_and_a_matrix() -> None:
+    query, key, value = inputs()
+    out, _ = attention(MODULE, query[:, :, :0], key, value, torch.zeros(B, 1, 0, L))
+    assert out.shape == (B, 0, H, D)
+
+
 def test_position_bias_with_spans() -> None:
     query, key, value = inputs()
     position = draw(1, H, L, L)
@@ -226,12 +255,12 @@ def test_dropout_drops() -> None:
 # Bad input.
 
 
-def test_softcap_and_paged_caches_are_refused() -> None:
+@pytest.mark.parametrize("name", ["softcap", "cache", "indices", "block_indices", "sinks"])
+def test_arguments_that_would_change_the_result_are_refused(name: str) -> None:
     query, key, value = inputs()
-    with pytest.raises(NotImplementedError, match=r"has no softcap \(got 50.0\), which SimpleNamespace needs"):
-        attention(MODULE, query, key, value, None, softcap=50.0)
-    with pytest.raises(NotImplementedError, match="paged cache"):
-        attention(MODULE, query, key, value, None, cache=object())
+    with pytest.raises(NotImplementedError, match=rf"has no .* \({name}\), which SimpleNamespace needs"):
+        attention(MODULE, query, key, value, None, **{name: torch.ones(1)})
+    attention(MODULE, query, key, value, None, **{name: None}, sliding_window=3, position_ids=torch.arange(L))
 
 
 def test_masks_of_a_wrong_kind() -> None:
@@ -242,8 +271,9 @@ def test_masks_of_a_wrong_kind() -> None:
         attention(MODULE, query, key, value, [1, 2])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must broadcast to"):
         attention(MODULE, query, key, value, torch.zeros(B, H, L, L + 1) - 0.5)
-    with pytest.raises(ValueError, match="mask must be for"):
-        attention(MODULE, query, key, value, make_mask(B, L + 1, L))
+    for batch, q_len, k_len in ((B, L + 1, L), (B, L, L + 2), (B + 1, L, L)):
+        with pytest.raises(ValueError, match=r"attention_mask must be made for \[2, 1, 6, 6\], got one for"):
+            attention(MODULE, query, key, value, make_mask(batch, q_len, k_len))
 
 
 def test_meta_tensors_have_shapes() -> None:

@@ -20,6 +20,9 @@ BLOCKS = torch.tensor([[-1, -1, 0, 0, 0, -1, -1, 1, 1, 1, -1, -1], [0] * 3 + [-1
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]]).expand(B, -1)
 SEQUENCES = theirs.find_packed_sequence_indices(POSITIONS)
 
+IMAGE = BLOCKS >= 0
+TIMES = 1_700_000_000_000 + POSITIONS * 1000 * torch.tensor([[1], [-1], [1]])  # milliseconds
+
 causal = theirs.causal_mask_function
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal": causal,
@@ -53,6 +56,17 @@ NO_SPANS: dict[str, tuple[Callable[..., Any], str]] = {
         theirs.or_masks(causal, theirs.blockwise_overlay(torch.tensor([[0, 0, -1, -1, 0, 0] * 2] * B))),
         "more than one run",
     ),
+    "equal conditions": (lambda b, h, q, k: (q < 3) == (k < 3), "are equal"),
+    "all but a distance": (lambda b, h, q, k: (k <= q) & ((q - k) != 2), "differ"),
+    "one distance": (lambda b, h, q, k: (q - k) == 0, "are equal"),
+    "tables of bools": (lambda b, h, q, k: (k <= q) | (IMAGE[b, q] == IMAGE[b, k]), "are equal"),
+    "a condition against a number": (lambda b, h, q, k: (k <= q) | (IMAGE[b, k] == 1), "are equal"),
+    "other dtypes": (
+        lambda b, h, q, k: BLOCKS[b, q].to(torch.bool) == BLOCKS[b, k].to(torch.bool),
+        "changes dtypes",
+    ),
+    "arguments by name": (lambda b, h, q, k: k <= torch.add(q, 1, alpha=2), "torch's add with alpha"),
+    "times of day": (lambda b, h, q, k: (SEQUENCES[b, q] == SEQUENCES[b, k]) & (TIMES[b, k] <= TIMES[b, q]), "run"),
     "only far away": (lambda b, h, q, k: abs(q - k) > 3, "hides what is near"),
     "not": (lambda b, h, q, k: ~(k <= q), "TypeError"),
     "far or near": (lambda b, h, q, k: (k <= q - 6) | (k >= q), "more than one run"),
@@ -196,6 +210,30 @@ def test_a_function_that_fails_fails_as_with_sdpa() -> None:
         make_mask(B, L, L, mask_function=broken)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_graph_keeps_its_padding() -> None:
+    """What `torch.jit.trace` saw without padding serves sequences with padding."""
+
+    def matrix(keys: torch.Tensor) -> torch.Tensor:
+        mask = make_mask(B, L, L, attention_mask=keys)
+        assert isinstance(mask, ModelMask)
+        return mask.spans.to_dense(L)
+
+    traced = torch.jit.trace(matrix, torch.ones(B, L, dtype=torch.bool))
+    for padded in ("left", "right"):
+        truth = theirs.sdpa_mask(B, L, L, attention_mask=padding(padded), allow_is_causal_skip=False)
+        assert torch.equal(traced(padding(padded)), truth)
+
+
+def test_without_values_only_shapes_matter() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        mask = make_mask(B, L, L, attention_mask=torch.ones(B, L, dtype=torch.bool))
+    assert isinstance(mask, ModelMask) and mask.shape == (B, 1, L, L)
+    assert type(make_mask(B, L, L).spans.end) is torch.Tensor, "nothing of that is kept"
+
+
 def test_a_mask_of_another_rank_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_mask must be \[B, Lk\]"):
         make_mask(B, L, L, attention_mask=torch.ones(B, L, L, dtype=torch.bool))
@@ -227,6 +265,18 @@ class TestModelMask:
             assert torch.equal(torch.cat([self.mask, self.truth], 0), torch.cat([self.truth, self.truth], 0))
             assert torch.equal(self.mask.logical_not(), ~self.truth)
         assert calls.reasons == {"the model changes the mask itself": 3}
+
+    def test_operators_of_python_get_the_matrix(self) -> None:
+        assert torch.equal(~self.mask, ~self.truth)
+        assert torch.equal(self.mask == 0, ~self.truth) and torch.equal(self.mask != 0, self.truth)
+        assert torch.equal(self.mask & ~self.truth, self.truth & False)
+        assert torch.equal(self.truth | self.mask, self.truth)
+
+    def test_adding_it_to_scores_is_refused(self) -> None:
+        scores = torch.zeros(2, 4, 3, 4)
+        for add in (lambda: scores + self.mask, lambda: torch.add(scores, self.mask), lambda: scores.add_(self.mask)):
+            with pytest.raises(NotImplementedError, match="no attention interface"):
+                add()
 
     def test_a_model_that_asks_again_gets_it_back(self) -> None:
         assert make_mask(2, 3, 4, attention_mask=self.mask) is self.mask

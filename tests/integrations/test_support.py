@@ -20,7 +20,7 @@ from mmkernels.profiling import BadInput
 
 OWN_ATTENTION = "transformers keeps its own attention"
 REFUSED = {
-    "gemma2": "no softcap",
+    "gemma2": "no cap on the scores (softcap)",
     "flava": OWN_ATTENTION,
     "vilt": OWN_ATTENTION,
     "visual_bert": OWN_ATTENTION,

@@ -288,6 +288,24 @@ def test_from_pretrained_and_a_part_of_a_model(tmp_path: Path) -> None:
         assert calls.total == attention_calls, implementation
 
 
+@pytest.mark.parametrize("name", ["bloom", "visual_bert", "roformer"])
+def test_a_model_without_the_interface_is_refused_and_not_misread(name: str, tmp_path: Path) -> None:
+    """`from_pretrained` takes any registered name; their own attention would add a matrix of bools to its scores."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    if name == "bloom":
+        model: Any = transformers.BloomModel(
+            transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)
+        )
+    elif name == "visual_bert":
+        model = transformers.VisualBertModel(transformers.VisualBertConfig(**sizes, intermediate_size=64))
+    else:
+        model = transformers.RoFormerModel(transformers.RoFormerConfig(**sizes, intermediate_size=64))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="mmkernels")
+    with pytest.raises(NotImplementedError, match=f"is not for .* of transformers.models.{name}"):
+        loaded(IDS, attention_mask=LEFT)
+
+
 def test_on_the_meta_device() -> None:
     model = build("gemma3").to("meta")
     model.set_attn_implementation("mmkernels")

@@ -18,6 +18,15 @@ from mmkernels.ops.cross_attention import cross_attention
 
 Mask = SpanMask | Tensor | None
 
+_UNSUPPORTED = {
+    "softcap": "cap on the scores",
+    "cache": "paged cache",
+    "indices": "sparse attention by indices",
+    "block_indices": "sparse attention by blocks",
+    "sinks": "sinks by query",
+}
+"""Keyword arguments that change the result; others (window sizes, position ids, ...) only repeat what the mask says."""
+
 _KINDS = ("attentions", "cross_attentions")
 
 
@@ -33,7 +42,6 @@ def attention(
     *,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
-    softcap: float | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -47,25 +55,24 @@ def attention(
         dropout: the chance that a probability is dropped. scaling: of the scores; None: ``1 / sqrt(D)``.
         position_bias: added to the scores, broadcastable to ``[B, Hq, Lq, Lk]``.
         s_aux: ``[Hq]`` attention sinks: one more score for each query, whose value is 0.
-        softcap: refused unless None.
         output_attentions: also return the probabilities, before dropout: ``[B, Hq, Lq, Lk]`` in query's dtype.
 
     Returns:
         ``[B, Lq, Hq, Dv]`` contiguous, and the probabilities or None.
 
     Raises:
-        NotImplementedError: `softcap`, or a paged cache.
-        TypeError, ValueError: as `mmkernels.cross_attention`.
+        NotImplementedError: the model asks for what `cross_attention` does not have, such as ``softcap``.
+        TypeError, ValueError: as `mmkernels.cross_attention`; or the mask was made for other sizes.
     """
-    if softcap is not None or kwargs.get("cache") is not None:
-        what = "a paged cache (continuous batching)" if softcap is None else f"softcap (got {softcap})"
-        raise NotImplementedError(
-            f'attn_implementation="mmkernels" has no {what}, which {type(module).__name__} needs; '
-            'use "eager" or "flex_attention" there'
-        )
+    for name, what in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f'attn_implementation="mmkernels" has no {what} ({name}), which {type(module).__name__} needs; '
+                'use "eager" there'
+            )
     if query.shape[0] < key.shape[0] and query.shape[0] == 1:  # learned queries
         query = query.expand(key.shape[0], -1, -1, -1)
-    mask, bias = _mask(module, query, attention_mask, is_causal)
+    mask, bias = _mask(module, query, key.shape[2], attention_mask, is_causal)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
@@ -87,7 +94,11 @@ def attention(
 
 
 def _mask(
-    module: torch.nn.Module, query: Tensor, given: ModelMask | Tensor | None, is_causal: bool | None
+    module: torch.nn.Module,
+    query: Tensor,
+    k_len: int,
+    given: ModelMask | Tensor | None,
+    is_causal: bool | None,
 ) -> tuple[Mask, Tensor | None]:
     """The mask and the bias for `cross_attention`."""
     if given is None:
@@ -97,6 +108,9 @@ def _mask(
             return None, None
         return causal_from(0, q_len, query.device), None  # whatever comes behind the last query
     if isinstance(given, ModelMask):
+        sizes = (query.shape[0], 1, query.shape[2], k_len)
+        if given.shape != sizes:
+            raise ValueError(f"attention_mask must be made for {list(sizes)}, got one for {list(given.shape)}")
         return given.spans, None
     if not isinstance(given, Tensor):
         raise TypeError(

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from mmkernels.checks import can_look
 from mmkernels.dispatch import something_watches
 from mmkernels.integrations.transformers.counts import count_conversion
-from mmkernels.integrations.transformers.symbols import UnreadableError, read
+from mmkernels.integrations.transformers.solving import UnreadableError
+from mmkernels.integrations.transformers.symbols import read
 from mmkernels.masks import SpanMask
+
+_OWN_ATTENTION = (
+    'attn_implementation="mmkernels" is not for {}: it has no attention interface, and its own attention adds masks to '
+    'the scores; use "eager" there'
+)
 
 
 class ModelMask:
     """A mask on its way through a model: spans that look like the bool ``[B, 1, Lq, Lk]`` that the model expects.
 
     Models hand masks on to their attention. One that does more with it, such as slicing or ``torch.cat``, gets the
-    matrix, which is counted as dense.
+    matrix, which is counted. Adding it to scores is refused: that is an attention of the model's own, to which a
+    matrix of bools would hide nothing.
     """
 
     dtype = torch.bool
@@ -63,6 +72,24 @@ class ModelMask:
     def __getitem__(self, where: Any) -> Tensor:
         return self.dense()[where]
 
+    def __eq__(self, other: object) -> Any:
+        return self.dense() == other
+
+    def __ne__(self, other: object) -> Any:
+        return self.dense() != other
+
+    def __invert__(self) -> Tensor:
+        return ~self.dense()
+
+    def __and__(self, other: Any) -> Tensor:
+        return self.dense() & other
+
+    def __or__(self, other: Any) -> Tensor:
+        return self.dense() | other
+
+    __rand__, __ror__ = __and__, __or__
+    __hash__ = object.__hash__
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("spans", "shape"):  # asked for while being copied
             raise AttributeError(name)
@@ -72,7 +99,9 @@ class ModelMask:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Any function of PyTorch gets the matrix."""
+        """Any function of PyTorch gets the matrix, but for sums."""
+        if function.__name__.strip("_") in ("add", "radd", "iadd", "sub", "rsub", "isub"):
+            raise NotImplementedError(_OWN_ATTENTION.format("this model"))
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
         return function(*args, **kwargs)
 
@@ -103,13 +132,14 @@ def make_mask(
     """
     if isinstance(attention_mask, ModelMask):  # made before, by a model that asks again
         return attention_mask
-    compiling = torch.compiler.is_compiling()
+    if not torch.compiler.is_compiling():
+        _check_interface(type(kwargs.get("config")).__module__)
     causal = mask_function is masking_utils.causal_mask_function
     bidirectional = mask_function is masking_utils.bidirectional_mask_function
     keys = None
     if attention_mask is not None:
         keys = _visible_keys(attention_mask, kv_length, kv_offset)
-        if not compiling and keys.is_cpu and bool(keys.all()):  # elsewhere a look would wait for the device
+        if keys.is_cpu and can_look(keys) and bool(keys.all()):  # elsewhere a look would wait for the device
             keys = None
     if keys is None:
         if bidirectional and allow_is_bidirectional_skip:
@@ -123,7 +153,7 @@ def make_mask(
         spans = causal_from(first, q_length, device)
     elif bidirectional:
         spans = SpanMask(*(torch.tensor([[n]], dtype=torch.int32, device=device) for n in (0, kv_length)))
-    elif compiling:
+    elif torch.compiler.is_compiling():
         spans, reason = _window(q_length, first, device, local_size, allow_is_causal_skip, **kwargs), ""
     else:
         query = torch.arange(q_length, device=device) + q_offset
@@ -149,6 +179,28 @@ def make_mask(
     return ModelMask(spans, (batch_size, 1, q_length, kv_length))
 
 
+@cache
+def _check_interface(config_module: str) -> None:
+    """Refuse models of transformers whose attention never asks for an implementation, and so would misread masks.
+
+    ``from_pretrained`` and configs accept any registered name for them.
+    """
+    package, _, _ = config_module.rpartition(".")
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{package}.modeling_")]
+    if not package.startswith("transformers.models.") or any(
+        hasattr(module, "ALL_ATTENTION_FUNCTIONS") for module in modules
+    ):
+        return
+    of_its_own = [
+        name
+        for module in modules
+        for name, thing in vars(module).items()
+        if "Attention" in name and isinstance(thing, type) and thing.__module__ == module.__name__
+    ]
+    if of_its_own:  # else it only wraps other models
+        raise NotImplementedError(_OWN_ATTENTION.format(f"{of_its_own[0]} of {package}"))
+
+
 def _visible_keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
     """A tokenizer's mask for the keys of this call, bool [B, Lk]: what it does not reach is hidden."""
     if attention_mask.dim() != 2:
@@ -160,7 +212,12 @@ def _visible_keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Ten
 
 def causal_from(first: int | Tensor, q_len: int, device: torch.device | str) -> SpanMask:
     """Each query sees the keys up to its own place, the first query's being `first`."""
-    if torch.compiler.is_compiling() or not isinstance(first, int) or something_watches():
+    if (
+        torch.compiler.is_compiling()
+        or not isinstance(first, int)
+        or torch._C._get_tracing_state() is not None
+        or something_watches()
+    ):
         end = torch.arange(1, q_len + 1, device=device) + first  # a static cache's `first` is not to be waited for
         return SpanMask(end.new_zeros(1, 1, dtype=torch.int32), end.to(torch.int32)[None])
     return _causal_kept(first, q_len, torch.device(device))
@@ -191,7 +248,7 @@ def _window(
 
 def _hide(spans: SpanMask, keys: Tensor) -> SpanMask:
     """Padding moves the spans' ends; keys that are hidden in between stay a mask of their own."""
-    if torch.compiler.is_compiling() or not keys.is_cpu:
+    if not keys.is_cpu or not can_look(keys):
         return spans & SpanMask.from_key_mask(keys)
     places = keys.view(torch.uint8)  # [B, Lk]
     start, count = places.argmax(-1, keepdim=True), places.sum(-1, keepdim=True)
@@ -209,7 +266,11 @@ def _read(function: Callable[..., Any], batch_size: int, query: Tensor, key: Ten
         start, end, key_valid, exact = read(function, torch.arange(batch_size, device=key.device), query, key).spans()
     except UnreadableError as reason:
         return None, str(reason)
-    if exact and key.device.type != "meta" and not bool(torch.stack(exact).all()):
-        return None, "the mask shows a query more than one run of keys"
+    if exact and not exact[0].is_meta:
+        found = torch.stack(exact).all()
+        if not can_look(found):
+            return None, "a graph is traced, which may not rest on values"
+        if not bool(found):
+            return None, "the mask shows a query more than one run of keys"
     spans = SpanMask(*(x.to(key.device, torch.int32) for x in (start, end)))
     return (spans if key_valid is None else _hide(spans, key_valid)), ""

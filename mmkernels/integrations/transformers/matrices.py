@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from mmkernels.checks import can_look
 from mmkernels.integrations.transformers.counts import count_conversion
 from mmkernels.masks import SpanMask
 
@@ -20,17 +24,23 @@ class Reading(NamedTuple):
 
 
 class _Kept(NamedTuple):
+    dtype: torch.dtype  # of the query that it was read for
     version: int | None  # of the matrix when it was read; None: PyTorch keeps none
     copy: Tensor | None  # then its values
     reading: Reading
+
+
+_readings: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()
+_lock = threading.Lock()
 
 
 def read_matrix(matrix: Tensor, dtype: torch.dtype) -> Reading:
     """What a mask matrix ``[B or 1, H or 1, Lq or 1, Lk]`` says: spans where it can, else bool, else a bias.
 
     Of a matrix of numbers, those at most half of its dtype's most negative value hide, as models write it; the others
-    are added to the scores, unless all are 0. The answer is kept with the tensor until it is changed in place. Looking
-    at values waits for the device, once a matrix; inside ``torch.compile``, and where the matrix wants a gradient,
+    are added to the scores, unless all are 0. The answer is kept for as long as the tensor lives and is not changed by
+    PyTorch's in-place operators (writes through ``.data`` or NumPy go unseen). Looking at values waits for the device,
+    once a matrix; inside ``torch.compile``, and where the matrix wants a gradient,
     nothing is looked at.
 
     Args:
@@ -41,17 +51,22 @@ def read_matrix(matrix: Tensor, dtype: torch.dtype) -> Reading:
     """
     if matrix.dtype != torch.bool and not matrix.is_floating_point():
         raise TypeError(f"attention_mask must be bool or a floating dtype, got {matrix.dtype}")
-    if torch.compiler.is_compiling() or matrix.requires_grad or matrix.is_meta:
+    if matrix.numel() == 0:
+        return Reading()
+    if matrix.requires_grad or not can_look(matrix):
         if matrix.dtype == torch.bool:
             return Reading(matrix)
         shown, bias = _split(matrix, dtype)
         return Reading(shown, bias)
-    kept: _Kept | None = getattr(matrix, "_mmkernels_mask", None)
-    if kept is not None and _unchanged(matrix, kept):
+    with _lock:
+        kept = _readings.get(matrix)
+    if kept is not None and kept.dtype == dtype and _unchanged(matrix, kept):
         return kept.reading
     version = None if matrix.is_inference() else matrix._version
-    reading = _look_through(matrix.detach(), dtype)
-    matrix._mmkernels_mask = _Kept(version, matrix.clone() if version is None else None, reading)  # type: ignore[attr-defined]
+    with torch.inference_mode(matrix.is_inference()):  # the reading of a normal matrix may be asked for its gradients
+        reading = _look_through(matrix.detach(), dtype)
+    with _lock:
+        _readings[matrix] = _Kept(dtype, version, matrix.clone() if version is None else None, reading)
     count_conversion(reading.reason)
     return reading
 

@@ -24,6 +24,7 @@ from mmkernels.integrations.transformers.support_compare import (
     NotEqual,
     NotOffered,
     one_line,
+    one_pass,
     set_attention,
 )
 
@@ -92,7 +93,7 @@ def check(family: Family) -> Support:
             return replace(found, forward=_no(error))
         found = replace(found, calls=calls, inside=inside, outside=outside)
         if not inside:
-            return _uncalled(found, model, inputs)
+            return _uncalled(found, family, model, inputs)
         compare = Comparison(family)
         return replace(
             found,
@@ -102,14 +103,24 @@ def check(family: Family) -> Support:
         )
 
 
-def _uncalled(found: Support, model: Any, inputs: Inputs) -> Support:
-    """Nothing called ``"mmkernels"`` after it was set: nor does it where the model is built with it?"""
+def _uncalled(found: Support, family: Family, model: Any, inputs: Inputs) -> Support:
+    """Nothing called ``"mmkernels"`` after it was set: and where the model is built with it?"""
+    own = f"transformers keeps its own attention, {model.config._attn_implementation}, where it is set"
     config = copy.deepcopy(model.config)
     config._attn_implementation = NAME
-    if _trace(type(model)(config).eval(), inputs)[0].total:
+    built = type(model)(config).eval()
+    built.load_state_dict(model.state_dict())
+    try:
+        with counting() as calls:
+            outputs = one_pass(family, built, inputs).outputs
+    except NotImplementedError as error:
+        return replace(found, refused=f"{own}; built with it: {one_line(error)}")
+    if calls.total:
         return replace(found, forward="no: called where the model is built with it, but not where it is set")
-    kept = model.config._attn_implementation
-    return replace(found, refused=f'transformers keeps its own attention, {kept}, set to "{NAME}" or built with it')
+    for name, expected in one_pass(family, model, inputs).outputs.items():
+        if not torch.equal(outputs[name], expected):
+            return replace(found, forward=f"no: {name} changes where the model is built with it")
+    return replace(found, refused=f"{own}, and where the model is built with it")
 
 
 def _trace(model: Any, inputs: Inputs) -> tuple[Calls, Counter[str], Counter[str]]:

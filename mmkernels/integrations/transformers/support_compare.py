@@ -67,11 +67,11 @@ class Comparison:
         """Outputs and gradients in float64."""
         set_attention(self.wide, implementation)
         with _float64():
-            return _run(self.family, self.wide, self.wide_inputs)
+            return one_pass(self.family, self.wide, self.wide_inputs)
 
     def _run(self, implementation: str) -> Results:
         set_attention(self.model, implementation)
-        return _run(self.family, self.model, self.inputs)
+        return one_pass(self.family, self.model, self.inputs)
 
     def forward(self) -> None:
         """Raise `NotEqual` where an output differs."""
@@ -119,7 +119,7 @@ class Results:
     grads: dict[str, Tensor]
 
 
-def _run(family: Family, model: Any, inputs: Inputs) -> Results:
+def one_pass(family: Family, model: Any, inputs: Inputs) -> Results:
     """Outputs of one forward pass, and the gradients of their sum with fixed random weights."""
     model.zero_grad()
     with torch.random.fork_rng(devices=()):

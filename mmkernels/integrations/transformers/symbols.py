@@ -12,12 +12,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_FAR = 2**30  # further than any place: also where a place is one of several numbers packed into an int64
+from mmkernels.integrations.transformers.solving import Numbers, Relation, Spans, UnreadableError, solve, union
+
 _FLIP = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt", "eq": "eq"}
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
@@ -28,28 +29,6 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-class UnreadableError(Exception):
-    """The mask function does what can't be read here, or its mask is no run of keys; the message says what."""
-
-
-class Spans(NamedTuple):
-    """Query i sees key j when ``start <= j < end`` and `key_valid`; `exact` are conditions on which that rests."""
-
-    start: Tensor  # int64 [B or 1, Lq or 1]
-    end: Tensor  # int64 [B or 1, Lq or 1]
-    key_valid: Tensor | None = None  # bool [B or 1, Lk]
-    exact: tuple[Tensor, ...] = ()  # bool scalars, all to be True
-
-
-@dataclass(frozen=True, eq=False)
-class Relation:
-    """``key <compare> query`` for every pair."""
-
-    key: Index
-    compare: str
-    query: Index
-
-
 class _Symbol:
     """What the indices and the conditions share: torch's functions come back to Python's operators."""
 
@@ -57,6 +36,8 @@ class _Symbol:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if kwargs:
+            raise UnreadableError(f"the mask function calls torch's {function.__name__} with {', '.join(kwargs)}")
         name = function.__name__.strip("_").removeprefix("logical_").removeprefix("bitwise_")
         if name == "getitem":
             return _look_up(args[0], args[1])
@@ -77,10 +58,20 @@ class _Symbol:
     def __bool__(self) -> bool:
         raise UnreadableError("the mask function branches on a comparison")
 
+    def __eq__(self, other: object) -> Any:  # Python's own would compare identities, and answer
+        raise UnreadableError("the mask function asks whether conditions or distances are equal")
+
+    def __ne__(self, other: object) -> Any:
+        raise UnreadableError("the mask function asks whether two things differ")
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __getattr__(self, name: str) -> Any:
         raise UnreadableError(f"the mask function uses .{name}")
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values())):
+            raise UnreadableError("the mask function changes dtypes")
         return self
 
 
@@ -97,6 +88,10 @@ class Index(_Symbol):
         self.axis = axis
         self.values = values
         self.ascending = ascending
+
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers(self.values, self.ascending)
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +146,7 @@ class Index(_Symbol):
     def __eq__(self, other: object) -> Visible:  # type: ignore[override]
         return _compare(self, "eq", other)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 class Distance(_Symbol):
@@ -230,7 +225,7 @@ class Visible(_Symbol):
             return self
         if other.everything or self.nothing:
             return other
-        return Visible(solved=(_union(self.spans(), other.spans()),))
+        return Visible(solved=(union(self.spans(), other.spans()),))
 
     __rand__ = __and__
     __ror__ = __or__
@@ -240,23 +235,7 @@ class Visible(_Symbol):
         if self.nothing:
             nothing = torch.zeros(1, 1, dtype=torch.int64)
             return Spans(nothing, nothing)
-        found = [*self.solved, *(Spans(torch.zeros_like(q, dtype=torch.int64), q * _FAR) for q in self.queries)]
-        run = None  # equal numbers mark runs, inside which other numbers, such as positions, may start anew
-        for relation in self.relations:
-            if relation.compare == "eq":
-                alive = [end > start for start, end, *_ in found]
-                found.append(_equal(_within(relation, run), alive))
-                run = run or relation
-        found += [_ordered(relation, run) for relation in self.relations if relation.compare != "eq"]
-        if not found:
-            everything = torch.zeros(1, 1, dtype=torch.int64)
-            found = [Spans(everything, everything + _FAR)]
-        spans = found[0]
-        for other in found[1:]:
-            spans = _intersection(spans, other)
-        for valid in self.keys:
-            spans = hide_keys(spans, valid)
-        return spans
+        return solve(self.relations, self.queries, self.keys, self.solved)
 
 
 def read(function: Callable[..., Any], batch: Tensor, query: Tensor, key: Tensor) -> Visible:
@@ -281,10 +260,6 @@ def read(function: Callable[..., Any], batch: Tensor, query: Tensor, key: Tensor
         raise
     except Exception as error:  # made for tensors alone: whatever it trips over says no more than that
         raise UnreadableError(f"the mask function needs tensors ({type(error).__name__}: {error})") from error
-
-
-def hide_keys(spans: Spans, valid: Tensor) -> Spans:
-    return spans._replace(key_valid=valid if spans.key_valid is None else spans.key_valid & valid)
 
 
 # From Python's operators to conditions.
@@ -350,9 +325,9 @@ def _compare(a: Any, compare: str, b: Any) -> Visible:
         raise UnreadableError("the mask differs by head")
     if isinstance(b, Index):
         if a.axis == "key" and b.axis != "key":
-            return Visible(relations=(Relation(a, compare, b),))
+            return Visible(relations=(Relation(a.numbers, compare, b.numbers),))
         if b.axis == "key" and a.axis != "key":
-            return Visible(relations=(Relation(b, _FLIP[compare], a),))
+            return Visible(relations=(Relation(b.numbers, _FLIP[compare], a.numbers),))
         return _condition("key" if a.axis == "key" else "query", getattr(torch, compare)(a.values, b.values))
     number = _number(b)
     if number is None:
@@ -378,68 +353,3 @@ def _look_up(table: Any, where: Any) -> Index | Visible:
     if values.is_floating_point():
         raise UnreadableError("the mask function looks up fractions")
     return Index(axes[-1], values.long())
-
-
-# From conditions to runs of keys.
-
-
-def _search(sorted_keys: Tensor, query: Tensor, right: bool) -> Tensor:
-    """For each query's number the first place of its row whose number is not below it (`right`: above it)."""
-    batch = max(sorted_keys.shape[0], query.shape[0])
-    keys, numbers = (x.expand(batch, -1).contiguous() for x in (sorted_keys, query))
-    return torch.searchsorted(keys, numbers, right=right)
-
-
-def _equal(relation: Relation, alive: list[Tensor]) -> Spans:
-    """Keys whose number is the query's. Where they are no run, no query that is `alive` may be among them."""
-    keys, query = relation.key.values, relation.query.values
-    if relation.key.ascending:
-        return Spans(_search(keys, query, right=False), _search(keys, query, right=True))
-    ordered, place = keys.sort(dim=-1, stable=True)  # [B or 1, Lk]
-    low, high = _search(ordered, query, right=False), _search(ordered, query, right=True)
-    some = high > low
-    place = place.expand(low.shape[0], -1)
-    last = place.shape[1] - 1
-    start = place.gather(1, low.clamp(max=last)) * some
-    end = (place.gather(1, (high - 1).clamp(min=0)) + 1) * some
-    fine = end - start == high - low
-    for seeing in alive:
-        fine = fine | ~seeing
-    return Spans(start, end, exact=(fine.all(),))
-
-
-def _ordered(relation: Relation, run: Relation | None) -> Spans:
-    """Keys whose number is below or above the query's."""
-    relation = _within(relation, run)
-    keys = relation.key.values
-    exact = () if relation.key.ascending else ((keys.diff(dim=-1) >= 0).all(),)
-    place = _search(keys, relation.query.values, right=relation.compare in ("le", "gt"))
-    if relation.compare in ("le", "lt"):
-        return Spans(torch.zeros_like(place), place, exact=exact)
-    return Spans(place, torch.full_like(place, keys.shape[1]), exact=exact)
-
-
-def _within(relation: Relation, run: Relation | None) -> Relation:
-    """The same relation among keys of the query's run, by numbers of which the run's own is the greater part."""
-    if run is None or relation.key.ascending:
-        return relation
-    key, query = (
-        Index(one.axis, (of.values << 32) + one.values.clamp(-_FAR, _FAR - 1))
-        for one, of in ((relation.key, run.key), (relation.query, run.query))
-    )
-    return Relation(key, relation.compare, query)
-
-
-def _intersection(a: Spans, b: Spans) -> Spans:
-    both = Spans(torch.maximum(a.start, b.start), torch.minimum(a.end, b.end), a.key_valid, a.exact + b.exact)
-    return both if b.key_valid is None else hide_keys(both, b.key_valid)
-
-
-def _union(a: Spans, b: Spans) -> Spans:
-    if a.key_valid is not None or b.key_valid is not None:
-        raise UnreadableError("the mask function joins masks of which one hides single keys")
-    a_empty, b_empty = a.end <= a.start, b.end <= b.start
-    start = torch.where(a_empty, b.start, torch.where(b_empty, a.start, torch.minimum(a.start, b.start)))
-    end = torch.where(a_empty, b.end, torch.where(b_empty, a.end, torch.maximum(a.end, b.end)))
-    touching = torch.maximum(a.start, b.start) <= torch.minimum(a.end, b.end)
-    return Spans(start, end, exact=(*a.exact, *b.exact, (a_empty | b_empty | touching).all()))
