@@ -24,6 +24,14 @@ IMAGE = BLOCKS >= 0
 TIMES = 1_700_000_000_000 + POSITIONS * 1000 * torch.tensor([[1], [-1], [1]])  # milliseconds
 
 causal = theirs.causal_mask_function
+
+
+def pack(function: Callable[..., Any], positions: torch.Tensor, sequences: torch.Tensor) -> Callable[..., Any]:
+    """`function` inside each of the sequences of a row, as transformers joins it with them."""
+    inside = theirs.remap_positions_for_packed_sequence(function, positions)
+    return theirs.and_masks(theirs.packed_sequence_mask_function(sequences), inside)
+
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal": causal,
     "bidirectional": theirs.bidirectional_mask_function,
@@ -35,11 +43,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         theirs.or_masks(causal, theirs.blockwise_overlay(BLOCKS)), theirs.sliding_window_overlay(4)
     ),
     "prefix": theirs.or_masks(causal, theirs.blockwise_overlay(torch.tensor([[0] * 5 + [-1] * 7] * B))),
-    "packed": theirs.packed_sequence_compatibility_function(causal, POSITIONS, SEQUENCES),
-    "packed sliding": theirs.packed_sequence_compatibility_function(
-        theirs.sliding_window_causal_mask_function(2), POSITIONS, SEQUENCES
-    ),
-    "packed chunks": theirs.packed_sequence_compatibility_function(
+    "packed": pack(causal, POSITIONS, SEQUENCES),
+    "packed sliding": pack(theirs.sliding_window_causal_mask_function(2), POSITIONS, SEQUENCES),
+    "packed chunks": pack(
         theirs.chunked_causal_mask_function(2, torch.zeros(B, dtype=torch.int64)), POSITIONS, SEQUENCES
     ),
     "a user's constant": theirs.or_masks(causal, lambda *_: torch.tensor(True)),
@@ -185,7 +191,7 @@ def functions(draw: st.DrawFn) -> Callable[..., Any]:
         function = join(function, draw(st.sampled_from(parts)))
     if draw(st.booleans()):
         sequences = (~starts).logical_not().cumsum(1) - 1
-        function = theirs.packed_sequence_compatibility_function(function, positions, sequences)
+        function = pack(function, positions, sequences)
     return function
 
 

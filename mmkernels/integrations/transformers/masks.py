@@ -129,6 +129,10 @@ def make_mask(
     Returns:
         a `ModelMask`; None where nothing is hidden and the caller allows it; a bool tensor ``[B, 1, Lq, Lk]``, and a
         count of why, where no span mask equals the function's or where it can't be read.
+
+    Raises:
+        NotImplementedError: the model's attention is its own, and would misread the mask.
+        ValueError: `attention_mask` is not ``[B, Lk]``.
     """
     if isinstance(attention_mask, ModelMask):  # made before, by a model that asks again
         return attention_mask
@@ -136,11 +140,7 @@ def make_mask(
         _check_interface(type(kwargs.get("config")).__module__)
     causal = mask_function is masking_utils.causal_mask_function
     bidirectional = mask_function is masking_utils.bidirectional_mask_function
-    keys = None
-    if attention_mask is not None:
-        keys = _visible_keys(attention_mask, kv_length, kv_offset)
-        if keys.is_cpu and can_look(keys) and bool(keys.all()):  # elsewhere a look would wait for the device
-            keys = None
+    keys = _visible_keys(attention_mask, kv_length, kv_offset)
     if keys is None:
         if bidirectional and allow_is_bidirectional_skip:
             return None
@@ -156,9 +156,8 @@ def make_mask(
     elif torch.compiler.is_compiling():
         spans, reason = _window(q_length, first, device, local_size, allow_is_causal_skip, **kwargs), ""
     else:
-        query = torch.arange(q_length, device=device) + q_offset
-        key = torch.arange(kv_length, device=device) + kv_offset
-        spans, reason = _read(mask_function, batch_size, query, key)
+        query, key = (torch.arange(n, device=device) for n in (q_length, kv_length))
+        spans, reason = _read(mask_function, batch_size, query + q_offset, key + kv_offset)
     if spans is None:
         count_conversion(reason)
         return masking_utils.sdpa_mask(
@@ -201,13 +200,19 @@ def _check_interface(config_module: str) -> None:
         raise NotImplementedError(_OWN_ATTENTION.format(f"{of_its_own[0]} of {package}"))
 
 
-def _visible_keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor:
-    """A tokenizer's mask for the keys of this call, bool [B, Lk]: what it does not reach is hidden."""
+def _visible_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """A tokenizer's mask for the keys of this call, bool [B, Lk], False where it ends early; None: none is hidden."""
+    if attention_mask is None:
+        return None
     if attention_mask.dim() != 2:
         raise ValueError(f"attention_mask must be [B, Lk] or [B, 1, Lq, Lk], got shape {tuple(attention_mask.shape)}")
     keys = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
     missing = kv_length - keys.shape[1]
-    return torch.nn.functional.pad(keys, (0, missing)) if missing > 0 else keys
+    if missing > 0:
+        return torch.nn.functional.pad(keys, (0, missing))
+    if keys.is_cpu and can_look(keys) and bool(keys.all()):  # elsewhere a look would wait for the device
+        return None
+    return keys
 
 
 def causal_from(first: int | Tensor, q_len: int, device: torch.device | str) -> SpanMask:
