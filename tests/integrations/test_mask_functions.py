@@ -28,7 +28,7 @@ causal = theirs.causal_mask_function
 
 def pack(function: Callable[..., Any], positions: torch.Tensor, sequences: torch.Tensor) -> Callable[..., Any]:
     """`function` inside each of the sequences of a row, as transformers joins it with them."""
-    inside = theirs.remap_positions_for_packed_sequence(function, positions)
+    inside = lambda b, h, q, k: function(b, h, positions[b, q], positions[b, k])
     return theirs.and_masks(theirs.packed_sequence_mask_function(sequences), inside)
 
 
