@@ -8,7 +8,10 @@ from mmkernels.masks import SpanMask
 from mmkernels.ops.attention_received import attention_received
 from mmkernels.ops.attention_weights import attention_weights
 from mmkernels.ops.cross_attention import cross_attention
+from mmkernels.ops.info_nce import ContrastiveStats, info_nce
 from mmkernels.ops.merge_attention import merge_attention
+from mmkernels.ops.retrieval_ranks import retrieval_ranks
+from mmkernels.ops.sigmoid_contrastive import sigmoid_contrastive
 
 try:
     __version__ = version("mmkernels")
@@ -17,12 +20,16 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 
 __all__ = [
     "BackendError",
+    "ContrastiveStats",
     "SpanMask",
     "__version__",
     "attention_received",
     "attention_weights",
     "cross_attention",
+    "info_nce",
     "merge_attention",
     "ops",
+    "retrieval_ranks",
+    "sigmoid_contrastive",
     "use_backend",
 ]

@@ -16,6 +16,11 @@ Inputs = dict[str, Any]
 """Keyword arguments of an op's public function."""
 
 
+def flatten(outputs: Any) -> tuple[Tensor, ...]:
+    """The tensors of a call's result, which may be one tensor or tuples of tensors."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(x for part in outputs for x in flatten(part))
+
+
 @dataclass(frozen=True)
 class Case:
     """One correctness case.
@@ -138,7 +143,7 @@ class OpSpec:
         """What is wrong with a result, or None.
 
         Its largest error and its root mean square error (where the reference's own is not luck) may be `factor` times
-        the reference's in the same dtype, plus `floor` times the largest true value.
+        the reference's in the same dtype, plus `floor` times the largest true value; of whole numbers nothing is added.
 
         Args:
             ours, naive: the result and the reference's, in the dtype under test.
@@ -146,7 +151,9 @@ class OpSpec:
         """
         if ours.shape != true.shape:
             return f"shape {tuple(ours.shape)}, expected {tuple(true.shape)}"
+        whole = not true.is_floating_point()
         dtype = naive.dtype if naive.dtype in self.floor else torch.float32
+        true = true.double() if whole else true
         ours, naive = ours.to(true), naive.to(true)
         finite = true.isfinite()
         same = torch.isclose(ours, true, equal_nan=True)  # only looked at where the truth is not finite
@@ -154,7 +161,7 @@ class OpSpec:
             return "not finite where it should be, or finite where it should not"
         if not bool(finite.any()):
             return None
-        floor = self.floor[dtype] * max(1.0, float(true[finite].abs().max()))
+        floor = 0.0 if whole else self.floor[dtype] * max(1.0, float(true[finite].abs().max()))
         errors = (ours - true)[finite], (naive - true)[finite]
         for kind, size in (("largest", torch.inf), ("root mean square", 2)):
             mean = errors[0].numel() ** -0.5 if size == 2 else 1.0

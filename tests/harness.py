@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmkernels import gpu
 from mmkernels.dispatch import TABLES
-from mmkernels.spec import Case, Inputs, OpSpec, cast
+from mmkernels.spec import Case, Inputs, OpSpec, cast, flatten
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,15 +55,19 @@ def run(spec: OpSpec, case: Case, inputs: Inputs, backend: str, **more: Any) -> 
     inputs = {name: x.detach().requires_grad_() if name in case.grads else x for name, x in inputs.items()}
     if case.seeded:
         torch.manual_seed(7)
-    outputs = spec.function(**inputs, backend=backend, **more)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = flatten(spec.function(**inputs, backend=backend, **more))
     leaves = [inputs[name] for name in case.grads]
+    return Result(tuple(x.detach() for x in outputs), dict(zip(case.grads, gradients(outputs, leaves), strict=True)))
+
+
+def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """By `leaves`, of those outputs that have a gradient, for fixed cotangents."""
     if not leaves:
-        return Result(outputs, {})
+        return ()
+    outputs = tuple(x for x in outputs if x.requires_grad)
     # -inf is the log-sum-exp of nothing: no direction moves it.
     weights = [cotangent(x).masked_fill(x.detach() == -torch.inf, 0.0) for x in outputs]
-    grads = torch.autograd.grad(outputs, leaves, weights)
-    return Result(tuple(x.detach() for x in outputs), dict(zip(case.grads, grads, strict=True)))
+    return torch.autograd.grad(outputs, leaves, weights)
 
 
 def check(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.spec import Cut, Inputs, OpSpec, cast
+from mmkernels.spec import Cut, Inputs, OpSpec, cast, flatten
 
 Call = Callable[[], Any]
 
@@ -83,8 +83,7 @@ def with_gradients(call: Call, leaves: Sequence[Tensor], cotangents: Sequence[Te
         return call
 
     def both() -> tuple[Tensor, ...]:
-        out = call()
-        outputs = out if isinstance(out, tuple) else (out,)
+        outputs = flatten(call())
         directions = [x.to(y) for x, y in zip(cotangents, outputs, strict=True)]
         return (*outputs, *torch.autograd.grad(outputs, leaves, directions))
 
@@ -102,7 +101,7 @@ def draw_cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 def flat(out: Any) -> list[Tensor]:
     """A call's result as a list of tensors without a graph."""
-    return [x.detach() for x in (out if isinstance(out, tuple) else (out,))]
+    return [x.detach() for x in flatten(out)]
 
 
 def room(device: torch.device) -> float:

@@ -1,0 +1,22 @@
+"""Retrieval ranks in plain PyTorch: strips of queries, each against the whole gallery."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops._contrastive.formula import wide_dtype
+from mmkernels.ops._contrastive.strips import STRIP_BYTES
+from mmkernels.ops.retrieval_ranks.spec import ranks_of
+
+
+def forward(query: Tensor, gallery: Tensor, target: Tensor) -> Tensor:
+    """[N] int64."""
+    wide = wide_dtype(query)
+    found = torch.empty(query.shape[0], dtype=torch.int64, device=query.device)
+    items = gallery.to(wide)
+    step = max(1, STRIP_BYTES // (wide.itemsize * gallery.shape[0]))
+    for first in range(0, query.shape[0], step):
+        at = slice(first, first + step)
+        found[at] = ranks_of(query[at].to(wide) @ items.mT, target[at])
+    return found
