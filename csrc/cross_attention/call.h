@@ -6,14 +6,13 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <optional>
-#include <string>
 #include <vector>
 
-#include "../common/isa.h"
+#include "../common/choice.h"
 #include "../common/parallel.h"
+#include "../common/tensors.h"
 #include "problem.h"
 
 namespace mmkernels {
@@ -23,46 +22,8 @@ extern const Kernels kernels_avx512_bf16, kernels_avx512, kernels_avx2;
 #endif
 extern const Kernels kernels_plain;
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using i64 = std::int64_t;
-
-// The instruction sets that this machine can run, widest first.
-inline const std::vector<const Kernels*>& offered() {
-  static const std::vector<const Kernels*> found = [] {
-    std::vector<const Kernels*> all;
-#if defined(MMKERNELS_X86)
-    const std::string isa = detect_isa();
-    for (const Kernels* k : {&kernels_avx512_bf16, &kernels_avx512, &kernels_avx2}) {
-      if (!all.empty() || isa == k->name) {
-        all.push_back(k);
-      }
-    }
-#endif
-    all.push_back(&kernels_plain);
-    return all;
-  }();
-  return found;
-}
-
-inline std::atomic<const Kernels*> chosen{nullptr};
-
 inline const Kernels& kernels() {
-  const Kernels* k = chosen.load(std::memory_order_relaxed);
-  return k != nullptr ? *k : *offered().front();
-}
-
-inline Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-  case at::kFloat:
-    return Type::f32;
-  case at::kBFloat16:
-    return Type::bf16;
-  case at::kHalf:
-    return Type::f16;
-  default:
-    TORCH_CHECK_TYPE(false, "the cpu backend takes float32, bfloat16 and float16, got ", x.scalar_type());
-  }
+  return MMKERNELS_CHOSEN(kernels);
 }
 
 // A 4-D tensor; a dim of size 1 gets stride 0.
@@ -81,17 +42,6 @@ inline View bias_of(const Tensor& x) {
   View v = view_of(x);
   v.d = x.size(3) == 1 ? 0 : x.stride(3);
   return v;
-}
-
-// The public functions have checked everything and said it better; this keeps a call of torch.ops from reading past an
-// end. Sizes of -1 may be anything, those of `loose` dims also 1.
-inline void check_sizes(const char* name, const Tensor& x, at::IntArrayRef sizes, bool loose = false) {
-  bool fits = x.device().is_cpu() && x.dim() == static_cast<i64>(sizes.size());
-  for (i64 dim = 0; fits && dim < x.dim(); ++dim) {
-    fits = sizes[dim] < 0 || x.size(dim) == sizes[dim] || (loose && x.size(dim) == 1);
-  }
-  TORCH_CHECK_VALUE(fits, name, " must be on the CPU and of shape ", sizes, loose ? " or 1 in any dim" : "", ", got ",
-                    x.sizes());
 }
 
 // A problem and what its pointers point to.

@@ -5,41 +5,11 @@
 #include <torch/library.h>
 
 #include <array>
-#include <numeric>
 
 #include "call.h"
 
 namespace mmkernels {
 namespace {
-
-// Sets the instruction set ("": the widest; "?": as it is), and answers the names of all that can be set, the one in
-// use first.
-std::string cpu_isa(const std::string& name) {
-  const auto& all = offered();
-  const bool asks = name == "?";
-  const auto found = std::find_if(all.begin(), all.end(), [&](const Kernels* k) { return k->name == name; });
-  TORCH_CHECK_VALUE(asks || name.empty() || found != all.end(),
-                    "the CPU's instruction set must be one that it has, got ", name);
-  if (!asks) {
-    chosen.store(name.empty() ? nullptr : *found);
-  }
-  std::string names = kernels().name;
-  for (const Kernels* k : all) {
-    if (k != &kernels()) {
-      names += std::string(" ") + k->name;
-    }
-  }
-  return names;
-}
-
-// FLOP a second of all threads together that only multiply and add in registers.
-double cpu_peak(bool bf16) {
-  const Kernels& k = kernels();
-  const int threads = available_threads();
-  std::vector<double> rates(threads);
-  parallel_tasks(threads, threads, 0, [&](i64 i, char*) { rates[i] = k.peak(bf16); });
-  return std::accumulate(rates.begin(), rates.end(), 0.0);
-}
 
 constexpr i64 kDecodeQueries = 8;
 
@@ -349,9 +319,6 @@ TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
                     inputs = "Tensor query, Tensor key, Tensor value, " + mask + "Tensor? gate, Tensor? seed, ",
                     scores = "Tensor query, Tensor key, " + mask;
   const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
-  m.def("cpu_isa(str name) -> str", cpu_isa);
-  m.def("cpu_peak(bool bf16) -> float", cpu_peak);
-  m.def("cpu_torch() -> str", [] { return std::string(MMKERNELS_TORCH); });
   define("cross_attention_cpu(" + inputs + "float scale, float dropout_p) -> (Tensor, Tensor)");
   define("cross_attention_backward_cpu(Tensor grad_out, Tensor? grad_lse, " + inputs +
          "Tensor out, Tensor lse, float scale, float dropout_p, bool[5] needs) -> "

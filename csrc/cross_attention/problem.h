@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace mmkernels {
+#include "../common/type.h"
 
-enum class Type : int { f32, bf16, f16 };
+namespace mmkernels {
 
 // A [B, H, L, C] tensor; strides in elements, 0 where a dim of size 1 is shared.
 struct View {
@@ -80,12 +80,8 @@ struct Problem {
 
 // What one instruction set offers. `scratch` functions answer bytes for one thread.
 struct Kernels {
-  const char* name;
   int panel;      // queries that are worked on together
   int word_bytes; // of a mask word: a bit for each of them
-
-  // FLOP a second of one thread that does nothing but multiply and add in registers, of bfloat16 pairs if it can.
-  double (*peak)(bool bf16);
 
   // The bits of one panel of `dense`: entry b, h of the mask.
   void (*mask_words)(const Problem&, std::int64_t b, std::int64_t h, std::int64_t panel);

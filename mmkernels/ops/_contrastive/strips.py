@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmkernels.ops._contrastive.formula import pairs, queries_of, wide_dtype
 
-STRIP_BYTES = 2**25  # of one strip
+STRIP_BYTES = 2**22  # of one strip; some six of them are alive at once
 
 
 class Strips:

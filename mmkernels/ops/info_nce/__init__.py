@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from mmkernels import gpu
+from mmkernels import cpu, gpu
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.ops._contrastive.formula import wide_dtype
 from mmkernels.ops._contrastive.inputs import (
@@ -278,6 +278,7 @@ _op_backward = register(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     [
         Backend("triton", gpu.op("mmkernels.ops.info_nce.triton", "backward"), gpu.why_not),
+        Backend("cpu", cpu.op("info_nce_backward_cpu"), cpu.why_not),
         Backend("chunked", chunked.backward),
         Backend("reference", reference_backward),
     ],
@@ -290,6 +291,7 @@ _op = register(
     f"info_nce({_INPUTS}, bool stats, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     [
         Backend("triton", gpu.op("mmkernels.ops.info_nce.triton", "forward"), gpu.why_not),
+        Backend("cpu", cpu.op("info_nce_cpu"), cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],

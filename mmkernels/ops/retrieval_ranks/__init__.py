@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import gpu
+from mmkernels import cpu, gpu
 from mmkernels.checks import check_range
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.ops._attention.inputs import DTYPES, autocast, check_tensor
@@ -78,6 +78,7 @@ _op = register(
     "retrieval_ranks(Tensor query, Tensor gallery, Tensor target, str backend) -> Tensor",
     [
         Backend("triton", gpu.op("mmkernels.ops.retrieval_ranks.triton", "forward"), gpu.why_not),
+        Backend("cpu", cpu.op("retrieval_ranks_cpu"), cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import gpu
+from mmkernels import cpu, gpu
 from mmkernels.dispatch import Backend, register, resolve
 from mmkernels.ops._contrastive.formula import wide_dtype
 from mmkernels.ops._contrastive.inputs import autocast, check_features, check_ids, check_scalar
@@ -158,6 +158,7 @@ _op = register(
     f"sigmoid_contrastive({_INPUTS}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     [
         Backend("triton", gpu.op("mmkernels.ops.sigmoid_contrastive.triton", "forward"), gpu.why_not),
+        Backend("cpu", cpu.op("sigmoid_contrastive_cpu"), cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],

@@ -1,0 +1,279 @@
+// Rows of a tensor as the tile GEMM wants them: in the working format (float32, or bfloat16 where the CPU multiplies
+// that), transposed, or interleaved in pairs.
+#pragma once
+
+#include "type.h"
+#include "vec.h"
+
+namespace mmkernels {
+namespace MMK_ISA {
+
+// Hands out scratch memory, aligned to cache lines; without memory (null) it only counts.
+struct Arena {
+  char* memory;
+  i64 used = 0;
+
+  template <typename T> T* take(i64 count, i64 in_front = 0) {
+    T* p = memory != nullptr ? (T*)(memory + used) + in_front : nullptr;
+    used += round_up((count + in_front) * (i64)sizeof(T), 64);
+    return p;
+  }
+};
+
+MMK_INLINE constexpr int bytes_of(Type type) {
+  return type == Type::f32 ? 4 : 2;
+}
+MMK_INLINE i64 pad_lanes(i64 n) {
+  return round_up(n, kLanes);
+}
+MMK_INLINE bool uses_dot(Type type) {
+  return kHasDot && type == Type::bf16;
+}
+// 32-bit elements along a row of `cols` in the working format.
+MMK_INLINE i64 depth_of(bool is_dot, i64 cols) {
+  return is_dot ? (cols + 1) / 2 : cols;
+}
+// Bytes of a copied row: whole vectors, so that a row can be B's too.
+MMK_INLINE i64 row_bytes(bool is_dot, i64 cols) {
+  return round_up(cols * (is_dot ? 2 : 4), (i64)sizeof(Vec));
+}
+
+// The first `count` 32-bit elements at p, then zeros; and the same for storing.
+MMK_INLINE Vec load_part(const void* p, i64 count) {
+  if (count >= kLanes) {
+    return load(p);
+  }
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#else
+  Vec v{};
+  std::memcpy(&v, p, count * 4);
+  return v;
+#endif
+}
+MMK_INLINE void store_part(void* p, Vec v, i64 count) {
+  if (count >= kLanes) {
+    store(p, v);
+    return;
+  }
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#else
+  std::memcpy(p, &v, count * 4);
+#endif
+}
+
+MMK_INLINE float load_one(const char* p, Type type) {
+  if (type == Type::f32) {
+    float x;
+    std::memcpy(&x, p, 4);
+    return x;
+  }
+  std::uint16_t x;
+  std::memcpy(&x, p, 2);
+  return type == Type::bf16 ? from_bf16(x) : from_f16(x);
+}
+MMK_INLINE void store_one(char* p, Type type, float x) {
+  if (type == Type::f32) {
+    std::memcpy(p, &x, 4);
+    return;
+  }
+  const std::uint16_t y = type == Type::bf16 ? to_bf16(x) : to_f16(x);
+  std::memcpy(p, &y, 2);
+}
+// `count` elements of any type at p as float32, then zeros.
+MMK_INLINE Vec load_as_f32(const char* p, Type type, i64 count) {
+  if (type == Type::f32) {
+    return load_part(p, count);
+  }
+  std::uint16_t few[kLanes] = {};
+  const std::uint16_t* from = (const std::uint16_t*)p;
+  if (count < kLanes) {
+    std::memcpy(few, p, count * 2);
+    from = few;
+  }
+  return type == Type::bf16 ? load_bf16(from) : load_f16(from);
+}
+MMK_INLINE void store_from_f32(char* p, Type type, Vec v, i64 count) {
+  if (type == Type::f32) {
+    store_part(p, v, count);
+    return;
+  }
+  std::uint16_t few[kLanes];
+  std::uint16_t* to = count < kLanes ? few : (std::uint16_t*)p;
+  type == Type::bf16 ? store_bf16(to, v) : store_f16(to, v);
+  if (count < kLanes) {
+    std::memcpy(p, few, count * 2);
+  }
+}
+
+// Rows of a matrix.
+struct Source {
+  const char* data;
+  Type type;
+  i64 l, d;                  // strides in elements
+  const std::int32_t* index; // which rows; null: 0, 1, 2, ...
+};
+
+struct Rows {
+  const char* data;
+  i64 stride; // bytes
+};
+
+MMK_INLINE bool usable_in_place(const Source& x, i64 cols, bool is_dot) {
+  return x.index == nullptr && x.d == 1 && (x.type == Type::f32 || (is_dot && cols % 2 == 0));
+}
+
+// `count` rows of `cols` in the working format: where they lie if that will do, else copied to `to`, padded with zeros.
+//   whole: B's rows are wanted, which are read in whole vectors.
+inline Rows fetch(const Source& x, i64 count, i64 cols, bool is_dot, char* to, bool whole = false) {
+  const i64 size = bytes_of(x.type), stride = row_bytes(is_dot, cols);
+  if (usable_in_place(x, cols, is_dot) && (!whole || cols * (is_dot ? 2 : 4) == stride)) {
+    return {x.data, x.l * size};
+  }
+  for (i64 r = 0; r < count; ++r) {
+    const char* from = x.data + (x.index != nullptr ? x.index[r] : r) * x.l * size;
+    char* row = to + r * stride;
+    if (x.d == 1 && is_dot) {
+      std::memcpy(row, from, cols * 2);
+      std::memset(row + cols * 2, 0, stride - cols * 2);
+    } else if (x.d == 1) {
+      for (i64 c = 0; c < cols; c += kLanes) {
+        store(row + c * 4, load_as_f32(from + c * size, x.type, cols - c));
+      }
+    } else if (is_dot) {
+      std::memset(row, 0, stride);
+      for (i64 c = 0; c < cols; ++c) {
+        std::memcpy(row + c * 2, from + c * x.d * 2, 2);
+      }
+    } else {
+      std::memset(row, 0, stride);
+      for (i64 c = 0; c < cols; ++c) {
+        const float y = load_one(from + c * x.d * size, x.type);
+        std::memcpy(row + c * 4, &y, 4);
+      }
+    }
+  }
+  return {to, stride};
+}
+
+// [count, depth] 32-bit elements to [depth, lanes]; lanes from `count` on are 0. `lanes` is a multiple of kLanes.
+inline void transpose_rows(Rows rows, i64 count, i64 depth, i64 lanes, float* to) {
+  for (i64 q = 0; q < lanes; q += kLanes) {
+    for (i64 k = 0; k < depth; k += kLanes) {
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = q + i < count ? load_part(rows.data + (q + i) * rows.stride + k * 4, depth - k) : zero();
+      }
+      transpose(block);
+      for (i64 i = 0; i < least<i64>(kLanes, depth - k); ++i) {
+        store(to + (k + i) * lanes + q, block[i]);
+      }
+    }
+  }
+}
+
+#if defined(__AVX512F__)
+// Orders that interleave the first, or last, 16 of 32 elements of two vectors.
+MMK_INLINE __m512i front_halves() {
+  return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
+                          3, 34, 2, 33, 1, 32, 0);
+}
+MMK_INLINE __m512i back_halves() {
+  return _mm512_or_si512(front_halves(), _mm512_set1_epi16(16));
+}
+#endif
+
+// Rows of bfloat16 [count, cols] to [(count + 1) / 2, cols padded] pairs of the same column of two neighbouring rows.
+inline void interleave_rows(Rows rows, i64 count, i64 cols, char* to) {
+  const i64 stride = pad_lanes(cols) * 4;
+  for (i64 r = 0; r < count; r += 2) {
+    const char* a = rows.data + r * rows.stride;
+    const char* b = r + 1 < count ? a + rows.stride : nullptr;
+    std::uint32_t* out = (std::uint32_t*)(to + r / 2 * stride);
+    i64 c = 0;
+#if defined(__AVX512F__)
+    for (; b != nullptr && c + 8 * kLanes <= cols;
+         c += 8 * kLanes) { // one row after the other: memory is read in order
+      __m512i low[4], high[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        low[i] = _mm512_loadu_si512(a + (c + i * 2 * kLanes) * 2);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        high[i] = _mm512_loadu_si512(b + (c + i * 2 * kLanes) * 2);
+        _mm512_storeu_si512(out + c + 2 * i * kLanes, _mm512_permutex2var_epi16(low[i], front_halves(), high[i]));
+        _mm512_storeu_si512(out + c + (2 * i + 1) * kLanes, _mm512_permutex2var_epi16(low[i], back_halves(), high[i]));
+      }
+    }
+    for (; b != nullptr && c + 2 * kLanes <= cols; c += 2 * kLanes) {
+      const __m512i low = _mm512_loadu_si512(a + c * 2), high = _mm512_loadu_si512(b + c * 2);
+      _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(low, front_halves(), high));
+      _mm512_storeu_si512(out + c + kLanes, _mm512_permutex2var_epi16(low, back_halves(), high));
+    }
+#endif
+    for (; c < cols; c += kLanes) {
+      const i64 n = cols - c;
+#if defined(__AVX512F__)
+      const __mmask16 some = (__mmask16)(n >= kLanes ? 0xffff : (1u << n) - 1);
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, a + c * 2));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(b != nullptr ? some : 0, b + c * 2));
+      _mm512_storeu_si512(out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+      for (i64 i = 0; i < kLanes; ++i) {
+        std::uint16_t low = 0, high = 0;
+        if (i < n) {
+          std::memcpy(&low, a + (c + i) * 2, 2);
+          if (b != nullptr) {
+            std::memcpy(&high, b + (c + i) * 2, 2);
+          }
+        }
+        out[c + i] = low | ((std::uint32_t)high << 16);
+      }
+#endif
+    }
+  }
+}
+
+// Whether all of [count, cols] is finite; depth in 32-bit elements.
+inline bool all_finite(Rows rows, i64 count, i64 cols, bool is_dot) {
+  Vec bad = zero(); // 0 * x is NaN exactly where x is not finite
+  for (i64 r = 0; r < count; ++r) {
+    const char* row = rows.data + r * rows.stride;
+    for (i64 c = 0; c < cols; c += kLanes) {
+      bad += zero() * (is_dot ? load_as_f32(row + c * 2, Type::bf16, cols - c) : load_part(row + c * 4, cols - c));
+    }
+  }
+  return !(sum(bad) != 0.0f);
+}
+
+// A copy with 0 for what is not finite.
+inline Rows finite_copy(Rows rows, i64 count, i64 cols, bool is_dot, char* to) {
+  const i64 stride = row_bytes(is_dot, cols);
+  const Type type = is_dot ? Type::bf16 : Type::f32;
+  for (i64 r = 0; r < count; ++r) {
+    for (i64 c = 0; c < cols; c += kLanes) {
+      const Vec x = load_as_f32(rows.data + r * rows.stride + c * bytes_of(type), type, cols - c);
+      const Vec y = x - x == zero() ? x : zero();
+      store_from_f32(to + r * stride + c * bytes_of(type), type, y, kLanes);
+    }
+  }
+  return {to, stride};
+}
+
+// Calls f(r, c, x) for each element that is not finite.
+template <typename F> void each_non_finite(Rows rows, i64 count, i64 cols, bool is_dot, const F& f) {
+  const Type type = is_dot ? Type::bf16 : Type::f32;
+  for (i64 r = 0; r < count; ++r) {
+    for (i64 c = 0; c < cols; ++c) {
+      const float x = load_one(rows.data + r * rows.stride + c * bytes_of(type), type);
+      if (!(x - x == 0.0f)) {
+        f(r, c, x);
+      }
+    }
+  }
+}
+
+} // namespace MMK_ISA
+} // namespace mmkernels

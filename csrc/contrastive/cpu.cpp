@@ -1,0 +1,274 @@
+// The contrastive ops on the CPU: work to threads. Arguments were checked by the public functions.
+#include <ATen/EmptyTensor.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <array>
+
+#include "gradients.h"
+
+namespace mmkernels {
+namespace {
+
+// Sums of one direction, running: of all texts, or of all images for one task.
+struct Side {
+  std::vector<float> reference, sum, positives, all, best;
+  std::vector<std::int32_t> place, before;
+
+  Side(i64 count, bool smooth, bool ranks)
+      : reference(array(count, -INFINITY)), sum(array(count)), positives(array(count)),
+        all(smooth ? array(count) : array(0)), best(ranks ? array(count, -INFINITY) : array(0)), place(best.size()),
+        before(best.size()) {}
+  Sums sums() {
+    return {reference.data(), sum.data(), positives.data(), all.empty() ? nullptr : all.data()};
+  }
+  Ranks ranks() {
+    return best.empty() ? Ranks{} : Ranks{best.data(), place.data(), before.data()};
+  }
+
+  // Another task's sums of the same images.
+  void add(const Side& other, i64 count) {
+    for (i64 i = 0; i < count; ++i) {
+      const float top = std::max(reference[i], other.reference[i]), base = top == -INFINITY ? 0.0f : top;
+      sum[i] = sum[i] * std::exp2(reference[i] - base) + other.sum[i] * std::exp2(other.reference[i] - base);
+      reference[i] = top;
+      positives[i] += other.positives[i];
+    }
+    for (i64 i = 0; i < static_cast<i64>(all.size()); ++i) {
+      all[i] += other.all[i];
+    }
+    for (i64 i = 0; i < static_cast<i64>(before.size()); ++i) {
+      before[i] += other.before[i];
+    }
+  }
+  // Its best positives: those of lower numbers are in this one.
+  void add_best(const Side& other) {
+    for (std::size_t i = 0; i < best.size(); ++i) {
+      if (other.best[i] > best[i] || std::isnan(other.best[i])) {
+        best[i] = other.best[i];
+        place[i] = other.place[i];
+      }
+    }
+  }
+};
+
+// Losses [count] and states [4, count] of one direction.
+std::tuple<Tensor, Tensor> finish(const PairCall& call, const Side& side, bool of_text, i64 count, double smoothing) {
+  const Tensor loss = at::detail::empty_cpu({count}, at::kFloat), state = at::detail::empty_cpu({4, count}, at::kFloat);
+  float *to = loss.mutable_data_ptr<float>(), *of = state.mutable_data_ptr<float>();
+  for (i64 i = 0; i < count; ++i) {
+    const i64 positives = call.positives(of_text, i), classes = call.classes(of_text, i);
+    // In double: both terms may be near 100 and their difference near 0.
+    double target = (1.0 - smoothing) * side.positives[i] / static_cast<double>(std::max<i64>(positives, 1));
+    if (smoothing > 0.0) {
+      target += smoothing * side.all[i] / static_cast<double>(classes);
+    }
+    const double lse = side.reference[i] + std::log2(static_cast<double>(side.sum[i]));
+    to[i] = positives > 0 ? static_cast<float>(kLnOf2 * (lse - target)) : 0.0f;
+    of[i] = side.reference[i];
+    of[count + i] = side.sum[i];
+    of[2 * count + i] = static_cast<float>(positives);
+    of[3 * count + i] = static_cast<float>(classes);
+  }
+  return {loss, state};
+}
+
+// A row without a positive has the rank -1; one whose best positive is NaN stands behind all its negatives.
+Tensor finish_ranks(const PairCall& call, const Side& side, bool of_text, i64 count) {
+  const Tensor ranks = at::detail::empty_cpu({count}, at::kLong);
+  i64* to = ranks.mutable_data_ptr<i64>();
+  for (i64 i = 0; i < count; ++i) {
+    const i64 positives = call.positives(of_text, i), negatives = call.classes(of_text, i) - positives;
+    to[i] = positives == 0 ? -1 : (std::isnan(side.best[i]) ? negatives : side.before[i]);
+  }
+  return ranks;
+}
+
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Six info_nce(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const OptionalTensor& image_ids,
+             const OptionalTensor& text_ids, const OptionalTensor& hard_texts, bool ignore, double label_smoothing,
+             bool stats) {
+  PairCall call(image, text);
+  PairProblem& p = call.p;
+  call.set_scale(logit_scale);
+  call.set_hard(hard_texts, image);
+  call.set_ids(image_ids, text_ids, ignore);
+  const i64 n = p.image.count, m = p.text.count;
+  const bool smooth = label_smoothing > 0.0;
+  call.cut(1.0, n * 16, 1 << 25);
+  Side texts(m, smooth, stats);
+  std::vector<Side> images(call.tasks.size(), Side(n, smooth, stats));
+  p.text_sums = texts.sums();
+  p.text_ranks = texts.ranks();
+  const i64 scratch = call.k.softmax_scratch(p);
+  if (stats) {
+    call.run(scratch,
+             [&](const Task& task, i64 i, char* memory) { call.k.best_positives(p, task, images[i].ranks(), memory); });
+    for (std::size_t i = 1; i < images.size(); ++i) {
+      images[0].add_best(images[i]);
+    }
+    for (std::size_t i = 1; i < images.size(); ++i) {
+      images[i].best = images[0].best;
+      images[i].place = images[0].place;
+    }
+  }
+  call.run(scratch, [&](const Task& task, i64 i, char* memory) {
+    call.k.softmax(p, task, images[i].sums(), images[i].ranks(), memory);
+    multiplied() += call.k.multiplied(p, n, task.last - task.first);
+  });
+  for (std::size_t i = 1; i < images.size(); ++i) {
+    images[0].add(images[i], n);
+  }
+  const auto [image_loss, image_state] = finish(call, images[0], false, n, label_smoothing);
+  const auto [text_loss, text_state] = finish(call, texts, true, m, label_smoothing);
+  const Tensor none = at::detail::empty_cpu({0}, at::kLong);
+  return {image_loss,
+          text_loss,
+          image_state,
+          text_state,
+          stats ? finish_ranks(call, images[0], false, n) : none,
+          stats ? finish_ranks(call, texts, true, m) : at::detail::empty_cpu({0}, at::kLong)};
+}
+
+// Weights of one direction's gradients; none where nothing flows back to it.
+struct WeightArrays {
+  std::vector<float> reference, softmax, positive, even;
+
+  WeightArrays(const OptionalTensor& grad, const Tensor& state, i64 count, double smoothing) {
+    if (!grad.has_value()) {
+      return;
+    }
+    check_sizes("state", state, {4, count});
+    check_sizes("the losses' gradient", *grad, {count});
+    const Tensor rows = state.to(at::kFloat).contiguous(), given = grad->to(at::kFloat).contiguous();
+    const float *of = rows.const_data_ptr<float>(), *g = given.const_data_ptr<float>();
+    reference = array(count);
+    softmax = array(count);
+    positive = array(count);
+    even = array(smoothing > 0.0 ? count : 0);
+    for (i64 i = 0; i < count; ++i) {
+      const double weight = of[2 * count + i] > 0.0f ? g[i] : 0.0;
+      reference[i] = of[i];
+      softmax[i] = static_cast<float>(weight / of[count + i]);
+      positive[i] = static_cast<float>((1.0 - smoothing) * weight / std::max(of[2 * count + i], 1.0f));
+      if (smoothing > 0.0) {
+        even[i] = static_cast<float>(smoothing * weight / of[3 * count + i]);
+      }
+    }
+  }
+  Weights weights() const {
+    const auto data = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
+    return {data(reference), data(softmax), data(positive), data(even)};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor>
+info_nce_backward(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const OptionalTensor& image_ids,
+                  const OptionalTensor& text_ids, const OptionalTensor& hard_texts, const Tensor& image_state,
+                  const Tensor& text_state, const OptionalTensor& grad_image_loss, const OptionalTensor& grad_text_loss,
+                  bool ignore, double label_smoothing, std::array<bool, 4> needs) {
+  PairCall call(image, text);
+  PairProblem& p = call.p;
+  call.set_scale(logit_scale);
+  call.set_hard(hard_texts, image);
+  call.set_ids(image_ids, text_ids, ignore);
+  const WeightArrays of_images(grad_image_loss, image_state, p.image.count, label_smoothing);
+  const WeightArrays of_texts(grad_text_loss, text_state, p.text.count, label_smoothing);
+  p.of_images = of_images.weights();
+  p.of_texts = of_texts.weights();
+  p.factor = p.scale;
+  Gradients gradients(call, image, text, hard_texts, {needs[0], needs[1], needs[3]});
+  const GradientSums sums = gradients.run();
+  const Tensor of_scale =
+      needs[2] ? at::detail::empty_cpu(logit_scale.sizes(), logit_scale.scalar_type()) : gradients.none();
+  if (needs[2]) {
+    of_scale.fill_(sums.scale);
+  }
+  return {gradients.of_image(), gradients.of_text(), of_scale, gradients.of_hard()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
+sigmoid_contrastive(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const Tensor& logit_bias,
+                    const OptionalTensor& image_ids, const OptionalTensor& text_ids, std::array<bool, 4> needs) {
+  PairCall call(image, text);
+  PairProblem& p = call.p;
+  call.set_scale(logit_scale);
+  TORCH_CHECK_VALUE(logit_bias.numel() == 1, "logit_bias must have one element");
+  p.bias = static_cast<float>(logit_bias.item().toDouble());
+  call.set_ids(image_ids, text_ids, false);
+  p.sigmoid = true;
+  const double count = static_cast<double>(p.image.count);
+  p.factor = static_cast<float>(p.scale / count);
+  Gradients gradients(call, image, text, {}, {needs[0], needs[1], false});
+  const GradientSums sums = gradients.run();
+  const auto scalar = [&](const Tensor& x, double value, bool wanted) {
+    return wanted ? at::detail::empty_cpu(x.sizes(), x.scalar_type()).fill_(value / count) : gradients.none();
+  };
+  const Tensor loss = at::detail::empty_cpu({}, at::kFloat);
+  return {loss.fill_(sums.loss / count), gradients.of_image(), gradients.of_text(),
+          scalar(logit_scale, sums.scale, needs[2]), scalar(logit_bias, sums.bias, needs[3])};
+}
+
+Tensor retrieval_ranks(const Tensor& query, const Tensor& gallery, const Tensor& target) {
+  const Tensor ranks = at::detail::empty_cpu({query.size(0)}, at::kLong);
+  if (ranks.numel() == 0) {
+    return ranks;
+  }
+  PairCall call(query, gallery, "query", "gallery");
+  PairProblem& p = call.p;
+  const i64 n = p.image.count, m = p.text.count;
+  check_sizes("target", target, {n});
+  const Tensor targets = target.contiguous();
+  const i64* at = targets.const_data_ptr<i64>();
+  const i64 lanes = call.k.strip_lanes(p), strips = (n + lanes - 1) / lanes;
+  const i64 panels = call.k.panels_bytes(p), scratch = panels + call.k.gradient_scratch(p);
+  call.cut(1.0, 0, 0);
+  i64* to = ranks.mutable_data_ptr<i64>();
+  parallel_tasks(strips, call.threads, scratch, [&](i64 number, char* memory) {
+    const Strip strip{number * lanes, std::min(lanes, n - number * lanes), reinterpret_cast<float*>(memory), nullptr};
+    std::vector<float> best = array(strip.count);
+    std::vector<std::int32_t> place(best.size()), before(best.size());
+    for (i64 i = 0; i < strip.count; ++i) {
+      const i64 item = at[strip.first + i];
+      TORCH_CHECK_VALUE(item >= 0 && item < m, "target must be from 0 to ", m - 1, ", got ", item);
+      place[i] = static_cast<std::int32_t>(item);
+    }
+    for (i64 piece = 0; piece < call.k.pieces(p); ++piece) {
+      call.k.pack(p, strip, piece, reinterpret_cast<float*>(memory), nullptr, memory + panels);
+    }
+    const Ranks of{best.data(), place.data(), before.data()};
+    call.k.target_scores(p, strip, of, memory + panels);
+    call.k.count_before(p, strip, {0, 0, m}, of, memory + panels);
+    multiplied() += call.k.multiplied(p, strip.count, m);
+    for (i64 i = 0; i < strip.count; ++i) {
+      to[strip.first + i] = std::isnan(best[i]) ? m - 1 : before[i];
+    }
+  });
+  return ranks;
+}
+
+} // namespace
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  const std::string pair = "Tensor image, Tensor text, Tensor logit_scale, ",
+                    ids = "Tensor? image_ids, Tensor? text_ids", all = pair + ids + ", Tensor? hard_texts, ";
+  const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
+  define("info_nce_cpu(" + all +
+         "bool ignore, float label_smoothing, bool stats) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  define("info_nce_backward_cpu(" + all +
+         "Tensor image_state, Tensor text_state, Tensor? grad_image_loss, Tensor? grad_text_loss, bool ignore, "
+         "float label_smoothing, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  define("sigmoid_contrastive_cpu(" + pair + "Tensor logit_bias, " + ids +
+         ", bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  define("retrieval_ranks_cpu(Tensor query, Tensor gallery, Tensor target) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("info_nce_cpu", info_nce);
+  m.impl("info_nce_backward_cpu", info_nce_backward);
+  m.impl("sigmoid_contrastive_cpu", sigmoid_contrastive);
+  m.impl("retrieval_ranks_cpu", retrieval_ranks);
+}
+
+} // namespace mmkernels

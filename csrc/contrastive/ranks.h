@@ -1,0 +1,46 @@
+// Ranks of a retrieval: queries are lanes, the gallery is rows.
+#pragma once
+
+#include "gradient.h"
+
+namespace mmkernels {
+namespace MMK_ISA {
+
+// Each query's score with its target, from the same products of the same numbers in the same order as all others.
+inline void target_scores(const PairProblem& p, const Strip& strip, const Ranks& ranks, char* scratch) {
+  const GradientScratch s(p, scratch);
+  for (i64 i = 0; i < strip.count; ++i) {
+    const i64 lane = i / kPanel * kPanel;
+    const Rows item = fetch(source_of(p.text, ranks.place[i]), 1, p.dim, is_dot(p), s.texts);
+    panel_dots(p, item, 1, strip.panels + lane * depth_of(p), s.dots, s.other, nullptr);
+    ranks.best[i] = s.dots[i - lane];
+  }
+}
+
+inline void count_before(const PairProblem& p, const Strip& strip, const Task& task, const Ranks& ranks,
+                         char* scratch) {
+  const GradientScratch s(p, scratch);
+  const i64 step = block_rows(p);
+  for (i64 row = task.first; row < task.last; row += step) {
+    const i64 rows = least(step, task.last - row);
+    const Rows items = fetch(source_of(p.text, row), rows, p.dim, is_dot(p), s.texts);
+    for (i64 lane = 0; lane < strip.count; lane += kPanel) {
+      panel_dots(p, items, rows, strip.panels + lane * depth_of(p), s.dots, s.other, nullptr);
+      for (int v = 0; v < kVectors; ++v) {
+        const i64 at = lane + v * kLanes;
+        const Vec best = load(ranks.best + at);
+        const IVec place = (IVec)load(ranks.place + at);
+        IVec count = (IVec)load(ranks.before + at);
+        for (i64 r = 0; r < rows; ++r) {
+          const Vec x = load(s.dots + r * kPanel + v * kLanes);
+          const IVec number = (std::int32_t)(row + r) - IVec{};
+          count -= (x > best) | ((x == best) & (number < place)); // -1 where it holds
+        }
+        store(ranks.before + at, (Vec)count);
+      }
+    }
+  }
+}
+
+} // namespace MMK_ISA
+} // namespace mmkernels

@@ -1,0 +1,344 @@
+// Both directions' softmax sums from one walk over tiles of logits.
+#pragma once
+
+#include "strip.h"
+
+namespace mmkernels {
+namespace MMK_ISA {
+
+// Below this a sum over a tile's line may have lost terms that count: the tile's largest logit is too far above them.
+constexpr float kSmall = 8.271806125530277e-25f; // 2^-80
+
+// Running sums of kLanes rows or images take in sums `more` relative to `base`.
+MMK_INLINE void add_sums(float* reference, float* sum, Vec base, Vec more) {
+  const Vec old = load(reference), now = max_skip_nan(old, base);
+  const Vec zeroed = now == -kInf ? zero() : now; // nothing was seen yet
+  store(sum, load(sum) * exp2(old - zeroed) + more * exp2(base - zeroed));
+  store(reference, now);
+}
+
+// What a block of texts and a panel of images have to do with each other.
+struct SoftmaxTile {
+  const PairProblem& p;
+  float* logits;   // [rows, kPanel]; dots first
+  i64 rows, lanes; // of texts, of images that are there
+  i64 row, lane;   // numbers of the first ones
+  int side;
+  const std::int32_t* labels; // of the images
+  Sums texts, images;         // of the first ones
+  Ranks text_ranks, image_ranks;
+
+  // Dots to logits in base 2, -inf where there is no image; answers the largest, NaN aside.
+  float scaled() const {
+    const Vec scale = set1(p.scale2);
+    Vec top[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      top[v] = set1(-kInf);
+    }
+    for (i64 r = 0; r < rows; ++r) {
+      float* at = logits + r * kPanel;
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec x = load(at + v * kLanes) * scale;
+        store(at + v * kLanes, x);
+        top[v] = max_skip_nan(top[v], x);
+      }
+    }
+    if (lanes < kPanel) {
+      for (i64 r = 0; r < rows; ++r) {
+        for (i64 i = lanes; i < kPanel; ++i) {
+          logits[r * kPanel + i] = -kInf;
+        }
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        top[v] = choose(live_bits(v * kLanes, lanes), top[v], set1(-kInf));
+      }
+    }
+    for (int v = 1; v < kVectors; ++v) {
+      top[0] = max_skip_nan(top[0], top[v]);
+    }
+    return largest(top[0]);
+  }
+
+  // Sums of all logits that take part, for smoothing.
+  void add_all(float* tile_rows) const {
+    Vec columns[kVectors] = {};
+    for (i64 r = 0; r < rows; ++r) {
+      Vec line = zero();
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec x = load(logits + r * kPanel + v * kLanes);
+        const Vec seen = choose(live_bits(v * kLanes, lanes), x, zero());
+        columns[v] += seen;
+        line += seen;
+      }
+      tile_rows[r] += sum(line);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      store(images.all + v * kLanes, load(images.all + v * kLanes) + columns[v]);
+    }
+  }
+
+  // Calls f(r, i, positive) for each pair of one label.
+  template <typename F> void each_match(const F& f) const {
+    for (i64 r = 0; r < rows; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        for (std::uint32_t bits = match_bits(p, side, row + r, lane, lanes, labels, v); bits != 0; bits &= bits - 1) {
+          const i64 i = v * kLanes + __builtin_ctz(bits);
+          f(r, i, !p.ignore || row + r == lane + i);
+        }
+      }
+    }
+  }
+  bool matches() const {
+    return may_match(p, side, row, rows, lane, lanes);
+  }
+
+  // Positives' logits to their sums; hidden pairs to -inf.
+  void sort_out(float* text_positives) const {
+    each_match([&](i64 r, i64 i, bool positive) {
+      float& x = logits[r * kPanel + i];
+      if (positive) {
+        text_positives[r] += x;
+        images.positives[i] += x;
+        return;
+      }
+      if (images.all != nullptr) { // add_all has counted it
+        images.all[i] -= x;
+        texts.all[r] -= x;
+      }
+      x = -kInf;
+    });
+  }
+
+  // One exponential for both directions, relative to the tile's largest logit; whether that was exact enough.
+  bool add_at_once(float top) const {
+    const Vec base = set1(top), small = set1(kSmall);
+    Vec columns[kVectors] = {};
+    float text_sums[kMostRows];
+    bool exact = true;
+    for (i64 r = 0; r < rows; r += kLanes) {
+      Vec lines[kLanes];
+      for (i64 n = 0; n < kLanes; ++n) {
+        lines[n] = set1(1.0f);
+        if (r + n < rows) {
+          const float* at = logits + (r + n) * kPanel;
+          Vec line = zero();
+          for (int v = 0; v < kVectors; ++v) {
+            const Vec e = exp2(load(at + v * kLanes) - base);
+            columns[v] += e;
+            line += e;
+          }
+          lines[n] = line;
+        }
+      }
+      const Vec sums = sum_each(lines);
+      store(text_sums + r, sums);
+      exact = exact && bits_of(sums >= small) == live_bits(0, kLanes);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const std::uint32_t live = live_bits(v * kLanes, lanes);
+      exact = exact && (bits_of(columns[v] >= small) & live) == live;
+    }
+    if (!exact) {
+      return false;
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      add_sums(images.reference + v * kLanes, images.sum + v * kLanes, base, columns[v]);
+    }
+    if (side == 0) {
+      for (i64 r = 0; r < rows; r += kLanes) {
+        add_sums(texts.reference + r, texts.sum + r, base, load(text_sums + r));
+      }
+    }
+    return true;
+  }
+
+  // Two exponentials, relative to each line's own largest.
+  void add_apart() const {
+    for (int v = 0; v < kVectors; ++v) {
+      Vec top = load(images.reference + v * kLanes), more = zero();
+      for (i64 r = 0; r < rows; ++r) {
+        top = max_skip_nan(top, load(logits + r * kPanel + v * kLanes));
+      }
+      const Vec base = top == -kInf ? zero() : top;
+      for (i64 r = 0; r < rows; ++r) {
+        more += exp2(load(logits + r * kPanel + v * kLanes) - base);
+      }
+      add_sums(images.reference + v * kLanes, images.sum + v * kLanes, top, more);
+    }
+    for (i64 r = 0; side == 0 && r < rows; ++r) {
+      Vec top = set1(-kInf), more = zero();
+      for (int v = 0; v < kVectors; ++v) {
+        top = max_skip_nan(top, load(logits + r * kPanel + v * kLanes));
+      }
+      const float most_of_row = most(texts.reference[r], largest(top));
+      const float base = most_of_row == -kInf ? 0.0f : most_of_row;
+      for (int v = 0; v < kVectors; ++v) {
+        more += exp2(load(logits + r * kPanel + v * kLanes) - base);
+      }
+      texts.sum[r] = texts.sum[r] * exp2(set1(texts.reference[r] - base))[0] + sum(more);
+      texts.reference[r] = most_of_row;
+    }
+  }
+
+  // How many negatives stand before each row's best positive. Lower numbers come first among equals.
+  void count_before() const {
+    const float* best = image_ranks.best;
+    for (i64 r = 0; r < rows; ++r) {
+      const float own = side == 0 ? text_ranks.best[r] : kInf;
+      const std::int32_t place = side == 0 ? text_ranks.place[r] : 0;
+      // Hard texts come after all others.
+      const std::int32_t number = (std::int32_t)((side == 0 ? 0 : p.text.count) + row + r);
+      std::int32_t count = 0;
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec x = load(logits + r * kPanel + v * kLanes), other = load(best + v * kLanes);
+        const std::uint32_t counted =
+            live_bits(v * kLanes, lanes) & ~match_bits(p, side, row + r, lane, lanes, labels, v);
+        IVec lower;
+        for (int n = 0; n < kLanes; ++n) {
+          lower[n] = (std::int32_t)(lane + v * kLanes + n);
+        }
+        const std::uint32_t before_text = bits_of((x > own) | ((x == own) & (lower < place)));
+        count += __builtin_popcount(before_text & counted);
+        const IVec places = (IVec)load(image_ranks.place + v * kLanes);
+        const std::uint32_t before_image = bits_of((x > other) | ((x == other) & (number < places))) & counted;
+        const Vec one = (Vec)(1 - IVec{}), none = zero();
+        const IVec more = (IVec)choose(before_image, one, none);
+        store(image_ranks.before + v * kLanes, (Vec)((IVec)load(image_ranks.before + v * kLanes) + more));
+      }
+      if (side == 0) {
+        text_ranks.before[r] += count;
+      }
+    }
+  }
+};
+
+struct SoftmaxScratch {
+  float *panel, *tile, *other;
+  char *copy, *texts;
+  std::int32_t* labels;
+  float* positives; // of a block's texts
+  i64 bytes;
+
+  SoftmaxScratch(const PairProblem& p, char* memory) {
+    Arena arena{memory};
+    const i64 rows = block_rows(p);
+    panel = arena.take<float>(p.queries * depth_of(p) * kPanel);
+    tile = arena.take<float>(rows * kPanel);
+    other = arena.take<float>(p.queries > 1 ? rows * kPanel : 0);
+    copy = arena.take<char>(copy_bytes(p, kPanel));
+    texts = arena.take<char>(copy_bytes(p, rows));
+    labels = arena.take<std::int32_t>(kPanel);
+    positives = arena.take<float>(rows);
+    bytes = arena.used;
+  }
+};
+inline i64 softmax_scratch(const PairProblem& p) {
+  return SoftmaxScratch(p, nullptr).bytes;
+}
+
+template <typename F> void each_panel(const PairProblem& p, const Task& task, const SoftmaxScratch& s, const F& f) {
+  const i64 step = block_rows(p);
+  for (i64 lane = 0; lane < p.image.count; lane += kPanel) {
+    const i64 lanes = least<i64>(kPanel, p.image.count - lane);
+    for (i64 query = 0; query < p.queries; ++query) {
+      pack_panel(p, lane, lanes, query, s.panel + query * depth_of(p) * kPanel, s.copy);
+    }
+    panel_labels(p, lane, lanes, s.labels);
+    for (i64 row = task.first; row < task.last; row += step) {
+      f(lane, lanes, row, least(step, task.last - row));
+    }
+  }
+}
+
+MMK_INLINE Sums from(const Sums& x, i64 n) {
+  return {x.reference + n, x.sum + n, x.positives + n, x.all == nullptr ? nullptr : x.all + n};
+}
+MMK_INLINE Ranks from(const Ranks& x, i64 n) {
+  return x.best == nullptr ? Ranks{} : Ranks{x.best + n, x.place + n, x.before + n};
+}
+
+// Images' arrays are padded to whole panels, texts' to whole vectors behind each task's end.
+inline void softmax(const PairProblem& p, const Task& task, const Sums& images, const Ranks& image_ranks,
+                    char* scratch) {
+  const SoftmaxScratch s(p, scratch);
+  const Features& side = side_of(p, task.side);
+  each_panel(p, task, s, [&](i64 lane, i64 lanes, i64 row, i64 rows) {
+    const Rows texts = fetch(source_of(side, row), rows, p.dim, is_dot(p), s.texts);
+    panel_dots(p, texts, rows, s.panel, s.tile, s.other, nullptr);
+    const bool own = task.side == 0;
+    const SoftmaxTile tile{p,
+                           s.tile,
+                           rows,
+                           lanes,
+                           row,
+                           lane,
+                           task.side,
+                           s.labels,
+                           own ? from(p.text_sums, row) : Sums{},
+                           from(images, lane),
+                           own ? from(p.text_ranks, row) : Ranks{},
+                           from(image_ranks, lane)};
+    const float top = tile.scaled();
+    if (images.all != nullptr) {
+      if (own) {
+        tile.add_all(tile.texts.all);
+      } else {
+        std::memset(s.positives, 0, rows * sizeof(float));
+        tile.add_all(s.positives);
+      }
+    }
+    if (image_ranks.best != nullptr) {
+      tile.count_before();
+    }
+    if (tile.matches()) {
+      tile.sort_out(tile.texts.positives);
+    }
+    if (!tile.add_at_once(top)) {
+      tile.add_apart();
+    }
+  });
+}
+
+// Before ranks can be counted: each row's best positive, from the same products of the same numbers in the same order.
+inline void best_positives(const PairProblem& p, const Task& task, const Ranks& images, char* scratch) {
+  const SoftmaxScratch s(p, scratch);
+  each_panel(p, task, s, [&](i64 lane, i64 lanes, i64 row, i64 rows) {
+    if (!may_match(p, task.side, row, rows, lane, lanes)) {
+      return;
+    }
+    for (i64 r = row; r < row + rows; ++r) {
+      std::uint32_t found[kVectors], any = 0;
+      for (int v = 0; v < kVectors; ++v) {
+        found[v] = match_bits(p, task.side, r, lane, lanes, s.labels, v);
+        any |= found[v];
+      }
+      if (any == 0) {
+        continue;
+      }
+      const Rows text = fetch(source_of(p.text, r), 1, p.dim, is_dot(p), s.texts);
+      panel_dots(p, text, 1, s.panel, s.tile, s.other, nullptr);
+      for (int v = 0; v < kVectors; ++v) {
+        store(s.tile + v * kLanes, load(s.tile + v * kLanes) * set1(p.scale2));
+        for (std::uint32_t bits = found[v]; bits != 0; bits &= bits - 1) {
+          const i64 n = v * kLanes + __builtin_ctz(bits), i = lane + n;
+          const float x = s.tile[n];
+          if (p.ignore && i != r) {
+            continue;
+          }
+          // Numbers rise on both sides, so that the first of equals stays.
+          if (x > images.best[i] || x != x) {
+            images.best[i] = x;
+            images.place[i] = (std::int32_t)r;
+          }
+          if (x > p.text_ranks.best[r] || x != x) {
+            p.text_ranks.best[r] = x;
+            p.text_ranks.place[r] = (std::int32_t)i;
+          }
+        }
+      }
+    }
+  });
+}
+
+} // namespace MMK_ISA
+} // namespace mmkernels

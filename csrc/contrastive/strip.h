@@ -1,0 +1,172 @@
+// How a problem is cut, and the tile of logits that all passes share.
+#pragma once
+
+#include "../common/rows.h"
+#include "../common/tile_gemm.h"
+#include "problem.h"
+
+namespace mmkernels {
+namespace MMK_ISA {
+
+constexpr i64 kMostLanes = 256; // of a strip
+constexpr i64 kMostRows = 128;  // of a block of texts
+
+MMK_INLINE bool is_dot(const PairProblem& p) {
+  return uses_dot(p.image.type);
+}
+MMK_INLINE i64 depth_of(const PairProblem& p) {
+  return depth_of(is_dot(p), p.dim);
+}
+inline i64 columns_of(const PairProblem& p) {
+  return pad_lanes(p.dim);
+}
+// Images of a full strip: as many as leave its panels in the caches.
+inline i64 strip_lanes(const PairProblem& p) {
+  const i64 fit = (1 << 20) / (p.queries * depth_of(p) * 4) / kPanel * kPanel;
+  return most<i64>(kPanel, least(least(fit, kMostLanes), round_up(p.image.count, kPanel)));
+}
+inline i64 block_rows(const PairProblem& p) {
+  const i64 fit = (1 << 18) / (columns_of(p) * 4) / kLanes * kLanes;
+  return most<i64>(kLanes, least(fit, kMostRows));
+}
+// Groups of columns that a product of gradients works on together.
+MMK_INLINE i64 groups_of(const PairProblem& p) {
+  return (columns_of(p) + kPanel - 1) / kPanel;
+}
+MMK_INLINE i64 vectors_of(const PairProblem& p, i64 group) {
+  return least<i64>(kVectors, columns_of(p) / kLanes - group * kVectors);
+}
+MMK_INLINE i64 padded_lanes(const Strip& strip) {
+  return round_up(strip.count, kPanel);
+}
+// FLOP of a product of so many images and texts, padding included.
+inline i64 multiplied_by(const PairProblem& p, i64 images, i64 rows) {
+  return 2 * round_up(images, kPanel) * p.queries * rows * depth_of(p) * (is_dot(p) ? 2 : 1);
+}
+
+// Row r of query q.
+MMK_INLINE Source source_of(const Features& x, i64 row, i64 query = 0) {
+  return {x.data + (row * x.row + query * x.query) * bytes_of(x.type), x.type, x.row, x.column, nullptr};
+}
+MMK_INLINE const Features& side_of(const PairProblem& p, int side) {
+  return side == 0 ? p.text : p.hard;
+}
+
+// Rows of B for so many rows of features.
+MMK_INLINE i64 product_depth(const PairProblem& p, i64 rows) {
+  return is_dot(p) ? (rows + 1) / 2 : rows;
+}
+
+inline i64 panels_bytes(const PairProblem& p) {
+  return strip_lanes(p) * p.queries * depth_of(p) * 4;
+}
+// One query's rows for products: [groups, lanes (or pairs of lanes), kPanel]; several queries': [lanes, queries,
+// columns] in float32.
+inline i64 rows_bytes(const PairProblem& p) {
+  const i64 lanes = strip_lanes(p);
+  if (p.queries > 1) {
+    return lanes * p.queries * columns_of(p) * 4;
+  }
+  return groups_of(p) * product_depth(p, lanes) * kPanel * 4;
+}
+
+// `count` rows in the working format, of them a group of columns, to B of a product over rows: [rows (or pairs of
+// rows), kPanel], zeros from `count` on up to `padded`.
+inline void group_columns(const PairProblem& p, Rows rows, i64 count, i64 padded, i64 group, float* to) {
+  const i64 first = group * kPanel, cols = least<i64>(kPanel, p.dim - first);
+  if (is_dot(p)) {
+    for (i64 r = 0; r < padded; r += 2, to += kPanel) {
+      if (r < count) {
+        interleave_rows({rows.data + r * rows.stride + first * 2, rows.stride}, least<i64>(2, count - r), cols,
+                        (char*)to);
+      } else {
+        std::memset(to, 0, kPanel * 4);
+      }
+    }
+    return;
+  }
+  for (i64 r = 0; r < padded; ++r, to += kPanel) {
+    const char* from = rows.data + r * rows.stride + first * 4;
+    for (i64 c = 0; c < cols; c += kLanes) {
+      store(to + c, r < count ? load_part(from + c * 4, cols - c) : zero());
+    }
+  }
+}
+// One panel of one query: rows to columns.
+inline void pack_panel(const PairProblem& p, i64 first, i64 count, i64 query, float* to, char* copy) {
+  const Source from = source_of(p.image, first, query);
+  transpose_rows(fetch(from, count, p.dim, is_dot(p), copy), count, depth_of(p), kPanel, to);
+}
+MMK_INLINE i64 copy_bytes(const PairProblem& p, i64 rows) {
+  return rows * row_bytes(is_dot(p), p.dim);
+}
+
+// Logits before the scale, [rows, kPanel], of a panel of images; of several queries the largest, and which one it is if
+// `winner` is given. `other` is a tile of scratch.
+inline void panel_dots(const PairProblem& p, Rows texts, i64 rows, const float* panel, float* to, float* other,
+                       std::int32_t* winner) {
+  const i64 depth = depth_of(p);
+  const auto multiply = [&](i64 query, float* tile) {
+    const Operand a{texts.data, texts.stride, 4};
+    const float* b = panel + query * depth * kPanel;
+    if (is_dot(p)) {
+      gemm<kHasDot>(a, b, kPanel * 4, tile, kPanel, rows, kVectors, depth, false);
+    } else {
+      gemm<false>(a, b, kPanel * 4, tile, kPanel, rows, kVectors, depth, false);
+    }
+  };
+  multiply(0, to);
+  if (p.queries == 1) {
+    return;
+  }
+  if (winner != nullptr) {
+    std::memset(winner, 0, rows * kPanel * sizeof(std::int32_t));
+  }
+  for (i64 query = 1; query < p.queries; ++query) {
+    multiply(query, other);
+    for (i64 n = 0; n < rows * kPanel; n += kLanes) {
+      const Vec old = load(to + n), now = load(other + n);
+      const IVec larger = (now > old) | (now != now);
+      store(to + n, larger ? now : old);
+      if (winner != nullptr) {
+        const IVec number = (std::int32_t)query - IVec{};
+        store(winner + n, (Vec)(larger ? number : (IVec)load(winner + n)));
+      }
+    }
+  }
+}
+
+// Labels of a panel's images, -1 behind the last.
+inline void panel_labels(const PairProblem& p, i64 first, i64 count, std::int32_t* to) {
+  for (i64 i = 0; i < kPanel; ++i) {
+    to[i] = i >= count ? -1 : (p.image_label != nullptr ? p.image_label[first + i] : (std::int32_t)(first + i));
+  }
+}
+// Of a text; -2, which no image has, of hard ones.
+MMK_INLINE std::int32_t row_label(const PairProblem& p, int side, i64 row) {
+  return side != 0 ? -2 : (p.text_label != nullptr ? p.text_label[row] : (std::int32_t)row);
+}
+// Whether any pair of a tile may share a label.
+MMK_INLINE bool may_match(const PairProblem& p, int side, i64 row, i64 rows, i64 first, i64 count) {
+  return side == 0 && (p.image_label != nullptr || (row < first + count && first < row + rows));
+}
+// Which images of vector v of a panel share a text's label, or are its positive: the low bits.
+MMK_INLINE std::uint32_t match_bits(const PairProblem& p, int side, i64 row, i64 lane, i64 lanes,
+                                    const std::int32_t* labels, i64 v) {
+  const std::int32_t label = row_label(p, side, row);
+  std::uint32_t bits = bits_of((IVec)load(labels + v * kLanes) == label - IVec{});
+  if (p.ignore && side == 0) { // the positive's label may be another
+    const i64 i = row - lane - v * kLanes;
+    if (i >= 0 && i < kLanes && i + v * kLanes < lanes) {
+      bits |= 1u << i;
+    }
+  }
+  return bits;
+}
+// The low bits of the lanes from `at` on that stand for images.
+MMK_INLINE std::uint32_t live_bits(i64 at, i64 count) {
+  return at >= count ? 0 : (count - at >= kLanes ? (std::uint32_t)((1ull << kLanes) - 1) : (1u << (count - at)) - 1);
+}
+
+} // namespace MMK_ISA
+} // namespace mmkernels
