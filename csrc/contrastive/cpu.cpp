@@ -4,6 +4,8 @@
 #include <torch/library.h>
 
 #include <array>
+#include <numeric>
+#include <string>
 
 #include "gradients.h"
 
@@ -84,11 +86,31 @@ Tensor finish_ranks(const PairCall& call, const Side& side, bool of_text, i64 co
   return ranks;
 }
 
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// From the rows' losses to one number, and back: what each direction's rows are multiplied by.
+double row_weight(const PairCall& call, bool of_text, i64 count, double image_weight, const std::string& reduction) {
+  if (reduction == "none") {
+    return 0.0;
+  }
+  const double weight = of_text ? 1.0 - image_weight : image_weight;
+  if (reduction == "sum") {
+    return weight;
+  }
+  i64 rows = 0;
+  for (i64 i = 0; i < count; ++i) {
+    rows += call.positives(of_text, i) > 0;
+  }
+  return weight / static_cast<double>(std::max<i64>(rows, 1));
+}
+double total(const Tensor& loss) {
+  const float* x = loss.const_data_ptr<float>();
+  return std::accumulate(x, x + loss.numel(), 0.0);
+}
 
-Six info_nce(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const OptionalTensor& image_ids,
-             const OptionalTensor& text_ids, const OptionalTensor& hard_texts, bool ignore, double label_smoothing,
-             bool stats) {
+using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Seven info_nce(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const OptionalTensor& image_ids,
+               const OptionalTensor& text_ids, const OptionalTensor& hard_texts, bool ignore, double label_smoothing,
+               double image_weight, const std::string& reduction, bool stats) {
   PairCall call(image, text);
   PairProblem& p = call.p;
   call.set_scale(logit_scale);
@@ -122,8 +144,12 @@ Six info_nce(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
   }
   const auto [image_loss, image_state] = finish(call, images[0], false, n, label_smoothing);
   const auto [text_loss, text_state] = finish(call, texts, true, m, label_smoothing);
-  const Tensor none = at::detail::empty_cpu({0}, at::kLong);
-  return {image_loss,
+  const Tensor none = at::detail::empty_cpu({0}, at::kLong), loss = at::detail::empty_cpu({}, at::kFloat);
+  *loss.mutable_data_ptr<float>() =
+      static_cast<float>(row_weight(call, false, n, image_weight, reduction) * total(image_loss) +
+                         row_weight(call, true, m, image_weight, reduction) * total(text_loss));
+  return {loss,
+          image_loss,
           text_loss,
           image_state,
           text_state,
@@ -135,20 +161,24 @@ Six info_nce(const Tensor& image, const Tensor& text, const Tensor& logit_scale,
 struct WeightArrays {
   std::vector<float> reference, softmax, positive, even;
 
-  WeightArrays(const OptionalTensor& grad, const Tensor& state, i64 count, double smoothing) {
-    if (!grad.has_value()) {
+  // The gradient of each row's own loss, and `all` for each that has a positive.
+  WeightArrays(const OptionalTensor& grad, double all, const Tensor& state, i64 count, double smoothing) {
+    check_sizes("state", state, {4, count});
+    if (!grad.has_value() && all == 0.0) {
       return;
     }
-    check_sizes("state", state, {4, count});
-    check_sizes("the losses' gradient", *grad, {count});
-    const Tensor rows = state.to(at::kFloat).contiguous(), given = grad->to(at::kFloat).contiguous();
-    const float *of = rows.const_data_ptr<float>(), *g = given.const_data_ptr<float>();
+    const Tensor rows = state.to(at::kFloat).contiguous(),
+                 given = grad.has_value() ? grad->to(at::kFloat).contiguous() : Tensor();
+    if (given.defined()) {
+      check_sizes("the losses' gradient", given, {count});
+    }
+    const float *of = rows.const_data_ptr<float>(), *g = given.defined() ? given.const_data_ptr<float>() : nullptr;
     reference = array(count);
     softmax = array(count);
     positive = array(count);
     even = array(smoothing > 0.0 ? count : 0);
     for (i64 i = 0; i < count; ++i) {
-      const double weight = of[2 * count + i] > 0.0f ? g[i] : 0.0;
+      const double own = g != nullptr ? g[i] : 0.0, weight = of[2 * count + i] > 0.0f ? own + all : 0.0;
       reference[i] = of[i];
       softmax[i] = static_cast<float>(weight / of[count + i]);
       positive[i] = static_cast<float>((1.0 - smoothing) * weight / std::max(of[2 * count + i], 1.0f));
@@ -166,15 +196,21 @@ struct WeightArrays {
 std::tuple<Tensor, Tensor, Tensor, Tensor>
 info_nce_backward(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const OptionalTensor& image_ids,
                   const OptionalTensor& text_ids, const OptionalTensor& hard_texts, const Tensor& image_state,
-                  const Tensor& text_state, const OptionalTensor& grad_image_loss, const OptionalTensor& grad_text_loss,
-                  bool ignore, double label_smoothing, std::array<bool, 4> needs) {
+                  const Tensor& text_state, const OptionalTensor& grad_loss, const OptionalTensor& grad_image_loss,
+                  const OptionalTensor& grad_text_loss, bool ignore, double label_smoothing, double image_weight,
+                  const std::string& reduction, std::array<bool, 4> needs) {
   PairCall call(image, text);
   PairProblem& p = call.p;
   call.set_scale(logit_scale);
   call.set_hard(hard_texts, image);
   call.set_ids(image_ids, text_ids, ignore);
-  const WeightArrays of_images(grad_image_loss, image_state, p.image.count, label_smoothing);
-  const WeightArrays of_texts(grad_text_loss, text_state, p.text.count, label_smoothing);
+  const double flows = grad_loss.has_value() ? grad_loss->item().toDouble() : 0.0;
+  const auto arrays = [&](const OptionalTensor& grad, const Tensor& state, bool of_text, i64 count) {
+    const double weight = flows * row_weight(call, of_text, count, image_weight, reduction);
+    return WeightArrays(grad, weight, state, count, label_smoothing);
+  };
+  const WeightArrays of_images = arrays(grad_image_loss, image_state, false, p.image.count);
+  const WeightArrays of_texts = arrays(grad_text_loss, text_state, true, p.text.count);
   p.of_images = of_images.weights();
   p.of_texts = of_texts.weights();
   p.factor = p.scale;
@@ -255,10 +291,12 @@ TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
                     ids = "Tensor? image_ids, Tensor? text_ids", all = pair + ids + ", Tensor? hard_texts, ";
   const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
   define("info_nce_cpu(" + all +
-         "bool ignore, float label_smoothing, bool stats) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+         "bool ignore, float label_smoothing, float image_weight, str reduction, bool stats) -> "
+         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   define("info_nce_backward_cpu(" + all +
-         "Tensor image_state, Tensor text_state, Tensor? grad_image_loss, Tensor? grad_text_loss, bool ignore, "
-         "float label_smoothing, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+         "Tensor image_state, Tensor text_state, Tensor? grad_loss, Tensor? grad_image_loss, Tensor? grad_text_loss, "
+         "bool ignore, float label_smoothing, float image_weight, str reduction, bool[4] needs) -> "
+         "(Tensor, Tensor, Tensor, Tensor)");
   define("sigmoid_contrastive_cpu(" + pair + "Tensor logit_bias, " + ids +
          ", bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   define("retrieval_ranks_cpu(Tensor query, Tensor gallery, Tensor target) -> Tensor");

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.models.blocks.activations import ACTIVATIONS
-from mmkernels.models.blocks.checkpoint import Checkpoint, Section, joined, read_json
+from mmkernels.models.blocks.checkpoint import Checkpoint, Section, joined, read_json, renamed
 
 MODEL_TYPE = "idefics"
 ARCHITECTURE = "IdeficsForVisionText2Text"
@@ -155,7 +155,7 @@ _PREFIXES = {
 
 def _source(name: str, shape: torch.Size, vocab_size: int) -> Source:
     """Where in the checkpoint a parameter of `Flamingo` comes from."""
-    theirs = _rename(name)
+    theirs = renamed(name, _PREFIXES)
     if name.endswith("_gate"):
         return {theirs: (1, 1, *shape) if shape else (1,)}
     if name in ("embed.weight", "head.weight"):
@@ -170,15 +170,6 @@ def _source(name: str, shape: torch.Size, vocab_size: int) -> Source:
             source[more] = (rows - vocab_size, width)
         return source
     return {theirs: tuple(shape)}
-
-
-def _rename(name: str) -> str:
-    numbered = re.sub(r"\.\d+\.", ".#.", name, count=1)
-    number = re.search(r"\.(\d+)\.", name)
-    for ours, theirs in _PREFIXES.items():
-        if numbered.startswith(ours):
-            return theirs.replace("#", number[1] if number else "") + numbered[len(ours) :]
-    raise KeyError(name)
 
 
 def _side(section: Section, key: str, default: int) -> int:

@@ -1,9 +1,18 @@
-"""Modules: drop-in layers, thin over the ops."""
+"""Modules: drop-in layers and losses, thin over the ops."""
 
+from mmkernels.nn.contrastive import ClipLoss, SigLipLoss
 from mmkernels.nn.cross_attention import CrossAttention
 from mmkernels.nn.gated_cross_attention import GatedCrossAttention
 from mmkernels.nn.resampler import PerceiverResampler
 from mmkernels.nn.token_buffer import TokenBuffer
 from mmkernels.nn.visual_cache import VisualCache
 
-__all__ = ["CrossAttention", "GatedCrossAttention", "PerceiverResampler", "TokenBuffer", "VisualCache"]
+__all__ = [
+    "ClipLoss",
+    "CrossAttention",
+    "GatedCrossAttention",
+    "PerceiverResampler",
+    "SigLipLoss",
+    "TokenBuffer",
+    "VisualCache",
+]

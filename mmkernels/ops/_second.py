@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def second_derivatives(
-    formula: Callable[[list[Tensor | None]], Sequence[Tensor]],
+    formula: Callable[[list[Any]], Sequence[Tensor]],
     tensors: Sequence[Tensor | None],
     places: Sequence[int],
     cotangents: Sequence[Tensor | None],

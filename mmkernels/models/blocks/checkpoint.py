@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,16 @@ class Checkpoint:
 
 
 def load_checkpoint(folder: str | Path, *, model_type: str, architecture: str) -> Checkpoint:
+    """`load_checkpoint_of` one architecture: what ``config.json`` must say."""
+    return load_checkpoint_of(folder, {model_type: architecture})
+
+
+def load_checkpoint_of(folder: str | Path, architectures: Mapping[str, str]) -> Checkpoint:
     """Open a checkpoint folder: ``config.json``, and ``model.safetensors`` or its shards and their index.
 
     Args:
         folder: the folder.
-        model_type, architecture: what ``config.json`` must say.
+        architectures: by model type, those that are taken: ``config.json`` must name one.
 
     Raises:
         FileNotFoundError: the folder or a file is missing; pickled weights aren't read, and are named.
@@ -133,9 +139,8 @@ def load_checkpoint(folder: str | Path, *, model_type: str, architecture: str) -
         raise FileNotFoundError(f"folder must be a checkpoint's folder, got {folder}, which is no folder")
     path = _existing(folder / "config.json")
     config = Section(read_json(path), str(path))
-    config.choice("model_type", "", [model_type])
-    architectures = config.values.get("architectures") or [architecture]
-    if architectures != [architecture]:
+    architecture = architectures[config.choice("model_type", "", architectures)]
+    if (config.values.get("architectures") or [architecture]) != [architecture]:
         raise config.error("architectures", f"[{architecture!r}]")
 
     index = folder / "model.safetensors.index.json"
@@ -217,3 +222,23 @@ def joined(parts: list[Tensor], shape: torch.Size, dtype: torch.dtype, device: t
     """A parameter of `shape` from the tensors that hold its rows."""
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     return whole.reshape(shape).to(device=device, dtype=dtype)
+
+
+def renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """A parameter's name in the checkpoint.
+
+    Args:
+        name: the model's name of it.
+        prefixes: how names start in the model and, for the same tensors, in the checkpoint. # stands for the first
+            number in a name; the first start that matches counts.
+
+    Raises:
+        KeyError: no start matches: a parameter that the table forgot.
+    """
+    found = re.search(r"\.(\d+)\.", name)
+    number = found[1] if found else "#"
+    for ours, theirs in prefixes.items():
+        start = ours.replace("#", number)
+        if name.startswith(start):
+            return theirs.replace("#", number) + name[len(start) :]
+    raise KeyError(name)

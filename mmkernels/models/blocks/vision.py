@@ -1,16 +1,15 @@
-"""A vision transformer, as CLIP's."""
+"""A vision transformer, as CLIP's and SigLIP's."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from mmkernels.models.blocks.activations import ACTIVATIONS
-from mmkernels.nn import CrossAttention
+from mmkernels.models.blocks.encoder import EncoderBlock
 
 
 class VisionTransformer(nn.Module):
-    """Pixels ``[B, channels, S, S]`` to one feature per patch, and before them one for the class token.
+    """Pixels ``[B, channels, S, S]`` to one feature per patch, and one for the class token, if any, before them.
 
     Args:
         width, layers, heads, mlp: of the transformer; `mlp` is the feed-forward's width.
@@ -18,6 +17,8 @@ class VisionTransformer(nn.Module):
         activation: the feed-forward's, a name in `ACTIVATIONS`.
         eps: of the layer norms.
         dropout: of attention probabilities, in training mode.
+        class_token: as CLIP: a class token before the patches, and a norm before the first layer. False, as SigLIP:
+            patches alone, whose projection adds a bias.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; the norm before the first layer as in Radford et
     al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
@@ -42,37 +43,26 @@ class VisionTransformer(nn.Module):
         activation: str = "gelu",
         eps: float = 1e-5,
         dropout: float = 0.0,
+        class_token: bool = True,
     ) -> None:
         super().__init__()
         self.pixels = (channels, image_size, image_size)
-        self.patch = nn.Conv2d(channels, width, patch_size, stride=patch_size, bias=False)
-        self.class_token = nn.Parameter(torch.randn(width))
-        self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2 + 1, width))
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.blocks = nn.ModuleList(_Block(width, heads, mlp, activation, eps, dropout) for _ in range(layers))
+        self.patch = nn.Conv2d(channels, width, patch_size, stride=patch_size, bias=not class_token)
+        self.class_token = nn.Parameter(torch.randn(width)) if class_token else None
+        self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2 + class_token, width))
+        self.norm = nn.LayerNorm(width, eps=eps) if class_token else nn.Identity()
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp, activation, eps, dropout) for _ in range(layers))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``[B, patches + 1, width]``, before any last norm."""
+        """``[B, patches + 1, width]``, or ``[B, patches, width]`` without a class token, before any last norm."""
         if tuple(pixel_values.shape[1:]) != self.pixels:
             raise ValueError(
                 f"pixel_values must be [B, {', '.join(map(str, self.pixels))}], got {tuple(pixel_values.shape)}"
             )
-        patches = self.patch(pixel_values.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # [B, patches, width]
-        x = torch.cat([self.class_token.expand(len(patches), 1, -1), patches], dim=1)
+        x = self.patch(pixel_values.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # [B, patches, width]
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
         x = self.norm(x + self.positions)
         for block in self.blocks:
             x = block(x)
         return x
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp: int, activation: str, eps: float, dropout: float) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(width, eps=eps)
-        self.attention = CrossAttention(width, num_heads=heads, bias=True, dropout=dropout)
-        self.mlp_norm = nn.LayerNorm(width, eps=eps)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp), ACTIVATIONS[activation](), nn.Linear(mlp, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))

@@ -18,6 +18,7 @@ from mmkernels.ops._attention.inputs import (
     check_tensor,
     take_mask_apart,
 )
+from mmkernels.ops._second import second_derivatives
 from mmkernels.ops.cross_attention import chunked
 from mmkernels.ops.cross_attention.spec import reference, reference_backward
 
@@ -200,37 +201,17 @@ def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 
 def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Second derivatives: the reference formula differentiated twice. out and lse are functions of the inputs."""
+    """Second derivatives. out and lse are functions of the inputs."""
     grad_out, grad_lse, *tensors, _out, _lse = ctx.saved_tensors
-    again = torch.is_grad_enabled()
-    result: list[Tensor | None] = [None] * 18
-    with torch.enable_grad():
-        places = [place for place in _DIFFERENTIABLE if tensors[place] is not None]
-        for place in places:
-            tensors[place] = _apart(tensors[place])
-        given = [(0, _apart(grad_out))] if grad_lse is None else [(0, _apart(grad_out)), (1, _apart(grad_lse))]
-        outputs = reference(*(*tensors, ctx.scale, ctx.dropout_p))[: len(given)]
-        inputs = [tensors[place] for place in places]
-        first = torch.autograd.grad(outputs, inputs, [g for _, g in given], create_graph=True, allow_unused=True)
-        pairs = [
-            (x, grads[_DIFFERENTIABLE.index(place)])
-            for x, place in zip(first, places, strict=True)
-            if x is not None and grads[_DIFFERENTIABLE.index(place)] is not None
-        ]
-        if not pairs:
-            return tuple(result)
-        wanted = [g for _, g in given] + inputs
-        second = torch.autograd.grad(
-            [x for x, _ in pairs], wanted, [g for _, g in pairs], create_graph=again, allow_unused=True
-        )
-    for place, grad in zip([i for i, _ in given] + [place + 2 for place in places], second, strict=True):
-        result[place] = grad
-    return tuple(result)
 
+    def formula(given: list[Any]) -> tuple[Tensor, ...]:
+        return reference(*(*given, ctx.scale, ctx.dropout_p))
 
-def _apart(x: Tensor) -> Tensor:
-    """x as a node of its own: grad_out may itself come from query, and that path is not this function's to count."""
-    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    of_cotangents, found = second_derivatives(formula, tensors, _DIFFERENTIABLE, (grad_out, grad_lse), grads)
+    of_tensors: list[Tensor | None] = [None] * len(tensors)
+    for place, grad in zip(_DIFFERENTIABLE, found, strict=True):
+        of_tensors[place] = grad
+    return (*of_cotangents, *of_tensors, *([None] * 6))
 
 
 _op_backward = register(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -19,7 +20,8 @@ from mmkernels.ops._contrastive.inputs import (
 )
 from mmkernels.ops._second import second_derivatives
 from mmkernels.ops.info_nce import chunked
-from mmkernels.ops.info_nce.spec import POSITIVES, reference, reference_backward
+from mmkernels.ops.info_nce.reduction import POSITIVES, reduced, with_reduction, with_upstream
+from mmkernels.ops.info_nce.spec import reference, reference_backward
 
 __all__ = ["ContrastiveStats", "info_nce"]
 
@@ -37,6 +39,13 @@ class ContrastiveStats(NamedTuple):
         text_mean_rank: float.
         images_without_positive: int64, how many contribute nothing to the loss.
         texts_without_positive: int64.
+
+    Example:
+        >>> import torch, mmkernels
+        >>> features = torch.nn.functional.normalize(torch.randn(8, 64), dim=1)
+        >>> _, stats = mmkernels.info_nce(features, features, 100.0, return_stats=True)
+        >>> float(stats.image_accuracy), float(stats.text_mean_rank)
+        (1.0, 0.0)
     """
 
     image_accuracy: Tensor
@@ -169,32 +178,23 @@ def info_nce(
     backend = resolve(backend)
     if backend == "reference" and not torch.compiler.is_compiling():
         need_states = return_stats or image_ids is not None
-        outputs = reference(*tensors, ignore, label_smoothing, return_stats, need_states=need_states)
+        outputs = with_reduction(partial(reference, need_states=need_states))(
+            *tensors, ignore, label_smoothing, image_weight, reduction, return_stats
+        )
     else:
-        outputs = _op(*tensors, ignore, label_smoothing, return_stats, backend)
-    image_loss, text_loss, image_state, text_state, image_rank, text_rank = outputs
-    loss: Any = (image_loss, text_loss)
-    if reduction == "sum":
-        loss = image_weight * image_loss.sum() + (1.0 - image_weight) * text_loss.sum()
-    elif reduction == "mean" and image_ids is None:
-        loss = image_weight * image_loss.mean() + (1.0 - image_weight) * text_loss.mean()
-    elif reduction == "mean":
-        loss = image_weight * _mean(image_loss, image_state) + (1.0 - image_weight) * _mean(text_loss, text_state)
+        outputs = _op(*tensors, ignore, label_smoothing, image_weight, reduction, return_stats, backend)
+    loss, image_loss, text_loss, image_state, text_state, image_rank, text_rank = outputs
+    found = (image_loss, text_loss) if reduction == "none" else loss
     if not return_stats:
-        return loss
+        return found
     sides = [_statistics(image_state, image_rank), _statistics(text_state, text_rank)]
-    return loss, ContrastiveStats(*(x for pair in zip(*sides, strict=True) for x in pair))
+    return found, ContrastiveStats(*(x for pair in zip(*sides, strict=True) for x in pair))
 
 
 def _check_share(name: str, x: float) -> float:
     if isinstance(x, Tensor) or not 0.0 <= x <= 1.0:
         raise ValueError(f"{name} must be a number from 0 to 1, got {x!r}")
     return float(x)
-
-
-def _mean(loss: Tensor, state: Tensor) -> Tensor:
-    """Over the rows that have a positive; the others hold 0."""
-    return loss.sum() / (state[POSITIVES] > 0).sum().clamp(min=1)
 
 
 def _statistics(state: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +209,7 @@ def _statistics(state: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 _INPUTS = (
     "Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, Tensor? text_ids, Tensor? hard_texts, "
-    "bool ignore, float label_smoothing"
+    "bool ignore, float label_smoothing, float image_weight, str reduction"
 )
 _DIFFERENTIABLE = (0, 1, 2, 5)  # image, text, logit_scale, hard_texts among the inputs
 
@@ -220,22 +220,23 @@ def _fake(image: Tensor, text: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     losses = [image.new_empty(n, dtype=wide) for n in sizes]
     states = [image.new_empty(4, n, dtype=wide) for n in sizes]
     ranks = [image.new_empty(n if stats else 0, dtype=torch.int64) for n in sizes]
-    return (*losses, *states, *ranks)
+    return (image.new_empty((), dtype=wide), *losses, *states, *ranks)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.ignore, ctx.label_smoothing, _stats, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[2], output[3])
-    ctx.mark_non_differentiable(*output[2:])
+    *tensors, ctx.ignore, ctx.label_smoothing, ctx.image_weight, ctx.reduction, _stats, ctx.backend = inputs
+    _loss, _image_loss, _text_loss, *others = output
+    ctx.save_for_backward(*tensors, *others[:2])
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_image_loss: Tensor | None, grad_text_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     needs = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE]
-    grads = _op_backward(*saved, grad_image_loss, grad_text_loss, ctx.ignore, ctx.label_smoothing, needs, ctx.backend)
-    image, text, scale, hard = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return image, text, scale, None, None, hard, None, None, None, None
+    numbers = (ctx.ignore, ctx.label_smoothing, ctx.image_weight, ctx.reduction)
+    found = _op_backward(*ctx.saved_tensors, *grads[:3], *numbers, needs, ctx.backend)
+    image, text, scale, hard = (grad if need else None for grad, need in zip(found, needs, strict=True))
+    return image, text, scale, None, None, hard, None, None, None, None, None, None
 
 
 # The op boundary, backward.
@@ -253,34 +254,39 @@ def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.ignore, ctx.label_smoothing, _needs, _backend = inputs
+    *tensors, ctx.ignore, ctx.label_smoothing, ctx.image_weight, ctx.reduction, _needs, _backend = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
 def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Second derivatives. The states are functions of the inputs."""
-    *tensors, _image_state, _text_state, grad_image_loss, grad_text_loss = ctx.saved_tensors
+    *tensors, image_state, text_state, grad_loss, grad_image_loss, grad_text_loss = ctx.saved_tensors
 
-    def formula(given: list[Tensor | None]) -> tuple[Tensor, ...]:
-        return reference(*given, ctx.ignore, ctx.label_smoothing, False, need_states=False)[:2]
+    def formula(given: list[Any]) -> tuple[Tensor, ...]:
+        image, text, scale, image_ids, text_ids, hard = given
+        sides = (image, text, scale, image_ids, text_ids, hard, ctx.ignore, ctx.label_smoothing)
+        image_loss, text_loss, *_ = reference(*sides, False, need_states=False)
+        # Of the states only the counts of positives matter here, which depend on no feature.
+        loss = reduced(image_loss, text_loss, image_state, text_state, ctx.image_weight, ctx.reduction)
+        return loss, image_loss, text_loss
 
-    cotangents = (grad_image_loss, grad_text_loss)
+    cotangents = (grad_loss, grad_image_loss, grad_text_loss)
     of_cotangents, found = second_derivatives(formula, tensors, _DIFFERENTIABLE, cotangents, grads)
     image, text, scale, hard = found
-    return (image, text, scale, None, None, hard, None, None, *of_cotangents, None, None, None, None)
+    return (image, text, scale, None, None, hard, None, None, *of_cotangents, *([None] * 6))
 
 
 _op_backward = register(
     "info_nce_backward(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, Tensor? text_ids, "
-    "Tensor? hard_texts, Tensor image_state, Tensor text_state, Tensor? grad_image_loss, Tensor? grad_text_loss, "
-    "bool ignore, float label_smoothing, bool[] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? hard_texts, Tensor image_state, Tensor text_state, Tensor? grad_loss, Tensor? grad_image_loss, "
+    "Tensor? grad_text_loss, bool ignore, float label_smoothing, float image_weight, str reduction, bool[] needs, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     [
-        Backend("triton", gpu.op("mmkernels.ops.info_nce.triton", "backward"), gpu.why_not),
+        Backend("triton", with_upstream(gpu.op("mmkernels.ops.info_nce.triton", "backward")), gpu.why_not),
         Backend("cpu", cpu.op("info_nce_backward_cpu"), cpu.why_not),
-        Backend("chunked", chunked.backward),
-        Backend("reference", reference_backward),
+        Backend("chunked", with_upstream(chunked.backward)),
+        Backend("reference", with_upstream(reference_backward)),
     ],
     _fake_backward,
     setup_context=_setup_context_backward,
@@ -288,12 +294,12 @@ _op_backward = register(
     is_backward=True,
 )
 _op = register(
-    f"info_nce({_INPUTS}, bool stats, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"info_nce({_INPUTS}, bool stats, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     [
-        Backend("triton", gpu.op("mmkernels.ops.info_nce.triton", "forward"), gpu.why_not),
+        Backend("triton", with_reduction(gpu.op("mmkernels.ops.info_nce.triton", "forward")), gpu.why_not),
         Backend("cpu", cpu.op("info_nce_cpu"), cpu.why_not),
-        Backend("chunked", chunked.forward),
-        Backend("reference", reference),
+        Backend("chunked", with_reduction(chunked.forward)),
+        Backend("reference", with_reduction(reference)),
     ],
     _fake,
     setup_context=_setup_context,

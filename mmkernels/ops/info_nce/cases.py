@@ -36,9 +36,15 @@ def _aligned(g: Generator) -> Inputs:
     return {"image": image, "text": image.clone(), "logit_scale": torch.tensor(100.0, dtype=torch.float64)}
 
 
-_BOTH = {"return_stats": True}
-_CAPTIONS = {"image_ids": _ids(*range(9), 50), "text_ids": _ids(*(j // 2 for j in range(18)), 99, 98, 97)}
-_CLASSES = {"image_ids": _ids(*(i % 3 for i in range(17))), "text_ids": _ids(*(i % 3 for i in range(17)))}
+_BOTH: dict[str, Any] = {"return_stats": True}
+_CAPTIONS: dict[str, Any] = {
+    "image_ids": _ids(*range(9), 50),
+    "text_ids": _ids(*(j // 2 for j in range(18)), 99, 98, 97),
+}
+_CLASSES: dict[str, Any] = {
+    "image_ids": _ids(*(i % 3 for i in range(17))),
+    "text_ids": _ids(*(i % 3 for i in range(17))),
+}
 
 CASES = (
     _case("a square batch", 33, 33, 16),

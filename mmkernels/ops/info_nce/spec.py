@@ -11,10 +11,6 @@ from mmkernels.ops._contrastive.formula import LOG2E, Pairs, best_scores, pairs,
 from mmkernels.ops.info_nce.cases import BENCHMARKS, CASES
 from mmkernels.spec import OpSpec
 
-REFERENCE, SUM, POSITIVES, CLASSES = range(4)
-"""Rows of a state ``[4, N]``, which says of each row's softmax: a pair's probability is ``2 ** (logit * log2(e) -
-reference) / sum``, the reference close to the largest logit; how many positives the row has, and how many classes."""
-
 
 def reference(
     image: Tensor,
@@ -70,7 +66,9 @@ def _logits(
 def _of_rows(both: Pairs, columns: int) -> Pairs:
     """With hard texts as columns that are nobody's positive."""
     more = columns - both.positive.shape[1]
-    return both if more == 0 else Pairs(*(None if x is None else F.pad(x, (0, more)) for x in both))
+    if more == 0:
+        return both
+    return Pairs(F.pad(both.positive, (0, more)), None if both.hidden is None else F.pad(both.hidden, (0, more)))
 
 
 def _cross_entropy(logits: Tensor, side: Pairs, label_smoothing: float) -> Tensor:

@@ -33,8 +33,9 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: 
 
     Returns:
         ``[N]`` int64, 0 is best. Items of the same score as the right answer stand before it if their index is lower,
-        as in a stable descending sort; equal rows of the gallery do get equal scores. A NaN score stands last: a query
-        or right answer with NaN gets M - 1. Scores are summed in float32 (float64 for float64 features). No gradient.
+        as in a stable descending sort; on "cpu" and "triton" equal rows of the gallery do get equal scores, while a
+        library's matrix product may round them apart. A NaN score stands last: a query or right answer with NaN gets
+        M - 1. Scores are summed in float32 (float64 for float64 features). No gradient.
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device or target. Each names the argument, what it

@@ -138,7 +138,7 @@ def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Second derivatives. The saved gradients are functions of the inputs."""
     *tensors, grad_loss = ctx.saved_tensors
 
-    def naive(given: list[Tensor | None]) -> tuple[Tensor, ...]:
+    def naive(given: list[Any]) -> tuple[Tensor, ...]:
         return (formula(*given),)
 
     (of_grad_loss,), found = second_derivatives(naive, tensors, _DIFFERENTIABLE, [grad_loss], grads)

@@ -1,0 +1,163 @@
+"""Encoder blocks that CLIP's and SigLIP's towers share: pre-norm layers, a text encoder, pooling by attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.checks import can_look, check_range
+from mmkernels.masks import SpanMask
+from mmkernels.models.blocks.activations import ACTIVATIONS
+from mmkernels.nn import CrossAttention
+
+
+def _mlp(width: int, hidden: int, activation: str) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, width))
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention, then a feed-forward, each after a layer norm and with a residual.
+
+    Args:
+        width, heads, mlp: widths; `mlp` is the feed-forward's.
+        activation: the feed-forward's, a name in `ACTIVATIONS`.
+        eps: of the layer norms.
+        dropout: of attention probabilities, in training mode.
+
+    Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, eq. 2 and 3.
+    """
+
+    def __init__(self, width: int, heads: int, mlp: int, activation: str, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.attention = CrossAttention(width, num_heads=heads, bias=True, dropout=dropout)
+        self.mlp_norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = _mlp(width, mlp, activation)
+
+    def forward(self, x: Tensor, mask: SpanMask | None = None) -> Tensor:
+        """``[B, L, width]`` after the block. `mask`: which tokens each token sees; None: all."""
+        x = x + self.attention(self.attention_norm(x), mask=mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class TextEncoder(nn.Module):
+    """Tokens ``[B, L]`` to one feature per token, with learned positions.
+
+    Args:
+        width, layers, heads, mlp: of the transformer; `mlp` is the feed-forward's width.
+        vocab_size: number of tokens.
+        length: the longest text, in tokens.
+        causal: whether a token sees only itself and those before it.
+        activation: the feed-forward's, a name in `ACTIVATIONS`.
+        eps: of the layer norms.
+        dropout: of attention probabilities, in training mode.
+
+    Raises:
+        TypeError, ValueError: in `forward`, tokens or a mask of another type or shape, a token outside the vocabulary
+            (seen on the CPU alone: looking would stop a device), a text that is too long.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, section 2.4.
+
+    Example:
+        >>> import torch
+        >>> from mmkernels.models.blocks.encoder import TextEncoder
+        >>> encoder = TextEncoder(32, layers=2, heads=4, mlp=64, vocab_size=100, length=16, causal=True)
+        >>> encoder(torch.randint(100, (3, 7))).shape
+        torch.Size([3, 7, 32])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        layers: int,
+        heads: int,
+        mlp: int,
+        vocab_size: int,
+        length: int,
+        causal: bool,
+        activation: str = "gelu",
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.causal = causal
+        self.embed = nn.Embedding(vocab_size, width)
+        self.positions = nn.Parameter(torch.randn(length, width))
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp, activation, eps, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """``[B, L, width]``, after the last norm.
+
+        Args:
+            input_ids: integers ``[B, L]``.
+            attention_mask: integers or bool ``[B, L]``, 0: padding, which no token sees. None: none.
+        """
+        self._check(input_ids, attention_mask)
+        mask = self._mask(input_ids, attention_mask)
+        x = self.embed(input_ids) + self.positions[: input_ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    def _mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> SpanMask | None:
+        length = input_ids.shape[1]
+        mask = SpanMask.causal(length, length, input_ids.device) if self.causal else None
+        if attention_mask is None:
+            return mask
+        valid = attention_mask.bool()
+        if valid.device.type == "cpu" and can_look(valid) and bool(valid.all()):
+            return mask
+        padding = SpanMask.from_key_mask(valid)
+        return padding if mask is None else mask & padding
+
+    def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        vocab_size, most = self.embed.num_embeddings, len(self.positions)
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"input_ids must be an int32 or int64 tensor, got {_describe(input_ids)}")
+        if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] <= most:
+            raise ValueError(f"input_ids must be [B, L], L from 1 to {most}, got shape {tuple(input_ids.shape)}")
+        check_range("input_ids", input_ids, 0, vocab_size - 1)
+        if attention_mask is None:
+            return
+        if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point():
+            raise TypeError(f"attention_mask must be a bool or integer tensor, got {_describe(attention_mask)}")
+        if attention_mask.shape != input_ids.shape:
+            got = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask must be {list(input_ids.shape)} as input_ids, got shape {got}")
+
+
+class AttentionPooling(nn.Module):
+    """A learned query attends to all features; then a feed-forward after a layer norm, with a residual.
+
+    Args:
+        width, heads, mlp, activation, eps: as in `EncoderBlock`.
+
+    Source: Zhai et al., "Scaling Vision Transformers", 2022, section 2.3 (multihead attention pooling), as SigLIP uses
+    it.
+
+    Example:
+        >>> import torch
+        >>> from mmkernels.models.blocks.encoder import AttentionPooling
+        >>> AttentionPooling(32, heads=4, mlp=64)(torch.randn(3, 16, 32)).shape
+        torch.Size([3, 32])
+    """
+
+    def __init__(self, width: int, *, heads: int, mlp: int, activation: str = "gelu", eps: float = 1e-5) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(width))
+        self.attention = CrossAttention(width, num_heads=heads, bias=True)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = _mlp(width, mlp, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, width]`` of features ``[B, L, width]``."""
+        query = self.attention.query(self.probe[None, None])  # [1, H, 1, D], once for all images
+        key, value = self.attention.project(x)
+        pooled = self.attention.attend(query.expand(len(x), -1, -1, -1), key, value)[:, 0]
+        return pooled + self.mlp(self.norm(pooled))
+
+
+def _describe(x: object) -> str:
+    return f"a {x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__

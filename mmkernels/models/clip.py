@@ -1,0 +1,309 @@
+"""CLIP and SigLIP: an image tower and a text tower whose features meet in a contrastive loss.
+
+Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3; Zhai et
+al., "Sigmoid Loss for Language Image Pre-Training", 2023, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmkernels.checks import can_look
+from mmkernels.models import clip_weights
+from mmkernels.models.blocks.checkpoint import load_checkpoint_of
+from mmkernels.models.blocks.encoder import AttentionPooling, TextEncoder
+from mmkernels.models.blocks.vision import VisionTransformer
+from mmkernels.models.blocks.weights import draw_weights
+from mmkernels.models.clip_config import CLIPConfig
+from mmkernels.ops.info_nce import info_nce
+from mmkernels.ops.sigmoid_contrastive import sigmoid_contrastive
+
+SIZES = {
+    # For tests.
+    "tiny": CLIPConfig(
+        vision_width=32, vision_layers=2, vision_heads=4, vision_mlp=64, image_size=32, patch_size=8,
+        text_width=48, text_layers=2, text_heads=4, text_mlp=96, text_length=16, vocab_size=128,
+        embed_dim=24,
+    ),
+    # ViT-S/16 (Touvron et al., "Training data-efficient image transformers", 2021, table 1), and a text tower as wide.
+    "small": CLIPConfig(
+        vision_width=384, vision_layers=12, vision_heads=6, vision_mlp=1536, image_size=224, patch_size=16,
+        text_width=384, text_layers=12, text_heads=6, text_mlp=1536, text_length=77, vocab_size=49408,
+        embed_dim=384,
+    ),
+    # CLIP ViT-B/16 (Radford et al., 2021, appendix F).
+    "base": CLIPConfig(
+        vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, image_size=224, patch_size=16,
+        text_width=512, text_layers=12, text_heads=8, text_mlp=2048, text_length=77, vocab_size=49408,
+        embed_dim=512,
+    ),
+    "siglip_tiny": CLIPConfig(
+        variant="siglip",
+        vision_width=32, vision_layers=2, vision_heads=4, vision_mlp=64, image_size=32, patch_size=8,
+        text_width=48, text_layers=2, text_heads=4, text_mlp=96, text_length=16, vocab_size=128,
+        embed_dim=32, vision_activation="gelu_pytorch_tanh", text_activation="gelu_pytorch_tanh",
+        vision_eps=1e-6, text_eps=1e-6,
+    ),
+    # SigLIP B/16 (Zhai et al., 2023, section 4: both towers of ViT-B's size, texts of 64 tokens).
+    "siglip_base": CLIPConfig(
+        variant="siglip",
+        vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, image_size=224, patch_size=16,
+        text_width=768, text_layers=12, text_heads=12, text_mlp=3072, text_length=64, vocab_size=32000,
+        embed_dim=768, vision_activation="gelu_pytorch_tanh", text_activation="gelu_pytorch_tanh",
+        vision_eps=1e-6, text_eps=1e-6,
+    ),
+}  # fmt: skip
+"""The sizes of `CLIP.from_size`."""
+
+# The multiplier and what is added to it before training: Radford et al., section 2.5; Zhai et al., section 3.2.
+_START = {"clip": (1 / 0.07, 0.0), "siglip": (10.0, -10.0)}
+
+
+@dataclass
+class CLIPOutput:
+    """What `CLIP.forward` gives.
+
+    Attributes:
+        image_features: ``[N, embed_dim]``, of length 1.
+        text_features: ``[M, embed_dim]``, of length 1.
+        logit_scale: the multiplier of the scores, a scalar.
+        logit_bias: what is added to them, a scalar; None in a "clip".
+        loss: fp32 (fp64 of fp64), a scalar; None where it wasn't asked for.
+    """
+
+    image_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+    loss: Tensor | None
+
+    @property
+    def logits_per_image(self) -> Tensor:
+        """The score of each image with each text, ``[N, M]``: computed when asked for, the loss does without."""
+        logits = self.logit_scale * (self.image_features @ self.text_features.T)
+        return logits if self.logit_bias is None else logits + self.logit_bias
+
+    @property
+    def logits_per_text(self) -> Tensor:
+        """``[M, N]``."""
+        return self.logits_per_image.T
+
+
+class CLIP(nn.Module):
+    """Images and texts to features that can be compared.
+
+    Args:
+        config: every size. `from_size` and `from_pretrained` are the usual ways in.
+
+    Example:
+        >>> import torch
+        >>> from mmkernels.models import CLIP
+        >>> model = CLIP.from_size("tiny")
+        >>> images, texts = torch.rand(3, 3, 32, 32), torch.randint(1, 128, (3, 16))
+        >>> model.encode_image(images).shape
+        torch.Size([3, 24])
+        >>> out = model(texts, images, return_loss=True)
+        >>> out.loss.backward()
+        >>> out.logits_per_image.shape
+        torch.Size([3, 3])
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        clip = c.variant == "clip"
+        self.vision = VisionTransformer(
+            c.vision_width,
+            layers=c.vision_layers,
+            heads=c.vision_heads,
+            mlp=c.vision_mlp,
+            image_size=c.image_size,
+            patch_size=c.patch_size,
+            channels=c.channels,
+            activation=c.vision_activation,
+            eps=c.vision_eps,
+            dropout=c.vision_dropout,
+            class_token=clip,
+        )
+        self.vision_norm = nn.LayerNorm(c.vision_width, eps=c.vision_eps)
+        self.image_pool: AttentionPooling | None = None
+        self.image_projection: nn.Linear | None = None
+        if clip:
+            self.image_projection = nn.Linear(c.vision_width, c.embed_dim, bias=False)
+        else:
+            self.image_pool = AttentionPooling(
+                c.vision_width, heads=c.vision_heads, mlp=c.vision_mlp, activation=c.vision_activation, eps=c.vision_eps
+            )
+        self.text = TextEncoder(
+            c.text_width,
+            layers=c.text_layers,
+            heads=c.text_heads,
+            mlp=c.text_mlp,
+            vocab_size=c.vocab_size,
+            length=c.text_length,
+            causal=clip,
+            activation=c.text_activation,
+            eps=c.text_eps,
+            dropout=c.text_dropout,
+        )
+        self.text_projection = nn.Linear(c.text_width, c.embed_dim, bias=not clip)
+        self.logit_scale = nn.Parameter(torch.empty(()))  # the multiplier's logarithm
+        self.logit_bias = None if clip else nn.Parameter(torch.empty(()))
+        self._start_logits()
+
+    def _start_logits(self) -> None:
+        scale, bias = _START[self.config.variant]
+        nn.init.constant_(self.logit_scale, math.log(scale))
+        if self.logit_bias is not None:
+            nn.init.constant_(self.logit_bias, bias)
+
+    # Ways in.
+
+    @classmethod
+    def from_size(
+        cls, size: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> CLIP:
+        """A model with random weights.
+
+        Args:
+            size: a name in `SIZES`.
+            seed: the same seed gives the same weights on every device.
+        """
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+        with torch.device("meta"):
+            model = cls(SIZES[size])
+        model = draw_weights(model.to_empty(device=device).to(dtype), seed)
+        model._start_logits()
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> CLIP:
+        """The model in a Hugging Face ``CLIPModel`` or ``SiglipModel`` folder, in evaluation mode.
+
+        A SigLIP 2 of fixed resolution is saved as a ``SiglipModel``. Tokens and pixels are those of transformers'
+        processor for the folder, ``AutoProcessor.from_pretrained(folder)``.
+
+        Args:
+            folder: with ``config.json`` and ``model.safetensors``, or its shards and their index.
+
+        Raises:
+            FileNotFoundError: the folder or a file in it is missing.
+            CheckpointError: what a file holds is not what it must be; the message names file and tensor, what was
+                expected and what found.
+        """
+        checkpoint = load_checkpoint_of(folder, clip_weights.ARCHITECTURES)
+        config = CLIPConfig.from_transformers(checkpoint.config)
+        with torch.device("meta"):
+            model = cls(config)
+        weights = clip_weights.read_weights(checkpoint, model, config.variant, dtype, device)
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
+
+    # The towers.
+
+    def encode_image(self, pixel_values: Tensor, normalize: bool = True) -> Tensor:
+        """Features ``[B, embed_dim]`` of images.
+
+        Args:
+            pixel_values: floating ``[B, channels, S, S]``, S the size that the model was made for.
+            normalize: whether to scale each feature to length 1.
+
+        Raises:
+            TypeError: `pixel_values` is no floating tensor.
+            ValueError: it has another shape; images aren't resized here.
+        """
+        self._check_pixels(pixel_values)
+        x = self.vision(pixel_values)  # [B, patches, vision_width], in a "clip" the class token before them
+        if self.image_pool is not None:
+            features = self.image_pool(self.vision_norm(x))
+        else:
+            assert self.image_projection is not None
+            features = self.image_projection(self.vision_norm(x[:, 0]))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
+        """Features ``[B, embed_dim]`` of texts.
+
+        Args:
+            input_ids: integers ``[B, L]``, L at most ``config.text_length``. A "siglip" was trained on texts that are
+                padded to this length, and its feature is the last token's, padding or not.
+            attention_mask: integers or bool ``[B, L]``, 0: padding, which no token sees. None: none. (A "siglip" was
+                trained without.)
+            normalize: whether to scale each feature to length 1.
+
+        Raises:
+            TypeError: `input_ids` or `attention_mask` is no tensor of integers.
+            ValueError: a shape doesn't fit; a token is outside the vocabulary; a row has no end-of-text token where
+                `config.eos_token_id` names one (values are looked at on the CPU alone: elsewhere it would stop the
+                device, and such a row's feature is that of its first token).
+        """
+        x = self.text(input_ids, attention_mask)  # [B, L, text_width]
+        features = self.text_projection(self._pool_text(x, input_ids))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        return_loss: bool = False,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+    ) -> CLIPOutput:
+        """Features of images and texts, and the loss where it is asked for.
+
+        Args:
+            input_ids, attention_mask, pixel_values: as in `encode_text` and `encode_image`.
+            return_loss: compute `info_nce`, or `sigmoid_contrastive` in a "siglip". Text i belongs to image i.
+            image_ids, text_ids: which images and texts belong together, as in these; then there may be more texts than
+                images. Only for the loss.
+        """
+        if not return_loss and (image_ids is not None or text_ids is not None):
+            raise ValueError("image_ids and text_ids are for the loss: return_loss must be True, got False")
+        image, text = self.encode_image(pixel_values), self.encode_text(input_ids, attention_mask)
+        # In float32 at least: bfloat16 would round the multiplier by up to 0.4 %.
+        scale = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).exp()
+        bias, loss = self.logit_bias, None
+        if return_loss and bias is None:
+            loss = info_nce(image, text, scale, image_ids=image_ids, text_ids=text_ids)
+        elif return_loss and bias is not None:
+            loss = sigmoid_contrastive(image, text, scale, bias, image_ids=image_ids, text_ids=text_ids)
+        return CLIPOutput(image, text, scale, bias, loss)
+
+    def _pool_text(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        """The text's feature ``[B, C]`` of its tokens' ``[B, L, C]``."""
+        eos = self.config.eos_token_id
+        if self.config.variant == "siglip":
+            return x[:, -1]
+        if eos is None:
+            place = input_ids.argmax(-1)
+        else:
+            ends = input_ids == eos
+            if ends.device.type == "cpu" and can_look(ends):
+                without = (~ends.any(-1)).nonzero()
+                if len(without):
+                    row = int(without[0])
+                    raise ValueError(f"input_ids must hold eos_token_id = {eos} in every row, got none in row {row}")
+            place = ends.to(torch.uint8).argmax(-1)  # the first: padding may be the same token
+        return x[torch.arange(len(x), device=x.device), place]
+
+    def _check_pixels(self, pixel_values: Tensor) -> None:
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values must be a floating tensor, got {type(pixel_values).__name__}")
+        if not pixel_values.is_floating_point():
+            raise TypeError(f"pixel_values must be a floating tensor, got {pixel_values.dtype}")
+        c = self.config
+        shape = (c.channels, c.image_size, c.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != shape:
+            got = tuple(pixel_values.shape)
+            raise ValueError(f"pixel_values must be [B, {', '.join(map(str, shape))}], got shape {got}")

@@ -1,0 +1,104 @@
+"""`CLIPConfig`: every size of a two-tower model, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mmkernels.models import clip_weights
+from mmkernels.models.blocks.activations import check_activation
+from mmkernels.models.blocks.checkpoint import CheckpointError, Section
+
+VARIANTS = ("clip", "siglip")
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Every size of a two-tower model.
+
+    Args:
+        variant: "clip": the image tower has a class token and a norm before its layers, its feature is the class
+            token's, projected; the text tower is causal, its feature is the end-of-text token's, projected without a
+            bias; the loss is `info_nce`. "siglip": the image tower has neither, its patches' projection adds a bias,
+            and its feature is pooled by attention; in a text each token sees all, its feature is the last token's,
+            projected with a bias; the loss is `sigmoid_contrastive`, with a `logit_bias`.
+        vision_*, image_size, patch_size, channels: of the image tower; `vision_mlp` is its feed-forward's width.
+        text_*, vocab_size: of the text tower; `text_length` is the longest text, in tokens.
+        embed_dim: width of the features; of a "siglip" it is `vision_width`.
+        eos_token_id: a "clip" text's feature is that of the first such token; None: that of the highest id, which is
+            how OpenAI's model finds it.
+
+    Raises:
+        ValueError: a size that isn't positive, is absurdly large, or doesn't divide; an unknown variant or activation.
+    """
+
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    vision_mlp: int
+    image_size: int
+    patch_size: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    text_mlp: int
+    text_length: int
+    vocab_size: int
+    embed_dim: int
+    variant: Literal["clip", "siglip"] = "clip"
+    channels: int = 3
+    vision_activation: str = "quick_gelu"
+    text_activation: str = "quick_gelu"
+    vision_eps: float = 1e-5
+    text_eps: float = 1e-5
+    vision_dropout: float = 0.0
+    text_dropout: float = 0.0
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        for name, most in _LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size must be at most image_size = {self.image_size}, got {self.patch_size}")
+        for tower in ("vision", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise ValueError(f"{tower}_width must be a multiple of {tower}_heads = {heads}, got {width}")
+            check_activation(f"{tower}_activation", getattr(self, f"{tower}_activation"))
+            eps, dropout = getattr(self, f"{tower}_eps"), getattr(self, f"{tower}_dropout")
+            if not 0 < eps < float("inf"):
+                raise ValueError(f"{tower}_eps must be positive and finite, got {eps}")
+            if not 0 <= dropout <= 1:
+                raise ValueError(f"{tower}_dropout must be between 0 and 1, got {dropout}")
+        if self.variant == "siglip" and self.embed_dim != self.vision_width:
+            raise ValueError(f"embed_dim must be vision_width = {self.vision_width} in a siglip, got {self.embed_dim}")
+        if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
+            raise ValueError(f"eos_token_id must be below vocab_size = {self.vocab_size}, got {self.eos_token_id}")
+
+    @classmethod
+    def from_transformers(cls, config: dict[str, Any] | Section) -> CLIPConfig:
+        """The configuration that a Hugging Face ``CLIPConfig`` or ``SiglipConfig``, as a dict, describes."""
+        config = Section(config, "config") if isinstance(config, dict) else config
+        try:
+            return cls(**clip_weights.config_fields(config))
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"{config.where}: {error}") from error
+
+
+# Largest sizes taken: above any published model, below what would exhaust memory before a checkpoint can be compared.
+_LARGEST = {
+    **dict.fromkeys(("vision_width", "text_width", "embed_dim"), 2**16),
+    **dict.fromkeys(("vision_layers", "text_layers"), 2**9),
+    **dict.fromkeys(("vision_heads", "text_heads"), 2**12),
+    **dict.fromkeys(("vision_mlp", "text_mlp"), 2**18),
+    **dict.fromkeys(("image_size", "patch_size"), 2**13),
+    "text_length": 2**16,
+    "vocab_size": 2**24,
+    "channels": 2**8,
+}

@@ -1,0 +1,77 @@
+"""From the rows' losses to one number, and what flows back from it to each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+REFERENCE, SUM, POSITIVES, CLASSES = range(4)
+"""Rows of a state ``[4, N]``, which says of each row's softmax: a pair's probability is ``2 ** (logit * log2(e) -
+reference) / sum``, the reference close to the largest logit; how many positives the row has, and how many classes."""
+
+
+def reduced(
+    image_loss: Tensor,
+    text_loss: Tensor,
+    image_state: Tensor,
+    text_state: Tensor,
+    image_weight: float,
+    reduction: str,
+) -> Tensor:
+    """A tensor without a dim; 0 for reduction "none". The states tell which rows have a positive; empty ones: all."""
+    if reduction == "none":
+        return image_loss.new_zeros(())
+    sides = ((image_loss, image_state, image_weight), (text_loss, text_state, 1.0 - image_weight))
+    first, second = (weight * loss.sum() / _count(loss, state, reduction) for loss, state, weight in sides)
+    return first + second
+
+
+def upstream(
+    grad_loss: Tensor | None,
+    grad_rows: Tensor | None,
+    state: Tensor,
+    weight: float,
+    reduction: str,
+) -> Tensor | None:
+    """What flows back to each row of one direction, [rows]: through the loss of all, and through its own."""
+    if grad_loss is None or reduction == "none":
+        return grad_rows
+    each = (weight * grad_loss / _count(state[REFERENCE], state, reduction)).expand(state.shape[1])
+    return each if grad_rows is None else each + grad_rows
+
+
+def _count(loss: Tensor, state: Tensor, reduction: str) -> Tensor | int:
+    """What a sum of losses is divided by."""
+    if reduction == "sum":
+        return 1
+    return (state[POSITIVES] > 0).sum().clamp(min=1) if state.numel() else loss.numel()
+
+
+Outputs = tuple[Tensor, ...]
+
+
+def with_reduction(rows: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """A backend's forward pass over rows as the op boundary wants it: the reduced loss in front."""
+
+    def forward(*inputs: Any) -> Outputs:
+        *given, label_smoothing, image_weight, reduction, stats = inputs
+        image_loss, text_loss, image_state, text_state, *ranks = rows(*given, label_smoothing, stats)
+        loss = reduced(image_loss, text_loss, image_state, text_state, image_weight, reduction)
+        return loss, image_loss, text_loss, image_state, text_state, *ranks
+
+    return forward
+
+
+def with_upstream(rows: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """A backend's backward pass from rows' gradients as the op boundary wants it: from the reduced loss's too."""
+
+    def backward(*inputs: Any) -> Outputs:
+        *tensors, image_state, text_state, grad_loss, grad_image_loss, grad_text_loss = inputs[:11]
+        ignore, label_smoothing, image_weight, reduction, needs = inputs[11:]
+        of_images = upstream(grad_loss, grad_image_loss, image_state, image_weight, reduction)
+        of_texts = upstream(grad_loss, grad_text_loss, text_state, 1.0 - image_weight, reduction)
+        return rows(*tensors, image_state, text_state, of_images, of_texts, ignore, label_smoothing, needs)
+
+    return backward
