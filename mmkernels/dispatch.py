@@ -247,7 +247,7 @@ def _loop_over(op: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         calls = [
-            op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+            op(*(x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x for x, dim in zip(args, in_dims)))
             for i in range(info.batch_size)
         ]
         if isinstance(calls[0], Tensor):

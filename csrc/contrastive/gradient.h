@@ -163,9 +163,10 @@ void gradient_tile(const PairProblem& p, int side, i64 row, i64 rows, i64 lane, 
     const std::uint32_t live = live_bits(v * kLanes, lanes);
     const bool whole = live == live_bits(0, kLanes);
     gradient.move(lane + v * kLanes);
-    Vec of_scale = zero(), of_bias = zero(), loss = zero();
+    Vec of_scale = zero(), of_bias = zero();
     for (i64 first = 0; first < rows; first += kLanes) {
       Vec block[kLanes];
+      Vec loss = zero(); // a short sum: many equal terms, one by one, would all be rounded alike
       for (i64 n = 0; n < kLanes; ++n) {
         const i64 r = first + n;
         if (r >= rows) {
@@ -175,8 +176,7 @@ void gradient_tile(const PairProblem& p, int side, i64 row, i64 rows, i64 lane, 
         std::uint32_t bits = 0, own = 0;
         if (matches) {
           bits = match_bits(p, side, row + r, lane, lanes, labels, v);
-          const i64 same = row + r - lane - v * kLanes;
-          own = same >= 0 && same < kLanes ? bits & (1u << same) : 0;
+          own = bits & own_bit(row + r, lane, v);
         }
         const Vec dot = load(dots + r * kPanel + v * kLanes);
         Vec g = gradient(dot, row + r, bits, own);
@@ -196,6 +196,9 @@ void gradient_tile(const PairProblem& p, int side, i64 row, i64 rows, i64 lane, 
           store(to, block[n]);
         }
       }
+      if constexpr (kSigmoid) {
+        sums.loss += sum(loss);
+      }
       if (out.by_image != nullptr) {
         transpose(block);
         for (i64 n = 0; n < kLanes; ++n) {
@@ -210,7 +213,6 @@ void gradient_tile(const PairProblem& p, int side, i64 row, i64 rows, i64 lane, 
     }
     sums.scale += sum(of_scale);
     sums.bias += sum(of_bias);
-    sums.loss += sum(loss);
   }
 }
 

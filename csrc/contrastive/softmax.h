@@ -60,17 +60,21 @@ struct SoftmaxTile {
   }
 
   // Sums of all logits that take part, for smoothing.
-  void add_all(float* tile_rows) const {
+  void add_all(float* of_texts) const {
+    const bool hides = p.ignore && matches();
     Vec columns[kVectors] = {};
     for (i64 r = 0; r < rows; ++r) {
       Vec line = zero();
       for (int v = 0; v < kVectors; ++v) {
-        const Vec x = load(logits + r * kPanel + v * kLanes);
-        const Vec seen = choose(live_bits(v * kLanes, lanes), x, zero());
-        columns[v] += seen;
-        line += seen;
+        std::uint32_t seen = live_bits(v * kLanes, lanes);
+        if (hides) {
+          seen &= ~match_bits(p, side, row + r, lane, lanes, labels, v) | own_bit(row + r, lane, v);
+        }
+        const Vec x = choose(seen, load(logits + r * kPanel + v * kLanes), zero());
+        columns[v] += x;
+        line += x;
       }
-      tile_rows[r] += sum(line);
+      of_texts[r] += sum(line);
     }
     for (int v = 0; v < kVectors; ++v) {
       store(images.all + v * kLanes, load(images.all + v * kLanes) + columns[v]);
@@ -100,10 +104,6 @@ struct SoftmaxTile {
         text_positives[r] += x;
         images.positives[i] += x;
         return;
-      }
-      if (images.all != nullptr) { // add_all has counted it
-        images.all[i] -= x;
-        texts.all[r] -= x;
       }
       x = -kInf;
     });

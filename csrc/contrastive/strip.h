@@ -150,23 +150,24 @@ MMK_INLINE std::int32_t row_label(const PairProblem& p, int side, i64 row) {
 MMK_INLINE bool may_match(const PairProblem& p, int side, i64 row, i64 rows, i64 first, i64 count) {
   return side == 0 && (p.image_label != nullptr || (row < first + count && first < row + rows));
 }
+// The low bits of the lanes from `at` on that stand for images.
+MMK_INLINE std::uint32_t live_bits(i64 at, i64 count) {
+  return at >= count ? 0 : (count - at >= kLanes ? (std::uint32_t)((1ull << kLanes) - 1) : (1u << (count - at)) - 1);
+}
+// The bit of the image of a text's number in vector v of a panel, if it is there.
+MMK_INLINE std::uint32_t own_bit(i64 row, i64 lane, i64 v) {
+  const i64 i = row - lane - v * kLanes;
+  return i >= 0 && i < kLanes ? 1u << i : 0;
+}
 // Which images of vector v of a panel share a text's label, or are its positive: the low bits.
 MMK_INLINE std::uint32_t match_bits(const PairProblem& p, int side, i64 row, i64 lane, i64 lanes,
                                     const std::int32_t* labels, i64 v) {
   const std::int32_t label = row_label(p, side, row);
   std::uint32_t bits = bits_of((IVec)load(labels + v * kLanes) == label - IVec{});
   if (p.ignore && side == 0) { // the positive's label may be another
-    const i64 i = row - lane - v * kLanes;
-    if (i >= 0 && i < kLanes && i + v * kLanes < lanes) {
-      bits |= 1u << i;
-    }
+    bits |= own_bit(row, lane, v) & live_bits(v * kLanes, lanes);
   }
   return bits;
 }
-// The low bits of the lanes from `at` on that stand for images.
-MMK_INLINE std::uint32_t live_bits(i64 at, i64 count) {
-  return at >= count ? 0 : (count - at >= kLanes ? (std::uint32_t)((1ull << kLanes) - 1) : (1u << (count - at)) - 1);
-}
-
 } // namespace MMK_ISA
 } // namespace mmkernels

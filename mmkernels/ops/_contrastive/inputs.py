@@ -26,7 +26,7 @@ def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", 
     check_tensor(name, x)
     dim = image.shape[-1]
     if x.dim() != 2 or x.shape[1] != dim or x.shape[0] < least:
-        size = "M" if least == 0 else f"M >= {least}"
+        size = "K" if least == 0 else f"M >= {least}"
         raise ValueError(f"{name} must be [{size}, {dim}], as {of} has {dim} channels, got shape {tuple(x.shape)}")
     if x.dtype != image.dtype:
         raise TypeError(f"{name} must have {of}'s dtype {image.dtype}, got {x.dtype}")

@@ -178,9 +178,10 @@ def info_nce(
     backend = resolve(backend)
     if backend == "reference" and not torch.compiler.is_compiling():
         need_states = return_stats or image_ids is not None
-        outputs = with_reduction(partial(reference, need_states=need_states))(
-            *tensors, ignore, label_smoothing, image_weight, reduction, return_stats
-        )
+        with torch._C._DisableAutocast():  # the features have been cast
+            outputs = with_reduction(partial(reference, need_states=need_states))(
+                *tensors, ignore, label_smoothing, image_weight, reduction, return_stats
+            )
     else:
         outputs = _op(*tensors, ignore, label_smoothing, image_weight, reduction, return_stats, backend)
     loss, image_loss, text_loss, image_state, text_state, image_rank, text_rank = outputs
@@ -192,7 +193,9 @@ def info_nce(
 
 
 def _check_share(name: str, x: float) -> float:
-    if isinstance(x, Tensor) or not 0.0 <= x <= 1.0:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a number from 0 to 1, got {type(x).__name__}")
+    if not 0.0 <= x <= 1.0:
         raise ValueError(f"{name} must be a number from 0 to 1, got {x!r}")
     return float(x)
 

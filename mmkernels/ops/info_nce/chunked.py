@@ -10,7 +10,7 @@ from mmkernels.ops._contrastive.strips import Strips, add_products
 
 
 class Softmax:
-    """The running state of one direction's rows: `spec.REFERENCE` and what follows, and sums for the loss.
+    """The running state of one direction's rows, as `reduction.REFERENCE` says, and sums for the loss.
 
     Blocks of columns may come in any order and from anywhere.
     """
@@ -139,15 +139,15 @@ def backward(
     for at in strips:
         rows = strips.image[at].to(strips.dtype)
         mine = torch.zeros_like(rows)
-        for texts, into in ((strips.text, of_text), (strips.hard, of_hard)):
+        for hard, texts, into in ((False, strips.text, of_text), (True, strips.hard, of_hard)):
             if texts is None or not len(texts):
                 continue
             dots, query = strips.dots(at, texts)
             logits, of_logits = dots * strips.scale, torch.zeros_like(dots)
-            positive, hidden = strips.pairs(at) if texts is strips.text else (None, None)
+            positive, hidden = (None, None) if hard else strips.pairs(at)
             if gradients[0] is not None:
                 gradients[0].add(of_logits, at, logits, positive, hidden)
-            if gradients[1] is not None and texts is strips.text:
+            if gradients[1] is not None and not hard:
                 turned = (None if x is None else x.mT for x in (positive, hidden))
                 gradients[1].add(of_logits.mT, every, logits.mT, *turned)
             of_scale += (of_logits * dots).sum()

@@ -49,7 +49,8 @@ def sigmoid_contrastive(
     Returns:
         a float32 tensor without a dim (float64 for float64 features): the sum over all pairs divided by N, the number
         of images, as in the paper. Differentiable by image, text, logit_scale and logit_bias; second derivatives are
-        computed by the reference formula, at its memory cost. NaN or inf among the features makes the loss NaN.
+        computed by the reference formula, at its memory cost. NaN among the features makes the loss NaN, inf makes it
+        NaN or inf, as the logits' signs have it.
 
     Under autocast image and text are cast to the autocast dtype.
 
@@ -74,7 +75,8 @@ def sigmoid_contrastive(
     tensors = (image, text, logit_scale, logit_bias, image_ids, text_ids)
     backend = resolve(backend)
     if backend == "reference" and not torch.compiler.is_compiling():
-        return formula(*tensors)
+        with torch._C._DisableAutocast():  # the features have been cast
+            return formula(*tensors)
     recording = torch.is_grad_enabled()
     needs = [recording and x.requires_grad for x in tensors[:4] if x is not None]
     loss: Tensor = _op(*tensors, needs, backend)[0]
