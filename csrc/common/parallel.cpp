@@ -39,7 +39,29 @@ constexpr std::int64_t kKept = 1 << 20;
 thread_local Memory kept;
 thread_local std::int64_t kept_bytes = 0;
 
+// What a thread keeps between calls, one in use at a time.
+constexpr std::int64_t kKeptBetweenCalls = 1 << 22;
+thread_local Memory between_calls;
+thread_local std::int64_t between_calls_bytes = 0;
+
 } // namespace
+
+Workspace::Workspace(std::int64_t bytes) : data_(nullptr), bytes_(bytes) {
+  if (between_calls != nullptr && between_calls_bytes >= bytes) {
+    bytes_ = between_calls_bytes;
+    data_ = between_calls.release();
+  } else {
+    data_ = allocate(bytes).release();
+  }
+}
+
+Workspace::~Workspace() {
+  Memory mine(data_);
+  if (bytes_ <= kKeptBetweenCalls && (between_calls == nullptr || between_calls_bytes < bytes_)) {
+    between_calls = std::move(mine);
+    between_calls_bytes = bytes_;
+  }
+}
 
 int available_threads() {
 #ifndef _OPENMP

@@ -33,7 +33,10 @@ MMK_INLINE void tile(const char* __restrict a, i64 a_row, i64 a_step, const char
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
     for (int n = 0; n < kCols; ++n) {
-      acc[m][n] = add ? load(c + m * c_row + n * kLanes) : zero();
+      acc[m][n] = zero();
+      if (add) { // added at the end: by then it has come from wherever it was
+        __builtin_prefetch(c + m * c_row + n * kLanes, 1);
+      }
     }
   }
   // Of a unit step the offsets along k are constants; else (a row's elements lie side by side) those along m are.
@@ -59,7 +62,8 @@ MMK_INLINE void tile(const char* __restrict a, i64 a_row, i64 a_step, const char
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
     for (int n = 0; n < kCols; ++n) {
-      store(c + m * c_row + n * kLanes, acc[m][n]);
+      float* to = c + m * c_row + n * kLanes;
+      store(to, add ? load(to) + acc[m][n] : acc[m][n]);
     }
   }
 }

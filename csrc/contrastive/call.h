@@ -24,6 +24,7 @@ extern const PairKernels pair_kernels_plain;
 constexpr double kLog2OfE = 1.4426950408889634, kLnOf2 = 0.6931471805599453;
 constexpr i64 kAlign = 64;         // padding of arrays: whole panels of any instruction set
 constexpr i64 kTaskRows = 16;      // what tasks are cut at: whole vectors of any instruction set
+constexpr i64 kLongTask = 512;     // texts of a task that is worth another
 constexpr double kSmallWork = 4e5; // FLOP below which one thread is faster
 
 // float32 [count], padded, each `value`.
@@ -86,6 +87,7 @@ struct PairCall {
     p.queries = image.dim() == 3 ? image.size(1) : 1;
     p.dim = image.size(-1);
     p.text = features_of(checked(second, text, image));
+    TORCH_CHECK_VALUE(p.text.count > 0, second, " must not be empty");
     TORCH_CHECK_VALUE(p.image.count < INT32_MAX && p.text.count < INT32_MAX, "there are too many rows");
   }
 
@@ -108,8 +110,10 @@ struct PairCall {
     p.scale2 = static_cast<float>(value * kLog2OfE);
   }
   void set_ids(const OptionalTensor& image_ids, const OptionalTensor& text_ids, bool ignore) {
-    labelled = image_ids.has_value() && text_ids.has_value();
-    TORCH_CHECK_VALUE(labelled || p.image.count == p.text.count, "without ids there must be as many texts as images");
+    labelled = image_ids.has_value();
+    TORCH_CHECK_VALUE(labelled == text_ids.has_value(), "image_ids and text_ids must both be given, or neither");
+    TORCH_CHECK_VALUE((labelled && !ignore) || p.image.count == p.text.count,
+                      "without ids, or to ignore theirs, there must be as many texts as images");
     if (labelled) {
       check_sizes("image_ids", *image_ids, {p.image.count});
       check_sizes("text_ids", *text_ids, {p.text.count});
@@ -140,7 +144,8 @@ struct PairCall {
   void cut(double products, i64 bytes_of_task, i64 bytes) {
     const i64 rows = p.text.count + p.hard.count;
     threads = products * 2.0 * p.image.count * p.queries * rows * p.dim < kSmallWork ? 1 : available_threads();
-    i64 wanted = threads == 1 ? 1 : 2 * threads;
+    // A second task for each thread evens out what else the machine does, where tasks are long.
+    i64 wanted = threads == 1 ? 1 : (rows >= 2 * threads * kLongTask ? 2 * threads : threads);
     if (bytes_of_task > 0) {
       wanted = std::clamp<i64>(bytes / bytes_of_task, std::min<i64>(threads, wanted), wanted);
     }

@@ -251,6 +251,7 @@ Tensor retrieval_ranks(const Tensor& query, const Tensor& gallery, const Tensor&
   if (ranks.numel() == 0) {
     return ranks;
   }
+  TORCH_CHECK_VALUE(query.dim() == 2, "query must be [N, d], got ", query.sizes());
   PairCall call(query, gallery, "query", "gallery");
   PairProblem& p = call.p;
   const i64 n = p.image.count, m = p.text.count;

@@ -5,7 +5,6 @@
 #include <ATen/EmptyTensor.h>
 
 #include <array>
-#include <memory>
 
 #include "call.h"
 
@@ -46,9 +45,8 @@ public:
     const i64 count = static_cast<i64>(call_.tasks.size());
     const bool products = p.need_image || p.need_rows[0] || p.need_rows[1];
     const i64 panels = k.panels_bytes(p), rows = products ? k.rows_bytes(p) : 0, scratch = k.gradient_scratch(p);
-    const Tensor memory = at::detail::empty_cpu({panels + rows + count * part * 4 + 64}, at::kByte);
-    char* base = static_cast<char*>(memory.mutable_data_ptr());
-    base += (64 - reinterpret_cast<std::uintptr_t>(base) % 64) % 64;
+    const Workspace memory(panels + rows + count * part * 4);
+    char* base = memory.data();
     float *packed = reinterpret_cast<float*>(base), *parts = reinterpret_cast<float*>(base + panels + rows);
     char* packed_rows = products ? base + panels : nullptr;
     std::vector<GradientSums> sums(count);
