@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <vector>
 
@@ -79,6 +80,7 @@ struct PairCall {
   bool labelled = false;
   std::vector<Task> tasks;
   int threads = 1;
+  double scale_log2 = 0.0; // the scale times log2(e)
 
   PairCall(const Tensor& image, const Tensor& text, const char* first = "image", const char* second = "text") {
     TORCH_CHECK_VALUE((image.dim() == 2 || image.dim() == 3) && image.numel() > 0 && image.device().is_cpu(), first,
@@ -107,7 +109,14 @@ struct PairCall {
     TORCH_CHECK_VALUE(scale.numel() == 1, "logit_scale must have one element");
     const double value = scale.item().toDouble();
     p.scale = static_cast<float>(value);
-    p.scale2 = static_cast<float>(value * kLog2OfE);
+    scale_log2 = value * kLog2OfE;
+    const float near = static_cast<float>(scale_log2), least = std::copysign(FLT_MIN, near);
+    const float high = std::abs(near) > std::abs(scale_log2) ? std::nextafter(near, 0.0f) : near;
+    p.high = high == 0.0f ? least : high;
+    p.low = static_cast<float>(scale_log2 - p.high);
+    p.low = p.low == 0.0f || std::signbit(p.low) != std::signbit(p.high) ? least : p.low;
+    p.hidden = value < 0.0 ? INFINITY : -INFINITY;
+    p.sign = value > 0.0 ? 1.0f : (value < 0.0 ? -1.0f : static_cast<float>(value)); // 0, or NaN
   }
   void set_ids(const OptionalTensor& image_ids, const OptionalTensor& text_ids, bool ignore) {
     labelled = image_ids.has_value();

@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> finish(const PairCall& call, const Side& side, bool o
       target += smoothing * side.all[i] / static_cast<double>(classes);
     }
     const double lse = side.reference[i] + std::log2(static_cast<double>(side.sum[i]));
-    to[i] = positives > 0 ? static_cast<float>(kLnOf2 * (lse - target)) : 0.0f;
+    to[i] = positives > 0 ? static_cast<float>(kLnOf2 * (lse - call.scale_log2 * target)) : 0.0f;
     of[i] = side.reference[i];
     of[count + i] = side.sum[i];
     of[2 * count + i] = static_cast<float>(positives);
@@ -193,6 +193,19 @@ struct WeightArrays {
   }
 };
 
+// A dot of the size that counts. Each row's gradients sum to 0, so that the scale's gradient may count dots from
+// anywhere.
+float middle_dot(const PairCall& call, const WeightArrays& side) {
+  double total = 0.0;
+  for (std::size_t i = 0; i < side.reference.size(); ++i) {
+    total += side.softmax[i] != 0.0f ? side.reference[i] : 0.0;
+  }
+  const double rows =
+      static_cast<double>(std::count_if(side.softmax.begin(), side.softmax.end(), [](float x) { return x != 0.0f; }));
+  const float middle = static_cast<float>(total / (rows * call.scale_log2));
+  return std::isfinite(middle) ? middle : 0.0f;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor>
 info_nce_backward(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const OptionalTensor& image_ids,
                   const OptionalTensor& text_ids, const OptionalTensor& hard_texts, const Tensor& image_state,
@@ -214,6 +227,7 @@ info_nce_backward(const Tensor& image, const Tensor& text, const Tensor& logit_s
   p.of_images = of_images.weights();
   p.of_texts = of_texts.weights();
   p.factor = p.scale;
+  p.middle = middle_dot(call, of_images.reference.empty() ? of_texts : of_images);
   Gradients gradients(call, image, text, hard_texts, {needs[0], needs[1], needs[3]});
   const GradientSums sums = gradients.run();
   const Tensor of_scale =

@@ -102,10 +102,9 @@ struct SoftmaxGradient {
   }
   // `bits`: pairs of one label; `own`: the one of one number, if it is among them.
   MMK_INLINE Vec operator()(Vec dot, i64 text, std::uint32_t bits, std::uint32_t own) {
-    const Vec x = dot * set1(p.scale2);
-    Vec g = of_images ? exp2(x - reference) * softmax : zero();
+    Vec g = of_images ? exp2(logit_from(p, dot, reference)) * softmax : zero();
     if (of_texts) {
-      g = fma(exp2(x - set1(p.of_texts.reference[text])), set1(p.of_texts.softmax[text]), g);
+      g = fma(exp2(logit_from(p, dot, set1(p.of_texts.reference[text]))), set1(p.of_texts.softmax[text]), g);
     }
     if (even) {
       g -= even_image;
@@ -158,7 +157,7 @@ void gradient_tile(const PairProblem& p, int side, i64 row, i64 rows, i64 lane, 
   Gradient gradient(p, side);
   constexpr bool kSigmoid = std::is_same<Gradient, SigmoidGradient>::value;
   const bool matches = may_match(p, side, row, rows, lane, lanes);
-  const Vec factor = set1(out.factor);
+  const Vec factor = set1(out.factor), middle = set1(p.middle);
   for (int v = 0; v < kVectors; ++v) {
     const std::uint32_t live = live_bits(v * kLanes, lanes);
     const bool whole = live == live_bits(0, kLanes);
@@ -183,7 +182,7 @@ void gradient_tile(const PairProblem& p, int side, i64 row, i64 rows, i64 lane, 
         if (!whole) {
           g = choose(live, g, zero());
         }
-        of_scale = fma(g, whole ? dot : choose(live, dot, zero()), of_scale);
+        of_scale = fma(g, whole ? dot - middle : choose(live, dot - middle, zero()), of_scale);
         if constexpr (kSigmoid) {
           of_bias += g;
           loss += whole ? gradient.wrong_loss : choose(live, gradient.wrong_loss, zero());

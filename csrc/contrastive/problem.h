@@ -22,11 +22,11 @@ struct Features {
 // What one text's, or one image's, row of logits adds up to so far; `reference` and `sum` as in the op's state.
 struct Sums {
   float *reference = nullptr, *sum = nullptr; // of 2^(logit - reference), logits in base 2
-  float* positives = nullptr;                 // sum of the positives' logits, in base 2
-  float* all = nullptr;                       // of all logits; null: not wanted
+  float* positives = nullptr;                 // sum of the positives' dots
+  float* all = nullptr;                       // of all dots; null: not wanted
 };
 
-// The best positive of each row, in base 2, and its place; then how many negatives stand before it.
+// The best positive of each row, a dot times the scale's sign, and its place; then how many negatives stand before it.
 struct Ranks {
   float* best = nullptr; // null: not wanted
   std::int32_t* place = nullptr;
@@ -41,9 +41,14 @@ struct Weights {
 
 struct PairProblem {
   std::int64_t dim = 0, queries = 1;
-  Features image, text, hard;        // the score of a pair is the largest of the image's queries
-  float scale = 0.0f, scale2 = 0.0f; // scale2: times log2(e)
-  float bias = 0.0f;                 // of the sigmoid loss
+  Features image, text, hard; // the score of a pair is the largest of the image's queries
+  float scale = 0.0f;
+  // The scale times log2(e) in two parts of one sign, neither of them 0: one rounded factor would shift all logits
+  // alike.
+  float high = 0.0f, low = 0.0f;
+  float hidden = 0.0f; // a dot whose logit is -inf
+  float sign = 0.0f;   // of the scale: dots in the order of logits
+  float bias = 0.0f;   // of the sigmoid loss
 
   // What image and text belong together: those of one label; null: those of one number.
   const std::int32_t *image_label = nullptr, *text_label = nullptr;
@@ -56,7 +61,8 @@ struct PairProblem {
   // Gradients.
   bool sigmoid = false;
   Weights of_images, of_texts;
-  float factor = 1.0f;                                    // what the products are multiplied by
+  float middle = 0.0f; // taken off dots in the scale's gradient, where a constant comes to nothing but rounding
+  float factor = 1.0f; // what the products are multiplied by
   bool need_image = false, need_rows[2] = {false, false}; // rows: of text, of hard
   float* grad_rows[2] = {nullptr, nullptr};               // float32 [count, columns padded to whole vectors]
 };

@@ -7,7 +7,7 @@ namespace mmkernels {
 namespace MMK_ISA {
 
 // Below this a sum over a tile's line may have lost terms that count: the tile's largest logit is too far above them.
-constexpr float kSmall = 8.271806125530277e-25f; // 2^-80
+constexpr float kSmall = 5.960464477539063e-8f; // 2^-24
 
 // Running sums of kLanes rows or images take in sums `more` relative to `base`.
 MMK_INLINE void add_sums(float* reference, float* sum, Vec base, Vec more) {
@@ -20,7 +20,7 @@ MMK_INLINE void add_sums(float* reference, float* sum, Vec base, Vec more) {
 // What a block of texts and a panel of images have to do with each other.
 struct SoftmaxTile {
   const PairProblem& p;
-  float* logits;   // [rows, kPanel]; dots first
+  float* dots;     // [rows, kPanel]
   i64 rows, lanes; // of texts, of images that are there
   i64 row, lane;   // numbers of the first ones
   int side;
@@ -28,29 +28,19 @@ struct SoftmaxTile {
   Sums texts, images;         // of the first ones
   Ranks text_ranks, image_ranks;
 
-  // Dots to logits in base 2, -inf where there is no image; answers the largest, NaN aside.
-  float scaled() const {
-    const Vec scale = set1(p.scale2);
+  // The largest logit in base 2, NaN aside; what is no image is hidden.
+  float largest_logit() const {
+    const Vec scale = set1(p.high);
     Vec top[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       top[v] = set1(-kInf);
     }
     for (i64 r = 0; r < rows; ++r) {
-      float* at = logits + r * kPanel;
-      for (int v = 0; v < kVectors; ++v) {
-        const Vec x = load(at + v * kLanes) * scale;
-        store(at + v * kLanes, x);
-        top[v] = max_skip_nan(top[v], x);
-      }
-    }
-    if (lanes < kPanel) {
-      for (i64 r = 0; r < rows; ++r) {
-        for (i64 i = lanes; i < kPanel; ++i) {
-          logits[r * kPanel + i] = -kInf;
-        }
+      for (i64 i = lanes; i < kPanel; ++i) {
+        dots[r * kPanel + i] = p.hidden;
       }
       for (int v = 0; v < kVectors; ++v) {
-        top[v] = choose(live_bits(v * kLanes, lanes), top[v], set1(-kInf));
+        top[v] = max_skip_nan(top[v], load(dots + r * kPanel + v * kLanes) * scale);
       }
     }
     for (int v = 1; v < kVectors; ++v) {
@@ -59,7 +49,7 @@ struct SoftmaxTile {
     return largest(top[0]);
   }
 
-  // Sums of all logits that take part, for smoothing.
+  // Sums of all dots that take part, for smoothing.
   void add_all(float* of_texts) const {
     const bool hides = p.ignore && matches();
     Vec columns[kVectors] = {};
@@ -70,7 +60,7 @@ struct SoftmaxTile {
         if (hides) {
           seen &= ~match_bits(p, side, row + r, lane, lanes, labels, v) | own_bit(row + r, lane, v);
         }
-        const Vec x = choose(seen, load(logits + r * kPanel + v * kLanes), zero());
+        const Vec x = choose(seen, load(dots + r * kPanel + v * kLanes), zero());
         columns[v] += x;
         line += x;
       }
@@ -96,16 +86,16 @@ struct SoftmaxTile {
     return may_match(p, side, row, rows, lane, lanes);
   }
 
-  // Positives' logits to their sums; hidden pairs to -inf.
+  // Positives' dots to their sums; pairs that take no part are hidden.
   void sort_out(float* text_positives) const {
     each_match([&](i64 r, i64 i, bool positive) {
-      float& x = logits[r * kPanel + i];
+      float& x = dots[r * kPanel + i];
       if (positive) {
         text_positives[r] += x;
         images.positives[i] += x;
         return;
       }
-      x = -kInf;
+      x = p.hidden;
     });
   }
 
@@ -120,10 +110,10 @@ struct SoftmaxTile {
       for (i64 n = 0; n < kLanes; ++n) {
         lines[n] = set1(1.0f);
         if (r + n < rows) {
-          const float* at = logits + (r + n) * kPanel;
+          const float* at = dots + (r + n) * kPanel;
           Vec line = zero();
           for (int v = 0; v < kVectors; ++v) {
-            const Vec e = exp2(load(at + v * kLanes) - base);
+            const Vec e = exp2(logit_from(p, load(at + v * kLanes), base));
             columns[v] += e;
             line += e;
           }
@@ -154,26 +144,29 @@ struct SoftmaxTile {
 
   // Two exponentials, relative to each line's own largest.
   void add_apart() const {
+    const Vec scale = set1(p.high);
     for (int v = 0; v < kVectors; ++v) {
+      const float* column = dots + v * kLanes;
       Vec top = load(images.reference + v * kLanes), more = zero();
       for (i64 r = 0; r < rows; ++r) {
-        top = max_skip_nan(top, load(logits + r * kPanel + v * kLanes));
+        top = max_skip_nan(top, load(column + r * kPanel) * scale);
       }
       const Vec base = top == -kInf ? zero() : top;
       for (i64 r = 0; r < rows; ++r) {
-        more += exp2(load(logits + r * kPanel + v * kLanes) - base);
+        more += exp2(logit_from(p, load(column + r * kPanel), base));
       }
       add_sums(images.reference + v * kLanes, images.sum + v * kLanes, top, more);
     }
     for (i64 r = 0; side == 0 && r < rows; ++r) {
+      const float* line = dots + r * kPanel;
       Vec top = set1(-kInf), more = zero();
       for (int v = 0; v < kVectors; ++v) {
-        top = max_skip_nan(top, load(logits + r * kPanel + v * kLanes));
+        top = max_skip_nan(top, load(line + v * kLanes) * scale);
       }
       const float most_of_row = most(texts.reference[r], largest(top));
       const float base = most_of_row == -kInf ? 0.0f : most_of_row;
       for (int v = 0; v < kVectors; ++v) {
-        more += exp2(load(logits + r * kPanel + v * kLanes) - base);
+        more += exp2(logit_from(p, load(line + v * kLanes), set1(base)));
       }
       texts.sum[r] = texts.sum[r] * exp2(set1(texts.reference[r] - base))[0] + sum(more);
       texts.reference[r] = most_of_row;
@@ -190,7 +183,7 @@ struct SoftmaxTile {
       const std::int32_t number = (std::int32_t)((side == 0 ? 0 : p.text.count) + row + r);
       std::int32_t count = 0;
       for (int v = 0; v < kVectors; ++v) {
-        const Vec x = load(logits + r * kPanel + v * kLanes), other = load(best + v * kLanes);
+        const Vec x = load(dots + r * kPanel + v * kLanes) * set1(p.sign), other = load(best + v * kLanes);
         const std::uint32_t counted =
             live_bits(v * kLanes, lanes) & ~match_bits(p, side, row + r, lane, lanes, labels, v);
         IVec lower;
@@ -278,7 +271,7 @@ inline void softmax(const PairProblem& p, const Task& task, const Sums& images, 
                            from(images, lane),
                            own ? from(p.text_ranks, row) : Ranks{},
                            from(image_ranks, lane)};
-    const float top = tile.scaled();
+    const float top = tile.largest_logit();
     if (images.all != nullptr) {
       if (own) {
         tile.add_all(tile.texts.all);
@@ -318,7 +311,7 @@ inline void best_positives(const PairProblem& p, const Task& task, const Ranks& 
       const Rows text = fetch(source_of(p.text, r), 1, p.dim, is_dot(p), s.texts);
       panel_dots(p, text, 1, s.panel, s.tile, s.other, nullptr);
       for (int v = 0; v < kVectors; ++v) {
-        store(s.tile + v * kLanes, load(s.tile + v * kLanes) * set1(p.scale2));
+        store(s.tile + v * kLanes, load(s.tile + v * kLanes) * set1(p.sign));
         for (std::uint32_t bits = found[v]; bits != 0; bits &= bits - 1) {
           const i64 n = v * kLanes + __builtin_ctz(bits), i = lane + n;
           const float x = s.tile[n];

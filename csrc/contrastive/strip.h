@@ -101,6 +101,13 @@ MMK_INLINE i64 copy_bytes(const PairProblem& p, i64 rows) {
   return rows * row_bytes(is_dot(p), p.dim);
 }
 
+// A dot's logit in base 2, less `base`: near the base, where it counts, with no other error than the dot's own.
+MMK_INLINE Vec logit_from(const PairProblem& p, Vec dot, Vec base) {
+  return fma(dot, set1(p.low), fma(dot, set1(p.high), -base));
+}
+
+constexpr i64 kChain = 128; // products that float32 sums in one chain: longer ones round more than a library's
+
 // Logits before the scale, [rows, kPanel], of a panel of images; of several queries the largest, and which one it is if
 // `winner` is given. `other` is a tile of scratch.
 inline void panel_dots(const PairProblem& p, Rows texts, i64 rows, const float* panel, float* to, float* other,
@@ -112,7 +119,10 @@ inline void panel_dots(const PairProblem& p, Rows texts, i64 rows, const float* 
     if (is_dot(p)) {
       gemm<kHasDot>(a, b, kPanel * 4, tile, kPanel, rows, kVectors, depth, false);
     } else {
-      gemm<false>(a, b, kPanel * 4, tile, kPanel, rows, kVectors, depth, false);
+      for (i64 k = 0; k < depth; k += kChain) {
+        gemm<false>({a.data + k * 4, a.row, 4}, b + k * kPanel, kPanel * 4, tile, kPanel, rows, kVectors,
+                    least(kChain, depth - k), k > 0);
+      }
     }
   };
   multiply(0, to);
