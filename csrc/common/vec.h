@@ -89,6 +89,22 @@ MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return a * b + c;
 #endif
 }
+// The same, rounded once on every CPU.
+MMK_INLINE Vec fma_exact(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  return fma(a, b, c);
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) {
+#if defined(__aarch64__)
+    v[i] = __builtin_fmaf(a[i], b[i], c[i]);
+#else
+    v[i] = (float)((double)a[i] * (double)b[i] + (double)c[i]);
+#endif
+  }
+  return v;
+#endif
+}
 // Makes the compiler believe that v is used and changed.
 MMK_INLINE void keep(Vec& v) {
 #if defined(__AVX512F__)
@@ -170,38 +186,50 @@ constexpr float kInf = __builtin_inff();
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
-// 2^x, exactly 0 below -126 (so for -inf), NaN for NaN. Relative error below 1.6e-7: x = n + f, |f| <= 1/2, and 2^f by
-// a polynomial of degree 5 with least relative error on that interval.
-MMK_INLINE Vec exp2(Vec x) {
-  constexpr float c0 = 1.0f, c1 = 6.931469776e-1f, c2 = 2.402224208e-1f, c3 = 5.550733747e-2f, c4 = 9.671512910e-3f,
-                  c5 = 1.326472689e-3f;
+// To the nearest whole number, ties to even; NaN and infinities as they are, in the plain code within 2^22 only.
+MMK_INLINE Vec round_to_whole(Vec x) {
 #if defined(__AVX512F__)
-  const __mmask16 big = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__)
-  const Vec n = (Vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (Vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const Vec shift = set1(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
-  const Vec bounded = x > 200.0f ? set1(200.0f) : (x < -200.0f ? set1(-200.0f) : x);
-  volatile Vec rounded = bounded + shift; // volatile: not to be folded away
-  const Vec n = rounded - shift;
+  volatile Vec rounded = x + shift;    // volatile: not to be folded away
+  const Vec whole = rounded - shift;
+  return x < 4194304.0f && x > -4194304.0f ? whole : x;
 #endif
-  const Vec f = x - n;
+}
+
+// 2^f for |f| <= 1/2, by a polynomial of degree 5 with least relative error there: below 1.6e-7.
+MMK_INLINE Vec exp2_of_fraction(Vec f) {
+  constexpr float c0 = 1.0f, c1 = 6.931469776e-1f, c2 = 2.402224208e-1f, c3 = 5.550733747e-2f, c4 = 9.671512910e-3f,
+                  c5 = 1.326472689e-3f;
   Vec p = fma(set1(c5), f, set1(c4));
   p = fma(p, f, set1(c3));
   p = fma(p, f, set1(c2));
   p = fma(p, f, set1(c1));
-  p = fma(p, f, set1(c0));
+  return fma(p, f, set1(c0));
+}
+
+// p * 2^n for whole n and p near 1; exactly 0 where `bound`, n or nearly so, is below -126.
+MMK_INLINE Vec times_exp2(Vec p, Vec n, Vec bound) {
 #if defined(__AVX512F__)
+  const __mmask16 big = _mm512_cmp_ps_mask((__m512)bound, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return (Vec)_mm512_maskz_scalef_ps(big, (__m512)p, (__m512)n);
 #else
-  // 2^n in two factors: n may be 128 where f is below 0. A NaN must not reach the conversion to integers.
+  // 2^n in two factors: n may be 128 where p is below 1. A NaN must not reach the conversion to integers.
   const Vec safe = n != n ? zero() : (n > 256.0f ? set1(256.0f) : (n < -256.0f ? set1(-256.0f) : n));
   const IVec whole = __builtin_convertvector(safe, IVec);
   const IVec half = whole >> 1, rest = whole - half;
   const Vec scaled = p * (Vec)((half + 127) << 23) * (Vec)((rest + 127) << 23);
-  return x < -126.0f ? zero() : (x > 1000.0f ? set1(kInf) : scaled);
+  return bound < -126.0f ? zero() : (bound > 1000.0f ? set1(kInf) : (bound != bound ? bound : scaled));
 #endif
+}
+
+// 2^x, exactly 0 below -126 (so for -inf), NaN for NaN. Relative error below 1.6e-7.
+MMK_INLINE Vec exp2(Vec x) {
+  const Vec n = round_to_whole(x);
+  return times_exp2(exp2_of_fraction(x - n), n, x);
 }
 
 // 16-bit floats.

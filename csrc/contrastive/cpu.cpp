@@ -179,8 +179,9 @@ struct WeightArrays {
     even = array(smoothing > 0.0 ? count : 0);
     for (i64 i = 0; i < count; ++i) {
       const double own = g != nullptr ? g[i] : 0.0, weight = of[2 * count + i] > 0.0f ? own + all : 0.0;
-      reference[i] = of[i];
-      softmax[i] = static_cast<float>(weight / of[count + i]);
+      // A whole reference, whoever wrote the state.
+      reference[i] = std::nearbyint(of[i]);
+      softmax[i] = static_cast<float>(weight / of[count + i] * std::exp2(static_cast<double>(reference[i]) - of[i]));
       positive[i] = static_cast<float>((1.0 - smoothing) * weight / std::max(of[2 * count + i], 1.0f));
       if (smoothing > 0.0) {
         even[i] = static_cast<float>(smoothing * weight / of[3 * count + i]);

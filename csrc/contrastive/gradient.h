@@ -102,9 +102,10 @@ struct SoftmaxGradient {
   }
   // `bits`: pairs of one label; `own`: the one of one number, if it is among them.
   MMK_INLINE Vec operator()(Vec dot, i64 text, std::uint32_t bits, std::uint32_t own) {
-    Vec g = of_images ? exp2(logit_from(p, dot, reference)) * softmax : zero();
+    const Power power = power_of(p, dot);
+    Vec g = of_images ? power.over(reference) * softmax : zero();
     if (of_texts) {
-      g = fma(exp2(logit_from(p, dot, set1(p.of_texts.reference[text]))), set1(p.of_texts.softmax[text]), g);
+      g = fma(power.over(set1(p.of_texts.reference[text])), set1(p.of_texts.softmax[text]), g);
     }
     if (even) {
       g -= even_image;

@@ -7,9 +7,9 @@ namespace mmkernels {
 namespace MMK_ISA {
 
 // Below this a sum over a tile's line may have lost terms that count: the tile's largest logit is too far above them.
-constexpr float kSmall = 5.960464477539063e-8f; // 2^-24
+constexpr float kSmall = 8.271806125530277e-25f; // 2^-80
 
-// Running sums of kLanes rows or images take in sums `more` relative to `base`.
+// Running sums of kLanes rows or images take in sums `more` relative to `base`. All references are whole numbers.
 MMK_INLINE void add_sums(float* reference, float* sum, Vec base, Vec more) {
   const Vec old = load(reference), now = max_skip_nan(old, base);
   const Vec zeroed = now == -kInf ? zero() : now; // nothing was seen yet
@@ -28,7 +28,7 @@ struct SoftmaxTile {
   Sums texts, images;         // of the first ones
   Ranks text_ranks, image_ranks;
 
-  // The largest logit in base 2, NaN aside; what is no image is hidden.
+  // A whole number near the largest logit in base 2, NaN aside; what is no image is hidden.
   float largest_logit() const {
     const Vec scale = set1(p.high);
     Vec top[kVectors];
@@ -46,7 +46,7 @@ struct SoftmaxTile {
     for (int v = 1; v < kVectors; ++v) {
       top[0] = max_skip_nan(top[0], top[v]);
     }
-    return largest(top[0]);
+    return largest(round_to_whole(top[0]));
   }
 
   // Sums of all dots that take part, for smoothing.
@@ -113,7 +113,7 @@ struct SoftmaxTile {
           const float* at = dots + (r + n) * kPanel;
           Vec line = zero();
           for (int v = 0; v < kVectors; ++v) {
-            const Vec e = exp2(logit_from(p, load(at + v * kLanes), base));
+            const Vec e = power_of(p, load(at + v * kLanes)).over(base);
             columns[v] += e;
             line += e;
           }
@@ -149,11 +149,11 @@ struct SoftmaxTile {
       const float* column = dots + v * kLanes;
       Vec top = load(images.reference + v * kLanes), more = zero();
       for (i64 r = 0; r < rows; ++r) {
-        top = max_skip_nan(top, load(column + r * kPanel) * scale);
+        top = max_skip_nan(top, round_to_whole(load(column + r * kPanel) * scale));
       }
       const Vec base = top == -kInf ? zero() : top;
       for (i64 r = 0; r < rows; ++r) {
-        more += exp2(logit_from(p, load(column + r * kPanel), base));
+        more += power_of(p, load(column + r * kPanel)).over(base);
       }
       add_sums(images.reference + v * kLanes, images.sum + v * kLanes, top, more);
     }
@@ -161,12 +161,12 @@ struct SoftmaxTile {
       const float* line = dots + r * kPanel;
       Vec top = set1(-kInf), more = zero();
       for (int v = 0; v < kVectors; ++v) {
-        top = max_skip_nan(top, load(line + v * kLanes) * scale);
+        top = max_skip_nan(top, round_to_whole(load(line + v * kLanes) * scale));
       }
       const float most_of_row = most(texts.reference[r], largest(top));
       const float base = most_of_row == -kInf ? 0.0f : most_of_row;
       for (int v = 0; v < kVectors; ++v) {
-        more += exp2(logit_from(p, load(line + v * kLanes), set1(base)));
+        more += power_of(p, load(line + v * kLanes)).over(set1(base));
       }
       texts.sum[r] = texts.sum[r] * exp2(set1(texts.reference[r] - base))[0] + sum(more);
       texts.reference[r] = most_of_row;

@@ -101,9 +101,18 @@ MMK_INLINE i64 copy_bytes(const PairProblem& p, i64 rows) {
   return rows * row_bytes(is_dot(p), p.dim);
 }
 
-// A dot's logit in base 2, less `base`: near the base, where it counts, with no other error than the dot's own.
-MMK_INLINE Vec logit_from(const PairProblem& p, Vec dot, Vec base) {
-  return fma(dot, set1(p.low), fma(dot, set1(p.high), -base));
+// 2^logit of dots: a fraction near 1 times 2^whole, so that relative to a whole base, however far, nothing is rounded.
+struct Power {
+  Vec fraction, whole;
+
+  MMK_INLINE Vec over(Vec base) const {
+    const Vec n = whole - base;
+    return times_exp2(fraction, n, n);
+  }
+};
+MMK_INLINE Power power_of(const PairProblem& p, Vec dot) {
+  const Vec high = set1(p.high), n = round_to_whole(dot * high);
+  return {exp2_of_fraction(fma(dot, set1(p.low), fma_exact(dot, high, -n))), n};
 }
 
 constexpr i64 kChain = 128; // products that float32 sums in one chain: longer ones round more than a library's
