@@ -34,6 +34,7 @@ from torch import Tensor
 from mmkernels import SpanMask, tuning
 from mmkernels.ops import specs
 from mmkernels.ops._attention.cases import attention_inputs, normal
+from mmkernels.ops._contrastive.cases import features, two_towers
 from mmkernels.profiling.gate import Call, Gate, draw_cotangents, flat
 from mmkernels.profiling.machine import versions
 from mmkernels.profiling.meters import time_calls
@@ -53,7 +54,10 @@ SPACE: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int
     "grad_bias": ((32, 64, 128), (32, 64, 128), (4, 8), (1, 2)),
     "received": ((32, 64, 128), (64, 128), (4, 8), (1, 2, 3)),
     "weights": ((32, 64, 128), (64, 128), (4, 8), (1, 2)),
+    **dict.fromkeys(tuning.PRODUCTS, ((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4))),
 }
+_PAIRS = 8192  # of images and texts that are timed
+_HEAVY_PAIRS = 2048
 _MARGIN = 0.98  # of the default's time, that a configuration must undercut: less is noise
 _FINALISTS = 3
 _ROUNDS = 9
@@ -66,10 +70,12 @@ class Problem:
     Args:
         make: takes a generator and the head dim.
         grads: what is differentiated by; only the backward pass is then timed.
+        whole: the forward pass is timed with it, which gives the gradients.
     """
 
     make: Callable[[torch.Generator, int], Inputs]
     grads: tuple[str, ...] = ()
+    whole: bool = False
 
 
 def _plain(length: int) -> Callable[[torch.Generator, int], Inputs]:
@@ -94,6 +100,20 @@ def _cached(g: torch.Generator, dim: int) -> Inputs:
     return attention_inputs(g, 16, 32, 1, 4096, dim, key_heads=8)
 
 
+def _pairs(g: torch.Generator, dim: int) -> Inputs:
+    """A head dim of 256 stands for all that are more."""
+    return two_towers(g, _PAIRS, _PAIRS, dim if dim < 256 else 768, scale=50.0)
+
+
+def _biased_pairs(g: torch.Generator, dim: int) -> Inputs:
+    return _pairs(g, dim) | {"logit_bias": torch.tensor(-10.0)}
+
+
+def _gallery(g: torch.Generator, dim: int) -> Inputs:
+    inputs = _pairs(g, dim)
+    return {"query": inputs["image"], "gallery": inputs["text"], "target": torch.arange(_PAIRS)}
+
+
 # Each kernel at a long sequence without a mask and at a text over images, as far as it has the two. The configurations
 # for dropout are not searched: what they hold is set by registers.
 PROBLEMS: dict[str, dict[str, tuple[Problem, ...]]] = {
@@ -107,11 +127,16 @@ PROBLEMS: dict[str, dict[str, tuple[Problem, ...]]] = {
     },
     "attention_received": {"received": (Problem(_scores),)},
     "attention_weights": {"weights": (Problem(_scores),)},
+    "info_nce": {"contrastive": (Problem(_pairs),), "contrastive_grad": (Problem(_pairs, ("image", "text")),)},
+    "sigmoid_contrastive": {"sigmoid": (Problem(_biased_pairs, ("image", "text"), whole=True),)},
+    "retrieval_ranks": {"ranks": (Problem(_gallery),)},
 }
 
 
 def heaviest(op: str, kernel: str, g: torch.Generator, dim: int) -> Inputs:
     """The call that takes a kernel the most registers and shared memory: a row serves that one too."""
+    if kernel in tuning.PRODUCTS:
+        return _heaviest_pairs(op, kernel, g, dim)
     q_len, k_len = (1 if kernel == "decode" else 256), 512
     inputs = attention_inputs(g, 2, 4, q_len, k_len, dim)
     if op != "cross_attention":
@@ -124,6 +149,17 @@ def heaviest(op: str, kernel: str, g: torch.Generator, dim: int) -> Inputs:
         return inputs
     mask = torch.rand(2, 4, q_len, k_len, generator=g, device=g.device) < 0.5
     return inputs | {"mask": mask, "bias": normal(g, 2 if kernel == "grad_query" else 1, 4, q_len, k_len)}
+
+
+def _heaviest_pairs(op: str, kernel: str, g: torch.Generator, dim: int) -> Inputs:
+    inputs = two_towers(g, _HEAVY_PAIRS, _HEAVY_PAIRS, dim)
+    if op == "retrieval_ranks":
+        return {"query": inputs["image"], "gallery": inputs["text"], "target": torch.arange(_HEAVY_PAIRS)}
+    inputs["image_ids"] = torch.arange(_HEAVY_PAIRS) // 2
+    if op == "sigmoid_contrastive":
+        return inputs | {"logit_bias": torch.tensor(-10.0)}
+    inputs |= {"hard_texts": features(g, _HEAVY_PAIRS, dim), "label_smoothing": 0.1}
+    return inputs | ({"return_stats": True} if kernel == "contrastive" else {})
 
 
 class Search:
@@ -277,6 +313,8 @@ class _Timed:
             self.outputs, self.cotangents = flat(out), draw_cotangents(flat(out))
             leaves = [self.inputs[name] for name in problem.grads]
             self.call = lambda: torch.autograd.grad(out, leaves, self.cotangents, retain_graph=True)
+            if problem.whole:
+                self.call = lambda: torch.autograd.grad(forward(), leaves, self.cotangents)
         self.gate: Gate | None = None
 
     def prepare_gate(self) -> None:
@@ -311,8 +349,9 @@ class _Heaviest:
         out = self.spec.function(**inputs, backend=self.backend)
         if self.grads:
             torch.autograd.grad(out, [inputs[name] for name in self.grads], draw_cotangents(flat(out)))
-        if out.is_cuda:
-            torch.cuda.synchronize(out.device)
+        (first, *_) = flat(out)
+        if first.is_cuda:
+            torch.cuda.synchronize(first.device)
         return True
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class Launch:
     config: Config
 
 
+_interpreter = threading.Lock()  # which rewrites Triton's own functions while a kernel runs
 _recorded: list[Launch] | None = None
 
 
@@ -112,6 +114,9 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **con
     options = launch_options(config)
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
+            kernel[grid](*args, **constants, **options)
+    elif INTERPRETED:
+        with _interpreter:
             kernel[grid](*args, **constants, **options)
     else:
         kernel[grid](*args, **constants, **options)

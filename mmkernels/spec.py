@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,17 +91,33 @@ Cut = Callable[[Any], Any]
 """Takes an argument, an output or a gradient of a call, and answers its share in one part of the problem."""
 
 
+class Answer(NamedTuple):
+    """What is right in one part of a problem.
+
+    Args:
+        share: a result's place (outputs come first, then gradients) and the result -> what of it the part looks at.
+        naive, true: what the definition gives there, in the inputs' dtype and in float64.
+    """
+
+    share: Callable[[int, Tensor], Tensor]
+    naive: Sequence[Tensor]
+    true: Sequence[Tensor]
+
+
 @dataclass(frozen=True)
 class Parts:
-    """How a problem too large for the naive formula in float64 is checked: on parts that depend on nothing else.
+    """How a problem too large for the naive formula in float64 is checked: on parts of its results.
 
     Args:
         elements: inputs -> of the largest tensor that the naive formula builds.
         cuts: inputs -> some parts, each computed by the same op from its share of the arguments alone.
+        answers: where everything depends on everything, so that no part is a problem of its own: inputs, names of those
+            differentiated by, cotangents -> what is right in some parts, by other means.
     """
 
     elements: Callable[[Inputs], int]
-    cuts: Callable[[Inputs], Sequence[Cut]]
+    cuts: Callable[[Inputs], Sequence[Cut]] | None = None
+    answers: Callable[[Inputs, Sequence[str], Sequence[Tensor]], Sequence[Answer]] | None = None
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,16 @@ def _architecture(device: torch.device) -> str:
     return {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor), "sm_100" if major in (10, 11) else "sm_89")
 
 
+PRODUCTS = ("contrastive", "contrastive_grad", "sigmoid", "ranks")
+"""The kernels on products of features: rows of images (queries) and of texts (keys). Tiles are cut into steps of 128
+bytes of channels, so that no dim matters."""
+
+
+def _products(*entry: int) -> dict[str, tuple[tuple[int, int, int, int], ...]]:
+    block_q, block_k, warps, stages = entry
+    return dict.fromkeys(PRODUCTS, ((block_q, block_k, warps, stages),) * 3)
+
+
 # (rows, keys, warps, stages) for head dims up to 64, 128 and 256. Chosen by registers and shared memory, which
 # `python -m mmkernels.aot` prints for each; none has been timed on a GPU yet, see benchmarks/tune.py.
 _HOPPER = {
@@ -128,7 +138,9 @@ _HOPPER = {
     "grad_bias": ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     "received": ((64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 8, 2)),
     "weights": ((64, 128, 4, 1), (64, 128, 8, 1), (64, 64, 8, 1)),
+    **_products(256, 128, 8, 4),
 }
+_BLACKWELL = _HOPPER | _products(128, 256, 8, 3)
 _AMPERE = _HOPPER | {
     "grad_query_dropout": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
     "grad_key_value_dropout": ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
@@ -137,6 +149,7 @@ _AMPERE = _HOPPER | {
     "grad_key_value": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
     "grad_key_value_masked": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
     "received": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
+    **_products(256, 128, 8, 3),
 }
 _ADA = _AMPERE | {  # 100 KiB of shared memory a multiprocessor, against 164 and 228
     "grad_query_dropout": ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
@@ -145,6 +158,7 @@ _ADA = _AMPERE | {  # 100 KiB of shared memory a multiprocessor, against 164 and
     "grad_query": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 8, 1)),
     "grad_key_value": ((32, 64, 4, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
     "grad_key_value_masked": ((32, 64, 4, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+    **_products(128, 128, 8, 3),
 }
 _CDNA = _AMPERE | {  # 64 KiB
     "grad_query_dropout": ((64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
@@ -156,13 +170,14 @@ _CDNA = _AMPERE | {  # 64 KiB
     "grad_bias": ((64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)),
     "received": ((64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
     "decode": ((16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
+    **_products(128, 128, 8, 2),
 }
 KERNELS = tuple(_HOPPER)
 _DEFAULTS: Mapping[str, Mapping[str, tuple[tuple[int, int, int, int], ...]]] = {
     "sm_80": _AMPERE,
     "sm_89": _ADA,
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _BLACKWELL,
     "gfx942": _CDNA,
 }
 
@@ -172,6 +187,6 @@ def default(kernel: str, architecture: str, dtype: torch.dtype, dim: int) -> Con
     entry = _DEFAULTS[architecture][kernel][(64, 128, 256).index(bucket(dim))]
     block_q, block_k, warps, stages = entry
     if dtype == torch.float32:
-        most = 32 if bucket(dim) < 256 else 16
+        most = 64 if kernel in PRODUCTS else 32 if bucket(dim) < 256 else 16
         block_q, block_k, warps, stages = min(block_q, most), min(block_k, most), 8, 1
     return Config(block_q, block_k, warps, stages)

@@ -31,6 +31,11 @@ def test_every_default_configuration_is_compiled() -> None:
         for kernel, dim in itertools.product(("forward", "grad_query", "grad_key_value_masked"), (64, 128, 256)):
             name = kernel.removesuffix("_masked") + "_kernel"
             assert (name, tuning.default(kernel, target, torch.bfloat16, dim)) in compiled, (target, kernel, dim)
+    for target in ARCHITECTURES:
+        compiled = {(x.kernel.__name__, x.config) for _, x in distinct(target)}
+        for kernel, name in (("contrastive", "info_nce_kernel"), ("contrastive_grad", "info_nce_gradient_kernel")):
+            plan = tuning.default(kernel, target, torch.bfloat16, 768)
+            assert {(name, plan), (f"careful_{name}", plan)} <= compiled, (target, kernel)
 
 
 def test_defaults_exist_for_everything() -> None:
@@ -47,6 +52,20 @@ def test_launches_are_recorded_not_made() -> None:
     names = [x.kernel.__name__ for x in launches(variant, "sm_90")]
     assert names.count("forward_kernel") == names.count("grad_query_kernel") == 1
     assert names.count("grad_key_value_kernel") == 1 and "tile_status" in names
+
+
+def test_contrastive_launches() -> None:
+    """Each kernel for what is asked of it: descriptors on Hopper, none elsewhere; a pass more where ranks are."""
+    for target, tma in (("sm_90", True), ("sm_80", False), ("gfx942", False)):
+        (variant,) = [x for x in variants(target) if str(x) == "bfloat16 D768 place" and x.what == "info_nce"]
+        found = {x.kernel.__name__: x for x in launches(variant, target)}
+        assert "best_positives_kernel" not in found
+        assert {found[name].constants["TMA"] for name in ("info_nce_kernel", "info_nce_gradient_kernel")} == {tma}
+        assert found["info_nce_kernel"].constants["FLAT"] == (target != "gfx942")
+    (variant,) = [x for x in variants("sm_90") if str(x) == "bfloat16 D768 everything" and x.what == "info_nce"]
+    names = [x.kernel.__name__ for x in launches(variant, "sm_90")]
+    assert names.count("info_nce_kernel") == 2 and names.count("best_positives_kernel") == 1  # hard texts: one more
+    assert names.count("info_nce_gradient_kernel") == names.count("careful_info_nce_gradient_kernel") == 2
 
 
 def test_a_launch_is_specialised_by_alignment_ones_and_none() -> None:
@@ -76,6 +95,10 @@ def test_resources_of_a_small_kernel() -> None:
         ({"spilled_bytes": 8, "variant": "bfloat16 D256 none training"}, None),
         ({"spilled_bytes": 8, "target": "sm_80"}, None),
         ({"spilled_bytes": 8, "target": "sm_80", "variant": "float16 D80 1 row tile"}, "spills 8 bytes"),
+        ({"spilled_bytes": 8, "kernel": "ranks_kernel", "variant": "bfloat16 D768 none ranks"}, "spills 8 bytes"),
+        ({"spilled_bytes": 8, "kernel": "info_nce_kernel", "variant": "bfloat16 D768 place info_nce"}, "spills 8"),
+        ({"spilled_bytes": 8, "kernel": "info_nce_kernel", "variant": "bfloat16 D768 everything info_nce"}, None),
+        ({"spilled_bytes": 8, "kernel": "careful_info_nce_kernel", "variant": "bfloat16 D768 place info_nce"}, None),
         ({"shared_bytes": 228 << 10}, "needs 233472 bytes of shared memory, there are 232448"),
         ({"shared_bytes": 65 << 10, "target": "gfx942"}, "there are 65536"),
         ({"shared_bytes": 228 << 10, "target": "sm_100a"}, "there are 232448"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
 
 from mmkernels import SpanMask, cli, dispatch
 from mmkernels.dispatch import Backend
@@ -189,6 +190,60 @@ def test_a_gpu_s_row_has_its_backward_pass_alone_and_its_yardstick(monkeypatch: 
     assert found["yardstick"] == pytest.approx(info["flops_per_second"] / info["yardstick_flops_per_second"])
     assert found["nowhere"] is None and found["sdpa"] > 0
     assert [str(bench_command.verdict(target)) for target in info["targets"]].count("can't run") == 1
+
+
+def test_a_long_row_wastes_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run of a candidate checks and weighs it, and each of the others is timed: two, where they take long."""
+    monkeypatch.setattr(benchmark, "_LONG", -1.0)
+    monkeypatch.setattr(benchmark, "_LONG_BUDGET", 0.0)
+    runs: list[str] = []
+
+    def watched(given: dict[str, Any]) -> Callable[[], Any]:
+        call = sdpa(given)
+        return lambda: (runs.append("peer"), call())[1]
+
+    fixture = Fixture()
+    benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", True), (Peer("sdpa", watched),), counts_products=True)
+    assert len(runs) == 3
+    info = fixture.extra_info
+    assert info["rounds"] == 2 and info["calls_per_round"] == 1 and info["peers"]["sdpa"]["ratio"] > 0
+    assert info["memory_why_not"] or info["peers"]["sdpa"]["peak_memory_bytes"] >= 0
+    assert "gemms" not in info["peers"]["sdpa"]  # PyTorch's products in a long run are not counted
+
+
+def test_products_are_counted_where_that_is_asked_for() -> None:
+    """In units of the forward pass, which has two; the naive one multiplies the 5 of 18 keys that are hidden too."""
+    for asked in (False, True):
+        fixture = Fixture()
+        benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", True), (Peer("sdpa", sdpa),), counts_products=asked)
+        naive = fixture.extra_info["peers"]["naive"]
+        assert ("gemms" in naive) == asked
+    assert naive["gemms"] == pytest.approx(6 / 2 * 18 / 13)
+
+
+def test_a_naive_formula_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "memory_of", lambda device: 1000)
+    fixture = Fixture()
+    benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False), (Peer("sdpa", sdpa),))
+    assert fixture.extra_info["peers"]["naive"] == {"why_not": "would take 0 GB or more of 0 GB: left out"}
+    assert fixture.extra_info["peers"]["sdpa"]["ratio"] > 0
+
+
+def test_the_table_has_a_column_for_products_that_were_counted() -> None:
+    fixture = Fixture()
+    benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", True), (Peer("two words", sdpa),), counts_products=True)
+    row = fixture.extra_info | {"gemms": 4.25}
+    rates = {f"{name}_per_second": 1e9 for name in ("fp32_flops", "copy_bytes", "read_bytes")}
+    without = {name: x for name, x in row.items() if name != "gemms"}
+    for rows, shown in (([row], True), ([without, row], True), ([without], False)):
+        report = {
+            "machine_info": {"device": "a CPU", "ceilings": rates},
+            "benchmarks": [{"extra_info": row} for row in rows],
+        }
+        console = Console(width=100)
+        with console.capture() as printed:
+            console.print(bench_command.render(report))
+        assert ("GEMMs" in printed.get()) == ("4.25" in printed.get()) == shown
 
 
 def test_rows_by_name() -> None:

@@ -13,7 +13,7 @@ import tune
 
 from mmkernels import tuning
 from mmkernels.ops._attention.cases import attention_inputs
-from mmkernels.tuning import Config
+from mmkernels.tuning import PRODUCTS, Config
 
 ROOT = Path(__file__).parents[1]
 
@@ -131,6 +131,23 @@ def test_every_kernel_has_a_space_with_its_default_s_kind() -> None:
         assert set(kernels) <= set(tune.SPACE)
     for kernel in tune.SPACE:
         assert tuning.default(kernel, "sm_90", torch.bfloat16, 128).warps in (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("op", "kernel"),
+    [(op, kernel) for op, kernels in tune.PROBLEMS.items() for kernel in kernels if kernel in PRODUCTS],
+)
+def test_contrastive_problems(op: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their calls, the heaviest too, are the op's, and a wrong result is seen."""
+    for name in ("_PAIRS", "_HEAVY_PAIRS"):
+        monkeypatch.setattr(tune, name, 64)
+    found = tune.Search(op, kernel, "fp32", 64, CPU, clock=lambda *_: 1.0, backend="chunked")
+    row = found.run(0.0)
+    assert row is not None and (row["kernel"], row["dim"]) == (kernel, 64)
+    assert found._heaviest.call()
+    wrong = found._timed[0].call
+    found._timed[0].call = lambda: [x + 1 for x in tune.flat(wrong())]
+    assert found.run(0.0) is None and set(found.failures) == {"WrongResult"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

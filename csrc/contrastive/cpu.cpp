@@ -195,15 +195,19 @@ struct WeightArrays {
 };
 
 // A dot of the size that counts. Each row's gradients sum to 0, so that the scale's gradient may count dots from
-// anywhere.
-float middle_dot(const PairCall& call, const WeightArrays& side) {
-  double total = 0.0;
-  for (std::size_t i = 0; i < side.reference.size(); ++i) {
-    total += side.softmax[i] != 0.0f ? side.reference[i] : 0.0;
+// anywhere; here from between the mean of a row's and its largest.
+float middle_dot(const PairCall& call, const WeightArrays& side, const Tensor& state) {
+  const i64 count = state.size(1);
+  const Tensor rows = state.to(at::kFloat).contiguous();
+  const float* of = rows.const_data_ptr<float>();
+  double total = 0.0, counted = 0.0;
+  for (i64 i = 0; i < count; ++i) {
+    if (side.softmax[i] != 0.0f) {
+      total += of[i] + std::log2(static_cast<double>(of[count + i]) / of[3 * count + i]);
+      counted += 1.0;
+    }
   }
-  const double rows =
-      static_cast<double>(std::count_if(side.softmax.begin(), side.softmax.end(), [](float x) { return x != 0.0f; }));
-  const float middle = static_cast<float>(total / (rows * call.scale_log2));
+  const float middle = static_cast<float>(total / (counted * call.scale_log2));
   return std::isfinite(middle) ? middle : 0.0f;
 }
 
@@ -228,7 +232,11 @@ info_nce_backward(const Tensor& image, const Tensor& text, const Tensor& logit_s
   p.of_images = of_images.weights();
   p.of_texts = of_texts.weights();
   p.factor = p.scale;
-  p.middle = middle_dot(call, of_images.reference.empty() ? of_texts : of_images);
+  if (!of_images.reference.empty()) {
+    p.middle = middle_dot(call, of_images, image_state);
+  } else if (!of_texts.reference.empty()) {
+    p.middle = middle_dot(call, of_texts, text_state);
+  }
   Gradients gradients(call, image, text, hard_texts, {needs[0], needs[1], needs[3]});
   const GradientSums sums = gradients.run();
   const Tensor of_scale =

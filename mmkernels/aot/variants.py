@@ -21,6 +21,9 @@ from mmkernels.ops.attention_received import triton as received
 from mmkernels.ops.attention_weights import triton as weights
 from mmkernels.ops.cross_attention import triton as forward
 from mmkernels.ops.cross_attention import triton_backward as backward
+from mmkernels.ops.info_nce import triton as info_nce
+from mmkernels.ops.retrieval_ranks import triton as ranks
+from mmkernels.ops.sigmoid_contrastive import triton as sigmoid
 
 _BATCH, _HEADS, _LENGTH = 2, 8, 2048
 _PROCESSES = 2
@@ -31,9 +34,11 @@ class Variant:
     """Arguments of a call.
 
     Args:
-        what: "training" (forward and backward), "decode", "received" or "weights".
+        what: "training" (forward and backward), "decode", "received", "weights"; "info_nce", "sigmoid", "ranks".
         mask: "none", "spans", "dense", "bias" (shared by the batch, with its gradient), or "everything": valid keys, a
-            whole bias with its gradient, a gate with its gradient, dropout.
+            whole bias with its gradient, a gate with its gradient, dropout. Of contrastive losses which pairs belong
+            together: "place", "hidden" (by place, ids hide; several queries an image), or "everything": by id, hard
+            texts, label smoothing, statistics.
     """
 
     what: str
@@ -54,6 +59,7 @@ _MAIN = (
     Variant("training", "spans", 64, torch.float32),
     Variant("decode", "none", 128),
     *(Variant(what, "spans", 64) for what in ("received", "weights")),
+    Variant("info_nce", "place", 768),
 )
 _HOPPER = (
     *_MAIN,
@@ -63,6 +69,10 @@ _HOPPER = (
     Variant("training", "spans", 64, torch.float16),
     Variant("decode", "spans", 128),
     *(Variant(what, "none", 128) for what in ("received", "weights")),
+    *(Variant("info_nce", kind, 768) for kind in ("everything", "hidden")),
+    Variant("info_nce", "place", 100, torch.float32),
+    *(Variant("sigmoid", "place", dim) for dim in (768, 100)),
+    Variant("ranks", "none", 768),
 )
 _LEAST_MEMORY = (
     *(Variant("training", "everything", dim, dtype) for dim in (128, 256) for dtype in (torch.bfloat16, torch.float32)),
@@ -70,6 +80,7 @@ _LEAST_MEMORY = (
     *(Variant("training", "none", dim) for dim in (64, 128, 160)),
     *(Variant("decode", "spans", dim) for dim in (64, 128, 256)),
     *(Variant(what, "spans", dim) for what in ("received", "weights") for dim in (64, 128, 256)),
+    *(Variant(what, "place", 768) for what in ("info_nce", "sigmoid")),
 )
 
 
@@ -86,6 +97,9 @@ def launches(variant: Variant, target: str) -> list[Launch]:
 
 
 def _call(variant: Variant) -> None:
+    if variant.what in ("info_nce", "sigmoid", "ranks"):
+        _call_contrastive(variant)
+        return
     dim, dtype = variant.dim, variant.dtype
     q_len = 1 if variant.what == "decode" else _LENGTH
     query = torch.empty(_BATCH, _HEADS, q_len, dim, dtype=dtype)
@@ -106,6 +120,24 @@ def _call(variant: Variant) -> None:
     if variant.what == "training":
         needs = [True, True, True, bias is not None, gate is not None]
         backward.backward(out, None, query, key, key, *masks, bias, gate, seed, out, lse, 0.1, 0.1, needs)
+
+
+def _call_contrastive(variant: Variant) -> None:
+    rows, dtype = 1024, variant.dtype
+    text = torch.empty(rows, variant.dim, dtype=dtype)
+    hidden, everything = variant.mask == "hidden", variant.mask == "everything"
+    image = torch.empty(rows, 4, variant.dim, dtype=dtype) if hidden else text
+    scale, number = torch.ones(()), torch.arange(rows)
+    ids = number if hidden or everything else None
+    if variant.what == "ranks":
+        ranks.forward(image, text, number)
+    elif variant.what == "sigmoid":
+        sigmoid.forward(image, text, scale, scale, ids, ids, [True] * 4)
+    else:
+        hard, smoothing = (text if everything else None), (0.1 if everything else 0.0)
+        state, grad = torch.ones(4, rows), torch.ones(rows)
+        info_nce.forward(image, text, scale, ids, ids, hard, hidden, smoothing, everything)
+        info_nce.backward(image, text, scale, ids, ids, hard, state, state, grad, grad, hidden, smoothing, [True] * 4)
 
 
 def _mask(kind: str, q_len: int) -> SpanMask | Tensor | None:

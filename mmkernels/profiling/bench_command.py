@@ -94,7 +94,8 @@ def render(report: dict[str, Any]) -> RenderableType:
     for group in dict.fromkeys((row["dtype"], row["pass"]) for row in rows):
         parts += [Text(" ".join(group), style="bold")]
         parts += _table([row for row in rows if (row["dtype"], row["pass"]) == group])
-    return Group(*parts, *_targets(rows), Text(_LEGEND, style="dim"))
+    legend = _LEGEND + (_COUNTED if any("gemms" in row for row in rows) else "")
+    return Group(*parts, *_targets(rows), Text(legend, style="dim"))
 
 
 _LEGEND = (
@@ -105,6 +106,7 @@ _LEGEND = (
     "what a kernel that did only the least work, at the full rate of arithmetic or memory, would reach.\n"
     "MB: peak memory above the inputs, ours and the naive baseline's."
 )
+_COUNTED = "\nGEMMs: matrix products that ours made, counted as it ran; the op's forward pass needs one."
 
 
 def _heading(report: dict[str, Any], rows: list[dict[str, Any]]) -> Text:
@@ -127,14 +129,17 @@ def _table(rows: list[dict[str, Any]]) -> list[RenderableType]:
     notes: dict[str, int] = {}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("configuration")
-    for title in ("ms", *(f"vs\n{name}" for name in peers), "GFLOP\n/s", "of\npeak", "MB", "naive\nMB"):
+    counted = ["GEMMs"] if any("gemms" in row for row in rows) else []
+    versus = ("vs\n" + name.replace(" ", "\n") for name in peers)
+    for title in ("ms", *versus, "GFLOP\n/s", "of\npeak", *counted, "MB", "naive\nMB"):
         table.add_column(title, justify="right")
     for row in rows:
         ratios = [_ratio(name, row["peers"].get(name), notes) for name in peers]
         speed = f"{row['flops_per_second'] / 1e9:,.0f}"
         naive = megabytes(row["peers"].get("naive", {}).get("peak_memory_bytes"))
         memory = megabytes(row["peak_memory_bytes"])
-        table.add_row(row["configuration"], _ms(row["seconds"]), *ratios, speed, _share(row), memory, naive)
+        products = [f"{row['gemms']:.3g}" if "gemms" in row else "" for _ in counted]
+        table.add_row(row["configuration"], _ms(row["seconds"]), *ratios, speed, _share(row), *products, memory, naive)
     return [table, *(Text(f"[{number}] {note}") for note, number in notes.items()), Text()]
 
 
@@ -182,4 +187,4 @@ def _share(row: dict[str, Any]) -> str:
 
 def _ms(seconds: float) -> str:
     value = seconds * 1e3
-    return f"{value:,.1f}" if value >= 10 else f"{value:.3f}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"

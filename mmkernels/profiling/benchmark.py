@@ -21,15 +21,21 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmkernels.profiling.gate import Call, Gate, draw_cotangents, flat, with_gradients
+from mmkernels.profiling.gate import memory as memory_of
 from mmkernels.profiling.machine import matmul_rate, memory_rate
 from mmkernels.profiling.meters import memory_why_not, peak_memory, time_calls
 from mmkernels.profiling.options import DTYPES
+from mmkernels.profiling.products import count
 from mmkernels.spec import Benchmark, Inputs, OpSpec, Target, cast
 
 _BUDGET = 1.0  # seconds of counted rounds for one row, all candidates together
 _ROUNDS = (5, 200)
+_LONG = 3.0  # seconds of the least work at the peak, above which every run of a row counts
+_LONG_BUDGET = 40.0  # seconds of such a row's rounds after the first
+_NAIVE_TENSORS = 3  # of the largest tensor's size, that the naive formula holds at least
 _SAMPLE = 2e-3  # seconds that one sample lasts at least: shorter calls are repeated within it
 _OFF = 0.05  # relative L2 distance from the truth at which a peer computes something else
 _MOST_MEMORY = 0.5  # of a GPU's, that a peer may take: one that leaves others no room disturbs their times
@@ -110,13 +116,15 @@ def _kind(device: str) -> str:
     return "cpu" if torch.device(device).type == "cpu" else "gpu"
 
 
-def measure(benchmark: Any, row: Row, peers: Iterable[Peer]) -> None:
+def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products: bool = False) -> None:
     """Check the op, then time and weigh it beside the naive baseline and `peers`, into ``benchmark.extra_info``.
 
-    Nothing of that where the row says `compile_only`.
+    Nothing of that where the row says `compile_only`. Where the least work alone takes `_LONG` seconds, a candidate's
+    first run serves for checking and weighing it, and no round is run that does not count.
 
     Args:
         benchmark: pytest-benchmark's fixture.
+        counts_products: count the matrix products that each candidate makes; the op's forward pass needs one.
 
     Raises:
         AssertionError: the op's result is wrong.
@@ -134,17 +142,20 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer]) -> None:
                 passes(peer.prepare(inputs))()
         return
     gate = Gate(spec, inputs, row.grads, cotangents)
-    problem = gate.problem(flat(passes(ours)()))
+    long = _is_long(row, inputs)
+    first = partial(_FirstRun, device=device, long=long, counts_products=counts_products)
+    run = first(passes(ours))
+    problem = gate.problem(run.results)
     assert problem is None, f"{spec.name} is wrong at {row}, {problem}"
 
     calls: dict[str, Call] = {_OURS: ours}
-    memory = {_OURS: peak_memory(passes(ours), device)}
+    memory, products = {_OURS: run.memory()}, {_OURS: run.flops}
+    del run
     why_not: dict[str, str] = {}
-    naive = Peer("naive", lambda given: partial(spec.function, **given, backend="reference"))
-    for peer in (naive, *peers):
+    for peer in (Peer("naive", partial(_naive, row)), *peers):
         try:
             call = peer.prepare(inputs)
-            memory[peer.name] = _admit(passes(call), gate, device)
+            memory[peer.name], products[peer.name] = _admit(first(passes(call)), gate, device)
             calls[peer.name] = call
         except CantRunError as error:
             why_not[peer.name] = str(error)
@@ -160,12 +171,12 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer]) -> None:
     yardstick = _yardstick(row)
     if yardstick is not None:
         candidates[_YARDSTICK] = yardstick[0]
-    times = _time(benchmark, candidates, device)
+    times = _time(benchmark, candidates, device, long)
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     benchmark.group = f"{spec.name}, {row.dtype}, {row.passes}"
     figures = _Figures(row, inputs, medians, None if yardstick is None else yardstick[1])
     benchmark.extra_info.update(
-        figures.description(memory, why_not) | {"checked": checked, "rounds": len(times[_OURS])}
+        figures.description(memory, products, why_not) | {"checked": checked, "rounds": len(times[_OURS])}
     )
 
 
@@ -191,18 +202,69 @@ def _yardstick(row: Row) -> tuple[Call, float] | None:
     return with_gradients(call, leaves, cotangents), row.spec.cost(inputs, row.backward).flops
 
 
-def _admit(call: Call, gate: Gate, device: torch.device) -> int | None:
-    """A peer's peak memory. It needs no more than to compute the same thing: its own rounding is its affair."""
-    off = gate.distance(flat(call()))
+def _is_long(row: Row, inputs: Inputs) -> bool:
+    flops = row.spec.cost(inputs, row.backward).flops
+    return flops / matmul_rate(DTYPES[row.dtype], row.device) > _LONG
+
+
+class _FirstRun:
+    """A candidate's first run: results, FLOP of its matrix products (None: not counted), peak memory.
+
+    A long one is weighed while it runs; PyTorch's products in it go uncounted, as counting them takes memory.
+    """
+
+    def __init__(self, call: Call, device: torch.device, long: bool, counts_products: bool) -> None:
+        self._call, self._device = call, device
+        self._memory: list[int | None] = []
+        self.results: list[Tensor]
+        self.flops: float | None = None
+        run = self._weighed if long else lambda: flat(call())
+        if counts_products:
+            self.results, self.flops = count(run, pytorch=not long)
+        else:
+            self.results = run()
+
+    def _weighed(self) -> list[Tensor]:
+        kept: list[Tensor] = []
+        self._memory.append(peak_memory(lambda: kept.extend(flat(self._call())), self._device))
+        return kept or flat(self._call())
+
+    def memory(self) -> int | None:
+        """Measured now, if it was not yet."""
+        self.results = []
+        return self._memory[0] if self._memory else peak_memory(self._call, self._device)
+
+
+def _naive(row: Row, given: Inputs) -> Call:
+    parts = row.spec.parts
+    if parts is not None:
+        check_room(_NAIVE_TENSORS * parts.elements(given) * DTYPES[row.dtype].itemsize, row.device)
+    return partial(row.spec.function, **given, backend="reference")
+
+
+def check_room(least: float, device: torch.device | str) -> None:
+    """Raise `CantRunError` where `least` bytes are more than a peer may take of a CPU's memory.
+
+    A GPU says itself that its memory is exhausted; a CPU's process is killed.
+    """
+    device = torch.device(device)
+    if device.type == "cpu" and least > _MOST_MEMORY * memory_of(device):
+        raise CantRunError(f"would take {least / 1e9:.0f} GB or more of {memory_of(device) / 1e9:.0f} GB: left out")
+
+
+def _admit(run: _FirstRun, gate: Gate, device: torch.device) -> tuple[int | None, float | None]:
+    """A peer's peak memory and counted FLOP. It needs no more than to compute the same thing: its own rounding is its
+    affair."""
+    off = gate.distance(run.results)
     if not off < _OFF:
         raise CantRunError(f"computes something else: relative distance {off:.2g}")
-    memory = peak_memory(call, device)
+    memory = run.memory()
     if device.type == "cuda" and memory is not None:
-        share = memory / torch.cuda.get_device_properties(device).total_memory
+        share = memory / memory_of(device)
         if share > _MOST_MEMORY:
             _make_room(device)
             raise CantRunError(f"takes {memory / 1e9:.0f} GB, {share:.0%} of the GPU's memory: left out")
-    return memory
+    return memory, run.flops
 
 
 def _make_room(device: torch.device) -> None:
@@ -216,9 +278,11 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
-def _time(benchmark: Any, candidates: dict[str, Call], device: torch.device) -> dict[str, list[float]]:
+def _time(benchmark: Any, candidates: dict[str, Call], device: torch.device, long: bool) -> dict[str, list[float]]:
     """Seconds of single calls, by candidate; each round times every other one, then ours."""
-    repeats = {name: max(1, math.ceil(_SAMPLE / time_calls(call, 1, device))) for name, call in candidates.items()}
+    repeats = dict.fromkeys(candidates, 1)
+    if not long:
+        repeats = {name: max(1, math.ceil(_SAMPLE / time_calls(call, 1, device))) for name, call in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
 
     def sample(name: str) -> None:
@@ -233,12 +297,18 @@ def _time(benchmark: Any, candidates: dict[str, Call], device: torch.device) -> 
     begin = time.perf_counter()
     sample_others()
     sample(_OURS)
-    rounds = min(max(_ROUNDS[0], int(_BUDGET / (time.perf_counter() - begin))), _ROUNDS[1])
-    benchmark.pedantic(partial(sample, _OURS), setup=sample_others, rounds=rounds, iterations=1, warmup_rounds=1)
-    for taken in samples.values():
-        del taken[:2]  # the round that counted the rounds, and the warm-up
+    taken = time.perf_counter() - begin
+    rounds = min(max(_ROUNDS[0], int(_BUDGET / taken)), _ROUNDS[1])
+    if long:
+        rounds = min(max(1, int(_LONG_BUDGET / taken)), _ROUNDS[0])
+    warm_up = 0 if long else 1
+    benchmark.pedantic(partial(sample, _OURS), setup=sample_others, rounds=rounds, iterations=1, warmup_rounds=warm_up)
+    uncounted = 0 if long else 2  # the round that counted the rounds, and the warm-up
+    for found in samples.values():
+        del found[:uncounted]
     if device.type != "cuda":  # pytest-benchmark's clock is as good, and its own statistics then speak of the same
-        samples[_OURS] = [seconds / repeats[_OURS] for seconds in benchmark.stats.stats.data]
+        own = [seconds / repeats[_OURS] for seconds in benchmark.stats.stats.data]
+        samples[_OURS][len(samples[_OURS]) - len(own) :] = own
     benchmark.extra_info["calls_per_round"] = repeats[_OURS]
     return samples
 
@@ -249,7 +319,8 @@ class _Figures:
     def __init__(self, row: Row, inputs: Inputs, medians: dict[str, float], yardstick_flops: float | None) -> None:
         self.row, self.medians = row, medians
         self.cost = row.spec.cost(inputs, row.backward)
-        self.backward_flops = self.cost.flops - row.spec.cost(inputs, False).flops if row.backward else 0.0
+        self.forward_flops = row.spec.cost(inputs, False).flops
+        self.backward_flops = self.cost.flops - self.forward_flops if row.backward else 0.0
         self.compute, self.bandwidth = matmul_rate(DTYPES[row.dtype], row.device), memory_rate(row.device)
         seconds = medians[_OURS]
         self.shares = {
@@ -258,13 +329,16 @@ class _Figures:
         }
         self.yardstick_rate = None if yardstick_flops is None else yardstick_flops / medians[_YARDSTICK]
 
-    def description(self, memory: dict[str, int | None], why_not: dict[str, str]) -> dict[str, Any]:
+    def description(
+        self, memory: dict[str, int | None], products: dict[str, float | None], why_not: dict[str, str]
+    ) -> dict[str, Any]:
         row, cost, seconds = self.row, self.cost, self.medians[_OURS]
         peers: dict[str, Any] = {
             name: {
                 "seconds": self.medians[name],
                 "ratio": self.medians[name] / seconds,
                 "peak_memory_bytes": memory[name],
+                **self.gemms(products[name]),
                 **self.backward(name),
             }
             for name in memory
@@ -279,6 +353,7 @@ class _Figures:
             "pass": row.passes,
             "device": row.device,
             "seconds": seconds,
+            **self.gemms(products[_OURS]),
             **self.backward(_OURS),
             "peers": peers | {name: {"why_not": reason} for name, reason in why_not.items()},
             "peak_memory_bytes": memory[_OURS],
@@ -292,6 +367,10 @@ class _Figures:
             "yardstick_flops_per_second": self.yardstick_rate,
             "targets": [self.judged(target) for target in row.targets],
         }
+
+    def gemms(self, flops: float | None) -> dict[str, float]:
+        """How many matrix products of the op's size were counted."""
+        return {} if flops is None else {"gemms": flops / self.forward_flops}
 
     def backward(self, name: str) -> dict[str, float]:
         """Of the backward pass alone, where the forward was timed too."""

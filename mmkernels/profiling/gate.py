@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.spec import Cut, Inputs, OpSpec, cast, flatten
+from mmkernels.spec import Answer, Cut, Inputs, OpSpec, cast, flatten
 
 Call = Callable[[], Any]
 
@@ -19,9 +20,9 @@ _TENSORS = 8  # of the scores' size, in float64, that the naive formula and its 
 class Gate:
     """Outputs and gradients of one call, judged by the op's definition.
 
-    Where the naive formula in float64 would not fit into half of a GPU's memory, the whole result must be finite, and
-    it is compared on the parts that the op's spec cuts out: each is a problem of its own at the full lengths, so that
-    every output and gradient in it is compared, sums over all queries included.
+    Where the naive formula in float64 would not fit into half of the device's memory, the whole result must be finite,
+    and it is compared on the parts that the op's spec names: each is a problem of its own at the full lengths, so that
+    every output and gradient in it is compared, sums over all queries included; or the spec itself says what is right.
 
     Args:
         inputs: of the op, those to differentiate by with ``requires_grad``.
@@ -32,11 +33,18 @@ class Gate:
     def __init__(self, spec: OpSpec, inputs: Inputs, grads: Sequence[str], cotangents: Sequence[Tensor]) -> None:
         self._spec = spec
         self.partial = not _fits(spec, inputs)
+        self._answers = self._judged(inputs, grads, cotangents)
+
+    def _judged(self, inputs: Inputs, grads: Sequence[str], cotangents: Sequence[Tensor]) -> Sequence[Answer]:
         cuts: Sequence[Cut] = (_everything,)
         if self.partial:
-            assert spec.parts is not None
-            cuts = spec.parts.cuts(inputs)
-        self._answers = [(cut, *self._answer(cut, inputs, grads, cotangents)) for cut in cuts]
+            parts = self._spec.parts
+            assert parts is not None
+            if parts.answers is not None:
+                return parts.answers(inputs, grads, cotangents)
+            assert parts.cuts is not None
+            cuts = parts.cuts(inputs)
+        return [Answer(partial(_cut, cut), *self._answer(cut, inputs, grads, cotangents)) for cut in cuts]
 
     def _answer(
         self, cut: Cut, inputs: Inputs, grads: Sequence[str], cotangents: Sequence[Tensor]
@@ -59,8 +67,8 @@ class Gate:
         for place, mine in enumerate(found):
             if self.partial and not bool((mine.isfinite() | (mine == -torch.inf)).all()):  # -inf: of a lse
                 return f"result {place}: not finite"
-            for cut, naive, true in self._answers:
-                problem = self._spec.over_budget(cut(mine), naive[place], true[place])
+            for share, naive, true in self._answers:
+                problem = self._spec.over_budget(share(place, mine), naive[place], true[place])
                 if problem is not None:
                     return f"result {place}: {problem}"
         return None
@@ -68,11 +76,12 @@ class Gate:
     def distance(self, found: Sequence[Tensor]) -> float:
         """The largest distance of a result from the truth, as a share of the truth's size; inf where shapes differ."""
         worst = 0.0
-        for cut, _, truth in self._answers:
-            for mine, true in zip(map(cut, found), truth, strict=False):
+        for share, _, truth in self._answers:
+            for place, (mine, true) in enumerate(zip(found, truth, strict=False)):
+                mine = share(place, mine)
                 if mine.shape != true.shape:
                     return float("inf")
-                off = _rms(mine.to(true.dtype) - true) / max(_rms(true), 1e-30)
+                off = _rms(mine.to(true) - true) / max(_rms(true), 1e-30)
                 worst = max(worst, off)
         return worst
 
@@ -104,9 +113,16 @@ def flat(out: Any) -> list[Tensor]:
     return [x.detach() for x in flatten(out)]
 
 
+def memory(device: torch.device) -> int:
+    """Bytes that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def room(device: torch.device) -> float:
-    """Bytes that the definition may take; a CPU's configurations are small enough."""
-    return torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else float("inf")
+    """Bytes that the definition may take."""
+    return memory(device) / 2
 
 
 def _fits(spec: OpSpec, inputs: Inputs) -> bool:
@@ -121,5 +137,10 @@ def _everything(x: Any) -> Any:
     return x
 
 
+def _cut(cut: Cut, place: int, x: Tensor) -> Tensor:
+    part: Tensor = cut(x)
+    return part
+
+
 def _rms(x: Tensor) -> float:
-    return float(x.nan_to_num().square().mean().sqrt()) if x.numel() else 0.0
+    return float(x.double().nan_to_num().square().mean().sqrt()) if x.numel() else 0.0

@@ -18,6 +18,7 @@ from mmkernels.tuning import architecture, config
 PART_BYTES = 2**26  # of the tiles' parts of one launch
 STRIP_BYTES = 192 * 2**20  # of one strip of gradients of logits
 _CHANNEL_BYTES = 128  # of a tile's row in one step of its product: what the copy engine swizzles
+WHOLE_TILE = 128 * 128  # the largest whose gradients lie in registers beside its products
 _TMA_ROWS = 1024  # from which on a descriptor's 5 us on the host are little beside the kernel
 _PROGRAMS = 2  # of a multiprocessor: what does not fit beside each other comes after
 
@@ -102,26 +103,37 @@ class Block:
 
     def _descriptors(self, step: int) -> bool:
         """Operands as descriptors for the copy engine of Hopper and later, where that can be."""
-        image, text = self.image[:, 0], self.text
-        if architecture(image.device) not in ("sm_90", "sm_100") or self.queries > 1:
+        image = self.image[:, 0] if self.queries == 1 else self.image
+        if architecture(image.device) not in ("sm_90", "sm_100"):
             return False
-        for x in (image, text):
-            size = x.element_size()
-            aligned = x.stride(0) * size % 16 == 0 and x.data_ptr() % 16 == 0 and x.stride(1) == 1
-            if not aligned or x.stride(0) < x.shape[1] or x.shape[1] < step or x.shape[0] < _TMA_ROWS:
+        for x in (image, self.text):
+            *strides, last = x.stride()
+            aligned = last == 1 and all(n * x.element_size() % 16 == 0 for n in strides) and x.data_ptr() % 16 == 0
+            if not aligned or min(strides) < x.shape[-1] or x.shape[-1] < step or x.shape[0] < _TMA_ROWS:
                 return False
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        blocks = (self.config.block_q, self.config.block_k)
-        self.operands = tuple(  # type: ignore[assignment]
-            TensorDescriptor(x, list(x.shape), list(x.stride()), [block, step])
-            for x, block in zip((image, text), blocks, strict=True)
+        plan = self.config
+        blocks = [plan.block_q, step] if self.queries == 1 else [plan.block_q, 1, step]
+        self.operands = (
+            TensorDescriptor(image, list(image.shape), list(image.stride()), blocks),
+            TensorDescriptor(self.text, list(self.text.shape), list(self.text.stride()), [plan.block_k, step]),
         )
         return True
 
     @property
     def pairs(self) -> str:
         return self.pairing.kind
+
+    @property
+    def flat(self) -> bool:
+        """Whether loads for a program's next tile may begin before the last one is finished."""
+        return self.queries == 1 and architecture(self.image.device) != "gfx942"
+
+    @property
+    def parts(self) -> int:
+        """In how many parts an epilogue takes a tile that leaves it few registers."""
+        return 2 if self.config.block_q * self.config.block_k > WHOLE_TILE else 1
 
     def sizes(self, at: slice) -> tuple[int, int, int, int]:
         return at.start, at.stop, self.columns, self.shift
@@ -153,9 +165,9 @@ def add_product(into: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
     if x.dtype == torch.float32 or not x.is_cuda:
         torch.addmm(into, x.float(), y.float(), beta=0.0 if first else 1.0, out=into)
     elif first:
-        torch.mm(x, y, out_dtype=torch.float32, out=into)  # type: ignore[call-overload]
+        torch.mm(x, y, out_dtype=torch.float32, out=into)
     else:
-        torch.addmm(into, x, y, out_dtype=torch.float32, out=into)  # type: ignore[call-overload]
+        torch.addmm(into, x, y, out_dtype=torch.float32, out=into)
 
 
 def boost_of(dtype: torch.dtype) -> float:
@@ -167,56 +179,61 @@ class Strips:
     """Gradients of images and texts from strips of gradients of logits.
 
     Args:
-        blocks: whose columns follow each other, with what they need of a gradient: (block, needed).
-        need_image: whether images need one.
-        launch: called with a block, rows, a strip [rows, columns] or None, winners (int, [rows, columns]) or None.
+        blocks: which share their images, and whether their texts need a gradient.
+        need_image: whether images do.
+        fill: called with a block, rows, a strip [rows, columns] to fill (None: nobody wants it), and winners (int,
+            [rows, columns]) or None; answers sums of parts, [..., parts].
     """
 
     def __init__(
         self,
         blocks: list[tuple[Block, bool]],
         need_image: bool,
-        launch: Callable[[Block, slice, Tensor | None, Tensor | None], None],
+        fill: Callable[[Block, slice, Tensor | None, Tensor | None], Tensor],
     ) -> None:
-        self.blocks, self.need_image, self.launch = blocks, need_image, launch
-        image = blocks[0][0].image
-        self.queries = image.shape[1]
-        self.of_image = torch.empty_like(image, memory_format=torch.contiguous_format) if need_image else None
+        self.blocks, self.fill = blocks, fill
+        self.image = blocks[0][0].image
+        self.queries = self.image.shape[1]
+        self.of_image = torch.empty_like(self.image, memory_format=torch.contiguous_format) if need_image else None
         self.of_texts = [
             x.text.new_empty(x.text.shape, dtype=torch.float32) if needed else None for x, needed in blocks
         ]
 
-    def run(self, factor: Tensor) -> None:
-        """All strips; `factor` (of one element) is what images' gradients are multiplied by, texts' are not."""
-        block = self.blocks[0][0]
-        winner_dtype = torch.int16 if self.queries < 2**15 else torch.int32
-        size = block.image.element_size()
-        if self.queries > 1:  # a strip, its winners, whether one query won, that query's part of the strip
-            size = 2 * size + winner_dtype.itemsize + 1
-        width = max(ceil_div(x.columns, 8) * 8 for x, _ in self.blocks)  # rows that vector loads can start at
+    def run(self, factor: Tensor) -> Tensor:
+        """Fill everything.
+
+        Args:
+            factor: 0-D, what images' gradients are multiplied by; texts' are not yet.
+
+        Returns:
+            float32, the parts' sums, summed up.
+        """
+        image, block, need_rows = self.image, self.blocks[0][0], self.of_image is not None
+        if not need_rows and all(x is None for x in self.of_texts):
+            every = slice(0, block.rows)
+            return torch.stack([self.fill(part, every, None, None).sum(-1) for part, _ in self.blocks]).sum(0)
+        size, winner_dtype = image.element_size(), torch.int16 if self.queries < 2**15 else torch.int32
+        if self.queries > 1:  # a strip, its winners, which of these are one query's, that query's part of the strip
+            size += winner_dtype.itemsize + 1 + size
+        width = max(ceil_div(x.columns, 16) * 16 for x, _ in self.blocks)  # rows that vectors can be stored at
+        totals: list[Tensor] = []
         groups = list(block.groups(block.config.block_q * width * size, STRIP_BYTES))
-        write = self.need_image or any(x is not None for x in self.of_texts)
-        height = groups[0].stop if write else 0
-        strip = block.image.new_empty(height, width)
-        winners = strip.new_empty(height, width, dtype=winner_dtype) if write and self.queries > 1 else None
+        height = groups[0].stop
+        strip = image.new_empty(height, width)
+        winners = image.new_empty(height, width, dtype=winner_dtype) if self.queries > 1 else None
+        of_rows = [factor.new_empty(height if need_rows else 0, image.shape[2]) for _ in range(self.queries)]
         for at in groups:
             rows = at.stop - at.start
-            mine = self._of_rows(rows) if self.need_image else None
-            for n, (part, needed) in enumerate(self.blocks):
-                if not (self.need_image or needed):
-                    self.launch(part, at, None, None)
-                    continue
+            of_own = [x[:rows] for x in of_rows]
+            for n, (part, _) in enumerate(self.blocks):
                 own = strip[:rows, : part.columns]
                 won = None if winners is None else winners[:rows, : part.columns]
-                self.launch(part, at, own, won)
-                self._multiply(part, at, own, won, mine, self.of_texts[n], first=n == 0)
-            if mine is not None and self.of_image is not None:
-                for q, x in enumerate(mine):
-                    torch.mul(x, factor, out=self.of_image[at, q])
-
-    def _of_rows(self, rows: int) -> list[Tensor]:
-        image = self.blocks[0][0].image
-        return [image.new_empty(rows, image.shape[2], dtype=torch.float32) for _ in range(self.queries)]
+                totals.append(self.fill(part, at, own, won).sum(-1))
+                self._multiply(part, at, own, won, of_own if need_rows else None, self.of_texts[n], first=n == 0)
+            for q in range(self.queries):
+                if self.of_image is not None:
+                    torch.mul(of_own[q], factor, out=self.of_image[at, q])
+        return torch.stack(totals).sum(0)
 
     def _multiply(
         self,
@@ -224,14 +241,14 @@ class Strips:
         at: slice,
         strip: Tensor,
         winners: Tensor | None,
-        mine: list[Tensor] | None,
+        of_rows: list[Tensor] | None,
         of_text: Tensor | None,
         *,
         first: bool,
     ) -> None:
         for q in range(self.queries):
             own = strip if winners is None else strip.masked_fill(winners != q, 0.0)
-            if mine is not None:
-                add_product(mine[q], own, block.text, first=first)
+            if of_rows is not None:
+                add_product(of_rows[q], own, block.text, first=first)
             if of_text is not None:
                 add_product(of_text, own.mT, block.image[at, q], first=at.start == 0 and q == 0)

@@ -1,7 +1,7 @@
 """One direction's softmax in Triton: tiles' parts merged into running states, and the losses that follow from these.
 
-Blocks of columns may come in any order and from anywhere. References are whole numbers wherever float32 has them all, so
-that merging rounds only sums.
+Blocks of columns may come in any order and from anywhere. References are whole numbers wherever float32 has them all:
+merging rounds nothing but sums.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from mmkernels.gpu import launch
 from mmkernels.ops._attention.triton_call import ceil_div
 from mmkernels.ops._attention.triton_tiles import INFINITY, LN2, LOG2E
-from mmkernels.ops._contrastive.triton_tiles import load_part
+from mmkernels.ops._contrastive.triton_tiles import exponents, load_part
 from mmkernels.tuning import Config
 
 _MERGE, _MERGE_ENTRIES, _MERGE_TILES = Config(0, 0, 4, 1), 64, 32
@@ -24,7 +24,7 @@ _NOWHERE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def merge_kernel(
+def merge_softmax_kernel(
     part, tiles, count, state, state_stride, sums,
     POSITIVE: tl.constexpr, EVEN: tl.constexpr, BEFORE: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def merge_best_kernel(
 
 
 @triton.jit
-def finish_kernel(
+def finish_softmax_kernel(
     state, state_stride, sums, best, positives, hidden, classes, logit_scale, loss, rank, label_smoothing, count,
     SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -113,10 +113,10 @@ def finish_kernel(
         every -= tl.load(hidden + n, mask=live, other=0)
     # As the tiles' exponents, so that what a positive adds to its row's sum is taken away again to the last bit.
     mean = tl.load(sums[0] + n, mask=live, other=0.0) / tl.maximum(own, 1).to(tl.float32)
-    target = tl.fma(mean, scale, -top)
+    target = exponents(mean, scale, top)
     if SMOOTH:
         even = tl.load(sums[1] + n, mask=live, other=0.0) / every.to(tl.float32)
-        target = (1 - label_smoothing) * target + label_smoothing * tl.fma(even, scale, -top)
+        target = (1 - label_smoothing) * target + label_smoothing * exponents(even, scale, top)
     x = (tl.log2(total) - target) * LN2
     x = tl.where(x < 0, 0.0, x)  # which only rounding can make of a cross-entropy
     tl.store(loss + n, tl.where(own > 0, x, 0.0), mask=live)
@@ -130,20 +130,23 @@ def finish_kernel(
 
 
 @triton.jit
-def factors_kernel(
-    state, state_stride, grad, grad_stride, largest, factors, boost, label_smoothing, count, BLOCK: tl.constexpr
-):
-    """What the gradient's tiles need of each row: float32 [4, count]: see `softmax_factors`. Grid: (entries,)."""
+def softmax_factors_kernel(
+    state, state_stride, grad, grad_stride, largest, factors, ranges, boost, label_smoothing, count,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the gradient's tiles need of each row, see `softmax_factors`. Grid: (tiles of rows,)."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = n < count
     own = tl.load(state + 2 * state_stride + n, mask=live, other=0.0)
     every = tl.load(state + 3 * state_stride + n, mask=live, other=1.0)
     weight = tl.zeros([BLOCK], tl.float32)
     if grad is not None:
-        most = tl.load(largest)
         weight = tl.load(grad + n * grad_stride, mask=live & (own > 0), other=0.0).to(tl.float32)
-        weight = tl.where(most == 0, 0.0, weight * (boost / most))
-    tl.store(factors + n, tl.load(state + n, mask=live), mask=live)
+        weight *= boost / tl.load(largest)
+    reference = tl.load(state + n, mask=live, other=0.0)
+    tl.store(factors + n, reference, mask=live)
+    tl.store(ranges + 2 * tl.program_id(0), tl.min(tl.where(live, reference, INFINITY), 0))
+    tl.store(ranges + 2 * tl.program_id(0) + 1, tl.max(tl.where(live, reference, -INFINITY), 0))
     total = tl.load(state + state_stride + n, mask=live, other=1.0)
     tl.store(factors + count + n, tl.where(weight == 0, 0.0, weight / total), mask=live)
     share = (1 - label_smoothing) * weight / tl.maximum(own, 1.0)
@@ -175,19 +178,18 @@ class Side:
         self.best = like.new_full((rows,), -torch.inf, dtype=torch.float32) if before else None
         self.place = like.new_zeros(rows, dtype=torch.int32) if before else None
 
-    def add(self, part: Tensor, first: int = 0, *, positives: bool = True) -> None:
-        """Parts [fields, tiles, count] of the rows from `first` on.
+    @property
+    def fields_of_hard(self) -> tuple[int, int, int]:
+        """Of parts without positives."""
+        gone = int(self.fields[0] > 0)
+        return 0, max(self.fields[1] - gone, 0), max(self.fields[2] - gone, 0)
 
-        Args:
-            positives: that of the positives is among the fields; else the fields after it are one less.
-        """
-        fields = self.fields
-        if fields[0] and not positives:
-            fields = (0, *(n - 1 if n else 0 for n in fields[1:]))
+    def add(self, part: Tensor, fields: tuple[int, int, int], first: int = 0) -> None:
+        """Parts [fields, tiles, count] of the rows from `first` on."""
         _, tiles, count = part.shape
         sums = tuple(None if x is None else x[first:] for x in self.sums)
         launch(
-            merge_kernel, (ceil_div(count, _MERGE_ENTRIES),), _MERGE,
+            merge_softmax_kernel, (ceil_div(count, _MERGE_ENTRIES),), _MERGE,
             part, tiles, count, self.state[0, first:], self.rows, sums,
             POSITIVE=fields[0], EVEN=fields[1], BEFORE=fields[2], ENTRIES=_MERGE_ENTRIES, TILES=_MERGE_TILES,
         )  # fmt: skip
@@ -219,7 +221,7 @@ class Side:
         loss = self.state.new_empty(self.rows)
         rank = loss.new_empty(self.rows if self.fields[2] else 0, dtype=torch.int64)
         launch(
-            finish_kernel, (ceil_div(self.rows, _LINE_BLOCK),), _LINES,
+            finish_softmax_kernel, (ceil_div(self.rows, _LINE_BLOCK),), _LINES,
             self.state, self.rows, self.sums, self.best, positives, hidden, classes, logit_scale, loss,
             rank if self.fields[2] else None, label_smoothing, self.rows,
             SMOOTH=label_smoothing > 0, BLOCK=_LINE_BLOCK,
@@ -228,19 +230,24 @@ class Side:
 
 
 def softmax_factors(
-    state: Tensor, grad: Tensor | None, largest: Tensor, boost: float, label_smoothing: float
-) -> Tensor:
-    """Float32 [4, rows]: reference, and times the row's gradient: of a probability, of a positive, of any column.
+    state: Tensor, grad: Tensor | None, largest: Tensor, boost: float, label_smoothing: float, tile: int
+) -> tuple[Tensor, Tensor]:
+    """What the gradient's tiles need of one direction.
 
     Args:
-        largest: of all gradients, by magnitude, which becomes `boost`: 16-bit gradients of logits then neither
+        largest: above 0, of all gradients by magnitude, which becomes `boost`: 16-bit gradients of logits then neither
             underflow nor overflow.
+        tile: of rows.
+
+    Returns:
+        float32 [4, rows]: reference, and times the row's gradient: of a probability, of a positive, of any column;
+        and [tiles, 2]: the least and the largest reference of each tile.
     """
     rows = state.shape[1]
-    factors = state.new_empty(4, rows)
+    factors, ranges = state.new_empty(4, rows), state.new_empty(ceil_div(rows, tile), 2)
     launch(
-        factors_kernel, (ceil_div(rows, _LINE_BLOCK),), _LINES,
-        state, state.stride(0), grad, 0 if grad is None else grad.stride(0), largest, factors, boost, label_smoothing,
-        rows, BLOCK=_LINE_BLOCK,
+        softmax_factors_kernel, (ceil_div(rows, tile),), _LINES,
+        state, state.stride(0), grad, 0 if grad is None else grad.stride(0), largest, factors, ranges, boost,
+        label_smoothing, rows, BLOCK=tile,
     )  # fmt: skip
-    return factors
+    return factors, ranges

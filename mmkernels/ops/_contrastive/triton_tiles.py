@@ -20,6 +20,7 @@ import triton.language as tl
 
 from mmkernels.ops._attention.triton_tiles import INFINITY, LOG2E
 
+LARGE = tl.constexpr(2.0**20)  # references from which on exponents are computed with care
 _MOST = tl.constexpr(2**31 - 1)
 
 
@@ -38,33 +39,47 @@ def tile_of(t, sizes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def product_of_rows(
+    x_rows, y_rows, PRECISION: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``[BLOCK_Q, BLOCK_K]`` of the rows that the pointers are of."""
+    dots = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for first in range(0, DIM, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        if DIM % BLOCK_D == 0:
+            x = tl.load(x_rows[:, None] + d[None, :])
+            y = tl.load(y_rows[:, None] + d[None, :])
+        else:
+            x = tl.load(x_rows[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+            y = tl.load(y_rows[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+        dots = tl.dot(x, tl.trans(y), dots, input_precision=PRECISION)
+    return dots
+
+
+@triton.jit
 def products(
     image, text, query, first_row, first_column, strides, sizes,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr,
+    QUERIES: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``[BLOCK_Q, BLOCK_K]`` of one of an image's queries; past the end it holds whatever."""
-    dots = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     if TMA:
+        dots = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         for d in range(0, DIM, BLOCK_D):
-            x = image.load([first_row, d])
+            if QUERIES == 1:
+                x = image.load([first_row, d])
+            else:
+                x = image.load([first_row, query, d]).reshape(BLOCK_Q, BLOCK_D)
             y = text.load([first_column, d])
             dots = tl.dot(x, tl.trans(y), dots, input_precision=PRECISION)
     else:
         # Rows past the end are the last one again: no masks in the loop.
         i = tl.minimum(first_row + tl.arange(0, BLOCK_Q), sizes[1] - 1).to(tl.int64)
         j = tl.minimum(first_column + tl.arange(0, BLOCK_K), sizes[2] - 1).to(tl.int64)
-        rows = image + ((i * strides[0] + query * strides[1]) * UNIT)[:, None]
-        columns = text + (j * strides[2] * UNIT)[:, None]
-        for first in range(0, DIM, BLOCK_D):
-            d = first + tl.arange(0, BLOCK_D)
-            if DIM % BLOCK_D == 0:
-                x = tl.load(rows + d[None, :])
-                y = tl.load(columns + d[None, :])
-            else:
-                x = tl.load(rows + d[None, :], mask=(d < DIM)[None, :], other=0.0)
-                y = tl.load(columns + d[None, :], mask=(d < DIM)[None, :], other=0.0)
-            dots = tl.dot(x, tl.trans(y), dots, input_precision=PRECISION)
+        rows = image + (i * strides[0] + query.to(tl.int64) * strides[1]) * UNIT
+        columns = text + j * strides[2] * UNIT
+        dots = product_of_rows(rows, columns, PRECISION, DIM, BLOCK_Q, BLOCK_K, BLOCK_D)
     return dots
 
 
@@ -75,21 +90,28 @@ def best_products(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The largest over an image's queries, NaN if one is, and which (of equal ones the first)."""
-    zero = tl.program_id(0).to(tl.int64) * 0
+    zero = tl.program_id(0) * 0
     best = products(
-        image, text, zero, first_row, first_column, strides, sizes, PRECISION, UNIT, DIM, TMA, BLOCK_Q, BLOCK_K, BLOCK_D
-    )
+        image, text, zero, first_row, first_column, strides, sizes,
+        QUERIES, PRECISION, UNIT, DIM, TMA, BLOCK_Q, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
     winner = tl.zeros([BLOCK_Q, BLOCK_K], tl.int32)
     if QUERIES > 1:
         for query in range(1, QUERIES):
             dots = products(
                 image, text, zero + query, first_row, first_column, strides, sizes,
-                PRECISION, UNIT, DIM, TMA, BLOCK_Q, BLOCK_K, BLOCK_D,
+                QUERIES, PRECISION, UNIT, DIM, TMA, BLOCK_Q, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             more = (dots > best) | ((dots != dots) & (best == best))
             best = tl.where(more, dots, best)
             winner = tl.where(more, query, winner)
     return best, winner
+
+
+@triton.jit
+def halves(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The left and the right half of a tile's columns: an epilogue that holds much beside it fits into registers."""
+    return tl.split(tl.permute(tl.reshape(x, [BLOCK_Q, 2, BLOCK_K // 2]), (0, 2, 1)))
 
 
 @triton.jit
@@ -99,6 +121,18 @@ def turned(dots, logit_scale):
     if scale < 0:
         dots = -dots
     return dots, tl.abs(scale)
+
+
+@triton.jit
+def exponents(dots, scale, reference):
+    """Base-2 logits less their reference: 0 where both are the same, however large they are.
+
+    In one operation, which keeps the digits that the product has below the reference's last one. Of logits beyond 2^20
+    these are no longer small: there the product is rounded first. (The comparison keeps a compiler from one operation.)
+    """
+    product = dots * scale
+    product = tl.where(product < -3.0e38, -3.0e38, product)
+    return tl.where(tl.abs(reference) < LARGE, tl.fma(dots, scale, -reference), product - reference)
 
 
 @triton.jit
@@ -158,13 +192,20 @@ def positives(codes, i, j, sizes, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def has_masked(codes, i, j, first_row, first_column, sizes, PAIRS: tl.constexpr, BLOCK_Q: tl.constexpr,
-               BLOCK_K: tl.constexpr):  # fmt: skip
-    """Whether something of a tile may take no part: it hangs over the end, or ids hide."""
-    masked = (first_row + BLOCK_Q > sizes[1]) | (first_column + BLOCK_K > sizes[2])
-    if PAIRS == "hidden":
-        masked = masked | near_code(codes, i, j, sizes)
-    return masked
+def hangs_over(first_row, first_column, sizes, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Whether some rows or columns of a tile are past the end."""
+    return (first_row + BLOCK_Q > sizes[1]) | (first_column + BLOCK_K > sizes[2])
+
+
+@triton.jit
+def hides(codes, i, j, sizes):
+    """Whether ids hide some pair of a tile."""
+    found = near_code(codes, i, j, sizes)
+    if found:
+        image, text = load_codes(codes, i, j, sizes)
+        hidden = (image[:, None] == text[None, :]) & (i[:, None] != (j + sizes[3])[None, :])
+        found = tl.max(tl.max(hidden.to(tl.int32), 1), 0) > 0
+    return found
 
 
 @triton.jit
@@ -195,10 +236,23 @@ def load_part(source, field, tile, tiles, n, count, live, other):
 
 
 @triton.jit
+def store_gradients(strip, winners, strip_strides, x, winner, i, j, sizes):
+    """A tile of gradients of logits, and which query each is of where `winners` is there."""
+    place = ((i - sizes[0]).to(tl.int64) * strip_strides[0])[:, None] + j[None, :]
+    there = (i < sizes[1])[:, None] & (j < sizes[2])[None, :]
+    tl.store(strip + place, x.to(strip.dtype.element_ty), mask=there)
+    if winners is not None:
+        tl.store(winners + place, winner.to(winners.dtype.element_ty), mask=there)
+
+
+@triton.jit
 def masked_dots(dots, codes, i, j, first_row, first_column, sizes, fill: tl.constexpr, PAIRS: tl.constexpr,
                 BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """`fill` in place of what takes no part."""
-    if has_masked(codes, i, j, first_row, first_column, sizes, PAIRS, BLOCK_Q, BLOCK_K):
+    masked = hangs_over(first_row, first_column, sizes, BLOCK_Q, BLOCK_K)
+    if PAIRS == "hidden":
+        masked = masked | near_code(codes, i, j, sizes)
+    if masked:
         dots = tl.where(taking_part(codes, i, j, sizes, PAIRS), dots, fill)
     return dots
 
@@ -208,4 +262,4 @@ def softmax_part(dots, scale, AXIS: tl.constexpr):
     """A reference for each line, and its sum of exponentials relative to that."""
     top = tl.ceil(tl.max(dots, AXIS) * scale)
     top = tl.where(top > -INFINITY, top, 0.0)
-    return top, tl.sum(tl.exp2(tl.fma(dots, scale, -tl.expand_dims(top, AXIS))), AXIS)
+    return top, tl.sum(tl.exp2(exponents(dots, scale, tl.expand_dims(top, AXIS))), AXIS)

@@ -1,0 +1,20 @@
+"""`sigmoid_contrastive` beside the peers of contrastive_peers.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import contrastive_parts
+import contrastive_peers
+import pytest
+
+from mmkernels.ops.sigmoid_contrastive import spec
+from mmkernels.profiling.benchmark import Row, measure
+
+SPEC = replace(spec.SPEC, parts=contrastive_parts.SIGMOID)
+
+
+@pytest.mark.rows_of(SPEC)
+def test_sigmoid_contrastive(benchmark: Any, row: Row) -> None:
+    measure(benchmark, row, contrastive_peers.SIGMOID, counts_products=True)

@@ -1,0 +1,231 @@
+"""How contrastive problems are checked whose logits do not fit into memory.
+
+Every gradient depends on every feature, through the sums of the softmax's rows and columns. So all logits are computed
+once more, block by block in float32, for what the loss and the scalars' gradients are sums of; and some images' and
+texts' gradients are computed in float64, each from its own logits with everything and the sums of the other direction.
+What all rows' gradients add up to is known too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels.spec import Answer, Cut, Inputs, Parts
+
+_SAMPLE = 128  # images, texts or queries that are looked at, the first and the last among them
+_SHARPENED = 1024  # of the other direction's rows, whose sums are computed again in float64
+_BLOCK = 1024  # images and texts whose logits are there at once, in the caches
+
+Gradient = Callable[[str, torch.dtype], Tensor]
+"""An argument's name and a dtype -> what the definition gives in this dtype: a scalar's gradient, or a sample's of
+features, times N and over the scale."""
+
+
+def elements(inputs: Inputs) -> int:
+    """Of the matrix of logits or scores."""
+    first, second = (inputs[name] for name in (("query", "gallery") if "query" in inputs else ("image", "text")))
+    return len(first) * len(second)
+
+
+def sample(count: int, device: torch.device) -> Tensor:
+    """Some of `count` numbers, the same each time."""
+    inner = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: _SAMPLE - 2]
+    return torch.cat([inner, torch.tensor([0, count - 1])]).unique().to(device)
+
+
+def _blocks(image: Tensor, text: Tensor, scale: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Some images, some texts, and their logits in float32."""
+    image, text = image.float(), text.float()
+    for first in range(0, len(image), _BLOCK):
+        rows = slice(first, first + _BLOCK)
+        for start in range(0, len(text), _BLOCK):
+            columns = slice(start, start + _BLOCK)
+            yield rows, columns, (image[rows] @ text[columns].T).mul_(scale)
+
+
+def _of_pairs(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """[N], each image's logit with its own text, in float64."""
+    return scale.double() * (image.double() * text.double()).sum(1)
+
+
+# The softmax loss.
+
+
+class Softmax:
+    """One direction: of each row the log-sum-exp of its logits, and their mean by the softmax."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._base = torch.full((rows,), -torch.inf, device=device)
+        self._sum, self._sum_of_logits = torch.zeros(2, rows, dtype=torch.float64, device=device)
+
+    def add(self, at: slice, logits: Tensor) -> None:
+        """Some columns [rows, columns] of the rows `at`."""
+        base = torch.maximum(self._base[at], logits.amax(1))
+        weights = (logits - base[:, None]).exp_()
+        kept = (self._base[at] - base).double().exp()
+        self._sum[at] = self._sum[at] * kept + weights.sum(1)
+        self._sum_of_logits[at] = self._sum_of_logits[at] * kept + weights.mul_(logits).sum(1)
+        self._base[at] = base
+
+    @property
+    def lse(self) -> Tensor:
+        return self._base + self._sum.log()
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum_of_logits / self._sum
+
+
+def softmaxes(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Softmax, Softmax]:
+    """Of images and of texts, from one pass over the logits."""
+    images, texts = (Softmax(len(x), x.device) for x in (image, text))
+    for rows, columns, logits in _blocks(image, text, scale):
+        images.add(rows, logits)
+        texts.add(columns, logits.T)
+    return images, texts
+
+
+def info_nce_answers(inputs: Inputs, grads: Sequence[str], cotangents: Sequence[Tensor]) -> list[Answer]:
+    """Of a plain call with reduction="mean"."""
+    image, text, scale = _plain(inputs)
+    both, pairs = softmaxes(image, text, scale), _of_pairs(image, text, scale)
+    loss = sum((side.lse - pairs).mean() for side in both) / 2
+    of_scale = sum((side.mean - pairs).mean() for side in both) / 2 / scale.double()
+    rows = sample(len(image), image.device)
+
+    def gradient(name: str, dtype: torch.dtype) -> Tensor:
+        if name == "logit_scale":
+            return _scalar(of_scale, scale, image, dtype)
+        mine, others, their = (image, text, both[1].lse) if name == "image" else (text, image, both[0].lse)
+        logits = scale.to(dtype) * (mine[rows].to(dtype) @ others.T.to(dtype))
+        if dtype == torch.float64:
+            their = _sharpened(their, logits, others, mine, scale)
+        wide = logits.to(_wider(dtype))
+        weights = wide.softmax(1) + (wide - their.to(wide.dtype)).exp()
+        weights[torch.arange(len(rows), device=rows.device), rows] -= 2
+        return (weights / 2).to(dtype) @ others.to(dtype)
+
+    return _answers(rows, loss, of_scale, inputs, grads, gradient, cotangents)
+
+
+def _sharpened(lse: Tensor, logits: Tensor, others: Tensor, mine: Tensor, scale: Tensor) -> Tensor:
+    """`lse` [M] with float64's own values where they matter most to the sample, whose logits [rows, M] are given."""
+    heaviest = (logits - lse).amax(0).topk(min(_SHARPENED, len(lse))).indices
+    lse = lse.clone()
+    for some in heaviest.split(128):
+        lse[some] = (scale.double() * (others[some].double() @ mine.double().T)).logsumexp(1)
+    return lse
+
+
+# The sigmoid loss.
+
+
+def sigmoid_answers(inputs: Inputs, grads: Sequence[str], cotangents: Sequence[Tensor]) -> list[Answer]:
+    """Of a call without ids. No pair needs another: only the sums do."""
+    image, text, scale = _plain(inputs)
+    bias, n = inputs["logit_bias"].detach(), len(image)
+    own = _of_pairs(image, text, scale) + bias
+    # As if all pairs were negatives, and then what differs for those that are not: at the logit x, of the loss
+    # log(1 + exp(-x)) - log(1 + exp(x)) = -x, and of its derivative sigmoid(x) - 1 - sigmoid(x) = -1.
+    loss, of_bias = -own.sum(), torch.full_like(own[0], -n)
+    of_dots = -(own - bias).sum()
+    for _, _, logits in _blocks(image, text, scale):
+        shifted = logits + bias
+        loss += F.softplus(shifted).sum()
+        slope = shifted.sigmoid_()
+        of_bias += slope.sum()
+        of_dots += slope.mul_(logits).sum()
+    of_scale = of_dots / n / scale.double()
+    rows = sample(n, image.device)
+
+    def gradient(name: str, dtype: torch.dtype) -> Tensor:
+        if name == "logit_bias":
+            return _scalar(of_bias / n, bias, image, dtype)
+        if name == "logit_scale":
+            return _scalar(of_scale, scale, image, dtype)
+        mine, others = (image, text) if name == "image" else (text, image)
+        logits = scale.to(dtype) * (mine[rows].to(dtype) @ others.T.to(dtype)) + bias.to(dtype)
+        slope = logits.sigmoid()
+        slope[torch.arange(len(rows), device=rows.device), rows] -= 1
+        return slope @ others.to(dtype)
+
+    return _answers(rows, loss / n, of_scale, inputs, grads, gradient, cotangents)
+
+
+# Both.
+
+
+def _plain(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    if inputs.keys() - {"image", "text", "logit_scale", "logit_bias"} or inputs["image"].dim() != 2:
+        raise NotImplementedError(f"only plain features are checked in parts, got {', '.join(inputs)}")
+    image, text, scale = (inputs[name].detach() for name in ("image", "text", "logit_scale"))
+    return image, text, scale
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _scalar(x: Tensor, like: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sum over everything in `dtype`'s wide one; the naive formula's is at best rounded to the features' dtype."""
+    if dtype != torch.float64:
+        x = x * (1 + torch.finfo(image.dtype).eps / 2)
+    return x.to(_wider(dtype)).reshape(like.shape)
+
+
+def _answers(
+    rows: Tensor,
+    loss: Tensor,
+    of_scale: Tensor,
+    inputs: Inputs,
+    grads: Sequence[str],
+    gradient: Gradient,
+    cotangents: Sequence[Tensor],
+) -> list[Answer]:
+    """One for a sample of rows, and one in which every row has a part.
+
+    A sample's gradients are compared as mixtures of features, which neither the mean nor the scale makes small or
+    large. As logits are the scale times products, features times their gradients add up to the scale times its own.
+    """
+    features = {1 + place: inputs[name].detach() for place, name in enumerate(grads) if inputs[name].dim() == 2}
+    image, scale = inputs["image"].detach(), float(inputs["logit_scale"].detach())
+
+    def of_sample(place: int, x: Tensor) -> Tensor:
+        return x[rows] * (len(x) / scale) if place in features else x
+
+    def of_all(place: int, x: Tensor) -> Tensor:
+        return (x.double() * features[place].double()).sum() / scale if place in features else x
+
+    def right(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """By the sample and by all rows."""
+        sampled = [_scalar(loss, loss, image, dtype)]
+        for name in grads:
+            x = gradient(name, dtype)
+            sampled.append(x * cotangents[0].to(x))
+        if not grads:
+            return sampled, sampled
+        total = _scalar(of_scale * cotangents[0].double(), loss, image, dtype)
+        return sampled, [total if place in features else x for place, x in enumerate(sampled)]
+
+    naive, true = right(image.dtype), right(torch.float64)
+    return [
+        Answer(share, *both) for share, both in zip((of_sample, of_all), zip(naive, true, strict=True), strict=True)
+    ]
+
+
+# Ranks.
+
+
+def rank_cuts(inputs: Inputs) -> list[Cut]:
+    """Some queries with the whole gallery."""
+    gallery, rows = inputs["gallery"], sample(len(inputs["query"]), inputs["query"].device)
+    return [lambda x: x if x is gallery else x[rows]]
+
+
+INFO_NCE = Parts(elements, answers=info_nce_answers)
+SIGMOID = Parts(elements, answers=sigmoid_answers)
+RANKS = Parts(elements, cuts=rank_cuts)

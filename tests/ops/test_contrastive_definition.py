@@ -1,0 +1,380 @@
+"""The contrastive ops by definitions that are not ours: loops over rows, open_clip's, transformers' and PyTorch's.
+
+The loops, and which backends there are, serve the other test files of these ops too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import backends, cotangent
+from torch import Tensor
+
+from mmkernels import info_nce, retrieval_ranks, sigmoid_contrastive
+from mmkernels.ops import specs
+from mmkernels.spec import Inputs
+
+SPECS = specs()
+POSITIVE, NEGATIVE, HIDDEN = "positive", "negative", "hidden"
+
+
+def each_backend(op: str) -> Callable[..., Any]:
+    """A decorator: the test runs on each of the op's backends, under Triton's interpreter too."""
+
+    def mark(test: Callable[..., None]) -> Callable[..., None]:
+        return pytest.mark.interpreted(pytest.mark.parametrize("backend", backends(SPECS[op]))(test))
+
+    return mark
+
+
+def dtype_of(op: str, backend: str) -> torch.dtype:
+    """The widest dtype that a backend computes in."""
+    return torch.float64 if backend in backends(SPECS[op], torch.float64) else torch.float32
+
+
+# The definition, row by row.
+
+
+class Rows(NamedTuple):
+    """One direction.
+
+    Args:
+        loss: [rows].
+        ranks: of each row; None: it has no positive.
+    """
+
+    loss: Tensor
+    ranks: list[int | None]
+
+    @property
+    def mean(self) -> Tensor:
+        """Over the rows that have a positive."""
+        return self.loss.sum() / max(1, sum(rank is not None for rank in self.ranks))
+
+    @property
+    def statistics(self) -> tuple[float, float, int]:
+        """Accuracy, mean rank, rows without a positive."""
+        found = [rank for rank in self.ranks if rank is not None]
+        if not found:
+            return math.nan, math.nan, len(self.ranks)
+        return found.count(0) / len(found), sum(found) / len(found), len(self.ranks) - len(found)
+
+
+def scores_of(image: Tensor, text: Tensor) -> Tensor:
+    """[N, M]."""
+    if image.dim() == 2:
+        return torch.einsum("nd,md->nm", image, text)
+    return torch.einsum("nqd,md->nmq", image, text).max(2).values
+
+
+def row_of(scores: Tensor, kinds: list[str], label_smoothing: float) -> tuple[Tensor, int | None]:
+    """Loss and rank of one row, from its scores [columns] and what each column is."""
+    seen = [column for column, kind in enumerate(kinds) if kind != HIDDEN]
+    positives = [column for column in seen if kinds[column] == POSITIVE]
+    if not positives:
+        return scores.new_zeros(()), None
+    target = torch.zeros_like(scores)
+    target[seen] += label_smoothing / len(seen)
+    target[positives] += (1 - label_smoothing) / len(positives)
+    loss = -(target[seen] * (scores[seen] - scores[seen].logsumexp(0))).sum()
+    values = scores.nan_to_num(-math.inf, math.inf, -math.inf).tolist()
+    order = sorted(seen, key=lambda column: (-values[column], column))
+    rank = [kinds[column] for column in order].index(POSITIVE)
+    if bool(scores[order[rank]].isnan()):
+        rank = len(seen) - len(positives)
+    return loss, rank
+
+
+def by_loops(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    same_id: str = "positive",
+    hard_texts: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Rows, Rows]:
+    """Images to texts, and texts to images."""
+
+    def kind(i: int, j: int) -> str:
+        if image_ids is None or text_ids is None:
+            return POSITIVE if i == j else NEGATIVE
+        same = int(image_ids[i]) == int(text_ids[j])
+        if same_id == "positive":
+            return POSITIVE if same else NEGATIVE
+        return POSITIVE if i == j else HIDDEN if same else NEGATIVE
+
+    scores = logit_scale * scores_of(image, text)
+    of_images, more = scores, 0
+    if hard_texts is not None:
+        of_images, more = torch.cat([scores, logit_scale * scores_of(image, hard_texts)], 1), len(hard_texts)
+    numbers = range(len(image)), range(len(text))
+    images = [
+        row_of(of_images[i], [kind(i, j) for j in numbers[1]] + more * [NEGATIVE], label_smoothing) for i in numbers[0]
+    ]
+    texts = [row_of(scores[:, j], [kind(i, j) for i in numbers[0]], label_smoothing) for j in numbers[1]]
+    return tuple(Rows(torch.stack([x for x, _ in rows]), [rank for _, rank in rows]) for rows in (images, texts))  # type: ignore[return-value]
+
+
+def features(
+    n: int = 7, m: int | None = None, dim: int = 5, queries: int = 0, scale: float = 4.0, seed: int = 0
+) -> Inputs:
+    """Random images and texts, and a scale, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1)
+
+    image = draw(n, queries, dim) if queries else draw(n, dim)
+    text = draw(n if m is None else m, dim)
+    return {"image": image, "text": text, "logit_scale": torch.tensor(scale, dtype=torch.float64)}
+
+
+def check_rows(backend: str, inputs: Inputs, **options: Any) -> None:
+    """Assert that every row, statistic and gradient is that of the loops in float64, on inputs as `backend` gets them.
+
+    Args:
+        inputs: floating tensors by name, each of which is differentiated by.
+    """
+    dtype = dtype_of("info_nce", backend)
+    ours = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs.items()}
+    true = {name: x.detach().double().requires_grad_() for name, x in ours.items()}
+    losses, stats = info_nce(**ours, **options, reduction="none", return_stats=True, backend=backend)
+    rows = by_loops(**true, **options)
+    for mine, want in zip(losses, rows, strict=True):
+        torch.testing.assert_close(mine, want.loss.to(dtype))
+    check_statistics(stats, rows)
+    check_gradients(losses, list(ours.values()), tuple(side.loss for side in rows), list(true.values()))
+
+
+def check_statistics(stats: tuple[Tensor, ...], rows: tuple[Rows, Rows]) -> None:
+    """Assert that `ContrastiveStats` are those of the rows."""
+    images, texts = (side.statistics for side in rows)
+    want = [x for pair in zip(images, texts, strict=True) for x in pair]
+    assert [float(x) for x in stats] == pytest.approx(want, nan_ok=True, rel=1e-6)
+    assert all(x.dim() == 0 and not x.requires_grad for x in stats)
+    assert stats[-1].dtype == stats[-2].dtype == torch.int64
+
+
+def check_gradients(
+    losses: tuple[Tensor, ...], leaves: list[Tensor], true_losses: tuple[Tensor, ...], true_leaves: list[Tensor]
+) -> None:
+    """Assert that both have the same gradients for one cotangent."""
+    weights = [cotangent(x) for x in losses]
+    grads = torch.autograd.grad(losses, leaves, weights)
+    truth = torch.autograd.grad(
+        [x for x in true_losses if x.requires_grad],
+        true_leaves,
+        [w.double() for x, w in zip(true_losses, weights, strict=True) if x.requires_grad],
+        materialize_grads=True,
+    )
+    for mine, want in zip(grads, truth, strict=True):
+        torch.testing.assert_close(mine, want.to(mine.dtype))
+
+
+# Against formulas that others publish.
+
+
+def naive_logits(inputs: Inputs) -> Tensor:
+    return inputs["logit_scale"] * scores_of(inputs["image"], inputs["text"])
+
+
+def open_clip(inputs: Inputs) -> Tensor:
+    """open_clip's ClipLoss: two matrix products, two cross-entropies, the mean of both."""
+    image, text, scale = inputs["image"], inputs["text"], inputs["logit_scale"]
+    labels = torch.arange(len(image))
+    logits_per_image, logits_per_text = scale * image @ text.T, scale * text @ image.T
+    return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
+
+
+def transformers_clip(inputs: Inputs) -> Tensor:
+    """What `transformers.CLIPModel` computes from logits_per_text."""
+    modeling_clip = pytest.importorskip("transformers.models.clip.modeling_clip")
+    loss = getattr(modeling_clip, "image_text_contrastive_loss", None) or modeling_clip.clip_loss
+    return loss(naive_logits(inputs).T)
+
+
+def supervised(inputs: Inputs) -> Tensor:
+    """Khosla et al., eq. 2: the mean over a row's positives of -log p, here across the two towers."""
+    log_p, positive = naive_logits(inputs), inputs["image_ids"][:, None] == inputs["text_ids"]
+    rows = [-(x.log_softmax(1) * y).sum(1) / y.sum(1) for x, y in ((log_p, positive), (log_p.T, positive.T))]
+    return (rows[0].mean() + rows[1].mean()) / 2
+
+
+def probabilities(inputs: Inputs) -> Tensor:
+    """`F.cross_entropy` with the classes' probabilities, which it smooths as it does labels."""
+    positive = (inputs["image_ids"][:, None] == inputs["text_ids"]).double()
+    return (
+        sum(
+            F.cross_entropy(x, y / y.sum(1, keepdim=True), label_smoothing=inputs["label_smoothing"])
+            for x, y in ((naive_logits(inputs), positive), (naive_logits(inputs).T, positive.T))
+        )
+        / 2
+    )
+
+
+def smoothed(inputs: Inputs) -> Tensor:
+    """`F.cross_entropy` with numbers of classes."""
+    labels = torch.arange(len(inputs["image"]))
+    logits = naive_logits(inputs)
+    rows, columns = (F.cross_entropy(x, labels, label_smoothing=inputs["label_smoothing"]) for x in (logits, logits.T))
+    return (rows + columns) / 2
+
+
+def without_false_negatives(inputs: Inputs) -> Tensor:
+    """What shares an id, but is not the pair itself, has a logit of -inf."""
+    labels = torch.arange(len(inputs["image"]))
+    same = (inputs["image_ids"][:, None] == inputs["text_ids"]) & ~torch.eye(len(labels), dtype=torch.bool)
+    logits = naive_logits(inputs).masked_fill(same, -math.inf)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def neg_clip(inputs: Inputs) -> Tensor:
+    """NegCLIP: hard captions are more columns of the images' softmax, and no rows of the texts'."""
+    image, text, scale = inputs["image"], inputs["text"], inputs["logit_scale"]
+    labels = torch.arange(len(image))
+    of_images = scale * image @ torch.cat([text, inputs["hard_texts"]]).T
+    return (F.cross_entropy(of_images, labels) + F.cross_entropy(scale * text @ image.T, labels)) / 2
+
+
+def blip2(inputs: Inputs) -> Tensor:
+    """BLIP-2's image-text contrast: each pair's best query."""
+    image, text, labels = inputs["image"], inputs["text"], torch.arange(len(inputs["image"]))
+    best = (image[:, None] @ text[None, :, :, None])[..., 0].amax(-1)  # [N, M] of [N, M, Q]
+    logits = inputs["logit_scale"] * best
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+IDS = {"image_ids": torch.tensor([4, 9, 4, -1, 7, 9]), "text_ids": torch.tensor([9, 4, 7, -1, 7, 9, 4, 4, -1])}
+SAME = {"image_ids": torch.tensor([4, 9, 4, 4, 7, 9, 0]), "text_ids": torch.tensor([4, 9, 4, 4, 7, 9, 0])}
+PUBLISHED: dict[str, tuple[Callable[[Inputs], Tensor], Inputs]] = {
+    "open_clip": (open_clip, features(11)),
+    "transformers": (transformers_clip, features(11)),
+    "one pair": (open_clip, features(1)),
+    "one channel": (open_clip, features(6, dim=1)),
+    "SupCon": (supervised, features(6, 9) | IDS),
+    "probabilities": (probabilities, features(6, 9) | IDS | {"label_smoothing": 0.0}),
+    "probabilities, smoothed": (probabilities, features(6, 9) | IDS | {"label_smoothing": 0.3}),
+    "labels, smoothed": (smoothed, features(6) | {"label_smoothing": 0.1}),
+    "nothing but smoothing": (smoothed, features(6) | {"label_smoothing": 1.0}),
+    "false negatives": (without_false_negatives, features(7) | SAME | {"same_id": "ignore"}),
+    "NegCLIP": (neg_clip, features(7) | {"hard_texts": features(4, seed=1)["text"]}),
+    "BLIP-2": (blip2, features(7, queries=3)),
+}
+
+
+@each_backend("info_nce")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_info_nce_is_what_others_publish(backend: str, name: str) -> None:
+    formula, inputs = PUBLISHED[name]
+    compare(backend, "info_nce", info_nce, formula, inputs)
+
+
+def compare(
+    backend: str, op: str, function: Callable[..., Tensor], formula: Callable[[Inputs], Tensor], inputs: Inputs
+) -> None:
+    """Assert that loss and gradients are those of a formula in float64, on inputs as `backend` gets them."""
+    dtype = dtype_of(op, backend)
+    floats = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    ours = {name: x.to(dtype).requires_grad_() for name, x in floats.items()}
+    true = {name: x.detach().double().requires_grad_() for name, x in ours.items()}
+    loss = function(**{**inputs, **ours}, backend=backend)
+    want = formula({**inputs, **true})
+    torch.testing.assert_close(loss, want.to(dtype))
+    assert loss.dtype == dtype and loss.dim() == 0
+    check_gradients((loss,), list(ours.values()), (want,), list(true.values()))
+
+
+def open_clip_sigmoid(inputs: Inputs) -> Tensor:
+    """open_clip's SigLipLoss: labels of 1 on the diagonal and -1 beside it, the sum divided by the batch."""
+    image, text = inputs["image"], inputs["text"]
+    labels = 2 * torch.eye(len(image), dtype=image.dtype) - torch.ones(len(image), len(text))
+    return -F.logsigmoid(labels * (inputs["logit_scale"] * image @ text.T + inputs["logit_bias"])).sum() / len(image)
+
+
+def transformers_siglip(inputs: Inputs) -> Tensor:
+    """What `transformers.SiglipModel` computes, row by row of logits_per_text."""
+    logits = (naive_logits(inputs) + inputs["logit_bias"]).T
+    signs = -torch.ones_like(logits) + 2 * torch.eye(len(logits))
+    return -torch.sum(F.logsigmoid(signs * logits), -1).mean()
+
+
+def binary(inputs: Inputs) -> Tensor:
+    """Every pair is a question with the answer yes or no, whose cross-entropy PyTorch has."""
+    logits = naive_logits(inputs) + inputs["logit_bias"]
+    positive = (inputs["image_ids"][:, None] == inputs["text_ids"]).double()
+    return F.binary_cross_entropy_with_logits(logits, positive, reduction="sum") / len(logits)
+
+
+BIAS = {"logit_bias": torch.tensor(-2.0, dtype=torch.float64)}
+PUBLISHED_SIGMOID: dict[str, tuple[Callable[[Inputs], Tensor], Inputs]] = {
+    "open_clip": (open_clip_sigmoid, features(11) | BIAS),
+    "transformers": (transformers_siglip, features(11) | BIAS),
+    "one pair": (open_clip_sigmoid, features(1) | BIAS),
+    "binary": (binary, features(6, 9) | BIAS | IDS),
+    "binary, nothing shared": (binary, features(6, 9) | BIAS | {**IDS, "text_ids": torch.arange(100, 109)}),
+    "binary, queries": (binary, features(6, 9, queries=3) | BIAS | IDS),
+}
+
+
+@each_backend("sigmoid_contrastive")
+@pytest.mark.parametrize("name", PUBLISHED_SIGMOID)
+def test_sigmoid_contrastive_is_what_others_publish(backend: str, name: str) -> None:
+    formula, inputs = PUBLISHED_SIGMOID[name]
+    compare(backend, "sigmoid_contrastive", sigmoid_contrastive, formula, inputs)
+
+
+@each_backend("retrieval_ranks")
+def test_a_rank_is_a_place_in_a_stable_sort(backend: str) -> None:
+    """Small whole numbers: most scores are shared, and exact in any order of summation."""
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (torch.randint(-2, 3, (n, 5), generator=generator).float() for n in (40, 90))
+    target = torch.randint(90, (40,), generator=generator)
+    order = (query @ gallery.T).sort(dim=1, descending=True, stable=True).indices
+    want = (order == target[:, None]).int().argmax(1)
+    assert torch.equal(retrieval_ranks(query, gallery, target, backend=backend), want)
+
+
+# What the parts of the result have to do with each other.
+
+
+@each_backend("info_nce")
+@pytest.mark.parametrize("options", [{}, {**IDS, "label_smoothing": 0.2}], ids=["pairs", "ids"])
+def test_reductions_are_those_of_the_rows(backend: str, options: dict[str, Any]) -> None:
+    """Each direction's mean is over rows that have a positive; here images 6 and 7 and text 9 have none."""
+    n, m = (8, 10) if options else (8, 8)
+    if options:
+        options = options | {
+            "image_ids": torch.cat([IDS["image_ids"], torch.tensor([100, 101])]),
+            "text_ids": torch.cat([IDS["text_ids"], torch.tensor([200])]),
+        }
+    inputs = {name: x.to(dtype_of("info_nce", backend)) for name, x in features(n, m).items()}
+    images, texts = info_nce(**inputs, **options, reduction="none", backend=backend)
+    assert images.shape == (n,) and texts.shape == (m,)
+    without = (slice(6, None), slice(9, None)) if options else (slice(8, None), slice(8, None))
+    assert bool((images[without[0]] == 0).all()) and bool((texts[without[1]] == 0).all())
+    rows = (6, 9) if options else (8, 8)
+    for weight in (0.0, 0.25, 0.5, 1.0):
+        total, mean = (
+            info_nce(**inputs, **options, image_weight=weight, reduction=reduction, backend=backend)
+            for reduction in ("sum", "mean")
+        )
+        torch.testing.assert_close(total, weight * images.sum() + (1 - weight) * texts.sum())
+        torch.testing.assert_close(mean, weight * images.sum() / rows[0] + (1 - weight) * texts.sum() / rows[1])
+
+
+@each_backend("info_nce")
+@pytest.mark.parametrize("image_weight", [0.0, 1.0])
+def test_one_direction_alone(backend: str, image_weight: float) -> None:
+    def one(inputs: Inputs) -> Tensor:
+        logits = naive_logits(inputs)
+        return F.cross_entropy(logits if image_weight else logits.T, torch.arange(len(logits)))
+
+    compare(backend, "info_nce", info_nce, one, features(9) | {"image_weight": image_weight})

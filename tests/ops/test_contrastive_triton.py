@@ -1,0 +1,555 @@
+"""The Triton contrastive kernels beyond the specs' cases: tiles, groups of rows, strips, what is computed with care.
+
+They run under Triton's interpreter (``TRITON_INTERPRET=1``), or on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import check, run
+from torch import Tensor
+
+from mmkernels import gpu, info_nce, retrieval_ranks, sigmoid_contrastive, tuning
+from mmkernels.ops._attention.cases import normal
+from mmkernels.ops._contrastive.cases import features, two_towers
+from mmkernels.spec import Case, Inputs, OpSpec, cast
+from mmkernels.tuning import Config
+
+pytest.importorskip("triton")
+
+from triton_tiling import DEVICE, SPECS, tiled
+
+from mmkernels.ops._contrastive import triton_call
+from mmkernels.ops._contrastive.triton_call import Block, pairing
+from mmkernels.ops._contrastive.triton_states import Side
+from mmkernels.ops.info_nce import triton as forward
+from mmkernels.ops.info_nce import triton_backward as backward
+from mmkernels.ops.retrieval_ranks import triton as ranks
+from mmkernels.ops.sigmoid_contrastive import triton as sigmoid
+
+interpreted = pytest.mark.interpreted  # and else on a GPU, or not at all
+if not gpu.INTERPRETED:
+    pytestmark = pytest.mark.gpu
+
+OPS = [SPECS[name] for name in ("info_nce", "sigmoid_contrastive", "retrieval_ranks")]
+NAN = math.nan
+
+
+def _cases(most: int) -> list[tuple[OpSpec, Case]]:
+    """The specs' cases with few enough pairs of queries and texts for the interpreter."""
+
+    def pairs(case: Case) -> int:
+        first, second, *_ = case.make(torch.Generator().manual_seed(0)).values()
+        return int(first.numel() // first.shape[-1] * second.shape[0])
+
+    return [(spec, case) for spec in OPS for case in spec.cases if pairs(case) <= most]
+
+
+def _each(cases: list[tuple[OpSpec, Case]]) -> Any:
+    ids = [f"{spec.name}-{case.id}".replace(" ", "_") for spec, case in cases]
+    return pytest.mark.parametrize(("spec", "case"), cases, ids=ids)
+
+
+def _check(op: str, make: Any, *grads: str) -> None:
+    check(SPECS[op], Case("here", make, grads), torch.float32, "triton", DEVICE)
+
+
+def _step(op: str, inputs: Inputs, *grads: str) -> tuple[Tensor, ...]:
+    """Outputs and gradients."""
+    found = run(SPECS[op], Case("here", lambda g: inputs, grads), inputs, "triton")
+    return (*found.outputs, *found.grads.values())
+
+
+ALL = ("image", "text", "logit_scale")
+
+# Tiles, groups of rows, strips.
+
+
+@interpreted
+@_each(_cases(1500))
+def test_small_tiles_groups_and_strips(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tile of rows at a time in the forward and in the backward pass."""
+    for name in ("PART_BYTES", "STRIP_BYTES"):
+        monkeypatch.setattr(triton_call, name, 1)
+    with tiled(16, 32):
+        check(spec, case, torch.float32, "triton", DEVICE)
+
+
+@interpreted
+@_each([(s, c) for s, c in _cases(500) if s.name != "retrieval_ranks" and "one_pair" not in c.id])
+def test_epilogues_in_halves(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_call, "WHOLE_TILE", 0)
+    with tiled(16, 32):
+        check(spec, case, torch.float32, "triton", DEVICE)
+
+
+@interpreted
+def test_groups_of_rows_and_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_call, "multiprocessors", lambda device: 3)
+    image, text = torch.empty(100, 8, device=DEVICE), torch.empty(70, 8, device=DEVICE)
+    with tiled(32, 16):
+        block = Block("info_nce", "contrastive", image, text, pairing(None, None, False))
+        assert [(at.start, at.stop) for at in block.groups(10, 25)] == [(0, 64), (64, 100)]
+        assert [at.stop for at in block.groups(10, 9)] == [32, 64, 96, 100]  # one tile at least
+        assert block.tiles(slice(64, 100)) == (2, 5) and block.grid(slice(64, 100)) == (6,)
+        assert block.grid(slice(96, 100)) == (5,)
+        queries = Block("info_nce", "contrastive", torch.empty(4, 3, 8, device=DEVICE), text, None)
+        assert (queries.config.block_k, queries.pairs) == (16, "none")
+    with tuning.pretend("sm_90"):
+        bf16 = (x.to(torch.bfloat16) for x in (torch.empty(4, 3, 8), torch.empty(9, 8)))
+        assert Block("info_nce", "contrastive", *bf16, None).config.block_k == 64  # half of what one query has
+
+
+@interpreted
+@pytest.mark.parametrize("op", ["info_nce", "sigmoid_contrastive"])
+def test_the_same_bits_from_any_number_of_programs(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = two_towers(torch.Generator().manual_seed(0), 40, 40, 16)
+    inputs |= {"logit_bias": torch.tensor(-3.0)} if op == "sigmoid_contrastive" else {"return_stats": True}
+    inputs = cast(inputs, torch.float32, DEVICE)
+    found = []
+    for programs in (1, 7):
+        monkeypatch.setattr(triton_call, "multiprocessors", lambda device, programs=programs: programs)
+        with tiled(16, 16):
+            found.append(_step(op, inputs, *ALL))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("hidden", [False, True])
+def test_blocks_of_texts_may_arrive_one_by_one(hidden: bool) -> None:
+    """Each with the number of its first text; the images' states are those of all texts."""
+    g = torch.Generator().manual_seed(0)
+    image, text = (features(g, 40, 16).to(DEVICE, torch.float32) for _ in range(2))
+    scale, ids = torch.tensor(20.0, device=DEVICE), torch.arange(40, device=DEVICE) % 9
+    with tiled(16, 16):
+        want = info_nce(
+            image, text, scale, reduction="none", image_ids=ids if hidden else None, backend="triton",
+            same_id="ignore" if hidden else "positive",
+        )  # fmt: skip
+        products = image.new_full((40,), NAN)
+        images, text_losses, hides = Side(40, image, (0, 0, 0), products), [], []
+        for first, last in ((0, 17), (17, 40)):
+            part, own = text[first:last], products[first:last]
+            pairs = pairing(None, None, False)
+            if hidden:  # what ids hide is counted, and coded, for each block
+                codes = (ids.int(), ids[first:last].int())
+                other = ids[:, None] == ids[first:last]
+                other &= torch.arange(40, device=DEVICE)[:, None] != torch.arange(first, last, device=DEVICE)
+                pairs = pairs._replace(kind="hidden", codes=codes)
+                hides.append((other.sum(1), other.sum(0)))
+            block = Block("info_nce", "contrastive", image, part, pairs, shift=first)
+            texts = Side(last - first, image, (0, 0, 0), own)
+            forward.add_block(block, [images, texts], scale, products)
+            text_losses.append(texts.finish(scale, 0.0, None, hides[-1][1] if hidden else None, 40)[0])
+        of_images = images.finish(scale, 0.0, None, sum(x for x, _ in hides) if hidden else None, 40)
+    torch.testing.assert_close(of_images[0], want[0])
+    torch.testing.assert_close(torch.cat(text_losses), want[1])
+
+
+# What is computed with care.
+
+
+@contextmanager
+def _careless() -> Iterator[None]:
+    """Without the kernels that compute tiles again."""
+
+    def launch(kernel: Any, *args: Any, **constants: Any) -> None:
+        if not kernel.__name__.startswith("careful_"):
+            gpu.launch(kernel, *args, **constants)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (forward, backward, sigmoid):
+            patch.setattr(module, "launch", launch)
+        yield
+
+
+def _far_apart(g: torch.Generator) -> Inputs:
+    """Rows and columns whose logits lie hundreds from each other in every tile."""
+    inputs = two_towers(g, 48, 48, 16, scale=1.0)
+    inputs["image"] *= 20.0 * (1 + torch.arange(48) % 8)[:, None]
+    inputs["text"] *= (1 + torch.arange(48) % 5)[:, None]
+    return inputs
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["place", "code", "hidden", "hard", "queries"])
+def test_logits_far_apart_in_a_tile(kind: str) -> None:
+    def make(g: torch.Generator) -> Inputs:
+        inputs = _far_apart(g) | {"reduction": "none"}
+        if kind in ("code", "hidden"):
+            inputs |= {"image_ids": torch.arange(48) // 3, "same_id": "ignore" if kind == "hidden" else "positive"}
+        if kind == "hard":
+            inputs["hard_texts"] = 3 * features(g, 32, 16)
+        if kind == "queries":
+            inputs["image"] = torch.stack([inputs["image"], inputs["image"].flip(0)], 1)
+        return inputs
+
+    grads = (*ALL, "hard_texts") if kind == "hard" else ALL
+    with tiled(16, 32):
+        _check("info_nce", make, *grads)
+        inputs = cast(make(torch.Generator().manual_seed(0)), torch.float32, DEVICE)
+        right = _step("info_nce", inputs, *grads)
+        with _careless():
+            wrong = _step("info_nce", inputs, *grads)
+    assert not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(right, wrong, strict=True))
+
+
+@interpreted
+def test_what_needs_no_care_is_right_without() -> None:
+    """Positives by id, tiles that nothing hangs over, logits within a few: nothing is computed twice."""
+    inputs = cast(two_towers(torch.Generator().manual_seed(0), 32, 64, 16), torch.float32, DEVICE)
+    inputs |= {"image_ids": torch.arange(32, device=DEVICE), "text_ids": torch.arange(64, device=DEVICE) // 2}
+    more = {"label_smoothing": 0.1, "hard_texts": features(torch.Generator().manual_seed(1), 32, 16).to(inputs["text"])}
+    bias = {"logit_bias": torch.tensor(-3.0, device=DEVICE)}
+    calls = [("info_nce", inputs | more, (*ALL, "hard_texts")), ("sigmoid_contrastive", inputs | bias, ALL)]
+    with tiled(16, 32):
+        for op, given, grads in calls:
+            right = _step(op, given, *grads)
+            with _careless():
+                again = _step(op, given, *grads)
+            assert all(torch.equal(a, b) for a, b in zip(right, again, strict=True)), op
+
+
+@interpreted
+def test_by_place_only_tiles_with_positives_are_computed_twice() -> None:
+    inputs = cast(two_towers(torch.Generator().manual_seed(0), 64, 64, 16), torch.float32, DEVICE)
+    sums = []
+    with tiled(16, 16):
+        block = Block("info_nce", "contrastive", inputs["image"], inputs["text"], pairing(None, None, False))
+        for care in (True, False):
+            parts = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Side, "add", lambda self, part, *_: parts.append(part.clone()))  # noqa: B023
+                sides = [Side(64, inputs["image"], (0, 0, 0), inputs["image"].new_empty(64)) for _ in range(2)]
+                if care:
+                    forward.add_block(block, sides, inputs["logit_scale"], sides[0].sums[0])
+                else:
+                    with _careless():
+                        forward.add_block(block, sides, inputs["logit_scale"], sides[0].sums[0])
+            sums.append(parts[0][0])  # references [tiles across, rows]
+    tiles = torch.eye(4, dtype=torch.bool, device=DEVICE).repeat_interleave(16, 1)
+    same = sums[0] == sums[1]
+    assert bool(same[~tiles].all()) and not bool(same[tiles].all())
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [100.0, -100.0])
+def test_the_loss_of_aligned_pairs_is_0_to_the_last_digit(scale: float) -> None:
+    image = F.normalize(torch.randn(64, 24, device=DEVICE), dim=1)
+    text = image.sign() if scale > 0 else -image
+    with tiled(16, 16):
+        for given in (image, 3.0 * image):
+            losses = info_nce(given, given if scale > 0 else text, scale, reduction="none", backend="triton")
+            assert all(float(x.abs().max()) < 1e-6 and float(x.min()) >= 0 for x in losses)
+
+
+@interpreted
+@pytest.mark.parametrize("bias", [-10.0, -40.0, 10.0])
+def test_small_terms_of_the_sigmoid_loss_are_not_lost(bias: float) -> None:
+    """As training begins nearly all of the loss is terms of exp(-10)."""
+    inputs = cast(two_towers(torch.Generator().manual_seed(0), 40, 70, 16), torch.float32, DEVICE)
+    # Of another id than all texts: no pair is a positive.
+    ids = {"image_ids": torch.arange(40, device=DEVICE), "text_ids": torch.arange(70, device=DEVICE) + 100}
+    given = inputs | ids | {"logit_bias": torch.tensor(bias, device=DEVICE), "logit_scale": inputs["logit_scale"] * 0.5}
+    with tiled(16, 32):
+        mine = sigmoid_contrastive(**given, backend="triton")
+    true = sigmoid_contrastive(**cast(given, torch.float64), backend="reference")
+    torch.testing.assert_close(mine.double(), true, rtol=3e-6, atol=0.0)
+
+
+@interpreted
+@pytest.mark.parametrize("op", ["info_nce", "sigmoid_contrastive"])
+def test_small_upstream_gradients_do_not_underflow(op: str) -> None:
+    """In float16 a batch's gradients of logits are far below the least number; a power of two changes no digit."""
+    inputs = cast(two_towers(torch.Generator().manual_seed(0), 40, 40, 16), torch.float16, DEVICE)
+    scale = {"logit_scale": inputs.pop("logit_scale").float().requires_grad_()}
+    features_ = {name: x.requires_grad_() for name, x in inputs.items()}
+    more = {"logit_bias": torch.tensor(-3.0, device=DEVICE)} if op == "sigmoid_contrastive" else {}
+    loss = SPECS[op].function(**features_, **scale, **more, backend="triton")
+    leaves = [*features_.values(), *scale.values()]
+    plain = torch.autograd.grad(loss, leaves, torch.ones_like(loss), retain_graph=True)
+    small = torch.autograd.grad(loss, leaves, torch.full_like(loss, 2.0**-16), retain_graph=True)
+    assert torch.equal(plain[2] * 2.0**-16, small[2])
+    for a, b in zip(plain[:2], small[:2], strict=True):
+        torch.testing.assert_close(a.float() * 2.0**-16, b.float(), rtol=1e-2, atol=2.0**-24)
+    large = torch.autograd.grad(loss, leaves, torch.full_like(loss, 4096.0))  # within float16, as a scaled loss is
+    for a, b in zip(plain[:2], large[:2], strict=True):
+        assert bool(b.isfinite().all())
+        torch.testing.assert_close(a.float() * 4096.0, b.float(), rtol=2e-3, atol=2e-3 * 4096 * float(a.abs().max()))
+
+
+# Ids.
+
+
+@interpreted
+@pytest.mark.parametrize("ignore", [False, True])
+def test_codes_and_counts_of_ids(ignore: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    for n, m, most in ((9, 9, 4), (30, 30, 1), (17, 17, 10**12)):
+        image_ids, text_ids = (torch.randint(-most, most, (k,), generator=g) for k in (n, m))
+        text_ids[:2] = image_ids[[-1, 0]]
+        found = pairing(image_ids.to(DEVICE), text_ids.to(DEVICE), ignore)
+        codes = [x.cpu() for x in found.codes if x is not None]
+        same = image_ids[:, None] == text_ids
+        assert torch.equal(codes[0][:, None] == codes[1], same) and bool((codes[1] >= 0).all())
+        counted = (same & ~torch.eye(n, dtype=torch.bool)) if ignore else same
+        for dim, count in zip((1, 0), found.hidden if ignore else found.positives, strict=True):
+            assert count is not None and torch.equal(count.cpu(), counted.sum(dim))
+
+
+# Layouts.
+
+
+def _embedded(x: Tensor) -> Tensor:
+    """x as a view into a buffer of NaN, with other strides than its own."""
+    buffer = torch.full([n + 3 for n in x.shape], NAN, dtype=x.dtype, device=x.device)
+    return buffer[tuple(slice(1, 1 + n) for n in x.shape)].copy_(x)
+
+
+@interpreted
+@pytest.mark.parametrize("queries", [0, 3])
+@pytest.mark.parametrize("dim", [13, 40])
+def test_nothing_outside_is_read_or_written(queries: int, dim: int) -> None:
+    inputs = cast(two_towers(torch.Generator().manual_seed(0), 21, 37, dim, queries), torch.float32, DEVICE)
+    ids = {"image_ids": torch.arange(21, device=DEVICE), "text_ids": torch.arange(37, device=DEVICE) // 2}
+    bias = {"logit_bias": torch.tensor(-3.0, device=DEVICE)}
+    guards: list[tuple[Tensor, int]] = []
+
+    plain = Tensor.new_empty
+
+    def new_empty(x: Tensor, *size: Any, dtype: torch.dtype | None = None, **more: Any) -> Tensor:
+        if more:  # the interpreter's own
+            return plain(x, *size, dtype=dtype, **more)
+        shape = tuple(size[0]) if size and not isinstance(size[0], int) else size
+        dtype, count = dtype or x.dtype, math.prod(shape)
+        fill = NAN if dtype.is_floating_point else -77
+        whole = torch.full((count + 256,), fill, dtype=dtype, device=x.device)
+        guards.append((whole, count))
+        return whole[128 : 128 + count].view(shape)
+
+    def all_calls(wrap: Any) -> list[Tensor]:
+        given = {name: wrap(x) if x.dim() else x for name, x in inputs.items()}
+        found = [*_step("info_nce", given | ids | {"return_stats": True, "hard_texts": given["text"]}, *ALL)]
+        found += _step("sigmoid_contrastive", given | ids | bias, *ALL)
+        if not queries:
+            target = torch.arange(21, device=DEVICE)
+            found.append(retrieval_ranks(given["image"], given["text"], target, backend="triton"))
+        return found
+
+    with tiled(16, 32):
+        want = all_calls(lambda x: x)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "new_empty", new_empty)
+            got = all_calls(_embedded)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=False)
+    assert len(guards) > 20
+    for whole, count in guards:
+        edges = torch.cat([whole[:128], whole[128 + count :]])
+        assert bool((edges.isnan() if edges.is_floating_point() else edges == -77).all())
+
+
+@interpreted
+def test_rows_past_2_to_the_31() -> None:
+    """Images, queries and texts that lie 2^31 elements and more from where their tensor begins."""
+    far = 2**31 + 64
+    storage = torch.empty(2 * far + 64, dtype=torch.float16, device=DEVICE)  # almost nothing is ever touched
+
+    def spread(x: Tensor, dim: int) -> Tensor:
+        strides = list(x.stride())
+        strides[dim] = far
+        return storage.as_strided(x.shape, strides).copy_(x)
+
+    g = torch.Generator().manual_seed(0)
+    image, text = (normal(g, 2, 16).to(DEVICE, torch.float16) for _ in range(2))
+    queries = normal(g, 2, 2, 16).to(DEVICE, torch.float16)
+    with tiled(16, 16):
+        want = [info_nce(x, text, 5.0, backend="triton") for x in (image, queries)]
+        torch.testing.assert_close(info_nce(spread(image, 0), text, 5.0, backend="triton"), want[0])
+        torch.testing.assert_close(info_nce(image, spread(text, 0), 5.0, backend="triton"), want[0])
+        for dim in (0, 1):
+            torch.testing.assert_close(info_nce(spread(queries, dim), text, 5.0, backend="triton"), want[1])
+
+
+@interpreted
+@pytest.mark.parametrize("queries", [0, 2])
+def test_the_copy_engines_path(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors of strided features, with last tiles that hang over and channels that do not fill the last step."""
+    monkeypatch.setattr(triton_call, "_TMA_ROWS", 8)
+
+    def make(g: torch.Generator) -> Inputs:
+        inputs = two_towers(g, 40, 40, 36, queries)
+        buffer = torch.full((40, *([queries] if queries else []), 44), NAN, dtype=torch.float64)
+        inputs["image"] = buffer[..., 4:40].copy_(inputs["image"])
+        return inputs | {"return_stats": True}
+
+    with tiled(16, 32):
+        inputs = cast(make(torch.Generator()), torch.float32, DEVICE)
+        # Views stay views, but a conversion may change strides; here they are what descriptors want.
+        assert inputs["image"].stride(-1) == 1
+        with gpu.recorded() as launches:
+            info_nce(**inputs, backend="triton")
+        if tuning.architecture(torch.device(DEVICE)) in ("sm_90", "sm_100"):
+            (first, *_) = [x for x in launches if x.kernel.__name__ == "info_nce_kernel"]
+            assert first.constants["TMA"] and first.args[0].block_shape == ([16, 1, 32] if queries else [16, 32])
+            assert first.args[1].base.data_ptr() == inputs["text"].data_ptr()
+        _check("info_nce", make, *ALL)
+        if not queries:
+            query, gallery = inputs["image"], inputs["text"]
+            target = torch.arange(40, device=DEVICE).flip(0)
+            mine = retrieval_ranks(query, gallery, target, backend="triton")
+            assert torch.equal(mine, retrieval_ranks(query.double(), gallery.double(), target, backend="reference"))
+
+
+@interpreted
+def test_where_a_descriptor_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_call, "_TMA_ROWS", 8)
+    x = torch.zeros(16, 64, device=DEVICE)
+
+    def tma(image: Tensor, text: Tensor) -> bool:
+        return bool(Block("info_nce", "contrastive", image, text, None).constants["TMA"])
+
+    with tuning.pretend("sm_90"):
+        assert tma(x, x)
+        assert tma(x[:, ::2], x[:, :32])  # copied: its channels do not lie side by side
+        assert not tma(x[:, 1:], x[:, 1:]) and not tma(x[:, :20], x[:, :20])
+        assert not tma(x[:4], x) and not tma(x, x[:4])
+        assert not tma(x[:1].expand(16, -1), x)
+    with tuning.pretend("sm_80"):
+        assert not tma(x, x)
+
+
+# Ranks.
+
+
+@interpreted
+def test_targets_outside_of_the_gallery_have_rank_m() -> None:
+    query, gallery = torch.randn(6, 8, device=DEVICE), torch.randn(20, 8, device=DEVICE)
+    target = torch.tensor([0, -1, 20, 2**40, -(2**40), 19], device=DEVICE)
+    with tiled(16, 16):
+        found = ranks.forward(query, gallery, target)
+    inside = [0, 5]
+    want = retrieval_ranks(query[inside].double(), gallery.double(), target[inside], backend="reference")
+    assert torch.equal(found[inside], want) and found[1:5].tolist() == [20] * 4
+
+
+@interpreted
+@pytest.mark.parametrize(("block_q", "block_k"), [(16, 32), (32, 16)])
+def test_equal_rows_of_a_gallery_have_equal_scores(block_q: int, block_k: int) -> None:
+    """Wherever in a tile they stand: of k equal rows the n-th has rank n."""
+    g = torch.Generator().manual_seed(0)
+    rows = normal(g, 7, 40)
+    gallery = rows.repeat(9, 1).to(DEVICE, torch.float32)  # row i is rows[i % 7]
+    query = normal(g, 21, 40).to(DEVICE, torch.float32)
+    with tiled(block_q, block_k):
+        for shift in range(0, 63, 10):
+            target = (torch.arange(21, device=DEVICE) * 3 + shift) % 63
+            found = retrieval_ranks(query, gallery, target, backend="triton")
+            scores = query.double() @ rows.to(query).double().mT
+            own = scores.gather(1, (target % 7)[:, None])
+            want = 9 * (scores > own).sum(1) + target // 7
+            assert torch.equal(found, want)
+
+
+@interpreted
+def test_galleries_in_groups_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_call, "PART_BYTES", 1)
+    query, gallery = torch.randn(50, 24, device=DEVICE), torch.randn(70, 24, device=DEVICE)
+    target = torch.randint(70, (50,), device=DEVICE)
+    with tiled(16, 32):
+        found = retrieval_ranks(query, gallery, target, backend="triton")
+    assert torch.equal(found, retrieval_ranks(query.double(), gallery.double(), target, backend="reference"))
+
+
+# What only a GPU can show.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["place", "code", "hidden", "queries"])
+def test_thousands_of_pairs(kind: str, dtype: torch.dtype) -> None:
+    """More tiles than a GPU works on at once, and last tiles that hang over."""
+
+    def make(g: torch.Generator) -> Inputs:
+        inputs = two_towers(g, 3000, 3000, 192, 3 if kind == "queries" else 0, scale=50.0)
+        more = {"hard_texts": features(g, 500, 192), "label_smoothing": 0.1, "return_stats": True}
+        if kind in ("code", "hidden"):
+            ids = torch.randint(1500, (3000,), generator=g)
+            more |= {"image_ids": ids, "same_id": "ignore" if kind == "hidden" else "positive"}
+        return inputs | more
+
+    check(SPECS["info_nce"], Case("here", make, (*ALL, "hard_texts")), dtype, "triton", "cuda")
+    if kind != "hidden":
+        options = ("image_ids",) if kind == "code" else ()
+
+        def sigmoid_inputs(g: torch.Generator) -> Inputs:
+            inputs = make(g)
+            kept = {name: inputs[name] for name in (*ALL, *options)}
+            return kept | {"logit_bias": torch.tensor(-10.0, dtype=torch.float64)}
+
+        case = Case("here", sigmoid_inputs, (*ALL, "logit_bias"))
+        check(SPECS["sigmoid_contrastive"], case, dtype, "triton", "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["info_nce", "sigmoid_contrastive"])
+def test_a_cuda_graph_captures_a_step(op: str) -> None:
+    inputs = cast(two_towers(torch.Generator().manual_seed(0), 2000, 2000, 256), torch.bfloat16, "cuda")
+    inputs["logit_scale"] = inputs["logit_scale"].float()
+    ids = torch.randint(1000, (2000,), device="cuda")
+    more = {"logit_bias": torch.tensor(-5.0, device="cuda")} if op == "sigmoid_contrastive" else {}
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+
+    def step() -> tuple[Tensor, ...]:
+        loss = SPECS[op].function(**leaves, **more, image_ids=ids, backend="triton")
+        return (loss.detach(), *torch.autograd.grad(loss, list(leaves.values())))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        want = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for x in got:
+        x.fill_(NAN)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["info_nce", "sigmoid_contrastive"])
+def test_memory_of_a_large_batch(op: str) -> None:
+    """Above inputs and gradients: a strip, the texts' gradient in float32, and what the library's products need."""
+    n, dim = 32768, 512
+    image, text = (F.normalize(torch.randn(n, dim, device="cuda"), dim=1).bfloat16() for _ in range(2))
+    leaves = [image.requires_grad_(), text.requires_grad_(), torch.tensor(50.0, device="cuda", requires_grad=True)]
+    more = (torch.tensor(-10.0, device="cuda"),) if op == "sigmoid_contrastive" else ()
+
+    def step() -> list[Tensor]:
+        return list(torch.autograd.grad(SPECS[op].function(*leaves, *more, backend="triton"), leaves))
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = step()
+    torch.cuda.synchronize()
+    own = sum(x.numel() * x.element_size() for x in grads)
+    extra = torch.cuda.max_memory_allocated() - before - own
+    assert extra <= triton_call.STRIP_BYTES + 4 * n * dim + 100 * 2**20
+
+
+def test_the_search_space_knows_the_kernels() -> None:
+    """Every kernel on products has a default for each architecture."""
+    for kernel, architecture in itertools.product(tuning.PRODUCTS, tuning.ARCHITECTURES):
+        found = tuning.default(kernel, architecture, torch.bfloat16, 768)
+        assert found == tuning.default(kernel, architecture, torch.bfloat16, 64) and isinstance(found, Config)
