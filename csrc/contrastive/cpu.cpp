@@ -54,6 +54,13 @@ struct Side {
   }
 };
 
+// A dot's logit in base 2, as the kernels have it (power_of).
+double logit_of(const PairCall& call, double dot) {
+  const double rounded = static_cast<float>(static_cast<float>(dot) * call.p.high),
+               rest = dot * call.scale_log2 - rounded;
+  return std::abs(rounded) > (1 << 22) && std::abs(rest) > 0.75 ? rounded : dot * call.scale_log2;
+}
+
 // Losses [count] and states [4, count] of one direction.
 std::tuple<Tensor, Tensor> finish(const PairCall& call, const Side& side, bool of_text, i64 count, double smoothing) {
   const Tensor loss = at::detail::empty_cpu({count}, at::kFloat), state = at::detail::empty_cpu({4, count}, at::kFloat);
@@ -65,8 +72,9 @@ std::tuple<Tensor, Tensor> finish(const PairCall& call, const Side& side, bool o
     if (smoothing > 0.0) {
       target += smoothing * side.all[i] / static_cast<double>(classes);
     }
+    target = logit_of(call, target);
     const double lse = side.reference[i] + std::log2(static_cast<double>(side.sum[i]));
-    to[i] = positives > 0 ? static_cast<float>(kLnOf2 * (lse - call.scale_log2 * target)) : 0.0f;
+    to[i] = positives > 0 ? static_cast<float>(kLnOf2 * (lse - target)) : 0.0f;
     of[i] = side.reference[i];
     of[count + i] = side.sum[i];
     of[2 * count + i] = static_cast<float>(positives);

@@ -112,7 +112,9 @@ struct Power {
 };
 MMK_INLINE Power power_of(const PairProblem& p, Vec dot) {
   const Vec high = set1(p.high), n = round_to_whole(dot * high);
-  return {exp2_of_fraction(fma(dot, set1(p.low), fma_exact(dot, high, -n))), n};
+  const Vec f = fma(dot, set1(p.low), fma_exact(dot, high, -n));
+  // More than a half only where float32 knows no fractions, logits of millions: there the rounded logit counts.
+  return {exp2_of_fraction(f * f > 0.5625f ? zero() : f), n};
 }
 
 constexpr i64 kChain = 128; // products that float32 sums in one chain: longer ones round more than a library's
