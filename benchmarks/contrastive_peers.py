@@ -18,7 +18,7 @@ from mmkernels.profiling.gate import Call
 from mmkernels.profiling.machine import matmul_rate
 from mmkernels.spec import Inputs
 
-_MOST_SECONDS = 20.0  # that a cached step's matrix products may take at the measured peak
+_MOST_SECONDS = 10.0  # that a cached step's matrix products may take at the measured peak
 _CACHED_PRODUCTS = 6  # that a cached step makes at least: both directions' scores, and two gradients of each
 _BLOCK = 1024  # queries whose scores the blocked ranks hold at once
 

@@ -170,6 +170,11 @@ def add_product(into: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
         torch.addmm(into, x, y, out_dtype=torch.float32, out=into)
 
 
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x * factor`` in `dtype`, with no other copy between."""
+    return torch.mul(x, factor, out=x.new_empty(x.shape, dtype=dtype))
+
+
 def boost_of(dtype: torch.dtype) -> float:
     """The largest upstream gradient in strips of `dtype`, of which float16 has room above and needs it below."""
     return 1024.0 if dtype == torch.float16 else 1.0

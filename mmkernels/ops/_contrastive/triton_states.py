@@ -119,6 +119,7 @@ def finish_softmax_kernel(
         target = (1 - label_smoothing) * target + label_smoothing * exponents(even, scale, top)
     x = (tl.log2(total) - target) * LN2
     x = tl.where(x < 0, 0.0, x)  # which only rounding can make of a cross-entropy
+    x = tl.where(top == -INFINITY, float("nan"), x)  # all its logits are -inf
     tl.store(loss + n, tl.where(own > 0, x, 0.0), mask=live)
     tl.store(state + 2 * state_stride + n, own.to(tl.float32), mask=live)
     tl.store(state + 3 * state_stride + n, every.to(tl.float32), mask=live)

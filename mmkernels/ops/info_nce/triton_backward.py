@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.gpu import launch
-from mmkernels.ops._contrastive.triton_call import Block, Strips, boost_of, pairing
+from mmkernels.ops._contrastive.triton_call import Block, Strips, boost_of, pairing, scaled
 from mmkernels.ops._contrastive.triton_states import softmax_factors
 from mmkernels.ops._contrastive.triton_tiles import (
     LARGE,
@@ -264,7 +264,7 @@ def backward(
     factor = logit_scale.reshape(()).to(torch.float32) * unit
     strips = Strips(blocks, need_image, fill)
     of_scale = strips.run(factor)
-    of_text, *of_more = (None if x is None else (x * factor).to(image.dtype) for x in strips.of_texts)
+    of_text, *of_more = (None if x is None else scaled(x, factor, image.dtype) for x in strips.of_texts)
     of_hard = of_more[0] if of_more else None
     if need_hard and hard_texts is not None and not of_more:
         of_hard = torch.zeros_like(hard_texts)  # of which there are none

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmkernels.gpu import launch
 from mmkernels.ops._attention.triton_tiles import LN2, LOG2E
-from mmkernels.ops._contrastive.triton_call import Block, Strips, boost_of, pairing
+from mmkernels.ops._contrastive.triton_call import Block, Strips, boost_of, pairing, scaled
 from mmkernels.ops._contrastive.triton_tiles import (
     best_products,
     halves,
@@ -190,7 +190,7 @@ def forward(
     (of_text,) = strips.of_texts
     given = (
         None if strips.of_image is None else strips.of_image.reshape(image.shape),
-        None if of_text is None else (of_text * factor).to(text.dtype),
+        None if of_text is None else scaled(of_text, factor, text.dtype),
         (sums[0] * unit).to(logit_scale.dtype).reshape(logit_scale.shape) if need_scale else None,
         (sums[1] * unit).to(logit_bias.dtype).reshape(logit_bias.shape) if need_bias else None,
     )
