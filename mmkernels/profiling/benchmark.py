@@ -26,15 +26,15 @@ from torch import Tensor
 from mmkernels.profiling.gate import Call, Gate, draw_cotangents, flat, with_gradients
 from mmkernels.profiling.gate import memory as memory_of
 from mmkernels.profiling.machine import matmul_rate, memory_rate
-from mmkernels.profiling.meters import memory_why_not, peak_memory, time_calls
+from mmkernels.profiling.meters import memory_why_not, time_calls
 from mmkernels.profiling.options import DTYPES
-from mmkernels.profiling.products import count
+from mmkernels.profiling.products import FirstRun
 from mmkernels.spec import Benchmark, Inputs, OpSpec, Target, cast
 
 _BUDGET = 1.0  # seconds of counted rounds for one row, all candidates together
 _ROUNDS = (5, 200)
 _LONG = 3.0  # seconds of the least work at the peak, above which every run of a row counts
-_LONG_BUDGET = 40.0  # seconds of such a row's rounds after the first
+_LONG_BUDGET = 100.0  # seconds of such a row's rounds
 _NAIVE_TENSORS = 3  # of the largest tensor's size, that the naive formula holds at least
 _SAMPLE = 2e-3  # seconds that one sample lasts at least: shorter calls are repeated within it
 _OFF = 0.05  # relative L2 distance from the truth at which a peer computes something else
@@ -133,7 +133,8 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products:
     inputs = _inputs(row)
     leaves = [inputs[name] for name in row.grads]
     ours = partial(spec.function, **inputs)
-    cotangents = draw_cotangents(flat(ours())) if leaves else []
+    long = _is_long(row, inputs)
+    cotangents = draw_cotangents(_outputs_like(row, inputs) if long else flat(ours())) if leaves else []
     passes = partial(with_gradients, leaves=leaves, cotangents=cotangents)
     if row.compile_only:
         passes(ours)()
@@ -142,20 +143,22 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products:
                 passes(peer.prepare(inputs))()
         return
     gate = Gate(spec, inputs, row.grads, cotangents)
-    long = _is_long(row, inputs)
-    first = partial(_FirstRun, device=device, long=long, counts_products=counts_products)
+    first = partial(FirstRun, device=device, long=long, counts_products=counts_products)
     run = first(passes(ours))
     problem = gate.problem(run.results)
     assert problem is None, f"{spec.name} is wrong at {row}, {problem}"
 
     calls: dict[str, Call] = {_OURS: ours}
     memory, products = {_OURS: run.memory()}, {_OURS: run.flops}
+    spent = run.seconds
     del run
     why_not: dict[str, str] = {}
     for peer in (Peer("naive", partial(_naive, row)), *peers):
         try:
             call = peer.prepare(inputs)
-            memory[peer.name], products[peer.name] = _admit(first(passes(call)), gate, device)
+            run = first(passes(call))
+            memory[peer.name], products[peer.name] = _admit(run, gate, device), run.flops
+            spent += run.seconds
             calls[peer.name] = call
         except CantRunError as error:
             why_not[peer.name] = str(error)
@@ -171,7 +174,8 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products:
     yardstick = _yardstick(row)
     if yardstick is not None:
         candidates[_YARDSTICK] = yardstick[0]
-    times = _time(benchmark, candidates, device, long)
+    rounds = min(max(1, int(_LONG_BUDGET / spent)), _ROUNDS[0]) if long else None
+    times = _time(benchmark, candidates, device, rounds)
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     benchmark.group = f"{spec.name}, {row.dtype}, {row.passes}"
     figures = _Figures(row, inputs, medians, None if yardstick is None else yardstick[1])
@@ -207,32 +211,11 @@ def _is_long(row: Row, inputs: Inputs) -> bool:
     return flops / matmul_rate(DTYPES[row.dtype], row.device) > _LONG
 
 
-class _FirstRun:
-    """A candidate's first run: results, FLOP of its matrix products (None: not counted), peak memory.
-
-    A long one is weighed while it runs; PyTorch's products in it go uncounted, as counting them takes memory.
-    """
-
-    def __init__(self, call: Call, device: torch.device, long: bool, counts_products: bool) -> None:
-        self._call, self._device = call, device
-        self._memory: list[int | None] = []
-        self.results: list[Tensor]
-        self.flops: float | None = None
-        run = self._weighed if long else lambda: flat(call())
-        if counts_products:
-            self.results, self.flops = count(run, pytorch=not long)
-        else:
-            self.results = run()
-
-    def _weighed(self) -> list[Tensor]:
-        kept: list[Tensor] = []
-        self._memory.append(peak_memory(lambda: kept.extend(flat(self._call())), self._device))
-        return kept or flat(self._call())
-
-    def memory(self) -> int | None:
-        """Measured now, if it was not yet."""
-        self.results = []
-        return self._memory[0] if self._memory else peak_memory(self._call, self._device)
+def _outputs_like(row: Row, inputs: Inputs) -> list[Tensor]:
+    """Tensors as the op's outputs, without computing them."""
+    device = torch.device(row.device)
+    on_meta = cast(inputs, DTYPES[row.dtype], "meta", row.spec.always_wide)
+    return [torch.empty_like(x, device=device) for x in flat(row.spec.function(**on_meta))]
 
 
 def _naive(row: Row, given: Inputs) -> Call:
@@ -252,9 +235,8 @@ def check_room(least: float, device: torch.device | str) -> None:
         raise CantRunError(f"would take {least / 1e9:.0f} GB or more of {memory_of(device) / 1e9:.0f} GB: left out")
 
 
-def _admit(run: _FirstRun, gate: Gate, device: torch.device) -> tuple[int | None, float | None]:
-    """A peer's peak memory and counted FLOP. It needs no more than to compute the same thing: its own rounding is its
-    affair."""
+def _admit(run: FirstRun, gate: Gate, device: torch.device) -> int | None:
+    """A peer's peak memory. It needs no more than to compute the same thing: its own rounding is its affair."""
     off = gate.distance(run.results)
     if not off < _OFF:
         raise CantRunError(f"computes something else: relative distance {off:.2g}")
@@ -264,7 +246,7 @@ def _admit(run: _FirstRun, gate: Gate, device: torch.device) -> tuple[int | None
         if share > _MOST_MEMORY:
             _make_room(device)
             raise CantRunError(f"takes {memory / 1e9:.0f} GB, {share:.0%} of the GPU's memory: left out")
-    return memory, run.flops
+    return memory
 
 
 def _make_room(device: torch.device) -> None:
@@ -278,10 +260,17 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
-def _time(benchmark: Any, candidates: dict[str, Call], device: torch.device, long: bool) -> dict[str, list[float]]:
-    """Seconds of single calls, by candidate; each round times every other one, then ours."""
+def _time(
+    benchmark: Any, candidates: dict[str, Call], device: torch.device, long_rounds: int | None
+) -> dict[str, list[float]]:
+    """Seconds of single calls, by candidate; each round times every other one, then ours.
+
+    Args:
+        long_rounds: how many, of calls so long that none is repeated; None: as many as `_BUDGET` allows, after some
+            that don't count.
+    """
     repeats = dict.fromkeys(candidates, 1)
-    if not long:
+    if long_rounds is None:
         repeats = {name: max(1, math.ceil(_SAMPLE / time_calls(call, 1, device))) for name, call in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
 
@@ -294,21 +283,18 @@ def _time(benchmark: Any, candidates: dict[str, Call], device: torch.device, lon
                 gc.collect(0)
                 sample(name)
 
-    begin = time.perf_counter()
-    sample_others()
-    sample(_OURS)
-    taken = time.perf_counter() - begin
-    rounds = min(max(_ROUNDS[0], int(_BUDGET / taken)), _ROUNDS[1])
-    if long:
-        rounds = min(max(1, int(_LONG_BUDGET / taken)), _ROUNDS[0])
-    warm_up = 0 if long else 1
+    rounds, warm_up = long_rounds, 0
+    if rounds is None:
+        begin = time.perf_counter()
+        sample_others()
+        sample(_OURS)
+        rounds, warm_up = int(_BUDGET / (time.perf_counter() - begin)), 1
+        rounds = min(max(_ROUNDS[0], rounds), _ROUNDS[1])
     benchmark.pedantic(partial(sample, _OURS), setup=sample_others, rounds=rounds, iterations=1, warmup_rounds=warm_up)
-    uncounted = 0 if long else 2  # the round that counted the rounds, and the warm-up
-    for found in samples.values():
-        del found[:uncounted]
+    for taken in samples.values():
+        del taken[:-rounds]  # the round that counted the rounds, and the warm-up
     if device.type != "cuda":  # pytest-benchmark's clock is as good, and its own statistics then speak of the same
-        own = [seconds / repeats[_OURS] for seconds in benchmark.stats.stats.data]
-        samples[_OURS][len(samples[_OURS]) - len(own) :] = own
+        samples[_OURS] = [seconds / repeats[_OURS] for seconds in benchmark.stats.stats.data]
     benchmark.extra_info["calls_per_round"] = repeats[_OURS]
     return samples
 

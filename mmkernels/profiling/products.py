@@ -1,13 +1,16 @@
-"""How many matrix products a call makes: counted while it runs, not derived from what it should do."""
+"""What a benchmark learns from a call's first run, such as how many matrix products it makes: counted, not derived."""
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mmkernels.profiling.meters import Run
+from mmkernels.profiling.gate import Call, flat
+from mmkernels.profiling.meters import Run, peak_memory
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
@@ -42,3 +45,33 @@ def _by_extension() -> int:
     """FLOP of the CPU extension's matrix products since the process began."""
     counter = getattr(torch.ops.mmkernels, "cpu_multiplied", None)
     return 0 if counter is None else int(counter())
+
+
+class FirstRun:
+    """A candidate's first run: results, seconds, FLOP of its matrix products (None: not counted), peak memory.
+
+    A long one is weighed while it runs; PyTorch's products in it go uncounted, as counting them takes memory.
+    """
+
+    def __init__(self, call: Call, device: torch.device, long: bool, counts_products: bool) -> None:
+        self._call, self._device = call, device
+        self._memory: list[int | None] = []
+        self.results: list[Tensor]
+        self.flops: float | None = None
+        run = self._weighed if long else lambda: flat(call())
+        begin = time.perf_counter()
+        if counts_products:
+            self.results, self.flops = count(run, pytorch=not long)
+        else:
+            self.results = run()
+        self.seconds = time.perf_counter() - begin
+
+    def _weighed(self) -> list[Tensor]:
+        kept: list[Tensor] = []
+        self._memory.append(peak_memory(lambda: kept.extend(flat(self._call())), self._device))
+        return kept or flat(self._call())
+
+    def memory(self) -> int | None:
+        """Measured now, if it was not yet."""
+        self.results = []
+        return self._memory[0] if self._memory else peak_memory(self._call, self._device)
