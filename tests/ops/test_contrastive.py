@@ -372,12 +372,13 @@ def test_threads_of_one_call_agree(op: str, backend: str) -> None:
 _PAIRS, _MIB = 4096, 2**20
 
 
-@pytest.mark.skipif(memory_why_not() is not None, reason=str(memory_why_not()))
 @pytest.mark.parametrize(
     ("op", "backend"), [(op, x) for op in (*LOSSES, "retrieval_ranks") for x in backends(SPECS[op]) if x != "reference"]
 )
 def test_memory_is_linear(op: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The logits of this call are 64 MiB, features and their gradients 4 MiB."""
+    if memory_why_not() is not None:  # asked here: the answer takes an allocator that gives memory back
+        pytest.skip(str(memory_why_not()))
     for module in (strips, ranks_chunked):  # smaller strips, as the problem is smaller than what they are for
         monkeypatch.setattr(module, "STRIP_BYTES", _MIB)
     inputs = cast(features(_PAIRS, dim=64, scale=20.0) | BIAS, torch.float32)

@@ -376,11 +376,14 @@ def test_products(isa: str, dtype: torch.dtype) -> None:
         assert 2 * 70 * 70 * 17 <= ragged <= 2 * 128 * 70 * 18
 
 
-@pytest.mark.skipif(memory_why_not() is not None, reason=str(memory_why_not()))
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "dim"), [(8192, 64), (20_000, 16)])
 def test_memory(n: int, dim: int) -> None:
     """The logits alone would take 268 MB, and 1.6 GB."""
+    if (
+        why_not := memory_why_not()
+    ) is not None:  # asked here: sanitizers' malloc has no answer, and this test is left out
+        pytest.skip(why_not)
     torch.set_num_threads(2)
     x, y = (F.normalize(torch.randn(n, dim), dim=1).requires_grad_() for _ in range(2))
 
