@@ -133,8 +133,9 @@ Seven info_nce(const Tensor& image, const Tensor& text, const Tensor& logit_scal
   p.text_ranks = texts.ranks();
   const i64 scratch = call.k.softmax_scratch(p);
   if (stats) {
-    call.run(scratch,
-             [&](const Task& task, i64 i, char* memory) { call.k.best_positives(p, task, images[i].ranks(), memory); });
+    call.run(scratch, [&](const Task& task, i64 i, char* memory) {
+      multiplied() += call.k.best_positives(p, task, images[i].ranks(), memory);
+    });
     for (std::size_t i = 1; i < images.size(); ++i) {
       images[0].add_best(images[i]);
     }

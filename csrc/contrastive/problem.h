@@ -102,7 +102,7 @@ struct PairKernels {
   // All images against a task's texts; `images`: the task's own sums, padded to whole panels.
   std::int64_t (*softmax_scratch)(const PairProblem&);
   void (*softmax)(const PairProblem&, const Task&, const Sums& images, const Ranks& image_ranks, char* scratch);
-  void (*best_positives)(const PairProblem&, const Task&, const Ranks& images, char* scratch);
+  std::int64_t (*best_positives)(const PairProblem&, const Task&, const Ranks& images, char* scratch); // FLOP
 
   // One strip against a task's texts. `part` is written; so are the texts' gradients, or added to unless `first`.
   std::int64_t (*gradient_scratch)(const PairProblem&);

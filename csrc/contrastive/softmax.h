@@ -292,45 +292,63 @@ inline void softmax(const PairProblem& p, const Task& task, const Sums& images, 
   });
 }
 
-// Before ranks can be counted: each row's best positive, from the same products of the same numbers in the same order.
-inline void best_positives(const PairProblem& p, const Task& task, const Ranks& images, char* scratch) {
+// Before ranks can be counted: each row's best positive, from the same products of the same numbers in the same order;
+// only of texts that have one in the panel. Answers the FLOP.
+inline i64 best_positives(const PairProblem& p, const Task& task, const Ranks& images, char* scratch) {
   const SoftmaxScratch s(p, scratch);
+  i64 done = 0;
   each_panel(p, task, s, [&](i64 lane, i64 lanes, i64 row, i64 rows) {
     if (!may_match(p, task.side, row, rows, lane, lanes)) {
       return;
     }
-    for (i64 r = row; r < row + rows; ++r) {
-      std::uint32_t found[kVectors], any = 0;
+    const auto bits_of_text = [&](i64 r, int v) { return match_bits(p, task.side, r, lane, lanes, s.labels, v); };
+    std::int32_t matching[kMostRows];
+    i64 count = 0;
+    for (i64 r = 0; r < rows; ++r) {
+      std::uint32_t any = 0;
       for (int v = 0; v < kVectors; ++v) {
-        found[v] = match_bits(p, task.side, r, lane, lanes, s.labels, v);
-        any |= found[v];
+        any |= bits_of_text(row + r, v);
       }
-      if (any == 0) {
-        continue;
+      matching[count] = (std::int32_t)r;
+      count += any != 0 ? 1 : 0;
+    }
+    // Rows one by one cost more each, and a tile of all of them less than a quarter of them would.
+    const bool whole = count * 4 > rows;
+    const auto multiply = [&](i64 r, i64 n) {
+      panel_dots(p, fetch(source_of(p.text, row + r), n, p.dim, is_dot(p), s.texts), n, s.panel, s.tile, s.other,
+                 nullptr);
+      done += multiplied_by(p, kPanel, n);
+    };
+    if (whole) {
+      multiply(0, rows);
+    }
+    for (i64 at = 0; at < count; ++at) {
+      const i64 r = matching[at], text = row + r;
+      if (!whole) {
+        multiply(r, 1);
       }
-      const Rows text = fetch(source_of(p.text, r), 1, p.dim, is_dot(p), s.texts);
-      panel_dots(p, text, 1, s.panel, s.tile, s.other, nullptr);
+      const float* dots = s.tile + (whole ? r * kPanel : 0);
       for (int v = 0; v < kVectors; ++v) {
-        store(s.tile + v * kLanes, load(s.tile + v * kLanes) * set1(p.sign));
-        for (std::uint32_t bits = found[v]; bits != 0; bits &= bits - 1) {
-          const i64 n = v * kLanes + __builtin_ctz(bits), i = lane + n;
-          const float x = s.tile[n];
-          if (p.ignore && i != r) {
+        for (std::uint32_t bits = bits_of_text(text, v); bits != 0; bits &= bits - 1) {
+          const i64 n = v * kLanes + __builtin_ctz(bits), image = lane + n;
+          if (p.ignore && image != text) {
             continue;
           }
+          const float x = dots[n] * p.sign;
           // Numbers rise on both sides, so that the first of equals stays.
-          if (x > images.best[i] || x != x) {
-            images.best[i] = x;
-            images.place[i] = (std::int32_t)r;
+          if (x > images.best[image] || x != x) {
+            images.best[image] = x;
+            images.place[image] = (std::int32_t)text;
           }
-          if (x > p.text_ranks.best[r] || x != x) {
-            p.text_ranks.best[r] = x;
-            p.text_ranks.place[r] = (std::int32_t)i;
+          if (x > p.text_ranks.best[text] || x != x) {
+            p.text_ranks.best[text] = x;
+            p.text_ranks.place[text] = (std::int32_t)image;
           }
         }
       }
     }
   });
+  return done;
 }
 
 } // namespace MMK_ISA

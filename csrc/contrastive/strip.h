@@ -92,6 +92,7 @@ inline void group_columns(const PairProblem& p, Rows rows, i64 count, i64 padded
     }
   }
 }
+
 // One panel of one query: rows to columns.
 inline void pack_panel(const PairProblem& p, i64 first, i64 count, i64 query, float* to, char* copy) {
   const Source from = source_of(p.image, first, query);
@@ -190,5 +191,6 @@ MMK_INLINE std::uint32_t match_bits(const PairProblem& p, int side, i64 row, i64
   }
   return bits;
 }
+
 } // namespace MMK_ISA
 } // namespace mmkernels
