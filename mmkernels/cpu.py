@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["isas", "op", "peak", "use_isa", "why_not"]
+__all__ = ["isas", "op", "peak", "release", "use_isa", "why_not"]
 
 _ISA, _EXTENSION = "MMKERNELS_CPU_ISA", "MMKERNELS_CPU_EXTENSION"
 _ASK = "?"  # changes nothing
@@ -90,6 +90,12 @@ def peak(dtype: torch.dtype) -> float:
     """FLOP a second of all of torch's threads when they only multiply and add in registers, measured; 0 without the
     extension."""
     return 0.0 if _unusable else float(torch.ops.mmkernels.cpu_peak(dtype == torch.bfloat16))
+
+
+def release() -> None:
+    """Give back the memory that the kernels keep from one call to the next, up to 5 MiB a thread: for measurements."""
+    if _unusable is None:
+        torch.ops.mmkernels.cpu_release()
 
 
 def op(name: str) -> Callable[..., Any]:

@@ -58,6 +58,7 @@ TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def("cpu_peak(bool bf16) -> float", cpu_peak);
   m.def("cpu_torch() -> str", [] { return std::string(MMKERNELS_TORCH); });
   m.def("cpu_multiplied() -> int", [] { return multiplied().load(); });
+  m.def("cpu_release() -> ()", [] { release_kept(); });
 }
 
 } // namespace mmkernels

@@ -105,6 +105,19 @@ void parallel_tasks(std::int64_t count, int threads, std::int64_t bytes,
   });
 }
 
+void release_kept() {
+  const auto release = [] {
+    kept.reset();
+    between_calls.reset();
+    kept_bytes = between_calls_bytes = 0;
+  };
+  release();
+  const int threads = available_threads();
+  if (threads > 1) { // a range for each thread, this one's among them
+    at::parallel_for(0, threads, 1, [&](std::int64_t, std::int64_t) { release(); });
+  }
+}
+
 void expect_writes(void* data, std::int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr std::uintptr_t kPage = 1 << 21;

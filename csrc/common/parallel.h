@@ -33,6 +33,9 @@ private:
   std::int64_t bytes_;
 };
 
+// Gives back what this thread and the loops' threads keep between calls, for whoever measures memory.
+void release_kept();
+
 // Asks the system for large pages under `bytes` at `data`, freshly allocated and about to be written in full: a page
 // fault for each 4 KiB of a large output otherwise costs as much time as its arithmetic.
 void expect_writes(void* data, std::int64_t bytes);

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mmkernels import cpu
 from mmkernels.profiling.heap import freed_at_once
 
 Run = Callable[[], Any]
@@ -186,6 +187,7 @@ def peak_memory(run: Run, device: torch.device | str = "cpu") -> int | None:
 
 def _host_peak(run: Run) -> int:
     with freed_at_once():
+        cpu.release()  # what a call before has left would not be counted
         _CLEAR_REFS.write_text("5")  # sets the high-water mark back to what is resident now
         before = _status("VmRSS")
         run()

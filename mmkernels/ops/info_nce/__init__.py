@@ -127,7 +127,9 @@ def info_nce(
         image_weight: 0 to 1, the share of the image-to-text direction; the rest is that of text-to-image.
         reduction: "mean": each direction's mean over its rows that have a positive (0 where none has), weighed by
             `image_weight`; "sum": the same of sums; "none": the two directions' rows as they are.
-        return_stats: also return `ContrastiveStats`, counted on the way.
+        return_stats: also return `ContrastiveStats`, counted on the way. The positives' scores must be known before
+            negatives are counted, so they are computed first: a small share of a product, or up to one more where a
+            large share of all pairs are positives.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
             float16), "chunked" (any device, float64 too; with `return_stats` it computes the logits twice) or
             "reference", the naive formula, differentiated by PyTorch's own autograd outside ``torch.compile``.

@@ -84,6 +84,7 @@ def _config(id: str, n: int, dim: int, *targets: Target, devices: tuple[str, ...
     return Benchmark(id, _benchmark(n, dim), {"N": n, "d": dim}, _GRADS, targets=targets, devices=devices)
 
 
+# A GPU's targets are an H200's milliseconds as shares of the rate at which it was measured to multiply, 800 TFLOP/s.
 BENCHMARKS = (
     _config("small batch", 64, 512, Target("fp32", True, "naive", 1.0), Target("bf16", True, "naive", 1.0)),
     _config(
@@ -94,5 +95,12 @@ BENCHMARKS = (
         Target("fp32", True, "open_clip", 5.5),
         Target("bf16", True, "naive", 2.0),
         Target("bf16", True, "open_clip", 2.6),
+        *(
+            Target(dtype, True, peer, 1.0)
+            for dtype in ("fp32", "bf16")
+            for peer in ("compiled", "cached", "cached 512")
+        ),
     ),
+    _config("batch of 65,536", 65_536, 512, Target("fp32", True, "peak", 0.7), devices=("cpu",)),
+    _config("batch of 65,536, wide", 65_536, 768, Target("bf16", True, "peak", 0.73, "gpu"), devices=("gpu",)),  # 45 ms
 )
