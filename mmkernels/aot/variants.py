@@ -22,6 +22,7 @@ from mmkernels.ops.attention_weights import triton as weights
 from mmkernels.ops.cross_attention import triton as forward
 from mmkernels.ops.cross_attention import triton_backward as backward
 from mmkernels.ops.info_nce import triton as info_nce
+from mmkernels.ops.info_nce.reduction import Arguments, Upstream
 from mmkernels.ops.retrieval_ranks import triton as ranks
 from mmkernels.ops.sigmoid_contrastive import triton as sigmoid
 
@@ -136,8 +137,9 @@ def _call_contrastive(variant: Variant) -> None:
     else:
         hard, smoothing = (text if everything else None), (0.1 if everything else 0.0)
         state, grad = torch.ones(4, rows), torch.ones(rows)
-        info_nce.forward(image, text, scale, ids, ids, hard, hidden, smoothing, everything)
-        info_nce.backward(image, text, scale, ids, ids, hard, state, state, grad, grad, hidden, smoothing, [True] * 4)
+        given = Arguments(image, text, scale, ids, ids, hard, hidden, smoothing)
+        info_nce.forward(given, everything)
+        info_nce.backward(given, Upstream(state, state, grad, grad, [True] * 4))
 
 
 def _mask(kind: str, q_len: int) -> SpanMask | Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from mmkernels.ops._contrastive.inputs import (
 )
 from mmkernels.ops._second import second_derivatives
 from mmkernels.ops.info_nce import chunked
-from mmkernels.ops.info_nce.reduction import POSITIVES, reduced, with_reduction, with_upstream
+from mmkernels.ops.info_nce.reduction import POSITIVES, Arguments, reduced, with_reduction, with_upstream
 from mmkernels.ops.info_nce.spec import reference, reference_backward
 
 __all__ = ["ContrastiveStats", "info_nce"]
@@ -56,38 +56,6 @@ class ContrastiveStats(NamedTuple):
     texts_without_positive: Tensor
 
 
-@overload
-def info_nce(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    image_ids: Tensor | None = ...,
-    text_ids: Tensor | None = ...,
-    same_id: str = ...,
-    hard_texts: Tensor | None = ...,
-    label_smoothing: float = ...,
-    image_weight: float = ...,
-    reduction: Literal["mean", "sum"] = ...,
-    return_stats: Literal[False] = ...,
-    backend: str | None = ...,
-) -> Tensor: ...
-@overload
-def info_nce(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    image_ids: Tensor | None = ...,
-    text_ids: Tensor | None = ...,
-    same_id: str = ...,
-    hard_texts: Tensor | None = ...,
-    label_smoothing: float = ...,
-    image_weight: float = ...,
-    reduction: str = ...,
-    return_stats: bool = ...,
-    backend: str | None = ...,
-) -> Any: ...
 def info_nce(
     image: Tensor,
     text: Tensor,
@@ -269,9 +237,8 @@ def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     *tensors, image_state, text_state, grad_loss, grad_image_loss, grad_text_loss = ctx.saved_tensors
 
     def formula(given: list[Any]) -> tuple[Tensor, ...]:
-        image, text, scale, image_ids, text_ids, hard = given
-        sides = (image, text, scale, image_ids, text_ids, hard, ctx.ignore, ctx.label_smoothing)
-        image_loss, text_loss, *_ = reference(*sides, False, need_states=False)
+        arguments = Arguments._make([*given, ctx.ignore, ctx.label_smoothing])
+        image_loss, text_loss, *_ = reference(arguments, False, need_states=False)
         # Of the states only the counts of positives matter here, which depend on no feature.
         loss = reduced(image_loss, text_loss, image_state, text_state, ctx.image_weight, ctx.reduction)
         return loss, image_loss, text_loss

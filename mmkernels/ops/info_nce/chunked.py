@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmkernels.ops._contrastive.formula import LOG2E, ranks
 from mmkernels.ops._contrastive.strips import Strips, add_products
+from mmkernels.ops.info_nce.reduction import Arguments, Outputs, Upstream
 
 
 class Softmax:
@@ -49,18 +50,9 @@ class Softmax:
         return torch.stack([self.largest * LOG2E, self.sum, self.positives, self.classes])
 
 
-def forward(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    hard_texts: Tensor | None,
-    ignore: bool,
-    label_smoothing: float,
-    stats: bool,
-) -> tuple[Tensor, ...]:
-    """Losses [N], [M], states [4, N], [4, M], ranks [N], [M]."""
+def forward(given: Arguments, stats: bool) -> Outputs:
+    """As `Forward`."""
+    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
     strips = Strips(image, text, logit_scale, image_ids, text_ids, ignore, hard_texts)
     sides = [Softmax(n, image, strips.dtype) for n in (image.shape[0], text.shape[0])]
     every = slice(0, text.shape[0])
@@ -110,22 +102,10 @@ def _ranks(strips: Strips) -> list[Tensor]:
     return [image_ranks, torch.where(has > 0, text_ranks, -1)]
 
 
-def backward(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    hard_texts: Tensor | None,
-    image_state: Tensor,
-    text_state: Tensor,
-    grad_image_loss: Tensor | None,
-    grad_text_loss: Tensor | None,
-    ignore: bool,
-    label_smoothing: float,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of image, text, logit_scale and hard_texts."""
+def backward(given: Arguments, upstream: Upstream) -> Outputs:
+    """As `Backward`."""
+    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
+    image_state, text_state, grad_image_loss, grad_text_loss, needs = upstream
     strips = Strips(image, text, logit_scale, image_ids, text_ids, ignore, hard_texts)
     of_image = torch.empty_like(strips.image, memory_format=torch.contiguous_format) if needs[0] else None
     of_text = torch.zeros_like(strips.text) if needs[1] else None
@@ -155,13 +135,13 @@ def backward(
             add_products(of_logits, query, rows, texts, mine, into)
         if of_image is not None:
             of_image[at] = mine.to(image.dtype)
-    given = (
+    grads = (
         None if of_image is None else of_image.reshape(image.shape),
         None if of_text is None else of_text.to(text.dtype),
         of_scale.to(logit_scale.dtype).reshape(logit_scale.shape) if needs[2] else None,
         None if of_hard is None or hard_texts is None else of_hard.to(hard_texts.dtype),
     )
-    return tuple(image.new_empty(0) if x is None else x for x in given)
+    return tuple(image.new_empty(0) if x is None else x for x in grads)
 
 
 class _Gradient:

@@ -1,15 +1,45 @@
-"""From the rows' losses to one number, and what flows back from it to each row."""
+"""What backends compute, the rows' losses; from them to one number, and what flows back from it to each row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 REFERENCE, SUM, POSITIVES, CLASSES = range(4)
 """Rows of a state ``[4, N]``, which says of each row's softmax: a pair's probability is ``2 ** (logit * log2(e) -
 reference) / sum``, the reference close to the largest logit; how many positives the row has, and how many classes."""
+
+
+class Arguments(NamedTuple):
+    """Of the op, in the order of its boundary; what they mean stands at `info_nce`."""
+
+    image: Tensor  # [N, d] or [N, Q, d]
+    text: Tensor  # [M, d]
+    logit_scale: Tensor
+    image_ids: Tensor | None  # [N]
+    text_ids: Tensor | None  # [M]
+    hard_texts: Tensor | None  # [K, d]
+    ignore: bool
+    label_smoothing: float
+
+
+class Upstream(NamedTuple):
+    """What a backend's backward pass is given beside them."""
+
+    image_state: Tensor  # [4, N]
+    text_state: Tensor  # [4, M]
+    grad_image_loss: Tensor | None  # [N]
+    grad_text_loss: Tensor | None  # [M]
+    needs: list[bool]  # image, text, logit_scale, hard_texts
+
+
+Outputs = tuple[Tensor, ...]
+Forward = Callable[[Arguments, bool], Outputs]
+"""Arguments, and whether ranks are wanted -> losses [N], [M], states [4, N], [4, M], ranks [N], [M]."""
+Backward = Callable[[Arguments, Upstream], Outputs]
+"""-> gradients of image, text, logit_scale and hard_texts, empty where not needed."""
 
 
 def reduced(
@@ -49,22 +79,19 @@ def _count(loss: Tensor, state: Tensor, reduction: str) -> Tensor | int:
     return (state[POSITIVES] > 0).sum().clamp(min=1) if state.numel() else loss.numel()
 
 
-Outputs = tuple[Tensor, ...]
-
-
-def with_reduction(rows: Callable[..., Outputs]) -> Callable[..., Outputs]:
+def with_reduction(rows: Forward) -> Callable[..., Outputs]:
     """A backend's forward pass over rows as the op boundary wants it: the reduced loss in front."""
 
     def forward(*inputs: Any) -> Outputs:
-        *given, label_smoothing, image_weight, reduction, stats = inputs
-        image_loss, text_loss, image_state, text_state, *ranks = rows(*given, label_smoothing, stats)
+        *given, image_weight, reduction, stats = inputs
+        image_loss, text_loss, image_state, text_state, *ranks = rows(Arguments(*given), stats)
         loss = reduced(image_loss, text_loss, image_state, text_state, image_weight, reduction)
         return loss, image_loss, text_loss, image_state, text_state, *ranks
 
     return forward
 
 
-def with_upstream(rows: Callable[..., Outputs]) -> Callable[..., Outputs]:
+def with_upstream(rows: Backward) -> Callable[..., Outputs]:
     """A backend's backward pass from rows' gradients as the op boundary wants it: from the reduced loss's too."""
 
     def backward(*inputs: Any) -> Outputs:
@@ -72,6 +99,7 @@ def with_upstream(rows: Callable[..., Outputs]) -> Callable[..., Outputs]:
         ignore, label_smoothing, image_weight, reduction, needs = inputs[11:]
         of_images = upstream(grad_loss, grad_image_loss, image_state, image_weight, reduction)
         of_texts = upstream(grad_loss, grad_text_loss, text_state, 1.0 - image_weight, reduction)
-        return rows(*tensors, image_state, text_state, of_images, of_texts, ignore, label_smoothing, needs)
+        given = Arguments._make([*tensors, ignore, label_smoothing])
+        return rows(given, Upstream(image_state, text_state, of_images, of_texts, needs))
 
     return backward

@@ -9,25 +9,13 @@ from torch import Tensor
 from mmkernels.ops._contrastive.cases import contrastive_cost
 from mmkernels.ops._contrastive.formula import LOG2E, Pairs, best_scores, pairs, queries_of, ranks, wide_dtype
 from mmkernels.ops.info_nce.cases import BENCHMARKS, CASES
+from mmkernels.ops.info_nce.reduction import Arguments, Outputs, Upstream
 from mmkernels.spec import OpSpec
 
 
-def reference(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    hard_texts: Tensor | None,
-    ignore: bool,
-    label_smoothing: float,
-    stats: bool,
-    need_states: bool = True,
-) -> tuple[Tensor, ...]:
-    """The naive formula, differentiable by PyTorch: losses [N], [M], states [4, N], [4, M], ranks [N], [M].
-
-    What its arguments mean stands at `info_nce`.
-    """
+def reference(given: Arguments, stats: bool, need_states: bool = True) -> Outputs:
+    """The naive formula, differentiable by PyTorch, as `Forward`."""
+    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
     scores, of_hard = _logits(image, text, logit_scale, hard_texts)
     rows = scores if of_hard is None else torch.cat([scores, of_hard], 1)
     if image_ids is None:  # the usual formula, at its usual cost
@@ -110,22 +98,10 @@ def _ranks(logits: Tensor, side: Pairs) -> Tensor:
     return torch.where(side.positive.any(1), found, -1)
 
 
-def reference_backward(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    hard_texts: Tensor | None,
-    image_state: Tensor,
-    text_state: Tensor,
-    grad_image_loss: Tensor | None,
-    grad_text_loss: Tensor | None,
-    ignore: bool,
-    label_smoothing: float,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of image, text, logit_scale and hard_texts, written out: autograd does not record in an op boundary."""
+def reference_backward(given: Arguments, upstream: Upstream) -> Outputs:
+    """As `Backward`, written out: autograd does not record in an op boundary."""
+    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
+    _, _, grad_image_loss, grad_text_loss, needs = upstream
     scores, of_hard = _logits(image, text, logit_scale, hard_texts)
     rows = scores if of_hard is None else torch.cat([scores, of_hard], 1)
     both = pairs(image_ids, text_ids, ignore, (0, image.shape[0]), (0, text.shape[0]), image.device)

@@ -31,6 +31,7 @@ from mmkernels.ops._contrastive.triton_tiles import (
     tile_of,
     turned,
 )
+from mmkernels.ops.info_nce.reduction import Arguments, Outputs
 from mmkernels.ops.info_nce.triton_backward import backward
 
 __all__ = ["backward", "forward"]
@@ -199,18 +200,9 @@ def careful_info_nce_kernel(
                 store_part(column_part, 1, row_tile, tiles[0], j, sizes[2], live_column, total)
 
 
-def forward(
-    image: Tensor,  # [N, d] or [N, Q, d]
-    text: Tensor,  # [M, d]
-    logit_scale: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    hard_texts: Tensor | None,
-    ignore: bool,
-    label_smoothing: float,
-    stats: bool,
-) -> tuple[Tensor, ...]:
-    """Losses [N], [M], states [4, N], [4, M], ranks [N], [M]."""
+def forward(given: Arguments, stats: bool) -> Outputs:
+    """As `Forward`."""
+    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
     pairs = pairing(image_ids, text_ids, ignore)
     block = Block(OP, "contrastive", image, text, pairs)
     hard = None if hard_texts is None or not len(hard_texts) else Block(OP, "contrastive", image, hard_texts, None)

@@ -29,6 +29,7 @@ from mmkernels.ops._contrastive.triton_tiles import (
     tile_of,
     turned,
 )
+from mmkernels.ops.info_nce.reduction import Arguments, Outputs, Upstream
 
 OP = "info_nce"
 _LEAST_GRADIENT = 1e-30  # what is smaller is not made larger
@@ -213,22 +214,10 @@ def careful_info_nce_gradient_kernel(
             )  # fmt: skip
 
 
-def backward(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    hard_texts: Tensor | None,
-    image_state: Tensor,
-    text_state: Tensor,
-    grad_image_loss: Tensor | None,
-    grad_text_loss: Tensor | None,
-    ignore: bool,
-    label_smoothing: float,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of image, text, logit_scale and hard_texts."""
+def backward(given: Arguments, upstream: Upstream) -> Outputs:
+    """As `Backward`."""
+    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
+    image_state, text_state, grad_image_loss, grad_text_loss, needs = upstream
     need_image, need_text, need_scale, need_hard = needs
     boost, grads = boost_of(image.dtype), (grad_image_loss, grad_text_loss)
     largest = image.new_full((), _LEAST_GRADIENT, dtype=torch.float32)
@@ -268,10 +257,10 @@ def backward(
     of_hard = of_more[0] if of_more else None
     if need_hard and hard_texts is not None and not of_more:
         of_hard = torch.zeros_like(hard_texts)  # of which there are none
-    given = (
+    found = (
         None if strips.of_image is None else strips.of_image.reshape(image.shape),
         of_text,
         (of_scale * unit).to(logit_scale.dtype).reshape(logit_scale.shape) if need_scale else None,
         of_hard,
     )
-    return tuple(image.new_empty(0) if x is None else x for x in given)
+    return tuple(image.new_empty(0) if x is None else x for x in found)
