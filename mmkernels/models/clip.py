@@ -19,7 +19,7 @@ from mmkernels.models import clip_weights
 from mmkernels.models.blocks.checkpoint import load_checkpoint_of
 from mmkernels.models.blocks.encoder import AttentionPooling, TextEncoder
 from mmkernels.models.blocks.vision import VisionTransformer
-from mmkernels.models.blocks.weights import draw_weights
+from mmkernels.models.blocks.weights import build
 from mmkernels.models.clip_config import CLIPConfig
 from mmkernels.ops.info_nce import info_nce
 from mmkernels.ops.sigmoid_contrastive import sigmoid_contrastive
@@ -118,19 +118,7 @@ class CLIP(nn.Module):
         super().__init__()
         c = self.config = config
         clip = c.variant == "clip"
-        self.vision = VisionTransformer(
-            c.vision_width,
-            layers=c.vision_layers,
-            heads=c.vision_heads,
-            mlp=c.vision_mlp,
-            image_size=c.image_size,
-            patch_size=c.patch_size,
-            channels=c.channels,
-            activation=c.vision_activation,
-            eps=c.vision_eps,
-            dropout=c.vision_dropout,
-            class_token=clip,
-        )
+        self.vision = VisionTransformer.of(c, eps=c.vision_eps, class_token=clip)
         self.vision_norm = nn.LayerNorm(c.vision_width, eps=c.vision_eps)
         self.image_pool: AttentionPooling | None = None
         self.image_projection: nn.Linear | None = None
@@ -175,11 +163,7 @@ class CLIP(nn.Module):
             size: a name in `SIZES`.
             seed: the same seed gives the same weights on every device.
         """
-        if size not in SIZES:
-            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-        with torch.device("meta"):
-            model = cls(SIZES[size])
-        model = draw_weights(model.to_empty(device=device).to(dtype), seed)
+        model = build(cls, SIZES, size, seed=seed, dtype=dtype, device=device)
         model._start_logits()
         return model
 
@@ -221,7 +205,6 @@ class CLIP(nn.Module):
             TypeError: `pixel_values` is no floating tensor.
             ValueError: it has another shape; images aren't resized here.
         """
-        self._check_pixels(pixel_values)
         x = self.vision(pixel_values)  # [B, patches, vision_width], in a "clip" the class token before them
         if self.image_pool is not None:
             features = self.image_pool(self.vision_norm(x))
@@ -296,14 +279,3 @@ class CLIP(nn.Module):
                     raise ValueError(f"input_ids must hold eos_token_id = {eos} in every row, got none in row {row}")
             place = ends.to(torch.uint8).argmax(-1)  # the first: padding may be the same token
         return x[torch.arange(len(x), device=x.device), place]
-
-    def _check_pixels(self, pixel_values: Tensor) -> None:
-        if not isinstance(pixel_values, Tensor):
-            raise TypeError(f"pixel_values must be a floating tensor, got {type(pixel_values).__name__}")
-        if not pixel_values.is_floating_point():
-            raise TypeError(f"pixel_values must be a floating tensor, got {pixel_values.dtype}")
-        c = self.config
-        shape = (c.channels, c.image_size, c.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != shape:
-            got = tuple(pixel_values.shape)
-            raise ValueError(f"pixel_values must be [B, {', '.join(map(str, shape))}], got shape {got}")

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from mmkernels.models import clip_weights
 from mmkernels.models.blocks.activations import check_activation
-from mmkernels.models.blocks.checkpoint import CheckpointError, Section
+from mmkernels.models.blocks.checkpoint import Section
+from mmkernels.models.blocks.config import check_multiple, check_numbers, check_sizes, check_token, read_config
 
 VARIANTS = ("clip", "siglip")
 
@@ -58,47 +59,16 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        for name, most in _LARGEST.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
-        if self.patch_size > self.image_size:
-            raise ValueError(f"patch_size must be at most image_size = {self.image_size}, got {self.patch_size}")
+        check_sizes(self)
         for tower in ("vision", "text"):
-            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
-            if width % heads:
-                raise ValueError(f"{tower}_width must be a multiple of {tower}_heads = {heads}, got {width}")
+            check_multiple(self, f"{tower}_width", f"{tower}_heads")
             check_activation(f"{tower}_activation", getattr(self, f"{tower}_activation"))
-            eps, dropout = getattr(self, f"{tower}_eps"), getattr(self, f"{tower}_dropout")
-            if not 0 < eps < float("inf"):
-                raise ValueError(f"{tower}_eps must be positive and finite, got {eps}")
-            if not 0 <= dropout <= 1:
-                raise ValueError(f"{tower}_dropout must be between 0 and 1, got {dropout}")
+            check_numbers(self, positive=(f"{tower}_eps",), shares=(f"{tower}_dropout",))
         if self.variant == "siglip" and self.embed_dim != self.vision_width:
             raise ValueError(f"embed_dim must be vision_width = {self.vision_width} in a siglip, got {self.embed_dim}")
-        if self.eos_token_id is not None and not 0 <= self.eos_token_id < self.vocab_size:
-            raise ValueError(f"eos_token_id must be below vocab_size = {self.vocab_size}, got {self.eos_token_id}")
+        check_token(self, "eos_token_id")
 
     @classmethod
     def from_transformers(cls, config: dict[str, Any] | Section) -> CLIPConfig:
         """The configuration that a Hugging Face ``CLIPConfig`` or ``SiglipConfig``, as a dict, describes."""
-        config = Section(config, "config") if isinstance(config, dict) else config
-        try:
-            return cls(**clip_weights.config_fields(config))
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            raise CheckpointError(f"{config.where}: {error}") from error
-
-
-# Largest sizes taken: above any published model, below what would exhaust memory before a checkpoint can be compared.
-_LARGEST = {
-    **dict.fromkeys(("vision_width", "text_width", "embed_dim"), 2**16),
-    **dict.fromkeys(("vision_layers", "text_layers"), 2**9),
-    **dict.fromkeys(("vision_heads", "text_heads"), 2**12),
-    **dict.fromkeys(("vision_mlp", "text_mlp"), 2**18),
-    **dict.fromkeys(("image_size", "patch_size"), 2**13),
-    "text_length": 2**16,
-    "vocab_size": 2**24,
-    "channels": 2**8,
-}
+        return read_config(cls, clip_weights.config_fields, config)

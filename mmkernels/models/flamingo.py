@@ -23,7 +23,7 @@ from mmkernels.models.blocks.media import carry_on, images_seen, join, last_of, 
 from mmkernels.models.blocks.sampling import check_sampling, sample
 from mmkernels.models.blocks.text import SwiGLU, TextBlock, check_tokens, rotary_angles
 from mmkernels.models.blocks.vision import VisionTransformer
-from mmkernels.models.blocks.weights import draw_weights
+from mmkernels.models.blocks.weights import build
 from mmkernels.models.flamingo_config import FlamingoConfig
 from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
 from mmkernels.nn.checks import check_positive
@@ -117,18 +117,7 @@ class Flamingo(nn.Module):
     def __init__(self, config: FlamingoConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.vision = VisionTransformer(
-            c.vision_width,
-            layers=c.vision_layers,
-            heads=c.vision_heads,
-            mlp=c.vision_mlp,
-            image_size=c.image_size,
-            patch_size=c.patch_size,
-            channels=c.channels,
-            activation=c.vision_activation,
-            eps=c.layer_norm_eps,
-            dropout=c.vision_dropout,
-        )
+        self.vision = VisionTransformer.of(c, eps=c.layer_norm_eps)
         self.resampler: PerceiverResampler | None = None
         if c.num_latents is not None:
             self.resampler = PerceiverResampler(
@@ -189,12 +178,7 @@ class Flamingo(nn.Module):
             num_latents: visual tokens an image; None: the size's own.
             seed: the same seed gives the same weights on every device.
         """
-        if size not in SIZES:
-            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-        config = SIZES[size] if num_latents is None else replace(SIZES[size], num_latents=num_latents)
-        with torch.device("meta"):
-            model = cls(config)
-        return draw_weights(model.to_empty(device=device).to(dtype), seed)
+        return build(cls, SIZES, size, seed=seed, dtype=dtype, device=device, num_latents=num_latents)
 
     @classmethod
     def from_pretrained(

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from mmkernels.models import idefics
 from mmkernels.models.blocks.activations import check_activation
-from mmkernels.models.blocks.checkpoint import CheckpointError, Section
+from mmkernels.models.blocks.checkpoint import Section
+from mmkernels.models.blocks.config import check_multiple, check_numbers, check_sizes, check_token, read_config
 
 
 @dataclass(frozen=True)
@@ -60,58 +61,22 @@ class FlamingoConfig:
     eos_token_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
-        for name, most in _LARGEST.items():
-            value = getattr(self, name)
-            if (type(value) is not int or not 1 <= value <= most) and not (name == "num_latents" and value is None):
-                raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
-        if self.patch_size > self.image_size:
-            raise ValueError(f"patch_size must be at most image_size = {self.image_size}, got {self.patch_size}")
-        for whole, part in _MULTIPLES:
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"{whole} must be a multiple of {part} = {getattr(self, part)}, got {getattr(self, whole)}"
-                )
+        check_sizes(self, optional=("num_latents",))
+        check_multiple(self, "vision_width", "vision_heads")
+        check_multiple(self, "text_width", "text_heads")
+        check_multiple(self, "text_layers", "cross_every")
         if self.text_width // self.text_heads % 2:
             raise ValueError(f"text_width / text_heads must be even, got {self.text_width // self.text_heads}")
         if self.gate not in ("scalar", "vector"):
             raise ValueError(f'gate must be "scalar" or "vector", got {self.gate!r}')
         check_activation("vision_activation", self.vision_activation)
         check_activation("text_activation", self.text_activation)
-        for name in ("layer_norm_eps", "rms_norm_eps", "rope_theta"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("dropout", "vision_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        if not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"pad_token_id must be below vocab_size = {self.vocab_size}, got {self.pad_token_id}")
-        if self.image_token_id is not None and not 0 <= self.image_token_id < self.vocab_size:
-            raise ValueError(f"image_token_id must be below vocab_size = {self.vocab_size}, got {self.image_token_id}")
+        positive = ("layer_norm_eps", "rms_norm_eps", "rope_theta")
+        check_numbers(self, positive=positive, shares=("dropout", "vision_dropout"))
+        check_token(self, "pad_token_id")
+        check_token(self, "image_token_id")
 
     @classmethod
     def from_idefics(cls, config: dict[str, Any] | Section) -> FlamingoConfig:
         """The configuration that a Hugging Face ``IdeficsConfig``, as a dict, describes."""
-        config = Section(config, "config") if isinstance(config, dict) else config
-        try:
-            return cls(**idefics.config_fields(config))
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            raise CheckpointError(f"{config.where}: {error}") from error
-
-
-# Largest sizes taken: above any published model, below what would exhaust memory before a checkpoint can be compared.
-_LARGEST = {
-    **dict.fromkeys(("vision_width", "text_width"), 2**16),
-    **dict.fromkeys(("vision_layers", "resampler_depth", "text_layers", "cross_every"), 2**9),
-    **dict.fromkeys(("vision_heads", "resampler_heads", "resampler_head_dim", "text_heads"), 2**12),
-    **dict.fromkeys(("vision_mlp", "text_mlp", "num_latents"), 2**18),
-    **dict.fromkeys(("image_size", "patch_size"), 2**13),
-    "vocab_size": 2**24,
-    "channels": 2**8,
-}
-_MULTIPLES = (
-    ("vision_width", "vision_heads"),
-    ("text_width", "text_heads"),
-    ("text_layers", "cross_every"),
-)
+        return read_config(cls, idefics.config_fields, config)

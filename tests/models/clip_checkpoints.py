@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,24 +125,3 @@ def inputs(saved: Saved, rows: int = 5, padding: str | None = None) -> tuple[Ten
         elif padding == "left":
             ids[row, :row], mask[row, :row] = 0, 0
     return ids, mask, pixels
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Relative, in the Euclidean norm."""
-    return float((ours - theirs).detach().norm() / theirs.detach().norm())
-
-
-def configure(folder: Path, **values: Any) -> None:
-    """Set keys of config.json; ``vision_config__x`` sets x in vision_config; ... removes."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for key, value in values.items():
-        *outer, last = key.split("__")
-        target = config
-        for name in outer:
-            target = target[name]
-        if value is ...:
-            del target[last]
-        else:
-            target[last] = value
-    path.write_text(json.dumps(config))

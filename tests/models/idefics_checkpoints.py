@@ -87,11 +87,6 @@ def randomise(model: torch.nn.Module) -> None:
                 parameter.copy_(0.15 * drawn)
 
 
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Relative, in the Euclidean norm."""
-    return float((ours - theirs).norm() / theirs.norm())
-
-
 def prompts(images: int, padding: str | None, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and attention mask ``[rows, L]`` with a marker for each image, and pixel values.
 

@@ -211,5 +211,5 @@ def test_swiglu() -> None:
 
 def test_vision_transformer_refuses_another_size() -> None:
     encoder = VisionTransformer(8, layers=1, heads=2, mlp=16, image_size=16, patch_size=8)
-    with pytest.raises(ValueError, match=r"pixel_values must be \[B, 3, 16, 16\], got \(1, 3, 24, 16\)"):
+    with pytest.raises(ValueError, match=r"pixel_values must be \[B, 3, 16, 16\], got shape \(1, 3, 24, 16\)"):
         encoder(torch.randn(1, 3, 24, 16))

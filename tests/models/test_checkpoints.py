@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_tools import configure, reweigh
 from idefics_checkpoints import Saved, idefics_config
-from safetensors.torch import load_file, save_file
 
 from mmkernels.models import Flamingo, FlamingoConfig
 from mmkernels.models.blocks.checkpoint import CheckpointError
@@ -28,31 +28,6 @@ def folder(saved: Callable[[str], Saved], tmp_path: Path) -> Path:
 def shards(saved: Callable[[str], Saved], tmp_path: Path) -> Path:
     """A copy to spoil of a checkpoint in several."""
     return shutil.copytree(saved("tied").folder, tmp_path / "copy")
-
-
-def configure(folder: Path, **values: Any) -> None:
-    """Set keys of config.json; ``vision_config__x`` sets x in vision_config; ... removes."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for key, value in values.items():
-        *outer, last = key.split("__")
-        target = config
-        for name in outer:
-            target = target[name]
-        if value is ...:
-            del target[last]
-        else:
-            target[last] = value
-    path.write_text(json.dumps(config))
-
-
-def reweigh(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Rewrite model.safetensors."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    path.unlink()
-    save_file(tensors, path)
 
 
 def refused(folder: Path, match: str, error: type[Exception] = CheckpointError) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from clip_checkpoints import EOS, VARIANTS, Saved, configure, distance, inputs, saver
+from checkpoint_tools import configure, distance
+from clip_checkpoints import EOS, VARIANTS, Saved, inputs, saver
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from clip_checkpoints import Saved, configure, hf_config, saver
-from safetensors.torch import load_file, save_file
+from checkpoint_tools import configure, reweigh
+from clip_checkpoints import Saved, hf_config, saver
 
 from mmkernels.models import CLIP, CLIPConfig
 from mmkernels.models.blocks.checkpoint import CheckpointError, renamed
@@ -35,15 +35,6 @@ def copy(saved: Callable[[str], Saved], tmp_path: Path) -> Callable[[str], Path]
         return shutil.copytree(saved(variant).folder, copies[-1])
 
     return get
-
-
-def reweigh(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Rewrite model.safetensors."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    path.unlink()
-    save_file(tensors, path)
 
 
 def refused(folder: Path, match: str, error: type[Exception] = CheckpointError) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from idefics_checkpoints import IMAGE, VARIANTS, Saved, distance, greedy, image_attention_mask, prompts
+from checkpoint_tools import distance
+from idefics_checkpoints import IMAGE, VARIANTS, Saved, greedy, image_attention_mask, prompts
 from torch import Tensor
 
 import mmkernels

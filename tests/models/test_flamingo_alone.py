@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from idefics_checkpoints import IMAGE, distance, image_attention_mask, prompts
+from checkpoint_tools import distance
+from idefics_checkpoints import IMAGE, image_attention_mask, prompts
 from torch import Tensor
 
 from mmkernels.models import Flamingo

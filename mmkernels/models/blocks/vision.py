@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -53,12 +55,31 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps) if class_token else nn.Identity()
         self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp, activation, eps, dropout) for _ in range(layers))
 
+    @classmethod
+    def of(cls, config: Any, *, eps: float, class_token: bool = True) -> VisionTransformer:
+        """Of the sizes that a model's configuration names ``vision_*``, `image_size`, `patch_size` and `channels`."""
+        return cls(
+            config.vision_width,
+            layers=config.vision_layers,
+            heads=config.vision_heads,
+            mlp=config.vision_mlp,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            channels=config.channels,
+            activation=config.vision_activation,
+            eps=eps,
+            dropout=config.vision_dropout,
+            class_token=class_token,
+        )
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``[B, patches + 1, width]``, or ``[B, patches, width]`` without a class token, before any last norm."""
+        if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+            got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+            raise TypeError(f"pixel_values must be a floating tensor, got {got}")
         if tuple(pixel_values.shape[1:]) != self.pixels:
-            raise ValueError(
-                f"pixel_values must be [B, {', '.join(map(str, self.pixels))}], got {tuple(pixel_values.shape)}"
-            )
+            shape = ", ".join(map(str, self.pixels))
+            raise ValueError(f"pixel_values must be [B, {shape}], got shape {tuple(pixel_values.shape)}")
         x = self.patch(pixel_values.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # [B, patches, width]
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)

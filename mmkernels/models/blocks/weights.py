@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config", bound="DataclassInstance")
+
+
+def build(
+    make: Callable[[Config], Model],
+    sizes: Mapping[str, Config],
+    size: str,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    **changes: Any,
+) -> Model:
+    """A model of a named size with random weights.
+
+    Args:
+        changes: fields of the size's configuration to change; None: the size's own.
+    """
+    if size not in sizes:
+        raise ValueError(f"size must be one of {', '.join(sizes)}, got {size!r}")
+    config = replace(sizes[size], **{name: value for name, value in changes.items() if value is not None})
+    with torch.device("meta"):
+        model = make(config)
+    return draw_weights(model.to_empty(device=device).to(dtype), seed)
 
 
 def draw_weights(model: Model, seed: int) -> Model:
