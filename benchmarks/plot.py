@@ -31,36 +31,40 @@ def draw(report: dict[str, Any], path: Path) -> None:
     peers = {name: None for row in rows for name in row["peers"]}
     colours = dict(zip(peers, _COLOURS, strict=False))
     dtypes = _unique(rows, "dtype")
-    height = 2.1 + 0.17 * len(configurations) * len(dtypes) + 0.15 * len(configurations)
+    keys = [Line2D([], [], color=colour, linewidth=6, label=f"… {name}") for name, colour in colours.items()]
+    keys += [Line2D([], [], color="#444444", marker=_MARKERS[dtype], linestyle="", label=dtype) for dtype in dtypes]
+    width = 4.2 + 4.6 * len(passes)
+    columns = min(len(keys), int(width / (0.7 + 0.095 * max(len(str(key.get_label())) for key in keys))))
+    head = 0.75 + 0.25 * -(-len(keys) // columns)  # inches of title and legend, above the panels
+    height = 1.1 + head + 0.17 * len(configurations) * len(dtypes) + 0.15 * len(configurations)
     figure, panels = plt.subplots(
         1,
         len(passes),
-        figsize=(4.2 + 4.6 * len(passes), height),
+        figsize=(width, height),
         dpi=110,
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    figure.get_layout_engine().set(rect=(0, 0.25 / height, 1, 1 - 1 / height))
+    figure.get_layout_engine().set(rect=(0, 0.25 / height, 1, 1 - head / height))
     for axes, name in zip(panels[0], passes, strict=True):
         _panel(axes, [row for row in rows if row["pass"] == name], configurations, dtypes, colours)
         axes.set_title(name, fontsize=12, loc="left")
     panels[0][0].set_yticks(range(len(configurations)), configurations)
     panels[0][0].set_ylim(len(configurations) - 0.5, -0.5)
     op, machine = ", ".join(_unique(rows, "op")), report["machine_info"]["device"]
-    spec = Path("mmkernels", "ops", op, "spec.py")
-    source = spec if (Path(__file__).resolve().parents[1] / spec).exists() else f"benchmarks/bench_{op}.py"
+    places = [Path("mmkernels", "ops", op, name) for name in ("cases.py", "spec.py")]
+    known = (place for place in places if (Path(__file__).resolve().parents[1] / place).exists())
+    source = next(known, f"benchmarks/bench_{op}.py")
     figure.suptitle(
         f"mmkernels {op}: how many times faster than …  ({machine})", x=0.01, y=1 - 0.12 / height, ha="left", va="top",
         fontsize=14, weight="bold",
     )  # fmt: skip
-    keys = [Line2D([], [], color=colour, linewidth=6, label=f"… {name}") for name, colour in colours.items()]
-    keys += [Line2D([], [], color="#444444", marker=_MARKERS[dtype], linestyle="", label=dtype) for dtype in dtypes]
     figure.legend(
         handles=keys,
         loc="upper left",
         bbox_to_anchor=(0.0, 1 - 0.38 / height),
-        ncols=len(keys),
+        ncols=columns,
         frameon=False,
         fontsize=11,
     )
