@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mmkernels.profiling.bench_command import met
 from mmkernels.profiling.table import console, megabytes, microseconds, milliseconds, ratio
 
 _WIDTH = 130
@@ -100,11 +101,6 @@ def _targets(rows: list[dict[str, Any]]) -> list[RenderableType]:
             Text(f"slowest forward: {found:.2f}x sdpa's speed ({name}); none may be below {target['least']}x\n")
         )
     return parts
-
-
-def met(target: dict[str, Any]) -> bool:
-    """Whether a target in the JSON, a least or a most, is reached."""
-    return bool(target["found"] >= target["least"] if "least" in target else target["found"] <= target["most"])
 
 
 def _numbers(target: dict[str, Any]) -> tuple[str, str]:

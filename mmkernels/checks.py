@@ -14,6 +14,14 @@ def can_look(x: Tensor) -> bool:
     return not isinstance(x, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def requires_grad(x: Tensor) -> bool:
+    """Whether autograd records what is done with x, inside of ``torch.vmap`` too, where x itself doesn't say."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
 def check_range(
     name: str,
     x: Tensor,
@@ -39,5 +47,5 @@ def check_range(
         elif least is None:
             must, got = f"<= {most}", f"{high}"
         else:
-            must, got = f"from {least}{note} to {most}", f"{low} to {high}"
+            must, got = f"from {least}{note} to {most}", f"{low}" if low == high else f"{low} to {high}"
         raise error(f"{name} must be {must}, got {got}")

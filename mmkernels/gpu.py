@@ -90,6 +90,7 @@ class Launch:
 
 _interpreter = threading.Lock()  # which rewrites Triton's own functions while a kernel runs
 _recorded: list[Launch] | None = None
+_launches = 0
 
 
 @contextmanager
@@ -103,6 +104,11 @@ def recorded() -> Iterator[list[Launch]]:
         _recorded = None
 
 
+def launches() -> int:
+    """How many launches were made since the process began."""
+    return _launches
+
+
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **constants: Any) -> None:
     """Launch `kernel` on the device of the first tensor among `args`."""
     if 0 in grid:
@@ -110,6 +116,8 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **con
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, constants, config))
         return
+    global _launches
+    _launches += 1
     first = next(x for x in args if isinstance(x, Tensor))
     options = launch_options(config)
     if first.is_cuda and first.device.index != torch.cuda.current_device():

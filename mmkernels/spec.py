@@ -45,15 +45,18 @@ class Target:
         dtype, backward: which row of the configuration.
         than: a peer, which the op must be `least` times as fast as; or "peak" or "bandwidth", of whose measured rate it
             must reach the share `least`; or "tflops", an absolute rate, of the backward pass alone where `backward`; or
-            "yardstick", of whose rate it must reach the share `least` (`Benchmark.yardstick`).
+            "yardstick", of whose rate it must reach the share `least` (`Benchmark.yardstick`); or "memory of" a peer,
+            whose memory above inputs and gradients must be `least` times the op's; or "extra MB", of which the op may
+            take `most`.
         device: the kind of device that it is set for, "cpu" or "gpu".
     """
 
     dtype: str
     backward: bool
     than: str
-    least: float
+    least: float | None = None
     device: str = "cpu"
+    most: float | None = None
 
 
 @dataclass(frozen=True)

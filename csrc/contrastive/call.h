@@ -73,6 +73,12 @@ inline Features features_of(const Tensor& x) {
   return f;
 }
 
+// Tasks are runs of texts: few texts of many images had better take the images' part.
+inline bool turned(const Tensor& image, const Tensor& text) {
+  return image.dim() == 2 && text.dim() == 2 && text.size(0) * 4 < image.size(0) &&
+         text.size(0) < 4 * kTaskRows * available_threads();
+}
+
 struct PairCall {
   PairProblem p{};
   const PairKernels& k = MMKERNELS_CHOSEN(pair_kernels); // once: another thread may choose otherwise meanwhile
@@ -115,7 +121,7 @@ struct PairCall {
     p.high = high == 0.0f ? least : high;
     p.low = static_cast<float>(scale_log2 - p.high);
     p.low = p.low == 0.0f || std::signbit(p.low) != std::signbit(p.high) ? least : p.low;
-    p.hidden = value < 0.0 ? INFINITY : -INFINITY;
+    p.hidden = std::signbit(p.high) ? INFINITY : -INFINITY;
     p.sign = value > 0.0 ? 1.0f : (value < 0.0 ? -1.0f : static_cast<float>(value)); // 0, or NaN
   }
   void set_ids(const OptionalTensor& image_ids, const OptionalTensor& text_ids, bool ignore) {
@@ -149,10 +155,14 @@ struct PairCall {
     return all - same + (labels.image[i] == labels.text[i] ? 1 : 0);
   }
 
-  // Cuts the texts into tasks, several for each thread, of at most `bytes` in all where each keeps so many.
-  void cut(double products, i64 bytes_of_task, i64 bytes) {
+  void choose_threads(double products) {
     const i64 rows = p.text.count + p.hard.count;
     threads = products * 2.0 * p.image.count * p.queries * rows * p.dim < kSmallWork ? 1 : available_threads();
+  }
+  // Cuts the texts into tasks, several for each thread, of at most `bytes` in all where each keeps so many.
+  void cut(double products, i64 bytes_of_task, i64 bytes) {
+    choose_threads(products);
+    const i64 rows = p.text.count + p.hard.count;
     // A second task for each thread evens out what else the machine does, where tasks are long.
     i64 wanted = threads == 1 ? 1 : (rows >= 2 * threads * kLongTask ? 2 * threads : threads);
     if (bytes_of_task > 0) {

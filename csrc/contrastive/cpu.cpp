@@ -74,7 +74,9 @@ std::tuple<Tensor, Tensor> finish(const PairCall& call, const Side& side, bool o
     }
     target = logit_of(call, target);
     const double lse = side.reference[i] + std::log2(static_cast<double>(side.sum[i]));
-    to[i] = positives > 0 ? static_cast<float>(kLnOf2 * (lse - target)) : 0.0f;
+    // Only rounding makes a cross-entropy negative, or of one class other than 0; NaN stays.
+    const double found = kLnOf2 * (lse - target) * (classes == 1 ? 0.0 : 1.0);
+    to[i] = positives > 0 && !(found <= 0.0) ? static_cast<float>(found) : 0.0f;
     of[i] = side.reference[i];
     of[count + i] = side.sum[i];
     of[2 * count + i] = static_cast<float>(positives);
@@ -119,6 +121,12 @@ using Seven = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
 Seven info_nce(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const OptionalTensor& image_ids,
                const OptionalTensor& text_ids, const OptionalTensor& hard_texts, bool ignore, double label_smoothing,
                double image_weight, const std::string& reduction, bool stats) {
+  if (!hard_texts.has_value() && turned(image, text)) {
+    const auto [loss, text_loss, image_loss, text_state, image_state, text_ranks, image_ranks] =
+        info_nce(text, image, logit_scale, text_ids, image_ids, {}, ignore, label_smoothing, 1.0 - image_weight,
+                 reduction, stats);
+    return {loss, image_loss, text_loss, image_state, text_state, image_ranks, text_ranks};
+  }
   PairCall call(image, text);
   PairProblem& p = call.p;
   call.set_scale(logit_scale);
@@ -126,7 +134,7 @@ Seven info_nce(const Tensor& image, const Tensor& text, const Tensor& logit_scal
   call.set_ids(image_ids, text_ids, ignore);
   const i64 n = p.image.count, m = p.text.count;
   const bool smooth = label_smoothing > 0.0;
-  call.cut(1.0, n * 16, 1 << 25);
+  call.cut(1.0, n * (12 + (smooth ? 4 : 0) + (stats ? 12 : 0)), 1 << 25);
   Side texts(m, smooth, stats);
   std::vector<Side> images(call.tasks.size(), Side(n, smooth, stats));
   p.text_sums = texts.sums();
@@ -134,7 +142,8 @@ Seven info_nce(const Tensor& image, const Tensor& text, const Tensor& logit_scal
   const i64 scratch = call.k.softmax_scratch(p);
   if (stats) {
     call.run(scratch, [&](const Task& task, i64 i, char* memory) {
-      multiplied() += call.k.best_positives(p, task, images[i].ranks(), memory);
+      call.k.best_positives(p, task, images[i].ranks(), memory);
+      multiplied() += call.k.take_multiplied();
     });
     for (std::size_t i = 1; i < images.size(); ++i) {
       images[0].add_best(images[i]);
@@ -146,7 +155,7 @@ Seven info_nce(const Tensor& image, const Tensor& text, const Tensor& logit_scal
   }
   call.run(scratch, [&](const Task& task, i64 i, char* memory) {
     call.k.softmax(p, task, images[i].sums(), images[i].ranks(), memory);
-    multiplied() += call.k.multiplied(p, n, task.last - task.first);
+    multiplied() += call.k.take_multiplied();
   });
   for (std::size_t i = 1; i < images.size(); ++i) {
     images[0].add(images[i], n);
@@ -187,7 +196,9 @@ struct WeightArrays {
     positive = array(count);
     even = array(smoothing > 0.0 ? count : 0);
     for (i64 i = 0; i < count; ++i) {
-      const double own = g != nullptr ? g[i] : 0.0, weight = of[2 * count + i] > 0.0f ? own + all : 0.0;
+      // One class alone has the probability 1, whatever its logit.
+      const bool counts = of[2 * count + i] > 0.0f && of[3 * count + i] > 1.0f;
+      const double own = g != nullptr ? g[i] : 0.0, weight = counts ? own + all : 0.0;
       // A whole reference, whoever wrote the state.
       reference[i] = std::nearbyint(of[i]);
       softmax[i] = static_cast<float>(weight / of[count + i] * std::exp2(static_cast<double>(reference[i]) - of[i]));
@@ -226,6 +237,12 @@ info_nce_backward(const Tensor& image, const Tensor& text, const Tensor& logit_s
                   const Tensor& text_state, const OptionalTensor& grad_loss, const OptionalTensor& grad_image_loss,
                   const OptionalTensor& grad_text_loss, bool ignore, double label_smoothing, double image_weight,
                   const std::string& reduction, std::array<bool, 4> needs) {
+  if (!hard_texts.has_value() && turned(image, text)) {
+    const auto [of_text, of_image, of_scale, of_hard] = info_nce_backward(
+        text, image, logit_scale, text_ids, image_ids, {}, text_state, image_state, grad_loss, grad_text_loss,
+        grad_image_loss, ignore, label_smoothing, 1.0 - image_weight, reduction, {needs[1], needs[0], needs[2], false});
+    return {of_image, of_text, of_scale, of_hard};
+  }
   PairCall call(image, text);
   PairProblem& p = call.p;
   call.set_scale(logit_scale);
@@ -246,7 +263,7 @@ info_nce_backward(const Tensor& image, const Tensor& text, const Tensor& logit_s
   } else if (!of_texts.reference.empty()) {
     p.middle = middle_dot(call, of_texts, text_state);
   }
-  Gradients gradients(call, image, text, hard_texts, {needs[0], needs[1], needs[3]});
+  Gradients gradients(call, image, text, hard_texts, {needs[0], needs[1], needs[3]}, image.scalar_type());
   const GradientSums sums = gradients.run();
   const Tensor of_scale =
       needs[2] ? at::detail::empty_cpu(logit_scale.sizes(), logit_scale.scalar_type()) : gradients.none();
@@ -256,9 +273,17 @@ info_nce_backward(const Tensor& image, const Tensor& text, const Tensor& logit_s
   return {gradients.of_image(), gradients.of_text(), of_scale, gradients.of_hard()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
-sigmoid_contrastive(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const Tensor& logit_bias,
-                    const OptionalTensor& image_ids, const OptionalTensor& text_ids, std::array<bool, 4> needs) {
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The sum over pairs, divided by `count`.
+Five sigmoid_loss(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const Tensor& logit_bias,
+                  const OptionalTensor& image_ids, const OptionalTensor& text_ids, double count,
+                  std::array<bool, 4> needs) {
+  if (turned(image, text)) {
+    const auto [loss, of_text, of_image, of_scale, of_bias] = sigmoid_loss(
+        text, image, logit_scale, logit_bias, text_ids, image_ids, count, {needs[1], needs[0], needs[2], needs[3]});
+    return {loss, of_image, of_text, of_scale, of_bias};
+  }
   PairCall call(image, text);
   PairProblem& p = call.p;
   call.set_scale(logit_scale);
@@ -266,16 +291,23 @@ sigmoid_contrastive(const Tensor& image, const Tensor& text, const Tensor& logit
   p.bias = static_cast<float>(logit_bias.item().toDouble());
   call.set_ids(image_ids, text_ids, false);
   p.sigmoid = true;
-  const double count = static_cast<double>(p.image.count);
   p.factor = static_cast<float>(p.scale / count);
-  Gradients gradients(call, image, text, {}, {needs[0], needs[1], false});
+  // As Python's kept_dtype has it.
+  const auto kept = [](const Tensor& x) { return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type(); };
+  Gradients gradients(call, image, text, {}, {needs[0], needs[1], false}, kept(image));
   const GradientSums sums = gradients.run();
   const auto scalar = [&](const Tensor& x, double value, bool wanted) {
-    return wanted ? at::detail::empty_cpu(x.sizes(), x.scalar_type()).fill_(value / count) : gradients.none();
+    return wanted ? at::detail::empty_cpu(x.sizes(), kept(x)).fill_(value / count) : gradients.none();
   };
   const Tensor loss = at::detail::empty_cpu({}, at::kFloat);
   return {loss.fill_(sums.loss / count), gradients.of_image(), gradients.of_text(),
           scalar(logit_scale, sums.scale, needs[2]), scalar(logit_bias, sums.bias, needs[3])};
+}
+
+Five sigmoid_contrastive(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const Tensor& logit_bias,
+                         const OptionalTensor& image_ids, const OptionalTensor& text_ids, std::array<bool, 4> needs) {
+  const auto count = static_cast<double>(image.size(0));
+  return sigmoid_loss(image, text, logit_scale, logit_bias, image_ids, text_ids, count, needs);
 }
 
 Tensor retrieval_ranks(const Tensor& query, const Tensor& gallery, const Tensor& target) {
@@ -292,12 +324,16 @@ Tensor retrieval_ranks(const Tensor& query, const Tensor& gallery, const Tensor&
   const i64* at = targets.const_data_ptr<i64>();
   const i64 lanes = call.k.strip_lanes(p), strips = (n + lanes - 1) / lanes;
   const i64 panels = call.k.panels_bytes(p), scratch = panels + call.k.gradient_scratch(p);
-  call.cut(1.0, 0, 0);
-  i64* to = ranks.mutable_data_ptr<i64>();
-  parallel_tasks(strips, call.threads, scratch, [&](i64 number, char* memory) {
-    const Strip strip{number * lanes, std::min(lanes, n - number * lanes), reinterpret_cast<float*>(memory), nullptr};
+  call.choose_threads(1.0);
+  // Few strips share the gallery out.
+  const i64 wanted = call.threads == 1 ? 1 : (2 * call.threads + strips - 1) / strips;
+  const i64 each = std::max((m + wanted - 1) / wanted, std::min(m, kLongTask)), runs = (m + each - 1) / each;
+  std::vector<std::int32_t> before(runs * n); // -1: the target's score is NaN
+  parallel_tasks(strips * runs, call.threads, scratch, [&](i64 number, char* memory) {
+    const i64 run = number % runs, first = number / runs * lanes;
+    const Strip strip{first, std::min(lanes, n - first), reinterpret_cast<float*>(memory), nullptr};
     std::vector<float> best = array(strip.count);
-    std::vector<std::int32_t> place(best.size()), before(best.size());
+    std::vector<std::int32_t> place(best.size()), counts(best.size());
     for (i64 i = 0; i < strip.count; ++i) {
       const i64 item = at[strip.first + i];
       TORCH_CHECK_VALUE(item >= 0 && item < m, "target must be from 0 to ", m - 1, ", got ", item);
@@ -306,14 +342,22 @@ Tensor retrieval_ranks(const Tensor& query, const Tensor& gallery, const Tensor&
     for (i64 piece = 0; piece < call.k.pieces(p); ++piece) {
       call.k.pack(p, strip, piece, reinterpret_cast<float*>(memory), nullptr, memory + panels);
     }
-    const Ranks of{best.data(), place.data(), before.data()};
+    const Ranks of{best.data(), place.data(), counts.data()};
     call.k.target_scores(p, strip, of, memory + panels);
-    call.k.count_before(p, strip, {0, 0, m}, of, memory + panels);
-    multiplied() += call.k.multiplied(p, strip.count, m);
+    call.k.count_before(p, strip, {0, run * each, std::min(m, (run + 1) * each)}, of, memory + panels);
+    multiplied() += call.k.take_multiplied();
     for (i64 i = 0; i < strip.count; ++i) {
-      to[strip.first + i] = std::isnan(best[i]) ? m - 1 : before[i];
+      before[run * n + first + i] = std::isnan(best[i]) ? -1 : counts[i];
     }
   });
+  i64* to = ranks.mutable_data_ptr<i64>();
+  for (i64 i = 0; i < n; ++i) {
+    i64 rank = 0;
+    for (i64 run = 0; run < runs; ++run) {
+      rank += before[run * n + i];
+    }
+    to[i] = before[i] < 0 ? m - 1 : rank;
+  }
   return ranks;
 }
 

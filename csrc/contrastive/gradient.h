@@ -220,6 +220,7 @@ void gradient_tile(const PairProblem& p, int side, i64 row, i64 rows, i64 lane, 
 inline void add_rows(const PairProblem& p, const float* gradients, i64 stride, const std::int32_t* winner, i64 rows,
                      i64 lanes, const float* image_rows, const float* text_rows, float* of_images, float* of_texts) {
   const i64 columns = columns_of(p);
+  multiplied_here() += 2 * rows * lanes * columns * ((of_images != nullptr) + (of_texts != nullptr));
   for (i64 r = 0; r < rows; ++r) {
     const float* text = text_rows + r * columns;
     for (i64 i = 0; i < lanes; ++i) {
@@ -229,8 +230,8 @@ inline void add_rows(const PairProblem& p, const float* gradients, i64 stride, c
         store(of_images + at + c, fma(g, load(text + c), load(of_images + at + c)));
       }
       for (i64 c = 0; of_texts != nullptr && c < columns; c += kLanes) {
-        float* to = of_texts + r * columns + c;
-        store(to, fma(g, load(image_rows + at + c), load(to)));
+        float* to = of_texts + r * p.dim + c;
+        store_part(to, fma(g, load(image_rows + at + c), load_part(to, p.dim - c)), p.dim - c);
       }
     }
   }
@@ -241,16 +242,28 @@ void products(const PairProblem& p, const Strip& strip, const GradientScratch& s
               i64 row, bool first, bool first_block, float* part) {
   const i64 lanes = padded_lanes(strip), over_lanes = product_depth(p, lanes), over_rows = product_depth(p, rows);
   for (i64 group = 0; group < groups_of(p); ++group) {
-    const i64 vectors = vectors_of(p, group), columns = columns_of(p);
+    const i64 vectors = vectors_of(p, group), columns = p.dim - group * kPanel; // left
     if (p.need_rows[side]) {
+      const Operand a{s.by_text, s.text_stride, 4};
       const float* b = (const float*)strip.rows + group * over_lanes * kPanel;
-      gemm<kDot>({s.by_text, s.text_stride, 4}, b, kPanel * 4, p.grad_rows[side] + row * columns + group * kPanel,
-                 columns, rows, vectors, over_lanes, !first);
+      float* to = p.grad_rows[side] + row * p.dim + group * kPanel;
+      if (columns >= vectors * kLanes) {
+        product<kDot>(a, b, to, p.dim, rows, vectors, over_lanes, !first);
+      } else { // whole vectors go beyond the row
+        product<kDot>(a, b, s.dots, kPanel, rows, vectors, over_lanes, false);
+        for (i64 r = 0; r < rows; ++r) {
+          for (i64 c = 0; c < columns; c += kLanes) {
+            float* at = to + r * p.dim + c;
+            const Vec more = load(s.dots + r * kPanel + c);
+            store_part(at, first ? more : load_part(at, columns - c) + more, columns - c);
+          }
+        }
+      }
     }
     if (p.need_image) {
       group_columns(p, texts, rows, rows, group, s.groups);
-      gemm<kDot>({s.by_image, s.image_stride, 4}, s.groups, kPanel * 4, part + group * strip_lanes(p) * kPanel, kPanel,
-                 strip.count, vectors, over_rows, !first_block);
+      product<kDot>({s.by_image, s.image_stride, 4}, s.groups, part + group * strip_lanes(p) * kPanel, kPanel,
+                    strip.count, vectors, over_rows, !first_block);
     }
   }
 }
@@ -271,7 +284,7 @@ void gradient_of(const PairProblem& p, const Strip& strip, const Task& task, boo
     std::memset(part, 0, part_floats(p) * sizeof(float));
   }
   if (several && first && p.need_rows[task.side]) {
-    std::memset(p.grad_rows[task.side] + task.first * columns, 0, (task.last - task.first) * columns * sizeof(float));
+    std::memset(p.grad_rows[task.side] + task.first * p.dim, 0, (task.last - task.first) * p.dim * sizeof(float));
   }
   for (i64 lane = 0; lane < strip.count; lane += kPanel) {
     panel_labels(p, strip.first + lane, least<i64>(kPanel, strip.count - lane), s.labels + lane);
@@ -291,7 +304,7 @@ void gradient_of(const PairProblem& p, const Strip& strip, const Task& task, boo
     for (i64 lane = 0; lane < strip.count; lane += kPanel) {
       const i64 lanes = least<i64>(kPanel, strip.count - lane);
       const float* panel = strip.panels + lane * p.queries * depth_of(p);
-      panel_dots(p, texts, rows, panel, s.dots, s.other, several ? s.winner : nullptr);
+      panel_dots(p, texts, rows, panel, lanes, s.dots, s.other, several ? s.winner : nullptr);
       const TileOut out{s.by_text + lane * (dot ? 2 : 4),
                         s.text_stride,
                         several || !p.need_image ? nullptr : s.by_image + lane * s.image_stride,
@@ -303,7 +316,7 @@ void gradient_of(const PairProblem& p, const Strip& strip, const Task& task, boo
         const i64 at = lane * p.queries * columns;
         add_rows(p, (const float*)out.by_text, s.text_stride / 4, s.winner, rows, lanes, (const float*)strip.rows + at,
                  s.groups, p.need_image ? part + at : nullptr,
-                 p.need_rows[task.side] ? p.grad_rows[task.side] + row * columns : nullptr);
+                 p.need_rows[task.side] ? p.grad_rows[task.side] + row * p.dim : nullptr);
       }
     }
     if (!several && wanted) {
@@ -329,7 +342,7 @@ inline void convert(const PairProblem& p, const float* from, i64 rows, Type type
   const i64 size = bytes_of(type);
   for (i64 r = 0; r < rows; ++r) {
     for (i64 c = 0; c < p.dim; c += kLanes) {
-      store_from_f32(to + (r * p.dim + c) * size, type, load(from + r * columns_of(p) + c), p.dim - c);
+      store_from_f32(to + (r * p.dim + c) * size, type, load_part(from + r * p.dim + c, p.dim - c), p.dim - c);
     }
   }
 }

@@ -12,26 +12,22 @@ namespace mmkernels {
 
 class Gradients {
 public:
-  // needs: of image, text, hard texts.
+  // needs: of image, text, hard texts; type: the results'.
   Gradients(PairCall& call, const Tensor& image, const Tensor& text, const OptionalTensor& hard,
-            std::array<bool, 3> needs)
-      : call_(call), type_(image.scalar_type()), products_(1.0 + needs[0] + (needs[1] || needs[2])) {
+            std::array<bool, 3> needs, at::ScalarType type)
+      : call_(call), type_(type), products_(1.0 + needs[0] + (needs[1] || needs[2])) {
     PairProblem& p = call.p;
-    const PairKernels& k = call.k;
     p.need_image = needs[0];
     p.need_rows[0] = needs[1];
     p.need_rows[1] = needs[2] && hard.has_value();
     image_ = made(image, needs[0]);
-    const i64 columns = k.columns(p);
     for (int side = 0; side < 2; ++side) {
       rows_[side] = p.need_rows[side] ? made(side == 0 ? text : *hard, true) : none();
       if (!p.need_rows[side]) {
         continue;
       }
-      // Sums are float32 and of whole vectors: the result itself, or memory of their own.
-      const i64 count = rows_[side].size(0);
-      sums_[side] =
-          type_ == at::kFloat && columns == p.dim ? rows_[side] : at::detail::empty_cpu({count, columns}, at::kFloat);
+      // Sums are float32: the result itself, or memory of their own.
+      sums_[side] = type_ == at::kFloat ? rows_[side] : at::detail::empty_cpu(rows_[side].sizes(), at::kFloat);
       expect_writes(sums_[side].mutable_data_ptr(), static_cast<i64>(sums_[side].nbytes()));
       p.grad_rows[side] = sums_[side].mutable_data_ptr<float>();
     }
@@ -57,9 +53,7 @@ public:
                      [&](i64 piece, char* own) { k.pack(p, strip, piece, packed, packed_rows, own); });
       call_.run(scratch, [&](const Task& task, i64 i, char* own) {
         k.gradient(p, strip, task, first == 0, parts + i * part, sums[i], own);
-        const i64 done = k.multiplied(p, strip.count, task.last - task.first);
-        const i64 sparse = p.queries > 1 ? p.queries : 1; // products of several queries take one row each
-        multiplied() += done + (p.need_image + p.need_rows[task.side]) * (done / sparse);
+        multiplied() += k.take_multiplied();
       });
       if (p.need_image) {
         const i64 share = (strip.count + call_.threads - 1) / call_.threads;
@@ -76,7 +70,7 @@ public:
         char* to = static_cast<char*>(rows_[side].mutable_data_ptr());
         parallel_tasks(share == 0 ? 0 : (total + share - 1) / share, call_.threads, 0, [&](i64 i, char*) {
           const i64 begin = i * share;
-          k.convert(p, p.grad_rows[side] + begin * k.columns(p), std::min(share, total - begin), type_of(rows_[side]),
+          k.convert(p, p.grad_rows[side] + begin * p.dim, std::min(share, total - begin), type_of(rows_[side]),
                     to + begin * p.dim * size);
         });
       }

@@ -9,12 +9,11 @@ namespace mmkernels {
 
 extern const PairKernels MMK_JOIN(pair_kernels_, MMK_ISA);
 const PairKernels MMK_JOIN(pair_kernels_, MMK_ISA) = {
-    MMK_ISA::kPanel,           MMK_ISA::strip_lanes,   MMK_ISA::columns_of,
-    MMK_ISA::panels_bytes,     MMK_ISA::rows_bytes,    MMK_ISA::part_floats,
-    MMK_ISA::multiplied_by,    MMK_ISA::pieces,        MMK_ISA::pack,
-    MMK_ISA::softmax_scratch,  MMK_ISA::softmax,       MMK_ISA::best_positives,
-    MMK_ISA::gradient_scratch, MMK_ISA::gradient,      MMK_ISA::merge,
-    MMK_ISA::convert,          MMK_ISA::target_scores, MMK_ISA::count_before,
+    MMK_ISA::kPanel,          MMK_ISA::strip_lanes,     MMK_ISA::panels_bytes,   MMK_ISA::rows_bytes,
+    MMK_ISA::part_floats,     MMK_ISA::take_multiplied, MMK_ISA::pieces,         MMK_ISA::pack,
+    MMK_ISA::softmax_scratch, MMK_ISA::softmax,         MMK_ISA::best_positives, MMK_ISA::gradient_scratch,
+    MMK_ISA::gradient,        MMK_ISA::merge,           MMK_ISA::convert,        MMK_ISA::target_scores,
+    MMK_ISA::count_before,
 };
 
 } // namespace mmkernels

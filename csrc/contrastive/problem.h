@@ -64,7 +64,7 @@ struct PairProblem {
   float middle = 0.0f; // taken off dots in the scale's gradient, where a constant comes to nothing but rounding
   float factor = 1.0f; // what the products are multiplied by
   bool need_image = false, need_rows[2] = {false, false}; // rows: of text, of hard
-  float* grad_rows[2] = {nullptr, nullptr};               // float32 [count, columns padded to whole vectors]
+  float* grad_rows[2] = {nullptr, nullptr};               // float32 [count, dim]
 };
 
 // A run of texts, of hard ones if `side` is 1.
@@ -89,11 +89,10 @@ struct GradientSums {
 struct PairKernels {
   int panel;                                       // images that are packed together
   std::int64_t (*strip_lanes)(const PairProblem&); // images of a full strip
-  std::int64_t (*columns)(const PairProblem&);     // dim, padded to whole vectors
   std::int64_t (*panels_bytes)(const PairProblem&);
   std::int64_t (*rows_bytes)(const PairProblem&);
   std::int64_t (*part_floats)(const PairProblem&); // of a task's part of a strip's gradient
-  std::int64_t (*multiplied)(const PairProblem&, std::int64_t images, std::int64_t rows); // FLOP of one product
+  std::int64_t (*take_multiplied)();               // FLOP of this thread's products since it was last asked
 
   // A strip is packed in pieces; `rows` may be null.
   std::int64_t (*pieces)(const PairProblem&);
@@ -102,7 +101,7 @@ struct PairKernels {
   // All images against a task's texts; `images`: the task's own sums, padded to whole panels.
   std::int64_t (*softmax_scratch)(const PairProblem&);
   void (*softmax)(const PairProblem&, const Task&, const Sums& images, const Ranks& image_ranks, char* scratch);
-  std::int64_t (*best_positives)(const PairProblem&, const Task&, const Ranks& images, char* scratch); // FLOP
+  void (*best_positives)(const PairProblem&, const Task&, const Ranks& images, char* scratch);
 
   // One strip against a task's texts. `part` is written; so are the texts' gradients, or added to unless `first`.
   std::int64_t (*gradient_scratch)(const PairProblem&);
@@ -111,7 +110,7 @@ struct PairKernels {
   // Images [first, last) of a strip: the parts of `count` tasks, added up, to `to` [images, queries, dim].
   void (*merge)(const PairProblem&, const Strip&, const float* parts, std::int64_t count, std::int64_t first,
                 std::int64_t last, Type type, char* to);
-  // float32 [rows, columns] to [rows, dim] of any type.
+  // float32 [rows, dim] to any type.
   void (*convert)(const PairProblem&, const float* from, std::int64_t rows, Type type, char* to);
 
   // Retrieval: a strip of queries; ranks' arrays are the strip's, padded to whole panels.

@@ -10,10 +10,10 @@ namespace MMK_ISA {
 inline void target_scores(const PairProblem& p, const Strip& strip, const Ranks& ranks, char* scratch) {
   const GradientScratch s(p, scratch);
   for (i64 i = 0; i < strip.count; ++i) {
-    const i64 lane = i / kPanel * kPanel;
+    const i64 lane = i / kPanel * kPanel, in_panel = i % kPanel / kLanes * kLanes; // of its vector
     const Rows item = fetch(source_of(p.text, ranks.place[i]), 1, p.dim, is_dot(p), s.texts);
-    panel_dots(p, item, 1, strip.panels + lane * depth_of(p), s.dots, s.other, nullptr);
-    ranks.best[i] = s.dots[i - lane];
+    panel_dots(p, item, 1, strip.panels + lane * depth_of(p) + in_panel, kLanes, s.dots, s.other, nullptr);
+    ranks.best[i] = s.dots[i % kLanes];
   }
 }
 
@@ -25,8 +25,9 @@ inline void count_before(const PairProblem& p, const Strip& strip, const Task& t
     const i64 rows = least(step, task.last - row);
     const Rows items = fetch(source_of(p.text, row), rows, p.dim, is_dot(p), s.texts);
     for (i64 lane = 0; lane < strip.count; lane += kPanel) {
-      panel_dots(p, items, rows, strip.panels + lane * depth_of(p), s.dots, s.other, nullptr);
-      for (int v = 0; v < kVectors; ++v) {
+      const i64 lanes = least<i64>(kPanel, strip.count - lane);
+      panel_dots(p, items, rows, strip.panels + lane * depth_of(p), lanes, s.dots, s.other, nullptr);
+      for (int v = 0; v < vectors_of_lanes(lanes); ++v) {
         const i64 at = lane + v * kLanes;
         const Vec best = load(ranks.best + at);
         const IVec place = (IVec)load(ranks.place + at);

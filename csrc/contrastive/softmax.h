@@ -257,7 +257,7 @@ inline void softmax(const PairProblem& p, const Task& task, const Sums& images, 
   const Features& side = side_of(p, task.side);
   each_panel(p, task, s, [&](i64 lane, i64 lanes, i64 row, i64 rows) {
     const Rows texts = fetch(source_of(side, row), rows, p.dim, is_dot(p), s.texts);
-    panel_dots(p, texts, rows, s.panel, s.tile, s.other, nullptr);
+    panel_dots(p, texts, rows, s.panel, lanes, s.tile, s.other, nullptr);
     const bool own = task.side == 0;
     const SoftmaxTile tile{p,
                            s.tile,
@@ -293,10 +293,9 @@ inline void softmax(const PairProblem& p, const Task& task, const Sums& images, 
 }
 
 // Before ranks can be counted: each row's best positive, from the same products of the same numbers in the same order;
-// only of texts that have one in the panel. Answers the FLOP.
-inline i64 best_positives(const PairProblem& p, const Task& task, const Ranks& images, char* scratch) {
+// only of texts that have one in the panel.
+inline void best_positives(const PairProblem& p, const Task& task, const Ranks& images, char* scratch) {
   const SoftmaxScratch s(p, scratch);
-  i64 done = 0;
   each_panel(p, task, s, [&](i64 lane, i64 lanes, i64 row, i64 rows) {
     if (!may_match(p, task.side, row, rows, lane, lanes)) {
       return;
@@ -315,9 +314,8 @@ inline i64 best_positives(const PairProblem& p, const Task& task, const Ranks& i
     // Rows one by one cost more each, and a tile of all of them less than a quarter of them would.
     const bool whole = count * 4 > rows;
     const auto multiply = [&](i64 r, i64 n) {
-      panel_dots(p, fetch(source_of(p.text, row + r), n, p.dim, is_dot(p), s.texts), n, s.panel, s.tile, s.other,
+      panel_dots(p, fetch(source_of(p.text, row + r), n, p.dim, is_dot(p), s.texts), n, s.panel, lanes, s.tile, s.other,
                  nullptr);
-      done += multiplied_by(p, kPanel, n);
     };
     if (whole) {
       multiply(0, rows);
@@ -348,7 +346,6 @@ inline i64 best_positives(const PairProblem& p, const Task& task, const Ranks& i
       }
     }
   });
-  return done;
 }
 
 } // namespace MMK_ISA

@@ -39,9 +39,25 @@ MMK_INLINE i64 vectors_of(const PairProblem& p, i64 group) {
 MMK_INLINE i64 padded_lanes(const Strip& strip) {
   return round_up(strip.count, kPanel);
 }
-// FLOP of a product of so many images and texts, padding included.
-inline i64 multiplied_by(const PairProblem& p, i64 images, i64 rows) {
-  return 2 * round_up(images, kPanel) * p.queries * rows * depth_of(p) * (is_dot(p) ? 2 : 1);
+MMK_INLINE i64 vectors_of_lanes(i64 lanes) {
+  return (lanes + kLanes - 1) / kLanes;
+}
+
+// FLOP of this thread's products since it was last asked: each product adds its own.
+inline i64& multiplied_here() {
+  static thread_local i64 flops = 0;
+  return flops;
+}
+inline i64 take_multiplied() {
+  const i64 flops = multiplied_here();
+  multiplied_here() = 0;
+  return flops;
+}
+// gemm, counted.
+template <bool kDot>
+void product(Operand a, const void* b, float* c, i64 c_row, i64 rows, i64 vectors, i64 depth, bool add) {
+  multiplied_here() += 2 * rows * vectors * kLanes * depth * (kDot ? 2 : 1);
+  gemm<kDot>(a, b, kPanel * 4, c, c_row, rows, vectors, depth, add);
 }
 
 // Row r of query q.
@@ -120,21 +136,25 @@ MMK_INLINE Power power_of(const PairProblem& p, Vec dot) {
 
 constexpr i64 kChain = 128; // products that float32 sums in one chain: longer ones round more than a library's
 
-// Logits before the scale, [rows, kPanel], of a panel of images; of several queries the largest, and which one it is if
-// `winner` is given. `other` is a tile of scratch.
-inline void panel_dots(const PairProblem& p, Rows texts, i64 rows, const float* panel, float* to, float* other,
-                       std::int32_t* winner) {
+// Logits before the scale, [rows, kPanel], of a panel of images, of which `lanes` are there; the others' are 0 or a
+// padding's. Of several queries the largest, and which one it is if `winner` is given. `other` is a tile of scratch.
+inline void panel_dots(const PairProblem& p, Rows texts, i64 rows, const float* panel, i64 lanes, float* to,
+                       float* other, std::int32_t* winner) {
+  const i64 vectors = vectors_of_lanes(lanes);
   const i64 depth = depth_of(p);
   const auto multiply = [&](i64 query, float* tile) {
     const Operand a{texts.data, texts.stride, 4};
     const float* b = panel + query * depth * kPanel;
     if (is_dot(p)) {
-      gemm<kHasDot>(a, b, kPanel * 4, tile, kPanel, rows, kVectors, depth, false);
+      product<kHasDot>(a, b, tile, kPanel, rows, vectors, depth, false);
     } else {
       for (i64 k = 0; k < depth; k += kChain) {
-        gemm<false>({a.data + k * 4, a.row, 4}, b + k * kPanel, kPanel * 4, tile, kPanel, rows, kVectors,
-                    least(kChain, depth - k), k > 0);
+        product<false>({a.data + k * 4, a.row, 4}, b + k * kPanel, tile, kPanel, rows, vectors,
+                       least(kChain, depth - k), k > 0);
       }
+    }
+    for (i64 r = 0; vectors < kVectors && r < rows; ++r) {
+      std::memset(tile + r * kPanel + vectors * kLanes, 0, (kVectors - vectors) * sizeof(Vec));
     }
   };
   multiply(0, to);

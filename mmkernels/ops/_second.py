@@ -29,7 +29,7 @@ def second_derivatives(
         the gradients of the cotangents, and of the tensors at `places`.
     """
     again = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch._C._DisableAutocast(), torch.enable_grad():
         given = [_apart(x) if n in places and x is not None else x for n, x in enumerate(tensors)]
         directions = [None if x is None else _apart(x) for x in cotangents]
         outputs = [(y, g) for y, g in zip(formula(given), directions, strict=True) if g is not None]

@@ -103,7 +103,8 @@ _LEGEND = (
     "of peak: of the arithmetic's rate or, if more, of the memory bandwidth (b); both measured here.\n"
     "targets: ours over the peer's speed, or the share of a peak; tflops: of the pass, and in rows of\n"
     "forward + backward of the backward alone; yardstick: the share of head dim 128's rate; at peak:\n"
-    "what a kernel that did only the least work, at the full rate of arithmetic or memory, would reach.\n"
+    "what a kernel that did only the least work, at the full rate of arithmetic or memory, would reach;\n"
+    "memory: peak above inputs and gradients, a peer's over ours, or ours in MB.\n"
     "MB: peak memory above the inputs, ours and the naive baseline's."
 )
 _COUNTED = "\nGEMMs: matrix products that ours made, counted as it ran; the op's forward pass needs one."
@@ -154,8 +155,9 @@ def _targets(rows: list[dict[str, Any]]) -> list[RenderableType]:
     for row in rows:
         for target in row.get("targets", ()):
             mark = verdict(target)
-            numbers = (_times(target["than"], target[key]) for key in ("least", "found", "at_peak"))
-            table.add_row(row["configuration"], row["dtype"], row["pass"], target["than"], *numbers, mark)
+            least, *numbers = (_times(target["than"], target.get(key)) for key in ("least", "found", "at_peak"))
+            bound = least or f"<= {_times(target['than'], target['most'])}"
+            table.add_row(row["configuration"], row["dtype"], row["pass"], target["than"], bound, *numbers, mark)
     return [table, Text()] if table.row_count else []
 
 
@@ -163,13 +165,20 @@ def verdict(target: dict[str, Any]) -> Text:
     """Of one target in the JSON."""
     if target["found"] is None:
         return Text("can't run", style="yellow")
-    return Text("met", style="green") if target["found"] >= target["least"] else Text("missed", style="yellow")
+    return Text("met", style="green") if met(target) else Text("missed", style="yellow")
+
+
+def met(target: dict[str, Any]) -> bool:
+    """Whether a target in the JSON, a least or a most, is reached."""
+    return bool(target["found"] >= target["least"] if "least" in target else target["found"] <= target["most"])
 
 
 def _times(than: str, value: float | None) -> str:
     if value is None:
         return ""
-    return {"peak": f"{value:.0%}", "bandwidth": f"{value:.0%}", "tflops": f"{value:,.0f}"}.get(than, f"{value:.2f}")
+    if than in ("peak", "bandwidth"):
+        return f"{value:.0%}"
+    return f"{value:,.0f}" if than in ("tflops", "extra MB") else f"{value:.2f}"
 
 
 def _ratio(name: str, peer: dict[str, Any] | None, notes: dict[str, int]) -> str:

@@ -40,6 +40,7 @@ _SAMPLE = 2e-3  # seconds that one sample lasts at least: shorter calls are repe
 _OFF = 0.05  # relative L2 distance from the truth at which a peer computes something else
 _MOST_MEMORY = 0.5  # of a GPU's, that a peer may take: one that leaves others no room disturbs their times
 _OURS, _YARDSTICK, _FORWARD = "ours", "yardstick", ", forward"  # candidates beside the peers; a suffix of any
+_MEMORY_OF, _EXTRA = "memory of ", "extra MB"  # what targets may be about
 
 
 class CantRunError(Exception):
@@ -304,6 +305,7 @@ class _Figures:
 
     def __init__(self, row: Row, inputs: Inputs, medians: dict[str, float], yardstick_flops: float | None) -> None:
         self.row, self.medians = row, medians
+        self.grad_bytes = sum(inputs[name].nbytes for name in row.grads)
         self.cost = row.spec.cost(inputs, row.backward)
         self.forward_flops = row.spec.cost(inputs, False).flops
         self.backward_flops = self.cost.flops - self.forward_flops if row.backward else 0.0
@@ -351,7 +353,7 @@ class _Figures:
             "share_of_compute_peak": self.shares["peak"],
             "share_of_bandwidth_peak": self.shares["bandwidth"],
             "yardstick_flops_per_second": self.yardstick_rate,
-            "targets": [self.judged(target) for target in row.targets],
+            "targets": [self.judged(target, memory) for target in row.targets],
         }
 
     def gemms(self, flops: float | None) -> dict[str, float]:
@@ -366,9 +368,15 @@ class _Figures:
         seconds = max(self.medians[name] - forward, 1e-9)
         return {"backward_seconds": seconds, "backward_flops_per_second": self.backward_flops / seconds}
 
-    def judged(self, target: Target) -> dict[str, Any]:
+    def extra(self, memory: dict[str, int | None], name: str) -> float | None:
+        """Bytes above inputs and gradients; None: not known."""
+        peak = memory.get(name)
+        return None if peak is None else max(float(peak - self.grad_bytes), 1.0)
+
+    def judged(self, target: Target, memory: dict[str, int | None]) -> dict[str, Any]:
         """A target beside what was found, None where its peer can't run, and what nothing but the least work at the
         measured peaks would reach."""
+        limit = {"least": target.least} if target.most is None else {"most": target.most}
         found: float | None
         at_peak: float | None = 1.0
         if target.than in self.shares:
@@ -379,10 +387,16 @@ class _Figures:
         elif target.than == _YARDSTICK:
             assert self.yardstick_rate is not None
             found, at_peak = self.cost.flops / self.medians[_OURS] / self.yardstick_rate, None
+        elif target.than == _EXTRA:
+            extra = self.extra(memory, _OURS)
+            found, at_peak = None if extra is None else extra / 1e6, None
+        elif target.than.startswith(_MEMORY_OF):
+            theirs, own = self.extra(memory, target.than.removeprefix(_MEMORY_OF)), self.extra(memory, _OURS)
+            found, at_peak = None if theirs is None or own is None else theirs / own, None
         elif target.than in self.medians:
             other = self.medians[target.than]
             found = other / self.medians[_OURS]
             at_peak = other / max(self.cost.flops / self.compute, self.cost.bytes / self.bandwidth)
         else:
             found = at_peak = None
-        return {"than": target.than, "least": target.least, "found": found, "at_peak": at_peak}
+        return {"than": target.than, **limit, "found": found, "at_peak": at_peak}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from mmkernels import gpu
 from mmkernels.profiling.gate import Call, flat
 from mmkernels.profiling.meters import Run, peak_memory
 
@@ -27,18 +28,24 @@ def count(run: Run, *, pytorch: bool = True) -> Counted:
 
     PyTorch's are those that its profiler sees: in compiled code and inside the boundary of a custom op too, where
     ``torch.utils.flop_counter.FlopCounterMode`` counts nothing, or makes the compiled code run uncompiled. The CPU
-    extension counts its own. What Triton's and CUDA kernels multiply is not seen.
+    extension counts each of its own where it is made. What Triton's kernels multiply is not seen: with one of them,
+    nothing is counted.
 
     Args:
         pytorch: look at PyTorch's too; the profiler takes time, and memory for each operator that runs.
     """
-    before = _by_extension()
+    before, launched = _by_extension(), gpu.launches()
     if not pytorch:
-        return Counted(run(), (_by_extension() - before) or None)
+        result = run()
+        return Counted(result, _total(_by_extension() - before, launched))
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as seen:
         result = run()
     flops = sum(event.flops or 0 for event in seen.events() or () if event.name in _PRODUCTS)
-    return Counted(result, (_by_extension() - before + flops) or None)
+    return Counted(result, _total(_by_extension() - before + flops, launched))
+
+
+def _total(flops: float, launched: int) -> float | None:
+    return flops if flops and gpu.launches() == launched else None
 
 
 def _by_extension() -> int:

@@ -246,6 +246,42 @@ def test_strips_of_any_height_give_the_same(op: str, queries: int, monkeypatch: 
         torch.testing.assert_close(step(op, inputs, image_ids=ids, backend="chunked"), want)
 
 
+@pytest.mark.parametrize(("op", "backend"), [(op, x) for op in LOSSES for x in backends(SPECS[op]) if x != "reference"])
+def test_second_derivatives_under_autocast(op: str, backend: str) -> None:
+    """What was computed outside of it is differentiated as exactly inside."""
+    leaves = {name: x.detach().requires_grad_() for name, x in cast(inputs_of(op), torch.float32).items()}
+
+    def product() -> list[Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            loss = LOSSES[op](**leaves, backend=backend)
+        (first,) = torch.autograd.grad(loss, leaves["image"], create_graph=True)
+        return list(torch.autograd.grad(first.square().sum(), [leaves["image"], leaves["text"]]))
+
+    want = product()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = product()
+    for x, y in zip(found, want, strict=True):
+        assert float((x - y).norm()) <= 1e-5 * float(y.norm())
+
+
+@each_loss
+def test_a_loss_scale_of_float16(op: str, backend: str) -> None:
+    """As `torch.amp.GradScaler` begins: the scaled gradients fit, their factor alone does not."""
+    if backend == "reference" or backend not in backends(SPECS[op], torch.float16):
+        pytest.skip(f"{backend} does not compute float16")
+    inputs = features(64, dim=32, scale=5.0) | (BIAS if op == "sigmoid_contrastive" else {})
+    inputs = cast(inputs, torch.float16, always_wide=frozenset({"logit_scale", "logit_bias"}))
+    wanted, factor = ("image", "text", "logit_scale"), 2.0**16
+    leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
+    loss = LOSSES[op](**leaves, backend=backend)
+    found = torch.autograd.grad(factor * loss, [leaves[name] for name in wanted])
+    exact = {name: x.detach().double().requires_grad_(name in wanted) for name, x in inputs.items()}
+    want = torch.autograd.grad(LOSSES[op](**exact, backend="reference"), [exact[name] for name in wanted])
+    for x, y in zip(found, want, strict=True):
+        assert bool(x.isfinite().all()), backend
+        assert float((x.double() / factor - y).norm()) <= 2e-3 * float(y.norm()), backend
+
+
 # How a call travels.
 
 
@@ -260,6 +296,10 @@ def test_autocast(op: str, backend: str) -> None:
     assert loss.dtype == torch.float32 and torch.equal(loss, LOSSES[op](**narrow, backend=backend))
     for grad, x in zip(torch.autograd.grad(loss, list(inputs.values())), inputs.values(), strict=True):
         assert grad.dtype == torch.float32 and grad.shape == x.shape and float(grad.abs().max()) > 0
+    for dtype in (torch.bfloat16, torch.float16):  # a scale that another module made under autocast
+        with torch.autocast("cpu", torch.bfloat16):
+            other = LOSSES[op](**inputs | {"logit_scale": inputs["logit_scale"].detach().to(dtype)}, backend=backend)
+        torch.testing.assert_close(other, loss, rtol=0.02, atol=0.0)
     if dtype_of(op, backend) == torch.float64:
         with torch.autocast("cpu", torch.bfloat16):  # float64 stays: it was chosen on purpose
             assert LOSSES[op](**inputs_of(op), backend=backend).dtype == torch.float64
@@ -291,8 +331,16 @@ def test_vmap_over_batches_that_share_ids_and_scale(op: str, backend: str) -> No
         **{**batches[0], "image": image, "text": text}, image_ids=ids, backend=backend
     )
     images, texts = (torch.stack([x[name] for x in batches]) for name in ("image", "text"))
-    together = torch.func.vmap(call, in_dims=(1, 0))(images.transpose(0, 1), texts)
-    torch.testing.assert_close(together, torch.stack([call(*x) for x in zip(images, texts, strict=True)]))
+    leaves = [images.transpose(0, 1).requires_grad_(), texts.requires_grad_(), batches[0]["logit_scale"]]
+    leaves[2].requires_grad_()
+    together = torch.func.vmap(call, in_dims=(1, 0))(*leaves[:2])
+    apart = torch.stack([call(leaves[0][:, n], leaves[1][n]) for n in range(3)])
+    torch.testing.assert_close(together, apart)
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=apart.dtype)
+    got, want = (torch.autograd.grad(x, leaves, weights) for x in (together, apart))
+    torch.testing.assert_close(got, want)
+    shared = torch.func.vmap(call, in_dims=(1, None))(leaves[0], batches[0]["text"])  # one side alone is batched
+    assert bool(torch.autograd.grad(shared.sum(), leaves[0])[0].any())
 
 
 @pytest.mark.parametrize("op", LOSSES)
@@ -379,8 +427,7 @@ def test_memory_is_linear(op: str, backend: str, monkeypatch: pytest.MonkeyPatch
     """The logits of this call are 64 MiB, features and their gradients 4 MiB."""
     if memory_why_not() is not None:  # asked here: the answer takes an allocator that gives memory back
         pytest.skip(str(memory_why_not()))
-    for module in (strips, ranks_chunked):  # smaller strips, as the problem is smaller than what they are for
-        monkeypatch.setattr(module, "STRIP_BYTES", _MIB)
+    _smaller_strips(monkeypatch)
     inputs = cast(features(_PAIRS, dim=64, scale=20.0) | BIAS, torch.float32)
     ids = torch.arange(_PAIRS) // 2
 
@@ -396,3 +443,25 @@ def test_memory_is_linear(op: str, backend: str, monkeypatch: pytest.MonkeyPatch
     run()
     peak = peak_memory(run)
     assert peak is not None and peak < 12 * _MIB
+
+
+@pytest.mark.parametrize("backend", [x for x in backends(SPECS["info_nce"]) if x != "reference"])
+def test_memory_does_not_know_how_long_a_queue_is(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are 64 MiB, its features 4 MiB (8 in a wide copy)."""
+    if memory_why_not() is not None:
+        pytest.skip(str(memory_why_not()))
+    _smaller_strips(monkeypatch)
+    inputs = cast(features(256, dim=16) | {"hard_texts": features(2**16, dim=16, seed=1)["text"]}, torch.float32)
+
+    def run() -> None:
+        step("info_nce", inputs, ("image", "text"), backend=backend)
+
+    run()
+    peak = peak_memory(run)
+    assert peak is not None and peak < 16 * _MIB
+
+
+def _smaller_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the problems here are smaller than what strips are for."""
+    for module in (strips, ranks_chunked):
+        monkeypatch.setattr(module, "STRIP_BYTES", _MIB)

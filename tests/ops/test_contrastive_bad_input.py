@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from harness import backends
+from test_contrastive_definition import SPECS
 
 import mmkernels
 from mmkernels import BackendError
@@ -45,6 +48,11 @@ FEATURES: dict[str, Bad] = {
         TypeError,
         r"text must have image's dtype torch.float32, got torch.float64",
     ),
+    "sparse text": (
+        {"text": THREE.to_sparse()},
+        TypeError,
+        r"text must be a dense tensor, got one of layout torch.sparse_coo",
+    ),
     "text device": ({"text": META}, ValueError, r"text must be on image's device cpu, got meta"),
     "image device": ({"image": META}, ValueError, r"text must be on image's device meta, got cpu"),
     "as many texts": ({"text": FIVE}, ValueError, r"text must have as many rows as image, 3, .*; got 5"),
@@ -67,12 +75,17 @@ FEATURES: dict[str, Bad] = {
 
 def number(name: str) -> dict[str, Bad]:
     """What a scale or bias can't be."""
-    must = rf"{name} must be torch.float32 or float32, got"
+    must = rf"{name} must be torch.float32, got"
     return {
         f"{name} None": ({name: None}, TypeError, rf"{name} must be a tensor of one element or a number, got NoneType"),
         f"{name} a string": ({name: "20"}, TypeError, rf"{name} must be a tensor .* or a number, got str"),
         f"{name} a bool": ({name: True}, TypeError, rf"{name} must be a tensor .* or a number, got bool"),
         f"{name} complex": ({name: 1j}, TypeError, rf"{name} must be a tensor .* or a number, got complex"),
+        f"{name} huge": (
+            {name: 10**400},
+            ValueError,
+            rf"{name} must be a number that a float can hold, got .* 1329 bits",
+        ),
         f"{name} of two": ({name: torch.ones(2)}, ValueError, rf"{name} must have one element, got shape \(2,\)"),
         f"{name} of none": ({name: torch.ones(0)}, ValueError, rf"{name} must have one element, got shape \(0,\)"),
         f"{name} 2-D": ({name: torch.ones(1, 1)}, ValueError, rf"{name} must have one element, got shape \(1, 1\)"),
@@ -177,6 +190,24 @@ def test_a_forced_backend_says_why_it_can_not_run(op: str) -> None:
     for backend in ("triton", "cuda"):
         with pytest.raises(BackendError, match=f"^{op} (can't run this call|has no backend)"):
             getattr(mmkernels, op)(**wide, backend=backend)
+
+
+@pytest.mark.parametrize("op", ["info_nce", "sigmoid_contrastive"])
+@pytest.mark.parametrize(
+    "number", [7, 7.0, np.float32(7.0), np.float64(7.0), np.int64(7)], ids=lambda x: type(x).__name__
+)
+def test_any_number_is_a_scale(op: str, number: Any) -> None:
+    good = GOOD[op] | {"image": torch.eye(3, 8), "text": torch.eye(3, 8)}
+    want = getattr(mmkernels, op)(**good | {"logit_scale": torch.tensor(7.0)})
+    assert torch.equal(getattr(mmkernels, op)(**good | {"logit_scale": number}), want)
+
+
+@pytest.mark.parametrize("backend", [x for x in backends(SPECS["retrieval_ranks"]) if x != "triton"])
+def test_a_target_outside_of_the_gallery_in_compiled_code(backend: str) -> None:
+    compiled = torch.compile(mmkernels.retrieval_ranks, backend="aot_eager", fullgraph=True)
+    for shift in (1, -1):
+        with pytest.raises(ValueError, match="target must be from 0 to 4, got"):
+            compiled(**GOOD["retrieval_ranks"] | {"target": TARGET + shift}, backend=backend)
 
 
 @pytest.mark.parametrize("op", ["info_nce", "sigmoid_contrastive"])

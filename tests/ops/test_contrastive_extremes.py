@@ -59,10 +59,23 @@ def test_aligned_pairs_at_scale_100(backend: str, noise: float, smoothing: float
     want = (rows[0].mean + rows[1].mean) / 2
     assert abs(float(loss) - float(want)) <= (1e-6 if smoothing == 0 else 1e-6 * float(want))
     assert all(bool(g.isfinite().all()) for g in grads.values())
+    one_by_one = info_nce(**inputs, label_smoothing=smoothing, reduction="none", backend=backend)
+    assert min(float(x.min()) for x in one_by_one) >= 0.0  # a cross-entropy, whatever is rounded
 
 
 @each_backend("info_nce")
-@pytest.mark.parametrize("scale", [1e4, -1e4, 1e30, -1e30, 0.0, 1e-30])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("scale", [1.0, 100.0, -30.0])
+def test_a_pair_alone_has_no_loss_and_no_gradient(backend: str, scale: float, smoothing: float) -> None:
+    for seed in range(5):
+        inputs = _float32(features(1, dim=48, scale=scale, seed=seed))
+        loss, grads = _step(info_nce, inputs, label_smoothing=smoothing, backend=backend)
+        assert float(loss) == 0.0
+        assert all(not bool(g.any()) for g in grads.values())
+
+
+@each_backend("info_nce")
+@pytest.mark.parametrize("scale", [1e4, -1e4, 1e30, -1e30, 0.0, -0.0, 1e-30, -1e-50])
 def test_any_scale(backend: str, scale: float) -> None:
     """Rounding in a product of d channels moves a logit by no more than d * eps * scale."""
     inputs = _float32(features(PAIRS, dim=8, scale=scale))

@@ -26,6 +26,8 @@ class MaskTensors(NamedTuple):
 def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}")
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
@@ -136,16 +138,20 @@ def check_scores(
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype that autocast asks for on their device; as they are outside autocast, float64 always."""
-    if not torch._C._is_any_autocast_enabled():
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
-        return tensors
-    if not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
     narrow = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in narrow else x for x in tensors)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast asks for on x's device; None outside autocast."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
 def _broadcastable(name: str, x: Tensor, query: Tensor, k_len: int) -> Tensor:

@@ -15,6 +15,13 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x * factor`` in `dtype`, factor a tensor of no dims that keeps its own."""
+    if x.device.type == "cpu":  # where such a factor is never rounded to x's dtype
+        return torch.mul(x, factor).to(dtype)
+    return torch.mul(x, factor.reshape([1] * x.dim()), out=x.new_empty(x.shape, dtype=dtype))
+
+
 def queries_of(image: Tensor) -> Tensor:
     """``[N, Q, d]``: image features of one query each get a Q of 1."""
     return image if image.dim() == 3 else image[:, None]

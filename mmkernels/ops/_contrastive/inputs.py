@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.ops._attention.inputs import DTYPES, autocast, check_tensor
+from mmkernels.ops._attention.inputs import DTYPES, autocast, autocast_dtype, check_tensor
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -36,15 +37,20 @@ def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", 
 
 def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
     """`x` as a tensor of one element: the image features' dtype, or float32, or float64 beside float64."""
-    if isinstance(x, bool) or not isinstance(x, Tensor | int | float):
+    if isinstance(x, bool) or not isinstance(x, Tensor | int | float | np.floating | np.integer):
         raise TypeError(f"{name} must be a tensor of one element or a number, got {type(x).__name__}")
     if not isinstance(x, Tensor):
+        if isinstance(x, int) and abs(x) >= 2**1023:
+            raise ValueError(f"{name} must be a number that a float can hold, got an integer of {x.bit_length()} bits")
         wide = torch.float64 if image.dtype == torch.float64 else torch.float32
         return torch.full((), float(x), dtype=wide, device=image.device)
     if x.numel() != 1 or x.dim() > 1:
         raise ValueError(f"{name} must have one element, got shape {tuple(x.shape)}")
+    if x.dtype in (torch.float16, torch.bfloat16) and autocast_dtype(image) is not None:
+        x = x.float()
     if x.dtype not in (image.dtype, torch.float32):
-        raise TypeError(f"{name} must be {image.dtype} or float32, got {x.dtype}")
+        allowed = "torch.float32" if image.dtype == torch.float32 else f"{image.dtype} or torch.float32"
+        raise TypeError(f"{name} must be {allowed}, got {x.dtype}")
     if x.device != image.device:
         raise ValueError(f"{name} must be on image's device {image.device}, got {x.device}")
     return x

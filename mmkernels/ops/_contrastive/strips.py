@@ -33,7 +33,8 @@ class Strips:
 
     def __iter__(self) -> Iterator[slice]:
         rows, queries, _ = self.image.shape
-        row_bytes = self.dtype.itemsize * queries * max(self.text.shape[0], 1)
+        columns = max(len(self.text), 0 if self.hard is None else len(self.hard), 1)
+        row_bytes = self.dtype.itemsize * queries * columns
         step = max(1, STRIP_BYTES // row_bytes)
         return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 

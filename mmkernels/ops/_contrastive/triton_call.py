@@ -170,11 +170,6 @@ def add_product(into: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
         torch.addmm(into, x, y, out_dtype=torch.float32, out=into)
 
 
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x * factor`` in `dtype`, with no other copy between."""
-    return torch.mul(x, factor, out=x.new_empty(x.shape, dtype=dtype))
-
-
 def boost_of(dtype: torch.dtype) -> float:
     """The largest upstream gradient in strips of `dtype`, of which float16 has room above and needs it below."""
     return 1024.0 if dtype == torch.float16 else 1.0
@@ -186,6 +181,7 @@ class Strips:
     Args:
         blocks: which share their images, and whether their texts need a gradient.
         need_image: whether images do.
+        dtype: of images' gradients; None: theirs.
         fill: called with a block, rows, a strip [rows, columns] to fill (None: nobody wants it), and winners (int,
             [rows, columns]) or None; answers sums of parts, [..., parts].
     """
@@ -195,11 +191,12 @@ class Strips:
         blocks: list[tuple[Block, bool]],
         need_image: bool,
         fill: Callable[[Block, slice, Tensor | None, Tensor | None], Tensor],
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.blocks, self.fill = blocks, fill
         self.image = blocks[0][0].image
         self.queries = self.image.shape[1]
-        self.of_image = torch.empty_like(self.image, memory_format=torch.contiguous_format) if need_image else None
+        self.of_image = self.image.new_empty(self.image.shape, dtype=dtype) if need_image else None
         self.of_texts = [
             x.text.new_empty(x.text.shape, dtype=torch.float32) if needed else None for x, needed in blocks
         ]

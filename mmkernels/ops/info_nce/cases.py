@@ -95,12 +95,27 @@ BENCHMARKS = (
         Target("fp32", True, "open_clip", 5.5),
         Target("bf16", True, "naive", 2.0),
         Target("bf16", True, "open_clip", 2.6),
+        *(Target(dtype, True, "memory of naive", 30.0) for dtype in ("fp32", "bf16")),
         *(
             Target(dtype, True, peer, 1.0)
             for dtype in ("fp32", "bf16")
             for peer in ("compiled", "cached", "cached 512")
         ),
     ),
-    _config("batch of 65,536", 65_536, 512, Target("fp32", True, "peak", 0.7), devices=("cpu",)),
-    _config("batch of 65,536, wide", 65_536, 768, Target("bf16", True, "peak", 0.73, "gpu"), devices=("gpu",)),  # 45 ms
+    _config(
+        "batch of 65,536",
+        65_536,
+        512,
+        Target("fp32", True, "peak", 0.7),
+        Target("fp32", True, "extra MB", most=100.0),
+        devices=("cpu",),
+    ),
+    _config(
+        "batch of 65,536, wide",
+        65_536,
+        768,
+        Target("bf16", True, "peak", 0.73, "gpu"),  # 45 ms
+        Target("bf16", True, "extra MB", device="gpu", most=500.0),
+        devices=("gpu",),
+    ),
 )

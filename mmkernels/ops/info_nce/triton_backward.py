@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.gpu import launch
-from mmkernels.ops._contrastive.triton_call import Block, Strips, boost_of, pairing, scaled
+from mmkernels.ops._contrastive.formula import scaled
+from mmkernels.ops._contrastive.triton_call import Block, Strips, boost_of, pairing
 from mmkernels.ops._contrastive.triton_states import softmax_factors
 from mmkernels.ops._contrastive.triton_tiles import (
     LARGE,

@@ -66,7 +66,7 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: 
         raise ValueError(f"target must be [{query.shape[0]}], one for each query, got shape {tuple(target.shape)}")
     if target.device != query.device:
         raise ValueError(f"target must be on query's device {query.device}, got {target.device}")
-    check_range("target", target, 0, gallery.shape[0] - 1)
+    check_range("target", target, 0, gallery.shape[0] - 1)  # compiled code leaves it to the backends
     ranks: Tensor = _op(query.detach(), gallery.detach(), target, resolve(backend))
     return ranks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.checks import check_range
 from mmkernels.ops._contrastive.formula import wide_dtype
 from mmkernels.ops._contrastive.strips import STRIP_BYTES
 from mmkernels.ops.retrieval_ranks.spec import ranks_of
@@ -12,6 +13,7 @@ from mmkernels.ops.retrieval_ranks.spec import ranks_of
 
 def forward(query: Tensor, gallery: Tensor, target: Tensor) -> Tensor:
     """[N] int64."""
+    check_range("target", target, 0, len(gallery) - 1)
     wide = wide_dtype(query)
     found = torch.empty(query.shape[0], dtype=torch.int64, device=query.device)
     items = gallery.to(wide)

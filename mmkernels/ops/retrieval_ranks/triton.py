@@ -64,7 +64,7 @@ def ranks_kernel(
         # Of items with the same score those of a lower number; in one comparison, with an int32 that is no target.
         place = tl.minimum(tl.maximum(place, -1), sizes[2]).to(tl.int32)
         before = (dots > best[:, None]) | ((dots == best[:, None]) & (j[None, :] < place[:, None]))
-        before = before & (j < sizes[2])[None, :]
+        before = before & (j < sizes[2])[None, :] & (j[None, :] != place[:, None])
         place = column_tile.to(tl.int64) * (sizes[1] - sizes[0]) + i - sizes[0]
         tl.store(part + place, tl.sum(before.to(tl.int32), 1), mask=live)
 

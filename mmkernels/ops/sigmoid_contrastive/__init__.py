@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels import cpu, gpu
+from mmkernels.checks import requires_grad
 from mmkernels.dispatch import Backend, register, resolve
-from mmkernels.ops._contrastive.formula import wide_dtype
+from mmkernels.ops._contrastive.formula import scaled, wide_dtype
 from mmkernels.ops._contrastive.inputs import autocast, check_features, check_ids, check_scalar
 from mmkernels.ops._second import second_derivatives
 from mmkernels.ops.sigmoid_contrastive import chunked
-from mmkernels.ops.sigmoid_contrastive.spec import formula, reference
+from mmkernels.ops.sigmoid_contrastive.spec import formula, kept_dtype, reference
 
 __all__ = ["sigmoid_contrastive"]
 
@@ -78,7 +80,7 @@ def sigmoid_contrastive(
         with torch._C._DisableAutocast():  # the features have been cast
             return formula(*tensors)
     recording = torch.is_grad_enabled()
-    needs = [recording and x.requires_grad for x in tensors[:4] if x is not None]
+    needs = [recording and requires_grad(x) for x in tensors[:4] if x is not None]
     loss: Tensor = _op(*tensors, needs, backend)[0]
     return loss
 
@@ -92,14 +94,12 @@ _DIFFERENTIABLE = (0, 1, 2, 3)  # image, text, logit_scale, logit_bias among the
 def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     *tensors, needs, _backend = inputs
     image = tensors[0]
-    return (image.new_empty((), dtype=wide_dtype(image)), *_fake_grads(tensors, needs))
+    return (image.new_empty((), dtype=wide_dtype(image)), *_fake_grads(tensors, needs, kept_dtype))
 
 
-def _fake_grads(tensors: list[Tensor], needs: list[bool]) -> list[Tensor]:
-    return [
-        torch.empty_like(tensors[n], memory_format=torch.contiguous_format) if need else tensors[0].new_empty(0)
-        for n, need in zip(_DIFFERENTIABLE, needs, strict=True)
-    ]
+def _fake_grads(tensors: list[Tensor], needs: list[bool], dtype_of: Callable[[Tensor], torch.dtype]) -> list[Tensor]:
+    wanted = [tensors[n] if need else None for n, need in zip(_DIFFERENTIABLE, needs, strict=True)]
+    return [tensors[0].new_empty(0) if x is None else x.new_empty(x.shape, dtype=dtype_of(x)) for x in wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -121,13 +121,17 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _scaled(*inputs: Any) -> tuple[Tensor, ...]:
-    *_tensors, image, text, scale, bias, grad_loss, _needs = inputs
-    return tuple(x * grad_loss.to(x.dtype) for x in (image, text, scale, bias))
+    *tensors, of_image, of_text, of_scale, of_bias, grad_loss, needs = inputs
+    kept = (of_image, of_text, of_scale, of_bias)
+    return tuple(
+        scaled(g, grad_loss, tensors[n].dtype) if need else tensors[0].new_empty(0)
+        for g, n, need in zip(kept, _DIFFERENTIABLE, needs, strict=True)
+    )
 
 
 def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
     *tensors, needs, _backend = inputs
-    return tuple(_fake_grads(tensors, needs))
+    return tuple(_fake_grads(tensors, needs, lambda x: x.dtype))
 
 
 def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

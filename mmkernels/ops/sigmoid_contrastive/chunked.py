@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.ops._contrastive.strips import Strips, add_products
+from mmkernels.ops.sigmoid_contrastive.spec import kept_dtype
 
 
 def forward(
@@ -18,11 +19,12 @@ def forward(
     text_ids: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Loss, and its gradients by image, text, logit_scale and logit_bias."""
+    """Loss, and its gradients by image, text, logit_scale and logit_bias, in `kept_dtype`."""
     strips = Strips(image, text, logit_scale, image_ids, text_ids)
     bias, count = logit_bias.reshape(()).to(strips.dtype), image.shape[0]
     loss, of_scale, of_bias = (torch.zeros((), dtype=strips.dtype, device=image.device) for _ in range(3))
-    of_image = torch.empty_like(strips.image, memory_format=torch.contiguous_format) if needs[0] else None
+    dtype = kept_dtype(image)
+    of_image = strips.image.new_empty(strips.image.shape, dtype=dtype) if needs[0] else None
     of_text = torch.zeros_like(strips.text) if needs[1] else None
     for at in strips:
         dots, query = strips.dots(at, strips.text)
@@ -41,11 +43,11 @@ def forward(
             mine = torch.zeros_like(rows)
             add_products(of_logits, query, rows, strips.text, mine, of_text)
             if of_image is not None:
-                of_image[at] = (mine * (strips.scale / count)).to(image.dtype)
+                of_image[at] = (mine * (strips.scale / count)).to(dtype)
     given = (
         None if of_image is None else of_image.reshape(image.shape),
-        None if of_text is None else (of_text * (strips.scale / count)).to(text.dtype),
-        (of_scale / count).to(logit_scale.dtype).reshape(logit_scale.shape) if needs[2] else None,
-        (of_bias / count).to(logit_bias.dtype).reshape(logit_bias.shape) if needs[3] else None,
+        None if of_text is None else (of_text * (strips.scale / count)).to(dtype),
+        (of_scale / count).to(kept_dtype(logit_scale)).reshape(logit_scale.shape) if needs[2] else None,
+        (of_bias / count).to(kept_dtype(logit_bias)).reshape(logit_bias.shape) if needs[3] else None,
     )
     return (loss / count, *(image.new_empty(0) if x is None else x for x in given))

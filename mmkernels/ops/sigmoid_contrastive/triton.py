@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mmkernels.gpu import launch
 from mmkernels.ops._attention.triton_tiles import LN2, LOG2E
-from mmkernels.ops._contrastive.triton_call import Block, Strips, boost_of, pairing, scaled
+from mmkernels.ops._contrastive.formula import scaled
+from mmkernels.ops._contrastive.triton_call import Block, Strips, boost_of, pairing
 from mmkernels.ops._contrastive.triton_tiles import (
     best_products,
     halves,
@@ -22,6 +23,7 @@ from mmkernels.ops._contrastive.triton_tiles import (
     tile_of,
     turned,
 )
+from mmkernels.ops.sigmoid_contrastive.spec import kept_dtype
 
 OP = "sigmoid_contrastive"
 
@@ -166,7 +168,7 @@ def forward(
     text_ids: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Loss, and its gradients by image, text, logit_scale and logit_bias."""
+    """Loss, and its gradients by image, text, logit_scale and logit_bias, in `kept_dtype`."""
     need_image, need_text, need_scale, need_bias = needs
     block = Block(OP, "sigmoid", image, text, pairing(image_ids, text_ids, False))
     boost = boost_of(image.dtype)
@@ -185,13 +187,14 @@ def forward(
 
     unit = 1.0 / block.rows
     factor = logit_scale.reshape(()).to(torch.float32) * (unit / boost)
-    strips = Strips([(block, need_text)], need_image, fill)
+    dtype = kept_dtype(image)
+    strips = Strips([(block, need_text)], need_image, fill, dtype)
     loss, *sums = strips.run(factor).unbind()
     (of_text,) = strips.of_texts
     given = (
         None if strips.of_image is None else strips.of_image.reshape(image.shape),
-        None if of_text is None else scaled(of_text, factor, text.dtype),
-        (sums[0] * unit).to(logit_scale.dtype).reshape(logit_scale.shape) if need_scale else None,
-        (sums[1] * unit).to(logit_bias.dtype).reshape(logit_bias.shape) if need_bias else None,
+        None if of_text is None else scaled(of_text, factor, dtype),
+        (sums[0] * unit).to(kept_dtype(logit_scale)).reshape(logit_scale.shape) if need_scale else None,
+        (sums[1] * unit).to(kept_dtype(logit_bias)).reshape(logit_bias.shape) if need_bias else None,
     )
     return (loss / block.rows, *(image.new_empty(0) if x is None else x for x in given))
