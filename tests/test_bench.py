@@ -19,6 +19,7 @@ from mmkernels.dispatch import Backend
 from mmkernels.ops.cross_attention.spec import SPEC
 from mmkernels.profiling import bench_command, benchmark, gate, machine
 from mmkernels.profiling.benchmark import CantRunError, Peer, Row
+from mmkernels.profiling.meters import memory_why_not
 from mmkernels.spec import Benchmark, Target
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +193,35 @@ def test_a_gpu_s_row_has_its_backward_pass_alone_and_its_yardstick(monkeypatch: 
     assert [str(bench_command.verdict(target)) for target in info["targets"]].count("can't run") == 1
 
 
+def test_targets_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above inputs and gradients: three of [1, 2, 6, 8] each and more."""
+    if memory_why_not() is not None:
+        pytest.skip(str(memory_why_not()))
+    targets = (
+        Target("fp32", True, "memory of hungry", 3.0),
+        Target("fp32", True, "memory of nobody", 3.0),
+        Target("fp32", True, "extra MB", most=1.0),
+    )
+    config = Benchmark("tiny", inputs, {}, ("query", "key", "value"), targets=targets)
+
+    def hungry(given: dict[str, Any]) -> Callable[[], Any]:
+        call = sdpa(given)
+        return lambda: (torch.zeros(2**20).sum(), call())[1]
+
+    fixture = Fixture()
+    benchmark.measure(fixture, Row(SPEC, config, "fp32", True), (Peer("hungry", hungry),))
+    ratio, nobody, extra = fixture.extra_info["targets"]
+    assert ratio["found"] > 3.0 and ratio["at_peak"] is None and bench_command.met(ratio)
+    assert nobody["found"] is None and str(bench_command.verdict(nobody)) == "can't run"
+    assert "least" not in extra and extra["most"] == 1.0 and 0.0 < extra["found"] < 1.0 and bench_command.met(extra)
+    grads = sum(inputs(torch.Generator().manual_seed(0))[name].numel() * 4 for name in config.grads)
+    ours, theirs = fixture.extra_info["peak_memory_bytes"], fixture.extra_info["peers"]["hungry"]["peak_memory_bytes"]
+    assert extra["found"] * 1e6 == pytest.approx(max(ours - grads, 1))
+    assert ratio["found"] == pytest.approx((theirs - grads) / max(ours - grads, 1))
+    text = rendered(fixture.extra_info)
+    assert "extra MB" in text and "<= 1" in text and "memory of hungry" in text
+
+
 def test_a_long_row_wastes_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first run of a candidate checks and weighs it, and each of the others is timed: one, where they take long."""
     monkeypatch.setattr(benchmark, "_LONG", -1.0)
@@ -233,17 +263,22 @@ def test_the_table_has_a_column_for_products_that_were_counted() -> None:
     fixture = Fixture()
     benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", True), (Peer("two words", sdpa),), counts_products=True)
     row = fixture.extra_info | {"gemms": 4.25}
-    rates = {f"{name}_per_second": 1e9 for name in ("fp32_flops", "copy_bytes", "read_bytes")}
     without = {name: x for name, x in row.items() if name != "gemms"}
     for rows, shown in (([row], True), ([without, row], True), ([without], False)):
-        report = {
-            "machine_info": {"device": "a CPU", "ceilings": rates},
-            "benchmarks": [{"extra_info": row} for row in rows],
-        }
-        console = Console(width=100)
-        with console.capture() as printed:
-            console.print(bench_command.render(report))
-        assert ("GEMMs" in printed.get()) == ("4.25" in printed.get()) == shown
+        text = rendered(*rows)
+        assert ("GEMMs" in text) == ("4.25" in text) == shown
+
+
+def rendered(*rows: dict[str, Any]) -> str:
+    rates = {f"{name}_per_second": 1e9 for name in ("fp32_flops", "copy_bytes", "read_bytes")}
+    report = {
+        "machine_info": {"device": "a CPU", "ceilings": rates},
+        "benchmarks": [{"extra_info": row} for row in rows],
+    }
+    console = Console(width=100)
+    with console.capture() as printed:
+        console.print(bench_command.render(report))
+    return printed.get()
 
 
 def test_rows_by_name() -> None:

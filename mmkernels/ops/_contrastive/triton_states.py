@@ -119,6 +119,7 @@ def finish_softmax_kernel(
         target = (1 - label_smoothing) * target + label_smoothing * exponents(even, scale, top)
     x = (tl.log2(total) - target) * LN2
     x = tl.where(x < 0, 0.0, x)  # which only rounding can make of a cross-entropy
+    x = tl.where(every == 1, x * 0.0, x)  # so has one class alone a loss
     x = tl.where(top == -INFINITY, float("nan"), x)  # all its logits are -inf
     tl.store(loss + n, tl.where(own > 0, x, 0.0), mask=live)
     tl.store(state + 2 * state_stride + n, own.to(tl.float32), mask=live)
@@ -142,7 +143,8 @@ def softmax_factors_kernel(
     every = tl.load(state + 3 * state_stride + n, mask=live, other=1.0)
     weight = tl.zeros([BLOCK], tl.float32)
     if grad is not None:
-        weight = tl.load(grad + n * grad_stride, mask=live & (own > 0), other=0.0).to(tl.float32)
+        # One class alone has the probability 1, whatever its logit.
+        weight = tl.load(grad + n * grad_stride, mask=live & (own > 0) & (every > 1), other=0.0).to(tl.float32)
         weight *= boost / tl.load(largest)
     reference = tl.load(state + n, mask=live, other=0.0)
     tl.store(factors + n, reference, mask=live)
