@@ -19,7 +19,7 @@ from mmkernels.models import clip_weights
 from mmkernels.models.blocks.checkpoint import load_checkpoint_of
 from mmkernels.models.blocks.encoder import AttentionPooling, TextEncoder
 from mmkernels.models.blocks.vision import VisionTransformer
-from mmkernels.models.blocks.weights import build
+from mmkernels.models.blocks.weights import build, check_dtype
 from mmkernels.models.clip_config import CLIPConfig
 from mmkernels.ops.info_nce import info_nce
 from mmkernels.ops.sigmoid_contrastive import sigmoid_contrastive
@@ -179,11 +179,15 @@ class CLIP(nn.Module):
         Args:
             folder: with ``config.json`` and ``model.safetensors``, or its shards and their index.
 
+        Parameters may stay mapped from the files: don't overwrite these in place while the model lives.
+
         Raises:
+            TypeError: `dtype` is no floating dtype.
             FileNotFoundError: the folder or a file in it is missing.
             CheckpointError: what a file holds is not what it must be; the message names file and tensor, what was
                 expected and what found.
         """
+        check_dtype(dtype)
         checkpoint = load_checkpoint_of(folder, clip_weights.ARCHITECTURES)
         config = CLIPConfig.from_transformers(checkpoint.config)
         with torch.device("meta"):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mmkernels.checks import check_range
+from mmkernels.models.blocks.checkpoint import LARGEST_INTEGER
+from mmkernels.models.blocks.described import described
 from mmkernels.models.embeddings_files import DTYPES, EmbeddingCacheError, is_finite
 from mmkernels.models.embeddings_index import RowIndex
 from mmkernels.models.embeddings_keys import content_key, fingerprint, key_bytes
@@ -40,9 +42,9 @@ class EmbeddingCache:
 
     Each row is keyed by the content that was encoded (`content_key`), so content that is there is never encoded again,
     whatever its name or order. Rows keep their number for good. In the folder: safetensors shards, one or more for each
-    call that appends; ``manifest.json``, which lists them with their checksums; ``index.faiss``, made at the first
+    call that appends; ``manifest.json``, which lists them with their checksums; an ``index-*.faiss``, made at the first
     search. Each is written under another name, synced and renamed, under a lock: a crash, a full disk or a second
-    process that appends at the same time never loses or damages rows that were there.
+    process that appends at the same time never loses or damages rows that were there. Reading takes no lock.
 
     Nothing is written before the first rows come. Rows are mapped from the files, not read into memory; keys take some
     180 bytes of memory a row, and an index 4 d bytes once something is searched. Append in batches: every call that
@@ -169,7 +171,7 @@ class EmbeddingCache:
             How many rows came.
 
         Raises:
-            EmbeddingCacheError: as on opening, or the folder now holds another cache.
+            EmbeddingCacheError: as on opening, or the folder is gone or holds another cache.
         """
         return self._store.refresh()
 
@@ -263,7 +265,8 @@ class EmbeddingCache:
         """The k rows with the largest inner products, exactly, by FAISS's IndexFlatIP in float32.
 
         The index is loaded (or built) at the first search; rows appended since are added to it. It is saved when an
-        eighth or more of its rows are new, see `update_index`. A damaged index is built again, with a warning.
+        eighth or more of its rows are new and no other process writes, see `update_index`. A damaged index is built
+        again, with a warning.
 
         Args:
             query: floats ``[n, d]``; scaled to length 1 where the cache is normalized.
@@ -275,6 +278,7 @@ class EmbeddingCache:
 
         Raises:
             ImportError: faiss is not installed.
+            EmbeddingCacheError: as `refresh`.
             ValueError: another d, NaN or inf in the query or in an inner product, k < 1, an empty cache.
         """
         check_positive("k", k)
@@ -313,7 +317,7 @@ class EmbeddingCache:
             return retrieval_ranks(queries.to(device), gallery.to(device), rows.to(device), backend=backend)
 
     def update_index(self) -> None:
-        """Bring the index up to date and save it, so that the next process that searches only has to load it.
+        """Bring the index up to date and save it, if it isn't: the next process that searches only has to load it.
 
         Raises:
             OSError: it can't be written. TimeoutError: another process held the lock for too long.
@@ -326,7 +330,7 @@ class EmbeddingCache:
     def _query(self, query: Tensor) -> Tensor:
         """A query as the index takes it: ``[n, d]`` float32 on the CPU."""
         if not isinstance(query, Tensor) or not query.is_floating_point():
-            raise TypeError(f"query must be a tensor of floats, got {_what(query)}")
+            raise TypeError(f"query must be a tensor of floats, got {described(query)}")
         if query.dim() != 2 or query.shape[1] != self.dim:
             raise ValueError(f"query must be [n, {self.dim}], got shape {tuple(query.shape)}")
         return _converted("query", query, torch.float32, self.normalize)
@@ -334,14 +338,17 @@ class EmbeddingCache:
     def _prepared(self, name: str, rows: Tensor, count: int, dim: int | None) -> Tensor:
         """Rows as they are stored: ``[count, d]`` on the CPU."""
         if not isinstance(rows, Tensor) or not rows.is_floating_point():
-            raise TypeError(f"{name} must be a tensor of floats, got {_what(rows)}")
+            raise TypeError(f"{name} must be a tensor of floats, got {described(rows)}")
         if rows.dim() != 2 or len(rows) != count or not rows.shape[1] or (dim and rows.shape[1] != dim):
             raise ValueError(f"{name} must be [{count}, {dim or 'd'}], got shape {tuple(rows.shape)}")
+        if rows.shape[1] > LARGEST_INTEGER:  # what a manifest may say
+            raise ValueError(f"{name} must have a d of at most {LARGEST_INTEGER}, got shape {tuple(rows.shape)}")
+        self._store.settle()
         return _converted(name, rows, self.dtype, self.normalize)
 
     def _check_rows(self, name: str, rows: Tensor) -> Tensor:
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int64 tensor, got {_what(rows)}")
+            raise TypeError(f"{name} must be an int64 tensor, got {described(rows)}")
         if rows.dim() != 1:
             raise ValueError(f"{name} must be [n], got shape {tuple(rows.shape)}")
         rows = rows.cpu()
@@ -383,10 +390,6 @@ def _converted(name: str, rows: Tensor, dtype: torch.dtype, normalize: bool) -> 
         row = int((~out.isfinite()).any(dim=1).nonzero()[0])
         raise ValueError(f"{name} must be finite as {dtype}, got NaN or inf in row {row}")
     return out
-
-
-def _what(x: Any) -> str:
-    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
 def _check_arguments(folder: Any, model_id: Any, dtype: Any, normalize: Any, lock_timeout: Any) -> None:

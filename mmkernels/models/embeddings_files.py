@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,13 +18,14 @@ from torch import Tensor
 
 from mmkernels.models.blocks.checkpoint import CheckpointError, Section, read_json
 
-MANIFEST, INDEX, LOCK = "manifest.json", "index.faiss", "lock"
+MANIFEST, LOCK = "manifest.json", "lock"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """What rows may be stored as, and what safetensors calls it."""
 KEY_BYTES = 32
 
 _FORMAT = 1
 _SHARD = re.compile(r"shard-([0-9]{5,9})\.safetensors")  # the whole name, so no path leads out of the folder
+_INDEX = re.compile(r"index-[0-9]{5,}\.faiss")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _POLL = 0.02  # seconds between two tries to take the lock
 
@@ -45,10 +45,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class SavedIndex:
-    """What ``index.faiss`` covers: the first `rows` rows."""
+    """The file of an index of the first `rows` rows; what is in it never changes, as rows don't."""
 
     rows: int
     sha256: str
+
+    @property
+    def file(self) -> str:
+        return index_file(self.rows)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,22 @@ class Manifest:
         return sum(shard.rows for shard in self.shards)
 
 
+def index_file(rows: int) -> str:
+    """The name of an index of so many rows."""
+    return f"index-{rows:05}.faiss"
+
+
+def remove_other_indexes(folder: Path, kept: str) -> None:
+    """Delete the indexes that the one in file `kept` replaces, and those that no manifest came to name.
+
+    The caller holds the lock. A process that reads one of them finds that the manifest names another by now.
+    """
+    for path in folder.iterdir():
+        if _INDEX.fullmatch(path.name) and path.name != kept:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """The folder's manifest; None where there is no cache yet.
 
@@ -79,6 +99,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         if stray is not None:
             raise EmbeddingCacheError(f"{path}: must stand beside {stray.name}, got no such file")
         return None
+    if not path.is_file():
+        raise EmbeddingCacheError(f"{path}: must be a file, got something else")
     try:
         section = Section(read_json(path), str(path))
         section.choice("dtype", "", [_name(dtype) for dtype in DTYPES])
@@ -166,8 +188,9 @@ def is_finite(x: Tensor) -> bool:
     return x.numel() == 0 or all(bool(extreme.isfinite()) for extreme in x.aminmax())
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
+def sha256_of(path: Path, start: bytes = b"") -> str:
+    """Of `start` and then the file."""
+    digest = hashlib.sha256(start)
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
@@ -177,13 +200,15 @@ def sha256_of(path: Path) -> str:
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Put what `write` writes at `path`, on the disk when this returns; where it fails, what was there stays.
 
+    The caller holds the lock.
+
     Args:
         write: writes a file at the path that it is given.
 
     Raises:
         OSError: the disk is full, or the like.
     """
-    partial = path.with_name(f".{path.name}.partial")  # one name: what a crash leaves is overwritten, and never read
+    partial = path.with_name(".partial")  # one name: what a crash leaves is overwritten, and never read
     try:
         write(partial)
         _sync(partial)
@@ -201,8 +226,13 @@ def locked(folder: Path, timeout: float) -> Iterator[None]:
 
     Raises:
         TimeoutError: another held it for `timeout` seconds.
+        OSError: the platform has no such locks.
     """
     path = folder / LOCK
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError(f"{path} must be locked by flock, to write beside it, got a platform without fcntl") from error
     with path.open("ab") as file:
         deadline = time.monotonic() + timeout
         while True:

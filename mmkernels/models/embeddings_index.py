@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.models.embeddings_files import INDEX, SavedIndex, locked, replace_file, sha256_of
+from mmkernels.models.embeddings_files import SavedIndex, index_file, remove_other_indexes, replace_file, sha256_of
 from mmkernels.models.embeddings_store import Store
 
 # How FAISS writes an IndexFlatIP: type, d, rows, two unused, trained, metric, number of floats; then the floats.
@@ -42,6 +42,7 @@ class RowIndex:
         self._store = store
         self._index: Any = None  # of the first ntotal rows
         self._saved = 0  # rows that the index on disk covers
+        self._damaged: SavedIndex | None = None
 
     def rows(self) -> Tensor | None:
         """All rows ``[N, d]`` float32, if the index holds them: its own memory, valid until it changes."""
@@ -55,23 +56,40 @@ class RowIndex:
         index = self._current()
         if index.ntotal - self._saved >= max(1, self._saved // 8):  # so that all the saving is linear in the rows
             try:
-                self.save()
+                self.save(lock_timeout=0)
+            except TimeoutError:  # another process writes: a later search will save it
+                pass
             except OSError as error:  # a folder that can't be written, a full disk: searching goes on
                 warnings.warn(f"the index is kept in memory alone: {error}", RuntimeWarning, stacklevel=3)
                 self._saved = index.ntotal
         scores, rows = index.search(query.numpy(), min(k, index.ntotal))
         return torch.from_numpy(scores), torch.from_numpy(rows)
 
-    def save(self) -> None:
-        """Bring it up to date and write it, unless another process has written one of more rows."""
+    def save(self, lock_timeout: float | None = None) -> None:
+        """Bring it up to date and write it, unless what is on disk covers it.
+
+        Args:
+            lock_timeout: None: the store's.
+        """
         store, index = self._store, self._current()
-        with locked(store.folder, store.lock_timeout):
-            store.refresh()
-            if store.saved_index is None or store.saved_index.rows <= index.ntotal:
-                store.record_index(save_index(store.folder, index))
+        if not self._is_saved():
+            with store.lock(store.lock_timeout if lock_timeout is None else lock_timeout):
+                if not self._is_saved():
+                    saved = save_index(store.folder, index)
+                    store.record_index(saved)
+                    remove_other_indexes(store.folder, saved.file)
+                    self._damaged = None
         self._saved = index.ntotal
 
+    def _is_saved(self) -> bool:
+        """Whether the index that the manifest names has all rows of this one, and is there."""
+        saved = self._store.saved_index
+        if saved is None or saved == self._damaged or saved.rows < self._index.ntotal:
+            return False
+        return (self._store.folder / saved.file).is_file()
+
     def _current(self) -> Any:
+        self._store.check_folder()
         if self._index is None:
             self._index = self._load()
         if self._index.ntotal < len(self._store):
@@ -93,6 +111,7 @@ class RowIndex:
                 if store.saved_index == saved:  # no other process has saved a newer one in between
                     message = f"{error}; it is built again from the shards, which hold the rows themselves"
                     warnings.warn(message, RuntimeWarning, stacklevel=5)
+                    self._damaged = saved
                     break
         return empty
 
@@ -124,7 +143,7 @@ def load_index(folder: Path, saved: SavedIndex, dim: int, verify: bool) -> Any:
     Raises:
         IndexFileError: the file is missing or isn't that index.
     """
-    path = folder / INDEX
+    path = folder / saved.file
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -142,12 +161,12 @@ def load_index(folder: Path, saved: SavedIndex, dim: int, verify: bool) -> Any:
 
 
 def save_index(folder: Path, index: Any) -> SavedIndex:
-    """Write the index; it counts once a manifest records it.
+    """Write the index; it counts once a manifest records it. The caller holds the lock.
 
     Raises:
         OSError: the disk is full, or the like.
     """
-    path = folder / INDEX
+    path = folder / index_file(index.ntotal)
     checksum = ""
 
     def write(partial: Path) -> None:

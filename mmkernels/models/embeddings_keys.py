@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmkernels.models.embeddings_files import sha256_of
+
 _KEY = re.compile(r"[0-9a-f]{64}")
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 def content_key(item: Any) -> str:
@@ -23,14 +26,14 @@ def content_key(item: Any) -> str:
 
     Args:
         item: a text (str: its UTF-8; never read as a path); a `pathlib.Path` (the file's bytes); bytes; a PIL image
-            (its mode, size and pixels, with palette and transparency applied); a tensor or NumPy array (dtype, shape
-            and elements, wherever it lies).
+            (its mode, size and pixels, with palette and transparency applied, and an EXIF orientation that turns it);
+            a tensor or NumPy array (dtype, shape and elements, wherever it lies).
 
     Returns:
         64 hexadecimal digits.
 
     Raises:
-        TypeError: another type.
+        TypeError: another type; an array that is masked or holds objects.
         ValueError: a text that is not valid Unicode.
         OSError: a file that can't be read.
 
@@ -43,11 +46,7 @@ def content_key(item: Any) -> str:
         False
     """
     if isinstance(item, Path):
-        digest = hashlib.sha256(b"bytes\0")
-        with item.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        return digest.hexdigest()
+        return sha256_of(item, b"bytes\0")
     kind, content = _content(item)
     digest = hashlib.sha256(kind.encode() + b"\0")
     digest.update(content)
@@ -112,19 +111,32 @@ def _content(item: Any) -> tuple[str, Any]:
     if isinstance(item, Tensor):
         return f"tensor {item.dtype} {tuple(item.shape)}", _tensor_bytes(item)
     if isinstance(item, np.ndarray):
+        if isinstance(item, np.ma.MaskedArray):
+            raise TypeError("item must be an array without a mask (or give keys), got a MaskedArray")
         if item.dtype.hasobject:
             raise TypeError(f"item must hold numbers, got an array of {item.dtype}")
         elements = np.ascontiguousarray(item).reshape(-1)
         return f"array {item.dtype.str} {item.shape}", elements.view(np.uint8) if elements.size else b""
     pillow = sys.modules.get("PIL.Image")  # an image can't be there without it
     if pillow is not None and isinstance(item, pillow.Image):
+        turned = _turned(item)
         if item.mode in ("P", "PA") or "transparency" in item.info:
             item = item.convert("RGBA")
-        return f"image {item.mode} {item.size}", item.tobytes()
+        return f"image {item.mode} {item.size}{turned}", item.tobytes()
     raise TypeError(
         "item must be a text, bytes, a pathlib.Path, a PIL image, a tensor or an array (or give keys), "
         f"got {type(item).__name__}"
     )
+
+
+def _turned(image: Any) -> str:
+    """What an image's EXIF says of how to turn it; nothing where it says none."""
+    image.load()  # some formats are turned when they are loaded
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF, for which Pillow has many errors, and which turns nothing
+        return ""
+    return "" if orientation == 1 else f" orientation {orientation}"
 
 
 def _tensor_bytes(x: Tensor) -> Any:

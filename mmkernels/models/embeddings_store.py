@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,8 @@ class Store:
     """A folder's rows, open.
 
     Args:
-        dtype, normalized: what the folder must hold. None: what it holds; where it holds nothing, float32 and True.
+        dtype, normalized: what the folder must hold. None: what it holds; float32 and True where it holds nothing when
+            the first rows are made ready.
         verify, lock_timeout: as in `EmbeddingCache`.
     """
 
@@ -47,9 +49,7 @@ class Store:
         self.row_of: dict[bytes, int] = {}
         self.keys: list[Tensor] = []  # each shard's [rows, 32] uint8
         self.embeddings: list[Tensor] = []  # each shard's [rows, d]
-        held = read_manifest(folder)
-        self.dtype = dtype or (held.dtype if held else torch.float32)
-        self.normalized = normalized if normalized is not None else (held.normalized if held else True)
+        self._dtype, self._normalized = dtype, normalized
         self.refresh()
 
     def __len__(self) -> int:
@@ -60,17 +60,39 @@ class Store:
         return self.manifest.dim if self.manifest else None
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype or (self.manifest.dtype if self.manifest else torch.float32)
+
+    @property
+    def normalized(self) -> bool:
+        if self._normalized is not None:
+            return self._normalized
+        return self.manifest.normalized if self.manifest else True
+
+    @property
     def saved_index(self) -> SavedIndex | None:
         return self.manifest.index if self.manifest else None
 
     def rows_per_shard(self, dim: int) -> int:
         return max(1, _SHARD_BYTES // (dim * self.dtype.itemsize + KEY_BYTES))
 
+    def settle(self) -> None:
+        """Before rows are made ready: from here on `dtype` and `normalized` are what they are now."""
+        if self.manifest is None:
+            self.refresh()
+        self._dtype, self._normalized = self.dtype, self.normalized
+
+    def check_folder(self) -> None:
+        """Raise where the folder of an open cache is gone."""
+        if not self.folder.is_dir():
+            raise EmbeddingCacheError(f"{self.folder}: must be the folder that this cache is in, got none: it is gone")
+
     def refresh(self) -> int:
         """Take in what was appended by others; returns how many rows."""
         manifest = read_manifest(self.folder)
         if manifest is None and self.manifest is None:
             return 0
+        self.check_folder()
         held = self.manifest.shards if self.manifest else ()
         if manifest is None or manifest.shards[: len(held)] != held:
             raise EmbeddingCacheError(
@@ -78,11 +100,11 @@ class Store:
             )
         for name, asked, found in (
             ("model_id", self.model_id, manifest.model_id),
-            ("dtype", self.dtype, manifest.dtype),
-            ("normalize", self.normalized, manifest.normalized),
-            ("d", self.dim or manifest.dim, manifest.dim),
+            ("dtype", self._dtype, manifest.dtype),
+            ("normalize", self._normalized, manifest.normalized),
+            ("d", self.dim, manifest.dim),
         ):
-            if asked != found:
+            if asked is not None and asked != found:
                 raise EmbeddingCacheError(f"{self.folder}: {name} must be {found!r}, as in this cache, got {asked!r}")
         new = manifest.shards[len(held) :]
         self._take([open_shard(self.folder, shard, manifest, self.verify) for shard in new])
@@ -91,9 +113,7 @@ class Store:
 
     def append(self, keys: list[bytes], rows: Tensor) -> None:
         """Write rows ``[n, d]`` of n different keys as one shard, but for keys that another process appended since."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder, self.lock_timeout):
-            self.refresh()
+        with self.lock(self.lock_timeout):
             manifest = self.manifest or Manifest(self.model_id, rows.shape[1], self.dtype, self.normalized)
             if rows.shape[1] != manifest.dim:
                 raise ValueError(f"embeddings must be [n, {manifest.dim}], as in this cache, got {tuple(rows.shape)}")
@@ -111,8 +131,18 @@ class Store:
             self._take([open_shard(self.folder, shard, manifest, verify=False)])
             self.manifest = manifest
 
+    @contextlib.contextmanager
+    def lock(self, timeout: float) -> Iterator[None]:
+        """Hold the folder's lock, with all taken in that others appended. A new cache's folder is made."""
+        if self.manifest is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.check_folder()
+        with locked(self.folder, timeout):
+            self.refresh()
+            yield
+
     def record_index(self, saved: SavedIndex) -> None:
-        """Note in the manifest what the index on disk covers. The caller holds the lock, and has refreshed."""
+        """Note in the manifest what the index on disk covers. The caller holds the lock."""
         assert self.manifest is not None
         manifest = replace(self.manifest, index=saved)
         write_manifest(self.folder, manifest)

@@ -23,7 +23,7 @@ from mmkernels.models.blocks.media import carry_on, images_seen, join, last_of, 
 from mmkernels.models.blocks.sampling import check_sampling, sample
 from mmkernels.models.blocks.text import SwiGLU, TextBlock, check_tokens, rotary_angles
 from mmkernels.models.blocks.vision import VisionTransformer
-from mmkernels.models.blocks.weights import build
+from mmkernels.models.blocks.weights import build, check_dtype
 from mmkernels.models.flamingo_config import FlamingoConfig
 from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
 from mmkernels.nn.checks import check_positive
@@ -194,11 +194,15 @@ class Flamingo(nn.Module):
             folder: with ``config.json`` and ``model.safetensors``, or its shards and their index. The image token is
                 that of ``config.json``, else ``<image>`` of the tokenizer's files.
 
+        Parameters may stay mapped from the files: don't overwrite these in place while the model lives.
+
         Raises:
+            TypeError: `dtype` is no floating dtype.
             FileNotFoundError: the folder or a file in it is missing.
             CheckpointError: what a file holds is not what it must be; the message names file and tensor, what was
                 expected and what found.
         """
+        check_dtype(dtype)
         checkpoint = load_checkpoint(folder, model_type=idefics.MODEL_TYPE, architecture=idefics.ARCHITECTURE)
         config = FlamingoConfig.from_idefics(checkpoint.config)
         if config.image_token_id is None:

@@ -126,13 +126,11 @@ def greedy(theirs: Any, ids: list[int], pixels: Tensor, count: int, sees: Tensor
     knows no further turn with new images.)
     """
     new: list[int] = []
+    if sees is None:
+        sees = image_attention_mask(torch.tensor([ids]), len(pixels))
     for _ in range(count):
         text = torch.tensor([ids + new])
-        mask = image_attention_mask(text, pixels.shape[0]) if sees is None else sees
-        if sees is not None:
-            mask = torch.cat([sees, sees[:, -1:].expand(-1, len(new), -1)], dim=1)
-        else:
-            mask[:, len(ids) :] = mask[:, len(ids) - 1 : len(ids)]  # a generated marker stands for no image
+        mask = torch.cat([sees, sees[:, -1:].expand(-1, len(new), -1)], dim=1)  # a generated marker has no image
         with torch.no_grad():
             logits = theirs(input_ids=text, pixel_values=pixels[None], image_attention_mask=mask).logits
         new.append(int(logits[0, -1].argmax()))

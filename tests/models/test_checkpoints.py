@@ -92,13 +92,13 @@ def test_config_that_is_none(folder: Path, content: bytes, match: str) -> None:
         ({"hidden_act": None}, "hidden_act must be one of gelu, .*got None"),
         ({"alpha_type": "matrix"}, "alpha_type must be one of float, vector, got 'matrix'"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, got nan"),
-        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive and finite, got 0.0"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be a number, positive and finite, got 0.0"),
         ({"use_resampler": 1}, "use_resampler must be true or false, got 1"),
         ({"rope_parameters__rope_type": "yarn"}, "rope_parameters: rope_type must be one of default, got 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling must be null, got"),
-        ({"dropout": 2.0}, "dropout must be between 0 and 1, got 2.0"),
+        ({"dropout": 2.0}, "dropout must be a number between 0 and 1, got 2.0"),
         ({"eos_token_id": "</s>"}, "eos_token_id must be an integer"),
-        ({"image_token_id": 128}, "image_token_id must be below vocab_size = 128, got 128"),
+        ({"image_token_id": 128}, "image_token_id must be an integer below vocab_size = 128, got 128"),
     ],
 )
 def test_config_values(folder: Path, values: dict[str, Any], match: str) -> None:
@@ -259,7 +259,7 @@ def test_tokens_outside_the_vocabulary(folder: Path) -> None:
         refused(folder, message)
     (folder / "tokenizer.json").unlink()
     configure(folder, pad_token_id=10**6)
-    refused(folder, "pad_token_id must be below vocab_size")
+    refused(folder, "pad_token_id must be an integer below vocab_size")
 
 
 def test_a_number_past_every_float(folder: Path) -> None:
@@ -278,5 +278,7 @@ def test_config_of_a_dict() -> None:
 def test_dtype_and_device(folder: Path) -> None:
     model = Flamingo.from_pretrained(folder, dtype=torch.bfloat16, device="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(TypeError, match=r"dtype must be a floating dtype, got torch.int32"):
+        Flamingo.from_pretrained(folder, dtype=torch.int32)
     assert not model.training
     assert all(not p.is_meta for p in model.parameters())

@@ -75,11 +75,11 @@ def test_other_architectures(copy: Callable[[str], Path]) -> None:
             "text_config: eos_token_id must be an integer from 0 .*, got None",
         ),
         ("clip", {"text_config__eos_token_id": [90]}, r"text_config: eos_token_id must be an integer .*, got \[90\]"),
-        ("clip", {"text_config__eos_token_id": 100}, "eos_token_id must be below vocab_size = 100, got 100"),
+        ("clip", {"text_config__eos_token_id": 100}, "eos_token_id must be an integer below vocab_size = 100, got 100"),
         ("clip", {"text_config__hidden_act": "swish9"}, "text_config: hidden_act must be one of gelu, .*got 'swish9'"),
         ("clip", {"text_config__layer_norm_eps": float("nan")}, "layer_norm_eps must be a finite number, got nan"),
-        ("clip", {"text_config__layer_norm_eps": 0}, "text_eps must be positive and finite, got 0"),
-        ("clip", {"vision_config__attention_dropout": 2}, "vision_dropout must be between 0 and 1, got 2"),
+        ("clip", {"text_config__layer_norm_eps": 0}, "text_eps must be a number, positive and finite, got 0"),
+        ("clip", {"vision_config__attention_dropout": 2}, "vision_dropout must be a number between 0 and 1, got 2"),
         ("clip", {"vision_config__image_size": [32, 32]}, r"vision_config: image_size must be an integer .*, got \[32"),
         ("clip", {"vision_config__patch_size": 64}, "patch_size must be at most image_size = 32, got 64"),
         ("clip", {"vision_config__num_channels": -3}, "num_channels must be an integer from 1 to .*, got -3"),
@@ -205,7 +205,15 @@ def test_config_itself() -> None:
         ({"vision_activation": "swish9"}, "vision_activation must be one of gelu, .*got 'swish9'"),
         ({"text_heads": 0}, "text_heads must be an integer from 1 to 4096, got 0"),
         ({"variant": "siglip"}, "embed_dim must be vision_width = 32 in a siglip, got 24"),
-        ({"eos_token_id": -1}, "eos_token_id must be below vocab_size = 128, got -1"),
+        ({"eos_token_id": -1}, "eos_token_id must be an integer below vocab_size = 128, got -1"),
+        ({"eos_token_id": True}, "eos_token_id must be an integer below vocab_size = 128, got True"),
+        ({"eos_token_id": 1.5}, "eos_token_id must be an integer below vocab_size = 128, got 1.5"),
+        ({"eos_token_id": "2"}, "eos_token_id must be an integer below vocab_size = 128, got '2'"),
+        ({"vision_eps": "x"}, "vision_eps must be a number, positive and finite, got 'x'"),
+        ({"text_eps": True}, "text_eps must be a number, positive and finite, got True"),
+        ({"text_eps": float("nan")}, "text_eps must be a number, positive and finite, got nan"),
+        ({"vision_dropout": None}, "vision_dropout must be a number between 0 and 1, got None"),
+        ({"vision_activation": ["gelu"]}, r"vision_activation must be one of gelu, .*got \['gelu'\]"),
     ):
         with pytest.raises(ValueError, match=match):
             replace(SIZES["tiny"], **values)
@@ -220,6 +228,9 @@ def test_dtype_and_storage(copy: Callable[[str], Path]) -> None:
         assert not model.training
         for parameter in model.parameters():  # no parameter keeps another's memory
             assert parameter.untyped_storage().nbytes() == parameter.nbytes
+    for dtype in (torch.int32, torch.bool, "float32", None):
+        with pytest.raises(TypeError, match=f"dtype must be a floating dtype, got {dtype!r}"):
+            CLIP.from_pretrained(folder, dtype=dtype)  # type: ignore[arg-type]
 
 
 def test_names() -> None:

@@ -83,6 +83,13 @@ def test_bad_arguments(tmp_path: Path, call: Callable[[Any], Any], error: type[E
     assert len(open_cache(tmp_path)) == 10
 
 
+def test_rows_too_wide_for_a_manifest(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    with pytest.raises(ValueError, match=r"embeddings must have a d of at most 16777216, got shape \(1, 16777217\)"):
+        cache.add([content_key("a")], torch.ones(1, 1).expand(1, 2**24 + 1))
+    assert not cache.folder.exists()
+
+
 def test_inner_products_that_overflow(tmp_path: Path) -> None:
     cache = filled(tmp_path, normalize=False)
     with pytest.raises(ValueError, match="query must be small enough for inner products in float32"):

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmkernels.models import embeddings_index
-from mmkernels.models.embeddings import EmbeddingCache, EmbeddingCacheError
+from mmkernels.models.embeddings import EmbeddingCache, EmbeddingCacheError, content_key
 
 D = 8
+INDEX = "index-00012.faiss"
 TEXTS = [f"text {n}" for n in range(12)]
 
 
@@ -82,6 +83,12 @@ def check_search(cache: EmbeddingCache) -> None:
 def test_a_manifest_that_is_no_json_object(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)
     refused(folder, "cache/manifest.json: must (be JSON|hold a JSON object)")
+
+
+def test_a_manifest_that_is_a_folder(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+    refused(folder, "cache/manifest.json: must be a file, got something else")
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -181,6 +188,24 @@ def test_a_folder_that_another_cache_took(folder: Path) -> None:
     with pytest.raises(EmbeddingCacheError, match="must list what this cache was opened with, got another list"):
         cache.encode(["text 99"], encode)
     intact(folder, 3)
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_a_folder_that_is_gone(folder: Path, searched: bool) -> None:
+    cache = open_cache(folder)
+    if searched:
+        check_search(cache)
+    shutil.rmtree(folder)
+    gone = "cache: must be the folder that this cache is in, got none: it is gone"
+    keys = [content_key(f"new {n}") for n in range(5)]
+    for call in (
+        *(cache.refresh, cache.update_index),
+        lambda: cache.search(torch.ones(1, D), 1),
+        lambda: cache.add(keys, torch.ones(5, D)),
+    ):
+        with pytest.raises(EmbeddingCacheError, match=gone):
+            call()
+    assert not folder.exists()
 
 
 # Shards.
@@ -315,7 +340,7 @@ BAD_INDEXES: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("signed", [False, True])
 def test_indexes_that_are_wrong(folder: Path, kind: str, signed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Built again, with a warning; also where the manifest vouches for the file, or nobody compares checksums."""
-    path = folder / "index.faiss"
+    path = folder / INDEX
     data = BAD_INDEXES[kind](path.read_bytes())
     path.write_bytes(data)
     if signed:
@@ -326,26 +351,28 @@ def test_indexes_that_are_wrong(folder: Path, kind: str, signed: bool, monkeypat
         return
     with monkeypatch.context() as patch:
         patch.setattr(faiss, "read_index", None)  # nobody but us looks at such a file
-        with pytest.warns(RuntimeWarning, match=r"index.faiss: must .* got .*; it is built again from the shards"):
+        with pytest.warns(
+            RuntimeWarning, match=r"index-00012.faiss: must .* got .*; it is built again from the shards"
+        ):
             check_search(cache)
     intact(folder)
 
 
 def test_an_index_that_is_gone(folder: Path) -> None:
-    (folder / "index.faiss").unlink()
-    with pytest.warns(RuntimeWarning, match="index.faiss: must be an index, got an error: .*; it is built again"):
+    (folder / INDEX).unlink()
+    with pytest.warns(RuntimeWarning, match="index-00012.faiss: must be an index, got an error: .*; it is built again"):
         check_search(open_cache(folder))
     intact(folder)
 
 
 def test_an_index_that_is_a_folder(folder: Path) -> None:
-    (folder / "index.faiss").unlink()
-    (folder / "index.faiss").mkdir()
+    (folder / INDEX).unlink()
+    (folder / INDEX).mkdir()
     cache = open_cache(folder)
     with pytest.warns(RuntimeWarning) as said:
         check_search(cache)
     assert [str(w.message).split(":")[0].split("/")[-1] for w in said] == [
-        "index.faiss",
+        INDEX,
         "the index is kept in memory alone",
     ]
 
@@ -366,6 +393,19 @@ def test_an_index_saved_by_another_meanwhile(folder: Path, monkeypatch: pytest.M
         warnings.simplefilter("error")
         check_search(cache)
     assert len(cache) == 20
+
+
+def test_indexes_that_no_manifest_names(folder: Path) -> None:
+    """Deleted with the next that is saved, and nothing else is."""
+    stale = [folder / f"index-{name}.faiss" for name in ("00011", "00013", "123456")]
+    others = [folder / name for name in ("index-00013.faiss.mine", "index.faiss", "my-index-00013.faiss")]
+    for path in (*stale, *others):
+        path.write_bytes(b"x")
+    cache = open_cache(folder)
+    cache.encode([f"text {n}" for n in range(14)], encode)
+    cache.update_index()
+    assert sorted(folder.glob("*index*")) == sorted([*others, folder / "index-00014.faiss"])
+    intact(folder, 14)
 
 
 def test_an_index_of_more_rows_is_kept(folder: Path) -> None:

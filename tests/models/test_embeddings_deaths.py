@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from test_embeddings_damage import TEXTS, check_search, encode, intact, make, open_cache, rewrite
+from test_embeddings_damage import INDEX, TEXTS, check_search, encode, intact, make, open_cache, rewrite
 
 from mmkernels.models.embeddings import content_key
 
@@ -28,7 +28,7 @@ class Killed(BaseException):
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The first `step` writes, syncs and renames from now on are done; the next is not, or a write by half."""
+    """The first `step` writes, syncs, renames and deletions are done; the next is not, or a write by half."""
     count = iter(range(step))
 
     def limited(function: Callable[..., Any], half: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,6 +52,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
     monkeypatch.setattr(os, "replace", limited(os.replace, lambda *_: None))
     monkeypatch.setattr(os, "fsync", limited(os.fsync, lambda *_: None))
+    monkeypatch.setattr(Path, "unlink", limited(Path.unlink, lambda *_: None))
     monkeypatch.setattr(Path, "write_bytes", limited(Path.write_bytes, half_written))
 
 
@@ -95,13 +96,15 @@ def test_death_at_any_step_of_the_first_append(tmp_path: Path, monkeypatch: pyte
 
 def test_death_at_any_step_of_saving_the_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_cache(folder).encode(["text 12"], encode)
-    for _ in deaths(monkeypatch, lambda _: open_cache(folder).update_index()):
-        cache = open_cache(folder)
-        assert torch.equal(cache.read(), encode([f"text {n}" for n in range(13)]))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # between the two renames the index is not the manifest's
-            check_search(cache)
-    intact(folder, 13)
+    copies = [shutil.copytree(folder, folder.with_name(str(step))) for step in range(9)]
+    for step in deaths(monkeypatch, lambda step: open_cache(copies[step]).update_index()):
+        intact(copies[step], 13)  # the manifest names the old index or the new one, and it is there
+        open_cache(copies[step]).encode(["text 13", "text 14"], encode)
+        open_cache(copies[step]).update_index()
+        names = sorted(path.name for path in copies[step].iterdir())
+        assert names[:3] == ["index-00015.faiss", "lock", "manifest.json"]  # no other index, nothing by half
+    # Sync, rename, sync, of the index; write, sync, rename, sync, of the manifest; the old index is deleted.
+    assert step == 8
 
 
 @contextlib.contextmanager
@@ -127,14 +130,14 @@ def test_a_full_disk(folder: Path) -> None:
     cache.encode(texts, encode)
     with (
         full_disk(1000),
-        pytest.warns(RuntimeWarning, match="kept in memory alone: .*index.faiss could not be written"),
+        pytest.warns(RuntimeWarning, match="kept in memory alone: .*index-00040.faiss could not be written"),
     ):
         check_search(cache)
-    assert before[folder / "index.faiss"] == (folder / "index.faiss").read_bytes()
-    with full_disk(1000), pytest.raises(OSError, match=r"index.faiss could not be written"):
+    assert before[folder / INDEX] == (folder / INDEX).read_bytes()
+    with full_disk(1000), pytest.raises(OSError, match=r"index-00040.faiss could not be written"):
         cache.update_index()
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("index.faiss", "lock", "manifest.json"),
+        *(INDEX, "lock", "manifest.json"),
         *(f"shard-0000{n}.safetensors" for n in range(3)),
     ]
     cache.update_index()
@@ -142,7 +145,7 @@ def test_a_full_disk(folder: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "index.faiss").unlink()
+    (folder / INDEX).unlink()
     rewrite(folder, lambda values: values.update(index=None))
     (folder / "lock").unlink()
     (folder / "lock").mkdir()  # as good as a permission, which root doesn't need

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from mmkernels.models.embeddings import content_key, fingerprint
@@ -29,6 +29,36 @@ def test_keys_of_images(tmp_path: Path) -> None:
     recoloured = image.quantize(4)
     recoloured.putpalette([9] * 12)
     assert len({content_key(one) for one in [image, *others, recoloured]}) == 7
+
+
+def test_keys_of_images_that_are_turned(tmp_path: Path) -> None:
+    """An orientation counts, except for 1, which is none; so do pixels alone once they are turned."""
+    image = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3), "RGB")
+    plain = hashlib.sha256(b"image RGB (5, 4)\0" + image.tobytes()).hexdigest()  # for good: caches hold it
+    keys = []
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / "image.png", exif=exif)
+        with Image.open(tmp_path / "image.png") as opened:
+            keys.append(content_key(opened))
+            assert content_key(opened) == keys[-1]
+            turned = ImageOps.exif_transpose(opened)
+        assert (
+            content_key(turned) == hashlib.sha256(f"image RGB {turned.size}\0".encode() + turned.tobytes()).hexdigest()
+        )
+    assert keys[0] == content_key(image) == plain
+    assert len(set(keys)) == 8
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    image.save(tmp_path / "image.png", exif=exif)
+    assert content_key(Image.open(tmp_path / "image.png")) == plain
+    damaged = image.copy()
+    damaged.info["exif"] = b"Exif\0\0 no header"
+    assert content_key(damaged) == plain
+    image.save(tmp_path / "image.tiff", exif={0x0112: 6})
+    opened = Image.open(tmp_path / "image.tiff")
+    assert content_key(opened) == content_key(opened)
 
 
 def test_keys_of_numbers(tmp_path: Path) -> None:
@@ -61,6 +91,7 @@ def test_keys_of_texts(texts: list[str]) -> None:
         (3, TypeError, "item must be a text, bytes, .* got int"),
         (["a"], TypeError, "got list"),
         (np.array(["a", None]), TypeError, "item must hold numbers, got an array of object"),
+        (np.ma.MaskedArray([1.0, 2.0], [0, 1]), TypeError, "item must be an array without a mask .* got a MaskedArray"),
         (torch.ones(2, device="meta"), ValueError, "a tensor must have values, .* on the meta device"),
         (torch.ones(2).to_sparse(), TypeError, "a tensor must be dense, .* got torch.sparse_coo"),
         (Path("nowhere"), FileNotFoundError, "nowhere"),

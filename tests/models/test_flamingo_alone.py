@@ -169,6 +169,8 @@ def test_bad_prompts() -> None:
         model.generate(ids, pixels, temperature=-1.0)
     with pytest.raises(ValueError, match="top_p must be above 0"):
         model.generate(ids, pixels, top_p=0.0)
+    with pytest.raises(ValueError, match=r"size must be one of tiny, small, base, got \['tiny'\]"):
+        Flamingo.from_size(["tiny"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="size must be one of tiny, small, base, got 'huge'"):
         Flamingo.from_size("huge")
 

@@ -26,5 +26,5 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def check_activation(name: str, activation: object) -> None:
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 _LARGEST_JSON = 64 * 2**20  # bytes; the index of the largest published checkpoints is some 10 MB
-_LARGEST_INTEGER = 2**24  # in a configuration; above any published vocabulary
+LARGEST_INTEGER = 2**24
+"""In a JSON object that is read; above any published vocabulary."""
+
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -43,8 +45,8 @@ class Section:
 
     def integer(self, key: str, default: int, least: int = 1) -> int:
         value = self.values.get(key, default)
-        if type(value) is not int or not least <= value <= _LARGEST_INTEGER:
-            raise self.error(key, f"an integer from {least} to {_LARGEST_INTEGER}")
+        if type(value) is not int or not least <= value <= LARGEST_INTEGER:
+            raise self.error(key, f"an integer from {least} to {LARGEST_INTEGER}")
         return value
 
     def number(self, key: str, default: float) -> float:

@@ -45,20 +45,22 @@ def check_multiple(config: Any, whole: str, part: str) -> None:
 
 
 def check_numbers(config: Any, *, positive: Sequence[str], shares: Sequence[str]) -> None:
-    """Raise unless the former are positive and finite, and the latter between 0 and 1."""
+    """Raise unless all are numbers, the former positive and finite, the latter between 0 and 1."""
     for name in positive:
-        if not 0 < getattr(config, name) < float("inf"):
-            raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if not _is_number(value) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a number, positive and finite, got {value!r}")
     for name in shares:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if not _is_number(value) or not 0 <= value <= 1:
+            raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
 
 
 def check_token(config: Any, name: str) -> None:
     """Raise unless a token's id, where it is given, is in the vocabulary."""
     token = getattr(config, name)
-    if token is not None and not 0 <= token < config.vocab_size:
-        raise ValueError(f"{name} must be below vocab_size = {config.vocab_size}, got {token}")
+    if token is not None and (type(token) is not int or not 0 <= token < config.vocab_size):
+        raise ValueError(f"{name} must be an integer below vocab_size = {config.vocab_size}, got {token!r}")
 
 
 def read_config(
@@ -76,3 +78,7 @@ def read_config(
         raise
     except ValueError as error:
         raise CheckpointError(f"{config.where}: {error}") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mmkernels.checks import can_look, check_range
 from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.activations import ACTIVATIONS
+from mmkernels.models.blocks.described import described
 from mmkernels.nn import CrossAttention
 
 
@@ -115,14 +116,14 @@ class TextEncoder(nn.Module):
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         vocab_size, most = self.embed.num_embeddings, len(self.positions)
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"input_ids must be an int32 or int64 tensor, got {_describe(input_ids)}")
+            raise TypeError(f"input_ids must be an int32 or int64 tensor, got {described(input_ids)}")
         if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] <= most:
             raise ValueError(f"input_ids must be [B, L], L from 1 to {most}, got shape {tuple(input_ids.shape)}")
         check_range("input_ids", input_ids, 0, vocab_size - 1)
         if attention_mask is None:
             return
         if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point():
-            raise TypeError(f"attention_mask must be a bool or integer tensor, got {_describe(attention_mask)}")
+            raise TypeError(f"attention_mask must be a bool or integer tensor, got {described(attention_mask)}")
         if attention_mask.shape != input_ids.shape:
             got = tuple(attention_mask.shape)
             raise ValueError(f"attention_mask must be {list(input_ids.shape)} as input_ids, got shape {got}")
@@ -157,7 +158,3 @@ class AttentionPooling(nn.Module):
         key, value = self.attention.project(x)
         pooled = self.attention.attend(query.expand(len(x), -1, -1, -1), key, value)[:, 0]
         return pooled + self.mlp(self.norm(pooled))
-
-
-def _describe(x: object) -> str:
-    return f"a {x.dtype} tensor" if isinstance(x, Tensor) else type(x).__name__

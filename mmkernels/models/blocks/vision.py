@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmkernels.models.blocks.described import described
 from mmkernels.models.blocks.encoder import EncoderBlock
 
 
@@ -75,8 +76,7 @@ class VisionTransformer(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """``[B, patches + 1, width]``, or ``[B, patches, width]`` without a class token, before any last norm."""
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
-            got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-            raise TypeError(f"pixel_values must be a floating tensor, got {got}")
+            raise TypeError(f"pixel_values must be a floating tensor, got {described(pixel_values)}")
         if tuple(pixel_values.shape[1:]) != self.pixels:
             shape = ", ".join(map(str, self.pixels))
             raise ValueError(f"pixel_values must be [B, {shape}], got shape {tuple(pixel_values.shape)}")

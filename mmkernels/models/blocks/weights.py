@@ -31,12 +31,19 @@ def build(
     Args:
         changes: fields of the size's configuration to change; None: the size's own.
     """
-    if size not in sizes:
+    if not isinstance(size, str) or size not in sizes:
         raise ValueError(f"size must be one of {', '.join(sizes)}, got {size!r}")
+    check_dtype(dtype)
     config = replace(sizes[size], **{name: value for name, value in changes.items() if value is not None})
     with torch.device("meta"):
         model = make(config)
     return draw_weights(model.to_empty(device=device).to(dtype), seed)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise unless parameters can have it."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating dtype, got {dtype!r}")
 
 
 def draw_weights(model: Model, seed: int) -> Model:
