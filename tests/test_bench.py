@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
+from torch import Tensor
 
 from mmkernels import SpanMask, cli, dispatch
 from mmkernels.dispatch import Backend
@@ -191,6 +192,26 @@ def test_a_gpu_s_row_has_its_backward_pass_alone_and_its_yardstick(monkeypatch: 
     assert found["yardstick"] == pytest.approx(info["flops_per_second"] / info["yardstick_flops_per_second"])
     assert found["nowhere"] is None and found["sdpa"] > 0
     assert [str(bench_command.verdict(target)) for target in info["targets"]].count("can't run") == 1
+
+
+def rough(given: dict[str, Any]) -> Callable[[], Any]:
+    """Attention as SDPA's, of what has a bit or two of each number left in 16 bits."""
+
+    def call() -> Tensor:
+        out = sdpa(given)()
+        return out if out.dtype == torch.float32 else out * 1.5
+
+    return call
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_peer_s_rounding_is_its_own_affair(backward: bool) -> None:
+    for dtype in ("bf16", "fp32"):
+        fixture = Fixture()
+        peers = (Peer("rough", rough), Peer("mistaken", mistaken))
+        benchmark.measure(fixture, Row(SPEC, CONFIG, dtype, backward), peers)
+        assert fixture.extra_info["peers"]["rough"]["ratio"] > 0
+        assert "computes something else" in fixture.extra_info["peers"]["mistaken"]["why_not"]
 
 
 def test_targets_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +37,7 @@ _LONG = 3.0  # seconds of the least work at the peak, above which every run of a
 _LONG_BUDGET = 100.0  # seconds of such a row's rounds
 _NAIVE_TENSORS = 3  # of the largest tensor's size, that the naive formula holds at least
 _SAMPLE = 2e-3  # seconds that one sample lasts at least: shorter calls are repeated within it
+_NARROW = ("bf16", "fp16")
 _OFF = 0.05  # relative L2 distance from the truth at which a peer computes something else
 _MOST_MEMORY = 0.5  # of a GPU's, that a peer may take: one that leaves others no room disturbs their times
 _OURS, _YARDSTICK, _FORWARD = "ours", "yardstick", ", forward"  # candidates beside the peers; a suffix of any
@@ -158,7 +159,8 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products:
         try:
             call = peer.prepare(inputs)
             run = first(passes(call))
-            memory[peer.name], products[peer.name] = _admit(run, gate, device), run.flops
+            wider = partial(_in_float32, peer, inputs, row.grads, cotangents) if row.dtype in _NARROW else None
+            memory[peer.name], products[peer.name] = _admit(run, gate, device, wider), run.flops
             spent += run.seconds
             calls[peer.name] = call
         except CantRunError as error:
@@ -236,9 +238,26 @@ def check_room(least: float, device: torch.device | str) -> None:
         raise CantRunError(f"would take {least / 1e9:.0f} GB or more of {memory_of(device) / 1e9:.0f} GB: left out")
 
 
-def _admit(run: FirstRun, gate: Gate, device: torch.device) -> int | None:
-    """A peer's peak memory. It needs no more than to compute the same thing: its own rounding is its affair."""
+def _in_float32(peer: Peer, inputs: Inputs, grads: Sequence[str], cotangents: list[Tensor]) -> list[Tensor]:
+    """What a peer makes of the same numbers in float32."""
+    narrow = [DTYPES[name] for name in _NARROW]
+    wide = {
+        name: x.detach().float().requires_grad_(x.requires_grad) if isinstance(x, Tensor) and x.dtype in narrow else x
+        for name, x in inputs.items()
+    }
+    leaves = [wide[name] for name in grads]
+    return flat(with_gradients(peer.prepare(wide), leaves, cotangents)())
+
+
+def _admit(run: FirstRun, gate: Gate, device: torch.device, wider: Callable[[], list[Tensor]] | None) -> int | None:
+    """A peer's peak memory. It needs no more than to compute the same thing: its own rounding is its affair.
+
+    Args:
+        wider: the same in float32, by which a peer is judged whose rounding hides what it computes.
+    """
     off = gate.distance(run.results)
+    if not off < _OFF and wider is not None:
+        off = gate.distance(wider())
     if not off < _OFF:
         raise CantRunError(f"computes something else: relative distance {off:.2g}")
     memory = run.memory()
