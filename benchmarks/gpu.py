@@ -234,7 +234,7 @@ def _target(target: dict[str, Any]) -> str:
     shown = "n/a" if found is None else f"{found:,.0f}" if found >= 100 else f"{found:.2f}"
     at_most = "most" in target
     bound = target["most"] if at_most else target["least"]
-    limit = f"{'<= ' if at_most else ''}{bound:,.0f}" if bound >= 100 else f"{bound:.2f}"
+    limit = ("<= " if at_most else "") + (f"{bound:,.0f}" if bound >= 100 else f"{bound:.2f}")
     reached = found is not None and (found <= bound if at_most else found >= bound)
     verdict = "" if found is None else "met" if reached else "missed"
     return f"  {target['what']:<58} {target['than']:<10} {limit:>7} {shown:>7} {verdict}"

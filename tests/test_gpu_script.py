@@ -100,6 +100,9 @@ def test_a_missed_target_is_no_failure_and_parts_have_files_of_their_own(tmp_pat
     run = gpu.Run(chosen, 480, tmp_path, fake({"cross_attention": {"targets": [TARGET | {"found": 44.0}]}}))
     run.all()
     assert run.code == 0 and "missed" in run.table()
+    for found, verdict in ((8.0, "met"), (44.0, "missed")):
+        line = gpu._target({"what": "a step", "than": "extra MB", "most": 10.0, "found": found})
+        assert "<= 10.00" in line and line.endswith(verdict)
     assert [path.name.partition("-c")[2] for path in tmp_path.iterdir()] == ["eilings-cross-attention.json"]
 
 
