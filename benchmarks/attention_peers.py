@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from mmkernels import SpanMask, cross_attention
-from mmkernels.profiling.benchmark import CantRunError, Peer, first_line
-from mmkernels.profiling.gate import Call
+from mmkernels.bench.benchmark import CantRunError, Peer, first_line
+from mmkernels.bench.gate import Call
 from mmkernels.spec import Inputs
 
 _CUDA_ROWS = 8  # queries up to which there are kernels for decoding

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from attention_peers import peers
 
-from mmkernels.ops.cross_attention.spec import SPEC
-from mmkernels.profiling.benchmark import Row, measure
+from mmkernels.bench.benchmark import Row, measure
+from mmkernels.ops.attention.cross_attention.spec import SPEC
 
 
 @pytest.mark.rows_of(SPEC)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mmkernels.ops.merge_attention.spec import SPEC
-from mmkernels.profiling.benchmark import Row, measure
+from mmkernels.bench.benchmark import Row, measure
+from mmkernels.ops.attention.merge_attention.spec import SPEC
 
 
 @pytest.mark.rows_of(SPEC)

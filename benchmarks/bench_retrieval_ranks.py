@@ -9,8 +9,8 @@ import contrastive_parts
 import contrastive_peers
 import pytest
 
-from mmkernels.ops.retrieval_ranks import spec
-from mmkernels.profiling.benchmark import Row, measure
+from mmkernels.bench.benchmark import Row, measure
+from mmkernels.ops.contrastive.retrieval_ranks import spec
 
 SPEC = replace(spec.SPEC, parts=contrastive_parts.RANKS)
 

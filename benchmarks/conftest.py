@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mmkernels.profiling.benchmark import rows
-from mmkernels.profiling.machine import ceilings, describe_machine, device_name
+from mmkernels.bench.benchmark import rows
+from mmkernels.machine import ceilings, describe_machine, device_name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

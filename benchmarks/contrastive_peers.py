@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.profiling.benchmark import CantRunError, Peer, check_room, first_line
-from mmkernels.profiling.gate import Call
-from mmkernels.profiling.machine import matmul_rate
+from mmkernels.bench.benchmark import CantRunError, Peer, check_room, first_line
+from mmkernels.bench.gate import Call
+from mmkernels.machine import matmul_rate
 from mmkernels.spec import Inputs
 
 _MOST_SECONDS = 10.0  # that a cached step's matrix products may take at the measured peak

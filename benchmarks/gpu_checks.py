@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mmkernels import SpanMask, cross_attention
-from mmkernels.ops.cross_attention.spec import SPEC
-from mmkernels.profiling.gate import Gate, draw_cotangents, flat, with_gradients
-from mmkernels.profiling.meters import host_seconds
-from mmkernels.profiling.options import DTYPES
+from mmkernels.bench.gate import Gate, draw_cotangents, flat, with_gradients
+from mmkernels.meters import host_seconds
+from mmkernels.ops.attention.cross_attention.spec import SPEC
+from mmkernels.options import DTYPES
 from mmkernels.spec import Inputs
 
 Result = dict[str, Any]  # as in gpu.py

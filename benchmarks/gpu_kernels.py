@@ -98,7 +98,7 @@ def calls(device: str, scale: int = 1) -> list[Callable[[], Any]]:
     import torch
 
     from mmkernels import SpanMask, attention_received, cross_attention
-    from mmkernels.profiling.gate import draw_cotangents, flat, with_gradients
+    from mmkernels.bench.gate import draw_cotangents, flat, with_gradients
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device=device)

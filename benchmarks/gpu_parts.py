@@ -39,13 +39,13 @@ def build(seconds: float, device: str) -> Result:
 
 
 def describe(seconds: float, device: str) -> Result:
-    from mmkernels.profiling.machine import describe_machine, device_name, device_slug
+    from mmkernels.machine import describe_machine, device_name, device_slug
 
     return {"device": device_name(device), "slug": device_slug(device), "machine": describe_machine(device)}
 
 
 def measure_ceilings(seconds: float, device: str) -> Result:
-    from mmkernels.profiling.machine import ceilings
+    from mmkernels.machine import ceilings
 
     rates = ceilings(device, ("bf16",))
     summary = (

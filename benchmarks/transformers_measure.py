@@ -20,9 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers_models import Inputs, Model
 
 from mmkernels.integrations.transformers import NAME, counting, register
-from mmkernels.ops.cross_attention.spec import SPEC
-from mmkernels.profiling.meters import Run, Timing, memory_why_not, peak_memory, time_alternating, time_once
-from mmkernels.profiling.options import DTYPES
+from mmkernels.meters import Run, Timing, memory_why_not, peak_memory, time_alternating, time_once
+from mmkernels.ops.attention.cross_attention.spec import SPEC
+from mmkernels.options import DTYPES
 from mmkernels.profiling.point import REMOVED, running_as
 
 SDPA = "sdpa"

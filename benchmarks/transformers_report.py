@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmkernels.profiling.bench_command import met
+from mmkernels.bench.command import met
 from mmkernels.profiling.table import console, megabytes, microseconds, milliseconds, ratio
 
 _WIDTH = 130

@@ -31,16 +31,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import SpanMask, tuning
+from mmkernels import SpanMask, ops
+from mmkernels.bench.gate import Call, Gate, draw_cotangents, flat
+from mmkernels.machine import versions
+from mmkernels.meters import time_calls
 from mmkernels.ops import specs
-from mmkernels.ops._attention.cases import attention_inputs, normal
-from mmkernels.ops._contrastive.cases import features, two_towers
-from mmkernels.profiling.gate import Call, Gate, draw_cotangents, flat
-from mmkernels.profiling.machine import versions
-from mmkernels.profiling.meters import time_calls
-from mmkernels.profiling.options import DTYPES, parse_list
+from mmkernels.ops.attention.cases import attention_inputs
+from mmkernels.ops.common.cases import normal
+from mmkernels.ops.contrastive.cases import features, two_towers
+from mmkernels.options import DTYPES, parse_list
+from mmkernels.runtime import tuning
+from mmkernels.runtime.tuning import Config
 from mmkernels.spec import Inputs, cast
-from mmkernels.tuning import Config
 
 Clock = Callable[[Call, int, torch.device], float]  # as `time_calls`
 
@@ -401,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             search = Search(options.op, kernel, dtype, dim, device)
             search.compile(search.candidates()[worker::workers])
         return 0
-    path = Path(options.out) if options.out else Path(tuning.__file__).parent / "ops" / options.op / "tuned.json"
+    path = Path(options.out) if options.out else ops.folder(options.op) / "tuned.json"
     failed = 0
     for kernel, dtype, dim in searches:
         if time.monotonic() > end:

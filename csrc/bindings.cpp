@@ -1,5 +1,5 @@
 // mmkernels._host: what the host CPU offers. Tensor-free, so that it builds in seconds and loads without torch.
-// mmkernels/_host_fallback.py answers the same questions where this module is not built.
+// mmkernels/runtime/host_fallback.py answers the same questions where this module is not built.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -3,15 +3,15 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from mmkernels import ops
-from mmkernels.dispatch import BackendError, use_backend
 from mmkernels.masks import SpanMask
-from mmkernels.ops.attention_received import attention_received
-from mmkernels.ops.attention_weights import attention_weights
-from mmkernels.ops.cross_attention import cross_attention
-from mmkernels.ops.info_nce import ContrastiveStats, info_nce
-from mmkernels.ops.merge_attention import merge_attention
-from mmkernels.ops.retrieval_ranks import retrieval_ranks
-from mmkernels.ops.sigmoid_contrastive import sigmoid_contrastive
+from mmkernels.ops.attention.attention_received import attention_received
+from mmkernels.ops.attention.attention_weights import attention_weights
+from mmkernels.ops.attention.cross_attention import cross_attention
+from mmkernels.ops.attention.merge_attention import merge_attention
+from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
+from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
+from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
+from mmkernels.runtime.dispatch import BackendError, use_backend
 
 try:
     __version__ = version("mmkernels")

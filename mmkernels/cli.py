@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-from mmkernels.dispatch import BackendError
-from mmkernels.profiling import BadInput
+from mmkernels.options import BadInput
 from mmkernels.profiling.options import Options
+from mmkernels.runtime.dispatch import BackendError
 
 try:
     import typer
@@ -92,8 +92,9 @@ def profile(
     out: Annotated[Path, typer.Option(help="Folder for profile.json and profile.png.")] = PROFILE_OUT,
 ) -> None:
     """Show what each visual token costs: time by stage, peak memory, drift; fused beside the naive baseline."""
+    from mmkernels.options import parse_list
     from mmkernels.profiling.command import run_profile
-    from mmkernels.profiling.options import parse_list, parse_tokens
+    from mmkernels.profiling.options import parse_tokens
     from mmkernels.profiling.photo import default_photo
 
     options = Options(
@@ -120,8 +121,8 @@ def bench(
     save: Annotated[bool, typer.Option("--save", help="Write to benchmarks/results/<device>/ instead.")] = False,
 ) -> None:
     """Time ops beside their peers; correctness is checked first."""
-    from mmkernels.profiling.bench_command import run_bench
-    from mmkernels.profiling.options import parse_list
+    from mmkernels.bench.command import run_bench
+    from mmkernels.options import parse_list
 
     run_bench(op, parse_list(dtype), device or _default_device(), filter, out, save)
 

@@ -10,11 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmkernels import cpu, host
-from mmkernels.dispatch import BACKENDS, TABLES
-from mmkernels.profiling import machine
-from mmkernels.profiling.meters import memory_why_not
+from mmkernels import machine
+from mmkernels.meters import memory_why_not
 from mmkernels.profiling.table import console
+from mmkernels.runtime import cpu, host
+from mmkernels.runtime.dispatch import BACKENDS, TABLES
 
 READY, NOTHING = "ready", "-"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from mmkernels.checks import check_range
+from mmkernels.runtime.checks import check_range
 
 Lengths = Tensor | Sequence[int]
 

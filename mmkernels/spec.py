@@ -156,7 +156,8 @@ class OpSpec:
     @property
     def function(self) -> Callable[..., Any]:
         """The public function."""
-        return getattr(importlib.import_module(f"mmkernels.ops.{self.name}"), self.name)
+        ops = importlib.import_module("mmkernels.ops")
+        return getattr(importlib.import_module(ops.MODULES[self.name]), self.name)
 
     def over_budget(self, ours: Tensor, naive: Tensor, true: Tensor) -> str | None:
         """What is wrong with a result, or None.

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels import gpu
-from mmkernels.dispatch import TABLES
+from mmkernels.runtime import triton as gpu
+from mmkernels.runtime.dispatch import TABLES
 from mmkernels.spec import Case, Inputs, OpSpec, cast, flatten
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

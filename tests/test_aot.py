@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmkernels import gpu, tuning
 from mmkernels.aot import __main__ as gate
 from mmkernels.aot.resources import Resources
-from mmkernels.tuning import ARCHITECTURES, KERNELS, Config
+from mmkernels.runtime import triton as gpu
+from mmkernels.runtime import tuning
+from mmkernels.runtime.tuning import ARCHITECTURES, KERNELS, Config
 
 pytest.importorskip("triton")
 

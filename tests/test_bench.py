@@ -15,12 +15,14 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from mmkernels import SpanMask, cli, dispatch
-from mmkernels.dispatch import Backend
-from mmkernels.ops.cross_attention.spec import SPEC
-from mmkernels.profiling import bench_command, benchmark, gate, machine
-from mmkernels.profiling.benchmark import CantRunError, Peer, Row
-from mmkernels.profiling.meters import memory_why_not
+from mmkernels import SpanMask, cli, machine
+from mmkernels.bench import benchmark, gate
+from mmkernels.bench import command as bench_command
+from mmkernels.bench.benchmark import CantRunError, Peer, Row
+from mmkernels.meters import memory_why_not
+from mmkernels.ops.attention.cross_attention.spec import SPEC
+from mmkernels.runtime import dispatch
+from mmkernels.runtime.dispatch import Backend
 from mmkernels.spec import Benchmark, Target
 
 ROOT = Path(__file__).parents[1]

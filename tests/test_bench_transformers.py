@@ -19,7 +19,7 @@ from transformers_measure import NAME, SDPA, Clock, Row, Trial, measure
 from transformers_models import HEADLINES, OVERHEAD, Model, last_image, padded, text_config, tokens, with_images
 from transformers_more import OTHERS
 
-from mmkernels.profiling.options import DTYPES
+from mmkernels.options import DTYPES
 
 LAYERS = 2
 

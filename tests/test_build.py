@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmkernels import host
+from mmkernels.runtime import host
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["CMakeLists.txt", "LICENSE", "README.md", "csrc", "mmkernels", "pyproject.toml", "setup.py"]
@@ -49,7 +49,7 @@ def test_without_compiler_python_parts_install_and_say_so(checkout: Path, tmp_pa
 
     asked = run_python(
         "-c",
-        "from mmkernels import host; print(host.__file__, host.why_not, host.isa(), sep='\\n')",
+        "from mmkernels.runtime import host; print(host.__file__, host.why_not, host.isa(), sep='\\n')",
         cwd=tmp_path,
         PYTHONPATH=str(target),
     )

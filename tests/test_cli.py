@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from mmkernels import cli
-from mmkernels.dispatch import BACKENDS, TABLES
 from mmkernels.profiling import point
+from mmkernels.runtime.dispatch import BACKENDS, TABLES
 
 TINY = ["profile", "flamingo", "--size", "tiny", "--images", "2", "--text-length", "12", "--device", "cpu"]
 
@@ -136,7 +136,7 @@ def test_doctor_names_every_op_and_backend(mmkernels) -> None:
 
 
 def test_doctor_gives_reasons(mmkernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmkernels.dispatch import Backend
+    from mmkernels.runtime.dispatch import Backend
 
     entry = Backend("triton", lambda *args: None, lambda *args: "there is no GPU")
     monkeypatch.setitem(TABLES, "some_op", (entry,))

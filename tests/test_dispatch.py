@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels import BackendError, SpanMask, cross_attention, dispatch, use_backend
-from mmkernels.dispatch import TABLES, Backend, choose
+from mmkernels import BackendError, SpanMask, cross_attention, use_backend
+from mmkernels.runtime import dispatch
+from mmkernels.runtime.dispatch import TABLES, Backend, choose
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ import gpu_parts
 import pytest
 import torch
 
-from mmkernels.ops.cross_attention.spec import SPEC
-from mmkernels.profiling import benchmark, meters
+from mmkernels import meters
+from mmkernels.bench import benchmark
+from mmkernels.ops.attention.cross_attention.spec import SPEC
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,7 +14,7 @@ import pytest
 import typer.main
 
 from mmkernels import cli
-from mmkernels.profiling import BadInput
+from mmkernels.options import BadInput
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "guide").glob("*.md"))
@@ -107,7 +107,7 @@ def check_mmkernels(words: list[str]) -> None:
     assert name in known, name
     given = known[name].make_context(name, rest).params
     if name == "support":
-        from mmkernels.integrations.transformers.families import find
+        from mmkernels.testing.families import find
 
         find(given["families"] or ())
     if name == "bench":
@@ -123,7 +123,7 @@ def rows(op: str, dtype: str) -> list[str]:
     from transformers_models import HEADLINES, OVERHEAD
     from transformers_more import OTHERS
 
-    from mmkernels.profiling.options import DTYPES
+    from mmkernels.options import DTYPES
 
     assert dtype in DTYPES, dtype
     return [str(Row(model, dtype)) for model in (*HEADLINES, *OVERHEAD, *OTHERS)]

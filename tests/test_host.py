@@ -8,10 +8,10 @@ from types import ModuleType
 
 import pytest
 
-from mmkernels import _host_fallback, cpu, host
+from mmkernels.runtime import cpu, host, host_fallback
 
 ISAS = ["avx512_bf16", "avx512", "avx2", "neon", "plain"]
-both = pytest.mark.parametrize("module", [host, _host_fallback], ids=["host", "fallback"])
+both = pytest.mark.parametrize("module", [host, host_fallback], ids=["host", "fallback"])
 
 
 @both
@@ -36,7 +36,7 @@ def test_physical_cores_fit_the_machine(module: ModuleType) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the fallback reads Linux's /proc and /sys")
 @pytest.mark.parametrize("question", ["isa", "cache_sizes", "physical_cores"])
 def test_fallback_agrees_with_the_extension(question: str) -> None:
-    assert getattr(_host_fallback, question)() == getattr(host, question)()
+    assert getattr(host_fallback, question)() == getattr(host, question)()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this platform")
@@ -52,7 +52,7 @@ def test_physical_cores_counts_only_those_it_may_run_on(module: ModuleType) -> N
 
 def test_compiler_is_named_where_there_is_one() -> None:
     assert (host.compiler() == "none") == (host.why_not is not None)
-    assert _host_fallback.compiler() == "none"
+    assert host_fallback.compiler() == "none"
 
 
 @pytest.mark.skipif(os.environ.get("MMKERNELS_REQUIRE_EXT") != "1", reason="the extensions need not be built here")

@@ -11,9 +11,10 @@ import pytest
 import torch
 import tune
 
-from mmkernels import tuning
-from mmkernels.ops._attention.cases import attention_inputs
-from mmkernels.tuning import PRODUCTS, Config
+from mmkernels import ops
+from mmkernels.ops.attention.cases import attention_inputs
+from mmkernels.runtime import tuning
+from mmkernels.runtime.tuning import PRODUCTS, Config
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,7 +117,7 @@ def test_rows_replace_those_of_the_same_key(tmp_path: Path, monkeypatch: pytest.
     tune.write(path, row)
     rows = json.loads(path.read_text())
     assert [(each["dim"], each["milliseconds"]) for each in rows] == [(64, 1000.0), (128, 1000.0)]
-    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    monkeypatch.setattr(ops, "folder", lambda name: tmp_path / "ops" / name)
     tuning._config.cache_clear()
     try:
         assert tuning.config("cross_attention", "forward", CPU, torch.float32, 40) == FAST

@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 
-from mmkernels import gpu, tuning
 from mmkernels.ops import specs
-from mmkernels.ops.attention_received import triton as received
-from mmkernels.ops.cross_attention import triton as forward
-from mmkernels.ops.cross_attention import triton_backward as backward
-from mmkernels.tuning import KERNELS, Config
+from mmkernels.ops.attention.attention_received import triton as received
+from mmkernels.ops.attention.cross_attention.triton import backward, forward
+from mmkernels.runtime import triton as gpu
+from mmkernels.runtime import tuning
+from mmkernels.runtime.tuning import KERNELS, Config
 
 DEVICE = "cpu" if gpu.INTERPRETED or not torch.cuda.is_available() else "cuda"
 SPECS = specs()

@@ -1,4 +1,4 @@
-// Dropout that every backend draws alike: Philox-4x32-10, see mmkernels/ops/_attention/philox.py.
+// Dropout that every backend draws alike: Philox-4x32-10, see mmkernels/ops/attention/philox.py.
 #pragma once
 
 #include "vec.h"

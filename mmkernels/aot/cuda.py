@@ -15,7 +15,7 @@ from mmkernels.aot.resources import Resources, code_sizes
 
 TARGETS = ("sm_80", "sm_90a", "sm_100a")  # as in CMakeLists.txt
 
-_CSRC = Path(__file__).resolve().parents[2] / "csrc" / "cross_attention"
+_CSRC = Path(__file__).resolve().parents[2] / "csrc" / "attention"
 _DTYPES = {"Bf16": "bfloat16", "F16": "float16"}
 _FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 _PROCESSES = 2

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
 from mmkernels.aot.resources import Resources, code_sizes
-from mmkernels.gpu import Launch, launch_options
+from mmkernels.runtime.triton import Launch, launch_options
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import SpanMask, tuning
+from mmkernels import SpanMask
 from mmkernels.aot.resources import Resources
 from mmkernels.aot.triton import TARGETS, check_frontend, resources, specialisation
-from mmkernels.gpu import Launch, recorded
-from mmkernels.ops._attention.inputs import take_mask_apart
-from mmkernels.ops.attention_received import triton as received
-from mmkernels.ops.attention_weights import triton as weights
-from mmkernels.ops.cross_attention import triton as forward
-from mmkernels.ops.cross_attention import triton_backward as backward
-from mmkernels.ops.info_nce import triton as info_nce
-from mmkernels.ops.info_nce.reduction import Arguments, Upstream
-from mmkernels.ops.retrieval_ranks import triton as ranks
-from mmkernels.ops.sigmoid_contrastive import triton as sigmoid
+from mmkernels.ops.attention.attention_received import triton as received
+from mmkernels.ops.attention.attention_weights import triton as weights
+from mmkernels.ops.attention.cross_attention.triton import backward, forward
+from mmkernels.ops.attention.inputs import take_mask_apart
+from mmkernels.ops.contrastive.info_nce.reduction import Arguments, Upstream
+from mmkernels.ops.contrastive.info_nce.triton import backward as info_nce_backward
+from mmkernels.ops.contrastive.info_nce.triton import forward as info_nce
+from mmkernels.ops.contrastive.retrieval_ranks import triton as ranks
+from mmkernels.ops.contrastive.sigmoid_contrastive import triton as sigmoid
+from mmkernels.runtime import tuning
+from mmkernels.runtime.triton import Launch, recorded
 
 _BATCH, _HEADS, _LENGTH = 2, 8, 2048
 _PROCESSES = 2
@@ -139,7 +140,7 @@ def _call_contrastive(variant: Variant) -> None:
         state, grad = torch.ones(4, rows), torch.ones(rows)
         given = Arguments(image, text, scale, ids, ids, hard, hidden, smoothing)
         info_nce.forward(given, everything)
-        info_nce.backward(given, Upstream(state, state, grad, grad, [True] * 4))
+        info_nce_backward.backward(given, Upstream(state, state, grad, grad, [True] * 4))
 
 
 def _mask(kind: str, q_len: int) -> SpanMask | Tensor | None:

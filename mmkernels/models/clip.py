@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkernels.checks import can_look
 from mmkernels.models import clip_weights
 from mmkernels.models.blocks.checkpoint import load_checkpoint_of
 from mmkernels.models.blocks.encoder import AttentionPooling, TextEncoder
 from mmkernels.models.blocks.vision import VisionTransformer
 from mmkernels.models.blocks.weights import build, check_dtype
 from mmkernels.models.clip_config import CLIPConfig
-from mmkernels.ops.info_nce import info_nce
-from mmkernels.ops.sigmoid_contrastive import sigmoid_contrastive
+from mmkernels.ops.contrastive.info_nce import info_nce
+from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
+from mmkernels.runtime.checks import can_look
 
 SIZES = {
     # For tests.

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels.checks import check_range
 from mmkernels.models.blocks.checkpoint import LARGEST_INTEGER
 from mmkernels.models.blocks.described import described
 from mmkernels.models.embeddings_files import DTYPES, EmbeddingCacheError, is_finite
@@ -18,7 +17,8 @@ from mmkernels.models.embeddings_index import RowIndex
 from mmkernels.models.embeddings_keys import content_key, fingerprint, key_bytes
 from mmkernels.models.embeddings_store import Encoded, Store
 from mmkernels.nn.checks import check_positive
-from mmkernels.ops.retrieval_ranks import retrieval_ranks
+from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
+from mmkernels.runtime.checks import check_range
 
 __all__ = ["EmbeddingCache", "EmbeddingCacheError", "SearchResult", "content_key", "fingerprint"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmkernels.ops._contrastive.inputs import check_scalar
-from mmkernels.ops.info_nce import info_nce
-from mmkernels.ops.sigmoid_contrastive import sigmoid_contrastive
+from mmkernels.ops.contrastive.info_nce import info_nce
+from mmkernels.ops.contrastive.inputs import check_scalar
+from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
 
 _EXCHANGES = ("bidir", "shift", "reduce", "gather")
 """open_clip's ways of passing text features from rank to rank."""

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mmkernels.checks import check_range
 from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_positive
 from mmkernels.nn.cross_attention import CrossAttention
+from mmkernels.runtime.checks import check_range
 
 
 class PerceiverResampler(nn.Module):

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mmkernels.checks import check_range
 from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_positive
 from mmkernels.nn.cross_attention import KeyValue
 from mmkernels.nn.token_buffer import TokenBuffer
+from mmkernels.runtime.checks import check_range
 
 _Sizes = tuple[int, int, int, torch.dtype, torch.device]
 """Batch, heads, head width, dtype and device."""

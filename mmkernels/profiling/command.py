@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mmkernels.models.blocks.images import ImageError, load_image
-from mmkernels.profiling import BadInput, plot, table
+from mmkernels.options import BadInput
+from mmkernels.profiling import plot, table
 from mmkernels.profiling.options import Options
 from mmkernels.profiling.profiler import find_model, profile, steps
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from mmkernels.dispatch import BACKENDS
-from mmkernels.profiling import BadInput
+from mmkernels.options import DTYPES, BadInput, check_device, one_of, parse_list
+from mmkernels.runtime.dispatch import BACKENDS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHOICES = ("fused", *BACKENDS)
 """What to compare: "fused" is the automatic choice, the others force a backend; "reference" is the naive baseline."""
 
@@ -22,7 +21,7 @@ class Options:
     """Settings of one profile.
 
     Args:
-        model: a name in `mmkernels.profiling.models.MODELS`.
+        model: a name in `mmkernels.profiling.adapter.MODELS`.
         image: the photograph.
         tokens: visual tokens per image, each a row of the profile; sorted, without repeats.
         images: crops of the photograph in the prompt.
@@ -74,32 +73,12 @@ class Options:
         return DTYPES[self.dtype]
 
 
-def parse_list(text: str) -> tuple[str, ...]:
-    """The parts of a comma-separated list."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def parse_tokens(text: str) -> tuple[int, ...]:
     """The numbers of "16,64,256"."""
     try:
         return tuple(int(part) for part in parse_list(text))
     except ValueError:
         raise BadInput(f"--tokens must be integers, such as 16,64; got {text!r}") from None
-
-
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise BadInput(f"{name} must be one of {', '.join(known)}; got {value!r}")
-
-
-def check_device(name: str) -> None:
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise BadInput(f"--device must be cpu, cuda or cuda:<number>; got {name!r}")
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"--device {name!r} can't be used: {reason}") from None
 
 
 def _join(numbers: tuple[int, ...]) -> str:

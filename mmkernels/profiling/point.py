@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkernels.dispatch import removed, use_backend
+from mmkernels.meters import Timing, peak_memory, time_alternating
 from mmkernels.profiling.adapter import Adapter, Stage
-from mmkernels.profiling.meters import Timing, peak_memory, time_alternating
 from mmkernels.profiling.options import Options
+from mmkernels.runtime.dispatch import removed, use_backend
 
 REMOVED = "removed"
 """The candidate in which every op answers zeros at once: what is left is the Amdahl bound."""

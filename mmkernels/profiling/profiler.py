@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from mmkernels.profiling import BadInput
+from mmkernels.machine import describe_machine, device_name
+from mmkernels.meters import memory_why_not
+from mmkernels.options import BadInput
 from mmkernels.profiling.adapter import Adapter
 from mmkernels.profiling.flamingo import FlamingoAdapter
-from mmkernels.profiling.machine import describe_machine, device_name
-from mmkernels.profiling.meters import memory_why_not
 from mmkernels.profiling.options import Options
 from mmkernels.profiling.photo import crops
 from mmkernels.profiling.point import Cell, measure_point, steps_of_point

@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmkernels.profiling.meters import Timing
+from mmkernels.meters import Timing
 
 WIDTH = 100
 """Columns where the output is no terminal."""

@@ -22,7 +22,7 @@ _GUARD = 64  # elements on either side of what a kernel writes
 
 
 class _Problem(ctypes.Structure):
-    """`DecodeProblem` of csrc/cross_attention/decode_plan.h."""
+    """`DecodeProblem` of csrc/attention/decode_plan.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("query", "key", "value")),

@@ -1,7 +1,7 @@
 // The decode kernels as a host library for tests/ops/test_cuda_decode.py.
 #include "ptx.h"
 
-#include "../../csrc/cross_attention/decode_cuda.cuh"
+#include "../../csrc/attention/decode_cuda.cuh"
 
 namespace mmkernels {
 namespace {

@@ -11,12 +11,12 @@ import transformers
 from torch import Tensor
 
 from mmkernels.integrations.transformers import NAME, register, support
-from mmkernels.integrations.transformers.families import FAMILIES, find
-from mmkernels.integrations.transformers.families_common import Family
 from mmkernels.integrations.transformers.support import NOTHING, YES, check, quiet
 from mmkernels.integrations.transformers.support_compare import WAYS, Comparison, NotEqual
 from mmkernels.integrations.transformers.support_table import support_table
-from mmkernels.profiling import BadInput
+from mmkernels.options import BadInput
+from mmkernels.testing.families import FAMILIES, find
+from mmkernels.testing.families_common import Family
 
 OWN_ATTENTION = "transformers keeps its own attention"
 REFUSED = {

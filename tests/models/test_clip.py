@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mmkernels
-from mmkernels import cpu
 from mmkernels.models import CLIP
 from mmkernels.models.clip import SIZES, CLIPOutput
+from mmkernels.runtime import cpu
 
 BACKENDS = (
     pytest.param("cpu", marks=pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))),

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmkernels
-from mmkernels import cpu
 from mmkernels.nn import ClipLoss, SigLipLoss
+from mmkernels.runtime import cpu
 
 BACKENDS = (
     pytest.param("cpu", marks=pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))),

@@ -15,8 +15,9 @@ from harness import DTYPES, backends, check, draw, gradients, needed, run
 from torch import Tensor
 
 import mmkernels
-from mmkernels.dispatch import BACKENDS, TABLES
+from mmkernels import ops
 from mmkernels.ops import NAMES, specs
+from mmkernels.runtime.dispatch import BACKENDS, TABLES
 from mmkernels.spec import Case, OpSpec, cast, flatten
 
 SPECS = specs()
@@ -72,7 +73,7 @@ def test_deterministic(spec: OpSpec, case: Case) -> None:
 
 def _boundary_calls(spec: OpSpec, case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The arguments that the public function hands to its op boundary."""
-    module = importlib.import_module(f"mmkernels.ops.{spec.name}")
+    module = importlib.import_module(ops.MODULES[spec.name])
     calls: list[tuple[Any, ...]] = []
     real = module._op
 

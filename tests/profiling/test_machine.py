@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mmkernels.profiling import machine
+from mmkernels import machine
 
 
 def test_description_is_json_without_names_of_people_or_machines() -> None:

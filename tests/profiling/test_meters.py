@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmkernels.profiling import meters
-from mmkernels.profiling.meters import Timing, memory_why_not, peak_memory, time_alternating
+from mmkernels import meters
+from mmkernels.meters import Timing, memory_why_not, peak_memory, time_alternating
 
 MEASURES = pytest.mark.skipif(memory_why_not() is not None, reason=str(memory_why_not()))
 

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mmkernels
-from mmkernels import dispatch
 from mmkernels.profiling import plot, point, profiler, table
 from mmkernels.profiling.adapter import Stage
 from mmkernels.profiling.options import Options
 from mmkernels.profiling.photo import default_photo
+from mmkernels.runtime import dispatch
 
 PHOTO = Image.open(default_photo()).convert("RGB")
 

@@ -11,10 +11,10 @@ from mmkernels.integrations.transformers.counts import active
 from mmkernels.integrations.transformers.masks import ModelMask, causal_from
 from mmkernels.integrations.transformers.matrices import read_matrix
 from mmkernels.masks import SpanMask
-from mmkernels.ops._attention.formula import probabilities, visible_keys
-from mmkernels.ops._attention.inputs import check_scale, take_mask_apart
-from mmkernels.ops.attention_weights import attention_weights
-from mmkernels.ops.cross_attention import cross_attention
+from mmkernels.ops.attention.attention_weights import attention_weights
+from mmkernels.ops.attention.cross_attention import cross_attention
+from mmkernels.ops.attention.formula import probabilities, visible_keys
+from mmkernels.ops.attention.inputs import check_scale, take_mask_apart
 
 Mask = SpanMask | Tensor | None
 

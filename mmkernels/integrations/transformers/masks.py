@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from mmkernels.checks import can_look
-from mmkernels.dispatch import something_watches
 from mmkernels.integrations.transformers.counts import count_conversion
 from mmkernels.integrations.transformers.solving import UnreadableError
 from mmkernels.integrations.transformers.symbols import read
 from mmkernels.masks import SpanMask
+from mmkernels.runtime.checks import can_look
+from mmkernels.runtime.dispatch import something_watches
 
 _OWN_ATTENTION = (
     'attn_implementation="mmkernels" is not for {}: it has no attention interface, and its own attention adds masks to '

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mmkernels.checks import can_look
 from mmkernels.integrations.transformers.counts import count_conversion
 from mmkernels.masks import SpanMask
+from mmkernels.runtime.checks import can_look
 
 
 class Reading(NamedTuple):

@@ -16,7 +16,6 @@ import transformers
 from torch import nn
 
 from mmkernels.integrations.transformers.counts import Calls, counting
-from mmkernels.integrations.transformers.families_common import Family, Inputs
 from mmkernels.integrations.transformers.registration import NAME, register
 from mmkernels.integrations.transformers.support_compare import (
     WAYS,
@@ -27,6 +26,7 @@ from mmkernels.integrations.transformers.support_compare import (
     one_pass,
     set_attention,
 )
+from mmkernels.testing.families_common import Family, Inputs
 
 YES, NOTHING = "yes", "-"
 

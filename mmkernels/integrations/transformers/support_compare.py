@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mmkernels.integrations.transformers.families_common import Family, Inputs
 from mmkernels.integrations.transformers.registration import NAME
 from mmkernels.spec import cast
+from mmkernels.testing.families_common import Family, Inputs
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},

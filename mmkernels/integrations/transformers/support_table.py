@@ -14,14 +14,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mmkernels.dispatch import TABLES, Backend
-from mmkernels.integrations.transformers.families import find
-from mmkernels.integrations.transformers.families_common import Family
+from mmkernels import machine
 from mmkernels.integrations.transformers.support import NOTHING, YES, Support, check
 from mmkernels.integrations.transformers.support_compare import WAYS
-from mmkernels.profiling import machine
 from mmkernels.profiling.command import progress_bar
 from mmkernels.profiling.table import console
+from mmkernels.runtime.dispatch import TABLES, Backend
+from mmkernels.testing.families import find
+from mmkernels.testing.families_common import Family
 
 WIDTH = 120
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmkernels.checks import can_look, check_range
 from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.described import described
 from mmkernels.nn import CrossAttention
+from mmkernels.runtime.checks import can_look, check_range
 
 
 def _mlp(width: int, hidden: int, activation: str) -> nn.Sequential:

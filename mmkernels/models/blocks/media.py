@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.checks import check_range
 from mmkernels.masks import SpanMask
 from mmkernels.nn import VisualCache
+from mmkernels.runtime.checks import check_range
 
 
 def images_seen(

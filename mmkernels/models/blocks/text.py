@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmkernels.checks import check_range
 from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.nn import CrossAttention
+from mmkernels.runtime.checks import check_range
 
 
 class SwiGLU(nn.Module):

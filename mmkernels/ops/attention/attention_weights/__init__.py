@@ -1,0 +1,113 @@
+"""The attention probabilities of chosen queries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.masks import SpanMask
+from mmkernels.ops.attention.attention_weights import chunked
+from mmkernels.ops.attention.attention_weights.spec import reference
+from mmkernels.ops.attention.inputs import MaskTensors, check_scores
+from mmkernels.runtime import cpu
+from mmkernels.runtime import triton as gpu
+from mmkernels.runtime.checks import check_range, check_tensor
+from mmkernels.runtime.dispatch import Backend, register, resolve
+
+__all__ = ["attention_weights"]
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    mask: SpanMask | Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    rows: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`cross_attention`'s probabilities for the queries in `rows`: what a token looks at. No gradient.
+
+    Only the chosen rows are computed: memory and time grow with R x Lk, not with Lq x Lk.
+
+    Args:
+        query, key, mask, bias, scale: as in `cross_attention`.
+        rows: int64 ``[R]`` or ``[B, R]``: which queries, each from 0 to Lq - 1; None: all of them.
+        backend: None (the fastest that can), "triton", "cpu", "chunked" or "reference".
+
+    Returns:
+        ``[B, Hq, R, Lk]`` float32 (float64 for float64 inputs), 0 where hidden; a row sums to 1, or to 0 where its
+        query sees nothing.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape or device.
+        IndexError: a row out of range (CPU tensors outside ``torch.compile``; elsewhere PyTorch's own indexing check).
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 1.
+
+    Example:
+        >>> import torch, mmkernels
+        >>> text, image = torch.randn(1, 4, 6, 16), torch.randn(1, 4, 100, 16)
+        >>> last = mmkernels.attention_weights(text, image, rows=torch.tensor([5]))
+        >>> last.shape, last.sum(-1).round().unique()
+        (torch.Size([1, 4, 1, 100]), tensor([1.]))
+    """
+    query, key, masks, bias, scale = check_scores(query, key, mask, bias, scale)
+    if rows is not None:
+        rows = _check_rows(rows, query)
+        masks = MaskTensors(
+            _take_shared(masks.start, rows, 1),
+            _take_shared(masks.end, rows, 1),
+            masks.key_valid,
+            _take_shared(masks.dense, rows, 2),
+        )
+        query, bias = _take(query, rows, 2), _take_shared(bias, rows, 2)
+    return _op(query, key, *masks, bias, scale, resolve(backend))
+
+
+def _check_rows(rows: Tensor, query: Tensor) -> Tensor:
+    """`rows` as [B, R]."""
+    check_tensor("rows", rows)
+    batch, _, q_len, _ = query.shape
+    if rows.dtype != torch.int64:
+        raise TypeError(f"rows must be int64, got {rows.dtype}")
+    if rows.device != query.device:
+        raise ValueError(f"rows must be on query's device {query.device}, got {rows.device}")
+    if rows.dim() not in (1, 2) or (rows.dim() == 2 and rows.shape[0] != batch):
+        raise ValueError(f"rows must be [R] or [{batch}, R], got shape {tuple(rows.shape)}")
+    check_range("rows", rows, 0, q_len - 1, error=IndexError)
+    return rows.expand(batch, -1)
+
+
+def _take_shared(x: Tensor | None, rows: Tensor, dim: int) -> Tensor | None:
+    """As `_take`, but a dim of size 1 serves all rows."""
+    return x if x is None or x.shape[dim] == 1 else _take(x, rows, dim)
+
+
+def _take(x: Tensor, rows: Tensor, dim: int) -> Tensor:
+    """The chosen rows of dim `dim` of a tensor whose dim 0 is the batch or 1."""
+    shape = list(x.shape)
+    shape[0], shape[dim] = rows.shape
+    index = rows.reshape([rows.shape[0] if d == 0 else rows.shape[1] if d == dim else 1 for d in range(x.dim())])
+    return x.expand(rows.shape[0], *x.shape[1:]).gather(dim, index.expand(shape))
+
+
+def _fake(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(*query.shape[:3], key.shape[2], dtype=wide)
+
+
+_op = register(
+    "attention_weights(Tensor query, Tensor key, Tensor? start, Tensor? end, Tensor? key_valid, Tensor? dense, "
+    "Tensor? bias, float scale, str backend) -> Tensor",
+    [
+        Backend("triton", gpu.op("mmkernels.ops.attention.attention_weights.triton", "forward"), gpu.why_not),
+        Backend("cpu", cpu.op("attention_weights_cpu"), cpu.why_not),
+        Backend("chunked", chunked.forward),
+        Backend("reference", reference),
+    ],
+    _fake,
+)

@@ -1,0 +1,35 @@
+"""Attention probabilities in tiles: scores written where they will stay, then normalised by their log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops.attention.tiles import Tiles, finite_or_zero, log_sum_exp
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    key_valid: Tensor | None,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """[B, Hq, Lq, Lk]."""
+    tiles = Tiles(query, key, start, end, key_valid, dense, bias, None, scale, 0.0)
+    result = query.new_zeros(*query.shape[:3], key.shape[2], dtype=tiles.dtype)
+    for block in tiles.blocks():
+        for queries in tiles.query_tiles():
+            rows = tiles.scaled_rows(block, queries)
+            lse = finite_or_zero(log_sum_exp(tiles, block, queries, rows))
+            for tile in tiles.key_tiles(block, queries):
+                scores = tiles.scores(rows, block, tile)
+                seen = tiles.seen(scores, block, tile)
+                weights = scores.sub_(lse).exp_()
+                if seen is not None:  # a query whose own scores are NaN still gives a hidden key nothing
+                    weights = torch.where(seen > 0, weights, 0.0)
+                result[block.batch, block.heads, queries, tile.keys] = tiles.unfold_pairs(weights, block)
+    return result

@@ -1,0 +1,72 @@
+"""What attention weights are: the probabilities themselves, for the queries given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from mmkernels.ops.attention.cases import CASES, attention_cost, case_inputs
+from mmkernels.ops.attention.formula import probabilities, visible_keys
+from mmkernels.ops.common.cases import normal
+from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    key_valid: Tensor | None,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """[B, Hq, Lq, Lk]."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    visible = visible_keys(start, end, key_valid, dense, key.shape[2])
+    weights, _, visible = probabilities(query, key, visible, bias, scale, need_lse=False)
+    weights = weights.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    return weights.clone() if visible is None else torch.where(visible, weights, 0.0)
+
+
+_NAMES = ("query", "key", "mask", "bias", "scale")
+
+
+def _chosen(per_sequence: bool) -> Callable[[Generator], Inputs]:
+    def make(generator: Generator) -> Inputs:
+        inputs = case_inputs("grouped-query", _NAMES)(generator)
+        batch, _, q_len, _ = inputs["query"].shape
+        shape = (batch, 3) if per_sequence else (3,)
+        return inputs | {"rows": torch.randint(q_len, shape, generator=generator)}
+
+    return make
+
+
+def _cost(inputs: Inputs, backward: bool) -> Cost:
+    """Of the chosen rows alone; the probabilities are written in float32."""
+    rows = inputs.get("rows")
+    batch, heads, q_len, _ = inputs["query"].shape
+    chosen = q_len if rows is None else rows.shape[-1]
+    whole = attention_cost(inputs, matmuls=1)
+    key = inputs["key"]
+    moved = key.numel() * key.element_size() + 4 * batch * heads * chosen * key.shape[2]
+    return Cost(flops=whole.flops * chosen / max(1, q_len), bytes=float(moved))
+
+
+def _benchmark(generator: Generator) -> Inputs:
+    query, key = normal(generator, 1, 16, 1024, 64), normal(generator, 1, 16, 4096, 64)
+    return {"query": query, "key": key, "rows": torch.arange(0, 1024, 64)}
+
+
+SPEC = OpSpec(
+    name="attention_weights",
+    cases=(
+        *(Case(id, case_inputs(id, _NAMES)) for id in CASES),
+        Case("chosen rows", _chosen(per_sequence=False)),
+        Case("chosen rows of each sequence", _chosen(per_sequence=True)),
+    ),
+    benchmarks=(Benchmark("16 rows of 1024", _benchmark, {"B": 1, "H": 16, "R": 16, "Lk": 4096, "D": 64}),),
+    cost=_cost,
+)

@@ -1,0 +1,190 @@
+"""Cross-attention's backward pass in Triton, without atomics, so that gradients are the same each time.
+
+One kernel goes over rows and one over keys; each makes the probabilities again from the log-sum-exp, so that together
+they multiply 7 matrices where 5 would do with atomics. A bias that is not broadcast gets its gradient from the first,
+one that is broadcast over batch, heads or queries from a third. Source: Dao, "FlashAttention-2", 2023, algorithm 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops.attention.cross_attention.triton.forward import LISTED, OP, threshold
+from mmkernels.ops.attention.cross_attention.triton.grad_bias import grad_bias_kernel
+from mmkernels.ops.attention.cross_attention.triton.grad_key_value import grad_key_value_kernel
+from mmkernels.ops.attention.cross_attention.triton.grad_query import grad_query_kernel
+from mmkernels.ops.attention.philox import keep_scale
+from mmkernels.ops.attention.triton.call import NO_LISTS, Call, in_units, key_strides, pieces, unit_of
+from mmkernels.ops.common.triton.launch import ceil_div
+from mmkernels.runtime.triton import launch, multiprocessors
+from mmkernels.runtime.tuning import Config, config
+
+
+def backward(
+    grad_out: Tensor,  # [B, Hq, Lq, Dv]
+    grad_lse: Tensor | None,  # [B, Hq, Lq]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    key_valid: Tensor | None,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,  # the forward's, gate included
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, bias, gate; an empty tensor where `needs` says that none is wanted."""
+    call = Call(query, key, start, end, key_valid, dense, bias, scale)
+    return _Backward(call, grad_out, grad_lse, value, gate, seed, out, lse, dropout_p).run(needs)
+
+
+class _Backward:
+    """One backward call: what its kernels share, and a method for each of them."""
+
+    def __init__(
+        self,
+        call: Call,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        value: Tensor,
+        gate: Tensor | None,
+        seed: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        dropout_p: float,
+    ) -> None:
+        self.call, self.value, self.gate, self.seed, self.out = call, value, gate, seed, out
+        self.grad_out, self.lse = grad_out, lse.contiguous()
+        self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        self.delta = torch.empty_like(self.lse)
+        self.gate_stride = 0 if gate is None or gate.numel() == 1 else gate.stride(0)
+        self.dropout = (threshold(dropout_p), keep_scale(dropout_p) if seed is not None else 1.0)
+        v0, v1 = pieces(value.shape[3])
+        unit = unit_of(call.query, call.key, value, grad_out, out)
+        self.constants: dict[str, Any] = call.constants | {"UNIT": unit, "DV": value.shape[3], "V0": v0, "V1": v1}
+        # Of query, key, value, grad_out.
+        self.strides = tuple(
+            in_units(x, unit) for x in (call.query.stride(), call.key_strides, key_strides(value), grad_out.stride())
+        )
+        self.out_strides = in_units(out.stride(), unit)
+
+    def run(self, needs: list[bool]) -> tuple[Tensor, ...]:
+        call, bias = self.call, self.call.masks[4]
+        need_query, need_key, need_value, need_bias, need_gate = needs
+        need_bias, need_gate = need_bias and bias is not None, need_gate and self.gate is not None
+        none = self.grad_out.new_empty(0)
+        grad_query = torch.empty_like(call.query) if need_query else None
+        whole = (call.batch, call.heads, call.q_len, call.k_len)
+        grad_bias = torch.zeros_like(bias) if need_bias and bias is not None and bias.shape == whole else None
+        bias_sums = gate_sums = None
+        if need_bias and bias is not None and grad_bias is None and bias.shape[3] == 1:
+            bias_sums = torch.empty_like(self.delta)  # all keys share the bias: what matters is a row's sum
+        if need_gate:
+            gate_sums = torch.empty_like(self.delta)
+        if need_query or need_key or need_bias or need_gate:
+            self._query(grad_query, grad_bias, gate_sums, bias_sums)
+        grad_key, grad_value = self._key_value(need_key, need_value)
+        if need_bias and bias is not None and grad_bias is None:
+            grad_bias = self._shared_bias(bias) if bias_sums is None else like(bias_sums[..., None], bias)
+        grad_gate = None
+        if gate_sums is not None and self.gate is not None:
+            slope = 1 - self.gate.float().tanh() ** 2
+            grad_gate = like((slope * gate_sums.sum((0, 2))).sum_to_size(self.gate.shape or (1,)), self.gate)
+        grads = (grad_query, grad_key, grad_value, grad_bias, grad_gate)
+        return tuple(none if grad is None else grad for grad in grads)
+
+    def _config(self, kernel: str) -> Config:
+        query = self.call.query
+        return config(OP, kernel, query.device, query.dtype, max(self.call.dim, self.value.shape[3]))
+
+    def _lists(self, plan: Config, *, of_rows: bool) -> Any:
+        """Of the tiles that a mask leaves: a dense one's for rows, any mask's for keys (spans belong to rows)."""
+        call = self.call
+        masked = call.masks[3] is not None if of_rows else any(x is not None for x in call.masks[:4])
+        worth = masked and call.rows * call.k_len >= LISTED
+        return call.lists(plan, of_rows=of_rows) if worth else NO_LISTS
+
+    def _query(
+        self, grad_query: Tensor | None, grad_bias: Tensor | None, gate_sums: Tensor | None, bias_sums: Tensor | None
+    ) -> None:
+        call, out = self.call, self.out
+        plan = self._config("grad_query" if self.seed is None else "grad_query_dropout")
+        lists, list_strides = self._lists(plan, of_rows=True)
+        launch(
+            grad_query_kernel, (call.row_tiles(plan) * call.problems,), plan,
+            call.query, call.key, self.value, self.grad_out, out, self.lse, self.grad_lse, self.delta, grad_query,
+            grad_bias, gate_sums, bias_sums, call.masks, call.mask_strides, lists, list_strides,
+            self.gate, self.gate_stride, self.seed, *self.strides, self.out_strides,
+            (0,) * 4 if grad_query is None else grad_query.stride(),
+            (0,) * 4 if grad_bias is None else grad_bias.stride(), call.sizes, call.scale_log2, call.scale,
+            *self.dropout, **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
+        )  # fmt: skip
+
+    def _key_value(self, need_key: bool, need_value: bool) -> tuple[Tensor | None, Tensor | None]:
+        if not (need_key or need_value):
+            return None, None
+        call = self.call
+        plan = self._config(
+            "grad_key_value" + ("_dropout" if self.seed is not None else "_masked" if call.hides else "")
+        )
+        lists, list_strides = self._lists(plan, of_rows=False)
+        programs = call.key_tiles(plan) * call.problems
+        splits = max(1, min(multiprocessors(call.query.device) // max(1, programs), call.row_tiles(plan) // 4))
+        inputs = (call.key if need_key else None, self.value if need_value else None)
+        targets = [
+            None if x is None else
+            torch.empty_like(x)[None] if splits == 1 else x.new_empty(splits, *x.shape, dtype=torch.float32)
+            for x in inputs
+        ]  # fmt: skip
+        launch(
+            grad_key_value_kernel, (programs, splits), plan,
+            call.query, call.key, self.value, self.grad_out, self.lse, self.delta, *targets,
+            call.masks, call.mask_strides, lists, list_strides, self.gate, self.gate_stride, self.seed,
+            *self.strides, *((0,) * 5 if x is None else x.stride() for x in targets), call.sizes, call.scale_log2,
+            abs(call.scale), *self.dropout, splits,
+            **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, HIDES=call.hides,
+        )  # fmt: skip
+        grad_key, grad_value = (
+            None if x is None or parts is None else parts[0] if splits == 1 else like(parts.sum(0), x)
+            for x, parts in zip(inputs, targets, strict=True)
+        )
+        return grad_key, grad_value
+
+    def _shared_bias(self, bias: Tensor) -> Tensor:
+        call, plan = self.call, self._config("grad_bias")
+        tiles = ceil_div(call.q_len, plan.block_q)
+        sum_rows = bias.shape[2] == 1
+        sums = (
+            call.batch if bias.shape[0] == 1 else 1, call.heads if bias.shape[1] == 1 else 1, tiles if sum_rows else 1,
+        )  # fmt: skip
+        bias_tiles = 1 if sum_rows else tiles
+        programs = call.key_tiles(plan) * bias_tiles * bias.shape[0] * bias.shape[1]
+        summed = sums[0] * sums[1] * sums[2]
+        splits = max(1, min(2 * multiprocessors(bias.device) // max(1, programs), summed // 4))
+        parts = (
+            torch.zeros_like(bias)[None] if splits == 1 else bias.new_zeros(splits, *bias.shape, dtype=torch.float32)
+        )
+        used = ("GROUP", "NEGATE", "PRECISION", "UNIT", "DIM", "D0", "D1", "DV", "V0", "V1")
+        launch(
+            grad_bias_kernel, (programs, splits), plan,
+            call.query, call.key, self.value, self.grad_out, self.lse, self.delta, parts, call.masks,
+            call.mask_strides, self.gate, self.gate_stride, self.seed, *self.strides, parts.stride(), call.sizes,
+            bias.shape[1], bias_tiles, *sums,
+            call.scale_log2, *self.dropout, splits, **{name: self.constants[name] for name in used},
+            BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, SUM_ROWS=sum_rows,
+        )  # fmt: skip
+        return parts[0] if splits == 1 else like(parts.sum(0), bias)
+
+
+def like(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad` summed to x's shape, in its dtype and memory layout."""
+    return torch.empty_like(x).copy_(grad.sum_to_size(x.shape or (1,)).view(x.shape))

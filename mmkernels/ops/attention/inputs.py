@@ -1,0 +1,139 @@
+"""Argument checks shared by the attention ops, and masks as tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmkernels.masks import SpanMask
+from mmkernels.runtime.checks import DTYPES, autocast, check_tensor
+
+_DTYPES = frozenset(DTYPES)
+
+
+class MaskTensors(NamedTuple):
+    """A mask as the op boundaries take it: spans and `key_valid`, or `dense`, or nothing."""
+
+    start: Tensor | None = None  # int32 [B or 1, Lq or 1]
+    end: Tensor | None = None  # int32 [B or 1, Lq or 1]
+    key_valid: Tensor | None = None  # bool [B or 1, Lk]
+    dense: Tensor | None = None  # bool [B or 1, Hq or 1, Lq or 1, Lk or 1]
+
+
+def check_attention(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
+    """Raise unless query [B, Hq, Lq, D], key [B or 1, Hkv, Lk, D], value [B or 1, Hkv, Lk, Dv] fit together."""
+    if _fit(query, key, key if value is None else value):
+        return
+    tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    for name, x in tensors.items():
+        check_tensor(name, x)
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be 4-D [B, H, L, D], got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
+    batch, heads, _, dim = query.shape
+    if heads < 1 or dim < 1:
+        raise ValueError(f"query must have at least one head and one channel, got shape {tuple(query.shape)}")
+    if key.shape[3] != dim:
+        raise ValueError(f"key must have query's head dim {dim}, got shape {tuple(key.shape)}")
+    for name, x in tensors.items():
+        if x.shape[0] not in (1, batch):
+            raise ValueError(f"{name} must have batch 1 or query's {batch}, got shape {tuple(x.shape)}")
+        if x.shape[1] < 1 or heads % x.shape[1]:
+            raise ValueError(f"{name} must have a number of heads that divides query's {heads}, got {x.shape[1]}")
+    if value is not None:
+        if value.shape[:3] != key.shape[:3]:
+            raise ValueError(
+                f"value must be [{', '.join(map(str, key.shape[:3]))}, Dv] as key is, got {tuple(value.shape)}"
+            )
+        if value.shape[3] < 1:
+            raise ValueError(f"value must have at least one channel, got shape {tuple(value.shape)}")
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the usual case has nothing wrong with it: `check_attention`'s conditions at a third of their time."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
+    dtype = query.dtype
+    if dtype not in _DTYPES or key.dtype is not dtype or value.dtype is not dtype:
+        return False
+    if not (query.is_cpu and key.is_cpu and value.is_cpu) and not query.device == key.device == value.device:
+        return False
+    if not query.ndim == key.ndim == value.ndim == 4:
+        return False
+    batch, heads, _, dim = query.shape
+    key_batch, key_heads, k_len, key_dim = key.shape
+    b, h, n, value_dim = value.shape
+    if key_heads == 0 or heads == 0 or heads % key_heads or key_batch not in (1, batch):
+        return False
+    return b == key_batch and h == key_heads and n == k_len and key_dim == dim > 0 and value_dim > 0
+
+
+def check_bias(bias: Tensor, query: Tensor, k_len: int) -> Tensor:
+    """`bias` as 4-D, broadcastable to [B, Hq, Lq, Lk]."""
+    check_tensor("bias", bias)
+    if bias.dtype not in (query.dtype, torch.float32):
+        raise TypeError(f"bias must be {query.dtype} or float32, got {bias.dtype}")
+    return _broadcastable("bias", bias, query, k_len)
+
+
+def take_mask_apart(mask: SpanMask | Tensor | None, query: Tensor, k_len: int) -> MaskTensors:
+    """Check `mask` against [B, Hq, Lq, Lk] and turn it into tensors."""
+    if mask is None:
+        return MaskTensors()
+    if isinstance(mask, SpanMask):
+        batch, q_len = query.shape[0], query.shape[2]
+        b, i = mask.shape
+        if b not in (1, batch):
+            raise ValueError(f"mask must be for batch 1 or {batch}, got {b}")
+        if i not in (1, q_len):
+            raise ValueError(f"mask must be for 1 or {q_len} queries, got {i}")
+        if mask.key_valid is not None:
+            if mask.key_valid.shape[0] not in (1, batch):
+                raise ValueError(f"mask.key_valid must be for batch 1 or {batch}, got {mask.key_valid.shape[0]}")
+            if mask.key_valid.shape[1] != k_len:
+                raise ValueError(f"mask.key_valid must be for {k_len} keys, got {mask.key_valid.shape[1]}")
+        if not (mask.start.is_cpu and query.is_cpu) and mask.device != query.device:
+            raise ValueError(f"mask must be on query's device {query.device}, got {mask.device}; see SpanMask.to")
+        return MaskTensors(mask.start, mask.end, mask.key_valid)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a SpanMask, a bool tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool (True = visible), got {mask.dtype}; an additive mask is the argument bias")
+    return MaskTensors(dense=_broadcastable("mask", mask, query, k_len))
+
+
+def check_scale(scale: float | None, query: Tensor) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(query.shape[3])
+    if isinstance(scale, Tensor) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    return float(scale)
+
+
+def check_scores(
+    query: Tensor, key: Tensor, mask: SpanMask | Tensor | None, bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor, MaskTensors, Tensor | None, float]:
+    """Check what the scores alone are made of, and take it out of the gradient's reach."""
+    query, key = autocast(query, key)
+    check_attention(query, key)
+    masks = take_mask_apart(mask, query, key.shape[2])
+    bias = None if bias is None else check_bias(bias, query, key.shape[2]).detach()
+    return query.detach(), key.detach(), masks, bias, check_scale(scale, query)
+
+
+def _broadcastable(name: str, x: Tensor, query: Tensor, k_len: int) -> Tensor:
+    batch, heads, q_len, _ = query.shape
+    target = (batch, heads, q_len, k_len)
+    if x.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
+    if x.dim() > 4 or any(m not in (1, n) for m, n in zip(reversed(x.shape), reversed(target), strict=False)):
+        raise ValueError(f"{name} must broadcast to [B, Hq, Lq, Lk] = {list(target)}, got shape {tuple(x.shape)}")
+    return x.reshape((1,) * (4 - x.dim()) + tuple(x.shape)) if x.dim() < 4 else x

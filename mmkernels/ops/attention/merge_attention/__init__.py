@@ -1,0 +1,108 @@
+"""Two attention results over different keys merged into the result over all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops.attention.merge_attention import chunked
+from mmkernels.ops.attention.merge_attention.spec import reference
+from mmkernels.runtime.checks import DTYPES, check_tensor
+from mmkernels.runtime.dispatch import Backend, register, resolve
+
+__all__ = ["merge_attention"]
+
+
+def merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Merge what ``cross_attention(..., return_lse=True)`` gave for two disjoint sets of keys.
+
+    The result is that of one call over both sets, without a concatenated copy of keys and values: cached and new keys,
+    media and latents, keys that lie on several devices. A row whose log-sum-exp is -inf saw nothing and weighs nothing.
+
+    Args:
+        out_a, out_b: ``[B, H, Lq, Dv]``, one shape, dtype (float16, bfloat16, float32, float64) and device; computed
+            without `gate` and with the same `scale`.
+        lse_a, lse_b: ``[B, H, Lq]``, float32, or float64 beside float64 outputs.
+        backend: None, "chunked" or "reference".
+
+    Returns:
+        The merged output, ``[B, H, Lq, Dv]`` in out_a's dtype, in memory ``[B, Lq, H, Dv]``, and its log-sum-exp
+        ``[B, H, Lq]``. Both are differentiable with respect to all four inputs.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape or device.
+
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, theorem 1.
+
+    Example:
+        >>> import torch, mmkernels
+        >>> q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+        >>> first = mmkernels.cross_attention(q, k[:, :, :4], v[:, :, :4], return_lse=True)
+        >>> second = mmkernels.cross_attention(q, k[:, :, 4:], v[:, :, 4:], return_lse=True)
+        >>> out, lse = mmkernels.merge_attention(*first, *second)
+        >>> torch.allclose(out, mmkernels.cross_attention(q, k, v), atol=1e-6)
+        True
+    """
+    _check(out_a, lse_a, out_b, lse_b)
+    return _op(out_a, lse_a, out_b, lse_b, resolve(backend))
+
+
+def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    tensors = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    for name, x in tensors.items():
+        check_tensor(name, x)
+        if x.device != out_a.device:
+            raise ValueError(f"{name} must be on out_a's device {out_a.device}, got {x.device}")
+    if out_a.dim() != 4:
+        raise ValueError(f"out_a must be 4-D [B, H, Lq, Dv], got shape {tuple(out_a.shape)}")
+    if out_a.dtype not in DTYPES:
+        raise TypeError(f"out_a must be float16, bfloat16, float32 or float64, got {out_a.dtype}")
+    if out_b.shape != out_a.shape or out_b.dtype != out_a.dtype:
+        want, got = (out_a.dtype, tuple(out_a.shape)), (out_b.dtype, tuple(out_b.shape))
+        raise ValueError(f"out_b must be {want[0]} {want[1]} as out_a is, got {got[0]} {got[1]}")
+    wide = torch.float64 if out_a.dtype == torch.float64 else torch.float32
+    for name in ("lse_a", "lse_b"):
+        x = tensors[name]
+        if x.dtype != wide:
+            raise TypeError(f"{name} must be {wide}, got {x.dtype}")
+        if x.shape != out_a.shape[:3]:
+            raise ValueError(f"{name} must be [B, H, Lq] = {list(out_a.shape[:3])}, got shape {tuple(x.shape)}")
+
+
+def _fake(out_a: Tensor, lse_a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, dim = out_a.shape
+    return out_a.new_empty(batch, q_len, heads, dim).transpose(1, 2), lse_a.new_empty(batch, heads, q_len)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """d out_x = w_x d out; d lse_x = w_x (d lse + d out . (out_x - out)). Plain operators, so differentiable again."""
+    out_a, lse_a, out_b, lse_b, out, lse = ctx.saved_tensors
+    base = lse.masked_fill(lse == -torch.inf, 0.0)
+    result: list[Tensor | None] = []
+    for part, part_lse in ((out_a, lse_a), (out_b, lse_b)):
+        weight = (part_lse - base).exp()
+        of_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+        of_part = None
+        if grad_out is not None:
+            of_part = (grad_out * weight[..., None]).to(part.dtype)
+            of_lse = of_lse + (grad_out.to(lse.dtype) * (part.to(lse.dtype) - out.to(lse.dtype))).sum(-1)
+        result += [of_part, weight * of_lse]
+    return (*result, None)
+
+
+_op = register(
+    "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str backend) -> (Tensor, Tensor)",
+    [Backend("chunked", chunked.forward), Backend("reference", reference)],
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

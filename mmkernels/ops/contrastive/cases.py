@@ -1,0 +1,44 @@
+"""Inputs of the contrastive ops' cases and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from mmkernels.ops.common.cases import normal
+from mmkernels.spec import Cost, Inputs
+
+
+def features(g: Generator, *shape: int) -> Tensor:
+    """Random, normalised along the last dim."""
+    return F.normalize(normal(g, *shape), dim=-1)
+
+
+def two_towers(g: Generator, n: int, m: int, dim: int, queries: int = 0, scale: float = 20.0) -> Inputs:
+    """Features of images and texts, those of one number a little alike, and the scale as a tensor."""
+    text = features(g, m, dim)
+    shape = (n, queries, dim) if queries else (n, dim)
+    image = normal(g, *shape) * dim**-0.5
+    alike = text[torch.arange(n) % m]
+    image = F.normalize(image + 0.3 * (alike[:, None] if queries else alike), dim=-1)
+    return {"image": image, "text": text, "logit_scale": torch.tensor(scale, dtype=torch.float64)}
+
+
+def contrastive_cost(products_backward: int) -> Callable[[Inputs, bool], Cost]:
+    """Of an op with one matrix product forward, and so many more for its gradients."""
+
+    def cost(inputs: Inputs, backward: bool) -> Cost:
+        image, text = inputs["image"], inputs["text"]
+        hard: Any = inputs.get("hard_texts")
+        columns = text.shape[0] + (0 if hard is None else hard.shape[0])
+        product = 2.0 * (image.numel() / image.shape[-1]) * columns * text.shape[-1]
+        read = (image.numel() + text.numel()) * image.element_size()
+        if not backward:
+            return Cost(product, read)
+        return Cost(product * (1 + products_backward), 2 * read + read)
+
+    return cost

@@ -1,0 +1,284 @@
+"""The symmetric contrastive loss of images and texts (CLIP), without the logits' matrix."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops.common.second import second_derivatives
+from mmkernels.ops.contrastive.formula import wide_dtype
+from mmkernels.ops.contrastive.info_nce import chunked
+from mmkernels.ops.contrastive.info_nce.reduction import POSITIVES, Arguments, reduced, with_reduction, with_upstream
+from mmkernels.ops.contrastive.info_nce.spec import reference, reference_backward
+from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_more_features, check_scalar
+from mmkernels.runtime import cpu
+from mmkernels.runtime import triton as gpu
+from mmkernels.runtime.checks import autocast
+from mmkernels.runtime.dispatch import Backend, register, resolve
+
+__all__ = ["ContrastiveStats", "info_nce"]
+
+
+class ContrastiveStats(NamedTuple):
+    """What `info_nce` counts on the way, as tensors without a dim, on the features' device and without a gradient.
+
+    A rank is how many negatives score above the row's best positive; of equal scores the lower index comes first, and a
+    NaN score comes last. Means are over the rows that have a positive, NaN where there is none.
+
+    Args:
+        image_accuracy: float, the share of images whose best positive scores above all negatives (rank 0).
+        text_accuracy: float, of texts.
+        image_mean_rank: float, 0 is best; `hard_texts` count.
+        text_mean_rank: float.
+        images_without_positive: int64, how many contribute nothing to the loss.
+        texts_without_positive: int64.
+
+    Example:
+        >>> import torch, mmkernels
+        >>> features = torch.nn.functional.normalize(torch.randn(8, 64), dim=1)
+        >>> _, stats = mmkernels.info_nce(features, features, 100.0, return_stats=True)
+        >>> float(stats.image_accuracy), float(stats.text_mean_rank)
+        (1.0, 0.0)
+    """
+
+    image_accuracy: Tensor
+    text_accuracy: Tensor
+    image_mean_rank: Tensor
+    text_mean_rank: Tensor
+    images_without_positive: Tensor
+    texts_without_positive: Tensor
+
+
+def info_nce(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    same_id: str = "positive",
+    hard_texts: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    image_weight: float = 0.5,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """CLIP's loss: cross-entropy of ``logit_scale * image text'`` over its rows and over its columns.
+
+    The logits are never stored: memory is linear in the features, so the largest batch is the one whose features fit.
+    Forward computes each logit once for both directions, backward once more and from it every gradient: four matrix
+    products a training step.
+
+    Args:
+        image: features ``[N, d]``, float16, bfloat16, float32 or float64, normalised or not; or ``[N, Q, d]``: the
+            score of a pair is the largest of its image's Q queries (BLIP-2).
+        text: ``[M, d]``, image's dtype and device.
+        logit_scale: the multiplier itself (1 / temperature, already exponentiated): a number, or a tensor of one
+            element in image's dtype or float32.
+        image_ids, text_ids: integers ``[N]`` and ``[M]``: what each row is about. One alone serves for both sides.
+            Without ids N = M, and text i is image i's only positive.
+        same_id: what pairs of one id are. "positive": positives, as many as there are; a row's target is uniform over
+            its own (several captions an image, several images a caption). "ignore": text i stays image i's only
+            positive (N = M), and the other pairs of the id, false negatives, are left out of both softmaxes.
+        hard_texts: ``[K, d]``: more negatives for images, which take no part in the texts' direction: hard captions
+            (NegCLIP), or a queue of features (MoCo, ALBEF, BLIP). Differentiated only if it requires a gradient.
+        label_smoothing: 0 to 1, the share of each row's target that is uniform over everything that its softmax
+            compares, as in ``F.cross_entropy``.
+        image_weight: 0 to 1, the share of the image-to-text direction; the rest is that of text-to-image.
+        reduction: "mean": each direction's mean over its rows that have a positive (0 where none has), weighed by
+            `image_weight`; "sum": the same of sums; "none": the two directions' rows as they are.
+        return_stats: also return `ContrastiveStats`, counted on the way. The positives' scores must be known before
+            negatives are counted, so they are computed first: a small share of a product, or up to one more where a
+            large share of all pairs are positives.
+        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
+            float16), "chunked" (any device, float64 too; with `return_stats` it computes the logits twice) or
+            "reference", the naive formula, differentiated by PyTorch's own autograd outside ``torch.compile``.
+
+    Returns:
+        a float32 tensor without a dim (float64 for float64 features); with reduction="none" the pair of ``[N]`` and
+        ``[M]``; with `return_stats` the pair of that and the statistics. A row without a positive gives 0 and no
+        gradient. Differentiable by image, text, logit_scale and hard_texts; second derivatives are computed by the
+        reference formula, at its memory cost. NaN among the features
+        makes the loss NaN; so does inf, unless all that it gives are logits of -inf: nothing of what is compared.
+
+    Under autocast image, text and hard_texts are cast to the autocast dtype.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape, device, range or choice. Each names the argument,
+            what it must be and what it got.
+        BackendError: a forced backend can't run this call.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (CLIP), 2021, figure
+    3; several positives as in Khosla et al., "Supervised Contrastive Learning", 2020, eq. 2; queries as in Li et al.,
+    "BLIP-2", 2023, section 3.2; hard texts as in Yuksekgonul et al., "When and why vision-language models behave like
+    bags-of-words" (NegCLIP), 2023.
+
+    Example:
+        >>> import torch, mmkernels
+        >>> image, text = (torch.nn.functional.normalize(torch.randn(n, 64), dim=1) for n in (4, 6))
+        >>> image_ids, text_ids = torch.arange(4), torch.tensor([0, 0, 1, 2, 2, 3])  # two captions of images 0 and 2
+        >>> loss, stats = mmkernels.info_nce(
+        ...     image, text, 100.0, image_ids=image_ids, text_ids=text_ids, return_stats=True
+        ... )
+        >>> loss.shape, int(stats.images_without_positive)
+        (torch.Size([]), 0)
+    """
+    image, text = autocast(image, text)
+    check_features(image, text)
+    if same_id not in ("positive", "ignore"):
+        raise ValueError(f'same_id must be "positive" or "ignore", got {same_id!r}')
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    ignore = same_id == "ignore"
+    image_ids, text_ids = check_ids(image_ids, text_ids, image, text, paired=ignore)
+    logit_scale = check_scalar("logit_scale", logit_scale, image)
+    if hard_texts is not None:
+        (hard_texts,) = autocast(hard_texts)
+        check_more_features("hard_texts", hard_texts, image, least=0)
+    label_smoothing = _check_share("label_smoothing", label_smoothing)
+    image_weight = _check_share("image_weight", image_weight)
+    tensors = (image, text, logit_scale, image_ids, text_ids, hard_texts)
+    backend = resolve(backend)
+    if backend == "reference" and not torch.compiler.is_compiling():
+        need_states = return_stats or image_ids is not None
+        with torch._C._DisableAutocast():  # the features have been cast
+            outputs = with_reduction(partial(reference, need_states=need_states))(
+                *tensors, ignore, label_smoothing, image_weight, reduction, return_stats
+            )
+    else:
+        outputs = _op(*tensors, ignore, label_smoothing, image_weight, reduction, return_stats, backend)
+    loss, image_loss, text_loss, image_state, text_state, image_rank, text_rank = outputs
+    found = (image_loss, text_loss) if reduction == "none" else loss
+    if not return_stats:
+        return found
+    sides = [_statistics(image_state, image_rank), _statistics(text_state, text_rank)]
+    return found, ContrastiveStats(*(x for pair in zip(*sides, strict=True) for x in pair))
+
+
+def _check_share(name: str, x: float) -> float:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a number from 0 to 1, got {type(x).__name__}")
+    if not 0.0 <= x <= 1.0:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {x!r}")
+    return float(x)
+
+
+def _statistics(state: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Accuracy, mean rank, and rows without a positive."""
+    has = state[POSITIVES] > 0
+    count = has.sum()
+    accuracy = ((rank == 0) & has).sum() / count
+    return accuracy, torch.where(has, rank, 0).sum() / count, has.numel() - count
+
+
+# The op boundary, forward.
+
+_INPUTS = (
+    "Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, Tensor? text_ids, Tensor? hard_texts, "
+    "bool ignore, float label_smoothing, float image_weight, str reduction"
+)
+_DIFFERENTIABLE = (0, 1, 2, 5)  # image, text, logit_scale, hard_texts among the inputs
+
+
+def _fake(image: Tensor, text: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, stats, _backend = rest
+    sizes, wide = (image.shape[0], text.shape[0]), wide_dtype(image)
+    losses = [image.new_empty(n, dtype=wide) for n in sizes]
+    states = [image.new_empty(4, n, dtype=wide) for n in sizes]
+    ranks = [image.new_empty(n if stats else 0, dtype=torch.int64) for n in sizes]
+    return (image.new_empty((), dtype=wide), *losses, *states, *ranks)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.ignore, ctx.label_smoothing, ctx.image_weight, ctx.reduction, _stats, ctx.backend = inputs
+    _loss, _image_loss, _text_loss, *others = output
+    ctx.save_for_backward(*tensors, *others[:2])
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    needs = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE]
+    numbers = (ctx.ignore, ctx.label_smoothing, ctx.image_weight, ctx.reduction)
+    found = _op_backward(*ctx.saved_tensors, *grads[:3], *numbers, needs, ctx.backend)
+    image, text, scale, hard = (grad if need else None for grad, need in zip(found, needs, strict=True))
+    return image, text, scale, None, None, hard, None, None, None, None, None, None
+
+
+# The op boundary, backward.
+
+
+def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, needs, _backend = inputs
+    tensors = [tensors[place] for place in _DIFFERENTIABLE]
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if need and x is not None
+        else tensors[0].new_empty(0)
+        for x, need in zip(tensors, needs, strict=True)
+    )
+
+
+def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.ignore, ctx.label_smoothing, ctx.image_weight, ctx.reduction, _needs, _backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Second derivatives. The states are functions of the inputs."""
+    *tensors, image_state, text_state, grad_loss, grad_image_loss, grad_text_loss = ctx.saved_tensors
+
+    def formula(given: list[Any]) -> tuple[Tensor, ...]:
+        arguments = Arguments._make([*given, ctx.ignore, ctx.label_smoothing])
+        image_loss, text_loss, *_ = reference(arguments, False, need_states=False)
+        # Of the states only the counts of positives matter here, which depend on no feature.
+        loss = reduced(image_loss, text_loss, image_state, text_state, ctx.image_weight, ctx.reduction)
+        return loss, image_loss, text_loss
+
+    cotangents = (grad_loss, grad_image_loss, grad_text_loss)
+    of_cotangents, found = second_derivatives(formula, tensors, _DIFFERENTIABLE, cotangents, grads)
+    image, text, scale, hard = found
+    return (image, text, scale, None, None, hard, None, None, *of_cotangents, *([None] * 6))
+
+
+_op_backward = register(
+    "info_nce_backward(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, Tensor? text_ids, "
+    "Tensor? hard_texts, Tensor image_state, Tensor text_state, Tensor? grad_loss, Tensor? grad_image_loss, "
+    "Tensor? grad_text_loss, bool ignore, float label_smoothing, float image_weight, str reduction, bool[] needs, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    [
+        Backend(
+            "triton",
+            with_upstream(gpu.op(f"{__name__}.triton.backward", "backward")),
+            gpu.why_not,
+        ),
+        Backend("cpu", cpu.op("info_nce_backward_cpu"), cpu.why_not),
+        Backend("chunked", with_upstream(chunked.backward)),
+        Backend("reference", with_upstream(reference_backward)),
+    ],
+    _fake_backward,
+    setup_context=_setup_context_backward,
+    backward=_backward_backward,
+    is_backward=True,
+)
+_op = register(
+    f"info_nce({_INPUTS}, bool stats, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    [
+        Backend(
+            "triton",
+            with_reduction(gpu.op(f"{__name__}.triton.forward", "forward")),
+            gpu.why_not,
+        ),
+        Backend("cpu", cpu.op("info_nce_cpu"), cpu.why_not),
+        Backend("chunked", with_reduction(chunked.forward)),
+        Backend("reference", with_reduction(reference)),
+    ],
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

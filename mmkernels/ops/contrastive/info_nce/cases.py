@@ -1,0 +1,121 @@
+"""Correctness cases and benchmark configurations of the contrastive loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator
+
+from mmkernels.ops.contrastive.cases import features, two_towers
+from mmkernels.spec import Benchmark, Case, Inputs, Target
+
+_GRADS = ("image", "text", "logit_scale")
+
+
+def _case(id: str, n: int, m: int, dim: int, queries: int = 0, scale: float = 20.0, **more: Any) -> Case:
+    def make(g: Generator) -> Inputs:
+        inputs = two_towers(g, n, m, dim, queries, scale)
+        return inputs | {name: x(g) if callable(x) else x for name, x in more.items()}
+
+    grads = (*_GRADS, *(["hard_texts"] if more.get("hard_texts") else []))
+    return Case(id, make, grads)
+
+
+def _ids(*numbers: int) -> Callable[[Generator], torch.Tensor]:
+    return lambda g: torch.tensor(numbers)
+
+
+def _hard(k: int, dim: int) -> Callable[[Generator], torch.Tensor]:
+    return lambda g: features(g, k, dim)
+
+
+def _aligned(g: Generator) -> Inputs:
+    image = features(g, 21, 12)
+    return {"image": image, "text": image.clone(), "logit_scale": torch.tensor(100.0, dtype=torch.float64)}
+
+
+_BOTH: dict[str, Any] = {"return_stats": True}
+_CAPTIONS: dict[str, Any] = {
+    "image_ids": _ids(*range(9), 50),
+    "text_ids": _ids(*(j // 2 for j in range(18)), 99, 98, 97),
+}
+_CLASSES: dict[str, Any] = {
+    "image_ids": _ids(*(i % 3 for i in range(17))),
+    "text_ids": _ids(*(i % 3 for i in range(17))),
+}
+
+CASES = (
+    _case("a square batch", 33, 33, 16),
+    _case("rows of both directions", 19, 19, 40, reduction="none", **_BOTH),
+    _case("one pair", 1, 1, 8, **_BOTH),
+    _case("odd sizes", 70, 70, 13, label_smoothing=0.1, image_weight=0.3, reduction="sum"),
+    _case("several captions an image, some without", 10, 21, 24, **_CAPTIONS, **_BOTH),
+    _case("several captions, smoothed", 10, 21, 24, label_smoothing=0.2, reduction="none", **_CAPTIONS),
+    _case("few classes", 17, 17, 16, **_CLASSES, **_BOTH),
+    _case("nobody has a positive", 5, 7, 8, image_ids=_ids(*range(5)), text_ids=_ids(*range(10, 17)), reduction="sum"),
+    _case("false negatives left out", 17, 17, 16, same_id="ignore", **_CLASSES, **_BOTH),
+    _case("false negatives left out, smoothed", 17, 17, 16, same_id="ignore", label_smoothing=0.1, **_CLASSES),
+    _case("hard texts", 18, 18, 16, hard_texts=_hard(37, 16), **_BOTH),
+    _case("hard texts, captions, smoothed", 10, 21, 24, hard_texts=_hard(5, 24), label_smoothing=0.1, **_CAPTIONS),
+    _case("queries of an image", 20, 20, 16, queries=5, **_BOTH),
+    _case("queries, captions, hard texts", 10, 21, 24, queries=3, hard_texts=_hard(4, 24), **_CAPTIONS),
+    _case("negative scale", 25, 25, 16, scale=-7.0, **_BOTH),
+    _case("no scale", 25, 25, 16, scale=0.0),
+    _case("only images to texts", 25, 25, 16, image_weight=1.0),
+    Case("aligned at scale 100", _aligned, _GRADS),
+    _case("more than a tile", 150, 150, 72, scale=100.0),
+    _case(
+        "more texts than a tile", 70, 300, 96, image_ids=_ids(*range(70)), text_ids=_ids(*(j % 90 for j in range(300)))
+    ),
+)
+
+
+def _benchmark(n: int, dim: int) -> Callable[[Generator], Inputs]:
+    def make(g: Generator) -> Inputs:
+        inputs = two_towers(g, n, n, dim, scale=100.0)
+        return inputs | {"logit_scale": inputs["logit_scale"].to(g.device)}
+
+    return make
+
+
+def _config(id: str, n: int, dim: int, *targets: Target, devices: tuple[str, ...] = ("cpu", "gpu")) -> Benchmark:
+    return Benchmark(id, _benchmark(n, dim), {"N": n, "d": dim}, _GRADS, targets=targets, devices=devices)
+
+
+# A GPU's targets are an H200's milliseconds as shares of the rate at which it was measured to multiply, 800 TFLOP/s.
+BENCHMARKS = (
+    _config("small batch", 64, 512, Target("fp32", True, "naive", 1.0), Target("bf16", True, "naive", 1.0)),
+    _config(
+        "batch of 8,192",
+        8192,
+        512,
+        Target("fp32", True, "naive", 3.5),
+        Target("fp32", True, "open_clip", 5.5),
+        Target("bf16", True, "naive", 2.0),
+        Target("bf16", True, "open_clip", 2.6),
+        *(Target(dtype, True, "memory of naive", 30.0) for dtype in ("fp32", "bf16")),
+        *(
+            Target(dtype, True, peer, 1.0)
+            for dtype in ("fp32", "bf16")
+            for peer in ("compiled", "cached", "cached 512")
+        ),
+    ),
+    _config(
+        "batch of 65,536",
+        65_536,
+        512,
+        Target("fp32", True, "peak", 0.7),
+        Target("fp32", True, "extra MB", most=100.0),
+        devices=("cpu",),
+    ),
+    _config(
+        "batch of 65,536, wide",
+        65_536,
+        768,
+        Target("bf16", True, "peak", 0.73, "gpu"),  # 45 ms
+        Target("bf16", True, "extra MB", device="gpu", most=500.0),
+        devices=("gpu",),
+    ),
+)

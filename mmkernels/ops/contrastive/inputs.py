@@ -1,0 +1,87 @@
+"""What the contrastive ops share at their door."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmkernels.runtime.checks import DTYPES, autocast, autocast_dtype, check_tensor
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_features(image: Tensor, text: Tensor, names: tuple[str, str] = ("image", "text")) -> None:
+    """Raise unless image is [N, d] or [N, Q, d] and text [M, d], of one dtype and device, and none of them is empty."""
+    first, second = names
+    check_tensor(first, image)
+    if image.dim() not in (2, 3) or 0 in image.shape:
+        raise ValueError(f"{first} must be [N, d] or [N, Q, d] with no dim of 0, got shape {tuple(image.shape)}")
+    if image.dtype not in DTYPES:
+        raise TypeError(f"{first} must be float16, bfloat16, float32 or float64, got {image.dtype}")
+    check_more_features(second, text, image, first)
+
+
+def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", least: int = 1) -> None:
+    """Raise unless x is [M, d] as the image features are."""
+    check_tensor(name, x)
+    dim = image.shape[-1]
+    if x.dim() != 2 or x.shape[1] != dim or x.shape[0] < least:
+        size = "K" if least == 0 else f"M >= {least}"
+        raise ValueError(f"{name} must be [{size}, {dim}], as {of} has {dim} channels, got shape {tuple(x.shape)}")
+    if x.dtype != image.dtype:
+        raise TypeError(f"{name} must have {of}'s dtype {image.dtype}, got {x.dtype}")
+    if x.device != image.device:
+        raise ValueError(f"{name} must be on {of}'s device {image.device}, got {x.device}")
+
+
+def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
+    """`x` as a tensor of one element: the image features' dtype, or float32, or float64 beside float64."""
+    if isinstance(x, bool) or not isinstance(x, Tensor | int | float | np.floating | np.integer):
+        raise TypeError(f"{name} must be a tensor of one element or a number, got {type(x).__name__}")
+    if not isinstance(x, Tensor):
+        if isinstance(x, int) and abs(x) >= 2**1023:
+            raise ValueError(f"{name} must be a number that a float can hold, got an integer of {x.bit_length()} bits")
+        wide = torch.float64 if image.dtype == torch.float64 else torch.float32
+        return torch.full((), float(x), dtype=wide, device=image.device)
+    if x.numel() != 1 or x.dim() > 1:
+        raise ValueError(f"{name} must have one element, got shape {tuple(x.shape)}")
+    if x.dtype in (torch.float16, torch.bfloat16) and autocast_dtype(image) is not None:
+        x = x.float()
+    if x.dtype not in (image.dtype, torch.float32):
+        allowed = "torch.float32" if image.dtype == torch.float32 else f"{image.dtype} or torch.float32"
+        raise TypeError(f"{name} must be {allowed}, got {x.dtype}")
+    if x.device != image.device:
+        raise ValueError(f"{name} must be on image's device {image.device}, got {x.device}")
+    return x
+
+
+def check_ids(
+    image_ids: Tensor | None, text_ids: Tensor | None, image: Tensor, text: Tensor, paired: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both ids as int64, or neither. One alone serves for both sides; without a pair of ids N must be M.
+
+    Args:
+        paired: text i is image i's positive, whatever the ids are.
+    """
+    n, m = image.shape[0], text.shape[0]
+    if n != m and (paired or image_ids is None or text_ids is None):
+        why = "text i is image i's positive" if paired else "without image_ids and text_ids text i is image i's"
+        raise ValueError(f"text must have as many rows as image, {n}, as {why}; got {m}")
+    for name, ids, count in (("image_ids", image_ids, n), ("text_ids", text_ids, m)):
+        if ids is None:
+            continue
+        check_tensor(name, ids)
+        if ids.dtype not in _INTEGERS:
+            raise TypeError(f"{name} must be integers, got {ids.dtype}")
+        if tuple(ids.shape) != (count,):
+            raise ValueError(f"{name} must be [{count}], an id for each row, got shape {tuple(ids.shape)}")
+        if ids.device != image.device:
+            raise ValueError(f"{name} must be on image's device {image.device}, got {ids.device}")
+    image_ids, text_ids = (text_ids if image_ids is None else image_ids), (image_ids if text_ids is None else text_ids)
+    if image_ids is None or text_ids is None:
+        return None, None
+    return image_ids.to(torch.int64), text_ids.to(torch.int64)
+
+
+__all__ = ["autocast", "check_features", "check_ids", "check_more_features", "check_scalar"]

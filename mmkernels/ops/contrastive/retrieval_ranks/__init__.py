@@ -1,0 +1,87 @@
+"""Where in a gallery the right answer stands, for recall at any k, without the scores' matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops.contrastive.inputs import check_more_features
+from mmkernels.ops.contrastive.retrieval_ranks import chunked
+from mmkernels.ops.contrastive.retrieval_ranks.spec import reference
+from mmkernels.runtime import cpu
+from mmkernels.runtime import triton as gpu
+from mmkernels.runtime.checks import DTYPES, autocast, check_range, check_tensor
+from mmkernels.runtime.dispatch import Backend, register, resolve
+
+__all__ = ["retrieval_ranks"]
+
+
+def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: str | None = None) -> Tensor:
+    """How many items of a gallery stand before each query's right answer, ordered by inner product.
+
+    Exact, and in memory linear in the features: recall@k is ``(ranks < k).float().mean()``.
+
+    Args:
+        query: ``[N, d]``, float16, bfloat16, float32 or float64; normalised, if cosine similarity is meant.
+        gallery: ``[M, d]``, query's dtype and device.
+        target: int64 ``[N]``, each query's right answer, a row of the gallery. Values are checked on a CPU; on a GPU,
+            where that would wait for the device, a target outside of the gallery gets the rank M.
+        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
+            float16), "chunked" (any device, float64 too) or "reference".
+
+    Returns:
+        ``[N]`` int64, 0 is best. Items of the same score as the right answer stand before it if their index is lower,
+        as in a stable descending sort; on "cpu" and "triton" equal rows of the gallery do get equal scores, while a
+        library's matrix product may round them apart. A NaN score stands last: a query or right answer with NaN gets
+        M - 1. Scores are summed in float32 (float64 for float64 features). No gradient.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape, device or target. Each names the argument, what it
+            must be and what it got.
+        BackendError: a forced backend can't run this call.
+
+    Source: recall@k as in Karpathy & Fei-Fei, "Deep Visual-Semantic Alignments for Generating Image Descriptions",
+    2015, section 4.2.
+
+    Example:
+        >>> import torch, mmkernels
+        >>> text = torch.nn.functional.normalize(torch.randn(1000, 64), dim=1)
+        >>> image = text + 0.1 * torch.randn(1000, 64)
+        >>> ranks = mmkernels.retrieval_ranks(text, image, torch.arange(1000))
+        >>> recall_at_5 = (ranks < 5).float().mean()
+    """
+    query, gallery = autocast(query, gallery)
+    check_tensor("query", query)
+    if query.dim() != 2 or query.shape[1] == 0:
+        raise ValueError(f"query must be [N, d] with at least one channel, got shape {tuple(query.shape)}")
+    if query.dtype not in DTYPES:
+        raise TypeError(f"query must be float16, bfloat16, float32 or float64, got {query.dtype}")
+    check_more_features("gallery", gallery, query, "query")
+    check_tensor("target", target)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64, got {target.dtype}")
+    if tuple(target.shape) != (query.shape[0],):
+        raise ValueError(f"target must be [{query.shape[0]}], one for each query, got shape {tuple(target.shape)}")
+    if target.device != query.device:
+        raise ValueError(f"target must be on query's device {query.device}, got {target.device}")
+    check_range("target", target, 0, gallery.shape[0] - 1)  # compiled code leaves it to the backends
+    ranks: Tensor = _op(query.detach(), gallery.detach(), target, resolve(backend))
+    return ranks
+
+
+def _fake(query: Tensor, *rest: Any) -> Tensor:
+    return query.new_empty(query.shape[0], dtype=torch.int64)
+
+
+_op = register(
+    "retrieval_ranks(Tensor query, Tensor gallery, Tensor target, str backend) -> Tensor",
+    [
+        Backend("triton", gpu.op("mmkernels.ops.contrastive.retrieval_ranks.triton", "forward"), gpu.why_not),
+        Backend("cpu", cpu.op("retrieval_ranks_cpu"), cpu.why_not),
+        Backend("chunked", chunked.forward),
+        Backend("reference", reference),
+    ],
+    _fake,
+)

@@ -1,0 +1,79 @@
+"""What a retrieval rank is: the naive formula, its cases, the shapes that it is measured at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from mmkernels.ops.contrastive.cases import features
+from mmkernels.ops.contrastive.formula import ranks
+from mmkernels.runtime.checks import check_range
+from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec, Target
+
+
+def reference(query: Tensor, gallery: Tensor, target: Tensor) -> Tensor:
+    """[N] int64; what its arguments mean stands at `retrieval_ranks`."""
+    check_range("target", target, 0, len(gallery) - 1)
+    return ranks_of(query @ gallery.mT, target)
+
+
+def ranks_of(scores: Tensor, target: Tensor) -> Tensor:
+    """Of rows of scores [rows, M]; a NaN target stands behind everything, and NaN elsewhere before nothing.
+
+    A target outside of the gallery gets the rank M, on devices where nobody has looked.
+    """
+    items = scores.shape[1]
+    there = target.clamp(0, items - 1)
+    best = scores.gather(1, there[:, None])[:, 0]
+    found = ranks(scores, best, there, torch.ones_like(scores, dtype=torch.bool))
+    found = torch.where(best.isnan(), items - 1, found)
+    return torch.where(there == target, found, items)
+
+
+def _case(id: str, n: int, m: int, dim: int) -> Case:
+    return Case(id, lambda g: _inputs(g, n, m, dim))
+
+
+def _inputs(g: Generator, n: int, m: int, dim: int) -> Inputs:
+    gallery = features(g, m, dim)
+    target = torch.randint(m, (n,), generator=g)
+    return {"query": gallery[target] + 0.5 * features(g, n, dim), "gallery": gallery, "target": target}
+
+
+def _ties(g: Generator) -> Inputs:
+    """Small integers, whose products are exact in every dtype: most scores are shared by many."""
+    query, gallery = (torch.randint(-2, 3, (n, 6), generator=g).double() for n in (40, 90))
+    return {"query": query, "gallery": gallery, "target": torch.randint(90, (40,), generator=g)}
+
+
+def _cost(inputs: Inputs, backward: bool) -> Cost:
+    query, gallery = inputs["query"], inputs["gallery"]
+    return Cost(2.0 * query.numel() * gallery.shape[0], float(query.element_size() * (query.numel() + gallery.numel())))
+
+
+def _benchmark(n: int, dim: int) -> Callable[[Generator], Inputs]:
+    return lambda g: _inputs(g, n, n, dim)
+
+
+SPEC = OpSpec(
+    name="retrieval_ranks",
+    cases=(
+        _case("a few", 9, 30, 16),
+        _case("one of one", 1, 1, 8),
+        _case("more than a tile", 150, 333, 72),
+        _case("odd sizes", 71, 13, 13),
+        Case("ties", _ties),
+    ),
+    cost=_cost,
+    benchmarks=(
+        Benchmark("a gallery of 8,192", _benchmark(8192, 512), {"N": 8192, "M": 8192, "d": 512}),
+        Benchmark(
+            "a gallery of 50,000",
+            _benchmark(50_000, 512),
+            {"N": 50_000, "M": 50_000, "d": 512},
+            targets=(Target("fp32", False, "peak", 0.6), Target("fp32", False, "extra MB", most=100.0)),
+        ),
+    ),
+)

@@ -1,0 +1,1 @@
+"""Small models of each family, which `mmkernels support`, tests and benchmarks run."""

@@ -1,0 +1,439 @@
+"""The CPU kernels beyond the specs' cases: every instruction set, tiles and splits of each kind, threads, memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import check
+from torch import Generator, Tensor
+
+from mmkernels import SpanMask, attention_received, cross_attention
+from mmkernels.meters import peak_memory
+from mmkernels.ops import specs
+from mmkernels.ops.attention.cases import attention_inputs
+from mmkernels.ops.common.cases import normal
+from mmkernels.runtime import cpu
+from mmkernels.runtime.dispatch import TABLES
+from mmkernels.spec import Case, Inputs, OpSpec, cast
+
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SPECS = {name: spec for name, spec in specs().items() if any(entry.name == "cpu" for entry in TABLES[name])}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+each_isa = pytest.mark.parametrize("isa", cpu.isas())
+
+
+@pytest.fixture
+def threads() -> None:
+    """Two threads, whatever the machine has: enough to split work. (conftest.py puts the number back.)"""
+    torch.set_num_threads(2)
+
+
+# Every instruction set. (The widest runs all of the specs' cases in test_specs.py too.)
+
+
+@pytest.mark.parametrize("isa", cpu.isas()[1:])
+@each_dtype
+@pytest.mark.parametrize(
+    ("spec", "case"),
+    [(spec, case) for spec in SPECS.values() for case in spec.cases],
+    ids=[f"{spec.name}-{case.id}".replace(" ", "_") for spec in SPECS.values() for case in spec.cases],
+)
+def test_narrower_instruction_sets(spec: OpSpec, case: Case, dtype: torch.dtype, isa: str) -> None:
+    with cpu.use_isa(isa):
+        assert check(spec, case, dtype, "cpu") > 0
+
+
+def test_the_instruction_set_can_be_chosen_and_comes_back() -> None:
+    offered = cpu.isas()
+
+    def fail() -> None:
+        with cpu.use_isa("plain"):
+            assert cpu.isas()[0] == "plain"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert cpu.isas() == offered
+    with pytest.raises(ValueError, match=r"name must be one of .*plain.*, got 'sse9'"), cpu.use_isa("sse9"):
+        pass
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_environment_chooses_the_instruction_set() -> None:
+    code = "from mmkernels.runtime import cpu; print(cpu.isas()[0])"
+    assert python(code, MMKERNELS_CPU_ISA="plain").stdout.strip() == "plain"
+    missing = python(code, MMKERNELS_CPU_EXTENSION="no/such/file.so")
+    assert missing.returncode != 0 and "MMKERNELS_CPU_EXTENSION must name a file, got 'no/such" in missing.stderr
+    wrong = python(code, MMKERNELS_CPU_ISA="mmx")
+    assert wrong.returncode != 0 and "MMKERNELS_CPU_ISA must be one of" in wrong.stderr and "'mmx'" in wrong.stderr
+
+
+# More than one tile, panel, chunk and split of everything.
+
+
+def _inputs(batch: int, heads: int, q_len: int, k_len: int, dim: int, **more: Any) -> Callable[[Generator], Inputs]:
+    """Masks and biases are made from (generator, inputs)."""
+
+    def make(g: Generator) -> Inputs:
+        sizes = {name: more[name] for name in ("key_heads", "key_batch", "value_dim") if name in more}
+        inputs = attention_inputs(g, batch, heads, q_len, k_len, dim, **sizes) | {"return_lse": True}
+        for name, x in more.items():
+            if name not in sizes:
+                inputs[name] = x(g) if callable(x) else x
+        return inputs
+
+    return make
+
+
+def _bits(*shape: int, share: float = 0.5) -> Callable[[Generator], Tensor]:
+    return lambda g: torch.rand(shape, generator=g) < share
+
+
+def _bias(*shape: int, hide: float = 0.0) -> Callable[[Generator], Tensor]:
+    return lambda g: normal(g, *shape).masked_fill(torch.rand(shape, generator=g) < hide, -math.inf)
+
+
+def _strided(g: Generator) -> Inputs:
+    shapes = ((2, 2, 70, 40), (2, 2, 130, 40), (2, 2, 130, 24))
+    query, key, value = (normal(g, b, l, h, 2 * c + 1)[..., 1::2].transpose(1, 2) for b, h, l, c in shapes)
+    return {"query": query, "key": key, "value": value, "mask": SpanMask.causal(70, 130)}
+
+
+TILES = {
+    "panels and tiles": _inputs(2, 4, 130, 300, 40, key_heads=2, mask=SpanMask.causal(130, 300)),
+    "chunks of keys": _inputs(1, 2, 70, 2000, 64, mask=SpanMask.key_padding([1900])),
+    "splits of the backward pass": _inputs(1, 1, 70, 900, 16, value_dim=24),
+    "splits of decode": _inputs(1, 2, 3, 2100, 64, key_heads=1, mask=SpanMask.key_padding([2003])),
+    "decode, shared keys, each sequence its own": _inputs(
+        3, 4, 2, 200, 16, key_heads=2, key_batch=1, mask=lambda g: SpanMask.from_key_mask(_bits(3, 200)(g))
+    ),
+    "shared keys, each sequence its own": _inputs(
+        3, 4, 20, 200, 16, key_heads=2, key_batch=1, mask=lambda g: SpanMask.from_key_mask(_bits(3, 200)(g))
+    ),
+    "valid keys and spans": _inputs(
+        2, 2, 100, 150, 8, mask=lambda g: SpanMask.from_key_mask(_bits(2, 150)(g)) & SpanMask.window(40, 9, 100, 150)
+    ),
+    "media": _inputs(
+        2, 2, 130, 400, 16, mask=SpanMask.media((torch.arange(130) // 30 - 1)[None].expand(2, -1), tokens_per_media=100)
+    ),
+    "dense": _inputs(2, 2, 100, 210, 16, mask=_bits(2, 1, 100, 210)),
+    "sparse dense": _inputs(1, 2, 100, 210, 16, mask=_bits(1, 2, 100, 210, share=0.02)),
+    "dense of queries": _inputs(2, 2, 100, 100, 16, mask=_bits(2, 1, 100, 1)),
+    "dense key mask of each head": _inputs(2, 2, 100, 210, 16, mask=_bits(2, 2, 1, 210)),
+    "dense, keys first": _inputs(1, 2, 70, 210, 16, mask=lambda g: _bits(1, 1, 210, 70)(g).mT),
+    "bias": _inputs(2, 4, 100, 300, 16, key_heads=2, bias=_bias(2, 4, 100, 300)),
+    "bias of all": _inputs(2, 4, 70, 500, 16, bias=_bias(70, 500)),
+    "bias of queries": _inputs(1, 2, 70, 500, 16, bias=_bias(2, 70, 1)),
+    "bias of keys": _inputs(2, 2, 70, 300, 16, bias=_bias(300), mask=SpanMask.key_padding([300, 101])),
+    "bias that hides, with valid keys": _inputs(
+        2, 2, 70, 210, 16, bias=_bias(1, 2, 70, 210, hide=0.3), mask=lambda g: SpanMask.from_key_mask(_bits(2, 210)(g))
+    ),
+    "dropout, gate": _inputs(2, 4, 70, 210, 16, key_heads=2, dropout_p=0.3, gate=_bias(4)),
+    "negative scale": _inputs(1, 2, 70, 210, 16, scale=-0.3, mask=SpanMask.causal(70, 210)),
+    "odd head dims": _inputs(2, 2, 70, 210, 31, value_dim=5, mask=SpanMask.causal(70, 210)),
+    "splits of queries, shared keys": _inputs(3, 4, 70, 100, 16, key_heads=1, key_batch=1, gate=_bias(4)),
+    "decode in blocks of rows": _inputs(20, 8, 2, 70, 16, key_heads=1, key_batch=1),
+    "splits of valid keys": _inputs(
+        1, 1, 70, 900, 16, mask=lambda g: SpanMask.from_key_mask(_bits(1, 900)(g)) & SpanMask.causal(70, 900)
+    ),
+    "dropout of valid and shared keys": _inputs(
+        3, 2, 20, 150, 16, key_batch=1, dropout_p=0.4, mask=lambda g: SpanMask.from_key_mask(_bits(3, 150)(g))
+    ),
+    "wide heads": _inputs(1, 1, 70, 210, 200, value_dim=136),
+    "strided": _strided,
+}
+
+
+_SCORES = ("query", "key", "mask", "bias", "scale")
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("id", TILES)
+def test_tiles(id: str, dtype: torch.dtype, isa: str, threads: None) -> None:
+    make = TILES[id]
+    drawn = make(Generator().manual_seed(0))
+    grads = tuple(name for name in ("query", "key", "value", "bias", "gate") if name in drawn)
+    case = Case(id, make, grads, seeded="dropout_p" in drawn)
+    with cpu.use_isa(isa):
+        check(SPECS["cross_attention"], case, dtype, "cpu")
+        scores = Case(id, lambda g: {n: x for n, x in make(g).items() if n in _SCORES})
+        for name in ("attention_received", "attention_weights"):
+            check(SPECS[name], scores, dtype, "cpu")
+
+
+def test_second_derivatives() -> None:
+    """Of a first derivative by the kernels: the reference formula's, to float32's accuracy."""
+
+    def second(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        g = Generator().manual_seed(3)
+        leaves = [normal(g, 1, 2, n, 8).to(dtype).requires_grad_() for n in (20, 30, 30)]
+        out, lse = cross_attention(*leaves, SpanMask.key_padding([23]), return_lse=True, backend=backend)
+        first = torch.autograd.grad(out.pow(2).sum() + lse.sin().sum(), leaves, create_graph=True)
+        return (*(x.detach() for x in first), *torch.autograd.grad(sum(x.pow(2).sum() for x in first), leaves))
+
+    for mine, true in zip(second(torch.float32, "cpu"), second(torch.float64, "reference"), strict=True):
+        assert bool(true.any())
+        torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4 * float(true.abs().max()))
+
+
+def test_twice_the_same_bits(threads: None) -> None:
+    inputs = cast(TILES["bias of all"](Generator().manual_seed(0)), torch.float32)
+    leaves = [inputs[name].requires_grad_() for name in ("query", "key", "value", "bias")]
+    results = []
+    for _ in range(3):
+        out, lse = cross_attention(**inputs, backend="cpu")
+        results.append((out, lse, *torch.autograd.grad(out.sum() + lse.sum(), leaves)))
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["key", "value", "query", "grad"])
+@pytest.mark.parametrize("kind", ["spans", "dense", "key_valid", "bias"])
+@pytest.mark.parametrize("edge", [50, 51])
+@each_dtype
+@each_isa
+def test_non_finite_stays_hidden_in_shared_tiles(
+    isa: str, dtype: torch.dtype, edge: int, kind: str, where: str, bad: float
+) -> None:
+    """Queries 0 to 29 see keys below `edge`, the others almost all of them; they share tiles. Nobody sees key 109."""
+    with cpu.use_isa(isa):
+        _non_finite_stays_hidden(dtype, edge, kind, where, bad)
+
+
+def _non_finite_stays_hidden(dtype: torch.dtype, edge: int, kind: str, where: str, bad: float) -> None:
+    dense = torch.ones(1, 1, 70, 110, dtype=torch.bool)
+    dense[:, :, :30, edge:] = False
+    dense[..., 109] = False
+    mask: Any = dense
+    bias = None
+    if kind == "spans":
+        mask = SpanMask.from_dense(dense)
+    elif kind == "key_valid":
+        lengths = torch.where(torch.arange(70) < 30, edge, 110)[None].int()
+        mask = SpanMask(torch.zeros_like(lengths), lengths, dense[:, 0, 69])
+    elif kind == "bias":
+        mask, bias = None, torch.zeros(1, 1, 70, 110, dtype=dtype).masked_fill(~dense, -math.inf)
+    clean = {name: torch.randn(1, 2, n, 20).to(dtype) for name, n in (("query", 70), ("key", 110), ("value", 110))}
+    clean["grad"] = torch.randn(1, 2, 70, 20).to(dtype)
+    dirty = {name: x.clone() for name, x in clean.items()}
+    spoiled = dirty[where]
+    spoiled[:, :, 60 if where in ("query", "grad") else 100 :, 3] = bad
+
+    def run(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        leaves = [x[name].detach().requires_grad_() for name in ("query", "key", "value")]
+        out = cross_attention(*leaves, mask, bias=bias, backend="cpu")
+        return (out.detach(), *torch.autograd.grad(out, leaves, x["grad"]))
+
+    want, got = run(clean), run(dirty)
+    rows = slice(0, 30) if where in ("key", "value") else slice(0, 60)
+    assert torch.equal(got[0][:, :, rows], want[0][:, :, rows]) and torch.equal(got[1][:, :, rows], want[1][:, :, rows])
+    for grad in got[2:]:
+        assert not bool(grad[:, :, 109].any())
+    if where in ("query", "grad"):  # what no spoiled query sees is untouched: nothing here; what it sees is told
+        assert not bool(got[2][:, :, 50:109].isfinite().all())
+    if where == "value" or (where in ("key", "query") and bad != -math.inf):
+        assert not bool(got[0][:, :, 60:].isfinite().all())
+
+
+@each_dtype
+@each_isa
+def test_what_is_padded_stays_hidden_whatever_its_length(isa: str, dtype: torch.dtype) -> None:
+    """One panel, or several that share a tile of keys and end within it at odd and even places."""
+    with cpu.use_isa(isa):
+        for q_len, ends in ((20, [51]), (20, [50]), (256, [51, 96, 95, 33])):
+            end = torch.tensor(ends, dtype=torch.int32).repeat_interleave(q_len // len(ends))[None]
+            mask = SpanMask(torch.zeros_like(end), end)
+            q, k, v = (torch.randn(1, 4, n, 16).to(dtype) for n in (q_len, 96, 96))
+            k[:, :, max(ends) :] = v[:, :, max(ends) :] = math.nan
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            out = cross_attention(*leaves, mask, backend="cpu")
+            grads = torch.autograd.grad(out.float().sum(), leaves)
+            assert bool(out.isfinite().all()) and all(bool(grad.isfinite().all()) for grad in grads)
+        v = torch.randn(4, 16, 96, 16).to(dtype)
+        v[:, :, 51:] = math.nan
+        end = torch.where(torch.arange(256) < 64, 51, 96).int()[None]
+        q, k = torch.randn(4, 16, 256, 16).to(dtype), torch.randn(4, 16, 96, 16).to(dtype)
+        out = cross_attention(q, k, v, SpanMask(torch.zeros_like(end), end), backend="cpu")
+        assert bool(out[:, :, :64].isfinite().all()) and bool(out[:, :, 64:].isnan().all())
+
+
+@each_dtype
+@each_isa
+def test_scores_of_minus_infinity_meet_no_padding(isa: str, dtype: torch.dtype) -> None:
+    q, k = torch.rand(1, 2, 9, 8).to(dtype), torch.rand(1, 2, 7, 8).to(dtype)
+    k[0, 0, 3, 2] = -math.inf
+    with cpu.use_isa(isa):
+        received = attention_received(q, k, backend="cpu")
+        assert received[0, 0, 3] == 0 and bool(received.isfinite().all())
+        leaf = torch.rand(1, 2, 7, 8).to(dtype).requires_grad_()
+        (grad,) = torch.autograd.grad(cross_attention(q, k, leaf, backend="cpu").float().sum(), leaf)
+        assert bool(grad.isfinite().all()) and not bool(grad[0, 0, 3].any())
+
+
+@pytest.mark.parametrize("q_len", [3, 20])
+def test_any_byte_but_zero_is_true(q_len: int) -> None:
+    bits = torch.rand(1, 1, q_len, 50) < 0.5
+    odd = (bits.to(torch.uint8) * 2).view(torch.bool)
+    q, k = torch.randn(1, 2, q_len, 8), torch.randn(1, 2, 50, 8)
+    for a, b in ((bits, odd), (bits[:, :, :1], odd[:, :, :1])):
+        assert torch.equal(cross_attention(q, k, k, a, backend="cpu"), cross_attention(q, k, k, b, backend="cpu"))
+
+
+def test_offsets_past_two_to_the_31() -> None:
+    """Two sequences more than 2^31 elements apart, in memory that is reserved but never touched between them."""
+    k_len, dim = 100, 16
+    apart = 2**31 + 64
+    far = torch.empty(apart + k_len * dim, dtype=torch.bfloat16).as_strided((2, 1, k_len, dim), (apart, 0, dim, 1))
+    near = torch.randn(2, 1, k_len, dim).bfloat16()
+    far.copy_(near)
+    for q_len in (3, 20):
+        q = torch.randn(2, 2, q_len, dim).bfloat16()
+        assert torch.equal(cross_attention(q, far, far, backend="cpu"), cross_attention(q, near, near, backend="cpu"))
+
+
+# Threads and processes.
+
+
+def test_many_python_threads(threads: None) -> None:
+    """Each thread's calls give what they give alone."""
+    cases = [
+        cast(TILES[id](Generator().manual_seed(1)), torch.float32) for id in ("panels and tiles", "splits of decode")
+    ]
+
+    def step(inputs: Inputs) -> tuple[Tensor, ...]:
+        leaves = [inputs[name].detach().requires_grad_() for name in ("query", "key", "value")]
+        out, lse = cross_attention(*leaves, inputs["mask"], return_lse=True, backend="cpu")
+        return (out.detach(), *torch.autograd.grad(out.sum() + lse.sum(), leaves))
+
+    alone = [step(inputs) for inputs in cases]
+    wrong: list[str] = []
+
+    def work(number: int) -> None:
+        for turn in range(10):
+            which = (number + turn) % len(cases)
+            for a, b in zip(step(cases[which]), alone[which], strict=True):
+                if not torch.allclose(a, b, rtol=1e-5, atol=1e-5):
+                    wrong.append(f"thread {number}, turn {turn}")
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("id", ["panels and tiles", "splits of decode", "splits of the backward pass", "bias of all"])
+def test_any_number_of_threads(id: str) -> None:
+    inputs = cast(TILES[id](Generator().manual_seed(2)), torch.float32)
+    results = []
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        leaves = [inputs[name].detach().requires_grad_() for name in ("query", "key", "value")]
+        out, lse = cross_attention(*leaves, inputs.get("mask"), bias=inputs.get("bias"), return_lse=True, backend="cpu")
+        results.append((out, *torch.autograd.grad(out.sum() + lse.sum(), leaves)))
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("before", ["cross_attention(q, k, k)", "torch.randn(200000).exp()"])
+def test_a_forked_process_goes_on_alone(before: str) -> None:
+    """OpenMP's threads do not survive a fork, whoever started them: a parallel region in the child waits for ever."""
+    code = f"""
+import os, torch
+from mmkernels import attention_received, cross_attention
+torch.set_num_threads(2)
+q, k = torch.randn(1, 4, 100, 32), torch.randn(1, 4, 200, 32)
+with torch.no_grad():
+    want = cross_attention(q, k, k, backend="reference")
+{before}
+child = os.fork()
+if child == 0:
+    out = cross_attention(q, k, k, backend="cpu")
+    attention_received(q, k, backend="cpu")
+    os._exit(0 if torch.allclose(out, want, atol=1e-5) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    ended = python(code)
+    assert ended.stdout.strip() == "0", ended.stderr
+
+
+# Memory, and what the kernels refuse.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
+def test_memory_at_8192(dtype: torch.dtype, threads: None) -> None:
+    """Output and scratch together stay below 2 % of the scores' matrix, as float32 4 GiB."""
+    q, k, v = (torch.randn(1, 16, 8192, 64).to(dtype) for _ in range(3))
+    peak = peak_memory(lambda: cross_attention(q, k, v, backend="cpu"))
+    assert peak is not None and peak < 0.02 * 16 * 8192 * 8192 * q.element_size()
+
+
+def test_backward_memory_is_linear(threads: None) -> None:
+    leaves = [torch.randn(1, 4, n, 64, requires_grad=True) for n in (2048, 4096, 4096)]
+    out = cross_attention(*leaves, backend="cpu")
+    grad = torch.randn_like(out)
+    run = lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    run()
+    peak = peak_memory(run)
+    grads = sum(x.numel() * 4 for x in leaves)
+    assert peak is not None and peak < 2 * grads
+
+
+def test_decode_memory_is_bounded(threads: None) -> None:
+    """Many queries of one shared key head: 4 MiB of output, and no more scratch than a task's."""
+    q, k = torch.randn(256, 8, 8, 64), torch.randn(1, 1, 64, 64)
+    run = lambda: cross_attention(q, k, k, backend="cpu")
+    run()
+    peak = peak_memory(run)
+    assert peak is not None and peak < 1.5 * q.numel() * 4
+
+
+def test_received_of_nothing() -> None:
+    assert attention_received(torch.randn(1, 2, 0, 4), torch.randn(1, 2, 5, 4), backend="cpu").eq(0).all()
+    assert attention_received(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 0, 4), backend="cpu").shape == (1, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.zeros(1, 2, 7, 9)}, "key must be on the CPU and of shape"),
+        ({"key": torch.zeros(1, 3, 7, 8)}, "key must fit query"),
+        ({"value": torch.zeros(1, 2, 6, 8)}, "value must be on the CPU and of shape"),
+        ({"start": torch.zeros(1, 4).int(), "end": torch.zeros(1, 5).int()}, "start must be on the CPU and of shape"),
+        ({"key_valid": torch.ones(1, 6).bool()}, "key_valid must be on the CPU and of shape"),
+        ({"dense": torch.ones(1, 1, 5, 6).bool()}, "dense must be on the CPU and of shape"),
+        ({"bias": torch.ones(1, 1, 4, 7)}, "bias must be on the CPU and of shape"),
+        ({"gate": torch.ones(3)}, "gate must have 1 or 2 elements"),
+        ({"seed": torch.ones(2).long()}, "seed must be on the CPU and of shape"),
+        (
+            {name: torch.zeros(1, 2, 7, 8).double() for name in ("query", "key", "value")},
+            "the cpu backend takes float32, bfloat16 and float16, got Double",
+        ),
+    ],
+)
+def test_the_operator_itself_reads_past_no_end(change: dict[str, Tensor], message: str) -> None:
+    names = ("query", "key", "value", "start", "end", "key_valid", "dense", "bias", "gate", "seed")
+    inputs: dict[str, Any] = dict.fromkeys(names)
+    inputs |= {"query": torch.zeros(1, 2, 5, 8), "key": torch.zeros(1, 2, 7, 8), "value": torch.zeros(1, 2, 7, 8)}
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.mmkernels.cross_attention_cpu(*(inputs | change).values(), 1.0, 0.0)

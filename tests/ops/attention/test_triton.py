@@ -1,0 +1,335 @@
+"""The Triton kernels beyond the specs' cases: tiles, lists of tiles, splits, head dims, what is not finite.
+
+They run under Triton's interpreter (``TRITON_INTERPRET=1``), or on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from harness import check, cotangent, draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmkernels import BackendError, SpanMask, attention_received, attention_weights, cross_attention
+from mmkernels.ops.attention.cases import attention_inputs
+from mmkernels.ops.common.cases import normal
+from mmkernels.runtime import triton as gpu
+from mmkernels.runtime import tuning
+from mmkernels.runtime.tuning import Config
+from mmkernels.spec import Case, OpSpec, cast
+
+pytest.importorskip("triton")
+
+from triton_tiling import DEVICE, SPECS, tiled
+
+from mmkernels.ops.attention.cross_attention.triton import backward, forward
+from mmkernels.ops.attention.triton import call as triton_call
+
+interpreted = pytest.mark.interpreted  # and else on a GPU, or not at all
+if not gpu.INTERPRETED:
+    pytestmark = pytest.mark.gpu
+
+OP = "cross_attention"
+NAN, INF = math.nan, math.inf
+
+
+def _check(make: Any, *grads: str, op: str = OP, seeded: bool = False) -> None:
+    check(SPECS[op], Case("here", make, grads, seeded), torch.float32, "triton", DEVICE)
+
+
+ALL = ("query", "key", "value")
+
+# Tiles and lists.
+
+
+def _cases() -> list[tuple[OpSpec, Case]]:
+    """The specs' cases in which something is hidden, split, shared or biased."""
+    return [
+        (spec, case)
+        for spec in SPECS.values()
+        if spec.name != "merge_attention"
+        for case in spec.cases
+        if case.id != "many tiles" and {"mask", "bias", "gate", "query_weights"} & set(draw(case))
+    ]
+
+
+@interpreted
+@pytest.mark.parametrize(("spec", "case"), _cases(), ids=[f"{s.name}-{c.id}".replace(" ", "_") for s, c in _cases()])
+def test_lists_of_small_tiles(spec: OpSpec, case: Case) -> None:
+    """The least tiles, and lists of them however small the mask is."""
+    with tiled(16, 16, listed=0):
+        check(spec, case, torch.float32, "triton", DEVICE)
+
+
+def _blocks(g: torch.Generator, heads: int = 1) -> dict[str, Any]:
+    """A dense mask with tiles that nobody sees, that everybody sees, and with holes; a row that sees nothing."""
+    inputs = attention_inputs(g, 2, 4, 40, 56, 16, key_heads=2)
+    mask = torch.rand(2, heads, 40, 56, generator=g) < 0.5
+    mask[:, :, :32, 16:48] = False
+    mask[:, :, 16:, 32:48] = True
+    mask[1, :, 5] = False
+    mask[0, 0, 32:] = False
+    return inputs | {"mask": mask}
+
+
+@interpreted
+@pytest.mark.parametrize("listed", [0, 2**30], ids=["lists", "ranges"])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_dense_masks_by_lists_and_by_ranges(listed: int, heads: int) -> None:
+    with tiled(16, 16, listed):
+        _check(lambda g: _blocks(g, heads), *ALL)
+        _check(lambda g: {k: v for k, v in _blocks(g, heads).items() if k != "value"}, op="attention_received")
+
+
+@interpreted
+@pytest.mark.parametrize("listed", [0, 2**30], ids=["lists", "ranges"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        SpanMask.causal(70, 90),
+        SpanMask.window(20, 5, 70, 90),
+        SpanMask.key_padding([90, 33]),
+        SpanMask.key_padding([64, 0]) & SpanMask.causal(70, 90),
+        SpanMask.media((torch.arange(70) // 10)[None], 13),
+        SpanMask.from_key_mask(torch.arange(180).reshape(2, 90) % 7 > 0) & SpanMask.causal(70, 90),
+    ],
+    ids=["causal", "window", "padding", "padding, causal", "media", "holes, causal"],
+)
+def test_spans_by_lists_and_by_ranges(mask: SpanMask, listed: int) -> None:
+    with tiled(16, 32, listed):
+        _check(lambda g: attention_inputs(g, 2, 4, 70, 90, 16, key_heads=2) | {"mask": mask}, *ALL)
+
+
+@interpreted
+def test_lists_say_which_tiles_are_seen() -> None:
+    query, key = torch.empty(2, 4, 40, 16, device=DEVICE), torch.empty(2, 2, 56, 16, device=DEVICE)
+    dense = _blocks(torch.Generator().manual_seed(0), heads=4)["mask"].to(DEVICE)
+    call = triton_call.Call(query, key, None, None, None, dense, None, 1.0, packed=False)
+    for of_rows in (True, False):
+        (tiles, counts), strides = call.lists(Config(16, 16, 4, 1), of_rows=of_rows)
+        assert strides == (4 * tiles.shape[1], tiles.shape[1]) and tiles.shape == (8, *((3, 4) if of_rows else (4, 3)))
+        for entry, line in itertools.product(range(8), range(tiles.shape[1])):
+            mask = dense[entry // 4, entry % 4]
+            status = {"partial": set(), "full": set()}
+            for other in range(tiles.shape[2]):
+                row, column = (line, other) if of_rows else (other, line)
+                part = mask[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+                if part.any():
+                    status["full" if bool(part.all()) and part.shape[1] == 16 else "partial"].add(other)
+            partial, full = counts[entry, line].tolist()
+            length = tiles.shape[2]
+            assert set(tiles[entry, line, :partial].tolist()) == status["partial"]
+            assert set(tiles[entry, line, length - full :].tolist()) == status["full"]
+
+
+# Splits of the keys, and of the rows in the backward pass.
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(1, 8, 2, 1), (3, 4, 4, 1), (2, 6, 2, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["none", "spans", "valid", "dense", "bias"])
+def test_decoding_splits_the_keys(shape: tuple[int, int, int, int], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, heads, key_heads, q_len = shape
+    monkeypatch.setattr(forward, "multiprocessors", lambda device: 100)
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        inputs = attention_inputs(g, batch, heads, q_len, 300, 16, key_heads=key_heads) | {"return_lse": True}
+        if kind == "spans":  # a part that nobody sees, and a sequence without keys
+            inputs["mask"] = SpanMask.key_padding([300, 0, 130][:batch])
+        elif kind == "valid":
+            inputs["mask"] = SpanMask.from_key_mask(torch.rand(batch, 300, generator=g) < 0.3)
+        elif kind == "dense":
+            inputs["mask"] = torch.rand(batch, heads, q_len, 300, generator=g) < 0.3
+        elif kind == "bias":
+            inputs["bias"] = normal(g, 1, heads, q_len, 300).masked_fill(torch.rand(300, generator=g) < 0.3, -INF)
+        return inputs | {"gate": normal(g, heads)}
+
+    with tuning.use_config(OP, "decode", Config(16, 32, 4, 1)):
+        with gpu.recorded() as launches:
+            cross_attention(**cast(make(torch.Generator()), torch.float32, DEVICE), backend="triton")
+        assert [x.kernel.__name__ for x in launches] == ["forward_kernel", "merge_splits"]
+        assert launches[0].grid[1] == 5  # 10 tiles of keys, 2 at least in a part
+        _check(make)
+
+
+@interpreted
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_backward_pass_splits_the_rows(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backward, "multiprocessors", lambda device: 100)
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        inputs = attention_inputs(g, 2, 2, 140, 20, 16, key_batch=1 if shared else 2, key_heads=1)
+        return inputs | {"mask": SpanMask.media((torch.arange(140) // 20)[None], 3), "bias": normal(g, 20)}
+
+    with tiled(16, 32):
+        _check(make, *ALL, "bias")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "shape", list(itertools.product((1, 2), (1, 4), (1, 70), (1, 40))), ids=lambda s: "x".join(map(str, s))
+)
+def test_the_bias_gradient_for_every_way_to_share_it(shape: tuple[int, ...]) -> None:
+    def make(g: torch.Generator) -> dict[str, Any]:
+        inputs = attention_inputs(g, 2, 4, 70, 40, 8, key_heads=2) | {"mask": SpanMask.causal(70, 40)}
+        return inputs | {"bias": normal(g, *shape), "return_lse": True}
+
+    with tiled(32, 32):
+        _check(make, "bias")
+
+
+# Head dims, dtypes, options.
+
+
+@interpreted
+@pytest.mark.parametrize(("dim", "value_dim"), [(40, 40), (72, 72), (80, 80), (96, 96), (160, 160), (24, 72), (80, 8)])
+def test_head_dims_that_are_no_powers_of_two(dim: int, value_dim: int) -> None:
+    def make(g: torch.Generator) -> dict[str, Any]:
+        inputs = attention_inputs(g, 1, 2, 20, 40, dim, value_dim=value_dim)
+        return inputs | {"mask": SpanMask.causal(20, 40), "gate": normal(g, 2), "bias": normal(g, 40)}
+
+    with tiled(16, 32):
+        _check(make, *ALL, "gate", "bias")
+
+
+@pytest.mark.parametrize(
+    ("dim", "widths"),
+    [(1, (16, 0)), (16, (16, 0)), (24, (32, 0)), (40, (32, 16)), (64, (64, 0)), (72, (64, 16)), (80, (64, 16)),
+     (96, (64, 32)), (112, (128, 0)), (128, (128, 0)), (160, (128, 32)), (256, (256, 0))],
+)  # fmt: skip
+@interpreted
+def test_pieces_of_head_dims(dim: int, widths: tuple[int, int]) -> None:
+    assert triton_call.pieces(dim) == widths
+    assert sum(widths) >= dim and sum(widths) <= max(16, 1.34 * dim)
+
+
+@interpreted
+def test_the_copy_engines_path() -> None:
+    """Descriptors of strided keys and values, with batch and heads to step over and a last tile that hangs over."""
+    buffer = normal(torch.Generator().manual_seed(0), 2, 1100, 2, 2, 16)
+    key, value = (buffer[:, :, n].transpose(1, 2) for n in range(2))
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        query = normal(g, 2, 2, 40, 16)
+        return {"query": query, "key": key, "value": value, "mask": SpanMask.key_padding([1100, 1030])}
+
+    with tiled(16, 64):
+        inputs = cast(make(torch.Generator()), torch.float32, DEVICE)
+        with gpu.recorded() as launches:
+            cross_attention(**inputs, backend="triton")
+        if tuning.architecture(torch.device(DEVICE)) in ("sm_90", "sm_100"):
+            descriptor = launches[0].args[1]
+            assert launches[0].constants["TMA"] and descriptor.block_shape == [1, 1, 64, 16]
+            assert descriptor.strides == list(inputs["key"].stride()) and descriptor.base is inputs["key"]
+        _check(make, *ALL)
+
+
+@interpreted
+def test_where_a_descriptor_cannot_be() -> None:
+    x = torch.zeros(1, 2, 8, 16, device=DEVICE)
+    with tuning.pretend("sm_90"):
+        assert triton_call.tma_descriptor(x, 8) is not None
+        assert triton_call.tma_descriptor(x[..., ::2], 8) is None
+        assert triton_call.tma_descriptor(torch.zeros(1, 2, 8, 40, device=DEVICE), 8) is None
+        assert triton_call.tma_descriptor(torch.zeros(257, device=DEVICE)[1:].view(1, 2, 8, 16), 8) is None
+        assert triton_call.tma_descriptor(torch.zeros(1, 2, 8, 17, device=DEVICE)[..., :16], 8) is None
+        assert triton_call.tma_descriptor(x.expand(3, -1, -1, -1), 8) is None
+    with tuning.pretend("sm_80"):
+        assert triton_call.tma_descriptor(x, 8) is None
+
+
+# What is not finite.
+
+
+@interpreted
+@pytest.mark.parametrize("listed", [0, 2**30], ids=["lists", "ranges"])
+@pytest.mark.parametrize(("k_len", "bad", "mask"), [
+    (20, 16, None), (40, 32, SpanMask.key_padding([40])), (40, 16, SpanMask.causal(5, 40)), (256, 128, None),
+])  # fmt: skip
+def test_whole_tiles_of_nan_keys_make_a_row_nan(
+    k_len: int, bad: int, mask: SpanMask | None, listed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "multiprocessors", lambda device: 100)
+    query, key = torch.randn(1, 1, 5, 8, device=DEVICE), torch.randn(1, 1, k_len, 8, device=DEVICE)
+    key[:, :, :bad] = NAN
+    mask = None if mask is None else mask.to(DEVICE)
+    with tiled(16, 16, listed), tuning.use_config(OP, "decode", Config(16, 16, 4, 1)):
+        out, lse = cross_attention(query, key, key, mask, return_lse=True, backend="triton")
+        weights = attention_weights(query, key, mask, backend="triton")
+    assert bool(out.isnan().all()) and bool(lse.isnan().all())
+    visible = torch.ones(1, 5, k_len, dtype=torch.bool) if mask is None else mask.to_dense(k_len)[:, 0].cpu()
+    torch.testing.assert_close(weights[:, 0].isnan().cpu(), visible.expand(1, 5, k_len))
+
+
+# What can't run, and what is chosen.
+
+
+@interpreted
+def test_why_not() -> None:
+    x = torch.zeros(1, 1, 1, 8, device=DEVICE)
+    for bad, message in (
+        (x.double(), "float64 is not computed"),
+        (torch.zeros(1, 1, 1, 264, device=DEVICE), "head dims above 256 do not fit"),
+        (x.to("meta"), "the tensors are on meta"),
+    ):
+        reason = gpu.why_not(bad, bad, bad)
+        assert reason is not None and message in reason
+    assert gpu.why_not(x, x, x) is None and gpu.why_not() is None
+    with pytest.raises(BackendError, match=r"triton: torch\.float64 is not computed"):
+        cross_attention(x.double(), x.double(), x.double(), backend="triton")
+
+
+@interpreted
+@settings(max_examples=15 if gpu.INTERPRETED else 3)  # on a GPU each compiles its own kernels
+@given(data=st.data())
+def test_any_shape_and_mask(data: st.DataObject) -> None:
+    sizes = st.integers(1, 40)
+    batch, group, key_heads = (data.draw(st.integers(1, 2)) for _ in range(3))
+    q_len, k_len, dim, value_dim = (data.draw(sizes) for _ in range(4))
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    kind = data.draw(st.sampled_from(["none", "spans", "valid", "dense"]))
+    inputs = attention_inputs(
+        g, batch, group * key_heads, q_len, k_len, dim, key_heads=key_heads, value_dim=value_dim,
+        key_batch=data.draw(st.sampled_from([1, batch])),
+    )  # fmt: skip
+    if kind == "spans":
+        bounds = [torch.randint(-2, k_len + 3, (batch, q_len), generator=g).int() for _ in range(2)]
+        inputs["mask"] = SpanMask(*bounds)
+    elif kind == "valid":
+        inputs["mask"] = SpanMask.from_key_mask(torch.rand(batch, k_len, generator=g) < 0.5)
+    elif kind == "dense":
+        inputs["mask"] = torch.rand(batch, group * key_heads, q_len, k_len, generator=g) < 0.5
+    if data.draw(st.booleans()):
+        inputs["bias"] = normal(
+            g, *(data.draw(st.sampled_from([1, n])) for n in (batch, group * key_heads, q_len, k_len))
+        )
+    grads = (*ALL, "bias") if "bias" in inputs else ALL
+    with tiled(16, 16, data.draw(st.sampled_from([0, 2**30]))):
+        _check(lambda _: inputs, *grads)
+
+
+@interpreted
+def test_weights_and_received_of_shared_grouped_keys() -> None:
+    query, key = torch.randn(3, 4, 20, 8, device=DEVICE), torch.randn(1, 2, 50, 8, device=DEVICE)
+    mask = SpanMask.key_padding([50, 7, 0]).to(DEVICE)
+    with tiled(16, 16, 0):
+        weights = attention_weights(query, key, mask, backend="triton")
+        torch.testing.assert_close(weights, attention_weights(query, key, mask, backend="reference"))
+        columns = attention_received(query, key, mask, backend="triton")
+    torch.testing.assert_close(columns, weights.sum(2))
+
+
+@interpreted
+def test_a_gradient_of_the_log_sum_exp_alone() -> None:
+    query, key = (torch.randn(1, 2, 9, 8, device=DEVICE, requires_grad=True) for _ in range(2))
+    both = []
+    for backend in ("triton", "reference"):
+        _, lse = cross_attention(query, key, key, return_lse=True, backend=backend)
+        both.append(torch.autograd.grad(lse, (query, key), cotangent(lse)))
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b)

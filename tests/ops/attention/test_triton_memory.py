@@ -1,0 +1,173 @@
+"""The Triton kernels' memory: nothing read or written outside, everything written, nothing copied; grids and strides.
+
+As test_triton.py, under Triton's interpreter or on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmkernels import SpanMask, cross_attention
+from mmkernels.ops.common.cases import normal
+from mmkernels.runtime import triton as gpu
+from mmkernels.runtime.tuning import Config
+
+pytest.importorskip("triton")
+
+from triton_tiling import DEVICE, tiled
+
+from mmkernels.ops.attention.attention_received import triton as received
+from mmkernels.ops.attention.cross_attention.triton import backward, forward
+from mmkernels.ops.attention.triton import call as triton_call
+
+interpreted = pytest.mark.interpreted  # and else on a GPU, or not at all
+if not gpu.INTERPRETED:
+    pytestmark = pytest.mark.gpu
+
+NAN = math.nan
+
+
+@contextmanager
+def guarded() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Every tensor that the launchers make lies, full of NaN, between guards; yields (whole, its own elements)."""
+    made: list[tuple[Tensor, Tensor]] = []
+
+    def make(*size: int, dtype: torch.dtype, device: Any) -> Tensor:
+        count, guard = math.prod(size), 512
+        fill = NAN if dtype.is_floating_point else -77
+        whole = torch.full((count + 2 * guard,), fill, dtype=dtype, device=device)
+        inside = whole[guard : guard + count]
+        made.append((whole, inside))
+        return inside.view(size)
+
+    def new_empty(x: Tensor, *size: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+        size = tuple(size[0]) if size and not isinstance(size[0], int) else size
+        return make(*size, dtype=dtype or x.dtype, device=x.device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", new_empty)
+        patch.setattr(torch, "empty", lambda *size, dtype, device: make(*size, dtype=dtype, device=device))
+        patch.setattr(torch, "empty_like", lambda x: make(*x.shape, dtype=x.dtype, device=x.device))
+        yield made
+
+
+def _embedded(x: Tensor) -> Tensor:
+    """x as a view into a buffer of NaN, with other strides than its own."""
+    buffer = torch.full([n + 3 for n in x.shape], NAN, dtype=x.dtype, device=x.device)
+    view = buffer[tuple(slice(1, 1 + n) for n in x.shape)]
+    return view.copy_(x)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["none", "spans", "dense", "bias", "everything"])
+def test_nothing_outside_is_read_or_written_and_all_inside_is(kind: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    mask = {"spans": SpanMask.causal(21, 37), "dense": torch.rand(2, 2, 21, 37, generator=g) < 0.5}.get(kind)
+    bias = normal(g, 1, 2, 21, 37) if kind in ("bias", "everything") else None
+    gate = normal(g, 2) if kind == "everything" else None
+    seed = torch.tensor([5], device=DEVICE) if kind == "everything" else None
+    shapes = ((2, 2, 21, 24), (2, 1, 37, 24), (2, 1, 37, 40))
+    plain = [normal(g, *shape).to(DEVICE, torch.float32) for shape in shapes]
+    grad = normal(g, 2, 2, 21, 40).to(DEVICE, torch.float32)
+    more = [None if x is None else x.to(DEVICE, torch.float32) for x in (bias, gate)]
+
+    def run(wrap: Any) -> list[Tensor]:
+        query, key, value, grad_out = (wrap(x) for x in (*plain, grad))
+        wrapped = [None if x is None else wrap(x) for x in more]
+        masks: Any = (None, None, None, None)
+        if isinstance(mask, SpanMask):
+            masks = (mask.start.to(DEVICE), mask.end.to(DEVICE), None, None)
+        elif mask is not None:
+            masks = (None, None, None, mask.to(DEVICE))
+        rest = (*masks, *wrapped, seed)
+        out, lse = forward.forward(query, key, value, *rest, 0.3, 0.25)
+        needs = [True, True, True, bias is not None, gate is not None]
+        grads = backward.backward(grad_out, None, query, key, value, *rest, out, lse, 0.3, 0.25, needs)
+        extra = received.forward(query, key, *masks, wrapped[0], None, 0.3)
+        return [out, lse, *(x for x, need in zip(grads, needs, strict=True) if need), extra]
+
+    with tiled(16, 32, listed=0):
+        want = [x.clone() for x in run(lambda x: x)]
+        with guarded() as made:
+            got = run(_embedded)
+            assert made
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    for whole, inside in made:
+        guards = torch.cat([whole[:512], whole[len(whole) - 512 :]])
+        untouched = guards.isnan() if whole.is_floating_point() else guards == -77
+        assert bool(untouched.all())
+        assert len(inside) == len(whole) - 1024
+
+
+@interpreted
+def test_offsets_past_2_to_the_31() -> None:
+    """Rows and keys that lie 2^31 elements and more from where their tensor begins."""
+    far = 2**31 + 64
+    storage = torch.empty(2 * far, dtype=torch.float16, device=DEVICE)  # of which almost nothing is ever touched
+
+    def spread(x: Tensor, dim: int) -> Tensor:
+        strides = list(x.stride())
+        strides[dim] = far
+        return storage.as_strided(x.shape, strides).copy_(x)
+
+    g = torch.Generator().manual_seed(0)
+    query, key = (normal(g, 1, 1, 2, 16).to(DEVICE, torch.float16) for _ in range(2))
+    want = cross_attention(query, key, key, backend="triton")
+    for dim in (1, 2):
+        x = torch.cat([query, query], dim) if dim == 1 else query
+        y = torch.cat([key, key], dim) if dim == 1 else key
+        out = cross_attention(x, spread(y, dim), spread(y, dim), backend="triton")
+        torch.testing.assert_close(out[:, :1], want)
+        out = cross_attention(spread(x, dim), y, y, backend="triton")
+        torch.testing.assert_close(out[:, :1], want)
+
+
+@interpreted
+def test_shared_and_grouped_keys_are_not_copied() -> None:
+    query = torch.randn(3, 4, 5, 16, device=DEVICE)
+    key, value = (torch.randn(1, 2, 40, 16, device=DEVICE) for _ in range(2))
+    with gpu.recorded() as launches:
+        cross_attention(query, key, value, backend="triton")
+        out = torch.empty(3, 5, 4, 16, device=DEVICE).transpose(1, 2)
+        lse = torch.empty(3, 4, 5, device=DEVICE)
+        backward.backward(
+            out, None, query, key, value, *(None,) * 7, out, lse, 0.5, 0.0, [True, True, True, False, False]
+        )
+    assert len(launches) == 3
+    for launch in launches:
+        assert launch.args[1] is key and launch.args[2] is value
+        assert launch.constants["SHARED"] and launch.constants["PACKED"] and launch.constants["GROUP"] == 2
+    assert launches[0].grid == (2, 1)  # two key heads; 3 batches x 2 heads x 5 queries fill one tile
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("batch", "heads", "key_heads", "key_batch", "q_len", "problems", "rows"),
+    [(2, 4, 4, 2, 300, 8, 300), (2, 4, 2, 2, 300, 4, 600), (3, 4, 2, 1, 300, 2, 1800), (1, 1, 1, 1, 1, 1, 1)],
+)
+def test_grids(batch: int, heads: int, key_heads: int, key_batch: int, q_len: int, problems: int, rows: int) -> None:
+    query, key = torch.empty(batch, heads, q_len, 16), torch.empty(key_batch, key_heads, 70, 16)
+    call = triton_call.Call(query, key, None, None, None, None, None, 1.0)
+    assert (call.problems, call.rows) == (problems, rows)
+    plan = Config(128, 64, 4, 1)
+    assert call.row_tiles(plan) == -(-rows // 128) and call.key_tiles(plan) == 2
+    alone = triton_call.Call(query, key, None, None, None, None, None, 1.0, packed=False, shared=False)
+    assert (alone.problems, alone.rows) == (batch * heads, q_len)
+    assert alone.key_strides[0] == (0 if key_batch == 1 else key.stride(0))
+
+
+@interpreted
+def test_strides_of_broadcast_masks_are_0() -> None:
+    query, key = torch.empty(2, 4, 5, 16), torch.empty(2, 4, 7, 16)
+    mask, bias = torch.ones(1, 4, 1, 7, dtype=torch.bool), torch.empty(2, 1, 5, 1)
+    start, end, valid = torch.zeros(1, 5).int(), torch.zeros(2, 1).int(), torch.ones(1, 7).bool()
+    call = triton_call.Call(query, key, start, end, valid, mask, bias, 1.0)
+    assert call.mask_strides == (0, 1, 1, 0, 0, 1, 0, 7, 0, 1, 5, 0, 1, 0)

@@ -1,0 +1,279 @@
+"""The contrastive losses beyond their definition: layouts, gradients of some inputs, how a call travels, memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import backends
+from test_contrastive_definition import SPECS, check_gradients, check_rows, dtype_of, each_backend, features, scores_of
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mmkernels import info_nce, sigmoid_contrastive
+from mmkernels.ops.contrastive import strips
+from mmkernels.spec import Inputs, cast
+
+LOSSES: dict[str, Callable[..., Any]] = {"info_nce": info_nce, "sigmoid_contrastive": sigmoid_contrastive}
+EXACT = [name for name in ("chunked", "reference") if name in backends(SPECS["info_nce"])]
+HARD = {"hard_texts": features(4, seed=1)["text"]}
+BIAS = {"logit_bias": torch.tensor(-2.0, dtype=torch.float64)}
+
+each_exact_backend = pytest.mark.parametrize("backend", EXACT)
+
+
+each_loss_and_backend = pytest.mark.parametrize(
+    ("op", "backend"), [(op, x) for op in LOSSES for x in backends(SPECS[op])]
+)
+
+
+def each_loss(test: Callable[..., None]) -> Callable[..., None]:
+    """The test runs for both losses on each of their backends, under Triton's interpreter too."""
+    return pytest.mark.interpreted(each_loss_and_backend(test))
+
+
+def inputs_of(op: str, backend: str | None = None, n: int = 7, **more: Any) -> Inputs:
+    """Floating tensors by name, in the widest dtype that the backend computes in."""
+    inputs = features(n, **more) | (HARD if op == "info_nce" else BIAS)
+    return inputs if backend is None else cast(inputs, dtype_of(op, backend))
+
+
+def step(op: str, inputs: Inputs, wanted: tuple[str, ...] | None = None, **options: Any) -> tuple[Tensor, ...]:
+    """The loss, and its gradients by the inputs named."""
+    wanted = tuple(inputs) if wanted is None else wanted
+    leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
+    loss = LOSSES[op](**leaves, **options)
+    return (loss.detach(), *torch.autograd.grad(3.0 * loss, [leaves[name] for name in wanted]))
+
+
+# Derivatives.
+
+
+@each_loss
+def test_only_the_gradients_that_are_wanted(op: str, backend: str) -> None:
+    inputs = inputs_of(op, backend)
+    loss, *grads = step(op, inputs, backend=backend)
+    full = dict(zip(inputs, grads, strict=True))
+    for some in itertools.product([False, True], repeat=len(inputs)):
+        leaves = {n: x.detach().requires_grad_(need) for (n, x), need in zip(inputs.items(), some, strict=True)}
+        found = LOSSES[op](**leaves, backend=backend)
+        torch.testing.assert_close(found.detach(), loss)
+        assert found.requires_grad == any(some)
+        if any(some):
+            (3.0 * found).backward()
+        for name, x in leaves.items():
+            assert (x.grad is not None) == x.requires_grad
+            if x.grad is not None:
+                torch.testing.assert_close(x.grad, full[name])
+
+
+@each_loss
+def test_without_a_graph(op: str, backend: str) -> None:
+    inputs = inputs_of(op, backend)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    want = LOSSES[op](**leaves, backend=backend)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            loss = LOSSES[op](**leaves, backend=backend)
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, want.detach())
+
+
+@each_loss
+def test_a_graph_may_be_walked_twice(op: str, backend: str) -> None:
+    leaves = [x.requires_grad_() for x in inputs_of(op, backend).values()]
+    loss = LOSSES[op](**dict(zip(inputs_of(op), leaves, strict=True)), backend=backend)
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=again) for again in (True, False))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert all(float(x.abs().max()) > 0 for x in first)
+
+
+@each_loss
+def test_inputs_are_left_as_they_were(op: str, backend: str) -> None:
+    inputs = inputs_of(op, backend)
+    ids = {"image_ids": torch.arange(7) % 3, "text_ids": torch.arange(7) % 4}
+    before = {name: x.clone() for name, x in (inputs | ids).items()}
+    step(op, inputs, **ids, backend=backend)
+    for name, x in (inputs | ids).items():
+        assert torch.equal(x, before[name])
+
+
+@each_loss
+def test_checkpointing_gives_the_same(op: str, backend: str) -> None:
+    names, leaves = zip(*((name, x.requires_grad_()) for name, x in inputs_of(op, backend).items()), strict=True)
+    call = lambda *x: LOSSES[op](**dict(zip(names, x, strict=True)), backend=backend)
+    want = torch.autograd.grad(call(*leaves), leaves)
+    again = checkpoint(call, *leaves, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again, leaves), want, rtol=0, atol=0)  # type: ignore[arg-type]
+
+
+def _differentiable(op: str, backend: str) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    inputs = features(3, 4, 2) | (BIAS if op != "info_nce" else {"hard_texts": features(2, dim=2, seed=1)["text"]})
+    ids = {"image_ids": torch.tensor([0, 1, 9]), "text_ids": torch.tensor([0, 0, 1, 2])}
+    names = tuple(inputs)
+    options: Inputs = {} if op != "info_nce" else {"label_smoothing": 0.1, "reduction": "none"}
+
+    def call(*x: Tensor) -> Any:
+        return LOSSES[op](**dict(zip(names, x, strict=True)), **ids, **options, backend=backend)
+
+    return call, tuple(x.requires_grad_() for x in inputs.values())
+
+
+@each_exact_backend
+@pytest.mark.parametrize("op", LOSSES)
+def test_first_and_second_derivatives(op: str, backend: str) -> None:
+    call, inputs = _differentiable(op, backend)
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@each_exact_backend
+def test_one_direction_s_rows_alone_and_their_derivatives(backend: str) -> None:
+    call, inputs = _differentiable("info_nce", backend)
+    for place in range(2):
+        some = inputs[:3] if place else inputs  # texts have no part in hard texts
+        whole = lambda *x: call(*x, *inputs[len(some) :])[place]  # noqa: B023
+        assert torch.autograd.gradcheck(whole, some)
+        assert torch.autograd.gradgradcheck(whole, some)
+
+
+# Layouts and dtypes.
+
+
+@each_loss
+def test_strided_transposed_and_expanded_features(op: str, backend: str) -> None:
+    inputs = inputs_of(op, backend)
+    want = step(op, inputs, backend=backend)
+    for view in (
+        lambda x: x.T.contiguous().T,
+        lambda x: x.repeat_interleave(2, 1)[:, ::2],
+        lambda x: torch.cat([x, x])[: len(x)].flip(0).flip(0),
+        lambda x: torch.nn.functional.pad(x, (3, 2))[:, 3:-2],
+    ):
+        strided = {name: view(x) if x.dim() == 2 else x for name, x in inputs.items()}
+        torch.testing.assert_close(step(op, strided, backend=backend), want)
+    one = inputs | {"image": inputs["image"][:1].expand(7, 5), "text": inputs["text"][:1].expand(7, 5)}
+    whole = {name: x.contiguous() for name, x in one.items()}
+    torch.testing.assert_close(step(op, one, backend=backend), step(op, whole, backend=backend))
+
+
+@each_loss
+def test_strided_queries(op: str, backend: str) -> None:
+    inputs = inputs_of(op, backend, queries=3)
+    want = step(op, inputs, backend=backend)
+    for order in ((2, 1, 0), (1, 0, 2), (0, 2, 1)):
+        turned = inputs["image"].permute(order).contiguous().permute(*torch.tensor(order).argsort().tolist())
+        torch.testing.assert_close(step(op, inputs | {"image": turned}, backend=backend), want)
+
+
+@each_backend("info_nce")
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 6), (6, 1), (2, 9)])
+@pytest.mark.parametrize("dim", [1, 3])
+def test_few_rows(backend: str, n: int, m: int, dim: int) -> None:
+    ids = {"image_ids": torch.arange(n) % 2, "text_ids": torch.arange(m) % 2}
+    check_rows(backend, features(n, m, dim), **ids)
+
+
+@each_backend("info_nce")
+def test_no_hard_text_is_none(backend: str) -> None:
+    inputs = features(7)
+    none = cast(inputs, dtype_of("info_nce", backend)) | {
+        "hard_texts": torch.zeros(0, 5, dtype=dtype_of("info_nce", backend))
+    }
+    *without, of_none = step("info_nce", none, backend=backend)
+    torch.testing.assert_close(without, list(step("info_nce", cast(inputs, none["image"].dtype), backend=backend)))
+    assert of_none.shape == (0, 5)
+
+
+@each_backend("info_nce")
+def test_hard_texts_may_be_the_texts(backend: str) -> None:
+    """One tensor as both: its gradients add up."""
+    inputs = features(6)
+    leaves = {name: x.to(dtype_of("info_nce", backend)).requires_grad_() for name, x in inputs.items()}
+    true = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    loss = info_nce(**leaves, hard_texts=leaves["text"], backend=backend)
+    logits = true["logit_scale"] * scores_of(true["image"], true["text"])
+    rows = torch.cat([logits, logits], 1).logsumexp(1) + logits.logsumexp(0) - 2 * logits.diagonal()
+    check_gradients((loss,), list(leaves.values()), (rows.mean() / 2,), list(true.values()))
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_features_with_a_wide_scale(op: str, backend: str, dtype: torch.dtype) -> None:
+    """The loss and the gradient of the scale are float32, and better than what the features' dtype could hold."""
+    if backend not in backends(SPECS[op], dtype):
+        pytest.skip(f"{backend} does not compute {dtype}")
+    inputs = {name: x.to(torch.float32 if x.dim() == 0 else dtype) for name, x in inputs_of(op, n=40).items()}
+    found, naive = (step(op, inputs, backend=name) for name in (backend, "reference"))
+    truth = step(op, cast(inputs, torch.float64), backend="reference")
+    assert [x.dtype for x in found] == [torch.float32, *(x.dtype for x in inputs.values())]
+    for mine, other, true in zip(found, naive, truth, strict=True):
+        assert SPECS[op].over_budget(mine, other, true) is None
+    if backend != "reference":  # which sums in the features' dtype
+        torch.testing.assert_close(found[0], truth[0].float())
+
+
+@each_loss
+def test_a_scale_may_be_a_number_or_have_one_element(op: str, backend: str) -> None:
+    inputs = cast(inputs_of(op), torch.float32)
+    loss, *grads = step(op, inputs, backend=backend)
+    names = [name for name, x in inputs.items() if x.dim() == 0]
+    others = {name: x for name, x in inputs.items() if name not in names}
+    for kind in (lambda x: x.item(), lambda x: x.reshape(1), lambda x: torch.nn.Parameter(x.clone())):
+        changed = {name: kind(inputs[name]) for name in names}
+        torch.testing.assert_close(LOSSES[op](**others, **changed, backend=backend), loss)
+    one = inputs | {name: inputs[name].reshape(1) for name in names}
+    for mine, name, want in zip(step(op, one, backend=backend)[1:], inputs, grads, strict=True):
+        assert mine.shape == one[name].shape
+        torch.testing.assert_close(mine, want.reshape(mine.shape))
+    whole = LOSSES[op](**others, **{name: int(inputs[name].item()) for name in names}, backend=backend)
+    torch.testing.assert_close(whole, loss)
+
+
+@pytest.mark.parametrize("op", LOSSES)
+@pytest.mark.parametrize("queries", [0, 2])
+def test_strips_of_any_height_give_the_same(op: str, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, ids = inputs_of(op, "chunked", n=20, queries=queries), torch.arange(20) % 6
+    want = step(op, inputs, image_ids=ids, backend="chunked")
+    for rows in (1, 7, 19):
+        monkeypatch.setattr(strips, "STRIP_BYTES", rows * 20 * max(queries, 1) * 8)
+        torch.testing.assert_close(step(op, inputs, image_ids=ids, backend="chunked"), want)
+
+
+@pytest.mark.parametrize(("op", "backend"), [(op, x) for op in LOSSES for x in backends(SPECS[op]) if x != "reference"])
+def test_second_derivatives_under_autocast(op: str, backend: str) -> None:
+    """What was computed outside of it is differentiated as exactly inside."""
+    leaves = {name: x.detach().requires_grad_() for name, x in cast(inputs_of(op), torch.float32).items()}
+
+    def product() -> list[Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            loss = LOSSES[op](**leaves, backend=backend)
+        (first,) = torch.autograd.grad(loss, leaves["image"], create_graph=True)
+        return list(torch.autograd.grad(first.square().sum(), [leaves["image"], leaves["text"]]))
+
+    want = product()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = product()
+    for x, y in zip(found, want, strict=True):
+        assert float((x - y).norm()) <= 1e-5 * float(y.norm())
+
+
+@each_loss
+def test_a_loss_scale_of_float16(op: str, backend: str) -> None:
+    """As `torch.amp.GradScaler` begins: the scaled gradients fit, their factor alone does not."""
+    if backend == "reference" or backend not in backends(SPECS[op], torch.float16):
+        pytest.skip(f"{backend} does not compute float16")
+    inputs = features(64, dim=32, scale=5.0) | (BIAS if op == "sigmoid_contrastive" else {})
+    inputs = cast(inputs, torch.float16, always_wide=frozenset({"logit_scale", "logit_bias"}))
+    wanted, factor = ("image", "text", "logit_scale"), 2.0**16
+    leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
+    loss = LOSSES[op](**leaves, backend=backend)
+    found = torch.autograd.grad(factor * loss, [leaves[name] for name in wanted])
+    exact = {name: x.detach().double().requires_grad_(name in wanted) for name, x in inputs.items()}
+    want = torch.autograd.grad(LOSSES[op](**exact, backend="reference"), [exact[name] for name in wanted])
+    for x, y in zip(found, want, strict=True):
+        assert bool(x.isfinite().all()), backend
+        assert float((x.double() / factor - y).norm()) <= 2e-3 * float(y.norm()), backend

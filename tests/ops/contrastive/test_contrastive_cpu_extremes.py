@@ -1,0 +1,343 @@
+"""The contrastive ops' C++ kernels on numbers far apart, NaN and inf, and called by hand with what does not fit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import draw, run
+from test_contrastive_cpu import SPECS, WIDE, case_of, check_kernel, each_way, expected
+from test_contrastive_definition import features
+from test_cpu_kernels import each_isa
+from torch import Generator, Tensor
+
+from mmkernels import info_nce
+from mmkernels.runtime import cpu
+from mmkernels.spec import Case, Inputs, cast
+
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+
+NAN, INF = math.nan, math.inf
+
+
+# Logits far apart in one tile, where one exponential for both directions would not do.
+
+
+SCALE = 1.7  # at which a logit is rounded, as it would be in any other problem
+
+
+def _of_logits(logits: Tensor, hard: Tensor, **more: Any) -> Inputs:
+    """Features whose logits are these: texts are unit vectors."""
+    m = logits.shape[1]
+    unit = torch.eye(m + hard.shape[1], dtype=torch.float64)
+    inputs = {"image": torch.cat([logits, hard], 1).double() / SCALE, "text": unit[:m], "hard_texts": unit[m:]}
+    return inputs | {"logit_scale": torch.tensor(SCALE, dtype=torch.float64), "reduction": "none"} | more
+
+
+def _far_apart(kind: str, distance: int) -> Case:
+    """Logits near -100 and some others, in two panels of images, one ragged, and two blocks of texts.
+
+    Where the distance is 85, some exponentials relative to a tile's largest logit are nothing, from 100 on whole sums.
+    """
+    g, hidden = Generator().manual_seed(0), kind == "a hidden pair above"
+    n, m = 70, 70 if hidden else 140
+    logits, hard = (torch.randn(n, k, generator=g, dtype=torch.float64) - 100 for k in (m, 5))
+    ids = {"image_ids": torch.arange(n), "text_ids": torch.arange(m) % n}
+    options: Inputs = {}
+    if hidden:
+        ids = dict.fromkeys(ids, torch.arange(n).index_fill_(0, torch.tensor([3, 40, 67]), 99))
+        logits[3, 40] += distance
+        logits[67, 3] += distance
+        options = {"same_id": "ignore", "label_smoothing": 0.1}
+    if kind in ("a pair above", "all of it"):
+        logits[40, 77] += distance
+        logits[68, 5] += distance
+    if kind in ("images below", "all of it"):
+        logits[[3, 66]] -= distance
+        hard[[3, 66]] -= distance
+    if kind in ("texts below", "all of it"):
+        logits[:, [5, 69, 133]] -= distance
+    if kind == "a hard pair above":
+        hard[9, 2] += distance
+    # What the fast path alone would make of the first tile, with the kernels' exponential: nothing below 2^-126.
+    tile = (hard if kind == "a hard pair above" else logits)[:64, :128]
+    relative = (tile - tile.max()).exp()
+    sums = relative.where(relative >= 2.0**-126, 0.0)
+    nothing = [bool((sums.sum(dim) == 0).any()) for dim in (0, 1)]
+    assert any(nothing) == ((2 if kind == "all of it" else 1) * distance >= 100)
+    inputs = _of_logits(logits, hard, **ids, **options)
+    # logit_scale's gradient is one sum whose terms cancel: there the reference's error, which is the measure, is luck.
+    return Case(f"{kind} by {distance}", lambda _: inputs, ("image", "text", "hard_texts"))
+
+
+FAR_APART = [
+    _far_apart(kind, distance)
+    for kind in (
+        "a pair above",
+        "images below",
+        "texts below",
+        "all of it",
+        "a hard pair above",
+        "a hidden pair above",
+    )
+    for distance in (50, 65, 85, 100, 240)
+]
+
+
+@each_way
+@pytest.mark.parametrize("case", FAR_APART, ids=[case.id for case in FAR_APART])
+def test_logits_far_apart_in_a_tile(isa: str, dtype: torch.dtype, case: Case) -> None:
+    with cpu.use_isa(isa):
+        check_kernel(case, dtype)
+
+
+def _thousands(smoothing: float) -> Case:
+    g = Generator().manual_seed(0)
+    logits, hard = (1e4 * torch.rand(150, k, generator=g, dtype=torch.float64) - 5e3 for k in (150, 20))
+    return case_of(f"thousands, smoothed by {smoothing}", _of_logits(logits, hard, label_smoothing=smoothing))
+
+
+THOUSANDS = [_thousands(smoothing) for smoothing in (0.0, 0.25)]
+
+
+@each_isa
+@pytest.mark.parametrize("case", THOUSANDS, ids=[case.id for case in THOUSANDS])
+def test_logits_of_thousands(isa: str, case: Case) -> None:
+    """Each softmax is all or nothing, and tasks' sums are far apart where they meet."""
+    with cpu.use_isa(isa):
+        check_kernel(case, torch.float32, threads=2)
+
+
+@each_isa
+@pytest.mark.parametrize("exponent", [6, 7, 8, 9, 10, 15, 16, 23, 30, 35])
+def test_logits_beyond_what_float32_has_fractions_for(isa: str, exponent: int) -> None:
+    """Losses are differences of logits, which are right to the rounding of a dot; nothing overflows below inf."""
+    for scale in (10.0**exponent, -(10.0**exponent)):
+        inputs = cast(features(130, dim=16, scale=scale, seed=exponent) | {"reduction": "none"}, torch.float32)
+        leaves = [inputs[name].requires_grad_() for name in ("image", "text", "logit_scale")]
+        with cpu.use_isa(isa):
+            found = info_nce(**inputs, backend="cpu")
+            grads = torch.autograd.grad(found[0].sum() + found[1].sum(), leaves)
+        want = info_nce(**cast(inputs, torch.float64), backend="reference")
+        for mine, true in zip(found, want, strict=True):
+            assert float((mine - true).detach().abs().max()) <= 2 * 16 * torch.finfo(torch.float32).eps * abs(scale)
+        assert all(bool(x.isfinite().all()) for x in grads)
+
+
+def _scales(dim: int, scale: float, alike: float, cone: float) -> list[Case]:
+    """Several draws of images and texts; `alike`: how much pairs are, `cone`: how much all of them are."""
+    found = []
+    for seed in range(8):
+        inputs = features(300, dim=dim, scale=scale, seed=seed) | {"reduction": "none"}
+        middle = cone * features(1, dim=dim, seed=seed + 100)["text"]
+        inputs["text"] = F.normalize(inputs["text"] + middle, dim=1)
+        inputs["image"] = F.normalize(inputs["image"] + middle + alike * inputs["text"], dim=1)
+        found.append(Case(f"draw {seed}", lambda _, x=inputs: x, ("logit_scale",)))  # type: ignore[misc]
+    return found
+
+
+SCALES = {
+    "at first": _scales(33, 4.0, 0.0, 0.0),
+    "somewhat alike": _scales(64, 20.0, 0.5, 0.0),
+    "in a cone": _scales(33, 10.0, 0.5, 3.0),
+    "sharp, in a cone": _scales(33, 100.0, 1.0, 3.0),
+    "all learnt": _scales(64, 100.0, 4.0, 0.0),
+}
+
+
+@each_isa
+@pytest.mark.parametrize("kind", SCALES)
+def test_the_scale_s_gradient_in_the_root_mean_square(isa: str, kind: str) -> None:
+    """One sum, whose error in a single draw may be luck, the naive formula's too."""
+    errors: list[tuple[float, float]] = []
+    with cpu.use_isa(isa):
+        for case in SCALES[kind]:
+            naive, true = expected("info_nce", case, torch.float32)
+            ours = run(SPECS["info_nce"], case, cast(draw(case), torch.float32), "cpu")
+            errors.append(tuple(float(x.grads["logit_scale"] - true.grads["logit_scale"]) for x in (ours, naive)))  # type: ignore[arg-type]
+    mine, others = torch.tensor(errors, dtype=torch.float64).pow(2).mean(0).sqrt().tolist()
+    assert mine <= 2 * others + 1e-6
+
+
+# NaN and inf.
+
+
+def _clean() -> Inputs:
+    """Positive features of an odd dim, in several panels, blocks and tasks, which a bad one shares with good ones."""
+    inputs = features(70, 140, 31) | {"hard_texts": features(20, dim=31, seed=1)["text"]}
+    ids = {"image_ids": torch.arange(70) % 30, "text_ids": torch.arange(140) % 40}
+    return {name: x.abs() for name, x in inputs.items()} | ids | {"reduction": "none"}
+
+
+def _spoiled(name: str, bad: float, place: int) -> Case:
+    inputs = _clean()
+    inputs[name][place, -1] = bad
+    return Case(f"{bad} in {name} {place}", lambda _: inputs)
+
+
+SPOILED = [
+    (name, place, bad)
+    for name, places in {"image": (0, 40, 69), "text": (0, 71, 139), "hard_texts": (0, 7, 19)}.items()
+    for place in places
+    for bad in (NAN, INF, -INF)
+]
+SPOILED_CASES = {key: _spoiled(key[0], key[2], key[1]) for key in SPOILED}
+
+
+@each_way
+@pytest.mark.parametrize(("name", "place", "bad"), SPOILED)
+def test_only_rows_that_see_a_bad_feature_are_lost(
+    isa: str, dtype: torch.dtype, name: str, place: int, bad: float
+) -> None:
+    case = SPOILED_CASES[name, place, bad]
+    with cpu.use_isa(isa):
+        check_kernel(case, dtype, threads=2)
+        if bad == -INF:  # a probability of 0, unless nothing else is there: as the reference has it
+            return
+        lost, clear = (info_nce(**cast(x, dtype, always_wide=WIDE), backend="cpu") for x in (draw(case), _clean()))
+    every, none = torch.ones(140, dtype=torch.bool), torch.zeros(140, dtype=torch.bool)
+    own = none.clone().index_fill_(0, torch.tensor(place), True)
+    seen = {"image": (own[:70], every), "text": (every[:70], own), "hard_texts": (every[:70], none)}[name]
+    for mine, want, rows in zip(lost, clear, seen, strict=True):
+        assert torch.equal(mine.isnan(), rows & (want != 0))  # without a positive a row is 0, whatever it sees
+        torch.testing.assert_close(mine[~rows], want[~rows])
+
+
+@each_way
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_bad_pair_that_is_left_out_reaches_nobody(isa: str, dtype: torch.dtype, smoothing: float, bad: float) -> None:
+    """Image 66, which is bad, and texts 3, 65 and 69 share an id."""
+    inputs = features(70, dim=15)
+    inputs = {name: x.abs() for name, x in inputs.items()}
+    numbers = torch.arange(70).index_fill_(0, torch.tensor([3, 65, 66, 69]), 99)
+    options = {"same_id": "ignore", "label_smoothing": smoothing, "image_ids": numbers, "text_ids": numbers}
+    with cpu.use_isa(isa):
+        images, texts = clear = _rows(inputs | options, dtype)
+        inputs["image"][66, 0] = bad
+        lost = _rows(inputs | options, dtype)
+    place = torch.arange(70)
+    for mine, want, rows in zip(lost, clear, (place == 66, (numbers != 99) | (place == 66)), strict=True):
+        assert torch.equal(mine.isnan(), rows)
+        torch.testing.assert_close(mine[~rows], want[~rows])
+    assert bool(images.isfinite().all() & texts.isfinite().all())
+
+
+def _rows(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = info_nce(**cast(inputs, dtype, always_wide=WIDE), reduction="none", backend="cpu")
+    return found
+
+
+@each_way
+def test_all_is_minus_infinity(isa: str, dtype: torch.dtype) -> None:
+    """No row has a probability for anything: NaN in each, and a backward pass that ends."""
+    x = torch.full((70, 5), INF).to(dtype).requires_grad_()
+    with cpu.use_isa(isa):
+        losses = info_nce(x, x, -1.0, hard_texts=x, reduction="none", backend="cpu")
+        (grad,) = torch.autograd.grad(losses[0].sum() + losses[1].sum(), x)
+    assert all(bool(x.isnan().all()) for x in losses) and grad.shape == x.shape
+
+
+def test_ids_of_any_size() -> None:
+    """Neighbours at both ends of int64, and numbers that only differ beyond 32 bits and beyond a double's 53."""
+    large = torch.tensor([2**63 - 1, 2**63 - 2, -(2**63), 1 - 2**63, 2**32 + 5, 5, 2**53, 2**53 + 1, -1, 0])
+    inputs = cast(features(10) | {"reduction": "none"}, torch.float32)
+    for options in ({}, {"same_id": "ignore"}):
+        found, want = (
+            info_nce(**inputs | options, image_ids=x, text_ids=x.flip(0), backend="cpu")
+            for x in (large, large.argsort().argsort())
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+        assert bool(torch.stack(found).any())
+
+
+# The private operators, called by hand.
+
+
+def _private(name: str, **change: Any) -> Any:
+    """A call that is right but for `change`."""
+    x, numbers = torch.randn(20, 8), torch.arange(20)
+    pair = {"image": x, "text": x, "logit_scale": torch.tensor(2.0)}
+    ids = {"image_ids": numbers, "text_ids": numbers}
+    more = {"ignore": False, "label_smoothing": 0.1, "image_weight": 0.5, "reduction": "mean"}
+    none = {"grad_loss": None, "grad_image_loss": torch.ones(20), "grad_text_loss": None}
+    states = {"image_state": torch.ones(4, 20), "text_state": torch.ones(4, 20)}
+    arguments: dict[str, Inputs] = {
+        "info_nce": {**pair, **ids, "hard_texts": x[:3], **more, "stats": True},
+        "info_nce_backward": {**pair, **ids, "hard_texts": x[:3], **states, **none, **more, "needs": [True] * 4},
+        "sigmoid_contrastive": {**pair, "logit_bias": torch.tensor(0.0), **ids, "needs": [True] * 4},
+        "retrieval_ranks": {"query": x, "gallery": x, "target": numbers},
+    }
+    return getattr(torch.ops.mmkernels, f"{name}_cpu")(**arguments[name] | change)
+
+
+SHORT, X, META = torch.arange(19), torch.randn(20, 8), torch.device("meta")
+BAD_PAIRS: dict[str, Inputs] = {
+    "no image": {"image": X[:0]},
+    "no text": {"text": X[:0], "text_ids": SHORT[:0]},
+    "no channels": {"image": X[:, :0], "text": X[:, :0]},
+    "1-D images": {"image": X[0]},
+    "4-D images": {"image": X[None, None]},
+    "3-D texts": {"text": X[None]},
+    "other channels": {"text": X[:, :7]},
+    "whole features": {"image": X.long(), "text": X.long()},
+    "float64": {"image": X.double(), "text": X.double()},
+    "other dtypes": {"text": X.half()},
+    "two scales": {"logit_scale": torch.ones(2)},
+    "meta images": {"image": X.to(META)},
+    "meta texts": {"text": X.to(META)},
+    "meta ids": {"image_ids": SHORT.to(META)},
+    "short image ids": {"image_ids": SHORT},
+    "short text ids": {"text_ids": SHORT},
+    "ids of two dims": {"text_ids": torch.zeros(20, 1).long()},
+    "ids of half the bits": {"text_ids": torch.zeros(20).int()},
+    "floating ids": {"image_ids": torch.zeros(20)},
+    "one side's ids": {"text_ids": None},
+    "more texts without ids": {"text": torch.randn(30, 8), "image_ids": None, "text_ids": None},
+}
+BAD_HARD: dict[str, Inputs] = {
+    "1-D hard texts": {"hard_texts": X[0]},
+    "hard texts of other channels": {"hard_texts": X[:, :7]},
+    "hard texts of another dtype": {"hard_texts": X.bfloat16()},
+    "meta hard texts": {"hard_texts": X.to(META)},
+    "other numbers that are ignored": {"ignore": True, "text": torch.randn(300, 8), "text_ids": torch.arange(300)},
+}
+BAD: dict[str, dict[str, Inputs]] = {
+    "info_nce": BAD_PAIRS | BAD_HARD,
+    "info_nce_backward": {
+        **BAD_PAIRS,
+        **BAD_HARD,
+        "short state": {"image_state": torch.ones(4, 19)},
+        "state of three rows": {"text_state": torch.ones(3, 20)},
+        "meta state": {"text_state": torch.ones(4, 20, device=META)},
+        "short gradient": {"grad_image_loss": torch.ones(19)},
+        "meta gradient": {"grad_text_loss": torch.ones(20, device=META)},
+        "two losses": {"grad_loss": torch.ones(2)},
+        "three needs": {"needs": [True] * 3},
+    },
+    "sigmoid_contrastive": BAD_PAIRS | {"two biases": {"logit_bias": torch.ones(2)}, "one need": {"needs": [True]}},
+    "retrieval_ranks": {
+        "several queries": {"query": torch.randn(20, 2, 8)},
+        "1-D queries": {"query": X[:, 0]},
+        "an empty gallery": {"gallery": X[:0]},
+        "other channels": {"gallery": X[:, :7]},
+        "whole features": {"query": X.long(), "gallery": X.long()},
+        "other dtypes": {"gallery": X.bfloat16()},
+        "short targets": {"target": SHORT},
+        "targets of half the bits": {"target": torch.zeros(20).int()},
+        "a target too large": {"target": torch.full((20,), 20)},
+        "a target below 0": {"target": torch.full((20,), -1)},
+        "a target beyond int32": {"target": torch.full((20,), 2**32)},
+        "meta gallery": {"gallery": X.to(META)},
+    },
+}
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, table in BAD.items() for name in table])
+def test_the_operators_read_past_no_end(op: str, name: str) -> None:
+    assert _private(op) is not None
+    with pytest.raises((ValueError, TypeError, RuntimeError, IndexError)):
+        _private(op, **BAD[op][name])
