@@ -14,7 +14,8 @@ from torch import Tensor
 from mmkernels.meters import Timing, peak_memory, time_alternating
 from mmkernels.profiling.adapter import Adapter, Stage
 from mmkernels.profiling.options import Options
-from mmkernels.runtime.dispatch import removed, use_backend
+from mmkernels.runtime.dispatch import use_backend
+from mmkernels.runtime.eager import stub_ops
 
 REMOVED = "removed"
 """The candidate in which every op answers zeros at once: what is left is the Amdahl bound."""
@@ -44,7 +45,7 @@ def running_as(candidate: str) -> Iterator[None]:
     """Run every op as this candidate does: "fused" (the automatic choice), a forced backend, or `REMOVED`."""
     with ExitStack() as stack:
         if candidate == REMOVED:  # by the automatic choice: "reference" would not pass the op boundary
-            stack.enter_context(removed())
+            stack.enter_context(stub_ops())
         stack.enter_context(use_backend("" if candidate in ("fused", REMOVED) else candidate))
         yield
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from mmkernels.runtime.arguments import leading
 
 __all__ = ["isas", "op", "peak", "release", "use_isa", "why_not"]
 
@@ -99,23 +100,31 @@ def release() -> None:
         torch.ops.mmkernels.cpu_release()
 
 
-def op(name: str) -> Callable[..., Any]:
-    """The kernel ``torch.ops.mmkernels.<name>``, looked up here once; for a table of backends."""
+def op(name: str) -> Callable[[Any], Any]:
+    """Returns a function from an op's record to what the kernel ``torch.ops.mmkernels.<name>`` makes of its fields."""
     if _unusable is None:
         overload = getattr(torch.ops.mmkernels, name).default
-        return getattr(overload, "_op", overload)  # what the overload calls, without a Python function between
+        kernel = getattr(overload, "_op", overload)  # what the overload calls, without a Python function between
+        names = [x.name for x in overload._schema.arguments]  # TEMPORARY
+        return lambda args: kernel(*(_value(args, n) for n in names))
 
-    def unusable(*args: Any) -> Any:
+    def unusable(args: Any) -> Any:
         raise RuntimeError(_unusable)
 
     return unusable
 
 
-def why_not(*args: Any) -> str | None:
-    """Why a call on these tensors can't run on the CPU kernels, or None; without arguments, why no call can."""
-    if _unusable is not None or not args:
+def _value(args: Any, n: str) -> Any:  # TEMPORARY
+    if n == "needs":
+        return [getattr(args, f) for f in args._fields if f.startswith(("need_", "keep_"))]
+    return getattr(args, n)
+
+
+def why_not(args: Any = None) -> str | None:
+    """Returns why a call with this record can't run on the CPU kernels, or None; without one, why no call can."""
+    if _unusable is not None or args is None:
         return _unusable
-    x: Tensor = args[0]
+    x = leading(args)
     if x.device.type != "cpu":
         return f"the tensors are on {x.device}"
     if x.dtype not in _DTYPES:

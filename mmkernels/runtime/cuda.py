@@ -44,61 +44,34 @@ def _load() -> str | None:
     return None
 
 
-def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def decode(args: Any) -> tuple[Tensor, Tensor]:
     """`cross_attention`'s forward pass for calls that `why_not` has no objection to: out [B, Hq, Lq, D], in memory
     [B, Lq, Hq, D], and log-sum-exp [B, Hq, Lq]."""
     if _kernel is None:
         raise RuntimeError(_unusable)
-    out, lse = _kernel(query, key, value, start, end, key_valid, gate, scale)
+    out, lse = _kernel(args.query, args.key, args.value, args.start, args.end, args.key_valid, args.gate, args.scale)
     return out, lse
 
 
-def why_not(*args: object) -> str | None:
-    """Why a call with these arguments of `decode` can't run on the CUDA kernels, or None; without arguments, why no
+def why_not(args: Any = None) -> str | None:
+    """Returns why a call with `cross_attention`'s record can't run on the CUDA kernels, or None; without one, why no
     call can."""
-    if not args:
+    if args is None:
         return _unusable or (None if torch.cuda.is_available() else "there is no NVIDIA GPU")
     # The device first: on other tensors this is all that a call pays for.
-    query = args[0]
-    assert isinstance(query, Tensor)
-    if not query.is_cuda:
-        return f"the tensors are on {query.device}"
-    return _unusable or _why_not_call(*args)  # type: ignore[arg-type]
+    if not args.query.is_cuda:
+        return f"the tensors are on {args.query.device}"
+    return _unusable or _why_not_call(args)
 
 
-def _why_not_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> str | None:
+def _why_not_call(args: Any) -> str | None:
+    query, key, value = args.query, args.key, args.value
     batch, heads, q_len, dim = query.shape
     if q_len > _QUERIES or q_len == 0:
         return f"the kernels are for 1 to {_QUERIES} queries, this call has {q_len}"
     if query.dtype not in _DTYPES:
         return f"{query.dtype} is not computed, only bfloat16 and float16"
-    for name, x in (("a dense mask", dense), ("a bias", bias), ("dropout", seed)):
+    for name, x in (("a dense mask", args.dense), ("a bias", args.bias), ("dropout", args.seed)):
         if x is not None:
             return f"{name} is not computed"
     if dim not in _DIMS or value.shape[3] != dim:

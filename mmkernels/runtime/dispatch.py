@@ -1,22 +1,27 @@
-"""Which backend runs a call, and why not the others.
+"""Which backend runs a call, and why not the others; how an op is defined.
 
-An op is one boundary ``torch.ops.mmkernels.<name>`` with a last argument ``backend: str``. Its body walks the op's
-ordered table of backends and runs the first whose `why_not` has no objection; ``backend != ""`` forces one.
+An op is one boundary ``torch.ops.mmkernels.<name>`` of its record's fields and a last argument ``backend: str``. Its
+body walks the op's ordered table of backends and runs the first whose `why_not` has no objection; ``backend != ""``
+forces one. Its backward pass is an op of its own, whose table is walked again with the forward's choice: a second
+derivative needs a boundary there, and a pass may run elsewhere (decoding runs forward on "cuda", backward on "triton").
+
+`eager.py` holds the short way that most calls take, and why there is one; `gradient.py` what autograd needs.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
+
+from mmkernels.runtime import eager
+from mmkernels.runtime.arguments import Layout, lay_out, lay_out_backward
+from mmkernels.runtime.gradient import Gradient, Link
 
 BACKENDS = ("cuda", "triton", "cpu", "chunked", "reference")
 """Every backend's name, the fastest first."""
@@ -26,38 +31,14 @@ LIBRARY = torch.library.Library("mmkernels", "FRAGMENT")
 TABLES: dict[str, tuple[Backend, ...]] = {}
 """Each op boundary's backends in the order in which they are tried: what the body walks and ``doctor`` prints."""
 
-
-def something_watches() -> bool:
-    """Whether a transform, mode, autocast level or tracer is active in this thread."""
-    return bool(
-        _peek_interpreter_stack() is not None
-        or _len_torch_dispatch_stack()
-        or _is_any_autocast_enabled()
-        or _get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-try:  # looked up once: a call asks in less than a microsecond
-    _peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
-    _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
-    _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-    _get_tracing_state = torch._C._get_tracing_state
-except AttributeError:  # a torch that calls them otherwise: every call takes the boundary
-
-    def something_watches() -> bool:
-        return True
-
-
 _choice = threading.local()  # not a ContextVar: reading one breaks torch.compile(fullgraph=True)
-_removed = False  # not thread-local: the backward pass of CUDA tensors runs in another thread
 
 
 class BackendError(RuntimeError):
     """No backend can run the call, or the forced one can't; the message says why."""
 
 
-def _no_objection(*args: Any) -> str | None:
+def _no_objection(inputs: Any = None) -> str | None:
     return None
 
 
@@ -67,13 +48,12 @@ class Backend:
 
     Args:
         name: one of `BACKENDS`.
-        run: the kernel; takes the op's arguments without ``backend``.
-        why_not: takes the same arguments and answers why this call can't run here, or None; without arguments, why no
-            call can.
+        run: the kernel: record -> outputs.
+        why_not: record -> why this call can't run here, or None; without one, why no call can.
     """
 
     name: str
-    run: Callable[..., Any]
+    run: Callable[[Any], Any]
     why_not: Callable[..., str | None] = _no_objection
 
 
@@ -108,146 +88,97 @@ class use_backend:
 
 
 def check_backend(name: str) -> str:
+    """Returns `name`; raises ValueError unless it is "" or a backend's."""
     if name != "" and name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or None; got {name!r}")
     return name
 
 
 def resolve(backend: str | None) -> str:
-    """The choice that a public function passes through the op boundary."""
+    """Returns the choice that a public function passes through the op boundary."""
     return getattr(_choice, "name", "") if backend is None else check_backend(backend)
 
 
-def choose(op: str, backend: str, args: Sequence[Any], *, forced_may_fall_back: bool = False) -> Backend:
-    """The first backend of `op` that can run this call; with ``backend != ""`` only that one.
+def choose(op: str, backend: str, inputs: Any, *, forced_may_fall_back: bool = False) -> Backend:
+    """Returns the first backend of `op` that can run this call; with ``backend != ""`` only that one.
 
     Args:
+        inputs: the op's record.
         forced_may_fall_back: a backward pass takes the choice made for its forward as a wish, not an order.
     """
     reasons = []
     for entry in TABLES[op]:
         if backend in ("", entry.name):
-            reason = entry.why_not(*args)
+            reason = entry.why_not(inputs)
             if reason is None:
                 return entry
             reasons.append(f"{entry.name}: {reason}")
     if backend and forced_may_fall_back:
-        return choose(op, "", args)
+        return choose(op, "", inputs)
     if not reasons:
         offered = ", ".join(entry.name for entry in TABLES[op])
         raise BackendError(f"{op} has no backend {backend!r}; it has {offered}")
     raise BackendError(f"{op} can't run this call. " + "; ".join(reasons))
 
 
-def register(
-    schema: str,
-    backends: Sequence[Backend],
-    fake: Callable[..., Any],
-    *,
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-    is_backward: bool = False,
-) -> Callable[..., Any]:
-    """Define the op boundary ``torch.ops.mmkernels.<name>`` and return a function that calls it.
+class Op:
+    """An op boundary with its backends; calling it is what a public function ends with.
 
     Args:
-        schema: as ``torch.library.define`` takes it, ``name(Tensor x, ..., str backend) -> Tensor``, no defaults.
+        name: of the boundary.
+        layout: of its record.
+        results: of its outputs, as a schema has them.
         backends: in the order in which they are tried.
-        fake: shapes, dtypes and strides of the outputs, the same for every backend; takes all arguments.
-        setup_context, backward: as ``torch.library.register_autograd`` takes them; None: no gradient.
-        is_backward: this is another op's backward pass, where a forced backend may fall back.
+        fake: record -> outputs of the right shapes, dtypes and strides, the same for every backend.
+        link: what autograd needs; None: no gradient.
+        falls_back: a forced backend that can't run may be replaced.
     """
-    name = schema.partition("(")[0]
-    TABLES[name] = tuple(backends)
-    LIBRARY.define(schema)
 
-    def body(*args: Any) -> Any:
-        if _removed:
-            return _map_tensors(Tensor.zero_, fake(*args))
-        entry = choose(name, args[-1], args[:-1], forced_may_fall_back=is_backward)
+    def __init__(
+        self,
+        name: str,
+        layout: Layout,
+        results: str,
+        backends: Sequence[Backend],
+        fake: Callable[[Any], Any],
+        link: Link | None,
+        falls_back: bool = False,
+    ) -> None:
+        self.name, self.layout, self.fake, self.falls_back = name, layout, fake, falls_back
+        TABLES[name] = tuple(backends)
+        LIBRARY.define(f"{name}({layout.schema}, str backend) -> {results}")
+        qualified = f"mmkernels::{name}"
+        LIBRARY.impl(name, self._body, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, lambda *values: fake(layout.record._make(values[:-1])), lib=LIBRARY)
+        self.boundary = getattr(torch.ops.mmkernels, name).default
+        torch.library.register_vmap(qualified, self._loop, lib=LIBRARY)
+        self.recorded = None if link is None else eager.record(self, link)
+        if link is not None:
+            torch.library.register_autograd(qualified, link.backward, setup_context=link.setup_context, lib=LIBRARY)
+
+    def __call__(self, inputs: Any, backend: str) -> Any:
+        return eager.call(self, inputs, backend)
+
+    def run(self, inputs: Any, backend: str) -> Any:
+        """Returns the outputs of the backend that is chosen for this call."""
+        return choose(self.name, backend, inputs, forced_may_fall_back=self.falls_back).run(inputs)
+
+    def _body(self, *values: Any) -> Any:
+        inputs = self.layout.record._make(values[:-1])
+        if eager.stubbed():
+            return _map_tensors(Tensor.zero_, self.fake(inputs))
         with torch._C._DisableAutocast():  # the public function has cast what is to be cast
-            return entry.run(*args[:-1])
+            return self.run(inputs, values[-1])
 
-    qualified = f"mmkernels::{name}"
-    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
-    op = getattr(torch.ops.mmkernels, name).default
-    torch.library.register_vmap(qualified, _loop_over(op), lib=LIBRARY)
-
-    class Recorded(torch.autograd.Function):
-        """What `register_autograd` makes of the boundary, for calls that need nothing but a gradient."""
-
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            inputs = args[:-1]
-            outputs = choose(name, args[-1], inputs, forced_may_fall_back=is_backward).run(*inputs)
-            assert setup_context is not None
-            setup_context(ctx, args, outputs)
-            return outputs
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            assert backward is not None
-            return backward(ctx, *grads)
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*args)
-        wanted = _gradient_wanted(args)
-        if wanted is False:
-            inputs = args[:-1]
-            return choose(name, args[-1], inputs, forced_may_fall_back=is_backward).run(*inputs)
-        if wanted is True and backward is not None:
-            return Recorded.apply(*args)
-        if _in_grad_transform() or _has_tangent(args):
-            raise NotImplementedError(
-                f"{name} can't be differentiated by torch.func (grad, vjp, jvp, jacrev, ...) or in forward mode, which "
-                'PyTorch does not offer to custom operators; use torch.autograd, or backend="reference"'
-            )
-        return op(*args)
-
-    return call
-
-
-def _gradient_wanted(args: Sequence[Any]) -> bool | None:
-    """Whether a call must be recorded for a gradient; None: there is more to it than plain tensors in eager mode.
-
-    What has no transform or mode goes straight to its kernel, or through one autograd function: the boundary's own
-    layers of Python would cost 20 us, or 80 with a backward pass, which is more than a small call's kernels.
-    """
-    if _removed or args[0].is_meta or something_watches():
-        return None
-    wanted, recording = False, torch.is_grad_enabled()
-    for x in args:
-        kind = type(x)
-        if x is None or kind is float:
-            continue
-        if kind is Tensor or kind is Parameter:
-            wanted = wanted or (recording and x.requires_grad)
-        elif isinstance(x, Tensor):
-            return None
-    return wanted
-
-
-@contextmanager
-def removed() -> Iterator[None]:
-    """Every op answers zeros at once: the time of a model without them, which bounds what any kernel can gain."""
-    global _removed
-    _removed = True
-    try:
-        yield
-    finally:
-        _removed = False
-
-
-def _loop_over(op: Callable[..., Any]) -> Callable[..., Any]:
-    """A vmap rule for any op: one call for each slice. Right for every argument; fast where slices are large."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    def _loop(self, info: Any, in_dims: tuple[int | None, ...], *values: Any) -> tuple[Any, Any]:
+        """A vmap rule for any op: one call for each slice. Right for every argument; fast where slices are large."""
         calls = [
-            op(*(x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x for x, dim in zip(args, in_dims)))
+            self.boundary(
+                *(
+                    x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+                    for x, dim in zip(values, in_dims, strict=True)
+                )
+            )
             for i in range(info.batch_size)
         ]
         if isinstance(calls[0], Tensor):
@@ -255,19 +186,42 @@ def _loop_over(op: Callable[..., Any]) -> Callable[..., Any]:
         stacked = tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
         return stacked, (0,) * len(stacked)
 
-    return rule
 
+def define(
+    name: str,
+    inputs: type[Any],
+    outputs: type[Any],
+    *,
+    backends: Sequence[Backend],
+    fake: Callable[[Any], Any],
+    gradient: Gradient | None = None,
+) -> Op:
+    """Define the op boundary ``torch.ops.mmkernels.<name>``, and that of its backward pass ``<name>_backward``.
 
-def _in_grad_transform() -> bool:
-    stack = torch._C._functorch.get_interpreter_stack()
-    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
-    return stack is not None and any(level.key() in kinds for level in stack)
-
-
-def _has_tangent(args: Sequence[Any]) -> bool:
-    if forward_ad._current_level < 0:
-        return False
-    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args)
+    Args:
+        inputs, outputs: NamedTuple classes, see `arguments.py`; an op with one output returns it as it is.
+        backends: in the order in which they are tried.
+        fake: record -> outputs of the right shapes, dtypes and strides, the same for every backend.
+        gradient: how the op is differentiated; None: it has no gradient.
+    """
+    layout, given = lay_out(inputs), lay_out(outputs)
+    link = None
+    if gradient is not None:
+        backward = lay_out_backward(name, layout, given, gradient.saves)
+        link = Link(layout, given, backward, gradient)
+        if gradient.backends:
+            count = len(layout.differentiable)
+            link.run = Op(
+                f"{name}_backward",
+                backward,
+                "(" + ", ".join(["Tensor"] * count) + ")",
+                gradient.backends,
+                link.fake,
+                link.again(),
+                falls_back=True,
+            )
+    results = ", ".join(["Tensor"] * len(given.fields))
+    return Op(name, layout, results if len(given.fields) == 1 else f"({results})", backends, fake, link)
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:

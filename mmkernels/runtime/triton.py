@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.runtime.arguments import leading
 from mmkernels.runtime.tuning import Config
 
 _MOST_CHANNELS = 256
@@ -34,7 +35,7 @@ def op(module: str, name: str) -> Callable[..., Any]:
         launcher: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return launcher
 
-    return lambda *args: found()(*args)
+    return lambda args: found()(args)
 
 
 @cache
@@ -53,19 +54,20 @@ def _device_why_not(device: torch.device) -> str | None:
     return None
 
 
-def why_not(*args: Any) -> str | None:
-    """Why a call on these tensors can't run on the Triton kernels, or None; without arguments, why no call can."""
+def why_not(args: Any = None) -> str | None:
+    """Returns why a call with this record can't run on the Triton kernels, or None; without one, why no call can."""
     reason = _machine_why_not()
-    if reason is not None or not args:
+    if reason is not None or args is None:
         return reason
-    x: Tensor = args[0]
+    x = leading(args)
     if x.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"the tensors are on {x.device}"
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is not computed: sums are kept in float32"
     if INTERPRETED and x.dtype == torch.bfloat16:
         return "the interpreter multiplies no bfloat16"
-    widest = max((t.shape[3] for t in args[:5] if t is not None and t.dim() == 4), default=0)
+    heads = (getattr(args, name, None) for name in ("query", "value"))
+    widest = max((t.shape[3] for t in heads if t is not None and t.dim() == 4), default=0)
     if widest > _MOST_CHANNELS:
         return f"head dims above {_MOST_CHANNELS} do not fit into a multiprocessor, got {widest}"
     return _device_why_not(x.device)

@@ -12,8 +12,8 @@ from mmkernels.integrations.transformers.masks import ModelMask, causal_from
 from mmkernels.integrations.transformers.matrices import read_matrix
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_weights import attention_weights
+from mmkernels.ops.attention.attention_weights.spec import Arguments, reference
 from mmkernels.ops.attention.cross_attention import cross_attention
-from mmkernels.ops.attention.formula import probabilities, visible_keys
 from mmkernels.ops.attention.inputs import check_scale, take_mask_apart
 
 Mask = SpanMask | Tensor | None
@@ -159,6 +159,5 @@ def _weights(query: Tensor, key: Tensor, mask: Mask, bias: Tensor | None, scale:
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, bias))
     if not wanted:
         return attention_weights(query, key, mask, bias=bias, scale=scale)
-    spans = take_mask_apart(mask, query, key.shape[2])
-    heads = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    return probabilities(query, heads, visible_keys(*spans, key.shape[2]), bias, check_scale(scale, query), False)[0]
+    tensors = take_mask_apart(mask, query, key.shape[2])._asdict()
+    return reference(Arguments(query=query, key=key, bias=bias, scale=check_scale(scale, query), **tensors))

@@ -16,7 +16,7 @@ from mmkernels.integrations.transformers.solving import UnreadableError
 from mmkernels.integrations.transformers.symbols import read
 from mmkernels.masks import SpanMask
 from mmkernels.runtime.checks import can_look
-from mmkernels.runtime.dispatch import something_watches
+from mmkernels.runtime.eager import transform_active
 
 _OWN_ATTENTION = (
     'attn_implementation="mmkernels" is not for {}: it has no attention interface, and its own attention adds masks to '
@@ -221,7 +221,7 @@ def causal_from(first: int | Tensor, q_len: int, device: torch.device | str) -> 
         torch.compiler.is_compiling()
         or not isinstance(first, int)
         or torch._C._get_tracing_state() is not None
-        or something_watches()
+        or transform_active()
     ):
         end = torch.arange(1, q_len + 1, device=device) + first  # a static cache's `first` is not to be waited for
         return SpanMask(end.new_zeros(1, 1, dtype=torch.int32), end.to(torch.int32)[None])

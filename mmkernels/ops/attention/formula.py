@@ -5,27 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops.attention.inputs import Scores
+from mmkernels.ops.common.dtypes import wide_dtype
+
 _HIDDEN = float("-inf")
 
 
-def visible_keys(
-    start: Tensor | None, end: Tensor | None, key_valid: Tensor | None, dense: Tensor | None, k_len: int
-) -> Tensor | None:
-    """The mask as bool, broadcastable to [B, Hq, Lq, Lk]; None: everything is visible."""
-    visible = dense
-    if start is not None and end is not None:
-        key = torch.arange(k_len, dtype=torch.int32, device=start.device)
-        spans = ((start[..., None] <= key) & (key < end[..., None]))[:, None]  # [B or 1, 1, Lq or 1, Lk]
-        visible = spans if visible is None else visible & spans
-    if key_valid is not None:
-        valid = key_valid[:, None, None, :]
+def visible_keys(scores: Scores) -> Tensor | None:
+    """Returns the mask as bool, broadcastable to [B, Hq, Lq, Lk]; None: everything is visible."""
+    visible = scores.dense
+    if scores.start is not None and scores.end is not None:
+        key = torch.arange(scores.key.shape[2], dtype=torch.int32, device=scores.key.device)
+        spans = (scores.start[..., None] <= key) & (key < scores.end[..., None])  # [B or 1, Lq or 1, Lk]
+        visible = spans[:, None] if visible is None else visible & spans[:, None]
+    if scores.key_valid is not None:
+        valid = scores.key_valid[:, None, None, :]
         visible = valid if visible is None else visible & valid
     return visible
 
 
 def all_finite(*tensors: Tensor | None) -> bool:
     """Whether no element is NaN or inf, in one pass each. Syncs. (A sum that overflows reads as not finite.)"""
-    return all(x is None or bool(x.sum(dtype=_wide(x.dtype)).isfinite()) for x in tensors)
+    return all(x is None or bool(x.sum(dtype=wide_dtype(x)).isfinite()) for x in tensors)
 
 
 def probabilities(
@@ -43,7 +44,7 @@ def probabilities(
     if visible is None:
         scores = (query @ key.transpose(-1, -2)) * scale
         scores = scores if bias is None else (scores + bias).to(query.dtype)
-        lse = torch.logsumexp(scores.to(_wide(scores.dtype)), -1) if need_lse else None
+        lse = torch.logsumexp(scores.to(wide_dtype(scores)), -1) if need_lse else None
         return scores.softmax(-1), lse, None
     finite = all_finite(query, key)
     if finite:
@@ -57,7 +58,7 @@ def probabilities(
     scores = torch.where(visible, scores, torch.where(sees, _HIDDEN, 0.0).to(scores.dtype))
     lse = None
     if need_lse:
-        lse = torch.logsumexp(scores.to(_wide(scores.dtype)), -1)
+        lse = torch.logsumexp(scores.to(wide_dtype(scores)), -1)
         lse = torch.where(sees[..., 0], lse, _HIDDEN)
     weights = scores.softmax(-1) * sees
     return weights if finite else torch.where(visible, weights, 0.0), lse, visible
@@ -69,7 +70,3 @@ def weighted_values(weights: Tensor, value: Tensor, visible: Tensor | None) -> T
         return weights @ value
     seen = torch.where(visible[..., None], value[..., None, :, :], 0)  # [B, H, Lq, Lk, Dv]
     return (weights[..., None] * seen).sum(-2)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +14,37 @@ from mmkernels.runtime.checks import DTYPES, autocast, check_tensor
 _DTYPES = frozenset(DTYPES)
 
 
+class Scores(Protocol):
+    """What the scores of a call are made of: the fields that the records of all attention ops share."""
+
+    @property
+    def query(self) -> Tensor: ...  # [B, Hq, Lq, D]
+    @property
+    def key(self) -> Tensor: ...  # [B or 1, Hkv, Lk, D]
+    @property
+    def start(self) -> Tensor | None: ...  # as in MaskTensors
+    @property
+    def end(self) -> Tensor | None: ...
+    @property
+    def key_valid(self) -> Tensor | None: ...
+    @property
+    def dense(self) -> Tensor | None: ...
+    @property
+    def bias(self) -> Tensor | None: ...  # broadcastable to [B, Hq, Lq, Lk]
+    @property
+    def scale(self) -> float: ...
+
+
 class MaskTensors(NamedTuple):
-    """A mask as the op boundaries take it: spans and `key_valid`, or `dense`, or nothing."""
+    """A mask as the records hold it: spans and `key_valid`, or `dense`, or nothing."""
 
     start: Tensor | None = None  # int32 [B or 1, Lq or 1]
     end: Tensor | None = None  # int32 [B or 1, Lq or 1]
     key_valid: Tensor | None = None  # bool [B or 1, Lk]
     dense: Tensor | None = None  # bool [B or 1, Hq or 1, Lq or 1, Lk or 1]
+
+
+_NO_MASK = MaskTensors()
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
@@ -87,7 +111,7 @@ def check_bias(bias: Tensor, query: Tensor, k_len: int) -> Tensor:
 def take_mask_apart(mask: SpanMask | Tensor | None, query: Tensor, k_len: int) -> MaskTensors:
     """Check `mask` against [B, Hq, Lq, Lk] and turn it into tensors."""
     if mask is None:
-        return MaskTensors()
+        return _NO_MASK
     if isinstance(mask, SpanMask):
         batch, q_len = query.shape[0], query.shape[2]
         b, i = mask.shape
@@ -118,15 +142,37 @@ def check_scale(scale: float | None, query: Tensor) -> float:
     return float(scale)
 
 
-def check_scores(
-    query: Tensor, key: Tensor, mask: SpanMask | Tensor | None, bias: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor, MaskTensors, Tensor | None, float]:
-    """Check what the scores alone are made of, and take it out of the gradient's reach."""
-    query, key = autocast(query, key)
-    check_attention(query, key)
-    masks = take_mask_apart(mask, query, key.shape[2])
-    bias = None if bias is None else check_bias(bias, query, key.shape[2]).detach()
-    return query.detach(), key.detach(), masks, bias, check_scale(scale, query)
+class Prepared(NamedTuple):
+    """Arguments of an attention op, cast by autocast, checked, with the mask as tensors."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor  # key, where the op takes no value
+    mask: MaskTensors
+    bias: Tensor | None
+    scale: float
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    mask: SpanMask | Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+) -> Prepared:
+    """Returns what every attention op begins with: its arguments cast, checked and taken apart into tensors."""
+    if value is None:
+        query, key = autocast(query, key)
+        value = key
+        check_attention(query, key)
+    else:
+        query, key, value = autocast(query, key, value)
+        check_attention(query, key, value)
+    k_len = key.shape[2]
+    masks = _NO_MASK if mask is None else take_mask_apart(mask, query, k_len)
+    bias = None if bias is None else check_bias(bias, query, k_len)
+    return Prepared(query, key, value, masks, bias, check_scale(scale, query))
 
 
 def _broadcastable(name: str, x: Tensor, query: Tensor, k_len: int) -> Tensor:

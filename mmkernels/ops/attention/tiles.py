@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.attention.formula import all_finite
+from mmkernels.ops.attention.inputs import Scores
 from mmkernels.ops.attention.philox import keep_mask, keep_scale
+from mmkernels.ops.common.dtypes import wide_dtype
 
 # Measured on 2 cores with 1 MiB of L2 each: at 512 K scores the elementwise passes stay in cache and a tile's ten
 # PyTorch calls cost about 3 % of its matmuls.
@@ -47,34 +49,26 @@ class Tiles:
     """One attention call cut into tiles.
 
     Args:
+        args: of the op.
         others: further tensors whose non-finite elements must not leak: value, grad_out.
+        seed, dropout_p: of the op's dropout, where it has one.
     """
 
     def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        start: Tensor | None,
-        end: Tensor | None,
-        key_valid: Tensor | None,
-        dense: Tensor | None,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        scale: float,
-        dropout_p: float,
-        others: tuple[Tensor, ...] = (),
+        self, args: Scores, others: tuple[Tensor, ...] = (), seed: Tensor | None = None, dropout_p: float = 0.0
     ) -> None:
-        self.query, self.key, self.bias, self.scale = query, key, bias, scale
-        self.start, self.end, self.key_valid, self.dense = start, end, key_valid, dense
+        query, key, bias = args.query, args.key, args.bias
+        self.query, self.key, self.bias, self.scale = query, key, bias, args.scale
+        self.start, self.end, self.key_valid, self.dense = args.start, args.end, args.key_valid, args.dense
         self.seed, self.dropout_p = seed, dropout_p
         self.batch, self.heads, self.q_len, _ = query.shape
         self.key_batch, self.key_heads, self.k_len, _ = key.shape
         self.group = self.heads // self.key_heads
         self.shared = self.key_batch == 1 and self.batch != 1
-        self.dtype = query.dtype if query.dtype == torch.float64 else torch.float32
+        self.dtype = wide_dtype(query)
         self.on_host = query.device.type == "cpu"  # elsewhere looking at values would wait for the device
         self.bias_hides = bias is not None and not (self.on_host and not bool(torch.isneginf(bias).any()))
-        self.hides = self.bias_hides or start is not None or key_valid is not None or dense is not None
+        self.hides = self.bias_hides or any(x is not None for x in (args.start, args.key_valid, args.dense))
         # Hidden NaN and inf must not leak; that costs extra matmuls, so look first where looking is free.
         self.careful = self.hides and not (self.on_host and all_finite(query, key, *others))
         self._plan()

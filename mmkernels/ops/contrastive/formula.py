@@ -10,11 +10,6 @@ from torch import Tensor
 LOG2E = 1.4426950408889634
 
 
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of sums and losses."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``x * factor`` in `dtype`, factor a tensor of no dims that keeps its own."""
     if x.device.type == "cpu":  # where such a factor is never rounded to x's dtype

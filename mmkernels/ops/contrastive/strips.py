@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from mmkernels.ops.contrastive.formula import pairs, queries_of, wide_dtype
+from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.contrastive.formula import pairs, queries_of
 
 STRIP_BYTES = 2**22  # of one strip; some six of them are alive at once
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
+from mmkernels import runtime
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_received import chunked
-from mmkernels.ops.attention.attention_received.spec import reference
-from mmkernels.ops.attention.inputs import check_scores
-from mmkernels.runtime import cpu
-from mmkernels.runtime import triton as gpu
+from mmkernels.ops.attention.attention_received.spec import Arguments, Results, reference
+from mmkernels.ops.attention.inputs import prepare
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.runtime.checks import check_tensor
-from mmkernels.runtime.dispatch import Backend, register, resolve
+from mmkernels.runtime.dispatch import Backend, define, resolve
 
 __all__ = ["attention_received"]
 
@@ -57,10 +54,20 @@ def attention_received(
         >>> received.shape, best.shape
         (torch.Size([1, 4, 100]), torch.Size([1, 25]))
     """
-    query, key, masks, bias, scale = check_scores(query, key, mask, bias, scale)
-    if query_weights is not None:
-        query_weights = _check_weights(query_weights, query)
-    return _op(query, key, *masks, bias, query_weights, scale, resolve(backend))
+    given = prepare(query, key, None, mask, bias, scale)
+    args = Arguments(
+        query=given.query.detach(),
+        key=given.key.detach(),
+        start=given.mask.start,
+        end=given.mask.end,
+        key_valid=given.mask.key_valid,
+        dense=given.mask.dense,
+        bias=None if given.bias is None else given.bias.detach(),
+        query_weights=None if query_weights is None else _check_weights(query_weights, given.query),
+        scale=given.scale,
+    )
+    received: Tensor = OP(args, resolve(backend))
+    return received
 
 
 def _check_weights(weights: Tensor, query: Tensor) -> Tensor:
@@ -76,19 +83,20 @@ def _check_weights(weights: Tensor, query: Tensor) -> Tensor:
     return weights.detach()
 
 
-def _fake(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(*query.shape[:2], key.shape[2], dtype=wide)
+def _fake(args: Arguments) -> Tensor:
+    query = args.query
+    return query.new_empty(*query.shape[:2], args.key.shape[2], dtype=wide_dtype(query))
 
 
-_op = register(
-    "attention_received(Tensor query, Tensor key, Tensor? start, Tensor? end, Tensor? key_valid, Tensor? dense, "
-    "Tensor? bias, Tensor? query_weights, float scale, str backend) -> Tensor",
-    [
-        Backend("triton", gpu.op("mmkernels.ops.attention.attention_received.triton", "forward"), gpu.why_not),
-        Backend("cpu", cpu.op("attention_received_cpu"), cpu.why_not),
+OP = define(
+    "attention_received",
+    Arguments,
+    Results,
+    fake=_fake,
+    backends=[
+        Backend("triton", runtime.triton.op(f"{__name__}.triton", "forward"), runtime.triton.why_not),
+        Backend("cpu", runtime.cpu.op("attention_received_cpu"), runtime.cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],
-    _fake,
 )

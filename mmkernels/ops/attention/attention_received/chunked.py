@@ -5,26 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops.attention.attention_received.spec import Arguments
 from mmkernels.ops.attention.tiles import Tiles, finite_or_zero, log_sum_exp
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    query_weights: Tensor | None,
-    scale: float,
-) -> Tensor:
+def forward(args: Arguments) -> Tensor:
     """[B, Hq, Lk]."""
-    tiles = Tiles(query, key, start, end, key_valid, dense, bias, None, scale, 0.0)
+    query, key = args.query, args.key
+    tiles = Tiles(args)
     received = query.new_zeros(*query.shape[:2], key.shape[2], dtype=tiles.dtype)
     counts = None
-    if query_weights is not None:
-        counts = query_weights[..., None].expand(*query.shape[:3], 1)
+    if args.query_weights is not None:
+        counts = args.query_weights[..., None].expand(*query.shape[:3], 1)
     for block in tiles.blocks():
         for queries in tiles.query_tiles():
             rows = tiles.scaled_rows(block, queries)

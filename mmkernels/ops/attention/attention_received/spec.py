@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Generator, Tensor
 
 from mmkernels.ops.attention.cases import CASES, attention_cost, case_inputs
 from mmkernels.ops.attention.formula import probabilities, visible_keys
 from mmkernels.ops.common.cases import normal
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
 
 
-def reference(
-    query: Tensor,
-    key: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    query_weights: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """[B, Hq, Lk]."""
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    visible = visible_keys(start, end, key_valid, dense, key.shape[2])
-    weights, _, visible = probabilities(query, key, visible, bias, scale, need_lse=False)
-    weights = weights.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
-    if query_weights is not None:
-        weights = weights * query_weights[..., None]
+class Arguments(NamedTuple):
+    """The record of `attention_received`."""
+
+    query: Tensor  # [B, Hq, Lq, D]
+    key: Tensor  # [B or 1, Hkv, Lk, D]
+    start: Tensor | None  # the mask, as in MaskTensors
+    end: Tensor | None
+    key_valid: Tensor | None
+    dense: Tensor | None
+    bias: Tensor | None  # broadcastable to [B, Hq, Lq, Lk]
+    query_weights: Tensor | None  # [B or 1, Hq or 1, Lq]
+    scale: float
+
+
+class Results(NamedTuple):
+    """What `attention_received` returns."""
+
+    received: Tensor  # [B, Hq, Lk]
+
+
+def reference(args: Arguments) -> Tensor:
+    """The naive formula."""
+    key = args.key.repeat_interleave(args.query.shape[1] // args.key.shape[1], 1)
+    weights, _, visible = probabilities(args.query, key, visible_keys(args), args.bias, args.scale, need_lse=False)
+    weights = weights.to(wide_dtype(weights))
+    if args.query_weights is not None:
+        weights = weights * args.query_weights[..., None]
     if visible is not None:
         weights = torch.where(visible, weights, 0.0)
     return weights.sum(2)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.attention.attention_received.spec import Arguments
 from mmkernels.ops.attention.cross_attention.triton.forward import LISTED, log_sum_exp
 from mmkernels.ops.attention.triton.call import NO_LISTS, Call, in_units, strides_of, unit_of
 from mmkernels.ops.attention.triton.tiles import (
@@ -105,25 +106,15 @@ def received_kernel(
     tl.store(received + problem.to(tl.int64) * k_len + j, total, mask=j < k_len)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    query_weights: Tensor | None,
-    scale: float,
-) -> Tensor:
+def forward(args: Arguments) -> Tensor:
     """[B, Hq, Lk]."""
-    masks = (start, end, key_valid, dense, bias)
-    lse = log_sum_exp(Call(query, key, *masks, scale))
-    call = Call(query, key, *masks, scale, packed=False, shared=False)
+    query, key, query_weights = args.query, args.key, args.query_weights
+    lse = log_sum_exp(Call(args))
+    call = Call(args, packed=False, shared=False)
     plan = config("attention_received", "received", query.device, query.dtype, call.dim)
     unit = unit_of(query, key)
     received = query.new_empty(call.batch, call.heads, call.k_len, dtype=torch.float32)
-    listed = any(x is not None for x in masks[:4]) and call.q_len * call.k_len >= LISTED
+    listed = any(x is not None for x in (args.start, args.key_valid, args.dense)) and call.q_len * call.k_len >= LISTED
     lists, list_strides = call.lists(plan, of_rows=False) if listed else NO_LISTS
     used = ("GROUP", "ALL_PARTIAL", "NEGATE", "PRECISION", "DIM", "D0", "D1")
     launch(

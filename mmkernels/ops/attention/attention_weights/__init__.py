@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from mmkernels import runtime
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_weights import chunked
-from mmkernels.ops.attention.attention_weights.spec import reference
-from mmkernels.ops.attention.inputs import MaskTensors, check_scores
-from mmkernels.runtime import cpu
-from mmkernels.runtime import triton as gpu
+from mmkernels.ops.attention.attention_weights.spec import Arguments, Results, reference
+from mmkernels.ops.attention.inputs import prepare
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.runtime.checks import check_range, check_tensor
-from mmkernels.runtime.dispatch import Backend, register, resolve
+from mmkernels.runtime.dispatch import Backend, define, resolve
 
 __all__ = ["attention_weights"]
 
@@ -55,17 +53,28 @@ def attention_weights(
         >>> last.shape, last.sum(-1).round().unique()
         (torch.Size([1, 4, 1, 100]), tensor([1.]))
     """
-    query, key, masks, bias, scale = check_scores(query, key, mask, bias, scale)
+    given = prepare(query, key, None, mask, bias, scale)
+    args = Arguments(
+        query=given.query.detach(),
+        key=given.key.detach(),
+        start=given.mask.start,
+        end=given.mask.end,
+        key_valid=given.mask.key_valid,
+        dense=given.mask.dense,
+        bias=None if given.bias is None else given.bias.detach(),
+        scale=given.scale,
+    )
     if rows is not None:
-        rows = _check_rows(rows, query)
-        masks = MaskTensors(
-            _take_shared(masks.start, rows, 1),
-            _take_shared(masks.end, rows, 1),
-            masks.key_valid,
-            _take_shared(masks.dense, rows, 2),
+        rows = _check_rows(rows, args.query)
+        args = args._replace(
+            query=_take(args.query, rows, 2),
+            start=_take_shared(args.start, rows, 1),
+            end=_take_shared(args.end, rows, 1),
+            dense=_take_shared(args.dense, rows, 2),
+            bias=_take_shared(args.bias, rows, 2),
         )
-        query, bias = _take(query, rows, 2), _take_shared(bias, rows, 2)
-    return _op(query, key, *masks, bias, scale, resolve(backend))
+    weights: Tensor = OP(args, resolve(backend))
+    return weights
 
 
 def _check_rows(rows: Tensor, query: Tensor) -> Tensor:
@@ -95,19 +104,20 @@ def _take(x: Tensor, rows: Tensor, dim: int) -> Tensor:
     return x.expand(rows.shape[0], *x.shape[1:]).gather(dim, index.expand(shape))
 
 
-def _fake(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(*query.shape[:3], key.shape[2], dtype=wide)
+def _fake(args: Arguments) -> Tensor:
+    query = args.query
+    return query.new_empty(*query.shape[:3], args.key.shape[2], dtype=wide_dtype(query))
 
 
-_op = register(
-    "attention_weights(Tensor query, Tensor key, Tensor? start, Tensor? end, Tensor? key_valid, Tensor? dense, "
-    "Tensor? bias, float scale, str backend) -> Tensor",
-    [
-        Backend("triton", gpu.op("mmkernels.ops.attention.attention_weights.triton", "forward"), gpu.why_not),
-        Backend("cpu", cpu.op("attention_weights_cpu"), cpu.why_not),
+OP = define(
+    "attention_weights",
+    Arguments,
+    Results,
+    fake=_fake,
+    backends=[
+        Backend("triton", runtime.triton.op(f"{__name__}.triton", "forward"), runtime.triton.why_not),
+        Backend("cpu", runtime.cpu.op("attention_weights_cpu"), runtime.cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],
-    _fake,
 )

@@ -5,21 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops.attention.attention_weights.spec import Arguments
 from mmkernels.ops.attention.tiles import Tiles, finite_or_zero, log_sum_exp
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> Tensor:
+def forward(args: Arguments) -> Tensor:
     """[B, Hq, Lq, Lk]."""
-    tiles = Tiles(query, key, start, end, key_valid, dense, bias, None, scale, 0.0)
+    query, key = args.query, args.key
+    tiles = Tiles(args)
     result = query.new_zeros(*query.shape[:3], key.shape[2], dtype=tiles.dtype)
     for block in tiles.blocks():
         for queries in tiles.query_tiles():

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.attention.attention_weights.spec import Arguments
 from mmkernels.ops.attention.cross_attention.triton.forward import log_sum_exp
 from mmkernels.ops.attention.triton.call import Call, in_units, unit_of
 from mmkernels.ops.attention.triton.tiles import (
@@ -62,18 +63,10 @@ def weights_kernel(
     tl.store(result + places[:, None] + j[None, :], weights, mask=live[:, None] & (j < k_len)[None, :])
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> Tensor:
+def forward(args: Arguments) -> Tensor:
     """[B, Hq, Lq, Lk]."""
-    call = Call(query, key, start, end, key_valid, dense, bias, scale)
+    query, key = args.query, args.key
+    call = Call(args)
     lse = log_sum_exp(call)
     plan = config("attention_weights", "weights", query.device, query.dtype, call.dim)
     unit = unit_of(query, key)

@@ -7,15 +7,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from mmkernels import runtime
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.cross_attention import chunked
-from mmkernels.ops.attention.cross_attention.spec import reference, reference_backward
-from mmkernels.ops.attention.inputs import check_attention, check_bias, check_scale, take_mask_apart
-from mmkernels.ops.common.second import second_derivatives
-from mmkernels.runtime import cpu, cuda
-from mmkernels.runtime import triton as gpu
-from mmkernels.runtime.checks import autocast, check_tensor
-from mmkernels.runtime.dispatch import Backend, register, resolve
+from mmkernels.ops.attention.cross_attention.spec import Arguments, Results, reference, reference_backward
+from mmkernels.ops.attention.inputs import prepare
+from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.runtime.checks import check_tensor
+from mmkernels.runtime.dispatch import Backend, define, resolve
+from mmkernels.runtime.gradient import Gradient
 
 __all__ = ["cross_attention"]
 
@@ -110,21 +110,31 @@ def cross_attention(
         >>> mmkernels.cross_attention(text, image, image, mask).shape
         torch.Size([2, 8, 5, 64])
     """
-    query, key, value = autocast(query, key, value)
-    check_attention(query, key, value)
-    start, end, key_valid, dense = take_mask_apart(mask, query, key.shape[2])
-    bias = None if bias is None else check_bias(bias, query, key.shape[2])
+    given = prepare(query, key, value, mask, bias, scale)
+    query = given.query
     if gate is not None:
         _check_gate(gate, query)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
-    seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
-    tensors = (query, key, value, start, end, key_valid, dense, bias, gate, seed)
-    scale, dropout_p, backend = check_scale(scale, query), float(dropout_p), resolve(backend)
+    args = Arguments(
+        query=query,
+        key=given.key,
+        value=given.value,
+        start=given.mask.start,
+        end=given.mask.end,
+        key_valid=given.mask.key_valid,
+        dense=given.mask.dense,
+        bias=given.bias,
+        gate=gate,
+        seed=torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None,
+        scale=given.scale,
+        dropout_p=float(dropout_p),
+    )
+    backend = resolve(backend)
     if backend == "reference" and not torch.compiler.is_compiling():
-        out, lse = reference(*tensors, scale, dropout_p, need_lse=return_lse)
+        out, lse = reference(args, need_lse=return_lse)
     else:
-        out, lse = _op(*tensors, scale, dropout_p, backend)
+        out, lse = OP(args, backend)
     return (out, lse) if return_lse else out
 
 
@@ -139,100 +149,38 @@ def _check_gate(gate: Tensor, query: Tensor) -> None:
         raise ValueError(f"gate must be a scalar or [Hq] = [{heads}], got shape {tuple(gate.shape)}")
 
 
-# The op boundary, forward.
-
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? start, Tensor? end, Tensor? key_valid, Tensor? dense, "
-    "Tensor? bias, Tensor? gate, Tensor? seed"
-)
-
-
-def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake(args: Arguments) -> tuple[Tensor, Tensor]:
+    query = args.query
     batch, heads, q_len, _ = query.shape
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
-    return out, query.new_empty(batch, heads, q_len, dtype=wide)
+    out = query.new_empty(batch, q_len, heads, args.value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, q_len, dtype=wide_dtype(query))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.dropout_p, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
+def _formula(args: Any) -> tuple[Tensor, Tensor]:
+    return reference(args)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[-2])
-    wanted = ctx.needs_input_grad
-    needs = [wanted[0], wanted[1], wanted[2], wanted[7], wanted[8]]  # _DIFFERENTIABLE, as below
-    query, key, value, bias, gate = (
-        grad if need else None
-        for grad, need in zip(
-            _op_backward(grad_out, grad_lse, *saved, ctx.scale, ctx.dropout_p, needs, ctx.backend), needs, strict=True
-        )
-    )
-    return query, key, value, None, None, None, None, bias, gate, None, None, None, None
-
-
-_DIFFERENTIABLE = (0, 1, 2, 7, 8)  # query, key, value, bias, gate among the inputs
-
-# The op boundary, backward.
-
-
-def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    *inputs, _scale, _dropout_p, needs, _backend = rest
-    tensors = (inputs[place] for place in _DIFFERENTIABLE)
-    return tuple(
-        torch.empty_like(x) if need and x is not None else grad_out.new_empty(0)
-        for x, need in zip(tensors, needs, strict=True)
-    )
-
-
-def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale, ctx.dropout_p, ctx.needs, _ = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Second derivatives. out and lse are functions of the inputs."""
-    grad_out, grad_lse, *tensors, _out, _lse = ctx.saved_tensors
-
-    def formula(given: list[Any]) -> tuple[Tensor, ...]:
-        return reference(*(*given, ctx.scale, ctx.dropout_p))
-
-    of_cotangents, found = second_derivatives(formula, tensors, _DIFFERENTIABLE, (grad_out, grad_lse), grads)
-    of_tensors: list[Tensor | None] = [None] * len(tensors)
-    for place, grad in zip(_DIFFERENTIABLE, found, strict=True):
-        of_tensors[place] = grad
-    return (*of_cotangents, *of_tensors, *([None] * 6))
-
-
-_op_backward = register(
-    f"cross_attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, float scale, "
-    "float dropout_p, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    [
-        Backend("triton", gpu.op("mmkernels.ops.attention.cross_attention.triton.backward", "backward"), gpu.why_not),
-        Backend("cpu", cpu.op("cross_attention_backward_cpu"), cpu.why_not),
-        Backend("chunked", chunked.backward),
-        Backend("reference", reference_backward),
-    ],
-    _fake_backward,
-    setup_context=_setup_context_backward,
-    backward=_backward_backward,
-    is_backward=True,
-)
-_op = register(
-    f"cross_attention({_INPUTS}, float scale, float dropout_p, str backend) -> (Tensor, Tensor)",
-    [
-        Backend("cuda", cuda.decode, cuda.why_not),
-        Backend("triton", gpu.op("mmkernels.ops.attention.cross_attention.triton.forward", "forward"), gpu.why_not),
-        Backend("cpu", cpu.op("cross_attention_cpu"), cpu.why_not),
+OP = define(
+    "cross_attention",
+    Arguments,
+    Results,
+    fake=_fake,
+    backends=[
+        Backend("cuda", runtime.cuda.decode, runtime.cuda.why_not),
+        Backend("triton", runtime.triton.op(f"{__name__}.triton.forward", "forward"), runtime.triton.why_not),
+        Backend("cpu", runtime.cpu.op("cross_attention_cpu"), runtime.cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],
-    _fake,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradient=Gradient(
+        saves=("out", "lse"),
+        zeros_for=("out",),
+        formula=_formula,
+        backends=[
+            Backend("triton", runtime.triton.op(f"{__name__}.triton.backward", "backward"), runtime.triton.why_not),
+            Backend("cpu", runtime.cpu.op("cross_attention_backward_cpu"), runtime.cpu.why_not),
+            Backend("chunked", chunked.backward),
+            Backend("reference", reference_backward),
+        ],
+    ),
 )

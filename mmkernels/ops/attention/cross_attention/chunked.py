@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkernels.ops.attention.cross_attention.spec import Arguments
 from mmkernels.ops.attention.tiles import Block, RowSums, Tiles, finite_or_zero, without_non_finite
 
 
-def forward(
-    query: Tensor,  # [B, Hq, Lq, D]
-    key: Tensor,  # [B or 1, Hkv, Lk, D]
-    value: Tensor,  # [B or 1, Hkv, Lk, Dv]
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Out [B, Hq, Lq, Dv] and log-sum-exp [B, Hq, Lq], by online softmax (Milakov and Gimelshein, 2018)."""
-    tiles = Tiles(query, key, start, end, key_valid, dense, bias, seed, scale, dropout_p, (value,))
+def forward(args: Arguments) -> tuple[Tensor, Tensor]:
+    """Returns the output and the log-sum-exp, by online softmax (Milakov and Gimelshein, 2018)."""
+    query, value, gate = args.query, args.value, args.gate
+    tiles = Tiles(args, (value,), args.seed, args.dropout_p)
     batch, heads, q_len, _ = query.shape
     out = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
     lse = query.new_empty(batch, heads, q_len, 1, dtype=tiles.dtype)
@@ -64,42 +54,26 @@ def _attend(tiles: Tiles, block: Block, queries: slice, value: Tensor) -> tuple[
     return (torch.where(lse.isnan(), math.nan, out) if tiles.careful else out), lse
 
 
-def backward(
-    grad_out: Tensor,  # [B, Hq, Lq, Dv]
-    grad_lse: Tensor | None,  # [B, Hq, Lq]
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,  # the forward's, gate included
-    lse: Tensor,
-    scale: float,
-    dropout_p: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, bias, gate; an empty tensor where `needs` says that none is wanted."""
-    tiles = Tiles(query, key, start, end, key_valid, dense, bias, seed, scale, dropout_p, (value, grad_out))
-    inputs = (query, key, value, bias, gate)
+def backward(args: Any) -> tuple[Tensor, ...]:
+    """Returns the gradients of query, key, value, bias, gate; an empty tensor where none is wanted."""
+    query, value, gate = args.query, args.value, args.gate
+    tiles = Tiles(args, (value, args.grad_out), args.seed, args.dropout_p)
+    inputs = (query, args.key, value, args.bias, gate)
+    needs = (args.need_query, args.need_key, args.need_value, args.need_bias, args.need_gate)
     # Sums over many tiles: in the working dtype, in the layout of the input.
     grads = [
         torch.zeros_like(x, dtype=tiles.dtype) if need and x is not None else None
         for x, need in zip(inputs, needs, strict=True)
     ]
     factor = None if gate is None else gate.to(tiles.dtype).tanh().expand(query.shape[1])
-    gate_rows = None if grads[4] is None else lse.new_zeros(query.shape[1])
+    gate_rows = None if grads[4] is None else args.lse.new_zeros(query.shape[1])
     for block in tiles.blocks():
         for queries in tiles.query_tiles():
-            rows = _Rows(tiles, block, queries, grad_out, grad_lse, out, lse, factor)
+            rows = _Rows(tiles, block, queries, args, factor)
             _backward_rows(tiles, block, queries, rows, value, grads, gate_rows)
     if gate is not None and grads[4] is not None and factor is not None and gate_rows is not None:
         grads[4] = ((1 - factor**2) * gate_rows).sum_to_size(gate.shape or (1,)).view(gate.shape)
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         query.new_empty(0) if grad is None or x is None else grad.to(x.dtype)
         for x, grad in zip(inputs, grads, strict=True)
     )
@@ -113,22 +87,19 @@ class _Rows:
         tiles: Tiles,
         block: Block,
         queries: slice,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
+        args: Any,
         factor: Tensor | None,
     ) -> None:
         self.query = tiles.scaled_rows(block, queries)
-        self.grad = tiles.fold_rows(grad_out, block, queries)
-        self.lse = finite_or_zero(tiles.fold_rows(lse[..., None], block, queries))
+        self.grad = tiles.fold_rows(args.grad_out, block, queries)
+        self.lse = finite_or_zero(tiles.fold_rows(args.lse[..., None], block, queries))
         # sum_j P_ij dP_ij = grad_i . out_i, and d lse_i / d score_ij = P_ij
-        self.delta = (self.grad * tiles.fold_rows(out, block, queries)).sum(-1, keepdim=True)
-        if grad_lse is not None:
-            self.delta -= tiles.fold_rows(grad_lse[..., None], block, queries)
+        self.delta = (self.grad * tiles.fold_rows(args.out, block, queries)).sum(-1, keepdim=True)
+        if args.grad_lse is not None:
+            self.delta -= tiles.fold_rows(args.grad_lse[..., None], block, queries)
         self.factor = None
         if factor is not None:
-            per_head = factor[None, :, None, None].expand(*grad_out.shape[:3], 1)
+            per_head = factor[None, :, None, None].expand(*args.grad_out.shape[:3], 1)
             self.factor = tiles.fold_rows(per_head, block, queries)
 
 

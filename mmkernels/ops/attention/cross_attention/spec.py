@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -15,30 +15,41 @@ from mmkernels.ops.attention.cases import CASES, attention_cost, attention_input
 from mmkernels.ops.attention.formula import probabilities, visible_keys, weighted_values
 from mmkernels.ops.attention.philox import keep_mask, keep_scale
 from mmkernels.ops.common.cases import normal
+from mmkernels.runtime.arguments import Differentiable
 from mmkernels.spec import Benchmark, Case, Cost, Cut, Inputs, OpSpec, Parts, Target
 
 
-def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    need_lse: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The naive formula, differentiable by PyTorch; what its arguments mean stands at `cross_attention`."""
-    key, value = _repeat_heads(key, query), _repeat_heads(value, query)
-    visible = visible_keys(start, end, key_valid, dense, key.shape[2])
-    weights, lse, visible = probabilities(query, key, visible, bias, scale, need_lse)
-    if seed is not None:
-        weights = weights * _keep(weights, seed, dropout_p)
+class Arguments(NamedTuple):
+    """The record of `cross_attention`."""
+
+    query: Differentiable  # [B, Hq, Lq, D]
+    key: Differentiable  # [B or 1, Hkv, Lk, D]
+    value: Differentiable  # [B or 1, Hkv, Lk, Dv]
+    start: Tensor | None  # the mask, as in MaskTensors
+    end: Tensor | None
+    key_valid: Tensor | None
+    dense: Tensor | None
+    bias: Differentiable | None  # broadcastable to [B, Hq, Lq, Lk]
+    gate: Differentiable | None  # one element, or [Hq]
+    seed: Tensor | None  # int64 [1], of the dropout; None: no dropout
+    scale: float
+    dropout_p: float
+
+
+class Results(NamedTuple):
+    """What `cross_attention` returns."""
+
+    out: Differentiable  # [B, Hq, Lq, Dv], in memory [B, Lq, Hq, Dv]
+    lse: Differentiable  # [B, Hq, Lq]
+
+
+def reference(args: Arguments, need_lse: bool = True) -> tuple[Tensor, Tensor]:
+    """The naive formula, differentiable by PyTorch."""
+    query, gate = args.query, args.gate
+    key, value = _repeat_heads(args.key, query), _repeat_heads(args.value, query)
+    weights, lse, visible = probabilities(query, key, visible_keys(args), args.bias, args.scale, need_lse)
+    if args.seed is not None:
+        weights = weights * _keep(weights, args.seed, args.dropout_p)
     out = weighted_values(weights, value, visible)
     if gate is not None:
         out = out * _factor(gate, out)
@@ -48,31 +59,12 @@ def reference(
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
-def reference_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    dropout_p: float,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of query, key, value, bias and gate, written out: autograd does not record inside an op boundary."""
-    inputs = (query, key, value, bias, gate)
-    key, value = _repeat_heads(key, query), _repeat_heads(value, query)
-    visible = visible_keys(start, end, key_valid, dense, key.shape[2])
-    weights, _, visible = probabilities(query, key, visible, bias, scale, need_lse=False)
-    keep = 1.0 if seed is None else _keep(weights, seed, dropout_p)
+def reference_backward(args: Any) -> tuple[Tensor, ...]:
+    """The gradients, written out: autograd does not record inside an op boundary."""
+    query, bias, gate, grad_out = args.query, args.bias, args.gate, args.grad_out
+    key, value = _repeat_heads(args.key, query), _repeat_heads(args.value, query)
+    weights, _, visible = probabilities(query, key, visible_keys(args), bias, args.scale, need_lse=False)
+    keep = 1.0 if args.seed is None else _keep(weights, args.seed, args.dropout_p)
     grad = grad_out if gate is None else grad_out * _factor(gate, grad_out)
 
     def hide(x: Tensor) -> Tensor:
@@ -81,22 +73,33 @@ def reference_backward(
     of_value = weighted_values((weights * keep).mT, grad, None if visible is None else visible.expand_as(weights).mT)
     of_weights = hide(grad @ value.mT) * keep
     delta = (weights * of_weights).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta = delta - grad_lse[..., None].to(delta.dtype)
+    if args.grad_lse is not None:
+        delta = delta - args.grad_lse[..., None].to(delta.dtype)
     of_scores = hide(weights * (of_weights - delta))
-    of_query = of_scores @ (key if visible is None else _finite(key)) * scale
-    of_key = of_scores.mT @ (query if visible is None else _finite(query)) * scale
+    of_query = of_scores @ (key if visible is None else _finite(key)) * args.scale
+    of_key = of_scores.mT @ (query if visible is None else _finite(query)) * args.scale
+    of_bias = None if bias is None else of_scores.sum_to_size(bias.shape)
     of_gate = None
     if gate is not None:
         ungated = (hide(grad_out @ value.mT) * weights * keep).sum((0, 2, 3))
-        of_gate = (
-            ((1 - _factor(gate, ungated).flatten() ** 2) * ungated).sum_to_size(gate.shape or (1,)).view(gate.shape)
-        )
-    grads = (of_query, of_key, of_value, None if bias is None else of_scores.sum_to_size(bias.shape), of_gate)
-    return tuple(
-        torch.empty_like(x).copy_(_like(g, x)) if need and x is not None and g is not None else grad_out.new_empty(0)
-        for x, g, need in zip(inputs, grads, needs, strict=True)
+        slope = 1 - _factor(gate, ungated).flatten() ** 2
+        of_gate = (slope * ungated).sum_to_size(gate.shape or (1,)).view(gate.shape)
+    return (
+        _gradient(args.query, of_query, args.need_query),
+        _gradient(args.key, of_key, args.need_key),
+        _gradient(args.value, of_value, args.need_value),
+        _gradient(bias, of_bias, args.need_bias, like=grad_out),
+        _gradient(gate, of_gate, args.need_gate, like=grad_out),
     )
+
+
+def _gradient(x: Tensor | None, grad: Tensor | None, need: bool, like: Tensor | None = None) -> Tensor:
+    """Returns `grad`, summed over what broadcasting repeated, as x lies in memory; empty where none is wanted."""
+    if need and x is not None and grad is not None:
+        return torch.empty_like(x).copy_(_sum_repeats(grad, x))
+    empty = x if x is not None else like
+    assert empty is not None
+    return empty.new_empty(0)
 
 
 def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
@@ -119,8 +122,8 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0.0)
 
 
-def _like(grad: Tensor, x: Tensor) -> Tensor:
-    """Sum the gradient of repeated heads and a shared batch back to x's own."""
+def _sum_repeats(grad: Tensor, x: Tensor) -> Tensor:
+    """Returns the gradient summed over repeated heads and a shared batch."""
     if grad.dim() == 4 and x.shape[1] not in (1, grad.shape[1]):
         grad = grad.unflatten(1, (x.shape[1], -1)).sum(2)
     return grad.sum_to_size(x.shape)

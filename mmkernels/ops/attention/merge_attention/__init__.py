@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.attention.merge_attention import chunked
-from mmkernels.ops.attention.merge_attention.spec import reference
+from mmkernels.ops.attention.merge_attention.spec import Arguments, Results, reference
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.runtime.checks import DTYPES, check_tensor
-from mmkernels.runtime.dispatch import Backend, register, resolve
+from mmkernels.runtime.dispatch import Backend, define, resolve
+from mmkernels.runtime.gradient import Gradient
 
 __all__ = ["merge_attention"]
 
@@ -47,12 +49,14 @@ def merge_attention(
         >>> torch.allclose(out, mmkernels.cross_attention(q, k, v), atol=1e-6)
         True
     """
-    _check(out_a, lse_a, out_b, lse_b)
-    return _op(out_a, lse_a, out_b, lse_b, resolve(backend))
+    args = Arguments(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    _check(args)
+    out, lse = OP(args, resolve(backend))
+    return out, lse
 
 
-def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-    tensors = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+def _check(args: Arguments) -> None:
+    tensors, out_a, out_b = args._asdict(), args.out_a, args.out_b
     for name, x in tensors.items():
         check_tensor(name, x)
         if x.device != out_a.device:
@@ -64,7 +68,7 @@ def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     if out_b.shape != out_a.shape or out_b.dtype != out_a.dtype:
         want, got = (out_a.dtype, tuple(out_a.shape)), (out_b.dtype, tuple(out_b.shape))
         raise ValueError(f"out_b must be {want[0]} {want[1]} as out_a is, got {got[0]} {got[1]}")
-    wide = torch.float64 if out_a.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(out_a)
     for name in ("lse_a", "lse_b"):
         x = tensors[name]
         if x.dtype != wide:
@@ -73,22 +77,17 @@ def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
             raise ValueError(f"{name} must be [B, H, Lq] = {list(out_a.shape[:3])}, got shape {tuple(x.shape)}")
 
 
-def _fake(out_a: Tensor, lse_a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, q_len, dim = out_a.shape
-    return out_a.new_empty(batch, q_len, heads, dim).transpose(1, 2), lse_a.new_empty(batch, heads, q_len)
+def _fake(args: Arguments) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, dim = args.out_a.shape
+    return args.out_a.new_empty(batch, q_len, heads, dim).transpose(1, 2), args.lse_a.new_empty(batch, heads, q_len)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(args: Any) -> list[Tensor | None]:
     """d out_x = w_x d out; d lse_x = w_x (d lse + d out . (out_x - out)). Plain operators, so differentiable again."""
-    out_a, lse_a, out_b, lse_b, out, lse = ctx.saved_tensors
+    out, lse, grad_out, grad_lse = args.out, args.lse, args.grad_out, args.grad_lse
     base = lse.masked_fill(lse == -torch.inf, 0.0)
     result: list[Tensor | None] = []
-    for part, part_lse in ((out_a, lse_a), (out_b, lse_b)):
+    for part, part_lse in ((args.out_a, args.lse_a), (args.out_b, args.lse_b)):
         weight = (part_lse - base).exp()
         of_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
         of_part = None
@@ -96,13 +95,14 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
             of_part = (grad_out * weight[..., None]).to(part.dtype)
             of_lse = of_lse + (grad_out.to(lse.dtype) * (part.to(lse.dtype) - out.to(lse.dtype))).sum(-1)
         result += [of_part, weight * of_lse]
-    return (*result, None)
+    return result
 
 
-_op = register(
-    "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str backend) -> (Tensor, Tensor)",
-    [Backend("chunked", chunked.forward), Backend("reference", reference)],
-    _fake,
-    setup_context=_setup_context,
-    backward=_backward,
+OP = define(
+    "merge_attention",
+    Arguments,
+    Results,
+    fake=_fake,
+    backends=[Backend("chunked", chunked.forward), Backend("reference", reference)],
+    gradient=Gradient(saves=("out", "lse"), formula_backward=_backward),
 )

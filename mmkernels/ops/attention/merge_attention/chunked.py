@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops.attention.merge_attention.spec import Arguments
 
-def forward(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merged output and log-sum-exp."""
+
+def forward(args: Arguments) -> tuple[Tensor, Tensor]:
+    """Returns the merged output and its log-sum-exp."""
+    out_a, lse_a, out_b, lse_b = args.out_a, args.lse_a, args.out_b, args.lse_b
     lse = torch.logaddexp(lse_a, lse_b)
     base = lse.masked_fill(lse == -torch.inf, 0.0)
     weight_a, weight_b = ((x - base).exp_()[..., None] for x in (lse_a, lse_b))

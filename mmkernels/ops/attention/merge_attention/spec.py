@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
+from mmkernels.runtime.arguments import Differentiable
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
 
 
-def reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merged output and log-sum-exp."""
-    lse = torch.stack([lse_a, lse_b])
+class Arguments(NamedTuple):
+    """The record of `merge_attention`."""
+
+    out_a: Differentiable  # [B, H, Lq, Dv]
+    lse_a: Differentiable  # [B, H, Lq]
+    out_b: Differentiable
+    lse_b: Differentiable
+
+
+class Results(NamedTuple):
+    """What `merge_attention` returns."""
+
+    out: Differentiable  # [B, H, Lq, Dv], in memory [B, Lq, H, Dv]
+    lse: Differentiable  # [B, H, Lq]
+
+
+def reference(args: Arguments) -> tuple[Tensor, Tensor]:
+    """The naive formula."""
+    lse = torch.stack([args.lse_a, args.lse_b])
     weights = torch.where(lse == -torch.inf, -1e30, lse).softmax(0) * (lse != -torch.inf)
-    out = (weights[0, ..., None] * out_a + weights[1, ..., None] * out_b).to(out_a.dtype)
+    out = (weights[0, ..., None] * args.out_a + weights[1, ..., None] * args.out_b).to(args.out_a.dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2), torch.logsumexp(lse, 0)
 
 

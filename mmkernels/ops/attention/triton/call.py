@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mmkernels.ops.attention.inputs import Scores
 from mmkernels.ops.attention.triton import tiles
 from mmkernels.ops.common.triton.constants import LOG2E
 from mmkernels.ops.common.triton.launch import ceil_div, precision
@@ -48,19 +49,13 @@ class Call:
 
     def __init__(
         self,
-        query: Tensor,
-        key: Tensor,
-        start: Tensor | None,
-        end: Tensor | None,
-        key_valid: Tensor | None,
-        dense: Tensor | None,
-        bias: Tensor | None,
-        scale: float,
+        args: Scores,
         *,
         packed: bool = True,
         shared: bool = True,
     ) -> None:
-        self.query, self.key = query, key
+        query, key = args.query, args.key
+        self.query, self.key, self.scale = query, key, args.scale
         self.batch, self.heads, self.q_len, self.dim = query.shape
         self.key_heads, self.k_len = key.shape[1], key.shape[2]
         self.group = self.heads // self.key_heads
@@ -71,7 +66,7 @@ class Call:
         self.problem_batch = 1 if self.shared else self.batch
         self.problems = self.problem_batch * self.problem_heads
         self.rows = self.q_len * (self.group if packed else 1) * (self.batch if self.shared else 1)
-        self.scale = scale
+        start, end, key_valid, dense, bias = args.start, args.end, args.key_valid, args.dense, args.bias
         self.masks = (start, end, _bytes(key_valid), _bytes(dense), bias)
         self.mask_strides = _mask_strides(start, end, key_valid, dense, bias)
         self.key_strides = key_strides(key)
@@ -83,7 +78,7 @@ class Call:
             "PACKED": packed,
             "SHARED": self.shared,
             "ALL_PARTIAL": self.all_partial,
-            "NEGATE": scale < 0,
+            "NEGATE": args.scale < 0,
             "PRECISION": precision(query.dtype),
             "DIM": self.dim,
             "D0": pieces(self.dim)[0],

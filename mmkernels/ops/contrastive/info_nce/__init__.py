@@ -8,16 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels.ops.common.second import second_derivatives
-from mmkernels.ops.contrastive.formula import wide_dtype
+from mmkernels import runtime
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.info_nce import chunked
-from mmkernels.ops.contrastive.info_nce.reduction import POSITIVES, Arguments, reduced, with_reduction, with_upstream
+from mmkernels.ops.contrastive.info_nce.reduction import (
+    POSITIVES,
+    Arguments,
+    Results,
+    reduced,
+    with_reduction,
+    with_upstream,
+)
 from mmkernels.ops.contrastive.info_nce.spec import reference, reference_backward
 from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_more_features, check_scalar
-from mmkernels.runtime import cpu
-from mmkernels.runtime import triton as gpu
 from mmkernels.runtime.checks import autocast
-from mmkernels.runtime.dispatch import Backend, register, resolve
+from mmkernels.runtime.dispatch import Backend, define, resolve
+from mmkernels.runtime.gradient import Gradient
 
 __all__ = ["ContrastiveStats", "info_nce"]
 
@@ -139,24 +145,39 @@ def info_nce(
     if hard_texts is not None:
         (hard_texts,) = autocast(hard_texts)
         check_more_features("hard_texts", hard_texts, image, least=0)
-    label_smoothing = _check_share("label_smoothing", label_smoothing)
-    image_weight = _check_share("image_weight", image_weight)
-    tensors = (image, text, logit_scale, image_ids, text_ids, hard_texts)
+    args = Arguments(
+        image=image,
+        text=text,
+        logit_scale=logit_scale,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        hard_texts=hard_texts,
+        ignore=ignore,
+        label_smoothing=_check_share("label_smoothing", label_smoothing),
+        image_weight=_check_share("image_weight", image_weight),
+        reduction=reduction,
+        stats=return_stats,
+    )
     backend = resolve(backend)
     if backend == "reference" and not torch.compiler.is_compiling():
-        need_states = return_stats or image_ids is not None
+        naive = with_reduction(partial(reference, need_states=return_stats or image_ids is not None))
         with torch._C._DisableAutocast():  # the features have been cast
-            outputs = with_reduction(partial(reference, need_states=need_states))(
-                *tensors, ignore, label_smoothing, image_weight, reduction, return_stats
-            )
+            results = Results._make(naive(args))
     else:
-        outputs = _op(*tensors, ignore, label_smoothing, image_weight, reduction, return_stats, backend)
-    loss, image_loss, text_loss, image_state, text_state, image_rank, text_rank = outputs
-    found = (image_loss, text_loss) if reduction == "none" else loss
+        results = Results._make(OP(args, backend))
+    loss = (results.image_loss, results.text_loss) if reduction == "none" else results.loss
     if not return_stats:
-        return found
-    sides = [_statistics(image_state, image_rank), _statistics(text_state, text_rank)]
-    return found, ContrastiveStats(*(x for pair in zip(*sides, strict=True) for x in pair))
+        return loss
+    of_images = _Statistics.of(results.image_state, results.image_rank)
+    of_texts = _Statistics.of(results.text_state, results.text_rank)
+    return loss, ContrastiveStats(
+        image_accuracy=of_images.accuracy,
+        text_accuracy=of_texts.accuracy,
+        image_mean_rank=of_images.mean_rank,
+        text_mean_rank=of_texts.mean_rank,
+        images_without_positive=of_images.without_positive,
+        texts_without_positive=of_texts.without_positive,
+    )
 
 
 def _check_share(name: str, x: float) -> float:
@@ -167,118 +188,65 @@ def _check_share(name: str, x: float) -> float:
     return float(x)
 
 
-def _statistics(state: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Accuracy, mean rank, and rows without a positive."""
-    has = state[POSITIVES] > 0
-    count = has.sum()
-    accuracy = ((rank == 0) & has).sum() / count
-    return accuracy, torch.where(has, rank, 0).sum() / count, has.numel() - count
+class _Statistics(NamedTuple):
+    """Of the rows of one direction."""
+
+    accuracy: Tensor
+    mean_rank: Tensor
+    without_positive: Tensor
+
+    @classmethod
+    def of(cls, state: Tensor, rank: Tensor) -> _Statistics:
+        has_positive = state[POSITIVES] > 0
+        count = has_positive.sum()
+        accuracy = ((rank == 0) & has_positive).sum() / count
+        mean_rank = torch.where(has_positive, rank, 0).sum() / count
+        return cls(accuracy, mean_rank, has_positive.numel() - count)
 
 
-# The op boundary, forward.
-
-_INPUTS = (
-    "Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, Tensor? text_ids, Tensor? hard_texts, "
-    "bool ignore, float label_smoothing, float image_weight, str reduction"
-)
-_DIFFERENTIABLE = (0, 1, 2, 5)  # image, text, logit_scale, hard_texts among the inputs
-
-
-def _fake(image: Tensor, text: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, stats, _backend = rest
-    sizes, wide = (image.shape[0], text.shape[0]), wide_dtype(image)
+def _fake(args: Arguments) -> tuple[Tensor, ...]:
+    image, wide = args.image, wide_dtype(args.image)
+    sizes = (image.shape[0], args.text.shape[0])
     losses = [image.new_empty(n, dtype=wide) for n in sizes]
     states = [image.new_empty(4, n, dtype=wide) for n in sizes]
-    ranks = [image.new_empty(n if stats else 0, dtype=torch.int64) for n in sizes]
+    ranks = [image.new_empty(n if args.stats else 0, dtype=torch.int64) for n in sizes]
     return (image.new_empty((), dtype=wide), *losses, *states, *ranks)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.ignore, ctx.label_smoothing, ctx.image_weight, ctx.reduction, _stats, ctx.backend = inputs
-    _loss, _image_loss, _text_loss, *others = output
-    ctx.save_for_backward(*tensors, *others[:2])
-    ctx.mark_non_differentiable(*others)
-    ctx.set_materialize_grads(False)
+def _formula(args: Any) -> tuple[Tensor, ...]:
+    """The losses of a backward record. Of its states only counts of positives matter, which depend on no feature."""
+    image_loss, text_loss, *_ = reference(args._replace(stats=False), need_states=False)
+    loss = reduced(image_loss, text_loss, args.image_state, args.text_state, args.image_weight, args.reduction)
+    return loss, image_loss, text_loss
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    needs = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE]
-    numbers = (ctx.ignore, ctx.label_smoothing, ctx.image_weight, ctx.reduction)
-    found = _op_backward(*ctx.saved_tensors, *grads[:3], *numbers, needs, ctx.backend)
-    image, text, scale, hard = (grad if need else None for grad, need in zip(found, needs, strict=True))
-    return image, text, scale, None, None, hard, None, None, None, None, None, None
+_TRITON_FORWARD = runtime.triton.op(f"{__name__}.triton.forward", "forward")
+_TRITON_BACKWARD = runtime.triton.op(f"{__name__}.triton.backward", "backward")
 
-
-# The op boundary, backward.
-
-
-def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, needs, _backend = inputs
-    tensors = [tensors[place] for place in _DIFFERENTIABLE]
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        if need and x is not None
-        else tensors[0].new_empty(0)
-        for x, need in zip(tensors, needs, strict=True)
-    )
-
-
-def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.ignore, ctx.label_smoothing, ctx.image_weight, ctx.reduction, _needs, _backend = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """Second derivatives. The states are functions of the inputs."""
-    *tensors, image_state, text_state, grad_loss, grad_image_loss, grad_text_loss = ctx.saved_tensors
-
-    def formula(given: list[Any]) -> tuple[Tensor, ...]:
-        arguments = Arguments._make([*given, ctx.ignore, ctx.label_smoothing])
-        image_loss, text_loss, *_ = reference(arguments, False, need_states=False)
-        # Of the states only the counts of positives matter here, which depend on no feature.
-        loss = reduced(image_loss, text_loss, image_state, text_state, ctx.image_weight, ctx.reduction)
-        return loss, image_loss, text_loss
-
-    cotangents = (grad_loss, grad_image_loss, grad_text_loss)
-    of_cotangents, found = second_derivatives(formula, tensors, _DIFFERENTIABLE, cotangents, grads)
-    image, text, scale, hard = found
-    return (image, text, scale, None, None, hard, None, None, *of_cotangents, *([None] * 6))
-
-
-_op_backward = register(
-    "info_nce_backward(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, Tensor? text_ids, "
-    "Tensor? hard_texts, Tensor image_state, Tensor text_state, Tensor? grad_loss, Tensor? grad_image_loss, "
-    "Tensor? grad_text_loss, bool ignore, float label_smoothing, float image_weight, str reduction, bool[] needs, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    [
-        Backend(
-            "triton",
-            with_upstream(gpu.op(f"{__name__}.triton.backward", "backward")),
-            gpu.why_not,
-        ),
-        Backend("cpu", cpu.op("info_nce_backward_cpu"), cpu.why_not),
-        Backend("chunked", with_upstream(chunked.backward)),
-        Backend("reference", with_upstream(reference_backward)),
-    ],
-    _fake_backward,
-    setup_context=_setup_context_backward,
-    backward=_backward_backward,
-    is_backward=True,
-)
-_op = register(
-    f"info_nce({_INPUTS}, bool stats, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    [
-        Backend(
-            "triton",
-            with_reduction(gpu.op(f"{__name__}.triton.forward", "forward")),
-            gpu.why_not,
-        ),
-        Backend("cpu", cpu.op("info_nce_cpu"), cpu.why_not),
+OP = define(
+    "info_nce",
+    Arguments,
+    Results,
+    fake=_fake,
+    backends=[
+        Backend("triton", with_reduction(_TRITON_FORWARD), runtime.triton.why_not),
+        Backend("cpu", runtime.cpu.op("info_nce_cpu"), runtime.cpu.why_not),
         Backend("chunked", with_reduction(chunked.forward)),
         Backend("reference", with_reduction(reference)),
     ],
-    _fake,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradient=Gradient(
+        saves=("image_state", "text_state"),
+        formula=_formula,
+        backends=[
+            Backend(
+                "triton",
+                with_upstream(_TRITON_BACKWARD),
+                runtime.triton.why_not,
+            ),
+            Backend("cpu", runtime.cpu.op("info_nce_backward_cpu"), runtime.cpu.why_not),
+            Backend("chunked", with_upstream(chunked.backward)),
+            Backend("reference", with_upstream(reference_backward)),
+        ],
+        contiguous=True,
+    ),
 )

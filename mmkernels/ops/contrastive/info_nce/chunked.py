@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive.formula import LOG2E, ranks
-from mmkernels.ops.contrastive.info_nce.reduction import Arguments, Outputs, Upstream
+from mmkernels.ops.contrastive.info_nce.reduction import Arguments
 from mmkernels.ops.contrastive.strips import Strips, add_products
 
 
@@ -50,9 +52,10 @@ class Softmax:
         return torch.stack([self.largest * LOG2E, self.sum, self.positives, self.classes])
 
 
-def forward(given: Arguments, stats: bool) -> Outputs:
-    """As `Forward`."""
-    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
+def forward(args: Arguments) -> tuple[Tensor, ...]:
+    """Returns the rows of both directions."""
+    image, text, logit_scale, hard_texts = args.image, args.text, args.logit_scale, args.hard_texts
+    image_ids, text_ids, ignore, label_smoothing = args.image_ids, args.text_ids, args.ignore, args.label_smoothing
     strips = Strips(image, text, logit_scale, image_ids, text_ids, ignore, hard_texts)
     sides = [Softmax(n, image, strips.dtype) for n in (image.shape[0], text.shape[0])]
     every = slice(0, text.shape[0])
@@ -63,7 +66,7 @@ def forward(given: Arguments, stats: bool) -> Outputs:
         sides[1].add(every, logits.mT, positive.mT, None if hidden is None else hidden.mT)
         if strips.hard is not None and len(strips.hard):
             sides[0].add(at, strips.dots(at, strips.hard)[0].mul_(strips.scale), None, None)
-    found = _ranks(strips) if stats else [image.new_empty(0, dtype=torch.int64) for _ in sides]
+    found = _ranks(strips) if args.stats else [image.new_empty(0, dtype=torch.int64) for _ in sides]
     return (*(side.loss(label_smoothing) for side in sides), *(side.state() for side in sides), *found)
 
 
@@ -102,18 +105,18 @@ def _ranks(strips: Strips) -> list[Tensor]:
     return [image_ranks, torch.where(has > 0, text_ranks, -1)]
 
 
-def backward(given: Arguments, upstream: Upstream) -> Outputs:
-    """As `Backward`."""
-    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
-    image_state, text_state, grad_image_loss, grad_text_loss, needs = upstream
+def backward(args: Any) -> tuple[Tensor, ...]:
+    """Returns the gradients of image, text, logit_scale and hard_texts."""
+    image, text, logit_scale, hard_texts = args.image, args.text, args.logit_scale, args.hard_texts
+    image_ids, text_ids, ignore, label_smoothing = args.image_ids, args.text_ids, args.ignore, args.label_smoothing
     strips = Strips(image, text, logit_scale, image_ids, text_ids, ignore, hard_texts)
-    of_image = torch.empty_like(strips.image, memory_format=torch.contiguous_format) if needs[0] else None
-    of_text = torch.zeros_like(strips.text) if needs[1] else None
-    of_hard = torch.zeros_like(strips.hard) if needs[3] and strips.hard is not None else None
+    of_image = torch.empty_like(strips.image, memory_format=torch.contiguous_format) if args.need_image else None
+    of_text = torch.zeros_like(strips.text) if args.need_text else None
+    of_hard = torch.zeros_like(strips.hard) if args.need_hard_texts and strips.hard is not None else None
     of_scale = torch.zeros((), dtype=strips.dtype, device=image.device)
     gradients = [
         None if grad is None else _Gradient(state, grad, label_smoothing)
-        for state, grad in ((image_state, grad_image_loss), (text_state, grad_text_loss))
+        for state, grad in ((args.image_state, args.grad_image_loss), (args.text_state, args.grad_text_loss))
     ]
     every = slice(0, text.shape[0])
     for at in strips:
@@ -138,7 +141,7 @@ def backward(given: Arguments, upstream: Upstream) -> Outputs:
     grads = (
         None if of_image is None else of_image.reshape(image.shape),
         None if of_text is None else of_text.to(text.dtype),
-        of_scale.to(logit_scale.dtype).reshape(logit_scale.shape) if needs[2] else None,
+        of_scale.to(logit_scale.dtype).reshape(logit_scale.shape) if args.need_logit_scale else None,
         None if of_hard is None or hard_texts is None else of_hard.to(hard_texts.dtype),
     )
     return tuple(image.new_empty(0) if x is None else x for x in grads)

@@ -7,39 +7,44 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mmkernels.runtime.arguments import Differentiable
+
 REFERENCE, SUM, POSITIVES, CLASSES = range(4)
 """Rows of a state ``[4, N]``, which says of each row's softmax: a pair's probability is ``2 ** (logit * log2(e) -
 reference) / sum``, the reference close to the largest logit; how many positives the row has, and how many classes."""
 
 
 class Arguments(NamedTuple):
-    """Of the op, in the order of its boundary; what they mean stands at `info_nce`."""
+    """The record of `info_nce`."""
 
-    image: Tensor  # [N, d] or [N, Q, d]
-    text: Tensor  # [M, d]
-    logit_scale: Tensor
-    image_ids: Tensor | None  # [N]
-    text_ids: Tensor | None  # [M]
-    hard_texts: Tensor | None  # [K, d]
-    ignore: bool
+    image: Differentiable  # [N, d] or [N, Q, d]
+    text: Differentiable  # [M, d]
+    logit_scale: Differentiable  # one element
+    image_ids: Tensor | None  # int64 [N]
+    text_ids: Tensor | None  # int64 [M]
+    hard_texts: Differentiable | None  # [K, d]
+    ignore: bool  # same_id == "ignore"
     label_smoothing: float
+    image_weight: float
+    reduction: str
+    stats: bool  # whether ranks are wanted
 
 
-class Upstream(NamedTuple):
-    """What a backend's backward pass is given beside them."""
+class Results(NamedTuple):
+    """What the op returns: the reduced loss, and what its backends compute, the rows of both directions."""
 
-    image_state: Tensor  # [4, N]
+    loss: Differentiable  # []
+    image_loss: Differentiable  # [N]
+    text_loss: Differentiable  # [M]
+    image_state: Tensor  # [4, N], see REFERENCE
     text_state: Tensor  # [4, M]
-    grad_image_loss: Tensor | None  # [N]
-    grad_text_loss: Tensor | None  # [M]
-    needs: list[bool]  # image, text, logit_scale, hard_texts
+    image_rank: Tensor  # int64 [N], or [0] without stats
+    text_rank: Tensor  # int64 [M], or [0]
 
 
-Outputs = tuple[Tensor, ...]
-Forward = Callable[[Arguments, bool], Outputs]
-"""Arguments, and whether ranks are wanted -> losses [N], [M], states [4, N], [4, M], ranks [N], [M]."""
-Backward = Callable[[Arguments, Upstream], Outputs]
-"""-> gradients of image, text, logit_scale and hard_texts, empty where not needed."""
+Rows = Callable[[Any], tuple[Tensor, ...]]
+"""A backend. Its forward pass takes `Arguments` and returns `Results` but for the loss. Its backward pass takes the
+backward record, of which it reads the rows' gradients, not ``grad_loss``."""
 
 
 def reduced(
@@ -79,27 +84,25 @@ def _count(loss: Tensor, state: Tensor, reduction: str) -> Tensor | int:
     return (state[POSITIVES] > 0).sum().clamp(min=1) if state.numel() else loss.numel()
 
 
-def with_reduction(rows: Forward) -> Callable[..., Outputs]:
-    """A backend's forward pass over rows as the op boundary wants it: the reduced loss in front."""
+def with_reduction(rows: Rows) -> Rows:
+    """Returns a backend's forward pass with the reduced loss in front."""
 
-    def forward(*inputs: Any) -> Outputs:
-        *given, image_weight, reduction, stats = inputs
-        image_loss, text_loss, image_state, text_state, *ranks = rows(Arguments(*given), stats)
-        loss = reduced(image_loss, text_loss, image_state, text_state, image_weight, reduction)
-        return loss, image_loss, text_loss, image_state, text_state, *ranks
+    def forward(args: Arguments) -> tuple[Tensor, ...]:
+        outputs = rows(args)
+        image_loss, text_loss, image_state, text_state, *_ = outputs
+        loss = reduced(image_loss, text_loss, image_state, text_state, args.image_weight, args.reduction)
+        return (loss, *outputs)
 
     return forward
 
 
-def with_upstream(rows: Backward) -> Callable[..., Outputs]:
-    """A backend's backward pass from rows' gradients as the op boundary wants it: from the reduced loss's too."""
+def with_upstream(rows: Rows) -> Rows:
+    """Returns a backend's backward pass from the gradient of the reduced loss too."""
 
-    def backward(*inputs: Any) -> Outputs:
-        *tensors, image_state, text_state, grad_loss, grad_image_loss, grad_text_loss = inputs[:11]
-        ignore, label_smoothing, image_weight, reduction, needs = inputs[11:]
-        of_images = upstream(grad_loss, grad_image_loss, image_state, image_weight, reduction)
-        of_texts = upstream(grad_loss, grad_text_loss, text_state, 1.0 - image_weight, reduction)
-        given = Arguments._make([*tensors, ignore, label_smoothing])
-        return rows(given, Upstream(image_state, text_state, of_images, of_texts, needs))
+    def backward(args: Any) -> tuple[Tensor, ...]:
+        of_loss, weight, reduction = args.grad_loss, args.image_weight, args.reduction
+        of_images = upstream(of_loss, args.grad_image_loss, args.image_state, weight, reduction)
+        of_texts = upstream(of_loss, args.grad_text_loss, args.text_state, 1.0 - weight, reduction)
+        return rows(args._replace(grad_loss=None, grad_image_loss=of_images, grad_text_loss=of_texts))
 
     return backward

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.cases import contrastive_cost
-from mmkernels.ops.contrastive.formula import LOG2E, Pairs, best_scores, pairs, queries_of, ranks, wide_dtype
+from mmkernels.ops.contrastive.formula import LOG2E, Pairs, best_scores, pairs, queries_of, ranks
 from mmkernels.ops.contrastive.info_nce.cases import BENCHMARKS, CASES
-from mmkernels.ops.contrastive.info_nce.reduction import Arguments, Outputs, Upstream
+from mmkernels.ops.contrastive.info_nce.reduction import Arguments
 from mmkernels.spec import OpSpec
 
 
-def reference(given: Arguments, stats: bool, need_states: bool = True) -> Outputs:
-    """The naive formula, differentiable by PyTorch, as `Forward`."""
-    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
+def reference(args: Arguments, need_states: bool = True) -> tuple[Tensor, ...]:
+    """The naive formula's rows, differentiable by PyTorch."""
+    image, text, logit_scale, hard_texts = args.image, args.text, args.logit_scale, args.hard_texts
+    image_ids, text_ids, ignore, label_smoothing = args.image_ids, args.text_ids, args.ignore, args.label_smoothing
     scores, of_hard = _logits(image, text, logit_scale, hard_texts)
     rows = scores if of_hard is None else torch.cat([scores, of_hard], 1)
     if image_ids is None:  # the usual formula, at its usual cost
@@ -31,14 +35,14 @@ def reference(given: Arguments, stats: bool, need_states: bool = True) -> Output
         ]
     wide = wide_dtype(image)
     outputs = [x.to(wide) for x in losses]
-    if not need_states and not stats:
+    if not need_states and not args.stats:
         return (*outputs, *(scores.new_empty(0) for _ in range(4)))
     with torch.no_grad():
         both = pairs(image_ids, text_ids, ignore, (0, image.shape[0]), (0, text.shape[0]), image.device)
         sides = (rows, _of_rows(both, rows.shape[1])), (scores.mT, both.turned())
         states = [_state(x.to(wide), side) for x, side in sides]
         none = torch.empty(0, dtype=torch.int64, device=image.device)
-        found = [_ranks(x, side) if stats else none.clone() for x, side in sides]
+        found = [_ranks(x, side) if args.stats else none.clone() for x, side in sides]
     return (*outputs, *states, *found)
 
 
@@ -98,10 +102,12 @@ def _ranks(logits: Tensor, side: Pairs) -> Tensor:
     return torch.where(side.positive.any(1), found, -1)
 
 
-def reference_backward(given: Arguments, upstream: Upstream) -> Outputs:
-    """As `Backward`, written out: autograd does not record in an op boundary."""
-    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
-    _, _, grad_image_loss, grad_text_loss, needs = upstream
+def reference_backward(args: Any) -> tuple[Tensor, ...]:
+    """The gradients, written out: autograd does not record in an op boundary."""
+    image, text, logit_scale, hard_texts = args.image, args.text, args.logit_scale, args.hard_texts
+    image_ids, text_ids, ignore, label_smoothing = args.image_ids, args.text_ids, args.ignore, args.label_smoothing
+    grad_image_loss, grad_text_loss = args.grad_image_loss, args.grad_text_loss
+    needs = (args.need_image, args.need_text, args.need_logit_scale, args.need_hard_texts)
     scores, of_hard = _logits(image, text, logit_scale, hard_texts)
     rows = scores if of_hard is None else torch.cat([scores, of_hard], 1)
     both = pairs(image_ids, text_ids, ignore, (0, image.shape[0]), (0, text.shape[0]), image.device)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from mmkernels import runtime
 from mmkernels.ops.contrastive.inputs import check_more_features
 from mmkernels.ops.contrastive.retrieval_ranks import chunked
-from mmkernels.ops.contrastive.retrieval_ranks.spec import reference
-from mmkernels.runtime import cpu
-from mmkernels.runtime import triton as gpu
+from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, Results, reference
 from mmkernels.runtime.checks import DTYPES, autocast, check_range, check_tensor
-from mmkernels.runtime.dispatch import Backend, register, resolve
+from mmkernels.runtime.dispatch import Backend, define, resolve
 
 __all__ = ["retrieval_ranks"]
 
@@ -67,21 +64,24 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: 
     if target.device != query.device:
         raise ValueError(f"target must be on query's device {query.device}, got {target.device}")
     check_range("target", target, 0, gallery.shape[0] - 1)  # compiled code leaves it to the backends
-    ranks: Tensor = _op(query.detach(), gallery.detach(), target, resolve(backend))
+    args = Arguments(query=query.detach(), gallery=gallery.detach(), target=target)
+    ranks: Tensor = OP(args, resolve(backend))
     return ranks
 
 
-def _fake(query: Tensor, *rest: Any) -> Tensor:
-    return query.new_empty(query.shape[0], dtype=torch.int64)
+def _fake(args: Arguments) -> Tensor:
+    return args.query.new_empty(args.query.shape[0], dtype=torch.int64)
 
 
-_op = register(
-    "retrieval_ranks(Tensor query, Tensor gallery, Tensor target, str backend) -> Tensor",
-    [
-        Backend("triton", gpu.op("mmkernels.ops.contrastive.retrieval_ranks.triton", "forward"), gpu.why_not),
-        Backend("cpu", cpu.op("retrieval_ranks_cpu"), cpu.why_not),
+OP = define(
+    "retrieval_ranks",
+    Arguments,
+    Results,
+    fake=_fake,
+    backends=[
+        Backend("triton", runtime.triton.op(f"{__name__}.triton", "forward"), runtime.triton.why_not),
+        Backend("cpu", runtime.cpu.op("retrieval_ranks_cpu"), runtime.cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],
-    _fake,
 )

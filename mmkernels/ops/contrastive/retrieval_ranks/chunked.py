@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.contrastive.formula import wide_dtype
-from mmkernels.ops.contrastive.retrieval_ranks.spec import ranks_of
+from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, ranks_of
 from mmkernels.ops.contrastive.strips import STRIP_BYTES
 from mmkernels.runtime.checks import check_range
 
 
-def forward(query: Tensor, gallery: Tensor, target: Tensor) -> Tensor:
+def forward(args: Arguments) -> Tensor:
     """[N] int64."""
+    query, gallery, target = args.query, args.gallery, args.target
     check_range("target", target, 0, len(gallery) - 1)
     wide = wide_dtype(query)
     found = torch.empty(query.shape[0], dtype=torch.int64, device=query.device)

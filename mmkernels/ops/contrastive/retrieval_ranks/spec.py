@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -13,10 +14,24 @@ from mmkernels.runtime.checks import check_range
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec, Target
 
 
-def reference(query: Tensor, gallery: Tensor, target: Tensor) -> Tensor:
-    """[N] int64; what its arguments mean stands at `retrieval_ranks`."""
-    check_range("target", target, 0, len(gallery) - 1)
-    return ranks_of(query @ gallery.mT, target)
+class Arguments(NamedTuple):
+    """The record of `retrieval_ranks`."""
+
+    query: Tensor  # [N, d]
+    gallery: Tensor  # [M, d]
+    target: Tensor  # int64 [N]
+
+
+class Results(NamedTuple):
+    """What `retrieval_ranks` returns."""
+
+    ranks: Tensor  # int64 [N]
+
+
+def reference(args: Arguments) -> Tensor:
+    """The naive formula."""
+    check_range("target", args.target, 0, len(args.gallery) - 1)
+    return ranks_of(args.query @ args.gallery.mT, args.target)
 
 
 def ranks_of(scores: Tensor, target: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.common.triton.launch import ceil_div
+from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments
 from mmkernels.ops.contrastive.triton import call as triton_call
 from mmkernels.ops.contrastive.triton.call import Block
 from mmkernels.ops.contrastive.triton.tiles import best_products, product_of_rows, tile_of
@@ -69,12 +70,9 @@ def ranks_kernel(
         tl.store(part + place, tl.sum(before.to(tl.int32), 1), mask=live)
 
 
-def forward(
-    query: Tensor,  # [N, d]
-    gallery: Tensor,  # [M, d]
-    target: Tensor,  # int64 [N]
-) -> Tensor:
+def forward(args: Arguments) -> Tensor:
     """[N] int64."""
+    query, gallery, target = args.query, args.gallery, args.target
     found = query.new_empty(query.shape[0], dtype=torch.int64)
     if not len(query):
         return found

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkernels.ops.common.second import second_derivatives
-from mmkernels.ops.contrastive.formula import scaled, wide_dtype
+from mmkernels import runtime
+from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_scalar
 from mmkernels.ops.contrastive.sigmoid_contrastive import chunked
-from mmkernels.ops.contrastive.sigmoid_contrastive.spec import formula, kept_dtype, reference
-from mmkernels.runtime import cpu
-from mmkernels.runtime import triton as gpu
+from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, Results, formula, kept_dtype, reference
 from mmkernels.runtime.checks import autocast, requires_grad
-from mmkernels.runtime.dispatch import Backend, register, resolve
+from mmkernels.runtime.dispatch import Backend, define, resolve
+from mmkernels.runtime.gradient import Gradient
 
 __all__ = ["sigmoid_contrastive"]
 
@@ -75,101 +74,64 @@ def sigmoid_contrastive(
     image_ids, text_ids = check_ids(image_ids, text_ids, image, text, paired=False)
     logit_scale = check_scalar("logit_scale", logit_scale, image)
     logit_bias = check_scalar("logit_bias", logit_bias, image)
-    tensors = (image, text, logit_scale, logit_bias, image_ids, text_ids)
+    recording = torch.is_grad_enabled()
+    args = Arguments(
+        image=image,
+        text=text,
+        logit_scale=logit_scale,
+        logit_bias=logit_bias,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        keep_image=recording and requires_grad(image),
+        keep_text=recording and requires_grad(text),
+        keep_logit_scale=recording and requires_grad(logit_scale),
+        keep_logit_bias=recording and requires_grad(logit_bias),
+    )
     backend = resolve(backend)
     if backend == "reference" and not torch.compiler.is_compiling():
         with torch._C._DisableAutocast():  # the features have been cast
-            return formula(*tensors)
-    recording = torch.is_grad_enabled()
-    needs = [recording and requires_grad(x) for x in tensors[:4] if x is not None]
-    loss: Tensor = _op(*tensors, needs, backend)[0]
+            return formula(args)
+    loss: Tensor
+    loss, *_ = OP(args, backend)
     return loss
 
 
-# The op boundary, forward: it gives the gradients too, of those inputs that need one.
-
-_INPUTS = "Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, Tensor? text_ids"
-_DIFFERENTIABLE = (0, 1, 2, 3)  # image, text, logit_scale, logit_bias among the inputs
-
-
-def _fake(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, needs, _backend = inputs
-    image = tensors[0]
-    return (image.new_empty((), dtype=wide_dtype(image)), *_fake_grads(tensors, needs, kept_dtype))
+def _fake(args: Arguments) -> tuple[Tensor, ...]:
+    inputs = (args.image, args.text, args.logit_scale, args.logit_bias)
+    keep = (args.keep_image, args.keep_text, args.keep_logit_scale, args.keep_logit_bias)
+    grads = (
+        x.new_empty(x.shape, dtype=kept_dtype(x)) if wanted else x.new_empty(0)
+        for x, wanted in zip(inputs, keep, strict=True)
+    )
+    return (args.image.new_empty((), dtype=wide_dtype(args.image)), *grads)
 
 
-def _fake_grads(tensors: list[Tensor], needs: list[bool], dtype_of: Callable[[Tensor], torch.dtype]) -> list[Tensor]:
-    wanted = [tensors[n] if need else None for n, need in zip(_DIFFERENTIABLE, needs, strict=True)]
-    return [tensors[0].new_empty(0) if x is None else x.new_empty(x.shape, dtype=dtype_of(x)) for x in wanted]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.needs, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad_loss is None:
-        return (None,) * 8
-    grads = _op_backward(*ctx.saved_tensors, grad_loss, ctx.needs, ctx.backend)
-    image, text, scale, bias = (grad if need else None for grad, need in zip(grads, ctx.needs, strict=True))
-    return image, text, scale, bias, None, None, None, None
-
-
-# The op boundary, backward: the loss's gradients times what flows back to it.
-
-
-def _scaled(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, of_image, of_text, of_scale, of_bias, grad_loss, needs = inputs
-    kept = (of_image, of_text, of_scale, of_bias)
-    return tuple(
-        scaled(g, grad_loss, tensors[n].dtype) if need else tensors[0].new_empty(0)
-        for g, n, need in zip(kept, _DIFFERENTIABLE, needs, strict=True)
+def _scaled(args: Any) -> tuple[Tensor, ...]:
+    """The backward pass: the loss's gradients times what flows back to it."""
+    of_loss, none = args.grad_loss, args.image.new_empty(0)
+    return (
+        scaled(args.of_image, of_loss, args.image.dtype) if args.need_image else none,
+        scaled(args.of_text, of_loss, args.text.dtype) if args.need_text else none,
+        scaled(args.of_logit_scale, of_loss, args.logit_scale.dtype) if args.need_logit_scale else none,
+        scaled(args.of_logit_bias, of_loss, args.logit_bias.dtype) if args.need_logit_bias else none,
     )
 
 
-def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, needs, _backend = inputs
-    return tuple(_fake_grads(tensors, needs, lambda x: x.dtype))
-
-
-def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _needs, _backend = inputs
-    ctx.save_for_backward(*tensors[:6], tensors[-1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """Second derivatives. The saved gradients are functions of the inputs."""
-    *tensors, grad_loss = ctx.saved_tensors
-
-    def naive(given: list[Any]) -> tuple[Tensor, ...]:
-        return (formula(*given),)
-
-    (of_grad_loss,), found = second_derivatives(naive, tensors, _DIFFERENTIABLE, [grad_loss], grads)
-    return (*found, None, None, None, None, None, None, of_grad_loss, None, None)
-
-
-_op_backward = register(
-    f"sigmoid_contrastive_backward({_INPUTS}, Tensor of_image, Tensor of_text, Tensor of_scale, Tensor of_bias, "
-    "Tensor grad_loss, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    [Backend("chunked", _scaled), Backend("reference", _scaled)],
-    _fake_backward,
-    setup_context=_setup_context_backward,
-    backward=_backward_backward,
-    is_backward=True,
-)
-_op = register(
-    f"sigmoid_contrastive({_INPUTS}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    [
-        Backend("triton", gpu.op("mmkernels.ops.contrastive.sigmoid_contrastive.triton", "forward"), gpu.why_not),
-        Backend("cpu", cpu.op("sigmoid_contrastive_cpu"), cpu.why_not),
+OP = define(
+    "sigmoid_contrastive",
+    Arguments,
+    Results,
+    fake=_fake,
+    backends=[
+        Backend("triton", runtime.triton.op(f"{__name__}.triton", "forward"), runtime.triton.why_not),
+        Backend("cpu", runtime.cpu.op("sigmoid_contrastive_cpu"), runtime.cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],
-    _fake,
-    setup_context=_setup_context,
-    backward=_backward,
+    gradient=Gradient(
+        saves=("of_image", "of_text", "of_logit_scale", "of_logit_bias"),
+        formula=lambda args: (formula(args),),
+        backends=[Backend("chunked", _scaled), Backend("reference", _scaled)],
+        contiguous=True,
+    ),
 )

@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.cases import contrastive_cost, features, two_towers
-from mmkernels.ops.contrastive.formula import best_scores, pairs, queries_of, wide_dtype
+from mmkernels.ops.contrastive.formula import best_scores, pairs, queries_of
+from mmkernels.runtime.arguments import Differentiable
 from mmkernels.spec import Benchmark, Case, Inputs, OpSpec, Target
 
 
-def formula(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-) -> Tensor:
-    """The naive formula, differentiable by PyTorch; what its arguments mean stands at `sigmoid_contrastive`."""
-    logits = logit_scale.reshape(()).to(image.dtype) * best_scores(image, text) + logit_bias.reshape(()).to(image.dtype)
-    loss = -F.logsigmoid(_signs(logits, image_ids, text_ids) * logits).sum() / image.shape[0]
+class Arguments(NamedTuple):
+    """The record of `sigmoid_contrastive`, whose forward pass also computes the gradients that will be wanted."""
+
+    image: Differentiable  # [N, d] or [N, Q, d]
+    text: Differentiable  # [M, d]
+    logit_scale: Differentiable  # one element
+    logit_bias: Differentiable  # one element
+    image_ids: Tensor | None  # int64 [N]
+    text_ids: Tensor | None  # int64 [M]
+    keep_image: bool  # whether to compute and keep image's gradient
+    keep_text: bool
+    keep_logit_scale: bool
+    keep_logit_bias: bool
+
+    @property
+    def keep_any(self) -> bool:
+        """Whether any gradient is computed."""
+        return self.keep_image or self.keep_text or self.keep_logit_scale or self.keep_logit_bias
+
+
+class Results(NamedTuple):
+    """What a backend returns: the loss, and its gradients in `kept_dtype`, empty where none is kept."""
+
+    loss: Differentiable
+    of_image: Tensor
+    of_text: Tensor
+    of_logit_scale: Tensor
+    of_logit_bias: Tensor
+
+
+def formula(args: Arguments) -> Tensor:
+    """The naive formula, differentiable by PyTorch."""
+    image = args.image
+    scale, bias = (x.reshape(()).to(image.dtype) for x in (args.logit_scale, args.logit_bias))
+    logits = scale * best_scores(image, args.text) + bias
+    loss = -F.logsigmoid(_signs(logits, args.image_ids, args.text_ids) * logits).sum() / image.shape[0]
     return loss.to(wide_dtype(image))
 
 
@@ -34,25 +62,17 @@ def _signs(logits: Tensor, image_ids: Tensor | None, text_ids: Tensor | None) ->
     return 2 * positive.to(logits.dtype) - 1
 
 
-def reference(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """Loss, and the gradients of image, text, logit_scale and logit_bias, written out, in `kept_dtype`."""
-    loss = formula(image, text, logit_scale, logit_bias, image_ids, text_ids)
-    inputs = (image, text, logit_scale, logit_bias)
-    if not any(needs):
-        return (loss, *(image.new_empty(0) for _ in inputs))
+def reference(args: Arguments) -> tuple[Tensor, ...]:
+    """Returns the loss, and its gradients written out."""
+    image, text, logit_scale, logit_bias = args.image, args.text, args.logit_scale, args.logit_bias
+    loss = formula(args)
+    if not args.keep_any:
+        return (loss, *kept((loss,) * 4, args))
     dots = queries_of(image) @ text.mT  # [N, Q, M]
     best, query = dots.max(1)
     scale = logit_scale.reshape(()).to(image.dtype)
     logits = scale * best + logit_bias.reshape(()).to(image.dtype)
-    signs = _signs(logits, image_ids, text_ids)
+    signs = _signs(logits, args.image_ids, args.text_ids)
     of_logits = -signs * torch.sigmoid(-signs * logits) / image.shape[0]
     of_dots = torch.zeros_like(dots).scatter_(1, query[:, None], (scale * of_logits)[:, None])
     wide = wide_dtype(image)
@@ -62,7 +82,7 @@ def reference(
         (of_logits * best).sum(dtype=wide).reshape(logit_scale.shape),
         of_logits.sum(dtype=wide).reshape(logit_bias.shape),
     )
-    return (loss, *kept(grads, inputs, needs))
+    return (loss, *kept(grads, args))
 
 
 def kept_dtype(image: Tensor) -> torch.dtype:
@@ -74,11 +94,13 @@ def kept_dtype(image: Tensor) -> torch.dtype:
     return torch.float32 if image.dtype == torch.float16 else image.dtype
 
 
-def kept(grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor]:
-    """The gradients that are wanted, as they are kept; nothing in place of the others."""
+def kept(grads: Sequence[Tensor | None], args: Arguments) -> list[Tensor]:
+    """Returns the gradients of image, text, logit_scale, logit_bias as they are kept; empty where none is."""
+    inputs = (args.image, args.text, args.logit_scale, args.logit_bias)
+    keep = (args.keep_image, args.keep_text, args.keep_logit_scale, args.keep_logit_bias)
     return [
-        x.new_empty(x.shape, dtype=kept_dtype(x)).copy_(g) if need else x.new_empty(0)
-        for x, g, need in zip(inputs, grads, needs, strict=True)
+        grad.to(kept_dtype(x)).reshape(x.shape) if wanted and grad is not None else x.new_empty(0)
+        for x, grad, wanted in zip(inputs, grads, keep, strict=True)
     ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmkernels.ops.common.triton.constants import LN2, LOG2E
 from mmkernels.ops.contrastive.formula import scaled
-from mmkernels.ops.contrastive.sigmoid_contrastive.spec import kept_dtype
+from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, kept, kept_dtype
 from mmkernels.ops.contrastive.triton.call import Block, Strips, boost_of, pairing
 from mmkernels.ops.contrastive.triton.tiles import (
     best_products,
@@ -159,28 +159,26 @@ def careful_sigmoid_kernel(
             )  # fmt: skip
 
 
-def forward(
-    image: Tensor,  # [N, d] or [N, Q, d]
-    text: Tensor,  # [M, d]
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """Loss, and its gradients by image, text, logit_scale and logit_bias, in `kept_dtype`."""
-    need_image, need_text, need_scale, need_bias = needs
-    block = Block(OP, "sigmoid", image, text, pairing(image_ids, text_ids, False))
+def forward(args: Arguments) -> tuple[Tensor, ...]:
+    """Returns the loss, and its gradients in `kept_dtype`."""
+    image, text, logit_scale, logit_bias = args.image, args.text, args.logit_scale, args.logit_bias
+    block = Block(OP, "sigmoid", image, text, pairing(args.image_ids, args.text_ids, False))
     boost = boost_of(image.dtype)
 
     def fill(block: Block, at: slice, strip: Tensor | None, winners: Tensor | None) -> Tensor:
         tiles = block.tiles(at)
-        sums = image.new_empty(3 if any(needs) else 1, block.parts * tiles[0] * tiles[1], dtype=torch.float32)
+        sums = image.new_empty(3 if args.keep_any else 1, block.parts * tiles[0] * tiles[1], dtype=torch.float32)
         arguments = (
             *block.operands, logit_scale, logit_bias, block.pairing.codes, strip, winners,
             (0 if strip is None else strip.stride(0),), sums, block.strides, block.sizes(at), tiles,
         )  # fmt: skip
-        constants = {"PAIRS": block.pairs, "GRADS": any(needs), "BOOST": boost, "PARTS": block.parts, **block.constants}
+        constants = {
+            "PAIRS": block.pairs,
+            "GRADS": args.keep_any,
+            "BOOST": boost,
+            "PARTS": block.parts,
+            **block.constants,
+        }
         launch(sigmoid_kernel, block.grid(at), block.config, *arguments, FLAT=block.flat, **constants)
         launch(careful_sigmoid_kernel, block.grid(at), block.config, *arguments, **constants)
         return sums
@@ -188,13 +186,9 @@ def forward(
     unit = 1.0 / block.rows
     factor = logit_scale.reshape(()).to(torch.float32) * (unit / boost)
     dtype = kept_dtype(image)
-    strips = Strips([(block, need_text)], need_image, fill, dtype)
+    strips = Strips([(block, args.keep_text)], args.keep_image, fill, dtype)
     loss, *sums = strips.run(factor).unbind()
     (of_text,) = strips.of_texts
-    given = (
-        None if strips.of_image is None else strips.of_image.reshape(image.shape),
-        None if of_text is None else scaled(of_text, factor, dtype),
-        (sums[0] * unit).to(kept_dtype(logit_scale)).reshape(logit_scale.shape) if need_scale else None,
-        (sums[1] * unit).to(kept_dtype(logit_bias)).reshape(logit_bias.shape) if need_bias else None,
-    )
-    return (loss / block.rows, *(image.new_empty(0) if x is None else x for x in given))
+    none = (None, None) if not sums else (sums[0] * unit, sums[1] * unit)
+    grads = (strips.of_image, None if of_text is None else scaled(of_text, factor, dtype), *none)
+    return (loss / block.rows, *kept(grads, args))

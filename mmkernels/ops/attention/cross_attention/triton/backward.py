@@ -23,51 +23,22 @@ from mmkernels.runtime.triton import launch, multiprocessors
 from mmkernels.runtime.tuning import Config, config
 
 
-def backward(
-    grad_out: Tensor,  # [B, Hq, Lq, Dv]
-    grad_lse: Tensor | None,  # [B, Hq, Lq]
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,  # the forward's, gate included
-    lse: Tensor,
-    scale: float,
-    dropout_p: float,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of query, key, value, bias, gate; an empty tensor where `needs` says that none is wanted."""
-    call = Call(query, key, start, end, key_valid, dense, bias, scale)
-    return _Backward(call, grad_out, grad_lse, value, gate, seed, out, lse, dropout_p).run(needs)
+def backward(args: Any) -> tuple[Tensor, ...]:
+    """Returns the gradients of query, key, value, bias, gate; an empty tensor where none is wanted."""
+    return _Backward(args).run()
 
 
 class _Backward:
     """One backward call: what its kernels share, and a method for each of them."""
 
-    def __init__(
-        self,
-        call: Call,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        value: Tensor,
-        gate: Tensor | None,
-        seed: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        dropout_p: float,
-    ) -> None:
-        self.call, self.value, self.gate, self.seed, self.out = call, value, gate, seed, out
-        self.grad_out, self.lse = grad_out, lse.contiguous()
-        self.grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    def __init__(self, args: Any) -> None:
+        call, value, gate, seed, grad_out, out = Call(args), args.value, args.gate, args.seed, args.grad_out, args.out
+        self.args, self.call, self.value, self.gate, self.seed, self.out = args, call, value, gate, seed, out
+        self.grad_out, self.lse = grad_out, args.lse.contiguous()
+        self.grad_lse = None if args.grad_lse is None else args.grad_lse.contiguous()
         self.delta = torch.empty_like(self.lse)
         self.gate_stride = 0 if gate is None or gate.numel() == 1 else gate.stride(0)
-        self.dropout = (threshold(dropout_p), keep_scale(dropout_p) if seed is not None else 1.0)
+        self.dropout = (threshold(args.dropout_p), keep_scale(args.dropout_p) if seed is not None else 1.0)
         v0, v1 = pieces(value.shape[3])
         unit = unit_of(call.query, call.key, value, grad_out, out)
         self.constants: dict[str, Any] = call.constants | {"UNIT": unit, "DV": value.shape[3], "V0": v0, "V1": v1}
@@ -77,10 +48,10 @@ class _Backward:
         )
         self.out_strides = in_units(out.stride(), unit)
 
-    def run(self, needs: list[bool]) -> tuple[Tensor, ...]:
-        call, bias = self.call, self.call.masks[4]
-        need_query, need_key, need_value, need_bias, need_gate = needs
-        need_bias, need_gate = need_bias and bias is not None, need_gate and self.gate is not None
+    def run(self) -> tuple[Tensor, ...]:
+        args, call, bias = self.args, self.call, self.args.bias
+        need_query, need_key, need_value = args.need_query, args.need_key, args.need_value
+        need_bias, need_gate = args.need_bias and bias is not None, args.need_gate and self.gate is not None
         none = self.grad_out.new_empty(0)
         grad_query = torch.empty_like(call.query) if need_query else None
         whole = (call.batch, call.heads, call.q_len, call.k_len)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.attention.cross_attention.spec import Arguments
 from mmkernels.ops.attention.philox import keep_scale
 from mmkernels.ops.attention.triton.call import NO_LISTS, Call, in_units, key_strides, pieces, tma_descriptor, unit_of
 from mmkernels.ops.attention.triton.tiles import (
@@ -296,24 +297,11 @@ def merge_splits(
         store_rows(out, ((b.to(tl.int64) * sizes[3] + i) * sizes[1] + h) * DV, live, done, 1, 0, WIDTH, DV)
 
 
-def forward(
-    query: Tensor,  # [B, Hq, Lq, D]
-    key: Tensor,  # [B or 1, Hkv, Lk, D]
-    value: Tensor,  # [B or 1, Hkv, Lk, Dv]
-    start: Tensor | None,
-    end: Tensor | None,
-    key_valid: Tensor | None,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Out [B, Hq, Lq, Dv] and log-sum-exp [B, Hq, Lq]."""
-    call = Call(query, key, start, end, key_valid, dense, bias, scale)
-    out = query.new_empty(call.batch, call.q_len, call.heads, value.shape[3]).transpose(1, 2)
-    return out, attend(call, value, out, gate, seed, dropout_p)
+def forward(args: Arguments) -> tuple[Tensor, Tensor]:
+    """Returns out [B, Hq, Lq, Dv] and the log-sum-exp [B, Hq, Lq]."""
+    call = Call(args)
+    out = args.query.new_empty(call.batch, call.q_len, call.heads, args.value.shape[3]).transpose(1, 2)
+    return out, attend(call, args.value, out, args.gate, args.seed, args.dropout_p)
 
 
 def log_sum_exp(call: Call) -> Tensor:

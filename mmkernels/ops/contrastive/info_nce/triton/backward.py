@@ -6,13 +6,14 @@ factors of rows and columns. Tiles whose references lie too far from each other 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.contrastive.formula import scaled
-from mmkernels.ops.contrastive.info_nce.reduction import Arguments, Outputs, Upstream
 from mmkernels.ops.contrastive.triton.call import Block, Strips, boost_of, pairing
 from mmkernels.ops.contrastive.triton.states import softmax_factors
 from mmkernels.ops.contrastive.triton.tiles import (
@@ -215,27 +216,27 @@ def careful_info_nce_gradient_kernel(
             )  # fmt: skip
 
 
-def backward(given: Arguments, upstream: Upstream) -> Outputs:
-    """As `Backward`."""
-    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
-    image_state, text_state, grad_image_loss, grad_text_loss, needs = upstream
-    need_image, need_text, need_scale, need_hard = needs
-    boost, grads = boost_of(image.dtype), (grad_image_loss, grad_text_loss)
+def backward(args: Any) -> tuple[Tensor, ...]:
+    """Returns the gradients of image, text, logit_scale and hard_texts."""
+    image, text, logit_scale, hard_texts = args.image, args.text, args.logit_scale, args.hard_texts
+    image_ids, text_ids, ignore, label_smoothing = args.image_ids, args.text_ids, args.ignore, args.label_smoothing
+    states, grads = (args.image_state, args.text_state), (args.grad_image_loss, args.grad_text_loss)
+    boost = boost_of(image.dtype)
     largest = image.new_full((), _LEAST_GRADIENT, dtype=torch.float32)
     for grad in grads:
         if grad is not None:
             largest = torch.maximum(largest, grad.abs().amax())
     block = Block(OP, "contrastive_grad", image, text, pairing(image_ids, text_ids, ignore))
-    plan, blocks = block.config, [(block, need_text)]
+    plan, blocks = block.config, [(block, args.need_text)]
     factors, ranges = zip(
         *(
             softmax_factors(state.contiguous(), grad, largest, boost, label_smoothing, size)
-            for state, grad, size in zip((image_state, text_state), grads, (plan.block_q, plan.block_k), strict=True)
+            for state, grad, size in zip(states, grads, (plan.block_q, plan.block_k), strict=True)
         ),
         strict=True,
     )
     if hard_texts is not None and len(hard_texts):
-        blocks.append((Block(OP, "contrastive_grad", image, hard_texts, None), need_hard))
+        blocks.append((Block(OP, "contrastive_grad", image, hard_texts, None), args.need_hard_texts))
 
     def fill(block: Block, at: slice, strip: Tensor | None, winners: Tensor | None) -> Tensor:
         tiles = block.tiles(at)
@@ -252,16 +253,16 @@ def backward(given: Arguments, upstream: Upstream) -> Outputs:
 
     unit = largest / boost
     factor = logit_scale.reshape(()).to(torch.float32) * unit
-    strips = Strips(blocks, need_image, fill)
+    strips = Strips(blocks, args.need_image, fill)
     of_scale = strips.run(factor)
     of_text, *of_more = (None if x is None else scaled(x, factor, image.dtype) for x in strips.of_texts)
     of_hard = of_more[0] if of_more else None
-    if need_hard and hard_texts is not None and not of_more:
+    if args.need_hard_texts and hard_texts is not None and not of_more:
         of_hard = torch.zeros_like(hard_texts)  # of which there are none
     found = (
         None if strips.of_image is None else strips.of_image.reshape(image.shape),
         of_text,
-        (of_scale * unit).to(logit_scale.dtype).reshape(logit_scale.shape) if need_scale else None,
+        (of_scale * unit).to(logit_scale.dtype).reshape(logit_scale.shape) if args.need_logit_scale else None,
         of_hard,
     )
     return tuple(image.new_empty(0) if x is None else x for x in found)

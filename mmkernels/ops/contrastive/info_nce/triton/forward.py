@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.common.triton.constants import INFINITY
-from mmkernels.ops.contrastive.info_nce.reduction import Arguments, Outputs
+from mmkernels.ops.contrastive.info_nce.reduction import Arguments
 from mmkernels.ops.contrastive.triton import call as triton_call
 from mmkernels.ops.contrastive.triton.call import Block, pairing
 from mmkernels.ops.contrastive.triton.states import Side
@@ -197,17 +197,18 @@ def careful_info_nce_kernel(
                 store_part(column_part, 1, row_tile, tiles[0], j, sizes[2], live_column, total)
 
 
-def forward(given: Arguments, stats: bool) -> Outputs:
-    """As `Forward`."""
-    image, text, logit_scale, image_ids, text_ids, hard_texts, ignore, label_smoothing = given
+def forward(args: Arguments) -> tuple[Tensor, ...]:
+    """Returns the rows of both directions."""
+    image, text, logit_scale, hard_texts = args.image, args.text, args.logit_scale, args.hard_texts
+    image_ids, text_ids, ignore, label_smoothing = args.image_ids, args.text_ids, args.ignore, args.label_smoothing
     pairs = pairing(image_ids, text_ids, ignore)
     block = Block(OP, "contrastive", image, text, pairs)
     hard = None if hard_texts is None or not len(hard_texts) else Block(OP, "contrastive", image, hard_texts, None)
     by_code, smooth = pairs.kind == "code", label_smoothing > 0
-    fields = (2 * by_code, (2 + by_code) * smooth, (2 + by_code + smooth) * stats)
+    fields = (2 * by_code, (2 + by_code) * smooth, (2 + by_code + smooth) * args.stats)
     products = None if by_code else image.new_empty(block.rows, dtype=torch.float32)
     sides = [Side(n, image, fields, products) for n in (block.rows, block.columns)]
-    if stats:
+    if args.stats:
         add_best(block, sides, logit_scale)
     add_block(block, sides, logit_scale, products)
     more = 0

@@ -1,0 +1,125 @@
+"""The short way of an eager call to its kernel.
+
+The boundary's own layers of Python cost 20 us a call, or 80 with a backward pass, which is more than a small call's
+kernels take. A call on plain tensors, with no transform, mode, autocast or tracer active, needs none of them: it goes
+straight to its backend, or through one autograd function. Every other call takes the boundary. ADR 4 has the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+if TYPE_CHECKING:
+    from mmkernels.runtime.dispatch import Op
+    from mmkernels.runtime.gradient import Link
+
+_stubbed = False  # not thread-local: the backward pass of CUDA tensors runs in another thread
+
+
+def transform_active() -> bool:
+    """Returns whether a transform, mode, autocast level or tracer is active in this thread."""
+    return bool(
+        _peek_interpreter_stack() is not None
+        or _len_torch_dispatch_stack()
+        or _is_any_autocast_enabled()
+        or _get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+try:  # looked up once: a call asks in less than a microsecond
+    _peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
+    _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+    _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+    _get_tracing_state = torch._C._get_tracing_state
+except AttributeError:  # a torch that names them differently: every call takes the boundary
+
+    def transform_active() -> bool:
+        return True
+
+
+def call(op: Op, inputs: Any, backend: str) -> Any:
+    """Returns an op's outputs.
+
+    Raises:
+        NotImplementedError: the call would be differentiated by torch.func or in forward mode.
+    """
+    if torch.compiler.is_compiling():
+        return op.boundary(*inputs, backend)
+    tensors = op.layout.take_tensors(inputs)
+    if not _stubbed and not transform_active() and _plain(tensors):
+        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+            return op.run(inputs, backend)
+        if op.recorded is not None:
+            return op.recorded(*inputs, backend)
+    elif _in_grad_transform() or _has_tangent(tensors):
+        raise NotImplementedError(
+            f"{op.name} can't be differentiated by torch.func (grad, vjp, jvp, jacrev, ...) or in forward mode, which "
+            'PyTorch does not offer to custom operators; use torch.autograd, or backend="reference"'
+        )
+    return op.boundary(*inputs, backend)
+
+
+def record(op: Op, link: Link) -> Any:
+    """Returns a function from an op's values and its backend to its outputs, with the gradient that `link` describes.
+
+    It does what ``register_autograd`` makes of the boundary, for calls that need nothing but a gradient.
+    """
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *values: Any) -> Any:
+            outputs = op.run(op.layout.record._make(values[:-1]), values[-1])
+            link.setup_context(ctx, values, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return link.backward(ctx, *grads)
+
+    return Recorded.apply
+
+
+@contextmanager
+def stub_ops() -> Iterator[None]:
+    """Every op returns zeros at once: the time of a model without its ops, which bounds what any kernel can gain."""
+    global _stubbed
+    _stubbed = True
+    try:
+        yield
+    finally:
+        _stubbed = False
+
+
+def stubbed() -> bool:
+    """Returns whether `stub_ops` is active."""
+    return _stubbed
+
+
+def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether all are tensors with storage and of no subclass that may want to see the op."""
+    for x in tensors:
+        if x is not None:
+            kind = type(x)
+            if (kind is not Tensor and kind is not Parameter) or x.is_meta:
+                return False
+    return True
+
+
+def _in_grad_transform() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack()
+    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return stack is not None and any(level.key() in kinds for level in stack)
+
+
+def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)

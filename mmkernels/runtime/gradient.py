@@ -1,0 +1,175 @@
+"""What autograd needs of an op: saved tensors, the call of its backward pass, second derivatives; all by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.runtime.arguments import Layout
+
+if TYPE_CHECKING:
+    from mmkernels.runtime.dispatch import Backend
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """How an op is differentiated.
+
+    Its backward pass takes the record that `lay_out_backward` makes, and returns one gradient for each differentiable
+    input, in their order; an empty tensor where none is wanted.
+
+    Args:
+        saves: the outputs that the backward pass reads.
+        backends: of the backward pass, which is then an op of its own; none: `formula_backward` is called instead.
+        formula: backward record -> the differentiable outputs by the naive formula: for second derivatives.
+        formula_backward: the backward pass in PyTorch's own operators, which are differentiable again.
+        zeros_for: the outputs whose ``grad_`` must be a tensor: zeros where nothing flows back.
+        contiguous: gradients are contiguous; else they lie in memory as their inputs do.
+    """
+
+    saves: tuple[str, ...]
+    backends: Sequence[Backend] = ()
+    formula: Callable[[Any], Sequence[Tensor]] | None = None
+    formula_backward: Callable[[Any], Sequence[Tensor | None]] | None = None
+    zeros_for: tuple[str, ...] = ()
+    contiguous: bool = False
+
+
+class Link:
+    """An op's forward pass tied to its backward pass, as ``torch.library.register_autograd`` takes it.
+
+    Args:
+        inputs, outputs, record: layouts of the op, and of its backward pass.
+        gradient: of the op.
+    """
+
+    def __init__(self, inputs: Layout, outputs: Layout, record: Layout, gradient: Gradient) -> None:
+        self.inputs, self.outputs, self.record, self.gradient = inputs, outputs, record, gradient
+        self.run: Callable[[Any, str], Sequence[Tensor | None]] | None = None
+        self._saved = outputs.take(gradient.saves)
+        self._constant = outputs.take([name for name in outputs.names if name not in outputs.differentiable])
+        self._differentiable = outputs.take(outputs.differentiable)
+        self._needs = inputs.take(inputs.differentiable)
+        self._zeros = [(outputs.differentiable.index(name), gradient.saves.index(name)) for name in gradient.zeros_for]
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = (output,) if isinstance(output, Tensor) else output
+        ctx.save_for_backward(*self.inputs.take_tensors(inputs), *self._saved(outputs))
+        ctx.others, ctx.backend = self.inputs.take_others(inputs), inputs[-1]
+        ctx.mark_non_differentiable(*self._constant(outputs))
+        ctx.set_materialize_grads(False)
+
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        flows = list(self._differentiable(grads))
+        if all(x is None for x in flows):
+            return (None,) * (len(self.inputs.fields) + 1)
+        count = len(self.inputs.tensors)
+        tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        for flow, output in self._zeros:
+            if flows[flow] is None:
+                flows[flow] = torch.zeros_like(saved[output])
+        needs = self._needs(ctx.needs_input_grad)
+        inputs = self.inputs.restore(tensors, ctx.others)
+        call = self.record.record(*inputs, *saved, *flows, *needs)
+        given = iter(self._run(call, ctx.backend))
+        wanted = iter(needs)
+        return (
+            *(_if(next(wanted), next(given)) if field.differentiable else None for field in self.inputs.fields),
+            None,
+        )
+
+    def _run(self, call: Any, backend: str) -> Sequence[Tensor | None]:
+        if self.run is not None:
+            return self.run(call, backend)
+        assert self.gradient.formula_backward is not None
+        return self.gradient.formula_backward(call)
+
+    def fake(self, call: Any) -> tuple[Tensor, ...]:
+        """Returns gradients of the right shapes, dtypes and strides for a backward pass."""
+        layout = torch.contiguous_format if self.gradient.contiguous else torch.preserve_format
+        first = next(iter(call))
+        return tuple(
+            torch.empty_like(getattr(call, name), memory_format=layout)
+            if getattr(call, f"need_{name}") and getattr(call, name) is not None
+            else first.new_empty(0)
+            for name in self.inputs.differentiable
+        )
+
+    def again(self) -> SecondLink:
+        """Returns what autograd needs of the backward pass."""
+        return SecondLink(self)
+
+
+class SecondLink(Link):
+    """A backward pass tied to second derivatives, which are those of the naive formula, differentiated twice."""
+
+    def __init__(self, first: Link) -> None:
+        self.first, self.inputs = first, first.record
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*self.inputs.take_tensors(inputs))
+        ctx.others = self.inputs.take_others(inputs)
+        ctx.set_materialize_grads(False)
+
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call = self.inputs.restore(ctx.saved_tensors, ctx.others)
+        assert self.first.gradient.formula is not None
+        given = second_derivatives(self.first, call, self.first.gradient.formula, grads)
+        return (*(given.get(name) for name in self.inputs.names), None)
+
+
+def second_derivatives(
+    link: Link, call: Any, formula: Callable[[Any], Sequence[Tensor]], grads: Sequence[Tensor | None]
+) -> dict[str, Tensor | None]:
+    """Returns what flows back through an op's backward pass, by the name of its argument.
+
+    Args:
+        link: of the op.
+        call: the record of its backward pass.
+        formula: that record -> the op's differentiable outputs.
+        grads: what flows back to the gradient of each differentiable input; None: nothing.
+    """
+    again = torch.is_grad_enabled()
+    inputs, flows = link.inputs.differentiable, [f"grad_{name}" for name in link.outputs.differentiable]
+    with torch._C._DisableAutocast(), torch.enable_grad():
+        nodes = {name: _new_node(x) for name in (*inputs, *flows) if (x := getattr(call, name)) is not None}
+        results = formula(call._replace(**nodes))
+        outputs = [(y, nodes[flow]) for y, flow in zip(results, flows, strict=True) if flow in nodes]
+        leaves = [name for name in inputs if name in nodes]
+        first = torch.autograd.grad(
+            [y for y, _ in outputs],
+            [nodes[name] for name in leaves],
+            [flow for _, flow in outputs],
+            create_graph=True,
+            allow_unused=True,
+        )
+        flowing = dict(zip(inputs, grads, strict=True))
+        back = [
+            (x, flow)
+            for name, x in zip(leaves, first, strict=True)
+            if x is not None and (flow := flowing[name]) is not None
+        ]
+        if not back:
+            return {}
+        names = list(nodes)
+        second = torch.autograd.grad(
+            [x for x, _ in back],
+            [nodes[name] for name in names],
+            [flow for _, flow in back],
+            create_graph=again,
+            allow_unused=True,
+        )
+    return dict(zip(names, second, strict=True))
+
+
+def _new_node(x: Tensor) -> Tensor:
+    """A fresh autograd node, so that gradients do not flow through a tensor that was itself computed from an input."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def _if(wanted: bool, x: Tensor | None) -> Tensor | None:
+    return x if wanted else None
