@@ -27,7 +27,7 @@ def backends(spec: OpSpec, dtype: torch.dtype = torch.float32, device: str = "cp
     """The op's backends that this machine can run, and that compute any case in `dtype` on `device`."""
     probe = torch.empty(0, dtype=dtype, device=device)
     able = (entry for entry in TABLES[spec.name] if entry.why_not() is None and entry.name != "cuda")
-    found = [entry.name for entry in able if entry.name in ("chunked", "reference") or entry.why_not(probe) is None]
+    found = [entry.name for entry in able if entry.name in ("chunked", "reference") or entry.why_not((probe,)) is None]
     # Under Triton's interpreter its kernels alone: the others are tested without.
     return [name for name in found if name == "triton"] if gpu.INTERPRETED else found
 

@@ -67,8 +67,8 @@ class Link:
         flows = list(self._differentiable(grads))
         if all(x is None for x in flows):
             return (None,) * (len(self.inputs.fields) + 1)
-        count = len(self.inputs.tensors)
-        tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        count, kept = len(self.inputs.tensors), ctx.saved_tensors  # read once: checkpointing gives them once
+        tensors, saved = kept[:count], kept[count:]
         for flow, output in self._zeros:
             if flows[flow] is None:
                 flows[flow] = torch.zeros_like(saved[output])

@@ -75,14 +75,14 @@ def _boundary_calls(spec: OpSpec, case: Case, backend: str, monkeypatch: pytest.
     """The arguments that the public function hands to its op boundary."""
     module = importlib.import_module(ops.MODULES[spec.name])
     calls: list[tuple[Any, ...]] = []
-    real = module._op
+    real = module.OP
 
-    def spy(*args: Any) -> Any:
-        calls.append(args)
-        return real(*args)
+    def spy(args: Any, backend: str) -> Any:
+        calls.append((*args, backend))
+        return real(args, backend)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_op", spy)
+        patch.setattr(module, "OP", spy)
         inputs = cast(draw(case), torch.float32, always_wide=spec.always_wide)
         spec.function(**inputs, backend="")
     return [(*args[:-1], backend) for args in calls]
