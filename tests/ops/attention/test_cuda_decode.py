@@ -59,7 +59,7 @@ def compare(inputs: Inputs, ours: tuple[Tensor, Tensor]) -> None:
     scale = inputs.get("scale", inputs["query"].shape[3] ** -0.5)
     given = [inputs.get(name) for name in NAMES]
     wide = [x.double() if x is not None and x.is_floating_point() else x for x in given]
-    naive, true = reference(*given, scale, 0.0), reference(*wide, scale, 0.0)
+    naive, true = (reference(Arguments(*tensors, scale=scale, dropout_p=0.0)) for tensors in (given, wide))
     for name, mine, same, exact in zip(("out", "lse"), ours, naive, true, strict=True):
         problem = SPEC.over_budget(mine, same, exact)
         assert problem is None, f"{name}: {problem}"
