@@ -6,22 +6,15 @@ A new folder needs no entry anywhere: an op is a package with a module ``spec``,
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from pathlib import Path
 
 from mmkernels.spec import OpSpec
 
-
-def _find() -> dict[str, str]:
-    found = {}
-    for family in pkgutil.iter_modules(__path__):
-        for op in pkgutil.iter_modules([str(Path(__path__[0]) / family.name)]) if family.ispkg else ():
-            if Path(__path__[0], family.name, op.name, "spec.py").is_file():
-                found[op.name] = f"{__name__}.{family.name}.{op.name}"
-    return dict(sorted(found.items()))
-
-
-MODULES = _find()
+_ROOT = Path(__file__).parent
+MODULES = {
+    path.parent.name: f"{__name__}.{path.parent.parent.name}.{path.parent.name}"
+    for path in sorted(_ROOT.glob("*/*/spec.py"), key=lambda path: path.parent.name)
+}
 """The module of each op by the op's name, which is its folder's and its public function's."""
 NAMES = tuple(MODULES)
 """Every op's name."""
@@ -37,4 +30,4 @@ def specs() -> dict[str, OpSpec]:
 
 def folder(name: str) -> Path:
     """Returns the folder of an op's sources."""
-    return Path(__path__[0]).joinpath(*MODULES[name].split(".")[2:])
+    return _ROOT.joinpath(*MODULES[name].split(".")[2:])
