@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.models import clip_weights
-from mmkernels.models.blocks.checkpoint import load_checkpoint_of
+from mmkernels.models.blocks.checkpoint import load_pretrained
 from mmkernels.models.blocks.encoder import AttentionPooling, TextEncoder
 from mmkernels.models.blocks.vision import VisionTransformer
-from mmkernels.models.blocks.weights import build, check_dtype
+from mmkernels.models.blocks.weights import build
 from mmkernels.models.clip_config import CLIPConfig
 from mmkernels.ops.contrastive.info_nce import info_nce
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
@@ -187,14 +187,14 @@ class CLIP(nn.Module):
             CheckpointError: what a file holds is not what it must be; the message names file and tensor, what was
                 expected and what found.
         """
-        check_dtype(dtype)
-        checkpoint = load_checkpoint_of(folder, clip_weights.ARCHITECTURES)
-        config = CLIPConfig.from_transformers(checkpoint.config)
-        with torch.device("meta"):
-            model = cls(config)
-        weights = clip_weights.read_weights(checkpoint, model, config.variant, dtype, device)
-        model.load_state_dict(weights, assign=True)
-        return model.eval()
+        return load_pretrained(
+            cls,
+            folder,
+            read_config=CLIPConfig.from_transformers,
+            names=lambda config: clip_weights.names(config.variant),
+            dtype=dtype,
+            device=device,
+        )
 
     # The towers.
 

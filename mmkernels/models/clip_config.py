@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmkernels.models import clip_weights
 from mmkernels.models.blocks.activations import check_activation
-from mmkernels.models.blocks.checkpoint import Section
-from mmkernels.models.blocks.config import check_multiple, check_numbers, check_sizes, check_token, read_config
+from mmkernels.models.blocks.checkpoint import CheckpointError
+from mmkernels.models.blocks.config import (
+    check_multiple,
+    check_numbers,
+    check_sizes,
+    check_token,
+    read_config,
+    read_fields,
+)
+from mmkernels.models.clip_weights import ARCHITECTURES, FIELDS
 
 VARIANTS = ("clip", "siglip")
 
@@ -69,6 +76,25 @@ class CLIPConfig:
         check_token(self, "eos_token_id")
 
     @classmethod
-    def from_transformers(cls, config: dict[str, Any] | Section) -> CLIPConfig:
-        """The configuration that a Hugging Face ``CLIPConfig`` or ``SiglipConfig``, as a dict, describes."""
-        return read_config(cls, clip_weights.config_fields, config)
+    def from_transformers(cls, config: dict[str, Any], where: str = "config") -> CLIPConfig:
+        """The configuration that a Hugging Face ``CLIPConfig`` or ``SiglipConfig``, as a dict, describes.
+
+        Args:
+            config: the dict, as in ``config.json``.
+            where: how errors name it.
+        """
+        theirs = read_config(config, ARCHITECTURES, where)
+        if theirs.model_type == "siglip":
+            if not theirs.vision_config.vision_use_head:
+                why = "without the head there is no image feature"
+                raise CheckpointError(f"{where}, vision_config: vision_use_head must be true, got false: {why}")
+            fields = {**FIELDS, "embed_dim": "text_config.projection_size"}
+            return read_fields(cls, theirs, fields, where, variant="siglip")
+        eos = theirs.text_config.eos_token_id
+        if type(eos) is not int:
+            raise CheckpointError(f"{where}, text_config: eos_token_id must be an integer, got {eos!r}")
+        # 2 was written by mistake into early checkpoints, whose end-of-text token has the highest id.
+        eos = None if eos == 2 else eos
+        return read_fields(
+            cls, theirs, {**FIELDS, "embed_dim": "projection_dim"}, where, variant="clip", eos_token_id=eos
+        )

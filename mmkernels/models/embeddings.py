@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels.models.blocks.checkpoint import LARGEST_INTEGER
-from mmkernels.models.blocks.described import described
-from mmkernels.models.embeddings_files import DTYPES, EmbeddingCacheError, is_finite
+from mmkernels.models.embeddings_files import DTYPES, LARGEST_INTEGER, EmbeddingCacheError, is_finite
 from mmkernels.models.embeddings_index import RowIndex
 from mmkernels.models.embeddings_keys import content_key, fingerprint, key_bytes
 from mmkernels.models.embeddings_store import Encoded, Store
-from mmkernels.nn.checks import check_positive
+from mmkernels.nn.checks import check_positive, described
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.runtime.checks import check_range
 

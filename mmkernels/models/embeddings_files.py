@@ -8,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.models.blocks.checkpoint import CheckpointError, Section, read_json
+from mmkernels.models.blocks.checkpoint import CheckpointError, read_json
 
 MANIFEST, LOCK = "manifest.json", "lock"
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """What rows may be stored as, and what safetensors calls it."""
 KEY_BYTES = 32
+LARGEST_INTEGER = 2**24
+"""In a manifest that is read."""
 
 _FORMAT = 1
 _SHARD = re.compile(r"shard-([0-9]{5,9})\.safetensors")  # the whole name, so no path leads out of the folder
@@ -32,6 +34,34 @@ _POLL = 0.02  # seconds between two tries to take the lock
 
 class EmbeddingCacheError(ValueError):
     """A cache's file doesn't hold what it must; the message names it, what was expected and what was found."""
+
+
+class _Section:
+    """A JSON object in a manifest, read key by key; each error names the file and the key.
+
+    Args:
+        values: the object.
+        where: the file, and the path to the object in it.
+    """
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def integer(self, key: str, default: int, least: int = 1) -> int:
+        value = self.values.get(key, default)
+        if type(value) is not int or not least <= value <= LARGEST_INTEGER:
+            raise self.error(key, f"an integer from {least} to {LARGEST_INTEGER}")
+        return value
+
+    def choice(self, key: str, choices: Iterable[str]) -> str:
+        value = self.values.get(key, "")
+        if value not in list(choices):
+            raise self.error(key, f"one of {', '.join(choices)}")
+        return value
+
+    def error(self, key: str, expected: str) -> CheckpointError:
+        got = repr(self.values[key]) if key in self.values else "nothing"
+        return CheckpointError(f"{self.where}: {key} must be {expected}, got {got[:200]}")
 
 
 @dataclass(frozen=True)
@@ -102,8 +132,8 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         raise EmbeddingCacheError(f"{path}: must be a file, got something else")
     try:
-        section = Section(read_json(path), str(path))
-        section.choice("dtype", "", [_name(dtype) for dtype in DTYPES])
+        section = _Section(read_json(path), str(path))
+        section.choice("dtype", [_name(dtype) for dtype in DTYPES])
         if section.integer("format", -1, 0) != _FORMAT:
             raise section.error("format", f"{_FORMAT}, which this version of mmkernels reads")
         if type(section.values.get("normalized")) is not bool:
@@ -268,13 +298,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _shards(section: Section) -> tuple[Shard, ...]:
+def _shards(section: _Section) -> tuple[Shard, ...]:
     values = section.values.get("shards")
     if not isinstance(values, list):
         raise section.error("shards", "a list of objects")
     found: dict[str, Shard] = {}
     for number, value in enumerate(values):
-        entry = Section(value if isinstance(value, dict) else {}, f"{section.where}, shards[{number}]")
+        entry = _Section(value if isinstance(value, dict) else {}, f"{section.where}, shards[{number}]")
         file = _text(entry, "file", _SHARD, "the name of a shard beside it, shard-NNNNN.safetensors")
         if file in found:
             raise entry.error("file", "another shard than those before")
@@ -283,20 +313,20 @@ def _shards(section: Section) -> tuple[Shard, ...]:
     return tuple(found.values())
 
 
-def _saved_index(section: Section, rows: int) -> SavedIndex | None:
+def _saved_index(section: _Section, rows: int) -> SavedIndex | None:
     value = section.values.get("index")
     if value is None:
         return None
     if not isinstance(value, dict):
         raise section.error("index", "null or an object")
-    entry = Section(value, f"{section.where}, index")
+    entry = _Section(value, f"{section.where}, index")
     covered = value.get("rows")
     if type(covered) is not int or not 0 < covered <= rows:
         raise entry.error("rows", f"an integer from 1 to {rows}, the rows of its shards")
     return SavedIndex(covered, _text(entry, "sha256", _SHA256, "64 hexadecimal digits"))
 
 
-def _text(section: Section, key: str, pattern: re.Pattern[str] | None = None, must: str = "a text") -> str:
+def _text(section: _Section, key: str, pattern: re.Pattern[str] | None = None, must: str = "a text") -> str:
     value = section.values.get(key)
     if not isinstance(value, str) or not value or (pattern and not pattern.fullmatch(value)):
         raise section.error(key, must)

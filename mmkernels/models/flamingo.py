@@ -10,20 +10,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.models import idefics
-from mmkernels.models.blocks.checkpoint import CheckpointError, load_checkpoint
+from mmkernels.models.blocks.checkpoint import load_pretrained
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.models.blocks.media import carry_on, images_seen, join, last_of, visual_mask
 from mmkernels.models.blocks.sampling import check_sampling, sample
 from mmkernels.models.blocks.text import SwiGLU, TextBlock, check_tokens, rotary_angles
 from mmkernels.models.blocks.vision import VisionTransformer
-from mmkernels.models.blocks.weights import build, check_dtype
+from mmkernels.models.blocks.weights import build
 from mmkernels.models.flamingo_config import FlamingoConfig
 from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
 from mmkernels.nn.checks import check_positive
@@ -202,21 +202,14 @@ class Flamingo(nn.Module):
             CheckpointError: what a file holds is not what it must be; the message names file and tensor, what was
                 expected and what found.
         """
-        check_dtype(dtype)
-        checkpoint = load_checkpoint(folder, model_type=idefics.MODEL_TYPE, architecture=idefics.ARCHITECTURE)
-        config = FlamingoConfig.from_idefics(checkpoint.config)
-        if config.image_token_id is None:
-            token = idefics.image_token_id(checkpoint.folder)
-            if token is not None and token >= config.vocab_size:
-                size = config.vocab_size
-                raise CheckpointError(f"{checkpoint.folder}: the id of <image> must be below {size}, got {token}")
-            config = replace(config, image_token_id=token)
-        with torch.device("meta"):
-            model = cls(config)
-        model.load_state_dict(idefics.read_weights(checkpoint, model, dtype, device), assign=True)
-        if config.tie_embeddings:
-            model.head.weight = model.embed.weight
-        return model.eval()
+        return load_pretrained(
+            cls,
+            folder,
+            read_config=_read_config,
+            names=lambda config: idefics.NAMES,
+            dtype=dtype,
+            device=device,
+        )
 
     # The stages.
 
@@ -411,6 +404,13 @@ class Flamingo(nn.Module):
             if len(tokens) == max_new_tokens or (len(ends) and not alive.any()):
                 return FlamingoGeneration(torch.stack(tokens, dim=1), kv_cache, out.visual_cache)
             out = self(input_ids[:, :0], visual_cache=out.visual_cache, kv_cache=kv_cache, last_logits_only=True)
+
+
+def _read_config(values: dict[str, Any], path: str) -> FlamingoConfig:
+    config = FlamingoConfig.from_idefics(values, path)
+    if config.image_token_id is None:
+        config = replace(config, image_token_id=idefics.image_token_id(Path(path).parent, config.vocab_size))
+    return config
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,8 +7,15 @@ from typing import Any, Literal
 
 from mmkernels.models import idefics
 from mmkernels.models.blocks.activations import check_activation
-from mmkernels.models.blocks.checkpoint import Section
-from mmkernels.models.blocks.config import check_multiple, check_numbers, check_sizes, check_token, read_config
+from mmkernels.models.blocks.checkpoint import CheckpointError
+from mmkernels.models.blocks.config import (
+    check_multiple,
+    check_numbers,
+    check_sizes,
+    check_token,
+    read_config,
+    read_fields,
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,46 @@ class FlamingoConfig:
         check_numbers(self, positive=positive, shares=("dropout", "vision_dropout"))
         check_token(self, "pad_token_id")
         check_token(self, "image_token_id")
+        for token in self.eos_token_ids:
+            if type(token) is not int or token < 0:
+                raise ValueError(f"eos_token_ids must be integers >= 0, got {self.eos_token_ids!r}")
 
     @classmethod
-    def from_idefics(cls, config: dict[str, Any] | Section) -> FlamingoConfig:
-        """The configuration that a Hugging Face ``IdeficsConfig``, as a dict, describes."""
-        return read_config(cls, idefics.config_fields, config)
+    def from_idefics(cls, config: dict[str, Any], where: str = "config") -> FlamingoConfig:
+        """The configuration that a Hugging Face ``IdeficsConfig``, as a dict, describes.
+
+        Args:
+            config: the dict, as in ``config.json``.
+            where: how errors name it.
+        """
+        theirs = read_config(config, idefics.ARCHITECTURES, where)
+        gates = {"float": "scalar", "vector": "vector"}
+        rope = theirs.rope_parameters
+        if theirs.alpha_type not in gates:
+            raise CheckpointError(f"{where}: alpha_type must be one of {', '.join(gates)}, got {theirs.alpha_type!r}")
+        if rope["rope_type"] != "default":
+            raise CheckpointError(f"{where}: rope_type must be default, got {rope['rope_type']!r}")
+        if theirs.additional_vocab_size < 0:
+            raise CheckpointError(f"{where}: additional_vocab_size must be >= 0, got {theirs.additional_vocab_size}")
+        eos = theirs.eos_token_id
+        return read_fields(
+            cls,
+            theirs,
+            idefics.FIELDS,
+            where,
+            num_latents=theirs.perceiver_config.resampler_n_latents if theirs.use_resampler else None,
+            gate=gates[theirs.alpha_type],
+            image_size=_side(theirs.vision_config.image_size),
+            patch_size=_side(theirs.vision_config.patch_size),
+            rope_theta=rope["rope_theta"],
+            # The last tokens, whose embeddings and scores lie in tensors of their own.
+            vocab_size=theirs.vocab_size + theirs.additional_vocab_size,
+            pad_token_id=0 if theirs.pad_token_id is None else theirs.pad_token_id,
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            image_token_id=getattr(theirs, "image_token_id", None),
+        )
+
+
+def _side(size: Any) -> Any:
+    """A side in pixels, which may be written as a square's two."""
+    return size[0] if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1] else size

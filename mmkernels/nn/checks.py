@@ -1,4 +1,4 @@
-"""Checks that modules share: each error says what must be and what was got."""
+"""Checks that modules and models share. Each error says what an argument must be, and what it was."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def check_dropout(dropout: float) -> None:
 def check_features(name: str, x: Tensor, dim: int) -> None:
     if x.dim() != 3 or x.shape[-1] != dim:
         raise ValueError(f"{name} must be [B, L, {dim}], got shape {tuple(x.shape)}")
+
+
+def described(x: object) -> str:
+    """How an error names what was given for a tensor: a tensor's dtype, another object's type."""
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__

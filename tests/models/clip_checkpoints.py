@@ -1,15 +1,14 @@
-"""Small CLIP and SigLIP checkpoints with random weights, and what transformers makes of them."""
+"""Small CLIP and SigLIP models of transformers with random weights, and inputs for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+
+from mmkernels.testing.families_common import randomise
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -30,44 +29,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Saved:
-    """A checkpoint on disk, and transformers' model of it."""
-
-    folder: Path
-    theirs: Any
-
-    @property
-    def siglip(self) -> bool:
-        return self.theirs.config.model_type == "siglip"
-
-
-def save(folder: Path, variant: str) -> Saved:
-    theirs = build(variant)
-    shard = VARIANTS[variant].get("shard", False)
-    theirs.save_pretrained(folder, **({"max_shard_size": "60KB"} if shard else {}))
-    assert (folder / "model.safetensors.index.json").exists() == shard
-    return Saved(folder, theirs)
-
-
-def saver(make_folder: Callable[[str], Path]) -> Callable[[str], Saved]:
-    """`save`, once a variant."""
-    made: dict[str, Saved] = {}
-
-    def get(variant: str) -> Saved:
-        if variant not in made:
-            made[variant] = save(make_folder(variant), variant)
-        return made[variant]
-
-    return get
-
-
 def build(variant: str) -> Any:
-    """transformers' model, every parameter redrawn."""
+    """transformers' model of a variant, with every parameter redrawn: it initialises biases to 0, norms to 1."""
     config = hf_config(variant)
     model = transformers.SiglipModel if config.model_type == "siglip" else transformers.CLIPModel
-    theirs = model(config).eval()
-    randomise(theirs)
+    theirs = randomise(model(config).eval(), 0.25)
+    with torch.no_grad():
+        theirs.logit_scale.fill_(1.7)
+        if config.model_type == "siglip":
+            theirs.logit_bias.fill_(-2.3)
     return theirs
 
 
@@ -89,29 +59,13 @@ def hf_config(variant: str) -> Any:
     return config(text_config=text, vision_config=vision, **whole)
 
 
-def randomise(model: torch.nn.Module) -> None:
-    """Redraw every parameter: as transformers initialises them, biases are 0 and norms do nothing."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
-            if name == "logit_scale":
-                parameter.fill_(1.7)
-            elif name == "logit_bias":
-                parameter.fill_(-2.3)
-            elif parameter.dim() == 1 and name.endswith("weight"):
-                parameter.copy_(1.0 + 0.1 * drawn)
-            else:
-                parameter.copy_(0.25 * drawn)
-
-
-def inputs(saved: Saved, rows: int = 5, padding: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(theirs: Any, rows: int = 5, padding: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and attention mask ``[rows, L]``, and pixel values.
 
     Each text ends with the end-of-text token, an id among higher ones, twice, and goes on: only what is before the
     first one may count. With padding each row is shorter than the one before.
     """
-    vision = saved.theirs.config.vision_config
+    vision = theirs.config.vision_config
     generator = torch.Generator().manual_seed(rows)
     pixels = torch.randn(rows, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
     ids = torch.randint(3, VOCAB, (rows, LENGTH), generator=generator)

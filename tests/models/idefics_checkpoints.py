@@ -1,15 +1,14 @@
-"""Small Idefics checkpoints with random weights, and what transformers makes of them."""
+"""Small Idefics models of transformers with random weights, prompts for them, and what they generate."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+
+from mmkernels.testing.families_common import randomise
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -25,21 +24,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Saved:
-    """A checkpoint on disk, and transformers' model of it."""
-
-    folder: Path
-    theirs: Any
-
-
-def save(folder: Path, *, perceiver: dict[str, Any] | None = None, shard: bool = False, **config: Any) -> Saved:
-    theirs = transformers.IdeficsForVisionText2Text(idefics_config(perceiver, **config)).eval()
-    randomise(theirs)
-    theirs.save_pretrained(folder, **({"max_shard_size": "100KB"} if shard else {}))
-    (folder / "added_tokens.json").write_text(json.dumps({"<image>": IMAGE}))
-    assert (folder / "model.safetensors.index.json").exists() == shard
-    return Saved(folder, theirs)
+def build(variant: str) -> Any:
+    """transformers' model of a variant, with every parameter redrawn: it initialises gates to 0."""
+    values = {key: value for key, value in VARIANTS[variant].items() if key != "shard"}
+    theirs = randomise(transformers.IdeficsForVisionText2Text(idefics_config(**values)).eval(), 0.15)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "alpha" in name:
+                parameter.copy_(1.0 + 2 * parameter)
+        if not theirs.config.tie_word_embeddings:
+            theirs.lm_head.weight[IMAGE] *= 0.1  # a marker that is generated would count as an image in the next turn
+    return theirs
 
 
 def idefics_config(perceiver: dict[str, Any] | None = None, **config: Any) -> transformers.IdeficsConfig:
@@ -71,20 +66,6 @@ def idefics_config(perceiver: dict[str, Any] | None = None, **config: Any) -> tr
         },
     }
     return transformers.IdeficsConfig(**(values | config))
-
-
-def randomise(model: torch.nn.Module) -> None:
-    """Redraw every parameter: as transformers initialises them, the gates are 0 and parity would prove nothing."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
-            if "alpha" in name:
-                parameter.copy_(1.0 + 0.3 * drawn)
-            elif parameter.dim() == 1 and name.endswith("weight"):
-                parameter.copy_(1.0 + 0.1 * drawn)
-            else:
-                parameter.copy_(0.15 * drawn)
 
 
 def prompts(images: int, padding: str | None, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,49 +1,48 @@
-"""Checkpoint folders that aren't what they must be: each is a clear error that names file, expected and found."""
+"""Checkpoint folders that are not what they must be: each is a clear error that names the file, what was expected and
+what was found. And the configurations that are read from them."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_tools import configure, reweigh
-from idefics_checkpoints import Saved, idefics_config
+import transformers
+from checkpoints import Saved, change_weights, configure, load
+from clip_checkpoints import hf_config
+from idefics_checkpoints import idefics_config
 
-from mmkernels.models import Flamingo, FlamingoConfig
-from mmkernels.models.blocks.checkpoint import CheckpointError
+from mmkernels.models import CLIP, CLIPConfig, Flamingo, FlamingoConfig
+from mmkernels.models.blocks.checkpoint import CheckpointError, Names, Source
+from mmkernels.models.clip import SIZES
 
-
-@pytest.fixture
-def folder(saved: Callable[[str], Saved], tmp_path: Path) -> Path:
-    """A copy to spoil of a checkpoint in one file."""
-    return shutil.copytree(saved("resampler").folder, tmp_path / "copy")
-
-
-@pytest.fixture
-def shards(saved: Callable[[str], Saved], tmp_path: Path) -> Path:
-    """A copy to spoil of a checkpoint in several."""
-    return shutil.copytree(saved("tied").folder, tmp_path / "copy")
+Copy = Callable[[str], Path]
+MODELS = [("clip", CLIP), ("resampler", Flamingo)]
+PICKLE = b"cos\nsystem\n(S'false'\ntR."
 
 
-def refused(folder: Path, match: str, error: type[Exception] = CheckpointError) -> None:
+def refused(folder: Path, match: str, error: type[Exception] = CheckpointError, model: Any = None) -> None:
     with pytest.raises(error, match=match):
-        Flamingo.from_pretrained(folder)
+        load(folder) if model is None else model.from_pretrained(folder)
 
 
-def test_missing_files(folder: Path, tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", "folder must be a checkpoint's folder, got .*nowhere", FileNotFoundError)
-    refused(folder / "config.json", "which is no folder", FileNotFoundError)
+@pytest.mark.parametrize(("variant", "model"), MODELS)
+def test_missing_files(copy: Copy, tmp_path: Path, variant: str, model: Any) -> None:
+    folder = copy(variant)
+    refused(tmp_path / "nowhere", "folder must be a checkpoint's folder, got .*nowhere", FileNotFoundError, model)
+    refused(folder / "config.json", "which is no folder", FileNotFoundError, model)
     (folder / "model.safetensors").unlink()
-    refused(folder, "must hold model.safetensors, or .*got neither", FileNotFoundError)
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    refused(folder, "got pytorch_model.bin: pickled weights can run any code", FileNotFoundError)
+    refused(folder, "must hold model.safetensors, or .*got neither", FileNotFoundError, model)
+    (folder / "pytorch_model.bin").write_bytes(PICKLE)
+    refused(folder, "got pytorch_model.bin: pickled weights can run any code", FileNotFoundError, model)
     (folder / "config.json").unlink()
-    refused(folder, "must hold config.json, got no such file", FileNotFoundError)
+    refused(folder, "must hold config.json, got no such file", FileNotFoundError, model)
 
 
 @pytest.mark.parametrize(
@@ -59,95 +58,191 @@ def test_missing_files(folder: Path, tmp_path: Path) -> None:
         (b'{"model_type": ["idefics"]}', "model_type must be one of idefics, got"),
     ],
 )
-def test_config_that_is_none(folder: Path, content: bytes, match: str) -> None:
+def test_a_config_that_is_none(copy: Copy, content: bytes, match: str) -> None:
+    folder = copy("resampler")
     (folder / "config.json").write_bytes(content)
     refused(folder, f"config.json: {match}")
 
 
+def test_other_architectures(copy: Copy) -> None:
+    folder = copy("clip")
+    for values, match in (
+        ({"model_type": "siglip2"}, "model_type must be one of clip, siglip, got 'siglip2'"),
+        ({"model_type": ...}, "model_type must be one of clip, siglip, got nothing"),
+        ({"model_type": "siglip"}, r"architectures must be \['SiglipModel'\], got \['CLIPModel'\]"),
+        ({"model_type": "clip", "architectures": ["CLIPVisionModel"]}, r"architectures must be \['CLIPModel'\], got"),
+        ({"architectures": 5}, r"architectures must be \['CLIPModel'\], got 5"),
+    ):
+        configure(folder, **values)
+        refused(folder, f"config.json: {match}")
+    configure(folder, architectures=None)
+    load(folder)
+
+
+SIZE = "must be an integer from 1 to"
+
+
 @pytest.mark.parametrize(
-    ("values", "match"),
+    ("variant", "values", "match"),
     [
-        ({"architectures": ["IdeficsModel"]}, r"architectures must be \['IdeficsForVisionText2Text'\], got"),
-        ({"hidden_size": 10**9}, "hidden_size must be an integer from 1 to .*, got 1000000000"),
-        ({"hidden_size": 2**17}, "text_width must be an integer from 1 to 65536, got 131072"),
-        ({"hidden_size": -64}, "hidden_size must be an integer from 1 to .*, got -64"),
-        ({"hidden_size": 64.0}, "hidden_size must be an integer"),
-        ({"hidden_size": True}, "hidden_size must be an integer"),
-        ({"hidden_size": "64"}, "hidden_size must be an integer"),
-        ({"hidden_size": 66}, "text_width must be a multiple of text_heads = 4, got 66"),
-        ({"hidden_size": 4}, "text_width / text_heads must be even, got 1"),
-        ({"num_hidden_layers": 10**7}, "text_layers must be an integer from 1 to 512, got 10000000"),
-        ({"num_hidden_layers": 5}, "text_layers must be a multiple of cross_every = 2, got 5"),
-        ({"num_attention_heads": 0}, "num_attention_heads must be an integer from 1"),
-        ({"additional_vocab_size": -1}, "additional_vocab_size must be an integer from 0"),
-        ({"vision_config": 3}, "vision_config must be an object, got 3"),
-        ({"vision_config__embed_dim": 10**8}, "vision_config: embed_dim must be an integer"),
-        ({"vision_config__image_size": [32, 48]}, "vision_config: image_size must be an integer"),
-        ({"vision_config__patch_size": 64}, "patch_size must be at most image_size = 32, got 64"),
-        ({"vision_config__hidden_act": "swish9"}, "vision_config: hidden_act must be one of gelu, .*got 'swish9'"),
+        # What transformers refuses.
+        ("resampler", {"hidden_size": 64.0}, "'hidden_size' expected int, got float"),
+        ("resampler", {"hidden_size": True}, "'hidden_size' expected int, got bool"),
+        ("resampler", {"hidden_size": "64"}, "'hidden_size' expected int, got str"),
+        ("resampler", {"vision_config": 3}, "'vision_config' with value 3"),
+        ("resampler", {"hidden_act": None}, "'hidden_act' expected str"),
+        ("resampler", {"use_resampler": 1}, "'use_resampler' expected bool"),
+        ("resampler", {"eos_token_id": "</s>"}, "'eos_token_id' with value '</s>'"),
+        ("resampler", {"rms_norm_eps": 10**400}, "'rms_norm_eps' expected float"),
+        ("resampler", {"rope_scaling": {"type": "linear"}}, "Missing required keys in `rope_parameters`"),
+        ("clip", {"text_config": 3}, "'text_config' with value 3"),
+        ("clip", {"text_config_dict": [1]}, "CLIPTextConfig.* must be a mapping, not list"),
+        ("clip", {"text_config__hidden_size": float("nan")}, "text_config: .*'hidden_size' expected int"),
+        ("siglip", {"vision_config__num_attention_heads": True}, "vision_config: .*'num_attention_heads' expected int"),
+        ("siglip", {"text_config__projection_size": "32"}, "text_config: .*'projection_size'"),
+        ("clip", {"text_config__per_layer_config": {"0": {"hidden_act": "gelu"}}}, "hidden_act.* may vary"),
+        # What it accepts.
+        ("resampler", {"hidden_size": 10**9}, f"hidden_size: text_width {SIZE} 65536, got 1000000000"),
+        ("resampler", {"hidden_size": -64}, f"hidden_size: text_width {SIZE} .*, got -64"),
+        ("resampler", {"hidden_size": 66}, "hidden_size: text_width must be a multiple of text_heads = 4, got 66"),
+        ("resampler", {"hidden_size": 4}, "text_width / text_heads must be even, got 1"),
+        ("resampler", {"num_hidden_layers": 10**7}, f"text_layers {SIZE} 512, got 10000000"),
+        ("resampler", {"num_hidden_layers": 5}, "text_layers must be a multiple of cross_every = 2, got 5"),
+        ("resampler", {"num_attention_heads": 0}, f"num_attention_heads: text_heads {SIZE}"),
+        ("resampler", {"additional_vocab_size": -1}, "additional_vocab_size must be >= 0, got -1"),
+        ("resampler", {"vocab_size": 2**40}, f"vocab_size {SIZE}"),
+        ("resampler", {"vision_config__embed_dim": 10**8}, f"vision_config.embed_dim: vision_width {SIZE}"),
+        ("resampler", {"vision_config__image_size": [32, 48]}, rf"image_size {SIZE} .*, got \[32, 48\]"),
+        ("resampler", {"vision_config__patch_size": 64}, "patch_size must be at most image_size = 32, got 64"),
+        ("resampler", {"vision_config__hidden_act": "swish9"}, "vision_activation must be one of gelu, .*got 'swish9'"),
+        ("resampler", {"perceiver_config__resampler_n_latents": 0}, f"num_latents {SIZE}"),
+        ("resampler", {"alpha_type": "matrix"}, "alpha_type must be one of float, vector, got 'matrix'"),
+        ("resampler", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number, positive and finite, got nan"),
+        ("resampler", {"rms_norm_eps": 0.0}, "rms_norm_eps must be a number, positive and finite, got 0.0"),
+        ("resampler", {"rope_parameters__rope_type": "linear", "rope_parameters__factor": 2.0}, "must be default, got"),
+        ("resampler", {"rope_parameters__rope_theta": "x"}, "rope_theta must be a number"),
+        ("resampler", {"dropout": 2.0}, "dropout must be a number between 0 and 1, got 2.0"),
+        ("resampler", {"image_token_id": 128}, "image_token_id must be an integer below vocab_size = 128, got 128"),
+        ("resampler", {"pad_token_id": 10**6}, "pad_token_id must be an integer below vocab_size"),
+        ("resampler", {"eos_token_id": [2, -1]}, r"eos_token_ids must be integers >= 0, got \(2, -1\)"),
+        ("clip", {"projection_dim": None}, f"projection_dim: embed_dim {SIZE} .*, got None"),
+        ("clip", {"projection_dim": 2**20}, f"embed_dim {SIZE} 65536, got 1048576"),
+        ("clip", {"text_config__max_position_embeddings": 0}, f"max_position_embeddings: text_length {SIZE}"),
+        ("clip", {"text_config__eos_token_id": None}, "text_config: eos_token_id must be an integer, got None"),
+        ("clip", {"text_config__eos_token_id": [90]}, r"text_config: eos_token_id must be an integer, got \[90\]"),
+        ("clip", {"text_config__eos_token_id": 100}, "eos_token_id must be an integer below vocab_size = 100, got 100"),
+        ("clip", {"text_config__hidden_act": "swish9"}, "text_activation must be one of gelu, .*got 'swish9'"),
+        ("clip", {"text_config__layer_norm_eps": None}, "text_eps must be a number, positive and finite, got None"),
+        ("clip", {"vision_config__attention_dropout": 2}, "vision_dropout must be a number between 0 and 1, got 2"),
+        ("clip", {"vision_config__image_size": [32, 32]}, rf"vision_config.image_size: image_size {SIZE} .*, got \[32"),
+        ("clip", {"vision_config__num_channels": -3}, f"vision_config.num_channels: channels {SIZE} .*, got -3"),
         (
-            {"perceiver_config__resampler_n_latents": 0},
-            "perceiver_config: resampler_n_latents must be an integer from 1",
+            "siglip",
+            {"vision_config__vision_use_head": False},
+            "vision_config: vision_use_head must be true, got false: without",
         ),
-        ({"hidden_act": None}, "hidden_act must be one of gelu, .*got None"),
-        ({"alpha_type": "matrix"}, "alpha_type must be one of float, vector, got 'matrix'"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, got nan"),
-        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be a number, positive and finite, got 0.0"),
-        ({"use_resampler": 1}, "use_resampler must be true or false, got 1"),
-        ({"rope_parameters__rope_type": "yarn"}, "rope_parameters: rope_type must be one of default, got 'yarn'"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling must be null, got"),
-        ({"dropout": 2.0}, "dropout must be a number between 0 and 1, got 2.0"),
-        ({"eos_token_id": "</s>"}, "eos_token_id must be an integer"),
-        ({"image_token_id": 128}, "image_token_id must be an integer below vocab_size = 128, got 128"),
+        ("siglip", {"text_config__projection_size": 48}, "embed_dim must be vision_width = 32 in a siglip, got 48"),
     ],
 )
-def test_config_values(folder: Path, values: dict[str, Any], match: str) -> None:
+def test_config_values(copy: Copy, variant: str, values: dict[str, Any], match: str) -> None:
+    folder = copy(variant)
     configure(folder, **values)
     refused(folder, f"config.json.*{match}")
 
 
 @pytest.mark.parametrize(
-    ("values", "match"),
+    ("variant", "values", "match"),
     [
-        ({"hidden_size": 65536}, r"must be \[128, 65536\] by config.json, got \[128, 64\]"),
-        ({"vocab_size": 2**24}, r"must be \[16777216, 64\] by config.json, got \[128, 64\]"),
+        ("resampler", {"hidden_size": 65536}, r"must be \[128, 65536\] by config.json, got \[128, 64\]"),
+        ("resampler", {"vocab_size": 2**24}, r"must be \[16777216, 64\] by config.json, got \[128, 64\]"),
         (
-            {"num_hidden_layers": 512},
-            r"must hold model.gated_cross_attn_layers.2.alpha_cross_attn \[1\] \(and \d+ more\)",
+            "resampler",
+            {"num_hidden_layers": 40},
+            r"must hold model.gated_cross_attn_layers.2.alpha_cross_attn \[\] \(and \d+ more\)",
         ),
-        ({"num_hidden_layers": 2}, r"must hold only the model's tensors, got .* \(and \d+ more\)"),
-        ({"use_resampler": False}, "must hold only the model's tensors, got model.perceiver_resampler"),
-        ({"alpha_type": "vector"}, r"alpha_cross_attn must be \[1, 1, 64\] by config.json, got \[1\]"),
-        ({"additional_vocab_size": 2}, "must hold model.embed_tokens.additional_embedding.weight"),
-        ({"vision_config__image_size": 64}, r"position_embedding.weight must be \[65, 32\] .*, got \[17, 32\]"),
+        ("resampler", {"num_hidden_layers": 2}, r"must hold only the model's tensors, got .* \(and \d+ more\)"),
+        ("resampler", {"use_resampler": False}, "must hold only the model's tensors, got model.perceiver_resampler"),
+        ("resampler", {"alpha_type": "vector"}, r"alpha_cross_attn must be \[64\] by config.json, got \[1\]"),
+        ("resampler", {"additional_vocab_size": 2}, r"additional_embedding.weight must be \[130, 64\] .*got \[128, 64"),
+        ("decoupled", {"additional_vocab_size": 2}, r"must be \[130, 64\] .*, got \[128, 64\] and \[3, 64\]"),
+        ("resampler", {"vision_config__image_size": 64}, r"position_embedding.weight must be \[65, 32\] .*, got \[17"),
+        ("clip", {"projection_dim": 65536}, r"visual_projection.weight must be \[65536, 32\] by config.json, got"),
+        ("clip", {"text_config__vocab_size": 2**24}, r"must be \[16777216, 32\] by config.json, got \[100, 32\]"),
+        ("clip", {"text_config__max_position_embeddings": 13}, r"position_embedding.weight must be \[13, 32\]"),
+        ("siglip", {"vision_config__image_size": 40}, r"position_embedding.weight must be \[25, 32\] .*, got \[16"),
+        ("siglip", {"text_config__num_hidden_layers": 40}, r"must hold text_model.encoder.layers.3.\S+ .*and \d+ more"),
+        ("siglip", {"text_config__num_hidden_layers": 2}, r"only the model's tensors, got text_model.encoder.layers.2"),
     ],
 )
-def test_config_against_weights(folder: Path, values: dict[str, Any], match: str) -> None:
-    """Sizes that the file doesn't hold are refused from headers alone: nothing of that size is allocated."""
+def test_config_against_weights(copy: Copy, variant: str, values: dict[str, Any], match: str) -> None:
+    """Sizes that the file does not hold are refused from headers alone: nothing of that size is allocated."""
+    folder = copy(variant)
     configure(folder, **values)
     refused(folder, match)
 
 
-def test_weights(folder: Path) -> None:
-    name = "model.layers.1.self_attn.q_proj.weight"
-    reweigh(folder, lambda tensors: tensors.update({name: torch.zeros(64, 32)}))
-    refused(folder, rf"model.safetensors: {name} must be \[64, 64\] by config.json, got \[64, 32\]")
-    reweigh(folder, lambda tensors: tensors.update({name: torch.zeros(64, 64, dtype=torch.int8)}))
-    refused(folder, f"{name} must be one of F64, F32, F16, BF16, got I8")
-    reweigh(folder, lambda tensors: tensors.pop(name))
-    refused(folder, rf"the weights must hold {name} \[64, 64\], got \d+ tensors without it")
-    reweigh(folder, lambda tensors: tensors.update({name: torch.zeros(64, 64), "model.extra": torch.zeros(3)}))
-    refused(folder, r"must hold only the model's tensors, got model.extra \[3\]")
+@pytest.mark.parametrize(
+    ("variant", "name", "shape"),
+    [
+        ("clip", "text_projection.weight", (24, 32)),
+        ("clip", "logit_scale", ()),
+        ("clip", "vision_model.pre_layrnorm.bias", (32,)),
+        ("siglip", "vision_model.head.attention.in_proj_weight", (96, 32)),
+        ("siglip", "vision_model.head.probe", (32,)),
+        ("siglip", "logit_bias", ()),
+        ("resampler", "model.layers.1.self_attn.q_proj.weight", (64, 64)),
+        ("decoupled", "lm_head.weight", (131, 64)),
+    ],
+)
+def test_weights(copy: Copy, variant: str, name: str, shape: tuple[int, ...]) -> None:
+    def spoilt(tensors: dict[str, torch.Tensor | None]) -> Path:
+        folder = copy(variant)
+
+        def change(held: dict[str, torch.Tensor]) -> None:
+            for key, value in tensors.items():
+                held.pop(key, None)
+                if value is not None:
+                    held[key] = value
+
+        change_weights(folder, change)
+        return folder
+
+    expected = re.escape(str(list(shape)))
+    refused(
+        spoilt({name: torch.zeros(2, 5)}), rf"model.safetensors: {name}.* must be {expected} by config.json, got \[2"
+    )
+    refused(spoilt({name: torch.zeros(shape, dtype=torch.int8)}), f"{name} must be one of F64, F32, F16, BF16, got I8")
+    refused(spoilt({name: None}), rf"the weights must hold {name} {expected}, got \d+ tensors without it")
+    refused(spoilt({"model.extra": torch.zeros(3)}), r"only the model's tensors, got model.extra \[3\]")
 
 
-def test_constants_of_older_versions_are_passed_over(folder: Path, saved: Callable[[str], Saved]) -> None:
-    old = {
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
-        "model.vision_model.embeddings.position_ids": torch.zeros(1, 17, dtype=torch.long),
+def test_constants_of_older_versions_are_ignored(copy: Copy) -> None:
+    constants = {
+        "resampler": {
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
+            "model.vision_model.embeddings.position_ids": torch.zeros(1, 17, dtype=torch.long),
+        },
+        "clip": {f"{tower}_model.embeddings.position_ids": torch.arange(9)[None] for tower in ("text", "vision")},
     }
-    reweigh(folder, lambda tensors: tensors.update(old))
-    configure(folder, rope_parameters=...)
-    Flamingo.from_pretrained(folder)
+    for variant, tensors in constants.items():
+        folder = copy(variant)
+        change_weights(folder, lambda held, tensors=tensors: held.update(tensors))
+        load(folder)
+
+
+def test_rotary_positions_of_older_versions(copy: Copy) -> None:
+    folder = copy("resampler")
+    configure(folder, rope_parameters=..., rope_theta=500.0)
+    assert load(folder).config.rope_theta == 500.0
+    configure(folder, rope_theta=...)
+    assert load(folder).config.rope_theta == 10000.0
+
+
+def test_labels_of_a_classifier_are_ignored(copy: Copy) -> None:
+    """transformers would write out a name for each of them."""
+    folder = copy("clip")
+    configure(folder, num_labels=10**12, text_config__num_labels=10**12)
+    load(folder)
 
 
 def header(values: Any) -> bytes:
@@ -155,40 +250,37 @@ def header(values: Any) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-HUGE = {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}
-OUTSIDE = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**60]}}
-OVERLAP = {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"}
-
-
 @pytest.mark.parametrize(
     "content",
     [
         b"",
-        b"\x00" * 4,
         struct.pack("<Q", 2**63),
         struct.pack("<Q", 2**40) + b"{}",
         header(b"{]"),
         header(b'{"a": 1}'),
-        header(HUGE) + b"\0" * 4,
-        header(OUTSIDE) + b"\0" * 4,
-        header(OVERLAP) + b"\0" * 4,
+        header({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}) + b"\0" * 4,
+        header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**60]}}) + b"\0" * 4,
+        header({name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"}) + b"\0" * 4,
         b"PK\x03\x04 a zip, as torch.save writes",
     ],
 )
-def test_hostile_headers(folder: Path, content: bytes) -> None:
+def test_hostile_headers(copy: Copy, content: bytes) -> None:
+    folder = copy("resampler")
     (folder / "model.safetensors").write_bytes(content)
     refused(folder, "model.safetensors: must be a whole safetensors file, got an error")
 
 
-@pytest.mark.parametrize("keep", [0.1, 0.5, 0.999])
-def test_truncated_weights(folder: Path, keep: float) -> None:
-    path = folder / "model.safetensors"
+@pytest.mark.parametrize("variant", ["resampler", "siglip_shards"])
+def test_truncated_weights(copy: Copy, variant: str) -> None:
+    folder = copy(variant)
+    path = sorted(folder.glob("*.safetensors"))[-1]
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep)])
-    refused(folder, "must be a whole safetensors file")
+    for keep in (0.1, 0.5, 0.999):
+        path.write_bytes(content[: int(len(content) * keep)])
+        refused(folder, f"{path.name}: must be a whole safetensors file")
 
 
-def reindex(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def change_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     change(index)
@@ -199,86 +291,155 @@ def redirect(shard: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda index: index["weight_map"].update({"model.norm.weight": shard})
 
 
-@pytest.mark.parametrize(
-    "shard",
-    [
-        "../copy/model.safetensors",
-        "/etc/model.safetensors",
-        "sub/model.safetensors",
-        "..\\m.safetensors",
-        "..",
-        "",
-        "x.bin",
-    ],
+OUTSIDE = (
+    "../copy/model.safetensors",
+    "/etc/model.safetensors",
+    "sub/model.safetensors",
+    "..\\m.safetensors",
+    "..",
+    "",
 )
-def test_shards_outside_the_folder(shards: Path, shard: str) -> None:
-    reindex(shards, redirect(shard))
-    refused(shards, "index.json: a shard must be the name of a .safetensors file beside it, got ")
 
 
-def test_shards(shards: Path) -> None:
-    index = json.loads((shards / "model.safetensors.index.json").read_text())
-    names = sorted(set(index["weight_map"].values()))
-    assert len(names) > 2
-    other = next(shard for shard in names if shard != index["weight_map"]["model.norm.weight"])
-    Flamingo.from_pretrained(shards)
-
-    reindex(shards, redirect(other))
-    refused(shards, f"{other}: must hold model.norm.weight by model.safetensors.index.json, got no such tensor")
-    reindex(shards, lambda index: index["weight_map"].pop("model.norm.weight"))
-    refused(shards, "must hold what model.safetensors.index.json says, got model.norm.weight too")
-    reindex(shards, redirect("gone.safetensors"))
-    refused(shards, "must hold gone.safetensors, got no such file", FileNotFoundError)
-    reindex(shards, redirect(7))
-    refused(shards, "weight_map must be an object of file names")
-    reindex(shards, lambda index: index.pop("weight_map"))
-    refused(shards, "weight_map must be an object of file names")
-    (shards / "model.safetensors.index.json").write_text("{")
-    refused(shards, "index.json: must be JSON")
+def test_shards_outside_the_folder(copy: Copy) -> None:
+    folder = copy("tied")
+    names = ("../copy/model", "/etc/model", "sub/model", "..\\model")
+    for shard in (*(f"{name}.safetensors" for name in names), "..", "", "x.bin"):
+        change_index(folder, redirect(shard))
+        refused(folder, "index.json: a shard must be the name of a .safetensors file beside it, got ")
 
 
-def test_the_image_token_is_that_of_the_tokenizer(folder: Path) -> None:
-    assert Flamingo.from_pretrained(folder).config.image_token_id == 100
+def test_shards(copy: Copy) -> None:
+    folder = copy("tied")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 2
+    holder = index["weight_map"]["model.norm.weight"]
+    other = next(shard for shard in shards if shard != holder)
+
+    change_index(folder, redirect(other))
+    refused(folder, f"{holder}: must hold what model.safetensors.index.json lists, got model.norm.weight too")
+    change_index(folder, lambda index: index["weight_map"].pop("model.norm.weight"))
+    refused(folder, f"{holder}: must hold what model.safetensors.index.json lists, got model.norm.weight too")
+    change_index(folder, lambda index: index["weight_map"].update({"model.norm.weight": holder, "lost": holder}))
+    refused(folder, f"{holder}: must hold lost by model.safetensors.index.json, got no such tensor")
+    change_index(folder, lambda index: index["weight_map"].update({"lost": "gone.safetensors"}))
+    refused(folder, "must hold gone.safetensors, got no such file", FileNotFoundError)
+    change_index(folder, redirect(7))
+    refused(folder, "weight_map must be an object of file names")
+    change_index(folder, lambda index: index.pop("weight_map"))
+    refused(folder, "weight_map must be an object of file names")
+    (folder / "model.safetensors.index.json").write_text("{")
+    refused(folder, "index.json: must be JSON")
+
+
+def test_an_index_that_an_earlier_save_left(copy: Copy) -> None:
+    """As in transformers: the whole file counts."""
+    folder = copy("clip")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"logit_scale": "gone.safetensors"}}')
+    load(folder)
+
+
+def test_a_tied_tensor_may_be_on_disk(copy: Copy) -> None:
+    """Older versions saved it twice; as in transformers, the embedding counts."""
+    folder = copy("tied")
+    whole = load(folder)
+    assert whole.head.weight is whole.embed.weight
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert not any(name.startswith("lm_head.") for name in index)
+    shard = folder / index["model.norm.weight"]
+    shard = shard.rename(folder / "model.safetensors")
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(128, 64)}))
+    (folder / "model.safetensors").rename(folder / index["model.norm.weight"])
+    change_index(folder, lambda new: new["weight_map"].update({"lm_head.weight": index["model.norm.weight"]}))
+    assert torch.equal(load(folder).head.weight, whole.embed.weight)
+
+
+def test_the_image_token_is_that_of_the_tokenizer(copy: Copy) -> None:
+    folder = copy("resampler")
+    token = lambda: Flamingo.from_pretrained(folder).config.image_token_id
+    assert token() == 100
     tokens = {"added_tokens": [{"id": 3, "content": "<s>"}, {"id": 101, "content": "<image>"}]}
     (folder / "tokenizer.json").write_text(json.dumps(tokens))
-    assert Flamingo.from_pretrained(folder).config.image_token_id == 101
+    assert token() == 101
     configure(folder, image_token_id=102)
-    assert Flamingo.from_pretrained(folder).config.image_token_id == 102
+    assert token() == 102
     configure(folder, image_token_id=...)
-    for name in ("tokenizer.json", "added_tokens.json"):
-        (folder / name).unlink()
-    assert Flamingo.from_pretrained(folder).config.image_token_id is None
-
-
-def test_tokens_outside_the_vocabulary(folder: Path) -> None:
     for tokens, message in (
         ({"added_tokens": 5}, "tokenizer.json: added_tokens must be a list, got 5"),
-        ({"added_tokens": [{"id": 5000, "content": "<image>"}]}, r"the id of <image> must be below"),
+        ({"added_tokens": [{"id": 5000, "content": "<image>"}]}, "tokenizer.json: the id of <image> must be .* 128"),
+        ({"added_tokens": [{"id": "5", "content": "<image>"}]}, "the id of <image> must be an integer .*, got '5'"),
     ):
         (folder / "tokenizer.json").write_text(json.dumps(tokens))
         refused(folder, message)
-    (folder / "tokenizer.json").unlink()
-    configure(folder, pad_token_id=10**6)
-    refused(folder, "pad_token_id must be an integer below vocab_size")
+    for name in ("tokenizer.json", "added_tokens.json"):
+        (folder / name).unlink()
+    assert token() is None
 
 
-def test_a_number_past_every_float(folder: Path) -> None:
-    configure(folder, rms_norm_eps=10**400)
-    refused(folder, "rms_norm_eps must be a finite number")
-
-
-def test_config_of_a_dict() -> None:
+def test_what_a_file_leaves_out_has_transformers_defaults() -> None:
+    for variant, size, changes in (
+        ("siglip", "siglip_base", {}),
+        ("clip", "base", {"patch_size": 32, "eos_token_id": 49407}),
+    ):
+        whole = (transformers.SiglipConfig if variant == "siglip" else transformers.CLIPConfig)().to_dict()
+        config = CLIPConfig.from_transformers({"model_type": variant})
+        assert config == CLIPConfig.from_transformers(json.loads(json.dumps(whole))) == replace(SIZES[size], **changes)
+        config = CLIPConfig.from_transformers(hf_config(variant).to_dict())
+        assert (config.vision_width, config.text_layers, config.text_length, config.vocab_size) == (32, 3, 12, 100)
     config = FlamingoConfig.from_idefics(idefics_config().to_dict())
     assert (config.text_width, config.vision_width, config.num_latents, config.cross_every) == (64, 32, 8, 2)
-    # What a file leaves out has transformers' defaults, as in the published 9b checkpoint.
-    config = FlamingoConfig.from_idefics({"model_type": "idefics"})
+    config = FlamingoConfig.from_idefics({"model_type": "idefics"})  # as in the published 9b checkpoint
     assert (config.text_width, config.vision_width, config.image_size, config.num_latents) == (4096, 768, 224, None)
 
 
-def test_dtype_and_device(folder: Path) -> None:
-    model = Flamingo.from_pretrained(folder, dtype=torch.bfloat16, device="cpu")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    with pytest.raises(TypeError, match=r"dtype must be a floating dtype, got torch.int32"):
-        Flamingo.from_pretrained(folder, dtype=torch.int32)
-    assert not model.training
-    assert all(not p.is_meta for p in model.parameters())
+def test_clip_config_itself() -> None:
+    for values, match in (
+        ({"variant": "blip"}, "variant must be one of clip, siglip, got 'blip'"),
+        ({"vision_activation": "swish9"}, "vision_activation must be one of gelu, .*got 'swish9'"),
+        ({"vision_activation": ["gelu"]}, r"vision_activation must be one of gelu, .*got \['gelu'\]"),
+        ({"text_heads": 0}, "text_heads must be an integer from 1 to 4096, got 0"),
+        ({"variant": "siglip"}, "embed_dim must be vision_width = 32 in a siglip, got 24"),
+        ({"eos_token_id": -1}, "eos_token_id must be an integer below vocab_size = 128, got -1"),
+        ({"eos_token_id": True}, "eos_token_id must be an integer below vocab_size = 128, got True"),
+        ({"eos_token_id": 1.5}, "eos_token_id must be an integer below vocab_size = 128, got 1.5"),
+        ({"vision_eps": "x"}, "vision_eps must be a number, positive and finite, got 'x'"),
+        ({"text_eps": True}, "text_eps must be a number, positive and finite, got True"),
+        ({"text_eps": float("nan")}, "text_eps must be a number, positive and finite, got nan"),
+        ({"vision_dropout": None}, "vision_dropout must be a number between 0 and 1, got None"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            replace(SIZES["tiny"], **values)
+
+
+@pytest.mark.parametrize(("variant", "model"), [*MODELS, ("siglip", CLIP)])
+def test_dtype_and_storage(copy: Copy, variant: str, model: Any) -> None:
+    folder = copy(variant)
+    change_weights(folder, lambda tensors: tensors.update({name: x.half() for name, x in tensors.items()}))
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        loaded = model.from_pretrained(folder, dtype=dtype, device="cpu")
+        assert {p.dtype for p in loaded.parameters()} == {dtype}
+        assert not loaded.training
+        for parameter in loaded.parameters():  # no parameter keeps another's memory
+            assert parameter.untyped_storage().nbytes() == parameter.nbytes
+            assert parameter.requires_grad
+    for dtype in (torch.int32, torch.bool, "float32", None):
+        with pytest.raises(TypeError, match=f"dtype must be a floating dtype, got {dtype!r}"):
+            model.from_pretrained(folder, dtype=dtype)
+
+
+def test_it_says_what_to_install(saved: Callable[[str], Saved], monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("safetensors", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setitem(__import__("sys").modules, package, None)
+            refused(saved("clip").folder, rf"needs {package}: pip install mmkernels\[models\]", ImportError)
+
+
+def test_names() -> None:
+    table = {"a.#.b.": "x.#.y.", "a.#.": Source(("z.#.", "more.#.")), "c.0.": Source(("w_",), 1, 3)}
+    names = Names(table, re.compile("$^"))
+    assert names.source("a.12.b.3.weight") == Source(("x.12.y.3.weight",))
+    assert names.source("a.2.c") == Source(("z.2.c", "more.2.c"))
+    assert names.source("c.0.bias") == Source(("w_bias",), 1, 3)
+    with pytest.raises(KeyError):
+        names.source("d.0.bias")

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from checkpoint_tools import configure, distance
-from clip_checkpoints import EOS, VARIANTS, Saved, inputs, saver
+from checkpoints import Saved, configure, distance
+from clip_checkpoints import EOS, VARIANTS, inputs
+from pairs import parametrize
 from safetensors.torch import save_file
 from torch import Tensor
 
 import mmkernels
 from mmkernels.models import CLIP
-from mmkernels.models.clip import SIZES, CLIPOutput
+from mmkernels.models.clip import SIZES
 from mmkernels.runtime import cpu
 
-BACKENDS = (
-    pytest.param("cpu", marks=pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))),
-    "chunked",
-    "reference",
-)
+BACKENDS = ("cpu", "chunked", "reference")
 # Both models compute in another order: measured over all cases here, in float64 at most 2e-15 (gradients 3e-14, of the
 # bias, a sum that cancels), in float32 9e-7 (gradients of "cpu" 4e-6, of the bias 8e-6). The smallest real difference
 # tried (the norms of SigLIP's image tower with epsilon 1e-5 for 1e-6) gives 2e-6, another activation from 2e-4.
@@ -34,39 +33,79 @@ TOLERANCE = 5e-6
 TOLERANCES = ((torch.float64, EXACT), (torch.float32, TOLERANCE))  # "cpu" has no float64
 
 
+def skip_unless_it_runs(backend: str) -> None:
+    if backend == "cpu" and cpu.why_not() is not None:
+        pytest.skip(str(cpu.why_not()))
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
-    return saver(tmp_path_factory.mktemp)
+def ours(saved: Callable[[str], Saved]) -> Callable[..., CLIP]:
+    """variant, dtype -> our model, which is loaded once."""
+    return cache(lambda variant, dtype=torch.float32: CLIP.from_pretrained(saved(variant).folder, dtype=dtype))
 
 
-def both(saved: Saved, dtype: torch.dtype, padding: str | None, backend: str) -> tuple[CLIP, CLIPOutput, Any]:
-    """Our model, and what it and transformers' answer, with the loss."""
-    ids, mask, pixels = inputs(saved, padding=padding)
+def run(model: Any, saved: Saved, dtype: torch.dtype, padding: str | None) -> Any:
+    """Returns the output, with the loss, of our model or of transformers'."""
+    ids, mask, pixels = inputs(saved.theirs, padding=padding)
     mask = mask if padding else None
-    ours = CLIP.from_pretrained(saved.folder, dtype=dtype)
-    saved.theirs.to(dtype).zero_grad()
-    theirs = saved.theirs(input_ids=ids, pixel_values=pixels.to(dtype), attention_mask=mask, return_loss=True)
-    with mmkernels.use_backend(backend):
-        out = ours(ids, pixels.to(dtype), attention_mask=mask, return_loss=True)
-    return ours, out, theirs
+    model.to(dtype).zero_grad()
+    return model(input_ids=ids, pixel_values=pixels.to(dtype), attention_mask=mask, return_loss=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_features_logits_and_loss(
-    saved: Callable[[str], Saved], variant: str, padding: str | None, backend: str
-) -> None:
-    for dtype, tolerance in TOLERANCES[backend == "cpu" :]:
+@pytest.fixture(scope="module")
+def theirs(saved: Callable[[str], Saved]) -> Callable[..., Any]:
+    """variant, dtype, padding -> the output of transformers' model, which is computed once."""
+
+    @cache
+    def get(variant: str, dtype: torch.dtype, padding: str | None) -> Any:
         with torch.no_grad():
-            _, out, theirs = both(saved(variant), dtype, padding, backend)
+            return run(saved(variant).theirs, saved(variant), dtype, padding)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def their_gradients(
+    saved: Callable[[str], Saved], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Tensor]]:
+    """variant, dtype -> the gradient of every parameter, by our names, which is computed once.
+
+    transformers' gradients are saved as a checkpoint, which our model reads as its weights.
+    """
+
+    @cache
+    def get(variant: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        checkpoint, folder = saved(variant), tmp_path_factory.mktemp("gradients")
+        run(checkpoint.theirs, checkpoint, dtype, "right").loss.backward()
+        shutil.copy(checkpoint.folder / "config.json", folder)
+        grads = {name: p.grad.contiguous() for name, p in checkpoint.theirs.named_parameters()}
+        save_file(grads, folder / "model.safetensors")
+        return CLIP.from_pretrained(folder, dtype=dtype).state_dict()
+
+    return get
+
+
+@parametrize("variant, padding, backend", list(itertools.product(VARIANTS, [None, "left", "right"], BACKENDS)))
+def test_features_logits_and_loss(
+    saved: Callable[[str], Saved],
+    ours: Callable[..., CLIP],
+    theirs: Callable[..., Any],
+    variant: str,
+    padding: str | None,
+    backend: str,
+) -> None:
+    skip_unless_it_runs(backend)
+    for dtype, tolerance in TOLERANCES[backend == "cpu" :]:
+        with torch.no_grad(), mmkernels.use_backend(backend):
+            out = run(ours(variant, dtype), saved(variant), dtype, padding)
+        expected = theirs(variant, dtype, padding)
         assert out.loss is not None
         for name, mine, other in (
-            ("image", out.image_features, theirs.image_embeds),
-            ("text", out.text_features, theirs.text_embeds),
-            ("logits", out.logits_per_image, theirs.logits_per_image),
-            ("transposed", out.logits_per_text, theirs.logits_per_text),
-            ("loss", out.loss, theirs.loss),
+            ("image", out.image_features, expected.image_embeds),
+            ("text", out.text_features, expected.text_embeds),
+            ("logits", out.logits_per_image, expected.logits_per_image),
+            ("transposed", out.logits_per_text, expected.logits_per_text),
+            ("loss", out.loss, expected.loss),
         ):
             assert mine.dtype == dtype
             assert distance(mine, other) < tolerance, (name, dtype)
@@ -74,26 +113,27 @@ def test_features_logits_and_loss(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients(saved: Callable[[str], Saved], variant: str, backend: str, tmp_path: Path) -> None:
-    """Of every parameter: transformers' gradients are saved as a checkpoint, which our model reads as its weights."""
-    checkpoint = saved(variant)
+def test_gradients(
+    saved: Callable[[str], Saved],
+    ours: Callable[..., CLIP],
+    their_gradients: Callable[..., dict[str, Tensor]],
+    variant: str,
+    backend: str,
+) -> None:
+    skip_unless_it_runs(backend)
     dtype, tolerance = (torch.float32, 2e-5) if backend == "cpu" else (torch.float64, EXACT)
-    ours, out, theirs = both(checkpoint, dtype, "right", backend)
-    out.loss.backward()
-    theirs.loss.backward()
-    shutil.copy(checkpoint.folder / "config.json", tmp_path)
-    grads = {name: p.grad.contiguous() for name, p in checkpoint.theirs.named_parameters()}
-    save_file(grads, tmp_path / "model.safetensors")
-    expected = CLIP.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    model, expected = ours(variant, dtype), their_gradients(variant, dtype)
+    with mmkernels.use_backend(backend):
+        run(model, saved(variant), dtype, "right").loss.backward()
     largest = max(float(x.norm()) for x in expected.values())
-    for name, parameter in ours.named_parameters():
+    for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         if name.endswith("attention.k_proj.bias"):  # every logit of a row shifts alike
             assert float(parameter.grad.norm()) < tolerance * largest
             assert float(expected[name].norm()) < tolerance * largest
         else:
             assert distance(parameter.grad, expected[name]) < tolerance, name
-    assert float(ours.logit_scale.grad.abs()) > 1e-3
+    assert float(model.logit_scale.grad.abs()) > 1e-3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -101,7 +141,7 @@ def test_inputs_matter(saved: Callable[[str], Saved], variant: str) -> None:
     """Else parity would prove little."""
     checkpoint = saved(variant)
     ours = CLIP.from_pretrained(checkpoint.folder)
-    ids, mask, pixels = inputs(checkpoint)
+    ids, mask, pixels = inputs(checkpoint.theirs)
     with torch.no_grad():
         image, text = ours.encode_image(pixels), ours.encode_text(ids)
         assert distance(ours.encode_image(pixels.flip(0)), image) > 0.05
@@ -123,14 +163,14 @@ def test_a_mask_of_ones_changes_nothing(saved: Callable[[str], Saved]) -> None:
     for variant in ("clip", "siglip"):
         checkpoint = saved(variant)
         ours = CLIP.from_pretrained(checkpoint.folder)
-        ids, mask, _ = inputs(checkpoint)
+        ids, mask, _ = inputs(checkpoint.theirs)
         assert torch.equal(ours.encode_text(ids, mask.bool()), ours.encode_text(ids))
         assert torch.equal(ours.encode_text(ids.int(), mask), ours.encode_text(ids))
 
 
 def test_which_token_a_text_ends_with(saved: Callable[[str], Saved]) -> None:
     """In a CLIP what stands after the first end-of-text token changes nothing; in a SigLIP the last token counts."""
-    ids, _, _ = inputs(saved("clip"))
+    ids, _, _ = inputs(saved("clip").theirs)
     after = ids.clone()
     after[:, -1] = 5
     clip, siglip = (CLIP.from_pretrained(saved(variant).folder) for variant in ("clip", "siglip"))
@@ -147,7 +187,7 @@ def test_which_token_a_text_ends_with(saved: Callable[[str], Saved]) -> None:
 
 def test_texts_without_an_end(saved: Callable[[str], Saved]) -> None:
     model = CLIP.from_pretrained(saved("clip").folder)
-    ids, _, _ = inputs(saved("clip"))
+    ids, _, _ = inputs(saved("clip").theirs)
     ids[2, ids[2] == EOS] = 7
     with pytest.raises(ValueError, match="input_ids must hold eos_token_id = 90 in every row, got none in row 2"):
         model.encode_text(ids)
@@ -156,7 +196,7 @@ def test_texts_without_an_end(saved: Callable[[str], Saved]) -> None:
 def test_early_configurations(saved: Callable[[str], Saved], tmp_path: Path) -> None:
     """Where ``text_config_dict`` is there it counts, with the defaults of what it leaves out, as in transformers."""
     folder = shutil.copytree(saved("clip_gelu").folder, tmp_path / "copy")
-    ids, _, pixels = inputs(saved("clip_gelu"))
+    ids, _, pixels = inputs(saved("clip_gelu").theirs)
     text, vision = (saved("clip_gelu").theirs.config.to_dict()[f"{tower}_config"] for tower in ("text", "vision"))
     del text["hidden_act"]
     configure(folder, text_config_dict=text, vision_config_dict=vision, vision_config=...)
@@ -175,7 +215,7 @@ def test_ids_of_several_captions(saved: Callable[[str], Saved]) -> None:
     for variant in ("clip", "siglip"):
         checkpoint = saved(variant)
         model = CLIP.from_pretrained(checkpoint.folder, dtype=torch.float64)
-        ids, _, pixels = inputs(checkpoint)
+        ids, _, pixels = inputs(checkpoint.theirs)
         pixels, about = pixels[:3].double(), {"image_ids": torch.arange(3), "text_ids": torch.tensor([0, 0, 1, 2, 2])}
         out = model(ids, pixels, return_loss=True, **about)
         logits, same = out.logits_per_image, about["image_ids"][:, None] == about["text_ids"]
@@ -224,7 +264,7 @@ def test_sizes_are_those_of_the_papers() -> None:
 
 def test_sixteen_bits(saved: Callable[[str], Saved]) -> None:
     for variant in ("clip", "siglip"):
-        ids, mask, pixels = inputs(saved(variant), padding="right")
+        ids, mask, pixels = inputs(saved(variant).theirs, padding="right")
         wide = CLIP.from_pretrained(saved(variant).folder)
         model = CLIP.from_pretrained(saved(variant).folder, dtype=torch.bfloat16)
         expected, out = (m(ids, pixels, attention_mask=mask, return_loss=True) for m in (wide, model))
@@ -240,7 +280,7 @@ def test_sixteen_bits(saved: Callable[[str], Saved]) -> None:
 
 @pytest.mark.parametrize("variant", ["clip", "siglip"])
 def test_compile(saved: Callable[[str], Saved], variant: str) -> None:
-    ids, mask, pixels = inputs(saved(variant), padding="right")
+    ids, mask, pixels = inputs(saved(variant).theirs, padding="right")
     model = CLIP.from_pretrained(saved(variant).folder)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     expected = model(ids, pixels, attention_mask=mask, return_loss=True)

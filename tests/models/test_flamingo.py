@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
-from checkpoint_tools import distance
-from idefics_checkpoints import IMAGE, VARIANTS, Saved, greedy, image_attention_mask, prompts
+from checkpoints import Saved, distance
+from idefics_checkpoints import IMAGE, VARIANTS, greedy, image_attention_mask, prompts
+from pairs import parametrize
 from torch import Tensor
 
 import mmkernels
@@ -17,62 +20,101 @@ from mmkernels.models import Flamingo
 # difference tried (the image encoder's norms with epsilon 1e-6 for 1e-5) gives 1.8e-5, one token's wrong image 0.2.
 TOLERANCE = 5e-6
 BACKENDS = ("chunked", "reference")
+NEW = 6  # tokens that are generated
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("images", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits(saved: Callable[[str], Saved], variant: str, images: int, padding: str | None, backend: str) -> None:
-    checkpoint = saved(variant)
-    ours = Flamingo.from_pretrained(checkpoint.folder)
+PADDINGS = (None, "left", "right")
+
+
+@pytest.fixture(scope="module")
+def ours(saved: Callable[[str], Saved]) -> Callable[[str], Flamingo]:
+    """variant -> our model, which is loaded once."""
+    return cache(lambda variant: Flamingo.from_pretrained(saved(variant).folder))
+
+
+@pytest.fixture(scope="module")
+def theirs(saved: Callable[[str], Saved]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """variant, images, padding -> the logits of transformers' model, of these images and of others; computed once."""
+
+    @cache
+    def get(variant: str, images: int, padding: str | None) -> tuple[Tensor, Tensor]:
+        ids, mask, pixels = prompts(images, padding)
+        given = {"input_ids": ids, "attention_mask": mask, "image_attention_mask": image_attention_mask(ids, images)}
+        with torch.no_grad():
+            first, second = (saved(variant).theirs(pixel_values=x, **given).logits for x in (pixels, pixels.flip(0, 3)))
+        return first, second
+
+    return get
+
+
+@parametrize("variant, images, padding, backend", list(itertools.product(VARIANTS, range(1, 6), PADDINGS, BACKENDS)))
+def test_logits(
+    ours: Callable[[str], Flamingo],
+    theirs: Callable[..., tuple[Tensor, Tensor]],
+    variant: str,
+    images: int,
+    padding: str | None,
+    backend: str,
+) -> None:
+    model = ours(variant)
     ids, mask, pixels = prompts(images, padding)
     sees = image_attention_mask(ids, images)
-    with torch.no_grad():
-        theirs = checkpoint.theirs(
-            input_ids=ids, attention_mask=mask, pixel_values=pixels, image_attention_mask=sees
-        ).logits
-        other = checkpoint.theirs(
-            input_ids=ids, attention_mask=mask, pixel_values=pixels.flip(0, 3), image_attention_mask=sees
-        ).logits
-        with mmkernels.use_backend(backend):
-            by_markers = ours(ids, pixels, attention_mask=mask).logits
-            by_mask = ours(ids, pixels, attention_mask=mask, image_attention_mask=sees).logits
+    with torch.no_grad(), mmkernels.use_backend(backend):
+        by_markers = model(ids, pixels, attention_mask=mask).logits
+        by_mask = model(ids, pixels, attention_mask=mask, image_attention_mask=sees).logits
+    expected, other = theirs(variant, images, padding)
     valid = mask.bool()
-    assert distance(by_markers[valid], theirs[valid]) < TOLERANCE
+    assert distance(by_markers[valid], expected[valid]) < TOLERANCE
     assert torch.equal(by_markers[valid], by_mask[valid])
-    assert distance(other[valid], theirs[valid]) > 0.05, "the image hardly matters: parity would prove little"
+    assert distance(other[valid], expected[valid]) > 0.05, "the image hardly matters: parity would prove little"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("variant", ["resampler", "patches", "decoupled"])
-def test_greedy_generation(saved: Callable[[str], Saved], variant: str, padding: str | None, backend: str) -> None:
-    checkpoint = saved(variant)
-    ours = Flamingo.from_pretrained(checkpoint.folder)
-    for images in (1, 3, 5):
+@pytest.fixture(scope="module")
+def their_tokens(saved: Callable[[str], Saved]) -> Callable[..., list[list[int]]]:
+    """variant, images, padding -> the next tokens of each row by transformers' model, which are computed once."""
+
+    @cache
+    def get(variant: str, images: int, padding: str | None) -> list[list[int]]:
+        model = saved(variant).theirs
         ids, mask, pixels = prompts(images, padding)
-        with mmkernels.use_backend(backend):
-            out = ours.generate(ids, pixels, attention_mask=mask, max_new_tokens=6, eos_token_id=())
-            sees = image_attention_mask(ids, images) * mask[..., None]  # here padding sees nothing
-            again = ours.generate(
-                ids, pixels, attention_mask=mask, image_attention_mask=sees, max_new_tokens=6, eos_token_id=()
-            )
         rows = [ids[row][mask[row].bool()].tolist() for row in range(len(ids))]
-        expected = [greedy(checkpoint.theirs, text, pixels[row], 6) for row, text in enumerate(rows)]
-        assert out.tokens.tolist() == again.tokens.tolist() == expected
+        expected = [greedy(model, text, pixels[row], NEW) for row, text in enumerate(rows)]
         if padding != "right":  # transformers' generate reads the last column's logits, padding or not
-            theirs = checkpoint.theirs.generate(
+            tokens = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 pixel_values=pixels,
                 image_attention_mask=image_attention_mask(ids, images),
-                max_new_tokens=6,
+                max_new_tokens=NEW,
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
             )
-            assert theirs[:, ids.shape[1] :].tolist() == expected
+            assert tokens[:, ids.shape[1] :].tolist() == expected
+        return expected
+
+    return get
+
+
+GENERATED = list(itertools.product(["resampler", "patches", "decoupled"], [1, 3, 5], PADDINGS, BACKENDS))
+
+
+@parametrize("variant, images, padding, backend", GENERATED)
+def test_greedy_generation(
+    ours: Callable[[str], Flamingo],
+    their_tokens: Callable[..., list[list[int]]],
+    variant: str,
+    images: int,
+    padding: str | None,
+    backend: str,
+) -> None:
+    ids, mask, pixels = prompts(images, padding)
+    given = {"attention_mask": mask, "max_new_tokens": NEW, "eos_token_id": ()}
+    sees = image_attention_mask(ids, images) * mask[..., None]  # here padding sees nothing
+    with mmkernels.use_backend(backend):
+        by_markers = ours(variant).generate(ids, pixels, **given)
+        by_mask = ours(variant).generate(ids, pixels, image_attention_mask=sees, **given)
+    assert by_markers.tokens.tolist() == by_mask.tokens.tolist() == their_tokens(variant, images, padding)
 
 
 def count_images(model: Flamingo) -> list[int]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoint_tools import distance
+from checkpoints import distance
 from idefics_checkpoints import IMAGE, image_attention_mask, prompts
 from torch import Tensor
 

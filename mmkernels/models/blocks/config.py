@@ -1,11 +1,12 @@
-"""What the models' configurations share: their sizes are checked, and read from a checkpoint's."""
+"""What the models' configurations share: checks of their sizes, and reading them from a ``config.json``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
-from mmkernels.models.blocks.checkpoint import CheckpointError, Section
+from mmkernels.models.blocks.checkpoint import CheckpointError, check_architecture
 
 # Largest sizes taken: above any published model, below what would exhaust memory before a checkpoint can be compared.
 _LARGEST = {
@@ -63,21 +64,71 @@ def check_token(config: Any, name: str) -> None:
         raise ValueError(f"{name} must be an integer below vocab_size = {config.vocab_size}, got {token!r}")
 
 
-def read_config(
-    make: Callable[..., Config], fields: Callable[[Section], dict[str, Any]], config: dict[str, Any] | Section
-) -> Config:
-    """A configuration of the fields that are found in a checkpoint's.
+def read_config(values: dict[str, Any], architectures: Mapping[str, str], where: str) -> Any:
+    """transformers' configuration of what a ``config.json`` holds. What the file leaves out has transformers' default.
+
+    Args:
+        values: the JSON object.
+        architectures: model type -> architecture, of those that are allowed.
+        where: how errors name the object: the path of the file.
 
     Raises:
-        CheckpointError: a value is missing or not what it must be; the message names the file.
+        ImportError: transformers is not installed.
+        CheckpointError: another model type or architecture, or a value that transformers refuses.
     """
-    config = Section(config, "config") if isinstance(config, dict) else config
+    check_architecture(values, architectures, where)
     try:
-        return make(**fields(config))
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{config.where}: {error}") from error
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ImportError("reading a checkpoint needs transformers: pip install mmkernels[models]") from error
+    values = _without_labels(values)
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # its checks raise errors of many kinds
+        section = _refused_section(type(AutoConfig.for_model(values["model_type"])), values)
+        raise CheckpointError(f"{where}{section}: {' '.join(str(error).split())[:500]}") from error
+
+
+def read_fields(
+    make: Callable[..., Config], config: Any, fields: Mapping[str, str], where: str, **others: Any
+) -> Config:
+    """A model's configuration of the fields of transformers'.
+
+    Args:
+        make: the configuration's class.
+        config: transformers' configuration.
+        fields: our field -> theirs, with dots: ``text_config.hidden_size``.
+        where: how errors name the configuration.
+        others: fields with a value of their own.
+
+    Raises:
+        CheckpointError: a value is not what it must be; the message names the file and both fields.
+    """
+    try:
+        return make(**{ours: attrgetter(theirs)(config) for ours, theirs in fields.items()}, **others)
+    except Exception as error:  # of our checks, or of transformers where a field has no single value
+        ours = str(error).partition(" ")[0]
+        theirs = fields.get(ours, ours)
+        raise CheckpointError(f"{where}{'' if theirs == ours else f', {theirs}'}: {error}") from error
+
+
+def _without_labels(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` without what concerns classifiers: transformers would write out a table of ``num_labels`` entries."""
+    labels = ("num_labels", "id2label", "label2id")
+    kept = {key: value for key, value in values.items() if key not in labels}
+    return {key: _without_labels(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _refused_section(config: type, values: dict[str, Any]) -> str:
+    """ ", text_config" where this part of a configuration is refused; else nothing."""
+    for key, section in getattr(config, "sub_configs", {}).items():
+        if not isinstance(values.get(key), dict):
+            continue
+        try:
+            section(**values[key])
+        except Exception:
+            return f", {key}"
+    return ""
 
 
 def _is_number(value: object) -> bool:

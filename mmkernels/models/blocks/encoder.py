@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.activations import ACTIVATIONS
-from mmkernels.models.blocks.described import described
 from mmkernels.nn import CrossAttention
+from mmkernels.nn.checks import described
 from mmkernels.runtime.checks import can_look, check_range
 
 

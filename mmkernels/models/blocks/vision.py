@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.models.blocks.described import described
 from mmkernels.models.blocks.encoder import EncoderBlock
+from mmkernels.nn.checks import described
 
 
 class VisionTransformer(nn.Module):
