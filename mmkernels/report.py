@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -35,7 +35,7 @@ def console(width: int = WIDTH) -> Console:
 # Tables.
 
 
-def table(rows: Iterable[Sequence[RenderableType]], columns: Sequence[str | Column], *, texts: int = 1) -> Table:
+def table(rows: Iterable[Sequence[Any]], columns: Sequence[str | Column], *, texts: int = 1) -> Table:
     """Returns a table with one line for each row.
 
     Args:
@@ -160,44 +160,56 @@ def write_json(path: Path, content: Any) -> None:
 # Progress.
 
 
-@contextmanager
-def progress_bar(total: int, stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
-    """A function to call with the name of each of `total` steps before it begins.
+class ProgressBar:
+    """Shows how far a number of steps has come; see `progress_bar`."""
 
-    On a terminal there is a bar, with the time that the rest is expected to take, else a line for each step. The bar is
-    drawn when a step begins and by no thread of its own, which would disturb what is measured.
+    def __init__(self, total: int, console: Console, bar: Progress | None) -> None:
+        self._total, self._console, self._bar = total, console, bar
+        self._task = None if bar is None else bar.add_task("", total=total)
+        self._begun = 0
+        self._step = ""
+
+    def __call__(self, step: str) -> None:
+        """Says which step begins, so that those before have ended."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=step, completed=self._begun, refresh=True)
+        else:
+            self._print(f"[{self._begun + 1}/{self._total}] {step}")
+        self._begun += 1
+        self._step = step
+
+    def result(self, text: str) -> None:
+        """Prints what the step that has begun led to; the bar stays below it."""
+        self._print(f"    {text}" if self._bar is None else f"{self._step}: {text}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(total: int, stream: TextIO | None = None) -> Iterator[ProgressBar]:
+    """A bar to call with the name of each of `total` steps before it begins.
+
+    On a terminal it shows the time that the rest is expected to take; elsewhere there is a line for each step. The bar
+    is drawn when a step begins and by no thread of its own, which would disturb what is measured.
 
     Args:
         stream: standard error unless given.
     """
-    out = Console(file=stream or sys.stderr, highlight=False)
-    begun = 0
-    if not out.is_terminal:
-
-        def say(what: str) -> None:
-            nonlocal begun
-            begun += 1
-            print(f"[{begun}/{total}] {what}", file=out.file, flush=True)
-
-        yield say
+    console = Console(file=stream or sys.stderr, highlight=False)
+    if not console.is_terminal:
+        yield ProgressBar(total, console, None)
         return
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=out, transient=True, auto_refresh=False, speed_estimate_period=1e9) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(what: str) -> None:
-            nonlocal begun
-            bar.update(task, description=what, completed=begun, refresh=True)
-            begun += 1
-
-        yield advance
+    with Progress(*columns, console=console, transient=True, auto_refresh=False, speed_estimate_period=1e9) as bar:
+        yield ProgressBar(total, console, bar)
 
 
 # Pictures.
