@@ -1,4 +1,4 @@
-"""What `cross_attention` is measured beside: SDPA with the same mask, FlexAttention, and a loop over images.
+"""The peers of `cross_attention`: SDPA with the same mask, FlexAttention, and a loop over images.
 
 On a GPU also each of SDPA's backends ("sdpa" is the one that PyTorch chooses), and the flash-attn package.
 """
@@ -18,8 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from mmkernels import SpanMask, cross_attention
-from mmkernels.bench.benchmark import CantRunError, Peer, first_line
-from mmkernels.bench.gate import Call
+from mmkernels.bench.peers import Call, CantRunError, Peer, first_line
 from mmkernels.spec import Inputs
 
 _CUDA_ROWS = 8  # queries up to which there are kernels for decoding
@@ -49,12 +48,12 @@ def sdpa_by(backend: SDPBackend) -> Callable[[Inputs], Call]:
             with sdpa_kernel(backend):
                 return attend()
 
-        with warnings.catch_warnings(record=True) as said:  # PyTorch's reasons, of which the last ones tell most
+        with warnings.catch_warnings(record=True) as raised:  # PyTorch's reasons; the last ones say most
             warnings.simplefilter("always")
             try:
                 call()
             except RuntimeError as error:
-                reasons = [re.sub(r"\s*\(Triggered internally.*", "", str(w.message), flags=re.DOTALL) for w in said]
+                reasons = [re.sub(r"\s*\(Triggered internally.*", "", str(w.message), flags=re.DOTALL) for w in raised]
                 reasons = [reason for reason in reasons if "not used because" not in reason]
                 raise CantRunError("; ".join(dict.fromkeys(reasons)) or first_line(error)) from error
         return call
@@ -79,9 +78,9 @@ def flash_attn(inputs: Inputs) -> Call:
 
 
 def ours_by_triton(inputs: Inputs) -> Call:
-    """The Triton kernel, where the CUDA one is there to be compared with it."""
+    """The Triton kernel, where the op itself runs the CUDA kernel."""
     if inputs["query"].shape[2] > _CUDA_ROWS:
-        raise CantRunError("is what ours is")
+        raise CantRunError("is the kernel that the op runs")
     return partial(cross_attention, **inputs, backend="triton")
 
 
@@ -121,7 +120,7 @@ def flex(inputs: Inputs) -> Call:
         options["block_mask"] = _block_mask(inputs.get("mask"), query, key)
         compiled = _compiled_flex()
         compiled(query, key, value, **options)
-    except Exception as error:  # whatever the compiler may say: no compiler, no support for a shape
+    except Exception as error:  # of any kind: no compiler, no support for a shape
         raise CantRunError(f"does not compile here: {type(error).__name__}: {first_line(error)}") from error
     return lambda: compiled(query, key, value, **options)
 
@@ -133,7 +132,7 @@ def _block_mask(mask: SpanMask | Tensor | None, query: Tensor, key: Tensor) -> A
     if isinstance(mask, SpanMask) and mask.key_valid is None:
         start, end = (x.expand(batch, q_len).contiguous() for x in (mask.start, mask.end))
 
-        def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (start[b, i] <= j) & (j < end[b, i])
     else:
         dense = mask.to_dense(k_len) if isinstance(mask, SpanMask) else mask
@@ -141,10 +140,10 @@ def _block_mask(mask: SpanMask | Tensor | None, query: Tensor, key: Tensor) -> A
             raise CantRunError("only where all heads share a mask")
         pairs = dense[:, 0].expand(batch, q_len, k_len).contiguous()
 
-        def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return pairs[b, i, j]
 
-    return create_block_mask(sees, batch, None, q_len, k_len, device=str(query.device))
+    return create_block_mask(visible, batch, None, q_len, k_len, device=str(query.device))
 
 
 @cache
@@ -157,7 +156,7 @@ def _query_key_value(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return inputs["query"], inputs["key"], inputs["value"]
 
 
-PEERS = (Peer("sdpa", sdpa), Peer("flex", flex), Peer("loop", loop_over_images))
+PEERS = (Peer("sdpa", sdpa), Peer("flex", flex, slow=True), Peer("loop", loop_over_images))
 GPU_PEERS = (
     Peer("cudnn", sdpa_by(SDPBackend.CUDNN_ATTENTION)),
     Peer("flash", sdpa_by(SDPBackend.FLASH_ATTENTION)),
@@ -168,5 +167,5 @@ GPU_PEERS = (
 
 
 def peers(device: str) -> tuple[Peer, ...]:
-    """Those of a kind of device."""
+    """Returns the peers for this kind of device."""
     return PEERS + GPU_PEERS if torch.device(device).type == "cuda" else PEERS

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from attention_peers import peers
 
-from mmkernels.bench.benchmark import Row, measure
+from mmkernels.bench.benchmark import measure
+from mmkernels.bench.rows import Row
 from mmkernels.ops.attention.cross_attention.spec import SPEC
 
 

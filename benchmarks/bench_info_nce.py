@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import contrastive_parts
 import contrastive_peers
 import pytest
 
-from mmkernels.bench.benchmark import Row, measure
-from mmkernels.ops.contrastive.info_nce import spec
-
-SPEC = replace(spec.SPEC, parts=contrastive_parts.INFO_NCE)
+from mmkernels.bench.benchmark import measure
+from mmkernels.bench.rows import Row
+from mmkernels.ops.contrastive.info_nce.spec import SPEC
 
 
 @pytest.mark.rows_of(SPEC)

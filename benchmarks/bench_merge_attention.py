@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mmkernels.bench.benchmark import Row, measure
+from mmkernels.bench.benchmark import measure
+from mmkernels.bench.rows import Row
 from mmkernels.ops.attention.merge_attention.spec import SPEC
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import contrastive_parts
 import contrastive_peers
 import pytest
 
-from mmkernels.bench.benchmark import Row, measure
-from mmkernels.ops.contrastive.sigmoid_contrastive import spec
-
-SPEC = replace(spec.SPEC, parts=contrastive_parts.SIGMOID)
+from mmkernels.bench.benchmark import measure
+from mmkernels.bench.rows import Row
+from mmkernels.ops.contrastive.sigmoid_contrastive.spec import SPEC
 
 
 @pytest.mark.rows_of(SPEC)

@@ -1,4 +1,4 @@
-"""What the contrastive ops are measured beside: open_clip's forms, compiled naive losses, a cached loss, a sort.
+"""The peers of the contrastive ops: open_clip's forms, compiled naive losses, a cached loss, a sort.
 
 All are written from the formulas; only the cached loss is another package: ``pip install "mmkernels[peers]"``.
 """
@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.bench.benchmark import CantRunError, Peer, check_room, first_line
-from mmkernels.bench.gate import Call
+from mmkernels.bench.peers import Call, CantRunError, Peer, check_room, first_line
 from mmkernels.machine import matmul_rate
 from mmkernels.spec import Inputs
 
-_MOST_SECONDS = 10.0  # that a cached step's matrix products may take at the measured peak
+_MOST_SECONDS = 10.0  # of a cached step's matrix products at the measured peak, above which it is left out
 _CACHED_PRODUCTS = 6  # that a cached step makes at least: both directions' scores, and two gradients of each
 _BLOCK = 1024  # queries whose scores the blocked ranks hold at once
 
@@ -54,8 +53,8 @@ def compiled(inputs: Inputs) -> Call:
 def cached(inputs: Inputs, mini_batch: int = 32) -> Call:
     """sentence-transformers' CachedMultipleNegativesRankingLoss, in both directions; 32 is its own mini-batch.
 
-    It is given the features as its model's output, and computes gradients with the loss, mini-batch by mini-batch, as
-    in training: what it adds is embedding everything twice, which is not measured.
+    Its model's output is the features. It computes gradients with the loss, mini-batch by mini-batch, as in training.
+    That it embeds everything twice is not measured.
     """
     image, text, scale = _losses_tensors(inputs)
     seconds = _CACHED_PRODUCTS * 2.0 * image.numel() * len(text) / matmul_rate(image.dtype, image.device.type)
@@ -66,7 +65,7 @@ def cached(inputs: Inputs, mini_batch: int = 32) -> Call:
 
 
 class _Cached(torch.autograd.Function):
-    """The loss and its gradients at once, as the package's own training step has them."""
+    """The loss and its gradients at once, as in the package's training step."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, loss: Any) -> Tensor:
@@ -75,11 +74,11 @@ class _Cached(torch.autograd.Function):
         batches = [[part.detach().requires_grad_(need) for part in x.split(loss.mini_batch_size)] for x in leaves]
         loss.scale = scale.detach().requires_grad_(need)
         with torch.set_grad_enabled(need):
-            found = loss.calculate_loss(batches, with_backward=need)
+            value = loss.calculate_loss(batches, with_backward=need)
         if need:
             ctx.save_for_backward(*(torch.cat([part.grad for part in parts]) for parts in batches), loss.scale.grad)
         loss.scale = 1.0
-        return _wide(found.detach())
+        return _wide(value.detach())
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Tensor | None, ...]:
@@ -97,7 +96,7 @@ def _cached_loss(mini_batch: int) -> Any:
             from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
     except ImportError as error:
         raise CantRunError(f'is not installed: pip install "mmkernels[peers]" ({first_line(error)})') from error
-    model = torch.nn.Sequential(torch.nn.Identity())  # only asked whether it can be cut into mini-batches
+    model = torch.nn.Sequential(torch.nn.Identity())  # the loss only checks that it can take mini-batches
     both: Any = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
     try:
         return CachedMultipleNegativesRankingLoss(model, similarity_fct=dot_score, mini_batch_size=mini_batch, **both)
@@ -129,7 +128,7 @@ def compiled_sigmoid(inputs: Inputs) -> Call:
 
 
 def argsort(inputs: Inputs) -> Call:
-    """All scores, sorted, and where each right answer is."""
+    """Sorts all scores, and looks up the place of each target."""
     query, gallery, target = (inputs[name] for name in ("query", "gallery", "target"))
     check_room(len(query) * len(gallery) * (query.element_size() + 8), query.device)
 
@@ -141,24 +140,24 @@ def argsort(inputs: Inputs) -> Call:
 
 
 def blocks(inputs: Inputs) -> Call:
-    """Scores of some queries at a time, and how many are above the right one's: what a careful user writes.
+    """Counts the scores above the target's, for some queries at a time, as a careful user would write it.
 
-    Equal scores are not looked at, which the op does.
+    Ties are ignored, which the op counts.
     """
     query, gallery, target = (inputs[name] for name in ("query", "gallery", "target"))
 
     def call() -> Tensor:
-        found = []
-        for some, answers in zip(query.split(_BLOCK), target.split(_BLOCK), strict=True):
-            scores = some @ gallery.T
-            found.append((scores > scores.gather(1, answers[:, None])).sum(1))
-        return torch.cat(found)
+        ranks = []
+        for queries, targets in zip(query.split(_BLOCK), target.split(_BLOCK), strict=True):
+            scores = queries @ gallery.T
+            ranks.append((scores > scores.gather(1, targets[:, None])).sum(1))
+        return torch.cat(ranks)
 
     return call
 
 
 def _losses_tensors(inputs: Inputs, tensors: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a plain call; `tensors` of the logits' size must fit into memory."""
+    """Returns the tensors of a plain call; `tensors` of the logits' size must fit into memory."""
     image, text, scale = (inputs[name] for name in ("image", "text", "logit_scale"))
     if image.dim() != 2 or inputs.keys() - {"image", "text", "logit_scale", "logit_bias"}:
         raise CantRunError("only features [N, d] without ids, hard texts and smoothing")
@@ -172,11 +171,11 @@ def _wide(x: Tensor) -> Tensor:
 
 def _compiled(function: Callable[..., Tensor], *inputs: Tensor) -> Call:
     try:
-        found = _compile(function)
-        found(*inputs)
-    except Exception as error:  # whatever the compiler may say: no compiler, no support for a dtype
+        fast = _compile(function)
+        fast(*inputs)
+    except Exception as error:  # of any kind: no compiler, no support for a dtype
         raise CantRunError(f"does not compile here: {type(error).__name__}: {first_line(error)}") from error
-    return partial(found, *inputs)
+    return partial(fast, *inputs)
 
 
 @cache
@@ -187,9 +186,9 @@ def _compile(function: Callable[..., Tensor]) -> Any:
 
 INFO_NCE = (
     Peer("open_clip", open_clip),
-    Peer("compiled", compiled),
-    Peer("cached", cached),
-    Peer("cached 512", partial(cached, mini_batch=512)),
+    Peer("compiled", compiled, slow=True),
+    Peer("cached", cached, slow=True),
+    Peer("cached 512", partial(cached, mini_batch=512), slow=True),
 )
-SIGMOID = (Peer("open_clip", open_clip_sigmoid), Peer("compiled", compiled_sigmoid))
+SIGMOID = (Peer("open_clip", open_clip_sigmoid), Peer("compiled", compiled_sigmoid, slow=True))
 RANKS = (Peer("argsort", argsort), Peer("matmul", blocks))

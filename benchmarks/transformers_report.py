@@ -15,8 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmkernels.bench.command import met
-from mmkernels.profiling.table import console, megabytes, microseconds, milliseconds, ratio
+from mmkernels.report import console, megabytes, met, microseconds, milliseconds, ratio
 
 _WIDTH = 130
 

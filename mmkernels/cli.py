@@ -114,17 +114,22 @@ def profile(
 
 def bench(
     op: Annotated[str | None, typer.Argument(help="An op with a bench_<op>.py; default: all of them.")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16 or a list of them.")] = "fp32,bf16",
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16 or a list; default: fp32,bf16, of which --quick takes one.")
+    ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = "",
-    filter: Annotated[str, typer.Option(help="Only configurations whose name contains this.")] = "",
+    filter: Annotated[str, typer.Option(help="Only rows whose name contains one of these, comma-separated.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Only the headline rows of each op: two minutes.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = Path("build/bench"),
     save: Annotated[bool, typer.Option("--save", help="Write to benchmarks/results/<device>/ instead.")] = False,
 ) -> None:
-    """Time ops beside their peers; correctness is checked first."""
+    """Time ops beside their peers; correctness is checked first, and each row is saved as it finishes."""
     from mmkernels.bench.command import run_bench
     from mmkernels.options import parse_list
 
-    run_bench(op, parse_list(dtype), device or _default_device(), filter, out, save)
+    device = device or _default_device()
+    default = "fp32,bf16" if not quick else "fp32" if device == "cpu" else "bf16"
+    run_bench(op, parse_list(dtype or default), device, filter, out, save=save, quick=quick)
 
 
 def support(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,20 +15,22 @@ from typing import Any
 
 import torch
 
-from mmkernels.heap import freed_at_once
 from mmkernels.runtime import cpu
 
 Run = Callable[[], Any]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_PROBE = 2**24  # bytes, to see whether the kernel's answers make sense
+_PROBE = 2**24  # bytes, to see whether the kernel's figures make sense
 _FLUSH = 2**28  # bytes, several times any GPU's L2 cache
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_SMALL, _LARGE = 2**16, 2**25  # bytes
+_IS_MMAPPED = 2  # a flag in the size that stands before a block
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall time of one call, in seconds, in the order in which the samples were taken."""
+    """Wall time of one call, in seconds, in the order of the measurement."""
 
     samples: tuple[float, ...]
 
@@ -37,14 +41,14 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Half the distance between the quartiles, as a share of the median; 0 for one sample."""
+        """Half of the distance between the quartiles, as a share of the median; 0 for one sample."""
         if len(self.samples) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return (high - low) / 2 / self.seconds
 
     def per(self, calls: int) -> Timing:
-        """The same samples where one sample held `calls` calls."""
+        """Returns the time of one call, where each sample is that of `calls` calls."""
         return Timing(tuple(sample / calls for sample in self.samples))
 
 
@@ -59,9 +63,9 @@ def time_alternating(
     warm: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
-    """Time several candidates in turns, so that whatever else the machine does hits all of them alike.
+    """Times several candidates in turns, so that other load of the machine affects all of them alike.
 
-    Each round calls every candidate once, beginning with another one each time.
+    Each round calls every candidate once, and begins with another one than the round before.
 
     Args:
         candidates: what to call, by name.
@@ -73,7 +77,7 @@ def time_alternating(
         device: on a CUDA device a call ends when its kernels have.
 
     Returns:
-        a `Timing` for each candidate, with as many samples as there were rounds.
+        A `Timing` for each candidate, with as many samples as there were rounds.
     """
     names = list(candidates)
 
@@ -98,7 +102,7 @@ def time_alternating(
 
 
 def time_once(run: Run, device: torch.device | str = "cpu") -> float:
-    """Seconds of one call. Its result is dropped within the measured time, as a program's would be."""
+    """Returns the seconds of one call. Its result is freed within the measured time, as it is in a program."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -119,12 +123,12 @@ def time_once(run: Run, device: torch.device | str = "cpu") -> float:
 
 
 def time_calls(run: Run, calls: int, device: torch.device | str = "cpu") -> float:
-    """Mean seconds of one of `calls` calls.
+    """Returns the mean seconds of one of `calls` calls.
 
-    On a CUDA device it is the device's time, between events around each call; the calls are queued without waiting, and
-    before each the L2 cache is overwritten, so that inputs come from memory as they do in a model between other layers.
-    Overwriting takes longer than launching most calls, so the launches themselves are seen only where they take longer
-    still; `host_seconds` measures them.
+    On a CUDA device it is the device's time, between events around each call. The calls are queued without waiting.
+    Before each of them the L2 cache is overwritten, so that inputs come from memory, as they do in a model between
+    other layers. Overwriting takes longer than most launches, so launches count only where they take longer still;
+    `host_seconds` measures them.
     """
     if torch.device(device).type != "cuda":
         begin = time.perf_counter()
@@ -148,9 +152,9 @@ def _larger_than_l2(device: torch.device | str) -> torch.Tensor:
 
 
 def host_seconds(run: Run, device: torch.device | str = "cpu", *, calls: int = 100, rounds: int = 11) -> Timing:
-    """What one call takes of the calling thread, by round of `calls` calls that nothing waits for.
+    """Returns how long one call occupies the calling thread, by round of `calls` calls without synchronisation.
 
-    So few launches never fill a CUDA device's queue, where a launch would wait. On a CPU it is the call itself.
+    So few launches never fill a CUDA device's queue, so that none has to wait. On a CPU it is the call itself.
     """
     samples = []
     for _ in range(rounds + 1):
@@ -166,10 +170,10 @@ def host_seconds(run: Run, device: torch.device | str = "cpu", *, calls: int = 1
 
 
 def peak_memory(run: Run, device: torch.device | str = "cpu") -> int | None:
-    """Bytes that `run` needs at its worst moment beyond what the process held before it; None: can't be measured here.
+    """Returns the bytes that `run` needs at its peak above what the process held before; None: can't be measured here.
 
-    On a CPU the resident memory of the whole process is read from the kernel, so scratch memory of native code counts;
-    its grain is about 0.1 MB. On a CUDA device PyTorch's allocator tells it. Call `run` once before, so that one-time
+    On a CPU the kernel tells the resident memory of the whole process, so scratch memory of native code counts; the
+    resolution is about 0.1 MB. On a CUDA device PyTorch's allocator tells it. Call `run` once before, so that one-time
     costs (thread pools, compiled code) are not counted.
     """
     if memory_why_not(device) is not None:
@@ -187,7 +191,7 @@ def peak_memory(run: Run, device: torch.device | str = "cpu") -> int | None:
 
 def _host_peak(run: Run) -> int:
     with freed_at_once():
-        cpu.release()  # what a call before has left would not be counted
+        cpu.release()  # memory that a call before has kept would not be counted
         _CLEAR_REFS.write_text("5")  # sets the high-water mark back to what is resident now
         before = _status("VmRSS")
         run()
@@ -196,7 +200,7 @@ def _host_peak(run: Run) -> int:
 
 @cache
 def memory_why_not(device: torch.device | str = "cpu") -> str | None:
-    """Why `peak_memory` can't measure on this device, or None."""
+    """Returns why `peak_memory` can't measure on this device, or None."""
     kind = torch.device(device).type
     if kind == "cuda":
         return None
@@ -211,9 +215,61 @@ def memory_why_not(device: torch.device | str = "cpu") -> str | None:
 
 
 def _status(field: str) -> int:
-    """Bytes of a line such as ``VmRSS:  1234 kB`` in /proc/self/status."""
+    """Returns the bytes of a line such as ``VmRSS:  1234 kB`` in /proc/self/status."""
     for line in _STATUS.read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024
     raise KeyError(field)
+
+
+# Resident memory that means the memory in use, where the C library is glibc. glibc keeps most of what a program frees,
+# and reuses it badly: before 2.38 an aligned block, as every tensor is, seldom fits where an equal one was freed. Four
+# tensors of 20 MB, each freed before the next, may take 60 MB.
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Inside, every block of 64 KiB and more comes fresh from the kernel, and returns to it as soon as it is freed.
+
+    First, memory that is already free returns to the kernel. Its addresses in the heap are filled with blocks that are
+    never touched, which take no memory, so that none is used again. Afterwards blocks of up to 32 MiB are kept for
+    reuse, which is glibc's own rule after a block of that size was freed. Without glibc this does nothing.
+    """
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, _SMALL)
+    libc.malloc_trim(0)
+    fillers = _fill_holes(libc)
+    try:
+        yield
+    finally:
+        for filler in fillers:
+            libc.free(filler)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)
+
+
+def _fill_holes(libc: ctypes.CDLL) -> list[int]:
+    fillers = []
+    size = _LARGE
+    while size >= _SMALL:
+        block = libc.malloc(size)
+        if ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & _IS_MMAPPED:
+            libc.free(block)  # there is no hole of this size any more
+            size //= 2
+        else:
+            fillers.append(block)
+    return fillers
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return None
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
+    return libc

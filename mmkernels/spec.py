@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from mmkernels.masks import SpanMask
+from mmkernels.targets import Target
 
 Inputs = dict[str, Any]
 """Keyword arguments of an op's public function."""
 
 
 def flatten(outputs: Any) -> tuple[Tensor, ...]:
-    """The tensors of a call's result, which may be one tensor or tuples of tensors."""
+    """Returns the tensors of a call's result, which may be one tensor or tuples of tensors."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(x for part in outputs for x in flatten(part))
 
 
@@ -38,25 +39,11 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a benchmark row must reach.
+class Cost:
+    """The least work of one call: what must be computed, and what must be read and written."""
 
-    Args:
-        dtype, backward: which row of the configuration.
-        than: a peer, which the op must be `least` times as fast as; or "peak" or "bandwidth", of whose measured rate it
-            must reach the share `least`; or "tflops", an absolute rate, of the backward pass alone where `backward`; or
-            "yardstick", of whose rate it must reach the share `least` (`Benchmark.yardstick`); or "memory of" a peer,
-            whose memory above inputs and gradients must be `least` times the op's; or "extra MB", of which the op may
-            take `most`.
-        device: the kind of device that it is set for, "cpu" or "gpu".
-    """
-
-    dtype: str
-    backward: bool
-    than: str
-    least: float | None = None
-    device: str = "cpu"
-    most: float | None = None
+    flops: float
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -70,6 +57,7 @@ class Benchmark:
         targets: what its rows must reach.
         devices: the kinds of device that it is measured on, of "cpu" and "gpu".
         yardstick: another configuration of the op, timed beside this one for the FLOP a second that it reaches.
+        headline: it is one of the few that ``mmkernels bench --quick`` measures.
     """
 
     id: str
@@ -80,26 +68,19 @@ class Benchmark:
     targets: tuple[Target, ...] = ()
     devices: tuple[str, ...] = ("cpu", "gpu")
     yardstick: Benchmark | None = None
+    headline: bool = False
 
 
-@dataclass(frozen=True)
-class Cost:
-    """The least work of one call: what must be computed and what must be read and written."""
-
-    flops: float
-    bytes: float
+Shard = Callable[[Any], Any]
+"""Takes an argument, an output or a gradient of a call; returns the part of it that belongs to one shard."""
 
 
-Cut = Callable[[Any], Any]
-"""Takes an argument, an output or a gradient of a call, and answers its share in one part of the problem."""
-
-
-class Answer(NamedTuple):
+class Expected(NamedTuple):
     """What is right in one part of a problem.
 
     Args:
-        share: a result's place (outputs come first, then gradients) and the result -> what of it the part looks at.
-        naive, true: what the definition gives there, in the inputs' dtype and in float64.
+        share: (index, result) -> the slice of that result which this part checks; outputs come first, then gradients.
+        naive, true: what the definition gives for each slice, in the inputs' dtype and in float64.
     """
 
     share: Callable[[int, Tensor], Tensor]
@@ -109,18 +90,18 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """How a problem too large for the naive formula in float64 is checked: on parts of its results.
+    """How a problem is checked whose naive formula in float64 does not fit into memory: on parts of its results.
 
     Args:
-        elements: inputs -> of the largest tensor that the naive formula builds.
-        cuts: inputs -> some parts, each computed by the same op from its share of the arguments alone.
-        answers: where everything depends on everything, so that no part is a problem of its own: inputs, names of those
-            differentiated by, cotangents -> what is right in some parts, by other means.
+        elements: inputs -> the number of elements of the largest tensor that the naive formula builds.
+        shards: inputs -> some shards, each computed by the same op from its part of the arguments alone.
+        expected: where every result depends on every input, so that there are no shards: inputs, names of those
+            differentiated by, cotangents -> what is right in some parts, computed by other means.
     """
 
     elements: Callable[[Inputs], int]
-    cuts: Callable[[Inputs], Sequence[Cut]] | None = None
-    answers: Callable[[Inputs, Sequence[str], Sequence[Tensor]], Sequence[Answer]] | None = None
+    shards: Callable[[Inputs], Sequence[Shard]] | None = None
+    expected: Callable[[Inputs, Sequence[str], Sequence[Tensor]], Sequence[Expected]] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +111,7 @@ class OpSpec:
     Args:
         name: of the op's folder and of its public function, whose ``backend="reference"`` is the definition.
         cases: correctness cases, small enough for an interpreter.
-        cost: inputs (and whether backward is included) -> `Cost`.
+        cost: inputs, and whether backward is included -> `Cost`.
         floor: absolute error below which no comparison is made, by dtype, relative to the largest reference value.
         always_wide: arguments that stay float32 beside 16-bit inputs.
         factor: an error may be at most this many times the same-dtype reference's error against float64.
@@ -160,10 +141,10 @@ class OpSpec:
         return getattr(importlib.import_module(ops.MODULES[self.name]), self.name)
 
     def over_budget(self, ours: Tensor, naive: Tensor, true: Tensor) -> str | None:
-        """What is wrong with a result, or None.
+        """Returns what is wrong with a result, or None.
 
-        Its largest error and its root mean square error (where the reference's own is not luck) may be `factor` times
-        the reference's in the same dtype, plus `floor` times the largest true value; of whole numbers nothing is added.
+        Its largest error and its root mean square error, which depends less on luck, may be `factor` times the
+        reference's in the same dtype, plus `floor` times the largest true value; for integers nothing is added.
 
         Args:
             ours, naive: the result and the reference's, in the dtype under test.
@@ -194,7 +175,7 @@ class OpSpec:
 def cast(
     inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu", always_wide: frozenset[str] = frozenset()
 ) -> Inputs:
-    """The same inputs with floating tensors in `dtype`, on `device`; strided views stay strided."""
+    """Returns the same inputs with floating tensors in `dtype`, on `device`; strided views stay strided."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def move(name: str, x: Any) -> Any:

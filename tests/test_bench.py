@@ -1,31 +1,27 @@
-"""The benchmark harness and `mmkernels bench`."""
+"""The benchmark harness: checks, rounds, figures."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from mmkernels import SpanMask, cli, machine
-from mmkernels.bench import benchmark, gate
-from mmkernels.bench import command as bench_command
-from mmkernels.bench.benchmark import CantRunError, Peer, Row
+from mmkernels import SpanMask, report
+from mmkernels.bench import benchmark, gate, peers, rounds, tables
+from mmkernels.bench.peers import CantRunError, Peer
+from mmkernels.bench.rows import Row, rows
 from mmkernels.meters import memory_why_not
+from mmkernels.ops import specs
 from mmkernels.ops.attention.cross_attention.spec import SPEC
 from mmkernels.runtime import dispatch
 from mmkernels.runtime.dispatch import Backend
-from mmkernels.spec import Benchmark, Target
-
-ROOT = Path(__file__).parents[1]
+from mmkernels.spec import Benchmark
+from mmkernels.targets import ExtraMemory, MemoryRatio, PeakShare, Rate, Speedup, YardstickShare
 
 
 def inputs(g: torch.Generator) -> dict[str, Any]:
@@ -54,10 +50,11 @@ class Fixture:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "_BUDGET", 0.0)
-    monkeypatch.setattr(benchmark, "_SAMPLE", 0.0)
+    monkeypatch.setattr(rounds, "BUDGET", 0.0)
+    monkeypatch.setattr(rounds, "SAMPLE", 0.0)
     monkeypatch.setattr(benchmark, "matmul_rate", lambda dtype, device: 1e9)
-    monkeypatch.setattr(benchmark, "memory_rate", lambda device: 1e9)
+    monkeypatch.setattr(rounds.machine, "arithmetic", lambda dtype, device: lambda: 1e9)
+    monkeypatch.setattr(rounds.machine, "memory", lambda device: lambda: 2e9)
 
 
 def sdpa(given: dict[str, Any]) -> Callable[[], Any]:
@@ -77,17 +74,22 @@ def mistaken(given: dict[str, Any]) -> Callable[[], Any]:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_row_has_times_ratios_memory_and_shares(dtype: str, backward: bool) -> None:
     fixture = Fixture()
-    peers = (Peer("sdpa", sdpa), Peer("unable", unable), Peer("mistaken", mistaken))
-    benchmark.measure(fixture, Row(SPEC, CONFIG, dtype, backward), peers)
+    beside = (Peer("sdpa", sdpa), Peer("unable", unable), Peer("mistaken", mistaken))
+    benchmark.measure(fixture, Row(SPEC, CONFIG, dtype, backward), beside)
     info = json.loads(json.dumps(fixture.extra_info))
     assert info["seconds"] == 0.5 and info["rounds"] == 5
     assert info["pass"] == ("forward + backward" if backward else "forward")
+    at_peak = max(info["flops"] / 1e9, info["bytes"] / 2e9)
     for name in ("naive", "sdpa"):
-        assert info["peers"][name]["ratio"] == info["peers"][name]["seconds"] / 0.5
+        seconds = info["peers"][name]["seconds"]
+        assert info["peers"][name]["ratio"] == seconds / 0.5
+        assert info["peers"][name]["ratio_at_peak"] == pytest.approx(seconds / at_peak)
     assert info["peers"]["unable"] == {"why_not": "there is no such thing here"}
     assert "computes something else" in info["peers"]["mistaken"]["why_not"]
     assert info["flops_per_second"] == info["flops"] / 0.5
+    assert info["peak_flops_per_second"] == 1e9 and info["peak_bytes_per_second"] == 2e9
     assert info["share_of_compute_peak"] == pytest.approx(info["flops"] / 0.5 / 1e9)
+    assert info["share_of_bandwidth_peak"] == pytest.approx(info["bytes"] / 0.5 / 2e9)
     assert info["memory_why_not"] or info["peak_memory_bytes"] >= 0
 
 
@@ -115,7 +117,7 @@ def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     table = (Backend("chunked", wrong), *dispatch.TABLES["cross_attention"])
     monkeypatch.setitem(dispatch.TABLES, "cross_attention", table)
     fixture = Fixture()
-    with pytest.raises(AssertionError, match=r"cross_attention is wrong at tiny padding, .*, result 0: .* error"):
+    with pytest.raises(AssertionError, match=r"cross_attention is wrong at tiny padding, .*, output 0: .* error"):
         benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False), ())
     assert not fixture.extra_info
 
@@ -180,9 +182,12 @@ def test_parts_see_what_is_wrong_in_them_and_what_is_not_finite_anywhere(bad: fl
 
 
 def test_a_gpu_s_row_has_its_backward_pass_alone_and_its_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "_kind", lambda device: "gpu")
-    thans = ("tflops", "yardstick", "sdpa", "nowhere", "peak")
-    targets = tuple(Target("fp32", True, than, 0.5, "gpu") for than in thans)
+    monkeypatch.setattr(benchmark, "kind", lambda device: "gpu")
+    monkeypatch.setattr("mmkernels.bench.rows.kind", lambda device: "gpu")
+    targets = (
+        *(kind("fp32", True, 0.5, device="gpu") for kind in (Rate, YardstickShare, PeakShare)),
+        *(Speedup("fp32", True, 0.5, peer, device="gpu") for peer in ("sdpa", "nowhere")),
+    )
     config = Benchmark("tiny", inputs, {}, ("query", "key", "value"), targets=targets, yardstick=CONFIG)
     fixture = Fixture()
     benchmark.measure(fixture, Row(SPEC, config, "fp32", True), (Peer("sdpa", sdpa),))
@@ -193,7 +198,7 @@ def test_a_gpu_s_row_has_its_backward_pass_alone_and_its_yardstick(monkeypatch: 
     assert found["tflops"] == pytest.approx(info["backward_flops_per_second"] / 1e12)
     assert found["yardstick"] == pytest.approx(info["flops_per_second"] / info["yardstick_flops_per_second"])
     assert found["nowhere"] is None and found["sdpa"] > 0
-    assert [str(bench_command.verdict(target)) for target in info["targets"]].count("can't run") == 1
+    assert [str(report.verdict(target)) for target in info["targets"]].count("can't run") == 1
 
 
 def rough(given: dict[str, Any]) -> Callable[[], Any]:
@@ -210,8 +215,8 @@ def rough(given: dict[str, Any]) -> Callable[[], Any]:
 def test_a_peer_s_rounding_is_its_own_affair(backward: bool) -> None:
     for dtype in ("bf16", "fp32"):
         fixture = Fixture()
-        peers = (Peer("rough", rough), Peer("mistaken", mistaken))
-        benchmark.measure(fixture, Row(SPEC, CONFIG, dtype, backward), peers)
+        beside = (Peer("rough", rough), Peer("mistaken", mistaken))
+        benchmark.measure(fixture, Row(SPEC, CONFIG, dtype, backward), beside)
         assert fixture.extra_info["peers"]["rough"]["ratio"] > 0
         assert "computes something else" in fixture.extra_info["peers"]["mistaken"]["why_not"]
 
@@ -221,9 +226,9 @@ def test_targets_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     if memory_why_not() is not None:
         pytest.skip(str(memory_why_not()))
     targets = (
-        Target("fp32", True, "memory of hungry", 3.0),
-        Target("fp32", True, "memory of nobody", 3.0),
-        Target("fp32", True, "extra MB", most=1.0),
+        MemoryRatio("fp32", True, 3.0, "hungry"),
+        MemoryRatio("fp32", True, 3.0, "missing"),
+        ExtraMemory("fp32", True, 1.0),
     )
     config = Benchmark("tiny", inputs, {}, ("query", "key", "value"), targets=targets)
 
@@ -233,10 +238,10 @@ def test_targets_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fixture = Fixture()
     benchmark.measure(fixture, Row(SPEC, config, "fp32", True), (Peer("hungry", hungry),))
-    ratio, nobody, extra = fixture.extra_info["targets"]
-    assert ratio["found"] > 3.0 and ratio["at_peak"] is None and bench_command.met(ratio)
-    assert nobody["found"] is None and str(bench_command.verdict(nobody)) == "can't run"
-    assert "least" not in extra and extra["most"] == 1.0 and 0.0 < extra["found"] < 1.0 and bench_command.met(extra)
+    ratio, missing, extra = fixture.extra_info["targets"]
+    assert ratio["found"] > 3.0 and ratio["at_peak"] is None and report.met(ratio)
+    assert missing["found"] is None and str(report.verdict(missing)) == "can't run"
+    assert "least" not in extra and extra["most"] == 1.0 and 0.0 < extra["found"] < 1.0 and report.met(extra)
     grads = sum(inputs(torch.Generator().manual_seed(0))[name].numel() * 4 for name in config.grads)
     ours, theirs = fixture.extra_info["peak_memory_bytes"], fixture.extra_info["peers"]["hungry"]["peak_memory_bytes"]
     assert extra["found"] * 1e6 == pytest.approx(max(ours - grads, 1))
@@ -275,7 +280,7 @@ def test_products_are_counted_where_that_is_asked_for() -> None:
 
 
 def test_a_naive_formula_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "memory_of", lambda device: 1000)
+    monkeypatch.setattr(peers, "memory_of", lambda device: 1000)
     fixture = Fixture()
     benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False), (Peer("sdpa", sdpa),))
     assert fixture.extra_info["peers"]["naive"] == {"why_not": "would take 0 GB or more of 0 GB: left out"}
@@ -287,83 +292,80 @@ def test_the_table_has_a_column_for_products_that_were_counted() -> None:
     benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", True), (Peer("two words", sdpa),), counts_products=True)
     row = fixture.extra_info | {"gemms": 4.25}
     without = {name: x for name, x in row.items() if name != "gemms"}
-    for rows, shown in (([row], True), ([without, row], True), ([without], False)):
-        text = rendered(*rows)
+    for infos, shown in (([row], True), ([without, row], True), ([without], False)):
+        text = rendered(*infos)
         assert ("GEMMs" in text) == ("4.25" in text) == shown
 
 
 def rendered(*rows: dict[str, Any]) -> str:
     rates = {f"{name}_per_second": 1e9 for name in ("fp32_flops", "copy_bytes", "read_bytes")}
-    report = {
+    results = {
         "machine_info": {"device": "a CPU", "ceilings": rates},
         "benchmarks": [{"extra_info": row} for row in rows],
     }
     console = Console(width=100)
     with console.capture() as printed:
-        console.print(bench_command.render(report))
+        console.print(tables.render(results))
     return printed.get()
 
 
-def test_rows_by_name() -> None:
-    rows = benchmark.rows(SPEC, ["fp32", "bf16"], contains="media")
-    assert [str(row) for row in rows] == [
+def test_rows() -> None:
+    names = [str(row) for row in rows(SPEC, ["fp32", "bf16"]) if "media" in str(row)]
+    assert names == [
         f"B1 H8 1024x4096 D64 media, {dtype}, {passes}"
         for dtype in ("fp32", "bf16")
         for passes in ("forward", "forward + backward")
     ]
-    assert all(row.config.grads or not row.backward for row in benchmark.rows(SPEC, ["fp32"]))
+    assert all(row.config.grads or not row.backward for row in rows(SPEC, ["fp32"]))
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`mmkernels bench` on the smallest row; its backward pass, for which FlexAttention need not be compiled."""
-    out = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "mmkernels.cli", "bench", "cross_attention", "--device", "cpu", "--dtype", "fp32"]
-    command += ["--filter", "16x64 D64 none, fp32, forward + backward", "--out", str(out)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 0, ended.stderr
-    (out / "stdout").write_text(ended.stdout)
-    return out
+def test_quick_rows_are_each_op_s_headlines_in_the_pass_that_costs_more() -> None:
+    for name, spec in specs().items():
+        quick = rows(spec, ["fp32"], quick=True)
+        assert quick and all(row.quick and row.config.headline for row in quick), name
+        assert all(row.backward == bool(row.config.grads) for row in quick)
+        assert {str(row) for row in quick} <= {str(row) for row in rows(spec, ["fp32"])}
 
 
-def test_bench_prints_a_table(result: Path) -> None:
-    printed = (result / "stdout").read_text()
-    assert max(map(len, printed.splitlines())) <= 100
-    assert "sdpa" in printed and "B1 H4 16x64 D64 none" in printed
-    assert "[1] flex: has no backward pass on a CPU" in printed
+def test_a_quick_row_takes_few_rounds_and_leaves_slow_peers_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "_LONG", -1.0)
+    fixture = Fixture()
+    beside = (Peer("sdpa", sdpa), Peer("slow", sdpa, slow=True))
+    benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False, quick=True), beside)
+    assert set(fixture.extra_info["peers"]) == {"naive", "sdpa"}
+    assert fixture.extra_info["rounds"] <= 5 and fixture.extra_info["checked"].startswith("parts")
 
 
-def test_bench_writes_json_without_names_of_machines(result: Path) -> None:
-    report = json.loads((result / "cross_attention.json").read_text())
-    (row,) = (entry["extra_info"] for entry in report["benchmarks"])
-    assert row["peers"]["sdpa"]["ratio"] > 0
-    assert report["machine_info"]["ceilings"]["copy_bytes_per_second"] > 1e8
-    assert "node" not in report["machine_info"] and set(report["commit_info"]) <= {"id", "dirty"}
+# The peak.
 
 
-def test_bench_draws_a_picture(result: Path) -> None:
-    with Image.open(result / "cross_attention.png") as picture:
-        assert len(picture.convert("RGB").getcolors(2**24)) > 50
+def test_bursts_have_their_share_of_the_time_and_their_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: now[0])
+    rates = iter((5.0, 100.0, 6.0, 4.0, 7.0))
+
+    def arithmetic() -> float:
+        now[0] += 0.02
+        return next(rates)
+
+    def memory() -> float:
+        now[0] += 0.02
+        return 3.0
+
+    monkeypatch.setattr(rounds.machine, "arithmetic", lambda dtype, device: arithmetic)
+    monkeypatch.setattr(rounds.machine, "memory", lambda device: memory)
+    peaks = rounds.Peaks(torch.float32, "cpu")
+    for _ in range(80):  # 0.8 seconds of samples
+        peaks.measure_if_due()
+        now[0] += 0.01
+    assert next(rates, None) is None  # five bursts, every 0.2 seconds
+    assert peaks.flops == 6.0 and peaks.bytes == 3.0
 
 
-def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["mmkernels", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return end.value.code
-
-
-def test_bench_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    monkeypatch.setattr(bench_command.mmkernels, "__file__", str(tmp_path / "mmkernels" / "__init__.py"))
-    monkeypatch.chdir(tmp_path)
-    assert run_cli(monkeypatch, "bench") == 2
-    assert "run this in a checkout" in capsys.readouterr().err
-
-
-def test_bench_without_a_matching_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    assert run_cli(monkeypatch, "bench", "cross_attention", "--filter", "no such row", "--out", str(tmp_path)) == 2
-    assert "no row of bench_cross_attention.py matches" in capsys.readouterr().err
-
-
-def test_results_are_saved_by_device() -> None:
-    assert machine.device_slug("cpu")
+def test_bursts_stand_between_the_candidates_calls() -> None:
+    order: list[str] = []
+    peaks = SimpleNamespace(measure_if_due=lambda: order.append("peak"))
+    candidates = {name: lambda name=name: order.append(name) for name in ("ours", "a", "b")}
+    samples = rounds.alternate(Fixture(), candidates, peaks, torch.device("cpu"), rounds=2)  # type: ignore[arg-type]
+    assert order == ["peak", "a", "peak", "b", "ours"] * 2
+    assert {name: len(seconds) for name, seconds in samples.items()} == {"ours": 2, "a": 2, "b": 2}

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <chrono>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -14,11 +15,11 @@
 namespace mmkernels {
 
 #if defined(MMKERNELS_X86)
-double peak_avx512_bf16(bool bf16);
-double peak_avx512(bool bf16);
-double peak_avx2(bool bf16);
+double multiply_avx512_bf16(bool bf16, double seconds);
+double multiply_avx512(bool bf16, double seconds);
+double multiply_avx2(bool bf16, double seconds);
 #endif
-double peak_plain(bool bf16);
+double multiply_plain(bool bf16, double seconds);
 
 namespace {
 
@@ -42,20 +43,22 @@ std::string cpu_isa(const std::string& name) {
   return names;
 }
 
-// FLOP a second of all threads together that only multiply and add in registers.
-double cpu_peak(bool bf16) {
-  double (*const peak)(bool) = MMKERNELS_CHOSEN(peak);
+// FLOP a second of all threads together that only multiply and add in registers, all at once, for some seconds.
+double cpu_peak(bool bf16, double seconds) {
+  double (*const multiply)(bool, double) = MMKERNELS_CHOSEN(multiply);
   const int threads = available_threads();
-  std::vector<double> rates(threads);
-  parallel_tasks(threads, threads, 0, [&](std::int64_t i, char*) { rates[i] = peak(bf16); });
-  return std::accumulate(rates.begin(), rates.end(), 0.0);
+  std::vector<double> flops(threads);
+  const auto begin = std::chrono::steady_clock::now();
+  parallel_tasks(threads, threads, 0, [&](std::int64_t i, char*) { flops[i] = multiply(bf16, seconds); });
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
+  return std::accumulate(flops.begin(), flops.end(), 0.0) / elapsed.count();
 }
 
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def("cpu_isa(str name) -> str", cpu_isa);
-  m.def("cpu_peak(bool bf16) -> float", cpu_peak);
+  m.def("cpu_peak(bool bf16, float seconds) -> float", cpu_peak);
   m.def("cpu_torch() -> str", [] { return std::string(MMKERNELS_TORCH); });
   m.def("cpu_multiplied() -> int", [] { return multiplied().load(); });
   m.def("cpu_release() -> ()", [] { release_kept(); });

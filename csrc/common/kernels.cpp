@@ -4,9 +4,9 @@
 
 namespace mmkernels {
 
-// FLOP a second of one thread that does nothing but multiply and add in registers, of bfloat16 pairs if it can.
-double MMK_JOIN(peak_, MMK_ISA)(bool bf16) {
-  return MMK_ISA::peak(bf16);
+// FLOP of one thread that does nothing but multiply and add in registers for some seconds, of bfloat16 pairs if it can.
+double MMK_JOIN(multiply_, MMK_ISA)(bool bf16, double seconds) {
+  return MMK_ISA::multiply(bf16, seconds);
 }
 
 } // namespace mmkernels

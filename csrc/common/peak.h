@@ -1,4 +1,4 @@
-// What the arithmetic units give at best: independent multiply-adds in registers, timed.
+// What the arithmetic units give at best: independent multiply-adds in registers.
 #pragma once
 
 #include <time.h>
@@ -8,9 +8,10 @@
 namespace mmkernels {
 namespace MMK_ISA {
 
-template <bool kDot> double measure_peak() {
+// Multiplies and adds for some seconds; returns how many FLOP that were.
+template <bool kDot> double multiply_for(double seconds) {
   constexpr int kGroups = kLanes == 16 ? 4 : 3, kChains = 4 * kGroups; // above latency times throughput, in registers
-  constexpr i64 kRounds = 1 << 14;
+  constexpr i64 kRounds = 1 << 14;                                     // some 30 us
   const auto now = [] {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -25,9 +26,9 @@ template <bool kDot> double measure_peak() {
     }
   }
   const Vec a = set1(0.25f), b = set1(0.5f);
-  double best = 0.0;
-  for (int sample = 0; sample < 64; ++sample) { // some milliseconds
-    const double begin = now();
+  const double end = now() + seconds;
+  double flops = 0.0;
+  do {
     for (i64 i = 0; i < kRounds; ++i) {
 #pragma GCC unroll 8
       for (int m = 0; m < kGroups; ++m) {
@@ -38,13 +39,13 @@ template <bool kDot> double measure_peak() {
         }
       }
     }
-    best = most(best, (double)(kRounds * kChains * kLanes * (kDot ? 4 : 2)) / (now() - begin));
-  }
-  return best;
+    flops += (double)(kRounds * kChains * kLanes * (kDot ? 4 : 2));
+  } while (now() < end);
+  return flops;
 }
 
-inline double peak(bool bf16) {
-  return kHasDot && bf16 ? measure_peak<kHasDot>() : measure_peak<false>();
+inline double multiply(bool bf16, double seconds) {
+  return kHasDot && bf16 ? multiply_for<kHasDot>(seconds) : multiply_for<false>(seconds);
 }
 
 } // namespace MMK_ISA

@@ -14,12 +14,12 @@ from mmkernels.profiling.options import Options
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a model's work, from the state that the stage before left to its own.
+    """One part of a model's work.
 
     Args:
         name: in tables, pictures and JSON.
         about: what it does, for people.
-        run: takes model, inputs and the earlier stage's state; answers its own state.
+        run: takes the model, the inputs and the state after the stage before; returns the state after this one.
         calls: how many equal steps one `run` makes; the time reported is that of one.
         fork: copies a state that `run` would change; not timed.
     """
@@ -32,13 +32,13 @@ class Stage:
 
 
 class Adapter(Protocol):
-    """A model, cut into stages.
+    """A model, divided into stages.
 
     Attributes:
         sizes: names that ``--size`` takes.
-        stages: in the order in which they run. Those with ``calls == 1`` lead to the first answer, and the last of them
-            is what summaries speak of; the others repeat.
-        total: what the sum of the former is called.
+        stages: in the order in which they run. Those with ``calls == 1`` lead to the first output, and summaries are
+            about the last of them; the others repeat.
+        total: the name of the sum of those with ``calls == 1``.
     """
 
     @property
@@ -49,17 +49,17 @@ class Adapter(Protocol):
     def total(self) -> str: ...
 
     def build(self, options: Options, tokens: int) -> nn.Module:
-        """The model with `tokens` visual tokens per image and random weights, float32, on the CPU."""
+        """Returns the model with `tokens` visual tokens per image and random weights, float32, on the CPU."""
         ...
 
     def inputs(self, options: Options, model: Any, photos: list[Image.Image]) -> Any:
-        """What its stages, `logits` and `loss` take, on the model's device and in its dtype."""
+        """Returns what the stages, `logits` and `loss` take, on the model's device and in its dtype."""
         ...
 
     def logits(self, model: Any, inputs: Any) -> Tensor:
-        """The whole model's scores ``[..., classes]``."""
+        """Returns the whole model's scores ``[..., classes]``."""
         ...
 
     def loss(self, model: Any, inputs: Any) -> Tensor:
-        """The whole model's training loss, with its graph."""
+        """Returns the whole model's training loss, with its graph."""
         ...

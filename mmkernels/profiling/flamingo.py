@@ -28,7 +28,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Read:
-    """A prompt that was read, ready for the next token."""
+    """The state after the prompt, ready for the next token."""
 
     visual_cache: VisualCache
     kv_cache: FlamingoCache

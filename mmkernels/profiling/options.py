@@ -21,7 +21,7 @@ class Options:
     """Settings of one profile.
 
     Args:
-        model: a name in `mmkernels.profiling.adapter.MODELS`.
+        model: a name in `mmkernels.profiling.profiler.MODELS`.
         image: the photograph.
         tokens: visual tokens per image, each a row of the profile; sorted, without repeats.
         images: crops of the photograph in the prompt.
@@ -34,7 +34,7 @@ class Options:
         seed: of weights and text.
 
     Raises:
-        BadInput: a name is unknown, a number out of range, the device not there.
+        BadInput: a name is unknown, a number is out of range, or the device is missing.
     """
 
     model: str
@@ -74,7 +74,7 @@ class Options:
 
 
 def parse_tokens(text: str) -> tuple[int, ...]:
-    """The numbers of "16,64,256"."""
+    """Returns the numbers of a text such as "16,64,256"."""
     try:
         return tuple(int(part) for part in parse_list(text))
     except ValueError:

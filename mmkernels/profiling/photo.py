@@ -1,4 +1,4 @@
-"""The photograph that a profile looks at, and crops of it that stand for several images."""
+"""The photograph of a profile, and crops of it that serve as several images."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from PIL import Image
 
 
 def default_photo() -> Path:
-    """A real photograph that matplotlib ships."""
+    """Returns the path of a photograph that matplotlib ships."""
     import matplotlib
 
     return Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 
 
 def crops(photo: Image.Image, count: int) -> list[Image.Image]:
-    """`count` different square parts: the middle, then squares on a grid as fine as it must be, row by row."""
+    """Returns `count` different square parts: the middle, then overlapping squares on a grid, row by row."""
     width, height = photo.size
     side = min(width, height)
     boxes = [((width - side) // 2, (height - side) // 2, side)]

@@ -6,21 +6,15 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from PIL import Image
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from PIL import Image
 
-from mmkernels.profiling.table import compared, crops_of, memory_ratio, plural, ratio, summary
+from mmkernels.profiling.table import compared, crops_of, memory_ratio, summary
+from mmkernels.report import COLOURS, picture, plain, plural, ratio
 
-# Okabe and Ito's palette, which people with any colour vision tell apart.
-_COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 _TOTAL, _TRAINING = "#000000", "#A06A00"
 _STYLES = {"fused": "-", "reference": "--"}
 _OTHER_STYLES = (":", "-.", (0, (1, 1)))
@@ -28,21 +22,19 @@ _GRAIN = 1e5  # bytes that the meter can't tell from nothing
 _NAMES = {"fused": "fused ops", "reference": "naive baseline"}
 
 Ends = dict[str, tuple[float, str, str]]
-"""What stands behind the lines' ends: name -> height, colour, further words."""
+"""The labels behind the lines' ends: name -> height, colour, further words."""
 
 
 def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
     """Write the picture of `report` as a PNG."""
-    figure = plt.figure(figsize=(14.5, 7.6), dpi=110, facecolor="white")
-    latency = figure.add_axes((0.06, 0.155, 0.46, 0.61))
-    memory = figure.add_axes((0.685, 0.155, 0.205, 0.37))
-    _titles(figure, report)
-    _latency(latency, report)
-    _memory(memory, report)
-    _photo(figure, report, photo)
-    figure.text(0.06, 0.035, textwrap.fill(summary(report), 165), fontsize=10.5, va="center")
-    figure.savefig(path)
-    plt.close(figure)
+    with picture(path, 14.5, 7.6) as figure:
+        latency = figure.add_axes((0.06, 0.155, 0.46, 0.61))
+        memory = figure.add_axes((0.685, 0.155, 0.205, 0.37))
+        _titles(figure, report)
+        _latency(latency, report)
+        _memory(memory, report)
+        _photo(figure, report, photo)
+        figure.text(0.06, 0.035, textwrap.fill(summary(report), 165), fontsize=10.5, va="center")
 
 
 def _titles(figure: Figure, report: dict[str, Any]) -> None:
@@ -54,9 +46,12 @@ def _titles(figure: Figure, report: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _style(report: dict[str, Any], backend: str) -> Any:
+def _strokes(report: dict[str, Any], backend: str, colour: str) -> dict[str, Any]:
+    """How a backend's lines look."""
     others = [name for name in report["settings"]["backends"] if name not in _STYLES]
-    return _STYLES.get(backend) or _OTHER_STYLES[others.index(backend) % len(_OTHER_STYLES)]
+    style = _STYLES.get(backend) or _OTHER_STYLES[others.index(backend) % len(_OTHER_STYLES)]
+    face = "white" if backend == "reference" else colour  # so that single points can be told apart
+    return {"color": colour, "linestyle": style, "marker": "o", "markerfacecolor": face}
 
 
 def _series(report: dict[str, Any], backend: str) -> list[dict[str, Any]]:
@@ -66,9 +61,7 @@ def _series(report: dict[str, Any], backend: str) -> list[dict[str, Any]]:
 def _line(
     axes: Axes, report: dict[str, Any], backend: str, x: list[int], y: list[float], colour: str, width: float
 ) -> None:
-    face = "white" if backend == "reference" else colour  # so that single points can be told apart
-    style = _style(report, backend)
-    axes.plot(x, y, color=colour, linestyle=style, marker="o", markersize=5.5, markerfacecolor=face, linewidth=width)
+    axes.plot(x, y, markersize=5.5, linewidth=width, **_strokes(report, backend, colour))
 
 
 # Latency.
@@ -77,7 +70,7 @@ def _line(
 def _latency(axes: Axes, report: dict[str, Any]) -> None:
     first = report["total"]["stages"]
     lines = {stage: (stage if stage in first else f"{stage} step", colour, 2.0)
-             for stage, colour in zip(report["stages"], _COLOURS, strict=False)}  # fmt: skip
+             for stage, colour in zip(report["stages"], COLOURS, strict=False)}  # fmt: skip
     lines["total"] = (report["total"]["name"], _TOTAL, 3.0)
     if report["settings"]["train"]:
         lines["train_step"] = ("training step", _TRAINING, 2.0)
@@ -95,28 +88,12 @@ def _latency(axes: Axes, report: dict[str, Any]) -> None:
     _log_log(axes, report, "milliseconds")
     _label_ends(axes, ends)
     axes.set_title("Latency of each stage", loc="left", fontsize=13, weight="bold", pad=34)
-    keys = [
-        Line2D(
-            [],
-            [],
-            color="#444444",
-            linestyle=_style(report, backend),
-            linewidth=2,
-            label=_name(backend),
-            marker="o",
-            markerfacecolor="white" if backend == "reference" else "#444444",
-        )
-        for backend in report["settings"]["backends"]
-    ]
+    keys = [Line2D([], [], label=_name(backend), linewidth=2, **_strokes(report, backend, "#444444"))
+            for backend in report["settings"]["backends"]]  # fmt: skip
     axes.legend(
-        handles=keys,
-        loc="lower left",
-        bbox_to_anchor=(-0.012, 0.995),
-        ncols=4,
-        frameon=False,
-        handlelength=3.2,
+        handles=keys, loc="lower left", bbox_to_anchor=(-0.012, 0.995), ncols=4, frameon=False, handlelength=3.2,
         fontsize=11,
-    )
+    )  # fmt: skip
 
 
 def _name(backend: str) -> str:
@@ -136,13 +113,11 @@ def _log_log(axes: Axes, report: dict[str, Any], unit: str) -> None:
     axes.set_xlabel("visual tokens per image", fontsize=11)
     axes.set_ylabel(unit, fontsize=11)
     _plain_numbers(axes)
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
+    plain(axes)
 
 
 def _plain_numbers(axes: Axes) -> None:
-    """Decades as 10, 100, 1,000; where few are in sight, also what lies between."""
+    """Decades as 10, 100, 1,000; where few of them fit, also 2 and 5 times them."""
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     if high / low < 200:

@@ -1,4 +1,4 @@
-"""One number of visual tokens: every stage, backend and pass of it measured."""
+"""One number of visual tokens: measures every stage, backend and pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmkernels.runtime.dispatch import use_backend
 from mmkernels.runtime.eager import stub_ops
 
 REMOVED = "removed"
-"""The candidate in which every op answers zeros at once: what is left is the Amdahl bound."""
+"""The candidate in which every op returns zeros at once: its time is the Amdahl bound."""
 
 _BUDGET = 1.0  # seconds of counted rounds for one stage, all candidates together
 _LEAST_ROUNDS = 3
@@ -28,7 +28,7 @@ Cell = dict[str, Any]
 
 
 def steps_of_point(options: Options, adapter: Adapter) -> int:
-    """How often `measure_point` reports progress."""
+    """Returns how often `measure_point` reports progress."""
     memory, stages = len(options.backends), len(adapter.stages)
     return 1 + memory + stages + (memory + 1) * options.train
 
@@ -36,13 +36,13 @@ def steps_of_point(options: Options, adapter: Adapter) -> int:
 def measure_point(
     adapter: Adapter, options: Options, tokens: int, photos: list[Image.Image], progress: Callable[[str], None]
 ) -> list[Cell]:
-    """A cell of results for each backend of `options`, all on the same weights and inputs."""
+    """Returns a cell of results for each backend of `options`, all on the same weights and inputs."""
     return _Point(adapter, options, tokens, photos, progress).measure()
 
 
 @contextmanager
 def running_as(candidate: str) -> Iterator[None]:
-    """Run every op as this candidate does: "fused" (the automatic choice), a forced backend, or `REMOVED`."""
+    """Runs every op as this candidate does: "fused" (the automatic choice), a forced backend, or `REMOVED`."""
     with ExitStack() as stack:
         if candidate == REMOVED:  # by the automatic choice: "reference" would not pass the op boundary
             stack.enter_context(stub_ops())
@@ -86,7 +86,7 @@ class _Point:
         }
 
     def measure(self) -> list[Cell]:
-        self._measure_drift()  # first: it is every backend's warm-up too
+        self._measure_drift()  # first, as it also warms up every backend
         with torch.inference_mode():
             for backend in self._able():
                 self.progress(f"peak memory, {backend}")
@@ -99,7 +99,7 @@ class _Point:
         return list(self.cells.values())
 
     def _able(self) -> list[str]:
-        """The backends that have not run out of memory."""
+        """Returns the backends that have not run out of memory."""
         return [backend for backend, cell in self.cells.items() if cell["failed"] is None]
 
     def _peak(self, backend: str, run: Callable[[], Any]) -> int | None:
@@ -114,34 +114,34 @@ class _Point:
     # The output.
 
     def _logits(self, backend: str, inputs: Any) -> Tensor | None:
-        """None: not enough memory."""
-        found = []
+        """Returns the whole model's scores in float32; None: there is not enough memory."""
+        logits = []
         with torch.inference_mode(), running_as(backend):
-            fits = self._fits(lambda: found.append(self.adapter.logits(self.model, inputs).float()))
-        return found[0] if fits else None
+            fits = self._fits(lambda: logits.append(self.adapter.logits(self.model, inputs).float()))
+        return logits[0] if fits else None
 
     def _measure_drift(self) -> None:
-        logits = {backend: self._logits(backend, self.inputs) for backend in self.cells}
-        exact = logits.get("reference")
-        for backend, found in logits.items():
+        outputs = {backend: self._logits(backend, self.inputs) for backend in self.cells}
+        exact = outputs.get("reference")
+        for backend, logits in outputs.items():
             cell = self.cells[backend]
-            if found is None:
+            if logits is None:
                 cell["failed"] = "out of memory"
                 continue
             drift: dict[str, float] = {}
             if exact is not None:
-                drift |= {"relative_l2": distance(found, exact), "top1_agreement": agreement(found, exact)}
+                drift |= {"relative_l2": distance(logits, exact), "top1_agreement": agreement(logits, exact)}
             if self.wide_logits is not None:
                 drift |= {
-                    "relative_l2_to_fp32": distance(found, self.wide_logits),
-                    "top1_agreement_with_fp32": agreement(found, self.wide_logits),
+                    "relative_l2_to_fp32": distance(logits, self.wide_logits),
+                    "top1_agreement_with_fp32": agreement(logits, self.wide_logits),
                 }
             cell["drift"] = drift or None
 
     # Time.
 
     def _time_stages(self) -> dict[str, float]:
-        """Fill in the cells' times; answer the removed candidate's."""
+        """Fills in the cells' times; returns the removed candidate's."""
         candidates = [*self._able(), REMOVED]
         states: dict[str, Any] = dict.fromkeys(candidates)
         times: dict[str, dict[str, float]] = {candidate: {} for candidate in candidates}
@@ -157,7 +157,7 @@ class _Point:
         return times[REMOVED]
 
     def _time_stage(self, stage: Stage, begins: dict[str, Any]) -> tuple[dict[str, Timing], dict[str, Any]]:
-        """Times, and the states that the candidates are in afterwards."""
+        """Returns the times, and the states that the candidates are in afterwards."""
         forks, ends = dict(begins), dict(begins)
 
         def fork(candidate: str) -> None:
@@ -173,7 +173,7 @@ class _Point:
     def _alternate(
         self, candidates: Mapping[str, Callable[[], Any]], before: Mapping[str, Callable[[], Any]]
     ) -> dict[str, Timing]:
-        """What is timed has run before, for the drift and the peak memory; without its ops it costs nothing new."""
+        """Times the candidates without a warm-up: all but `REMOVED` have run for the drift and the peak memory."""
         return time_alternating(
             candidates,
             before=before,
@@ -190,7 +190,7 @@ class _Point:
             self.cells[candidate]["samples_seconds"][name] = list(timing.samples)
 
     def _measure_training(self) -> dict[str, float]:
-        """A step's peak memory and time, gradients included, without the optimiser's update."""
+        """Measures a step's peak memory and time, gradients included, without the optimiser's update."""
 
         def clear() -> None:
             self.model.zero_grad(set_to_none=True)
@@ -220,7 +220,7 @@ class _Point:
 
     @staticmethod
     def _fits(run: Callable[[], Any]) -> bool:
-        """Run; whether the memory was enough."""
+        """Runs; returns whether the memory was enough."""
         try:
             run()
         except RuntimeError as error:
@@ -230,7 +230,7 @@ class _Point:
         return True
 
     def _amdahl(self, cell: Cell, removed_seconds: Mapping[str, float]) -> dict[str, dict[str, float]]:
-        """By stage: speed-up over the reference, what it would be with the ops gone, and the share reached."""
+        """Returns by stage the speed-up over the reference, its cap with the ops removed, and the share reached."""
         naive = self.cells.get("reference")
         if naive is None or naive["failed"] or cell is naive or cell["failed"]:
             return {}
@@ -238,12 +238,12 @@ class _Point:
         for name, gone in removed_seconds.items():
             if name not in naive["seconds"] or name not in cell["seconds"]:
                 continue
-            reference, own = naive["seconds"][name], cell["seconds"][name]
+            reference, seconds = naive["seconds"][name], cell["seconds"][name]
             bounds[name] = {
                 "removed_seconds": gone,
-                "speedup": reference / own,
+                "speedup": reference / seconds,
                 "cap": reference / gone,
-                "share_of_cap": gone / own,
+                "share_of_cap": gone / seconds,
             }
         return bounds
 
@@ -252,11 +252,11 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def distance(found: Tensor, exact: Tensor) -> float:
-    """Relative L2 distance; the drift of an output."""
-    return float(torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact))
+def distance(logits: Tensor, exact: Tensor) -> float:
+    """Returns the relative L2 distance: the drift of an output."""
+    return float(torch.linalg.vector_norm(logits - exact) / torch.linalg.vector_norm(exact))
 
 
-def agreement(found: Tensor, exact: Tensor) -> float:
-    """Share of rows whose largest score is at the same place."""
-    return float((found.argmax(-1) == exact.argmax(-1)).float().mean())
+def agreement(logits: Tensor, exact: Tensor) -> float:
+    """Returns the share of rows whose largest score is at the same place."""
+    return float((logits.argmax(-1) == exact.argmax(-1)).float().mean())

@@ -1,4 +1,4 @@
-"""Profiles a model over numbers of visual tokens, and describes what it found in one dictionary."""
+"""Profiles a model over numbers of visual tokens, and describes the results in one dictionary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ SCHEMA = 1
 
 
 def find_model(options: Options) -> Adapter:
-    """The adapter of the model that `options` names, which offers the size that they name."""
+    """Returns the adapter of the model that `options` names.
+
+    Raises:
+        BadInput: there is no such model, or it has no such size.
+    """
     if options.model not in MODELS:
         raise BadInput(f"model must be one of {', '.join(MODELS)}; got {options.model!r}")
     adapter = MODELS[options.model]
@@ -35,19 +39,19 @@ def find_model(options: Options) -> Adapter:
 
 
 def steps(options: Options) -> int:
-    """How often `profile` reports progress."""
+    """Returns how often `profile` reports progress."""
     return steps_of_point(options, find_model(options)) * len(options.tokens)
 
 
 def profile(
     options: Options, photo: Image.Image, progress: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
-    """Measure, and describe everything in a dictionary that is ready for JSON; units stand in the names.
+    """Measures, and returns everything in a dictionary that is ready for JSON; the names contain the units.
 
     Args:
         options: what to run.
         photo: the picture, RGB.
-        progress: told what comes next, before each step.
+        progress: called with the name of each step before it begins.
 
     Raises:
         BadInput: no such model or size.
@@ -77,7 +81,7 @@ def _settings(options: Options) -> dict[str, Any]:
 
 
 def command(options: Options) -> str:
-    """The command that repeats this profile; of paths only the photograph's name."""
+    """Returns the command that repeats this profile; it has no path but the photograph's file name."""
     words = ["mmkernels", "profile", options.model, "--image", options.image.name]
     words += ["--tokens", ",".join(map(str, options.tokens)), "--images", str(options.images)]
     words += ["--text-length", str(options.text_length), "--backend", ",".join(options.backends)]
@@ -86,7 +90,7 @@ def command(options: Options) -> str:
 
 
 def marginal(cells: list[Cell]) -> dict[str, dict[str, float]]:
-    """Seconds per further visual token, by backend and stage: the slope from the fewest tokens to the most."""
+    """Returns seconds per further visual token, by backend and stage: the slope from the fewest tokens to the most."""
     slopes: dict[str, dict[str, float]] = {}
     for backend in dict.fromkeys(cell["backend"] for cell in cells):
         row = [cell for cell in cells if cell["backend"] == backend and cell["failed"] is None]

@@ -88,10 +88,12 @@ def use_isa(name: str) -> Iterator[None]:
         torch.ops.mmkernels.cpu_isa(offered[0])
 
 
-def peak(dtype: torch.dtype) -> float:
-    """FLOP a second of all of torch's threads when they only multiply and add in registers, measured; 0 without the
-    extension."""
-    return 0.0 if _unusable else float(torch.ops.mmkernels.cpu_peak(dtype == torch.bfloat16))
+def peak(dtype: torch.dtype, seconds: float) -> float:
+    """Returns FLOP a second of all of torch's threads when they only multiply and add in registers, all at once.
+
+    They do so for some `seconds`. Without the extension it is 0.
+    """
+    return 0.0 if _unusable else float(torch.ops.mmkernels.cpu_peak(dtype == torch.bfloat16, seconds))
 
 
 def release() -> None:

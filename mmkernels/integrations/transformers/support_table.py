@@ -17,8 +17,7 @@ from rich.text import Text
 from mmkernels import machine
 from mmkernels.integrations.transformers.support import NOTHING, YES, Support, check
 from mmkernels.integrations.transformers.support_compare import WAYS
-from mmkernels.profiling.command import progress_bar
-from mmkernels.profiling.table import console
+from mmkernels.report import console, progress_bar
 from mmkernels.runtime.dispatch import TABLES, Backend
 from mmkernels.testing.families import find
 from mmkernels.testing.families_common import Family

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import contrastive_parts
 import contrastive_peers
 import pytest
 import torch
@@ -16,19 +14,20 @@ from harness import backends
 from test_contrastive_definition import SPECS
 from torch import Tensor
 
-from mmkernels.bench import benchmark, gate
-from mmkernels.bench.benchmark import CantRunError, Peer
+from mmkernels.bench import gate, peers
+from mmkernels.bench.first_run import count
 from mmkernels.bench.gate import Gate, draw_cotangents, flat, with_gradients
-from mmkernels.bench.products import count
+from mmkernels.bench.peers import CantRunError, Peer
+from mmkernels.ops.contrastive import parts as contrastive_parts
 from mmkernels.ops.contrastive.cases import two_towers
 from mmkernels.runtime import cpu
 from mmkernels.spec import Inputs, OpSpec, cast
 
 PAIRS, DIM = 300, 24
 OPS = {
-    "info_nce": (contrastive_parts.INFO_NCE, contrastive_peers.INFO_NCE),
-    "sigmoid_contrastive": (contrastive_parts.SIGMOID, contrastive_peers.SIGMOID),
-    "retrieval_ranks": (contrastive_parts.RANKS, contrastive_peers.RANKS),
+    "info_nce": contrastive_peers.INFO_NCE,
+    "sigmoid_contrastive": contrastive_peers.SIGMOID,
+    "retrieval_ranks": contrastive_peers.RANKS,
 }
 LOSSES = ("info_nce", "sigmoid_contrastive")
 
@@ -41,7 +40,7 @@ def problem(op: str, dtype: torch.dtype = torch.float32) -> tuple[OpSpec, Inputs
         inputs["logit_bias"] = torch.tensor(-6.0)
     if op == "retrieval_ranks":
         inputs = {"query": inputs["image"], "gallery": inputs["text"], "target": torch.arange(PAIRS)}
-    spec = replace(SPECS[op], parts=OPS[op][0])
+    spec = SPECS[op]
     inputs = cast(inputs, dtype, always_wide=spec.always_wide)
     leaves = list(inputs.values()) if op in LOSSES else []
     return spec, inputs, [x.requires_grad_() for x in leaves]
@@ -90,14 +89,15 @@ def test_parts_see_what_is_wrong(op: str) -> None:
     found, passes = judge(op, inputs, spec, leaves, parts=True)
     results = flat(passes(partial(spec.function, **inputs))())
     assert found.problem(results) is None
-    for place, right in enumerate(results):
+    names = ["output 0", *(f"gradient of {name}" for name in inputs)]
+    for place, (name, right) in enumerate(zip(names, results, strict=True)):
         wrong = [*results[:place], right * 1.001, *results[place + 1 :]]
-        assert (found.problem(wrong) or "").startswith(f"result {place}: ")
+        assert (found.problem(wrong) or "").startswith(f"{name}: ")
     for place in (1, 2):
         for row in range(PAIRS):
             spoiled = results[place].clone()
             spoiled[row, 3] = torch.nan
-            assert found.problem([*results[:place], spoiled, *results[place + 1 :]]) == f"result {place}: not finite"
+            assert found.problem([*results[:place], spoiled, *results[place + 1 :]]) == f"{names[place]}: not finite"
 
 
 @pytest.mark.parametrize("op", LOSSES)
@@ -139,9 +139,7 @@ def _prepared(peer: Peer, inputs: Inputs) -> Any:
     return peer.prepare(inputs)
 
 
-@pytest.mark.parametrize(
-    ("op", "peer"), [(op, x) for op in OPS for x in OPS[op][1]], ids=lambda x: getattr(x, "name", x)
-)
+@pytest.mark.parametrize(("op", "peer"), [(op, x) for op in OPS for x in OPS[op]], ids=lambda x: getattr(x, "name", x))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_peer_computes_the_same(op: str, peer: Peer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrastive_peers, "_compile", lambda function: function)  # what it compiles is what is tested
@@ -159,7 +157,7 @@ def test_products_are_counted(op: str) -> None:
     once = spec.cost(inputs, False).flops
     chunked = partial(spec.function, **inputs, backend="chunked")
     naive = partial(spec.function, **inputs, backend="reference")
-    (open_clip,) = (peer.prepare(inputs) for peer in OPS[op][1] if peer.name == "open_clip")
+    (open_clip,) = (peer.prepare(inputs) for peer in OPS[op] if peer.name == "open_clip")
     expected = (4, 3, 6) if op == "info_nce" else (3, 3, 3)
     for call, products in zip((chunked, naive, open_clip), expected, strict=True):
         result, flops = count(passes(call))
@@ -187,10 +185,10 @@ def test_no_product_is_no_count() -> None:
 
 
 def test_what_does_not_fit_into_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "memory_of", lambda device: 1000)
+    monkeypatch.setattr(peers, "memory_of", lambda device: 1000)
     for op in OPS:
         _, inputs, _ = problem(op)
-        for peer in OPS[op][1]:
+        for peer in OPS[op]:
             if peer.name.startswith("cached") or peer.name == "matmul":
                 continue
             with pytest.raises(CantRunError, match=r"would take .* GB or more of .* GB: left out"):
@@ -214,6 +212,6 @@ def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("op", LOSSES)
 def test_peers_of_plain_features_refuse_the_rest(op: str) -> None:
     _, inputs, _ = problem(op)
-    for peer in OPS[op][1]:
+    for peer in OPS[op]:
         with pytest.raises(CantRunError, match=r"only features .* without ids"):
             peer.prepare(inputs | {"image_ids": torch.arange(PAIRS)})

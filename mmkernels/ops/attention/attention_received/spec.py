@@ -70,6 +70,8 @@ SPEC = OpSpec(
         *(Case(id, case_inputs(id, _NAMES)) for id in CASES),
         Case("query weights", _weighted),
     ),
-    benchmarks=(Benchmark("text looks at image", _benchmark, {"B": 1, "H": 16, "Lq": 1024, "Lk": 4096, "D": 64}),),
+    benchmarks=(
+        Benchmark("text looks at image", _benchmark, {"B": 1, "H": 16, "Lq": 1024, "Lk": 4096, "D": 64}, headline=True),
+    ),
     cost=_cost,
 )

@@ -9,7 +9,8 @@ import torch
 from torch import Generator
 
 from mmkernels.ops.contrastive.cases import features, two_towers
-from mmkernels.spec import Benchmark, Case, Inputs, Target
+from mmkernels.spec import Benchmark, Case, Inputs
+from mmkernels.targets import ExtraMemory, MemoryRatio, PeakShare, Speedup, Target
 
 _GRADS = ("image", "text", "logit_scale")
 
@@ -80,42 +81,41 @@ def _benchmark(n: int, dim: int) -> Callable[[Generator], Inputs]:
     return make
 
 
-def _config(id: str, n: int, dim: int, *targets: Target, devices: tuple[str, ...] = ("cpu", "gpu")) -> Benchmark:
-    return Benchmark(id, _benchmark(n, dim), {"N": n, "d": dim}, _GRADS, targets=targets, devices=devices)
+def _config(id: str, n: int, dim: int, *targets: Target, **more: Any) -> Benchmark:
+    return Benchmark(id, _benchmark(n, dim), {"N": n, "d": dim}, _GRADS, targets=targets, **more)
 
 
 # A GPU's targets are an H200's milliseconds as shares of the rate at which it was measured to multiply, 800 TFLOP/s.
 BENCHMARKS = (
-    _config("small batch", 64, 512, Target("fp32", True, "naive", 1.0), Target("bf16", True, "naive", 1.0)),
+    _config("small batch", 64, 512, *(Speedup(dtype, True, 1.0, "naive") for dtype in ("fp32", "bf16"))),
     _config(
         "batch of 8,192",
         8192,
         512,
-        Target("fp32", True, "naive", 3.5),
-        Target("fp32", True, "open_clip", 5.5),
-        Target("bf16", True, "naive", 2.0),
-        Target("bf16", True, "open_clip", 2.6),
-        *(Target(dtype, True, "memory of naive", 30.0) for dtype in ("fp32", "bf16")),
+        PeakShare("fp32", True, 0.7),
+        PeakShare("bf16", True, 0.65),
+        *(MemoryRatio(dtype, True, 30.0, "naive") for dtype in ("fp32", "bf16")),
         *(
-            Target(dtype, True, peer, 1.0)
+            Speedup(dtype, True, 1.0, peer)
             for dtype in ("fp32", "bf16")
             for peer in ("compiled", "cached", "cached 512")
         ),
+        headline=True,
     ),
     _config(
         "batch of 65,536",
         65_536,
         512,
-        Target("fp32", True, "peak", 0.7),
-        Target("fp32", True, "extra MB", most=100.0),
+        PeakShare("fp32", True, 0.7),
+        ExtraMemory("fp32", True, 100.0),
         devices=("cpu",),
     ),
     _config(
         "batch of 65,536, wide",
         65_536,
         768,
-        Target("bf16", True, "peak", 0.73, "gpu"),  # 45 ms
-        Target("bf16", True, "extra MB", device="gpu", most=500.0),
+        PeakShare("bf16", True, 0.73, device="gpu"),  # 45 ms
+        ExtraMemory("bf16", True, 500.0, device="gpu"),
         devices=("gpu",),
     ),
 )

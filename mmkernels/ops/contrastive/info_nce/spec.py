@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.contrastive import parts
 from mmkernels.ops.contrastive.cases import contrastive_cost
 from mmkernels.ops.contrastive.formula import LOG2E, Pairs, best_scores, pairs, queries_of, ranks
 from mmkernels.ops.contrastive.info_nce.cases import BENCHMARKS, CASES
@@ -154,4 +155,5 @@ SPEC = OpSpec(
     cost=contrastive_cost(products_backward=3),
     benchmarks=BENCHMARKS,
     always_wide=frozenset({"logit_scale"}),
+    parts=parts.INFO_NCE,
 )

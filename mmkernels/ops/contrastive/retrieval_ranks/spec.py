@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from mmkernels.ops.contrastive import parts
 from mmkernels.ops.contrastive.cases import features
 from mmkernels.ops.contrastive.formula import ranks
 from mmkernels.runtime.checks import check_range
-from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec, Target
+from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
+from mmkernels.targets import ExtraMemory, PeakShare
 
 
 class Arguments(NamedTuple):
@@ -83,12 +85,13 @@ SPEC = OpSpec(
     ),
     cost=_cost,
     benchmarks=(
-        Benchmark("a gallery of 8,192", _benchmark(8192, 512), {"N": 8192, "M": 8192, "d": 512}),
+        Benchmark("a gallery of 8,192", _benchmark(8192, 512), {"N": 8192, "M": 8192, "d": 512}, headline=True),
         Benchmark(
             "a gallery of 50,000",
             _benchmark(50_000, 512),
             {"N": 50_000, "M": 50_000, "d": 512},
-            targets=(Target("fp32", False, "peak", 0.6), Target("fp32", False, "extra MB", most=100.0)),
+            targets=(PeakShare("fp32", False, 0.6), ExtraMemory("fp32", False, 100.0)),
         ),
     ),
+    parts=parts.RANKS,
 )

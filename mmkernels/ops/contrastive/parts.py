@@ -1,9 +1,9 @@
 """How contrastive problems are checked whose logits do not fit into memory.
 
 Every gradient depends on every feature, through the sums of the softmax's rows and columns. So all logits are computed
-once more, block by block in float32, for what the loss and the scalars' gradients are sums of; and some images' and
-texts' gradients are computed in float64, each from its own logits with everything and the sums of the other direction.
-What all rows' gradients add up to is known too.
+once more, block by block in float32, and summed to the loss and the scalars' gradients. The gradients of a sample of
+images and texts are computed in float64, each from its logits with all others and the sums of the other direction. The
+sum of all rows' gradients times their features is known too.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.spec import Answer, Cut, Inputs, Parts
+from mmkernels.spec import Expected, Inputs, Parts, Shard
 
-_SAMPLE = 128  # images, texts or queries that are looked at, the first and the last among them
-_SHARPENED = 1024  # of the other direction's rows, whose sums are computed again in float64
-_BLOCK = 1024  # images and texts whose logits are there at once, in the caches
+_SAMPLE = 128  # images, texts or queries whose results are compared, the first and the last among them
+_SHARPENED = 1024  # rows of the other direction whose sums are computed again in float64
+_BLOCK = 1024  # images and texts whose logits are computed at once, within the caches
 
 Gradient = Callable[[str, torch.dtype], Tensor]
-"""An argument's name and a dtype -> what the definition gives in this dtype: a scalar's gradient, or a sample's of
-features, times N and over the scale."""
+"""(argument, dtype) -> the definition's gradient in this dtype: a scalar's, or that of the sample's features, times N
+and divided by the scale."""
 
 
 def elements(inputs: Inputs) -> int:
-    """Of the matrix of logits or scores."""
+    """Returns the number of elements of the matrix of logits or scores."""
     first, second = (inputs[name] for name in (("query", "gallery") if "query" in inputs else ("image", "text")))
     return len(first) * len(second)
 
 
 def sample(count: int, device: torch.device) -> Tensor:
-    """Some of `count` numbers, the same each time."""
+    """Returns some of `count` row numbers, the same each time."""
     inner = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: _SAMPLE - 2]
     return torch.cat([inner, torch.tensor([0, count - 1])]).unique().to(device)
 
 
 def _blocks(image: Tensor, text: Tensor, scale: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Some images, some texts, and their logits in float32."""
+    """Yields the rows of some images and of some texts, and their logits in float32."""
     image, text = image.float(), text.float()
     for first in range(0, len(image), _BLOCK):
         rows = slice(first, first + _BLOCK)
@@ -89,50 +89,50 @@ def softmaxes(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Softmax, Soft
     return images, texts
 
 
-def info_nce_answers(inputs: Inputs, grads: Sequence[str], cotangents: Sequence[Tensor]) -> list[Answer]:
-    """Of a plain call with reduction="mean"."""
+def info_nce_expected(inputs: Inputs, grads: Sequence[str], cotangents: Sequence[Tensor]) -> list[Expected]:
+    """Returns what is right for a plain call with reduction="mean"."""
     image, text, scale = _plain(inputs)
     both, pairs = softmaxes(image, text, scale), _of_pairs(image, text, scale)
-    loss = sum((side.lse - pairs).mean() for side in both) / 2
-    of_scale = sum((side.mean - pairs).mean() for side in both) / 2 / scale.double()
+    loss = torch.stack([(direction.lse - pairs).mean() for direction in both]).mean()
+    of_scale = torch.stack([(direction.mean - pairs).mean() for direction in both]).mean() / scale.double()
     rows = sample(len(image), image.device)
 
     def gradient(name: str, dtype: torch.dtype) -> Tensor:
         if name == "logit_scale":
             return _scalar(of_scale, scale, image, dtype)
-        mine, others, their = (image, text, both[1].lse) if name == "image" else (text, image, both[0].lse)
-        logits = scale.to(dtype) * (mine[rows].to(dtype) @ others.T.to(dtype))
+        x, other, lse = (image, text, both[1].lse) if name == "image" else (text, image, both[0].lse)
+        logits = scale.to(dtype) * (x[rows].to(dtype) @ other.T.to(dtype))  # [sample, N]
         if dtype == torch.float64:
-            their = _sharpened(their, logits, others, mine, scale)
+            lse = _sharpened(lse, logits, other, x, scale)
         wide = logits.to(_wider(dtype))
-        weights = wide.softmax(1) + (wide - their.to(wide.dtype)).exp()
+        weights = wide.softmax(1) + (wide - lse.to(wide.dtype)).exp()
         weights[torch.arange(len(rows), device=rows.device), rows] -= 2
-        return (weights / 2).to(dtype) @ others.to(dtype)
+        return (weights / 2).to(dtype) @ other.to(dtype)
 
-    return _answers(rows, loss, of_scale, inputs, grads, gradient, cotangents)
+    return _compared(rows, loss, of_scale, inputs, grads, gradient, cotangents)
 
 
-def _sharpened(lse: Tensor, logits: Tensor, others: Tensor, mine: Tensor, scale: Tensor) -> Tensor:
-    """`lse` [M] with float64's own values where they matter most to the sample, whose logits [rows, M] are given."""
+def _sharpened(lse: Tensor, logits: Tensor, other: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """Returns `lse` [M], computed again in float64 where it matters most to the sample's logits [rows, M]."""
     heaviest = (logits - lse).amax(0).topk(min(_SHARPENED, len(lse))).indices
     lse = lse.clone()
     for some in heaviest.split(128):
-        lse[some] = (scale.double() * (others[some].double() @ mine.double().T)).logsumexp(1)
+        lse[some] = (scale.double() * (other[some].double() @ x.double().T)).logsumexp(1)
     return lse
 
 
 # The sigmoid loss.
 
 
-def sigmoid_answers(inputs: Inputs, grads: Sequence[str], cotangents: Sequence[Tensor]) -> list[Answer]:
-    """Of a call without ids. No pair needs another: only the sums do."""
+def sigmoid_expected(inputs: Inputs, grads: Sequence[str], cotangents: Sequence[Tensor]) -> list[Expected]:
+    """Returns what is right for a call without ids. Pairs depend on each other only through the sums."""
     image, text, scale = _plain(inputs)
     bias, n = inputs["logit_bias"].detach(), len(image)
-    own = _of_pairs(image, text, scale) + bias
-    # As if all pairs were negatives, and then what differs for those that are not: at the logit x, of the loss
-    # log(1 + exp(-x)) - log(1 + exp(x)) = -x, and of its derivative sigmoid(x) - 1 - sigmoid(x) = -1.
-    loss, of_bias = -own.sum(), torch.full_like(own[0], -n)
-    of_dots = -(own - bias).sum()
+    positives = _of_pairs(image, text, scale) + bias
+    # All pairs are summed as negatives. A positive with the logit x differs from a negative by
+    # log(1 + exp(-x)) - log(1 + exp(x)) = -x in the loss, and by sigmoid(x) - 1 - sigmoid(x) = -1 in its derivative.
+    loss, of_bias = -positives.sum(), torch.full_like(positives[0], -n)
+    of_dots = -(positives - bias).sum()
     for _, _, logits in _blocks(image, text, scale):
         shifted = logits + bias
         loss += F.softplus(shifted).sum()
@@ -147,13 +147,13 @@ def sigmoid_answers(inputs: Inputs, grads: Sequence[str], cotangents: Sequence[T
             return _scalar(of_bias / n, bias, image, dtype)
         if name == "logit_scale":
             return _scalar(of_scale, scale, image, dtype)
-        mine, others = (image, text) if name == "image" else (text, image)
-        logits = scale.to(dtype) * (mine[rows].to(dtype) @ others.T.to(dtype)) + bias.to(dtype)
+        x, other = (image, text) if name == "image" else (text, image)
+        logits = scale.to(dtype) * (x[rows].to(dtype) @ other.T.to(dtype)) + bias.to(dtype)
         slope = logits.sigmoid()
         slope[torch.arange(len(rows), device=rows.device), rows] -= 1
-        return slope @ others.to(dtype)
+        return slope @ other.to(dtype)
 
-    return _answers(rows, loss / n, of_scale, inputs, grads, gradient, cotangents)
+    return _compared(rows, loss / n, of_scale, inputs, grads, gradient, cotangents)
 
 
 # Both.
@@ -171,13 +171,13 @@ def _wider(dtype: torch.dtype) -> torch.dtype:
 
 
 def _scalar(x: Tensor, like: Tensor, image: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sum over everything in `dtype`'s wide one; the naive formula's is at best rounded to the features' dtype."""
+    """Returns a sum over all pairs in the wide dtype. The naive formula's is at best rounded to the features' dtype."""
     if dtype != torch.float64:
         x = x * (1 + torch.finfo(image.dtype).eps / 2)
     return x.to(_wider(dtype)).reshape(like.shape)
 
 
-def _answers(
+def _compared(
     rows: Tensor,
     loss: Tensor,
     of_scale: Tensor,
@@ -185,11 +185,12 @@ def _answers(
     grads: Sequence[str],
     gradient: Gradient,
     cotangents: Sequence[Tensor],
-) -> list[Answer]:
-    """One for a sample of rows, and one in which every row has a part.
+) -> list[Expected]:
+    """Returns what is right for a sample of rows, and for a sum over all rows.
 
-    A sample's gradients are compared as mixtures of features, which neither the mean nor the scale makes small or
-    large. As logits are the scale times products, features times their gradients add up to the scale times its own.
+    The sample's gradients are compared as mixtures of features, so that neither the mean nor the scale makes them small
+    or large. Logits are the scale times products, so features times their gradients add up to the scale times its
+    gradient.
     """
     features = {1 + place: inputs[name].detach() for place, name in enumerate(grads) if inputs[name].dim() == 2}
     image, scale = inputs["image"].detach(), float(inputs["logit_scale"].detach())
@@ -201,7 +202,7 @@ def _answers(
         return (x.double() * features[place].double()).sum() / scale if place in features else x
 
     def right(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """By the sample and by all rows."""
+        """Returns the results by the sample and by all rows."""
         sampled = [_scalar(loss, loss, image, dtype)]
         for name in grads:
             x = gradient(name, dtype)
@@ -213,19 +214,19 @@ def _answers(
 
     naive, true = right(image.dtype), right(torch.float64)
     return [
-        Answer(share, *both) for share, both in zip((of_sample, of_all), zip(naive, true, strict=True), strict=True)
+        Expected(share, *both) for share, both in zip((of_sample, of_all), zip(naive, true, strict=True), strict=True)
     ]
 
 
 # Ranks.
 
 
-def rank_cuts(inputs: Inputs) -> list[Cut]:
-    """Some queries with the whole gallery."""
+def rank_shards(inputs: Inputs) -> list[Shard]:
+    """Returns one shard: some queries with the whole gallery."""
     gallery, rows = inputs["gallery"], sample(len(inputs["query"]), inputs["query"].device)
     return [lambda x: x if x is gallery else x[rows]]
 
 
-INFO_NCE = Parts(elements, answers=info_nce_answers)
-SIGMOID = Parts(elements, answers=sigmoid_answers)
-RANKS = Parts(elements, cuts=rank_cuts)
+INFO_NCE = Parts(elements, expected=info_nce_expected)
+SIGMOID = Parts(elements, expected=sigmoid_expected)
+RANKS = Parts(elements, shards=rank_shards)

@@ -1,4 +1,4 @@
-"""What a benchmark learns from a call's first run, such as how many matrix products it makes: counted, not derived."""
+"""A candidate's first run: its results, its peak memory, and the FLOP of its matrix products, counted as they run."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mmkernels.bench.gate import Call, flat
+from mmkernels.bench.gate import flat
+from mmkernels.bench.peers import Call
 from mmkernels.meters import Run, peak_memory
-from mmkernels.runtime import triton as gpu
+from mmkernels.runtime import triton
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
 
 class Counted(NamedTuple):
-    """A call's result, and the FLOP of its matrix products; None: none was seen."""
+    """A call's result, and the FLOP of its matrix products; None: they were not counted."""
 
     result: Any
     flops: float | None
 
 
 def count(run: Run, *, pytorch: bool = True) -> Counted:
-    """Run once, counting the multiplications and additions of matrix products.
+    """Runs once, and counts the multiplications and additions of matrix products.
 
-    PyTorch's are those that its profiler sees: in compiled code and inside the boundary of a custom op too, where
+    PyTorch's are those that its profiler records, also in compiled code and inside a custom op, where
     ``torch.utils.flop_counter.FlopCounterMode`` counts nothing, or makes the compiled code run uncompiled. The CPU
-    extension counts each of its own where it is made. What Triton's kernels multiply is not seen: with one of them,
-    nothing is counted.
+    extension counts its products itself. Those of Triton's kernels can't be counted: if one runs, the count is None.
 
     Args:
-        pytorch: look at PyTorch's too; the profiler takes time, and memory for each operator that runs.
+        pytorch: count PyTorch's too; the profiler takes time, and memory for each operator that runs.
     """
-    before, launched = _by_extension(), gpu.launches()
+    before, launched = _by_extension(), triton.launches()
     if not pytorch:
         result = run()
         return Counted(result, _total(_by_extension() - before, launched))
@@ -45,11 +45,11 @@ def count(run: Run, *, pytorch: bool = True) -> Counted:
 
 
 def _total(flops: float, launched: int) -> float | None:
-    return flops if flops and gpu.launches() == launched else None
+    return flops if flops and triton.launches() == launched else None
 
 
 def _by_extension() -> int:
-    """FLOP of the CPU extension's matrix products since the process began."""
+    """Returns the FLOP of the CPU extension's matrix products since the process began."""
     counter = getattr(torch.ops.mmkernels, "cpu_multiplied", None)
     return 0 if counter is None else int(counter())
 
@@ -57,7 +57,7 @@ def _by_extension() -> int:
 class FirstRun:
     """A candidate's first run: results, seconds, FLOP of its matrix products (None: not counted), peak memory.
 
-    A long one is weighed while it runs; PyTorch's products in it go uncounted, as counting them takes memory.
+    The memory of a `long` run is measured during it; then PyTorch's products are not counted, as that takes memory.
     """
 
     def __init__(self, call: Call, device: torch.device, long: bool, counts_products: bool) -> None:
@@ -65,7 +65,7 @@ class FirstRun:
         self._memory: list[int | None] = []
         self.results: list[Tensor]
         self.flops: float | None = None
-        run = self._weighed if long else lambda: flat(call())
+        run = self._measured if long else lambda: flat(call())
         begin = time.perf_counter()
         if counts_products:
             self.results, self.flops = count(run, pytorch=not long)
@@ -73,12 +73,12 @@ class FirstRun:
             self.results = run()
         self.seconds = time.perf_counter() - begin
 
-    def _weighed(self) -> list[Tensor]:
+    def _measured(self) -> list[Tensor]:
         kept: list[Tensor] = []
         self._memory.append(peak_memory(lambda: kept.extend(flat(self._call())), self._device))
         return kept or flat(self._call())
 
     def memory(self) -> int | None:
-        """Measured now, if it was not yet."""
+        """Returns the peak memory in bytes, by a further run unless this one was long; None: it can't be measured."""
         self.results = []
         return self._memory[0] if self._memory else peak_memory(self._call, self._device)

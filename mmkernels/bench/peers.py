@@ -1,0 +1,60 @@
+"""What an op is measured beside."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmkernels.spec import Inputs
+
+Call = Callable[[], Any]
+
+MOST_MEMORY = 0.5
+"""The share of a device's memory that a peer may take: one that leaves the others no room disturbs their times."""
+
+
+class CantRunError(Exception):
+    """A peer can't compute this row; the message says why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another way to compute what an op computes.
+
+    Args:
+        name: in tables and JSON.
+        prepare: takes the op's keyword arguments, those to differentiate by with ``requires_grad``; returns the call to
+            time. What a user does once for many calls, such as building a mask or compiling, is done here, untimed.
+            Raises `CantRunError`.
+        slow: it takes many seconds to prepare or to run: left out of quick rows.
+    """
+
+    name: str
+    prepare: Callable[[Inputs], Call]
+    slow: bool = False
+
+
+def memory_of(device: torch.device) -> int:
+    """Returns the bytes of memory that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_room(least: float, device: torch.device | str) -> None:
+    """Raises `CantRunError` where `least` bytes are more than a peer may take of a CPU's memory.
+
+    A GPU reports that its memory is exhausted; on a CPU the process would be killed.
+    """
+    device = torch.device(device)
+    if device.type == "cpu" and least > MOST_MEMORY * memory_of(device):
+        raise CantRunError(f"would take {least / 1e9:.0f} GB or more of {memory_of(device) / 1e9:.0f} GB: left out")
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), "")

@@ -1,0 +1,133 @@
+"""What ``mmkernels bench`` prints: a line for each row as it comes, and the tables of a result file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Column, Table
+from rich.text import Text
+
+from mmkernels.report import Footnotes, megabytes, milliseconds, percent, table, unique, verdict
+
+Row = dict[str, Any]
+"""The ``extra_info`` of one row in a result file."""
+
+_LEGEND = (
+    "ms: median of ours. vs a peer: its time over ours, so above 1 ours is faster. at peak: the ratio to\n"
+    "the fastest peer of a kernel that did only the least work, at the full rate of arithmetic or memory.\n"
+    "of peak: of the arithmetic's rate or, if more, of the memory bandwidth (b), measured between the\n"
+    "calls with all threads at once. MB: peak memory above the inputs, ours and the naive baseline's."
+)
+_TARGETS_LEGEND = (
+    "\ntargets: ours over a peer's speed, or the share of a peak, of the ratio at peak, or of the\n"
+    "yardstick's rate (head dim 128); tflops: of the pass, and in rows of forward + backward of the\n"
+    "backward alone; memory: peak above inputs and gradients, a peer's over ours, or ours in MB."
+)
+_COUNTED = "\nGEMMs: matrix products that ours made, counted as it ran; the op's forward pass needs one."
+
+
+def line(row: Row) -> str:
+    """Returns the figures of one row in one line."""
+    ratios = [f"{name} {peer['ratio']:.2f}x" for name, peer in row["peers"].items() if "ratio" in peer]
+    figures = [f"{milliseconds(row['seconds'])} ms", *ratios]
+    if "share_of_compute_peak" in row:
+        figures.append(f"{_share(row).strip()} of peak")
+    if row.get("peak_memory_bytes") is not None:
+        figures.append(f"{megabytes(row['peak_memory_bytes'])} MB")
+    return ", ".join(figures)
+
+
+def render(report: dict[str, Any]) -> RenderableType:
+    """Returns a table for each dtype and pass, and one of the targets."""
+    rows = [entry["extra_info"] for entry in report["benchmarks"]]
+    parts: list[RenderableType] = [_heading(report, rows)]
+    for group in dict.fromkeys((row["dtype"], row["pass"]) for row in rows):
+        parts += [Text(" ".join(group), style="bold")]
+        parts += _table([row for row in rows if (row["dtype"], row["pass"]) == group])
+    targets = _targets(rows)
+    legend = _LEGEND
+    if targets.row_count:
+        parts += [targets, Text()]
+        legend += _TARGETS_LEGEND
+    if any("gemms" in row for row in rows):
+        legend += _COUNTED
+    return Group(*parts, Text(legend, style="dim"))
+
+
+def _heading(report: dict[str, Any], rows: list[Row]) -> Text:
+    machine = report["machine_info"]
+    rates = machine["ceilings"]
+    peaks = [f"{name} {rates[f'{name}_flops_per_second'] / 1e9:,.0f} GFLOP/s" for name in unique(rows, "dtype")]
+    peaks.append(f"copy {rates['copy_bytes_per_second'] / 1e9:,.0f} GB/s")
+    peaks.append(f"read {rates['read_bytes_per_second'] / 1e9:,.0f} GB/s")
+    title = Text(", ".join(unique(rows, "op")), style="bold")
+    title.append(f" on {machine['device']}; measured peaks: {', '.join(peaks)}\n", style="not bold")
+    missing = report.get("expected_rows", len(rows)) - len(rows)
+    if missing:
+        title.append(f"{missing} of {report['expected_rows']} rows were not measured\n", style="yellow")
+    return title
+
+
+def _table(rows: list[Row]) -> list[RenderableType]:
+    peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    notes = Footnotes()
+    counted = any("gemms" in row for row in rows)
+    bounded = any(_ratio_at_peak(row) for row in rows)  # older files have no such ratio
+    titles = ["ms", *("vs\n" + name.replace(" ", "\n") for name in peers)]
+    titles += ["at\npeak"] * bounded + ["GFLOP\n/s", "of\npeak"] + ["GEMMs"] * counted + ["MB", "naive\nMB"]
+    cells = []
+    for row in rows:
+        line = [row["configuration"], milliseconds(row["seconds"])]
+        line += [_ratio(name, row["peers"].get(name), notes) for name in peers]
+        line += [_ratio_at_peak(row)] * bounded
+        line += [f"{row['flops_per_second'] / 1e9:,.0f}", _share(row)]
+        line += [f"{row['gemms']:.3g}" if "gemms" in row else ""] * counted
+        naive = row["peers"].get("naive", {}).get("peak_memory_bytes")
+        cells.append([*line, megabytes(row["peak_memory_bytes"]), megabytes(naive)])
+    return [table(cells, ["configuration", *titles]), *map(Text, notes.lines()), Text()]
+
+
+def _targets(rows: list[Row]) -> Table:
+    """Ours beside each target, and what a kernel at the full peak would reach."""
+    titles = (*("targets", "dtype", "pass"), *("than", "target", "ours", "at peak", ""))
+    return table(_target_cells(rows), [*titles[:3], *(Column(title, justify="right") for title in titles[3:])], texts=3)
+
+
+def _target_cells(rows: list[Row]) -> Iterator[list[str | Text]]:
+    for row in rows:
+        for target in row.get("targets", ()):
+            least, most, found, at_peak = (_value(target, key) for key in ("least", "most", "found", "at_peak"))
+            bound = least or f"<= {most}"
+            name = [row["configuration"], row["dtype"], row["pass"], target["than"]]
+            yield [*name, bound, found, at_peak, verdict(target)]
+
+
+_UNITS = {"peak": "share", "bandwidth": "share", "tflops": "TFLOP/s", "extra MB": "MB"}  # in files that name none
+
+
+def _value(target: dict[str, Any], key: str) -> str:
+    value, unit = target.get(key), target.get("unit", _UNITS.get(target["than"]))
+    if value is None:
+        return ""
+    if unit == "share":
+        return percent(value)
+    return f"{value:,.0f}" if unit in ("TFLOP/s", "MB") else f"{value:.2f}"
+
+
+def _ratio(name: str, peer: dict[str, Any] | None, notes: Footnotes) -> str:
+    if peer is None:
+        return ""
+    return notes.mark(f"{name}: {peer['why_not']}") if "why_not" in peer else f"{peer['ratio']:.2f}"
+
+
+def _ratio_at_peak(row: Row) -> str:
+    """Of the fastest peer."""
+    bounds = [peer["ratio_at_peak"] for peer in row["peers"].values() if "ratio_at_peak" in peer]
+    return f"{min(bounds):.2f}" if bounds else ""
+
+
+def _share(row: Row) -> str:
+    compute, bandwidth = row["share_of_compute_peak"], row["share_of_bandwidth_peak"]
+    return f"{percent(compute)} " if compute >= bandwidth else f"{percent(bandwidth)}b"
