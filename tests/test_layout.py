@@ -15,6 +15,7 @@ PACKAGE = Path(mmkernels.__file__).parent
 LAYERS = (
     ("runtime",),
     ("masks", "options"),
+    ("targets",),
     ("spec",),
     ("ops",),
     ("nn",),
