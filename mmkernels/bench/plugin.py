@@ -78,8 +78,8 @@ class RowsPlugin:
         """Leaves out the dots, which the bar replaces."""
         return (report.outcome if report.when == "call" or not report.passed else "", "", "")
 
-    def pytest_keyboard_interrupt(self) -> None:
-        self.interrupted = True
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        self.interrupted = excinfo.type is KeyboardInterrupt  # pytest's own interruptions are derived from it
 
     # Results.
 

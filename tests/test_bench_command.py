@@ -1,0 +1,265 @@
+"""`mmkernels bench`: which rows it runs, what it prints and saves, also when it is interrupted."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from mmkernels import cli, machine
+from mmkernels.bench import command, picture, tables
+from mmkernels.bench.rows import select
+from mmkernels.options import BadInput
+
+ROOT = Path(__file__).parents[1]
+RESULTS = [
+    path
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
+    if "benchmarks" in json.loads(path.read_text())
+]
+
+NAMES = ["decode, fp32, forward", "media, fp32, forward", "media, bf16, forward", "batch of 8,192, fp32, forward"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"),
+    [
+        ("", [0, 1, 2, 3]),
+        ("media", [1, 2]),
+        ("decode,media", [0, 1, 2]),
+        ("media, bf16", [2]),  # one name, with the comma that is part of it
+        ("media, bf16, decode", [0, 2]),
+        ("batch of 8,192,decode", [0, 3]),
+        ("decode,", [0]),
+        (",decode", [0]),
+    ],
+)
+def test_a_filter_takes_several_names(wanted: str, chosen: list[int]) -> None:
+    assert [n for n, selected in enumerate(select(NAMES, wanted)) if selected] == chosen
+
+
+@pytest.mark.parametrize("wanted", ["meadia", "decode,meadia", "meadia,decode"])
+def test_a_name_that_matches_nothing_is_an_error_with_the_names(wanted: str) -> None:
+    with pytest.raises(BadInput, match=r"no row is named 'meadia'; there are: decode; media; batch of 8,192$"):
+        select(NAMES, wanted)
+
+
+@pytest.fixture(autouse=True)
+def _no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-benchmark measures nothing in workers of pytest-xdist, and these runs would look like one."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
+# A folder of benchmarks that take no time.
+
+CONFTEST = """
+def pytest_addoption(parser):
+    for name in ("--dtypes", "--device"):
+        parser.addoption(name)
+    parser.addoption("--quick", action="store_true")
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    rates = {f"{name}_per_second": 1e9 for name in ("fp32_flops", "copy_bytes", "read_bytes")}
+    machine_info.clear()
+    machine_info.update(device="a CPU", ceilings=rates)
+"""
+BENCH = """
+import os
+import time
+
+import pytest
+
+
+@pytest.mark.parametrize("row", ["one, fp32, forward", "two, fp32, forward", "three, fp32, forward"])
+def test_fake(benchmark, row):
+    if "two" in row and os.environ.get("AT_TWO") == "wait":
+        time.sleep(60)
+    assert "two" not in row or os.environ.get("AT_TWO") != "fail", "fake is wrong"
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.extra_info |= {
+        "op": "{op}",
+        "configuration": row.partition(",")[0],
+        "dtype": "fp32",
+        "pass": "forward",
+        "seconds": 0.002,
+        "peers": {"naive": {"ratio": 2.0, "ratio_at_peak": 3.0, "peak_memory_bytes": 10**6}},
+        "peak_memory_bytes": None,
+        "flops_per_second": 1e9,
+        "share_of_compute_peak": 0.6,
+        "share_of_bandwidth_peak": 0.1,
+        "targets": [{"than": "peak", "unit": "share", "least": 0.5, "found": 0.6, "at_peak": 1.0}],
+    }
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    benchmarks = tmp_path / "benchmarks"
+    benchmarks.mkdir()
+    (benchmarks / "conftest.py").write_text(CONFTEST)
+    for op in ("fake", "other"):
+        (benchmarks / f"bench_{op}.py").write_text(BENCH.replace("{op}", op))
+        monkeypatch.delitem(sys.modules, f"bench_{op}", raising=False)  # of another test's folder
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(command, "find_benchmarks", lambda: benchmarks)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["mmkernels", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def results(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def configurations(path: Path) -> list[str]:
+    return [entry["extra_info"]["configuration"] for entry in results(path)["benchmarks"]]
+
+
+def test_each_row_is_printed_and_all_are_saved_by_op(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(monkeypatch, "bench", "--device", "cpu", "--filter", "one,three", "--out", "out") == 0
+    out, err = capfd.readouterr()
+    assert max(map(len, out.splitlines())) <= 100
+    assert err.rstrip().splitlines() == [
+        "[1/4] fake: one, fp32, forward",
+        "    2.00 ms, naive 2.00x, 60% of peak",
+        "[2/4] fake: three, fp32, forward",
+        "    2.00 ms, naive 2.00x, 60% of peak",
+        "[3/4] other: one, fp32, forward",
+        "    2.00 ms, naive 2.00x, 60% of peak",
+        "[4/4] other: three, fp32, forward",
+        "    2.00 ms, naive 2.00x, 60% of peak",
+    ]
+    assert "fake on a CPU" in out and "other on a CPU" in out and "met" in out and "not measured" not in out
+    for op in ("fake", "other"):
+        assert configurations(folder / "out" / f"{op}.json") == ["one", "three"]
+        assert results(folder / "out" / f"{op}.json")["machine_info"]["device"] == "a CPU"
+        with Image.open(folder / "out" / f"{op}.png") as drawn:
+            assert len(drawn.convert("RGB").getcolors(2**24) or ()) > 50
+
+
+def test_a_row_that_fails_leaves_the_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AT_TWO", "fail")
+    assert run_cli(monkeypatch, "bench", "fake", "--device", "cpu", "--out", "out") == 1
+    out, err = capfd.readouterr()
+    assert "    FAILED: AssertionError: fake is wrong" in err and "some rows gave no time" in err
+    assert "1 of 3 rows were not measured" in out
+    assert configurations(folder / "out" / "fake.json") == ["one", "three"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_interrupted_keeps_what_it_measured(folder: Path, how: signal.Signals) -> None:
+    code = "import sys; from pathlib import Path; from mmkernels import cli; from mmkernels.bench import command\n"
+    code += "command.find_benchmarks = lambda: Path('benchmarks')\n"
+    code += "sys.argv = ['mmkernels', 'bench', 'fake', '--device', 'cpu', '--out', 'out']; cli.main()"
+    environment = os.environ | {"AT_TWO": "wait", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    saved = folder / "out" / "fake.json"
+    end = time.monotonic() + 60
+    while not saved.exists() and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=60)
+    assert configurations(saved) == ["one"] and results(saved)["expected_rows"] == 3, err
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "2 of 3 rows were not measured" in out and "interrupted" in err
+        assert (folder / "out" / "fake.png").exists()
+
+
+def test_a_bar_on_a_terminal_names_the_row_and_what_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    kept = os.dup(2)
+    os.dup2(theirs, 2)
+    try:
+        assert run_cli(monkeypatch, "bench", "fake", "--device", "cpu", "--out", "out") == 0
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(theirs)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", os.read(ours, 2**20).decode())
+    os.close(ours)
+    assert "2/3" in shown and re.search(r"\d:\d\d:\d\d left fake: three, fp32", shown)
+    assert "fake: three, fp32, forward: 2.00 ms, naive 2.00x, 60% of peak" in shown
+
+
+def test_a_filter_that_selects_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli(monkeypatch, "bench", "--device", "cpu", "--filter", "one,no such row", "--out", "out") == 2
+    assert capfd.readouterr().err.strip().splitlines() == [
+        "mmkernels: --filter: no row is named 'no such row'; there are: one; two; three"
+    ]
+    assert not list((folder / "out").glob("*.json"))
+
+
+def test_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setattr(command.mmkernels, "__file__", str(tmp_path / "mmkernels" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(monkeypatch, "bench") == 2
+    assert "run this in a checkout" in capsys.readouterr().err
+
+
+def test_results_are_saved_by_device() -> None:
+    assert machine.device_slug("cpu")
+
+
+# The true benchmarks.
+
+
+def test_the_smallest_row(tmp_path: Path) -> None:
+    """Forward + backward, for which FlexAttention need not be compiled."""
+    arguments = ["-m", "mmkernels.cli", "bench", "cross_attention", "--device", "cpu", "--dtype", "fp32"]
+    arguments += ["--filter", "16x64 D64 none, fp32, forward + backward", "--out", str(tmp_path)]
+    ended = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert "sdpa" in ended.stdout and "B1 H4 16x64 D64 none" in ended.stdout
+    assert "[1] flex: has no backward pass on a CPU" in ended.stdout
+    report = results(tmp_path / "cross_attention.json")
+    (row,) = (entry["extra_info"] for entry in report["benchmarks"])
+    assert row["peers"]["sdpa"]["ratio"] > 0
+    assert report["machine_info"]["ceilings"]["copy_bytes_per_second"] > 1e8
+    assert "node" not in report["machine_info"] and set(report["commit_info"]) <= {"id", "dirty"}
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_results_still_load_and_plot(path: Path, tmp_path: Path) -> None:
+    report = results(path)
+    if not (ROOT / "benchmarks" / f"{path.stem}_report.py").exists():
+        console = Console(width=100)
+        with console.capture() as printed:
+            console.print(tables.render(report))
+        assert all(entry["extra_info"]["configuration"][:8] in printed.get() for entry in report["benchmarks"])
+    assert all(tables.line(entry["extra_info"]) for entry in report["benchmarks"])
+    picture.draw(report, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as drawn:
+        assert len(drawn.convert("RGB").getcolors(2**24) or ()) > 50
