@@ -85,9 +85,10 @@ class CLIPConfig:
         """
         theirs = read_config(config, ARCHITECTURES, where)
         if theirs.model_type == "siglip":
-            if not theirs.vision_config.vision_use_head:
+            head = getattr(theirs.vision_config, "vision_use_head", True)
+            if head is not True:
                 why = "without the head there is no image feature"
-                raise CheckpointError(f"{where}, vision_config: vision_use_head must be true, got false: {why}")
+                raise CheckpointError(f"{where}, vision_config: vision_use_head must be true, got {head}: {why}")
             fields = {**FIELDS, "embed_dim": "text_config.projection_size"}
             return read_fields(cls, theirs, fields, where, variant="siglip")
         eos = theirs.text_config.eos_token_id

@@ -139,7 +139,7 @@ SIZE = "must be an integer from 1 to"
         (
             "siglip",
             {"vision_config__vision_use_head": False},
-            "vision_config: vision_use_head must be true, got false: without",
+            "vision_config: vision_use_head must be true, got False",
         ),
         ("siglip", {"text_config__projection_size": 48}, "embed_dim must be vision_width = 32 in a siglip, got 48"),
     ],
