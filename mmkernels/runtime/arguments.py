@@ -94,7 +94,7 @@ def lay_out_backward(op: str, inputs: Layout, outputs: Layout, saved: Sequence[s
     ``need_x``.
     """
     fields = [
-        *(field._replace(differentiable=field.differentiable) for field in inputs.fields),
+        *inputs.fields,
         *(field._replace(differentiable=False) for field in outputs.fields if field.name in saved),
         *(_Field(f"grad_{name}", "Tensor?", True) for name in outputs.differentiable),
         *(_Field(f"need_{name}", "bool", False) for name in inputs.differentiable),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmkernels.runtime import eager
 from mmkernels.runtime.arguments import Layout, lay_out, lay_out_backward
-from mmkernels.runtime.gradient import Gradient, Link
+from mmkernels.runtime.gradient import Gradient, Link, SecondLink
 
 BACKENDS = ("cuda", "triton", "cpu", "chunked", "reference")
 """Every backend's name, the fastest first."""
@@ -210,18 +210,21 @@ def define(
         backward = lay_out_backward(name, layout, given, gradient.saves)
         link = Link(layout, given, backward, gradient)
         if gradient.backends:
-            count = len(layout.differentiable)
             link.run = Op(
                 f"{name}_backward",
                 backward,
-                "(" + ", ".join(["Tensor"] * count) + ")",
+                _tensors(len(layout.differentiable)),
                 gradient.backends,
                 link.fake,
-                link.again(),
+                SecondLink(link),
                 falls_back=True,
             )
-    results = ", ".join(["Tensor"] * len(given.fields))
-    return Op(name, layout, results if len(given.fields) == 1 else f"({results})", backends, fake, link)
+    return Op(name, layout, _tensors(len(given.fields)), backends, fake, link)
+
+
+def _tensors(count: int) -> str:
+    """Returns the results of a schema; one tensor is returned as it is."""
+    return "Tensor" if count == 1 else "(" + ", ".join(["Tensor"] * count) + ")"
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:

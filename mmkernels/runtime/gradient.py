@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmkernels.runtime.arguments import Layout
+from mmkernels.runtime.arguments import Layout, leading
 
 if TYPE_CHECKING:
     from mmkernels.runtime.dispatch import Backend
@@ -49,7 +49,7 @@ class Link:
 
     def __init__(self, inputs: Layout, outputs: Layout, record: Layout, gradient: Gradient) -> None:
         self.inputs, self.outputs, self.record, self.gradient = inputs, outputs, record, gradient
-        self.run: Callable[[Any, str], Sequence[Tensor | None]] | None = None
+        self.run: Callable[[Any, str], Any] | None = None
         self._saved = outputs.take(gradient.saves)
         self._constant = outputs.take([name for name in outputs.names if name not in outputs.differentiable])
         self._differentiable = outputs.take(outputs.differentiable)
@@ -75,33 +75,27 @@ class Link:
         needs = self._needs(ctx.needs_input_grad)
         inputs = self.inputs.restore(tensors, ctx.others)
         call = self.record.record(*inputs, *saved, *flows, *needs)
-        given = iter(self._run(call, ctx.backend))
-        wanted = iter(needs)
-        return (
-            *(_if(next(wanted), next(given)) if field.differentiable else None for field in self.inputs.fields),
-            None,
-        )
+        given = self._run(call, ctx.backend)
+        found = iter(x if need else None for x, need in zip(given, needs, strict=True))
+        return (*(next(found) if field.differentiable else None for field in self.inputs.fields), None)
 
     def _run(self, call: Any, backend: str) -> Sequence[Tensor | None]:
-        if self.run is not None:
-            return self.run(call, backend)
-        assert self.gradient.formula_backward is not None
-        return self.gradient.formula_backward(call)
+        if self.run is None:
+            assert self.gradient.formula_backward is not None
+            return self.gradient.formula_backward(call)
+        grads = self.run(call, backend)
+        return (grads,) if isinstance(grads, Tensor) else grads
 
-    def fake(self, call: Any) -> tuple[Tensor, ...]:
+    def fake(self, call: Any) -> Tensor | tuple[Tensor, ...]:
         """Returns gradients of the right shapes, dtypes and strides for a backward pass."""
         layout = torch.contiguous_format if self.gradient.contiguous else torch.preserve_format
-        first = next(iter(call))
-        return tuple(
+        grads = tuple(
             torch.empty_like(getattr(call, name), memory_format=layout)
             if getattr(call, f"need_{name}") and getattr(call, name) is not None
-            else first.new_empty(0)
+            else leading(call).new_empty(0)
             for name in self.inputs.differentiable
         )
-
-    def again(self) -> SecondLink:
-        """Returns what autograd needs of the backward pass."""
-        return SecondLink(self)
+        return grads if len(grads) > 1 else grads[0]
 
 
 class SecondLink(Link):
@@ -169,7 +163,3 @@ def second_derivatives(
 def _new_node(x: Tensor) -> Tensor:
     """A fresh autograd node, so that gradients do not flow through a tensor that was itself computed from an input."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-
-
-def _if(wanted: bool, x: Tensor | None) -> Tensor | None:
-    return x if wanted else None
