@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import pytest
@@ -48,7 +49,8 @@ def test_a_record_is_restored_from_its_tensors_and_numbers() -> None:
 
 @pytest.mark.parametrize("hint", [list[int], Tensor | float, dict, complex])
 def test_a_type_that_no_schema_has_is_an_error(hint: Any) -> None:
-    record = NamedTuple("record", [("x", hint)])  # type: ignore[misc]
+    record = namedtuple("record", ["x"])
+    record.__annotations__ = {"x": hint}
     with pytest.raises(TypeError, match=r"record\.x must be of a type that a schema has, got"):
         lay_out(record)
 
