@@ -1,12 +1,9 @@
-// What one instruction set gives at best: CMakeLists.txt compiles this file once for each, with MMK_ISA its name.
-#include "names.h"
+// The peak of one instruction set: CMakeLists.txt compiles this file once for each, with MMK_ISA its name.
 #include "peak.h"
 
 namespace mmkernels {
 
-// FLOP a second of one thread that does nothing but multiply and add in registers, of bfloat16 pairs if it can.
-double MMK_JOIN(peak_, MMK_ISA)(bool bf16) {
-  return MMK_ISA::peak(bf16);
-}
+extern const Peak MMK_OF_ISA(peak);
+const Peak MMK_OF_ISA(peak) = MMK_ISA::peak;
 
 } // namespace mmkernels

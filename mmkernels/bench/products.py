@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmkernels.bench.gate import Call, flat
 from mmkernels.meters import Run, peak_memory
+from mmkernels.runtime import cpu
 from mmkernels.runtime import triton as gpu
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
@@ -34,24 +35,18 @@ def count(run: Run, *, pytorch: bool = True) -> Counted:
     Args:
         pytorch: look at PyTorch's too; the profiler takes time, and memory for each operator that runs.
     """
-    before, launched = _by_extension(), gpu.launches()
+    before, launched = cpu.multiplied(), gpu.launches()
     if not pytorch:
         result = run()
-        return Counted(result, _total(_by_extension() - before, launched))
+        return Counted(result, _total(cpu.multiplied() - before, launched))
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as seen:
         result = run()
     flops = sum(event.flops or 0 for event in seen.events() or () if event.name in _PRODUCTS)
-    return Counted(result, _total(_by_extension() - before + flops, launched))
+    return Counted(result, _total(cpu.multiplied() - before + flops, launched))
 
 
 def _total(flops: float, launched: int) -> float | None:
     return flops if flops and gpu.launches() == launched else None
-
-
-def _by_extension() -> int:
-    """FLOP of the CPU extension's matrix products since the process began."""
-    counter = getattr(torch.ops.mmkernels, "cpu_multiplied", None)
-    return 0 if counter is None else int(counter())
 
 
 class FirstRun:

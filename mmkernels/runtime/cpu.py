@@ -10,6 +10,7 @@ Both are read once, on import.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -20,15 +21,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["isas", "op", "peak", "release", "use_isa", "why_not"]
+__all__ = ["extension", "isas", "multiplied", "op", "peak", "release", "use_isa", "why_not"]
 
 _ISA, _EXTENSION = "MMKERNELS_CPU_ISA", "MMKERNELS_CPU_EXTENSION"
-_ASK = "?"  # changes nothing
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LIBRARY = torch.library.Library("mmkernels", "FRAGMENT")
+
+# Temporary, until schemas are generated from the ops' records. C++ asks for arguments by these names.
+_PAIRS = "Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, Tensor? text_ids, Tensor? hard_texts, "
+_MASK = "Tensor? start, Tensor? end, Tensor? key_valid, Tensor? dense, Tensor? bias, "
+_ATTENTION = f"Tensor query, Tensor key, Tensor value, {_MASK}Tensor? gate, Tensor? seed, "
+_SCHEMAS = {
+    "cross_attention_cpu": f"({_ATTENTION}float scale, float dropout_p) -> (Tensor, Tensor)",
+    "cross_attention_backward_cpu": f"(Tensor grad_out, Tensor? grad_lse, {_ATTENTION}Tensor out, Tensor lse, "
+    "float scale, float dropout_p, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "attention_received_cpu": f"(Tensor query, Tensor key, {_MASK}Tensor? query_weights, float scale) -> Tensor",
+    "attention_weights_cpu": f"(Tensor query, Tensor key, {_MASK}float scale) -> Tensor",
+    "info_nce_cpu": f"({_PAIRS}bool ignore, float label_smoothing, bool stats) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "info_nce_backward_cpu": f"({_PAIRS}bool ignore, float label_smoothing, Tensor image_state, Tensor text_state, "
+    "Tensor? grad_image_loss, Tensor? grad_text_loss, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    "sigmoid_contrastive_cpu": "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, "
+    "Tensor? text_ids, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "retrieval_ranks_cpu": "(Tensor query, Tensor gallery, Tensor target) -> Tensor",
+}
 
 
-def _load() -> str | None:
-    """Why the extension can't be used, or None."""
+def _load() -> tuple[Any, str | None]:
+    """The extension's functions, or None and why it can't be used."""
     folder = Path(__file__).parents[1]
     reason = folder / "_cpu_why_not.txt"  # left by setup.py
     named = os.environ.get(_EXTENSION)
@@ -37,25 +57,33 @@ def _load() -> str | None:
         raise ValueError(f"{_EXTENSION} must name a file, got {named!r}")
     if not library.exists():
         why = reason.read_text().strip() if reason.exists() else "there is no such file"
-        return f"the CPU extension is not built: {why}; install again with a C++ compiler and --no-build-isolation"
+        return None, f"the CPU extension is not built: {why}; install again with a C++ compiler and --no-build-isolation"
     try:
-        torch.ops.load_library(str(library))
-        built_for = str(torch.ops.mmkernels.cpu_torch())
-    except (OSError, RuntimeError, AttributeError) as error:
-        return f"the CPU extension does not load: {error}; install again to build it for torch {torch.__version__}"
+        spec = importlib.util.spec_from_file_location("mmkernels._cpu", library)
+        assert spec is not None and spec.loader is not None
+        module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        built_for = module.torch_version
+    except (OSError, ImportError, AttributeError) as error:
+        return None, f"the CPU extension does not load: {error}; install again to build it for torch {torch.__version__}"
     if built_for != torch.__version__.partition("+")[0]:
-        return f"the CPU extension is built for torch {built_for}; install again to build it for {torch.__version__}"
-    wanted = os.environ.get(_ISA, "")
-    try:
-        torch.ops.mmkernels.cpu_isa(wanted)
-    except (ValueError, RuntimeError):
-        raise ValueError(f"{_ISA} must be one of {', '.join(isas())}, got {wanted!r}") from None
-    return None
+        return None, (
+            f"the CPU extension is built for torch {built_for}; install again to build it for {torch.__version__}"
+        )
+    wanted = os.environ.get(_ISA)
+    if wanted and wanted not in module.isas():
+        raise ValueError(f"{_ISA} must be one of {', '.join(module.isas())}, got {wanted!r}")
+    if wanted:
+        module.choose_isa(wanted)
+    return module, None
+
+
+extension, _unusable = _load()
 
 
 def isas() -> list[str]:
     """The instruction sets that the kernels can use here, the one in use first; empty without the extension."""
-    return [] if _unusable else str(torch.ops.mmkernels.cpu_isa(_ASK)).split()
+    return [] if extension is None else list(extension.isas())
 
 
 @contextmanager
@@ -66,7 +94,7 @@ def use_isa(name: str) -> Iterator[None]:
         name: one of `isas()`.
 
     Raises:
-        ValueError: the CPU has no such instruction set, or the extension is not there.
+        ValueError: the CPU has no such instruction set, or the extension can't be used.
 
     Example:
         >>> import torch
@@ -77,38 +105,45 @@ def use_isa(name: str) -> Iterator[None]:
         ...     with cpu.use_isa(isa):
         ...         assert cross_attention(q, q, q).shape == q.shape
     """
-    offered = isas()
-    if name not in offered:
-        raise ValueError(f"name must be one of {', '.join(offered) or 'nothing'}, got {name!r}")
-    torch.ops.mmkernels.cpu_isa(name)
+    available = isas()
+    if name not in available:
+        raise ValueError(f"name must be one of {', '.join(available) or 'nothing'}, got {name!r}")
+    extension.choose_isa(name)
     try:
         yield
     finally:
-        torch.ops.mmkernels.cpu_isa(offered[0])
+        extension.choose_isa(available[0])
 
 
 def peak(dtype: torch.dtype) -> float:
     """FLOP a second of all of torch's threads when they only multiply and add in registers, measured; 0 without the
     extension."""
-    return 0.0 if _unusable else float(torch.ops.mmkernels.cpu_peak(dtype == torch.bfloat16))
+    return 0.0 if extension is None else float(extension.peak(dtype == torch.bfloat16))
+
+
+def multiplied() -> int:
+    """FLOP of the contrastive ops' matrix products since the process began; 0 without the extension."""
+    return 0 if extension is None else int(extension.multiplied())
 
 
 def release() -> None:
-    """Give back the memory that the kernels keep from one call to the next, up to 5 MiB a thread: for measurements."""
-    if _unusable is None:
-        torch.ops.mmkernels.cpu_release()
+    """Free the memory that the kernels keep from one call to the next, up to 5 MiB a thread: for measurements."""
+    if extension is not None:
+        extension.release()
 
 
 def op(name: str) -> Callable[..., Any]:
-    """The kernel ``torch.ops.mmkernels.<name>``, looked up here once; for a table of backends."""
-    if _unusable is None:
-        overload = getattr(torch.ops.mmkernels, name).default
-        return getattr(overload, "_op", overload)  # what the overload calls, without a Python function between
+    """Defines ``torch.ops.mmkernels.<name>``, whose kernel the extension has registered, and returns what calls it."""
+    if extension is None:
 
-    def unusable(*args: Any) -> Any:
-        raise RuntimeError(_unusable)
+        def unusable(*args: Any) -> Any:
+            raise RuntimeError(_unusable)
 
-    return unusable
+        return unusable
+
+    _LIBRARY.define(name + _SCHEMAS[name])
+    overload = getattr(torch.ops.mmkernels, name).default
+    return getattr(overload, "_op", overload)  # what the overload calls, without a Python function between
 
 
 def why_not(*args: Any) -> str | None:
@@ -121,7 +156,3 @@ def why_not(*args: Any) -> str | None:
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is not computed: sums are kept in float32"
     return None
-
-
-_unusable: str | None = None
-_unusable = _load()

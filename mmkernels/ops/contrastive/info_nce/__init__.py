@@ -246,6 +246,7 @@ def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return (image, text, scale, None, None, hard, None, None, *of_cotangents, *([None] * 6))
 
 
+_cpu, _cpu_backward = cpu.op("info_nce_cpu"), cpu.op("info_nce_backward_cpu")
 _op_backward = register(
     "info_nce_backward(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_ids, Tensor? text_ids, "
     "Tensor? hard_texts, Tensor image_state, Tensor text_state, Tensor? grad_loss, Tensor? grad_image_loss, "
@@ -257,7 +258,7 @@ _op_backward = register(
             with_upstream(gpu.op(f"{__name__}.triton.backward", "backward")),
             gpu.why_not,
         ),
-        Backend("cpu", cpu.op("info_nce_backward_cpu"), cpu.why_not),
+        Backend("cpu", with_upstream(lambda given, upstream: _cpu_backward(*given, *upstream)), cpu.why_not),
         Backend("chunked", with_upstream(chunked.backward)),
         Backend("reference", with_upstream(reference_backward)),
     ],
@@ -274,7 +275,7 @@ _op = register(
             with_reduction(gpu.op(f"{__name__}.triton.forward", "forward")),
             gpu.why_not,
         ),
-        Backend("cpu", cpu.op("info_nce_cpu"), cpu.why_not),
+        Backend("cpu", with_reduction(lambda given, stats: _cpu(*given, stats)), cpu.why_not),
         Backend("chunked", with_reduction(chunked.forward)),
         Backend("reference", with_reduction(reference)),
     ],
