@@ -115,6 +115,6 @@ class CMakeBuild(build_ext):
 SOURCES = ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*")) if p.is_file())]
 
 setup(
-    ext_modules=[Extension(f"mmkernels.{name}", sources=[], depends=SOURCES) for name in ("_host", "_cpu", "_cuda")],
+    ext_modules=[Extension(f"mmkernels.{name}", sources=[], depends=SOURCES) for name in ("_cpu", "_cuda")],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,74 +1,76 @@
-// mmkernels._host: what the host CPU offers. Tensor-free, so that it builds in seconds and loads without torch.
-// mmkernels/runtime/host_fallback.py answers the same questions where this module is not built.
+// mmkernels._cpu as Python sees it: functions without tensors. The operators of the same shared object are registered
+// with torch by the ops' files. mmkernels/runtime/cpu.py and host.py call these functions.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
-#include <fstream>
-#include <map>
-#include <set>
+#include <numeric>
+#include <stdexcept>
 #include <string>
-#include <thread>
-
-#ifdef __linux__
-#include <sched.h>
-#endif
+#include <vector>
 
 #include "common/isa.h"
+#include "common/parallel.h"
+#include "common/table.h"
+#include "common/work.h"
 
-namespace py = pybind11;
+namespace mmkernels {
+
+MMK_TABLES(Multiply, multiply)
 
 namespace {
 
-const std::string kCpus = "/sys/devices/system/cpu/cpu";
-
-// The kernel's sysfs and not sysconf: inside virtual machines sysconf's third level can be ten times too large.
-std::map<std::string, std::int64_t> cache_sizes() {
-  std::map<std::string, std::int64_t> sizes{{"l1d", 0}, {"l2", 0}, {"l3", 0}};
-  for (int i = 0;; ++i) {
-    const std::string folder = kCpus + "0/cache/index" + std::to_string(i);
-    std::string level, type;
-    std::int64_t kibibytes = 0;
-    std::ifstream(folder + "/level") >> level;
-    std::ifstream(folder + "/type") >> type;
-    std::ifstream(folder + "/size") >> kibibytes; // "32K"
-    if (level.empty()) {
-      return sizes;
-    }
-    const auto entry = sizes.find(level == "1" ? "l1d" : "l" + level);
-    if (type != "Instruction" && entry != sizes.end()) {
-      entry->second = kibibytes * 1024;
+// The instruction sets that can be used, the chosen one first.
+pybind11::list isas() {
+  const Isa chosen = chosen_isa();
+  pybind11::list names;
+  names.append(name_of(chosen));
+  for (const Isa isa : available_isas()) {
+    if (isa != chosen) {
+      names.append(name_of(isa));
     }
   }
+  return names;
 }
 
-int physical_cores() {
-#ifdef __linux__
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) {
-    std::set<std::string> cores; // each named by the list of its hardware threads
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-      if (CPU_ISSET(cpu, &allowed)) {
-        std::string threads = std::to_string(cpu); // without sysfs each CPU counts as a core
-        std::ifstream(kCpus + threads + "/topology/thread_siblings_list") >> threads;
-        cores.insert(threads);
-      }
-    }
-    return static_cast<int>(cores.size());
+void choose_isa_by_name(const std::string& name) {
+  const auto& available = available_isas();
+  const auto isa = std::find_if(available.begin(), available.end(), [&](Isa x) { return name_of(x) == name; });
+  if (isa == available.end()) {
+    throw std::invalid_argument("this machine has no instruction set '" + name + "'");
   }
-#endif
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  choose_isa(*isa);
+}
+
+// FLOP a second of all threads together that only multiply and add in registers, all at once, for some seconds.
+double peak_of_threads(bool bf16, double seconds) {
+  const Multiply multiply_of_thread = multiply();
+  const int threads = available_threads();
+  std::vector<double> flops(threads);
+  const auto begin = std::chrono::steady_clock::now();
+  parallel_tasks(threads, threads, 0, [&](std::int64_t i, char*) { flops[i] = multiply_of_thread(bf16, seconds); });
+  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
+  return std::accumulate(flops.begin(), flops.end(), 0.0) / elapsed.count();
 }
 
 } // namespace
+} // namespace mmkernels
 
-PYBIND11_MODULE(_host, m, py::mod_gil_not_used()) {
-  m.doc() = "What the host CPU offers; tensor-free.";
-  m.def("isa", &mmkernels::detect_isa,
+PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
+  using namespace mmkernels;
+  using ReleaseGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.doc() = "The CPU extension's functions without tensors; its operators are in torch.ops.mmkernels.";
+  m.def("detect_isa", &detect_isa,
         "Widest instruction set of this CPU and OS: avx512_bf16, avx512, avx2, neon or plain.");
-  m.def("cache_sizes", &cache_sizes, "Bytes of the caches that one core sees, by l1d, l2, l3; 0 where unknown.");
-  m.def("physical_cores", &physical_cores, "Cores that this process may run on; the threads of one core count once.");
-  m.def("compiler", [] { return MMKERNELS_COMPILER; }, "Name and version of the compiler that built this module.");
+  m.def("isas", &isas, "The instruction sets that the kernels can use here, the one in use first.");
+  m.def("choose_isa", &choose_isa_by_name, "Makes the kernels use one of isas(), for the whole process.");
+  m.def("peak", &peak_of_threads, ReleaseGil(),
+        "FLOP a second of all threads together that only multiply and add in registers, for some seconds.");
+  m.def(
+      "multiplied", [] { return multiplied().load(); },
+      "FLOP of the contrastive ops' matrix products since the process began.");
+  m.def("release", &release_kept, ReleaseGil(), "Frees the memory that the kernels keep between calls.");
+  m.attr("torch_version") = MMKERNELS_TORCH; // that this was built for
+  m.attr("compiler") = MMKERNELS_COMPILER;
 }

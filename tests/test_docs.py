@@ -14,7 +14,7 @@ import mmkernels
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(mmkernels.__path__, "mmkernels.")
-    if not name.endswith(("__main__", "_host", "_cpu", "_cuda"))
+    if not name.endswith(("__main__", "_cpu", "_cuda"))
 ]
 
 

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "forward.h"
-#include "gradients.h"
+#include "write_gradients.h"
 
 namespace mmkernels {
 namespace MMK_ISA {
@@ -28,22 +28,22 @@ struct BackwardScratch {
 };
 
 // The panels of one row split of a key head.
-MMK_INLINE i64 panels_of_split(const Problem& p) {
+MMK_INLINE i64 panels_of_split(const AttentionParams& p) {
   return (sharers(p) * group_of(p) * panels_of(p) + p.row_splits - 1) / p.row_splits;
 }
 
 // Places of one split: a multiple of a tile, so that pairs of keys start alike.
-MMK_INLINE i64 split_places(const Problem& p) {
+MMK_INLINE i64 split_places(const AttentionParams& p) {
   return round_up((p.k_len + p.splits - 1) / p.splits, kTileKeys);
 }
 
 // Places of one chunk: tiles whose keys, values and gradients take half a mebibyte.
-MMK_INLINE i64 chunk_places(const Problem& p) {
+MMK_INLINE i64 chunk_places(const AttentionParams& p) {
   const i64 tiles = (1 << 19) / (kTileKeys * 8 * (pad_lanes(p.dim) + pad_lanes(p.value_dim)));
   return least(most<i64>(tiles, 1) * kTileKeys, split_places(p));
 }
 
-inline BackwardScratch take_backward(const Problem& p, Arena& arena) {
+inline BackwardScratch take_backward(const AttentionParams& p, Arena& arena) {
   const bool is_dot = uses_dot(p.query.type);
   const i64 tile = kTileKeys * kPanel, dim = p.dim, value_dim = p.value_dim;
   BackwardScratch s;
@@ -78,7 +78,7 @@ inline BackwardScratch take_backward(const Problem& p, Arena& arena) {
   return s;
 }
 
-inline i64 backward_scratch(const Problem& p) {
+inline i64 backward_scratch(const AttentionParams& p) {
   Arena arena{nullptr};
   take_backward(p, arena);
   return arena.used;
@@ -101,12 +101,12 @@ struct BackwardRows {
   bool* begun;
 };
 
-MMK_INLINE bool hides_anything(const Problem& p) {
+MMK_INLINE bool hides_anything(const AttentionParams& p) {
   return p.start != nullptr || p.words != nullptr || p.key_valid != nullptr || p.bias.data != nullptr;
 }
 
 // Packs what the products take of a panel.
-inline void begin_backward(const Problem& p, BackwardRows& r, const BackwardScratch& s) {
+inline void begin_backward(const AttentionParams& p, BackwardRows& r, const BackwardScratch& s) {
   const Panel& panel = r.panel;
   const bool is_dot = uses_dot(p.query.type);
   const auto rows_of = [&](const View& x, i64 cols, char* copy) {
@@ -160,9 +160,9 @@ inline void begin_backward(const Problem& p, BackwardRows& r, const BackwardScra
 // Scores and dP of a tile, in place, to what the products take: f K o P (kPairs: rows of bfloat16) and dS (kPairs:
 // pairs of rows, and rows in `grad_rows`).
 template <bool kPairs>
-inline void differentiate(const Problem& p, const Panel& panel, i64 count, float factor, const Word* words,
+inline void differentiate(const AttentionParams& p, const Panel& panel, i64 count, float factor, const Word* words,
                           const Word* kept, const BackwardScratch& s) {
-  const Vec scale = set1(factor), gate = set1(p.factor != nullptr ? p.factor[panel.h] : 1.0f);
+  const Vec scale = set1(factor), gate = set1(p.gate != nullptr ? p.gate[panel.h] : 1.0f);
   const i64 lanes = panel.lanes;
   const bool partly = words != nullptr || panel.count < lanes; // lanes past the last query hold nothing either
   for (i64 n = 0; n < lanes; n += kLanes) {
@@ -216,8 +216,8 @@ inline void differentiate(const Problem& p, const Panel& panel, i64 count, float
 }
 
 // dbias += dS [places, lanes], summed over what the bias shares.
-inline void add_bias_grads(const Problem& p, const Panel& panel, const KeyList& list, i64 split, i64 a, i64 count,
-                           const float* grads) {
+inline void add_bias_grads(const AttentionParams& p, const Panel& panel, const KeyList& list, i64 split, i64 a,
+                           i64 count, const float* grads) {
   const View& x = p.grad_bias;
   float* base = (float*)x.data + split * p.grad_bias_split + panel.b * x.b + panel.h * x.h + panel.i0 * x.l;
   const i64 lanes = panel.lanes;
@@ -238,8 +238,8 @@ inline void add_bias_grads(const Problem& p, const Panel& panel, const KeyList& 
   });
 }
 
-inline void add_value_grads(const Problem& p, const BackwardRows& rows, const Sight& sight, const BackwardScratch& s,
-                            float* to) {
+inline void add_value_grads(const AttentionParams& p, const BackwardRows& rows, const Sight& sight,
+                            const BackwardScratch& s, float* to) {
   const bool is_dot = uses_dot(p.query.type);
   const Panel& panel = rows.panel;
   const i64 n = sight.b - sight.a, padded = pad_lanes(p.value_dim);
@@ -257,7 +257,7 @@ inline void add_value_grads(const Problem& p, const BackwardRows& rows, const Si
   });
 }
 
-inline void add_query_grads(const Problem& p, BackwardRows& rows, Tile& keys, const Sight& sight,
+inline void add_query_grads(const AttentionParams& p, BackwardRows& rows, Tile& keys, const Sight& sight,
                             const BackwardScratch& s) {
   const bool is_dot = keys.dot();
   const i64 n = sight.b - sight.a, lanes = rows.panel.lanes;
@@ -279,7 +279,7 @@ inline void add_query_grads(const Problem& p, BackwardRows& rows, Tile& keys, co
 }
 
 // One panel against the places [first, last) of a chunk.
-inline void backward_panel(const Problem& p, const KeyList& list, BackwardRows& rows, Tile& keys, Tile& values,
+inline void backward_panel(const AttentionParams& p, const KeyList& list, BackwardRows& rows, Tile& keys, Tile& values,
                            i64 split, i64 first, i64 last, const BackwardScratch& s) {
   const bool is_dot = keys.dot();
   const Panel& panel = rows.panel;
@@ -333,7 +333,8 @@ inline void backward_panel(const Problem& p, const KeyList& list, BackwardRows& 
 }
 
 // dQ of all panels, from the sums to where it belongs.
-inline void write_query_grads(const Problem& p, i64 kv, i64 first, i64 count, i64 split, const BackwardScratch& s) {
+inline void write_query_grads(const AttentionParams& p, i64 kv, i64 first, i64 count, i64 split,
+                              const BackwardScratch& s) {
   View to = p.grad_query;
   if (p.splits > 1) {
     to = {(char*)(p.query_parts + split * p.batch * p.heads * p.q_len * p.dim),
@@ -356,7 +357,7 @@ inline void write_query_grads(const Problem& p, i64 kv, i64 first, i64 count, i6
   }
 }
 
-inline void backward(const Problem& p, i64 kv, i64 row_split, i64 split, char* memory) {
+inline void backward(const AttentionParams& p, i64 kv, i64 row_split, i64 split, char* memory) {
   Arena arena{memory};
   const BackwardScratch s = take_backward(p, arena);
   const KeyList list = list_of(p, kv);

@@ -20,10 +20,10 @@ struct DecodeRow {
   bool sees;
 };
 
-MMK_INLINE i64 decode_rows(const Problem& p) { // of one key head
+MMK_INLINE i64 decode_rows(const AttentionParams& p) { // of one key head
   return sharers(p) * group_of(p) * p.q_len;
 }
-inline DecodeRow decode_row(const Problem& p, const KeyList& list, i64 kv, i64 row) {
+inline DecodeRow decode_row(const AttentionParams& p, const KeyList& list, i64 kv, i64 row) {
   const i64 group = group_of(p), head = row / p.q_len;
   const i64 b = kv / p.key_heads + head / group, h = kv % p.key_heads * group + head % group, i = row % p.q_len;
   return {b, h, i, run_of(p, list, b, i), -kInf, 0.0f, false};
@@ -119,7 +119,7 @@ void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, f
 }
 
 // One row's scores of places [a, b) to base-2 logarithms, -inf where it does not see; whether it sees all of them.
-inline bool mask_row(const Problem& p, const KeyList& list, DecodeRow& row, i64 a, i64 b, float* scores) {
+inline bool mask_row(const AttentionParams& p, const KeyList& list, DecodeRow& row, i64 a, i64 b, float* scores) {
   const float scale = p.scale * kLog2e;
   const i64 n = b - a, padded = pad_lanes(n);
   for (i64 j = n; j < padded; ++j) {
@@ -200,7 +200,7 @@ struct DecodeScratch {
   DecodeRow* rows;
 };
 
-inline DecodeScratch take_decode(const Problem& p, Arena& arena) {
+inline DecodeScratch take_decode(const AttentionParams& p, Arena& arena) {
   const bool is_dot = uses_dot(p.query.type);
   const i64 rows = least(decode_rows(p), kDecodeRows);
   DecodeScratch s;
@@ -215,14 +215,15 @@ inline DecodeScratch take_decode(const Problem& p, Arena& arena) {
   return s;
 }
 
-inline i64 decode_scratch(const Problem& p) {
+inline i64 decode_scratch(const AttentionParams& p) {
   Arena arena{nullptr};
   take_decode(p, arena);
   return arena.used;
 }
 
 // out += weights values, for all rows of the task.
-inline void add_decoded(const Problem& p, const DecodeScratch& s, i64 rows, Rows values, i64 count, bool careful) {
+inline void add_decoded(const AttentionParams& p, const DecodeScratch& s, i64 rows, Rows values, i64 count,
+                        bool careful) {
   const bool is_dot = uses_dot(p.value.type);
   const i64 cols = p.value_dim, padded = pad_lanes(cols);
   Rows used = values;
@@ -254,8 +255,8 @@ inline void add_decoded(const Problem& p, const DecodeScratch& s, i64 rows, Rows
   });
 }
 
-inline void write_decoded(const Problem& p, const DecodeRow& row, const float* out) {
-  float factor = p.factor != nullptr ? p.factor[row.h] : 1.0f;
+inline void write_decoded(const AttentionParams& p, const DecodeRow& row, const float* out) {
+  float factor = p.gate != nullptr ? p.gate[row.h] : 1.0f;
   float lse = -kInf;
   if (row.total != 0.0f) {
     factor /= row.total;
@@ -273,11 +274,11 @@ inline void write_decoded(const Problem& p, const DecodeRow& row, const float* o
 }
 
 // Of `partial`: for each split and row of kv, value_dim sums, largest logarithm, total, whether it sees.
-MMK_INLINE float* partial_at(const Problem& p, i64 kv, i64 split, i64 row) {
+MMK_INLINE float* partial_at(const AttentionParams& p, i64 kv, i64 split, i64 row) {
   return p.partial + ((kv * p.splits + split) * decode_rows(p) + row) * (p.value_dim + 3);
 }
 
-inline void decode(const Problem& p, i64 kv, i64 block, i64 split, char* memory) {
+inline void decode(const AttentionParams& p, i64 kv, i64 block, i64 split, char* memory) {
   Arena arena{memory};
   const DecodeScratch s = take_decode(p, arena);
   const KeyList list = list_of(p, kv);
@@ -342,7 +343,7 @@ inline void decode(const Problem& p, i64 kv, i64 block, i64 split, char* memory)
 }
 
 // The splits of each row of kv, in their order.
-inline void decode_merge(const Problem& p, i64 kv) {
+inline void decode_merge(const AttentionParams& p, i64 kv) {
   const KeyList list = list_of(p, kv);
   const i64 dim = p.value_dim;
   for (i64 r = 0; r < decode_rows(p); ++r) {

@@ -147,8 +147,8 @@ inline void add_values(const RowState& s, Tile& values, const Sight& sight, cons
 
 // Scores of the places that the panel sees, as base-2 logarithms once multiplied by the factor that is returned;
 // before that they are natural where `is_natural` says so.
-inline float score_tile(const Problem& p, const Panel& panel, const KeyList& list, const float* query, Tile& keys,
-                        Sight& sight, float* scores, Word* words) {
+inline float score_tile(const AttentionParams& p, const Panel& panel, const KeyList& list, const float* query,
+                        Tile& keys, Sight& sight, float* scores, Word* words) {
   const i64 n = sight.b - sight.a;
   multiply_rows(keys.dot(), keys.rows_from(sight.a), query, panel.lanes, n, depth_of(keys.dot(), p.dim), scores);
   float factor = p.scale * kLog2e;
@@ -167,7 +167,7 @@ inline float score_tile(const Problem& p, const Panel& panel, const KeyList& lis
   return factor;
 }
 
-inline void attend(const Problem& p, const KeyList& list, RowState& s, Tile& keys, Tile& values, Sight sight,
+inline void attend(const AttentionParams& p, const KeyList& list, RowState& s, Tile& keys, Tile& values, Sight sight,
                    const ForwardScratch& scratch) {
   const i64 n = sight.b - sight.a, lanes = s.panel.lanes;
   const float factor = score_tile(p, s.panel, list, s.query, keys, sight, scratch.scores, scratch.words);
@@ -196,7 +196,7 @@ inline void attend(const Problem& p, const KeyList& list, RowState& s, Tile& key
 }
 
 // The panel's log-sum-exp. A row that sees nothing has -inf; one that sees only scores of -inf NaN, as in softmax.
-inline void write_lse(const Problem& p, const RowState& s) {
+inline void write_lse(const AttentionParams& p, const RowState& s) {
   float* lse = p.lse + (s.panel.b * p.heads + s.panel.h) * p.q_len + s.panel.i0;
   for (i64 q = 0; q < s.panel.count; ++q) {
     const bool seen = s.sees >> q & 1;
@@ -206,9 +206,9 @@ inline void write_lse(const Problem& p, const RowState& s) {
 }
 
 // The panel's output and log-sum-exp.
-inline void finish(const Problem& p, const RowState& s, float* factor) {
+inline void finish(const AttentionParams& p, const RowState& s, float* factor) {
   const Panel& panel = s.panel;
-  const float gate = p.factor != nullptr ? p.factor[panel.h] : 1.0f;
+  const float gate = p.gate != nullptr ? p.gate[panel.h] : 1.0f;
   for (i64 q = 0; q < panel.lanes; ++q) {
     const bool seen = s.sees >> q & 1;
     factor[q] = s.total[q] != 0.0f ? gate / s.total[q] : (seen ? __builtin_nanf("") : 0.0f);
@@ -220,8 +220,8 @@ inline void finish(const Problem& p, const RowState& s, float* factor) {
   write_lse(p, s);
 }
 
-inline void begin_rows(const Problem& p, const KeyList& list, i64 kv, i64 index, RowState& s, Arena& arena, char* copy,
-                       i64 out_rows) {
+inline void begin_rows(const AttentionParams& p, const KeyList& list, i64 kv, i64 index, RowState& s, Arena& arena,
+                       char* copy, i64 out_rows) {
   s.panel = panel_at(p, kv, index);
   spans_of(p, s.panel, list, s.spans);
   const bool is_dot = uses_dot(p.query.type);
@@ -241,7 +241,7 @@ inline void begin_rows(const Problem& p, const KeyList& list, i64 kv, i64 index,
   transpose_rows(fetch(source, s.panel.count, p.dim, is_dot, copy), s.panel.count, depth, lanes, s.query);
 }
 
-inline ForwardScratch take_scratch(const Problem& p, Arena& arena, bool with_values) {
+inline ForwardScratch take_scratch(const AttentionParams& p, Arena& arena, bool with_values) {
   const bool is_dot = uses_dot(p.query.type);
   const i64 copied = Tile::copy_bytes(is_dot, p.value_dim), paired = Tile::pairs_bytes(is_dot, p.value_dim);
   ForwardScratch s;
@@ -258,17 +258,17 @@ inline ForwardScratch take_scratch(const Problem& p, Arena& arena, bool with_val
   return s;
 }
 
-inline i64 panel_bytes(const Problem& p, i64 out_rows) {
+inline i64 panel_bytes(const AttentionParams& p, i64 out_rows) {
   return round_up(sizeof(RowState), 64) + (depth_of(uses_dot(p.query.type), p.dim) + out_rows + 2) * kPanel * 4 + 256;
 }
 
-inline i64 forward_scratch(const Problem& p, i64 panels) {
+inline i64 forward_scratch(const AttentionParams& p, i64 panels) {
   Arena arena{nullptr};
   take_scratch(p, arena, true);
   return arena.used + panels * panel_bytes(p, p.value_dim);
 }
 
-inline void forward(const Problem& p, i64 kv, i64 first, i64 last, char* memory) {
+inline void forward(const AttentionParams& p, i64 kv, i64 first, i64 last, char* memory) {
   Arena arena{memory};
   const ForwardScratch scratch = take_scratch(p, arena, true);
   const KeyList list = list_of(p, kv);

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "rows.h"
+#include "tensor_rows.h"
 
 namespace mmkernels {
 namespace MMK_ISA {
@@ -20,17 +20,17 @@ struct Panel {
   Word real; // a bit for each query
 };
 
-MMK_INLINE i64 panels_of(const Problem& p) { // of one (b, h)
+MMK_INLINE i64 panels_of(const AttentionParams& p) { // of one (b, h)
   return p.panels != nullptr ? p.panel_count : (p.q_len + kPanel - 1) / kPanel;
 }
-MMK_INLINE i64 sharers(const Problem& p) { // batch entries that share one batch entry of the keys
+MMK_INLINE i64 sharers(const AttentionParams& p) { // batch entries that share one batch entry of the keys
   return p.key_batch == p.batch ? 1 : p.batch;
 }
-MMK_INLINE i64 group_of(const Problem& p) {
+MMK_INLINE i64 group_of(const AttentionParams& p) {
   return p.heads / p.key_heads;
 }
 // Panel `index` of those that look at key head `kv`: by batch entry, query head, place.
-inline Panel panel_at(const Problem& p, i64 kv, i64 index) {
+inline Panel panel_at(const AttentionParams& p, i64 kv, i64 index) {
   const i64 of_head = panels_of(p), group = group_of(p);
   Panel panel;
   panel.number = index % of_head;
@@ -51,7 +51,7 @@ inline Panel panel_at(const Problem& p, i64 kv, i64 index) {
   return panel;
 }
 
-MMK_INLINE KeyList list_of(const Problem& p, i64 kv) {
+MMK_INLINE KeyList list_of(const AttentionParams& p, i64 kv) {
   return p.lists != nullptr ? p.lists[kv / p.key_heads] : KeyList{nullptr, p.k_len};
 }
 MMK_INLINE i64 key_at(const KeyList& list, i64 place) {
@@ -78,7 +78,7 @@ MMK_INLINE i64 place_of(const KeyList& list, i64 key) {
 struct Run {
   i64 first, last;
 };
-MMK_INLINE Run run_of(const Problem& p, const KeyList& list, i64 b, i64 i) {
+MMK_INLINE Run run_of(const AttentionParams& p, const KeyList& list, i64 b, i64 i) {
   if (p.start == nullptr) {
     return {0, list.count};
   }
@@ -90,7 +90,7 @@ MMK_INLINE Run run_of(const Problem& p, const KeyList& list, i64 b, i64 i) {
 // Cuts the queries of one batch entry into panels: a query joins the panel before it unless computing the two apart is
 // less work. Work: keys that somebody of the panel sees, times vectors of queries, one more for what a panel costs by
 // itself.
-inline i64 plan_panels(const Problem& p, i64 b, PanelRange* ranges) {
+inline i64 plan_panels(const AttentionParams& p, i64 b, PanelRange* ranges) {
   const KeyList all{nullptr, p.k_len};
   const auto work = [](i64 queries, i64 keys) { return ((queries + kLanes - 1) / kLanes + 1) * keys; };
   const auto length = [](const Run& r) { return r.last - r.first; };
@@ -140,7 +140,7 @@ struct Spans {
   i64 full_first, full_last; // every query's span shows all of these
 };
 
-inline void spans_of(const Problem& p, const Panel& panel, const KeyList& list, Spans& spans) {
+inline void spans_of(const AttentionParams& p, const Panel& panel, const KeyList& list, Spans& spans) {
   spans.first = list.count;
   spans.last = 0;
   spans.full_first = 0;
@@ -170,7 +170,7 @@ struct Sight {
 };
 
 //   words: room for b - a + 1; one word in front of it may be written later (`from_even`).
-inline Sight see(const Problem& p, const Panel& panel, const KeyList& list, const Spans& spans, i64 a, i64 b,
+inline Sight see(const AttentionParams& p, const Panel& panel, const KeyList& list, const Spans& spans, i64 a, i64 b,
                  Word* words) {
   a = most(a, spans.first);
   b = least(b, spans.last);
@@ -260,7 +260,7 @@ inline Sight from_even(Sight sight, i64 first, const Panel& panel, Word* words) 
 }
 
 // One panel of `dense` as words: the bytes of eight queries become the bits of one byte, for many keys at once.
-inline void mask_words(const Problem& p, i64 b, i64 h, i64 number) {
+inline void mask_words(const AttentionParams& p, i64 b, i64 h, i64 number) {
   const std::uint8_t* mask = p.dense + b * p.dense_b + h * p.dense_h;
   char* to = p.words + (b * p.words_b + h * p.words_h + number * p.words_panel) * sizeof(Word);
   const i64 i0 = number * kPanel;

@@ -7,7 +7,7 @@
 namespace mmkernels {
 namespace MMK_ISA {
 
-inline i64 scores_scratch(const Problem& p) {
+inline i64 scores_scratch(const AttentionParams& p) {
   Arena arena{nullptr};
   take_scratch(p, arena, false);
   return arena.used + panel_bytes(p, 0);
@@ -15,7 +15,7 @@ inline i64 scores_scratch(const Problem& p) {
 
 // One panel's scores of places [first, last), tile by tile: f(sight, factor, scores).
 template <typename F>
-void each_score_tile(const Problem& p, const KeyList& list, const RowState& s, i64 kv, i64 first, i64 last,
+void each_score_tile(const AttentionParams& p, const KeyList& list, const RowState& s, i64 kv, i64 first, i64 last,
                      const ForwardScratch& scratch, const F& f) {
   Tile keys(p, p.key, list, kv, p.dim, scratch.key_copy, nullptr);
   first = most(first, s.spans.first);
@@ -31,7 +31,7 @@ void each_score_tile(const Problem& p, const KeyList& list, const RowState& s, i
   }
 }
 
-inline void scores_lse(const Problem& p, i64 kv, i64 panel, char* memory) {
+inline void scores_lse(const AttentionParams& p, i64 kv, i64 panel, char* memory) {
   Arena arena{memory};
   const ForwardScratch scratch = take_scratch(p, arena, false);
   const KeyList list = list_of(p, kv);
@@ -64,7 +64,7 @@ inline void normalise(const RowState& s, const Sight& sight, float factor, const
 }
 
 // The panel's log-sum-exp in base 2 and each query's weight (1 where there are none, 0 past the last query).
-inline void take_rows(const Problem& p, const RowState& s, float* lse, float* counts) {
+inline void take_rows(const AttentionParams& p, const RowState& s, float* lse, float* counts) {
   const Panel& panel = s.panel;
   const float* from = p.lse + (panel.b * p.heads + panel.h) * p.q_len + panel.i0;
   const View& x = p.query_weights;
@@ -79,7 +79,7 @@ inline void take_rows(const Problem& p, const RowState& s, float* lse, float* co
 }
 
 // Split `split` of the keys, for query head `head` of those that look at kv.
-inline void received(const Problem& p, i64 kv, i64 head, i64 split, char* memory) {
+inline void received(const AttentionParams& p, i64 kv, i64 head, i64 split, char* memory) {
   const KeyList list = list_of(p, kv);
   const i64 share = (list.count + p.splits - 1) / p.splits, first = split * share;
   for (i64 number = 0; number < panels_of(p); ++number) {
@@ -104,7 +104,7 @@ inline void received(const Problem& p, i64 kv, i64 head, i64 split, char* memory
   }
 }
 
-inline void weights(const Problem& p, i64 kv, i64 panel, char* memory) {
+inline void weights(const AttentionParams& p, i64 kv, i64 panel, char* memory) {
   Arena arena{memory};
   const ForwardScratch scratch = take_scratch(p, arena, false);
   const KeyList list = list_of(p, kv);

@@ -35,7 +35,7 @@ constexpr float kLowestBias = -2.3e38f;
 // Scores to (scores * scale + bias) in base 2, all of it in place: a factor that came later, in a fused product, would
 // leave of a huge score's distance from the largest what rounding made of that. A bias of -inf hides, whatever the
 // score is: that goes into the sight. The bias is read along its keys and turned in registers.
-inline void add_bias(const Problem& p, const Panel& panel, const KeyList& list, Sight& sight, float* scores,
+inline void add_bias(const AttentionParams& p, const Panel& panel, const KeyList& list, Sight& sight, float* scores,
                      Word* words) {
   const View& x = p.bias;
   const i64 size = bytes_of(x.type), count = sight.b - sight.a;
@@ -91,7 +91,7 @@ inline void add_bias(const Problem& p, const Panel& panel, const KeyList& list, 
 
 // Whether logarithms stay natural until they are taken relative to a row's largest. A bias may be huge: then that
 // difference is exact, and the difference of two rounded products would be nothing but their rounding.
-MMK_INLINE bool is_natural(const Problem& p) {
+MMK_INLINE bool is_natural(const AttentionParams& p) {
   return p.bias.data != nullptr;
 }
 
@@ -114,7 +114,7 @@ MMK_INLINE void hide(const Panel& panel, const Word* words, i64 count, float* sc
 }
 
 // For each place of [a, b) the bits of the queries whose probability dropout keeps.
-inline void kept_words(const Problem& p, const Panel& panel, const KeyList& list, i64 a, i64 b, Word* kept) {
+inline void kept_words(const AttentionParams& p, const Panel& panel, const KeyList& list, i64 a, i64 b, Word* kept) {
   UVec lane;
   for (int i = 0; i < kLanes; ++i) {
     lane[i] = (std::uint32_t)i;
@@ -179,7 +179,7 @@ MMK_INLINE void each_transposed_block(const Panel& panel, const KeyList& list, i
 // Keys or values of one tile, brought into the working format when first asked for.
 class Tile {
 public:
-  Tile(const Problem& p, const View& x, const KeyList& list, i64 kv, i64 cols, char* copy, char* pairs)
+  Tile(const AttentionParams& p, const View& x, const KeyList& list, i64 kv, i64 cols, char* copy, char* pairs)
       : source_(source_of(x, kv / p.key_heads, kv % p.key_heads)), list_(list), cols_(cols), dot_(uses_dot(x.type)),
         copy_(copy), pairs_(pairs) {}
 

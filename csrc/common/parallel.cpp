@@ -16,7 +16,7 @@ namespace {
 
 std::atomic<bool> forked{false};
 
-// Whoever started OpenMP's threads, torch or this: nothing tells, and waiting for them would never end.
+// Set after any fork: nothing tells whether OpenMP's threads had been started, and waiting for them would never end.
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 struct Free {
@@ -33,33 +33,33 @@ Memory allocate(std::int64_t bytes) {
   return Memory(static_cast<char*>(p));
 }
 
-// What a thread keeps from one call to the next, so that small calls neither allocate nor touch fresh pages: at most
-// the size of a second-level cache, which is what most calls' scratch is cut to.
-constexpr std::int64_t kKept = 1 << 20;
-thread_local Memory kept;
-thread_local std::int64_t kept_bytes = 0;
+// Scratch that each thread of a loop keeps, so that small calls neither allocate nor touch fresh pages: at most the
+// size of a second-level cache, which most calls' scratch fits.
+constexpr std::int64_t kMaxKeptScratch = 1 << 20;
+thread_local Memory kept_scratch;
+thread_local std::int64_t kept_scratch_bytes = 0;
 
-// What a thread keeps between calls, one in use at a time.
-constexpr std::int64_t kKeptBetweenCalls = 1 << 22;
-thread_local Memory between_calls;
-thread_local std::int64_t between_calls_bytes = 0;
+// The last workspace, which the thread that makes the calls keeps.
+constexpr std::int64_t kMaxKeptWorkspace = 1 << 22;
+thread_local Memory kept_workspace;
+thread_local std::int64_t kept_workspace_bytes = 0;
 
 } // namespace
 
 Workspace::Workspace(std::int64_t bytes) : data_(nullptr), bytes_(bytes) {
-  if (between_calls != nullptr && between_calls_bytes >= bytes) {
-    bytes_ = between_calls_bytes;
-    data_ = between_calls.release();
+  if (kept_workspace != nullptr && kept_workspace_bytes >= bytes) {
+    bytes_ = kept_workspace_bytes;
+    data_ = kept_workspace.release();
   } else {
     data_ = allocate(bytes).release();
   }
 }
 
 Workspace::~Workspace() {
-  Memory mine(data_);
-  if (bytes_ <= kKeptBetweenCalls && (between_calls == nullptr || between_calls_bytes < bytes_)) {
-    between_calls = std::move(mine);
-    between_calls_bytes = bytes_;
+  Memory memory(data_);
+  if (bytes_ <= kMaxKeptWorkspace && (kept_workspace == nullptr || kept_workspace_bytes < bytes_)) {
+    kept_workspace = std::move(memory);
+    kept_workspace_bytes = bytes_;
   }
 }
 
@@ -77,17 +77,17 @@ void parallel_tasks(std::int64_t count, int threads, std::int64_t bytes,
                     const std::function<void(std::int64_t, char*)>& run) {
   std::atomic<std::int64_t> next{0};
   const auto work = [&] {
-    Memory own;
+    Memory larger;
     char* scratch = nullptr;
-    if (bytes > kKept) {
-      own = allocate(bytes);
-      scratch = own.get();
+    if (bytes > kMaxKeptScratch) {
+      larger = allocate(bytes);
+      scratch = larger.get();
     } else if (bytes > 0) {
-      if (kept_bytes < bytes) {
-        kept = allocate(bytes);
-        kept_bytes = bytes;
+      if (kept_scratch_bytes < bytes) {
+        kept_scratch = allocate(bytes);
+        kept_scratch_bytes = bytes;
       }
-      scratch = kept.get();
+      scratch = kept_scratch.get();
     }
     for (std::int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
       run(i, scratch);
@@ -107,9 +107,9 @@ void parallel_tasks(std::int64_t count, int threads, std::int64_t bytes,
 
 void release_kept() {
   const auto release = [] {
-    kept.reset();
-    between_calls.reset();
-    kept_bytes = between_calls_bytes = 0;
+    kept_scratch.reset();
+    kept_workspace.reset();
+    kept_scratch_bytes = kept_workspace_bytes = 0;
   };
   release();
   const int threads = available_threads();

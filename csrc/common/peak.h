@@ -3,6 +3,7 @@
 
 #include <time.h>
 
+#include "table.h"
 #include "tile_gemm.h"
 
 namespace mmkernels {

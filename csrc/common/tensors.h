@@ -1,4 +1,4 @@
-// Torch's tensors at the kernels' door.
+// Types and sizes of torch's tensors, checked before kernels read them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,15 +27,20 @@ inline Type type_of(const Tensor& x) {
   }
 }
 
-// The public functions have checked everything and said it better; this keeps a call of torch.ops from reading past an
-// end. Sizes of -1 may be anything, those of `loose` dims also 1.
-inline void check_sizes(const char* name, const Tensor& x, at::IntArrayRef sizes, bool loose = false) {
+// The stride of a dim; 0 where its size is 1, so that it may be shared.
+inline i64 shared_stride(const Tensor& x, i64 dim) {
+  return x.size(dim) == 1 ? 0 : x.stride(dim);
+}
+
+// The public functions check everything, with better messages; this keeps a direct call of torch.ops from reading past
+// an end. A size of -1 may be anything; with `may_be_one` each dim may also have size 1.
+inline void check_sizes(const char* name, const Tensor& x, at::IntArrayRef sizes, bool may_be_one = false) {
   bool fits = x.device().is_cpu() && x.dim() == static_cast<i64>(sizes.size());
   for (i64 dim = 0; fits && dim < x.dim(); ++dim) {
-    fits = sizes[dim] < 0 || x.size(dim) == sizes[dim] || (loose && x.size(dim) == 1);
+    fits = sizes[dim] < 0 || x.size(dim) == sizes[dim] || (may_be_one && x.size(dim) == 1);
   }
-  TORCH_CHECK_VALUE(fits, name, " must be on the CPU and of shape ", sizes, loose ? " or 1 in any dim" : "", ", got ",
-                    x.sizes());
+  TORCH_CHECK_VALUE(fits, name, " must be on the CPU and of shape ", sizes, may_be_one ? " or 1 in any dim" : "",
+                    ", got ", x.sizes());
 }
 
 } // namespace mmkernels

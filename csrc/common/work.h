@@ -1,4 +1,4 @@
-// How much the contrastive ops' matrix products have multiplied, for benchmarks that count them.
+// How many FLOP the contrastive ops' matrix products have computed, for benchmarks that count them.
 #pragma once
 
 #include <atomic>
@@ -6,7 +6,7 @@
 
 namespace mmkernels {
 
-// FLOP since the process began, two for each product and sum.
+// Since the process began; a multiply-add counts as two.
 inline std::atomic<std::int64_t>& multiplied() {
   static std::atomic<std::int64_t> total{0};
   return total;

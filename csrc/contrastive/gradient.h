@@ -27,7 +27,7 @@ struct GradientScratch {
   i64 text_stride, image_stride; // bytes of a row of by_text and by_image
   i64 bytes;
 
-  GradientScratch(const PairProblem& p, char* memory) {
+  GradientScratch(const ContrastiveParams& p, char* memory) {
     Arena arena{memory};
     const i64 rows = block_rows(p), lanes = strip_lanes(p), several = p.queries > 1 ? 1 : 0;
     const i64 size = is_dot(p) && !several ? 2 : 4;
@@ -45,15 +45,15 @@ struct GradientScratch {
     bytes = arena.used;
   }
 };
-inline i64 gradient_scratch(const PairProblem& p) {
+inline i64 gradient_scratch(const ContrastiveParams& p) {
   return most(GradientScratch(p, nullptr).bytes, copy_bytes(p, kPanel));
 }
 
 // Packing, by panels.
-inline i64 pieces(const PairProblem& p) {
+inline i64 pieces(const ContrastiveParams& p) {
   return strip_lanes(p) / kPanel;
 }
-inline void pack(const PairProblem& p, const Strip& strip, i64 piece, float* panels, char* rows, char* scratch) {
+inline void pack(const ContrastiveParams& p, const Strip& strip, i64 piece, float* panels, char* rows, char* scratch) {
   const i64 lane = piece * kPanel, lanes = least<i64>(kPanel, strip.count - lane);
   if (lanes <= 0) {
     return;
@@ -85,12 +85,12 @@ inline void pack(const PairProblem& p, const Strip& strip, i64 piece, float* pan
 
 // The gradient by a vector of dots: a row of texts against kLanes images.
 struct SoftmaxGradient {
-  const PairProblem& p;
+  const ContrastiveParams& p;
   const bool of_images, of_texts, even;
   Vec reference, softmax, positive, even_image; // of the images
 
-  SoftmaxGradient(const PairProblem& p, int side)
-      : p(p), of_images(p.of_images.reference != nullptr), of_texts(side == 0 && p.of_texts.reference != nullptr),
+  SoftmaxGradient(const ContrastiveParams& p, bool hard)
+      : p(p), of_images(p.of_images.reference != nullptr), of_texts(!hard && p.of_texts.reference != nullptr),
         even(p.of_images.even != nullptr || p.of_texts.even != nullptr) {}
 
   void move(i64 image) {
@@ -125,10 +125,10 @@ struct SoftmaxGradient {
 };
 
 struct SigmoidGradient {
-  const PairProblem& p;
+  const ContrastiveParams& p;
   Vec wrong_loss = zero(); // of the last call
 
-  SigmoidGradient(const PairProblem& p, int) : p(p) {}
+  SigmoidGradient(const ContrastiveParams& p, int) : p(p) {}
   void move(i64) {}
 
   MMK_INLINE Vec operator()(Vec dot, i64, std::uint32_t bits, std::uint32_t) {
@@ -153,11 +153,11 @@ struct TileOut {
 };
 
 template <typename Gradient>
-void gradient_tile(const PairProblem& p, int side, i64 row, i64 rows, i64 lane, i64 lanes, const std::int32_t* labels,
-                   const float* dots, const TileOut& out, GradientSums& sums) {
-  Gradient gradient(p, side);
+void gradient_tile(const ContrastiveParams& p, bool hard, i64 row, i64 rows, i64 lane, i64 lanes,
+                   const std::int32_t* labels, const float* dots, const TileOut& out, GradientSums& sums) {
+  Gradient gradient(p, hard);
   constexpr bool kSigmoid = std::is_same<Gradient, SigmoidGradient>::value;
-  const bool matches = may_match(p, side, row, rows, lane, lanes);
+  const bool matches = may_match(p, hard, row, rows, lane, lanes);
   const Vec factor = set1(out.factor), middle = set1(p.middle);
   for (int v = 0; v < kVectors; ++v) {
     const std::uint32_t live = live_bits(v * kLanes, lanes);
@@ -175,7 +175,7 @@ void gradient_tile(const PairProblem& p, int side, i64 row, i64 rows, i64 lane, 
         }
         std::uint32_t bits = 0, own = 0;
         if (matches) {
-          bits = match_bits(p, side, row + r, lane, lanes, labels, v);
+          bits = match_bits(p, hard, row + r, lane, lanes, labels, v);
           own = bits & own_bit(row + r, lane, v);
         }
         const Vec dot = load(dots + r * kPanel + v * kLanes);
@@ -217,8 +217,9 @@ void gradient_tile(const PairProblem& p, int side, i64 row, i64 rows, i64 lane, 
 }
 
 // Several queries: each pair's gradient goes to the query that won, row by row.
-inline void add_rows(const PairProblem& p, const float* gradients, i64 stride, const std::int32_t* winner, i64 rows,
-                     i64 lanes, const float* image_rows, const float* text_rows, float* of_images, float* of_texts) {
+inline void add_rows(const ContrastiveParams& p, const float* gradients, i64 stride, const std::int32_t* winner,
+                     i64 rows, i64 lanes, const float* image_rows, const float* text_rows, float* of_images,
+                     float* of_texts) {
   const i64 columns = columns_of(p);
   multiplied_here() += 2 * rows * lanes * columns * ((of_images != nullptr) + (of_texts != nullptr));
   for (i64 r = 0; r < rows; ++r) {
@@ -238,15 +239,15 @@ inline void add_rows(const PairProblem& p, const float* gradients, i64 stride, c
 }
 
 template <bool kDot>
-void products(const PairProblem& p, const Strip& strip, const GradientScratch& s, Rows texts, i64 rows, int side,
+void products(const ContrastiveParams& p, const Strip& strip, const GradientScratch& s, Rows texts, i64 rows, bool hard,
               i64 row, bool first, bool first_block, float* part) {
   const i64 lanes = padded_lanes(strip), over_lanes = product_depth(p, lanes), over_rows = product_depth(p, rows);
   for (i64 group = 0; group < groups_of(p); ++group) {
     const i64 vectors = vectors_of(p, group), columns = p.dim - group * kPanel; // left
-    if (p.need_rows[side]) {
+    if (p.need_rows[hard]) {
       const Operand a{s.by_text, s.text_stride, 4};
       const float* b = (const float*)strip.rows + group * over_lanes * kPanel;
-      float* to = p.grad_rows[side] + row * p.dim + group * kPanel;
+      float* to = p.grad_rows[hard] + row * p.dim + group * kPanel;
       if (columns >= vectors * kLanes) {
         product<kDot>(a, b, to, p.dim, rows, vectors, over_lanes, !first);
       } else { // whole vectors go beyond the row
@@ -268,30 +269,30 @@ void products(const PairProblem& p, const Strip& strip, const GradientScratch& s
   }
 }
 
-inline i64 part_floats(const PairProblem& p) {
+inline i64 part_floats(const ContrastiveParams& p) {
   return strip_lanes(p) * (p.queries > 1 ? p.queries * columns_of(p) : groups_of(p) * kPanel);
 }
 
 template <typename Gradient>
-void gradient_of(const PairProblem& p, const Strip& strip, const Task& task, bool first, float* part,
+void gradient_of(const ContrastiveParams& p, const Strip& strip, const Task& task, bool first, float* part,
                  GradientSums& sums, char* scratch) {
   const GradientScratch s(p, scratch);
-  const Features& side = side_of(p, task.side);
+  const Features& features = texts_of(p, task.hard);
   const bool several = p.queries > 1, dot = is_dot(p) && !several;
-  const bool wanted = p.need_image || p.need_rows[task.side];
+  const bool wanted = p.need_image || p.need_rows[task.hard];
   const i64 step = block_rows(p), columns = columns_of(p);
   if (several && p.need_image) {
     std::memset(part, 0, part_floats(p) * sizeof(float));
   }
-  if (several && first && p.need_rows[task.side]) {
-    std::memset(p.grad_rows[task.side] + task.first * p.dim, 0, (task.last - task.first) * p.dim * sizeof(float));
+  if (several && first && p.need_rows[task.hard]) {
+    std::memset(p.grad_rows[task.hard] + task.first * p.dim, 0, (task.last - task.first) * p.dim * sizeof(float));
   }
   for (i64 lane = 0; lane < strip.count; lane += kPanel) {
     panel_labels(p, strip.first + lane, least<i64>(kPanel, strip.count - lane), s.labels + lane);
   }
   for (i64 row = task.first; row < task.last; row += step) {
     const i64 rows = least(step, task.last - row);
-    const Rows texts = fetch(source_of(side, row), rows, p.dim, is_dot(p), s.texts);
+    const Rows texts = fetch(source_of(features, row), rows, p.dim, is_dot(p), s.texts);
     if (several && wanted) {
       for (i64 r = 0; r < rows; ++r) {
         for (i64 c = 0; c < p.dim; c += kLanes) {
@@ -311,25 +312,25 @@ void gradient_of(const PairProblem& p, const Strip& strip, const Task& task, boo
                         s.image_stride,
                         dot,
                         p.factor};
-      gradient_tile<Gradient>(p, task.side, row, rows, strip.first + lane, lanes, s.labels + lane, s.dots, out, sums);
+      gradient_tile<Gradient>(p, task.hard, row, rows, strip.first + lane, lanes, s.labels + lane, s.dots, out, sums);
       if (several && wanted) {
         const i64 at = lane * p.queries * columns;
         add_rows(p, (const float*)out.by_text, s.text_stride / 4, s.winner, rows, lanes, (const float*)strip.rows + at,
                  s.groups, p.need_image ? part + at : nullptr,
-                 p.need_rows[task.side] ? p.grad_rows[task.side] + row * p.dim : nullptr);
+                 p.need_rows[task.hard] ? p.grad_rows[task.hard] + row * p.dim : nullptr);
       }
     }
     if (!several && wanted) {
       if (dot) {
-        products<kHasDot>(p, strip, s, texts, rows, task.side, row, first, row == task.first, part);
+        products<kHasDot>(p, strip, s, texts, rows, task.hard, row, first, row == task.first, part);
       } else {
-        products<false>(p, strip, s, texts, rows, task.side, row, first, row == task.first, part);
+        products<false>(p, strip, s, texts, rows, task.hard, row, first, row == task.first, part);
       }
     }
   }
 }
 
-inline void gradient(const PairProblem& p, const Strip& strip, const Task& task, bool first, float* part,
+inline void gradient(const ContrastiveParams& p, const Strip& strip, const Task& task, bool first, float* part,
                      GradientSums& sums, char* scratch) {
   if (p.sigmoid) {
     gradient_of<SigmoidGradient>(p, strip, task, first, part, sums, scratch);
@@ -338,7 +339,7 @@ inline void gradient(const PairProblem& p, const Strip& strip, const Task& task,
   }
 }
 
-inline void convert(const PairProblem& p, const float* from, i64 rows, Type type, char* to) {
+inline void convert(const ContrastiveParams& p, const float* from, i64 rows, Type type, char* to) {
   const i64 size = bytes_of(type);
   for (i64 r = 0; r < rows; ++r) {
     for (i64 c = 0; c < p.dim; c += kLanes) {
@@ -347,7 +348,7 @@ inline void convert(const PairProblem& p, const float* from, i64 rows, Type type
   }
 }
 
-inline void merge(const PairProblem& p, const Strip& strip, const float* parts, i64 count, i64 first, i64 last,
+inline void merge(const ContrastiveParams& p, const Strip& strip, const float* parts, i64 count, i64 first, i64 last,
                   Type type, char* to) {
   const i64 size = bytes_of(type), lanes = strip_lanes(p), apart = part_floats(p);
   for (i64 i = first; i < last; ++i) {

@@ -7,7 +7,7 @@ namespace mmkernels {
 namespace MMK_ISA {
 
 // Each query's score with its target, from the same products of the same numbers in the same order as all others.
-inline void target_scores(const PairProblem& p, const Strip& strip, const Ranks& ranks, char* scratch) {
+inline void target_scores(const ContrastiveParams& p, const Strip& strip, const Ranks& ranks, char* scratch) {
   const GradientScratch s(p, scratch);
   for (i64 i = 0; i < strip.count; ++i) {
     const i64 lane = i / kPanel * kPanel, in_panel = i % kPanel / kLanes * kLanes; // of its vector
@@ -17,7 +17,7 @@ inline void target_scores(const PairProblem& p, const Strip& strip, const Ranks&
   }
 }
 
-inline void count_before(const PairProblem& p, const Strip& strip, const Task& task, const Ranks& ranks,
+inline void count_before(const ContrastiveParams& p, const Strip& strip, const Task& task, const Ranks& ranks,
                          char* scratch) {
   const GradientScratch s(p, scratch);
   const i64 step = block_rows(p);

@@ -19,11 +19,11 @@ MMK_INLINE void add_sums(float* reference, float* sum, Vec base, Vec more) {
 
 // What a block of texts and a panel of images have to do with each other.
 struct SoftmaxTile {
-  const PairProblem& p;
+  const ContrastiveParams& p;
   float* dots;     // [rows, kPanel]
   i64 rows, lanes; // of texts, of images that are there
   i64 row, lane;   // numbers of the first ones
-  int side;
+  bool hard;
   const std::int32_t* labels; // of the images
   Sums texts, images;         // of the first ones
   Ranks text_ranks, image_ranks;
@@ -58,7 +58,7 @@ struct SoftmaxTile {
       for (int v = 0; v < kVectors; ++v) {
         std::uint32_t seen = live_bits(v * kLanes, lanes);
         if (hides) {
-          seen &= ~match_bits(p, side, row + r, lane, lanes, labels, v) | own_bit(row + r, lane, v);
+          seen &= ~match_bits(p, hard, row + r, lane, lanes, labels, v) | own_bit(row + r, lane, v);
         }
         const Vec x = choose(seen, load(dots + r * kPanel + v * kLanes), zero());
         columns[v] += x;
@@ -75,7 +75,7 @@ struct SoftmaxTile {
   template <typename F> void each_match(const F& f) const {
     for (i64 r = 0; r < rows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
-        for (std::uint32_t bits = match_bits(p, side, row + r, lane, lanes, labels, v); bits != 0; bits &= bits - 1) {
+        for (std::uint32_t bits = match_bits(p, hard, row + r, lane, lanes, labels, v); bits != 0; bits &= bits - 1) {
           const i64 i = v * kLanes + __builtin_ctz(bits);
           f(r, i, !p.ignore || row + r == lane + i);
         }
@@ -83,7 +83,7 @@ struct SoftmaxTile {
     }
   }
   bool matches() const {
-    return may_match(p, side, row, rows, lane, lanes);
+    return may_match(p, hard, row, rows, lane, lanes);
   }
 
   // Positives' dots to their sums; pairs that take no part are hidden.
@@ -134,7 +134,7 @@ struct SoftmaxTile {
     for (int v = 0; v < kVectors; ++v) {
       add_sums(images.reference + v * kLanes, images.sum + v * kLanes, base, columns[v]);
     }
-    if (side == 0) {
+    if (!hard) {
       for (i64 r = 0; r < rows; r += kLanes) {
         add_sums(texts.reference + r, texts.sum + r, base, load(text_sums + r));
       }
@@ -157,7 +157,7 @@ struct SoftmaxTile {
       }
       add_sums(images.reference + v * kLanes, images.sum + v * kLanes, top, more);
     }
-    for (i64 r = 0; side == 0 && r < rows; ++r) {
+    for (i64 r = 0; !hard && r < rows; ++r) {
       const float* line = dots + r * kPanel;
       Vec top = set1(-kInf), more = zero();
       for (int v = 0; v < kVectors; ++v) {
@@ -177,15 +177,15 @@ struct SoftmaxTile {
   void count_before() const {
     const float* best = image_ranks.best;
     for (i64 r = 0; r < rows; ++r) {
-      const float own = side == 0 ? text_ranks.best[r] : kInf;
-      const std::int32_t place = side == 0 ? text_ranks.place[r] : 0;
+      const float own = !hard ? text_ranks.best[r] : kInf;
+      const std::int32_t place = !hard ? text_ranks.place[r] : 0;
       // Hard texts come after all others.
-      const std::int32_t number = (std::int32_t)((side == 0 ? 0 : p.text.count) + row + r);
+      const std::int32_t number = (std::int32_t)((!hard ? 0 : p.text.count) + row + r);
       std::int32_t count = 0;
       for (int v = 0; v < kVectors; ++v) {
         const Vec x = load(dots + r * kPanel + v * kLanes) * set1(p.sign), other = load(best + v * kLanes);
         const std::uint32_t counted =
-            live_bits(v * kLanes, lanes) & ~match_bits(p, side, row + r, lane, lanes, labels, v);
+            live_bits(v * kLanes, lanes) & ~match_bits(p, hard, row + r, lane, lanes, labels, v);
         IVec lower;
         for (int n = 0; n < kLanes; ++n) {
           lower[n] = (std::int32_t)(lane + v * kLanes + n);
@@ -198,7 +198,7 @@ struct SoftmaxTile {
         const IVec more = (IVec)choose(before_image, one, none);
         store(image_ranks.before + v * kLanes, (Vec)((IVec)load(image_ranks.before + v * kLanes) + more));
       }
-      if (side == 0) {
+      if (!hard) {
         text_ranks.before[r] += count;
       }
     }
@@ -212,7 +212,7 @@ struct SoftmaxScratch {
   float* positives; // of a block's texts
   i64 bytes;
 
-  SoftmaxScratch(const PairProblem& p, char* memory) {
+  SoftmaxScratch(const ContrastiveParams& p, char* memory) {
     Arena arena{memory};
     const i64 rows = block_rows(p);
     panel = arena.take<float>(p.queries * depth_of(p) * kPanel);
@@ -225,11 +225,12 @@ struct SoftmaxScratch {
     bytes = arena.used;
   }
 };
-inline i64 softmax_scratch(const PairProblem& p) {
+inline i64 softmax_scratch(const ContrastiveParams& p) {
   return SoftmaxScratch(p, nullptr).bytes;
 }
 
-template <typename F> void each_panel(const PairProblem& p, const Task& task, const SoftmaxScratch& s, const F& f) {
+template <typename F>
+void each_panel(const ContrastiveParams& p, const Task& task, const SoftmaxScratch& s, const F& f) {
   const i64 step = block_rows(p);
   for (i64 lane = 0; lane < p.image.count; lane += kPanel) {
     const i64 lanes = least<i64>(kPanel, p.image.count - lane);
@@ -251,21 +252,21 @@ MMK_INLINE Ranks from(const Ranks& x, i64 n) {
 }
 
 // Images' arrays are padded to whole panels, texts' to whole vectors behind each task's end.
-inline void softmax(const PairProblem& p, const Task& task, const Sums& images, const Ranks& image_ranks,
+inline void softmax(const ContrastiveParams& p, const Task& task, const Sums& images, const Ranks& image_ranks,
                     char* scratch) {
   const SoftmaxScratch s(p, scratch);
-  const Features& side = side_of(p, task.side);
+  const Features& features = texts_of(p, task.hard);
   each_panel(p, task, s, [&](i64 lane, i64 lanes, i64 row, i64 rows) {
-    const Rows texts = fetch(source_of(side, row), rows, p.dim, is_dot(p), s.texts);
+    const Rows texts = fetch(source_of(features, row), rows, p.dim, is_dot(p), s.texts);
     panel_dots(p, texts, rows, s.panel, lanes, s.tile, s.other, nullptr);
-    const bool own = task.side == 0;
+    const bool own = !task.hard;
     const SoftmaxTile tile{p,
                            s.tile,
                            rows,
                            lanes,
                            row,
                            lane,
-                           task.side,
+                           task.hard,
                            s.labels,
                            own ? from(p.text_sums, row) : Sums{},
                            from(images, lane),
@@ -294,13 +295,13 @@ inline void softmax(const PairProblem& p, const Task& task, const Sums& images, 
 
 // Before ranks can be counted: each row's best positive, from the same products of the same numbers in the same order;
 // only of texts that have one in the panel.
-inline void best_positives(const PairProblem& p, const Task& task, const Ranks& images, char* scratch) {
+inline void best_positives(const ContrastiveParams& p, const Task& task, const Ranks& images, char* scratch) {
   const SoftmaxScratch s(p, scratch);
   each_panel(p, task, s, [&](i64 lane, i64 lanes, i64 row, i64 rows) {
-    if (!may_match(p, task.side, row, rows, lane, lanes)) {
+    if (!may_match(p, task.hard, row, rows, lane, lanes)) {
       return;
     }
-    const auto bits_of_text = [&](i64 r, int v) { return match_bits(p, task.side, r, lane, lanes, s.labels, v); };
+    const auto bits_of_text = [&](i64 r, int v) { return match_bits(p, task.hard, r, lane, lanes, s.labels, v); };
     std::int32_t matching[kMostRows];
     i64 count = 0;
     for (i64 r = 0; r < rows; ++r) {

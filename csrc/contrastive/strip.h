@@ -3,7 +3,7 @@
 
 #include "../common/rows.h"
 #include "../common/tile_gemm.h"
-#include "problem.h"
+#include "params.h"
 
 namespace mmkernels {
 namespace MMK_ISA {
@@ -11,29 +11,29 @@ namespace MMK_ISA {
 constexpr i64 kMostLanes = 256; // of a strip
 constexpr i64 kMostRows = 128;  // of a block of texts
 
-MMK_INLINE bool is_dot(const PairProblem& p) {
+MMK_INLINE bool is_dot(const ContrastiveParams& p) {
   return uses_dot(p.image.type);
 }
-MMK_INLINE i64 depth_of(const PairProblem& p) {
+MMK_INLINE i64 depth_of(const ContrastiveParams& p) {
   return depth_of(is_dot(p), p.dim);
 }
-inline i64 columns_of(const PairProblem& p) {
+inline i64 columns_of(const ContrastiveParams& p) {
   return pad_lanes(p.dim);
 }
 // Images of a full strip: as many as leave its panels in the caches.
-inline i64 strip_lanes(const PairProblem& p) {
+inline i64 strip_lanes(const ContrastiveParams& p) {
   const i64 fit = (1 << 20) / (p.queries * depth_of(p) * 4) / kPanel * kPanel;
   return most<i64>(kPanel, least(least(fit, kMostLanes), round_up(p.image.count, kPanel)));
 }
-inline i64 block_rows(const PairProblem& p) {
+inline i64 block_rows(const ContrastiveParams& p) {
   const i64 fit = (1 << 18) / (columns_of(p) * 4) / kLanes * kLanes;
   return most<i64>(kLanes, least(fit, kMostRows));
 }
 // Groups of columns that a product of gradients works on together.
-MMK_INLINE i64 groups_of(const PairProblem& p) {
+MMK_INLINE i64 groups_of(const ContrastiveParams& p) {
   return (columns_of(p) + kPanel - 1) / kPanel;
 }
-MMK_INLINE i64 vectors_of(const PairProblem& p, i64 group) {
+MMK_INLINE i64 vectors_of(const ContrastiveParams& p, i64 group) {
   return least<i64>(kVectors, columns_of(p) / kLanes - group * kVectors);
 }
 MMK_INLINE i64 padded_lanes(const Strip& strip) {
@@ -64,21 +64,21 @@ void product(Operand a, const void* b, float* c, i64 c_row, i64 rows, i64 vector
 MMK_INLINE Source source_of(const Features& x, i64 row, i64 query = 0) {
   return {x.data + (row * x.row + query * x.query) * bytes_of(x.type), x.type, x.row, x.column, nullptr};
 }
-MMK_INLINE const Features& side_of(const PairProblem& p, int side) {
-  return side == 0 ? p.text : p.hard;
+MMK_INLINE const Features& texts_of(const ContrastiveParams& p, bool hard) {
+  return !hard ? p.text : p.hard;
 }
 
 // Rows of B for so many rows of features.
-MMK_INLINE i64 product_depth(const PairProblem& p, i64 rows) {
+MMK_INLINE i64 product_depth(const ContrastiveParams& p, i64 rows) {
   return is_dot(p) ? (rows + 1) / 2 : rows;
 }
 
-inline i64 panels_bytes(const PairProblem& p) {
+inline i64 panels_bytes(const ContrastiveParams& p) {
   return strip_lanes(p) * p.queries * depth_of(p) * 4;
 }
 // One query's rows for products: [groups, lanes (or pairs of lanes), kPanel]; several queries': [lanes, queries,
 // columns] in float32.
-inline i64 rows_bytes(const PairProblem& p) {
+inline i64 rows_bytes(const ContrastiveParams& p) {
   const i64 lanes = strip_lanes(p);
   if (p.queries > 1) {
     return lanes * p.queries * columns_of(p) * 4;
@@ -88,7 +88,7 @@ inline i64 rows_bytes(const PairProblem& p) {
 
 // `count` rows in the working format, of them a group of columns, to B of a product over rows: [rows (or pairs of
 // rows), kPanel], zeros from `count` on up to `padded`.
-inline void group_columns(const PairProblem& p, Rows rows, i64 count, i64 padded, i64 group, float* to) {
+inline void group_columns(const ContrastiveParams& p, Rows rows, i64 count, i64 padded, i64 group, float* to) {
   const i64 first = group * kPanel, cols = least<i64>(kPanel, p.dim - first);
   if (is_dot(p)) {
     for (i64 r = 0; r < padded; r += 2, to += kPanel) {
@@ -110,11 +110,11 @@ inline void group_columns(const PairProblem& p, Rows rows, i64 count, i64 padded
 }
 
 // One panel of one query: rows to columns.
-inline void pack_panel(const PairProblem& p, i64 first, i64 count, i64 query, float* to, char* copy) {
+inline void pack_panel(const ContrastiveParams& p, i64 first, i64 count, i64 query, float* to, char* copy) {
   const Source from = source_of(p.image, first, query);
   transpose_rows(fetch(from, count, p.dim, is_dot(p), copy), count, depth_of(p), kPanel, to);
 }
-MMK_INLINE i64 copy_bytes(const PairProblem& p, i64 rows) {
+MMK_INLINE i64 copy_bytes(const ContrastiveParams& p, i64 rows) {
   return rows * row_bytes(is_dot(p), p.dim);
 }
 
@@ -127,7 +127,7 @@ struct Power {
     return times_exp2(fraction, n, n);
   }
 };
-MMK_INLINE Power power_of(const PairProblem& p, Vec dot) {
+MMK_INLINE Power power_of(const ContrastiveParams& p, Vec dot) {
   const Vec high = set1(p.high), n = round_to_whole(dot * high);
   const Vec f = fma(dot, set1(p.low), fma_exact(dot, high, -n));
   // More than a half only where float32 knows no fractions, logits of millions: there the rounded logit counts.
@@ -138,7 +138,7 @@ constexpr i64 kChain = 128; // products that float32 sums in one chain: longer o
 
 // Logits before the scale, [rows, kPanel], of a panel of images, of which `lanes` are there; the others' are 0 or a
 // padding's. Of several queries the largest, and which one it is if `winner` is given. `other` is a tile of scratch.
-inline void panel_dots(const PairProblem& p, Rows texts, i64 rows, const float* panel, i64 lanes, float* to,
+inline void panel_dots(const ContrastiveParams& p, Rows texts, i64 rows, const float* panel, i64 lanes, float* to,
                        float* other, std::int32_t* winner) {
   const i64 vectors = vectors_of_lanes(lanes);
   const i64 depth = depth_of(p);
@@ -179,18 +179,18 @@ inline void panel_dots(const PairProblem& p, Rows texts, i64 rows, const float* 
 }
 
 // Labels of a panel's images, -1 behind the last.
-inline void panel_labels(const PairProblem& p, i64 first, i64 count, std::int32_t* to) {
+inline void panel_labels(const ContrastiveParams& p, i64 first, i64 count, std::int32_t* to) {
   for (i64 i = 0; i < kPanel; ++i) {
     to[i] = i >= count ? -1 : (p.image_label != nullptr ? p.image_label[first + i] : (std::int32_t)(first + i));
   }
 }
 // Of a text; -2, which no image has, of hard ones.
-MMK_INLINE std::int32_t row_label(const PairProblem& p, int side, i64 row) {
-  return side != 0 ? -2 : (p.text_label != nullptr ? p.text_label[row] : (std::int32_t)row);
+MMK_INLINE std::int32_t row_label(const ContrastiveParams& p, bool hard, i64 row) {
+  return hard ? -2 : (p.text_label != nullptr ? p.text_label[row] : (std::int32_t)row);
 }
 // Whether any pair of a tile may share a label.
-MMK_INLINE bool may_match(const PairProblem& p, int side, i64 row, i64 rows, i64 first, i64 count) {
-  return side == 0 && (p.image_label != nullptr || (row < first + count && first < row + rows));
+MMK_INLINE bool may_match(const ContrastiveParams& p, bool hard, i64 row, i64 rows, i64 first, i64 count) {
+  return !hard && (p.image_label != nullptr || (row < first + count && first < row + rows));
 }
 // The low bits of the lanes from `at` on that stand for images.
 MMK_INLINE std::uint32_t live_bits(i64 at, i64 count) {
@@ -202,11 +202,11 @@ MMK_INLINE std::uint32_t own_bit(i64 row, i64 lane, i64 v) {
   return i >= 0 && i < kLanes ? 1u << i : 0;
 }
 // Which images of vector v of a panel share a text's label, or are its positive: the low bits.
-MMK_INLINE std::uint32_t match_bits(const PairProblem& p, int side, i64 row, i64 lane, i64 lanes,
+MMK_INLINE std::uint32_t match_bits(const ContrastiveParams& p, bool hard, i64 row, i64 lane, i64 lanes,
                                     const std::int32_t* labels, i64 v) {
-  const std::int32_t label = row_label(p, side, row);
+  const std::int32_t label = row_label(p, hard, row);
   std::uint32_t bits = bits_of((IVec)load(labels + v * kLanes) == label - IVec{});
-  if (p.ignore && side == 0) { // the positive's label may be another
+  if (p.ignore && !hard) { // the positive's label may be another
     bits |= own_bit(row, lane, v) & live_bits(v * kLanes, lanes);
   }
   return bits;

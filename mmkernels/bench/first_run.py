@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from mmkernels.bench.gate import flat
 from mmkernels.bench.peers import Call
 from mmkernels.meters import Run, peak_memory
-from mmkernels.runtime import triton
+from mmkernels.runtime import cpu, triton
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
@@ -34,24 +34,18 @@ def count(run: Run, *, pytorch: bool = True) -> Counted:
     Args:
         pytorch: count PyTorch's too; the profiler takes time, and memory for each operator that runs.
     """
-    before, launched = _by_extension(), triton.launches()
+    before, launched = cpu.multiplied(), triton.launches()
     if not pytorch:
         result = run()
-        return Counted(result, _total(_by_extension() - before, launched))
+        return Counted(result, _total(cpu.multiplied() - before, launched))
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as seen:
         result = run()
     flops = sum(event.flops or 0 for event in seen.events() or () if event.name in _PRODUCTS)
-    return Counted(result, _total(_by_extension() - before + flops, launched))
+    return Counted(result, _total(cpu.multiplied() - before + flops, launched))
 
 
 def _total(flops: float, launched: int) -> float | None:
     return flops if flops and triton.launches() == launched else None
-
-
-def _by_extension() -> int:
-    """Returns the FLOP of the CPU extension's matrix products since the process began."""
-    counter = getattr(torch.ops.mmkernels, "cpu_multiplied", None)
-    return 0 if counter is None else int(counter())
 
 
 class FirstRun:

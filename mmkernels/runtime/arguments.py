@@ -26,7 +26,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 from torch import Tensor
 
-__all__ = ["Differentiable", "Layout", "lay_out", "lay_out_backward", "leading"]
+__all__ = ["Differentiable", "Layout", "lay_out", "lay_out_backward", "leading", "result_types"]
 
 _MARK = "differentiable"
 Differentiable = Annotated[Tensor, _MARK]
@@ -106,6 +106,11 @@ def leading(inputs: Any) -> Tensor:
     """Returns a record's first argument, whose device and dtype are those of the call."""
     first: Tensor = next(iter(inputs))
     return first
+
+
+def result_types(count: int) -> str:
+    """Returns the results of a schema; one tensor is returned as it is."""
+    return "Tensor" if count == 1 else "(" + ", ".join(["Tensor"] * count) + ")"
 
 
 def _field(record: type[Any], name: str, hint: Any) -> _Field:

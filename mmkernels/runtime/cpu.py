@@ -10,26 +10,28 @@ Both are read once, on import.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmkernels.runtime.arguments import leading
+from mmkernels.runtime.arguments import leading, result_types
 
-__all__ = ["isas", "op", "peak", "release", "use_isa", "why_not"]
+__all__ = ["Kernel", "extension", "isas", "multiplied", "op", "peak", "release", "use_isa", "why_not"]
 
 _ISA, _EXTENSION = "MMKERNELS_CPU_ISA", "MMKERNELS_CPU_EXTENSION"
-_ASK = "?"  # changes nothing
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LIBRARY = torch.library.Library("mmkernels", "FRAGMENT")
 
 
-def _load() -> str | None:
-    """Why the extension can't be used, or None."""
+def _load() -> tuple[Any, str | None]:
+    """The extension's functions, or None and why it can't be used."""
     folder = Path(__file__).parents[1]
     reason = folder / "_cpu_why_not.txt"  # left by setup.py
     named = os.environ.get(_EXTENSION)
@@ -38,25 +40,39 @@ def _load() -> str | None:
         raise ValueError(f"{_EXTENSION} must name a file, got {named!r}")
     if not library.exists():
         why = reason.read_text().strip() if reason.exists() else "there is no such file"
-        return f"the CPU extension is not built: {why}; install again with a C++ compiler and --no-build-isolation"
+        return (
+            None,
+            f"the CPU extension is not built: {why}; install again with a C++ compiler and --no-build-isolation",
+        )
     try:
-        torch.ops.load_library(str(library))
-        built_for = str(torch.ops.mmkernels.cpu_torch())
-    except (OSError, RuntimeError, AttributeError) as error:
-        return f"the CPU extension does not load: {error}; install again to build it for torch {torch.__version__}"
+        spec = importlib.util.spec_from_file_location("mmkernels._cpu", library)
+        assert spec is not None and spec.loader is not None
+        module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        built_for = module.torch_version
+    except (OSError, ImportError, AttributeError) as error:
+        return (
+            None,
+            f"the CPU extension does not load: {error}; install again to build it for torch {torch.__version__}",
+        )
     if built_for != torch.__version__.partition("+")[0]:
-        return f"the CPU extension is built for torch {built_for}; install again to build it for {torch.__version__}"
-    wanted = os.environ.get(_ISA, "")
-    try:
-        torch.ops.mmkernels.cpu_isa(wanted)
-    except (ValueError, RuntimeError):
-        raise ValueError(f"{_ISA} must be one of {', '.join(isas())}, got {wanted!r}") from None
-    return None
+        return None, (
+            f"the CPU extension is built for torch {built_for}; install again to build it for {torch.__version__}"
+        )
+    wanted = os.environ.get(_ISA)
+    if wanted and wanted not in module.isas():
+        raise ValueError(f"{_ISA} must be one of {', '.join(module.isas())}, got {wanted!r}")
+    if wanted:
+        module.choose_isa(wanted)
+    return module, None
+
+
+extension, _unusable = _load()
 
 
 def isas() -> list[str]:
     """The instruction sets that the kernels can use here, the one in use first; empty without the extension."""
-    return [] if _unusable else str(torch.ops.mmkernels.cpu_isa(_ASK)).split()
+    return [] if extension is None else list(extension.isas())
 
 
 @contextmanager
@@ -67,7 +83,7 @@ def use_isa(name: str) -> Iterator[None]:
         name: one of `isas()`.
 
     Raises:
-        ValueError: the CPU has no such instruction set, or the extension is not there.
+        ValueError: the CPU has no such instruction set, or the extension can't be used.
 
     Example:
         >>> import torch
@@ -78,14 +94,14 @@ def use_isa(name: str) -> Iterator[None]:
         ...     with cpu.use_isa(isa):
         ...         assert cross_attention(q, q, q).shape == q.shape
     """
-    offered = isas()
-    if name not in offered:
-        raise ValueError(f"name must be one of {', '.join(offered) or 'nothing'}, got {name!r}")
-    torch.ops.mmkernels.cpu_isa(name)
+    available = isas()
+    if name not in available:
+        raise ValueError(f"name must be one of {', '.join(available) or 'nothing'}, got {name!r}")
+    extension.choose_isa(name)
     try:
         yield
     finally:
-        torch.ops.mmkernels.cpu_isa(offered[0])
+        extension.choose_isa(available[0])
 
 
 def peak(dtype: torch.dtype, seconds: float) -> float:
@@ -93,33 +109,49 @@ def peak(dtype: torch.dtype, seconds: float) -> float:
 
     They do so for some `seconds`. Without the extension it is 0.
     """
-    return 0.0 if _unusable else float(torch.ops.mmkernels.cpu_peak(dtype == torch.bfloat16, seconds))
+    return 0.0 if extension is None else float(extension.peak(dtype == torch.bfloat16, seconds))
+
+
+def multiplied() -> int:
+    """FLOP of the contrastive ops' matrix products since the process began; 0 without the extension."""
+    return 0 if extension is None else int(extension.multiplied())
 
 
 def release() -> None:
-    """Give back the memory that the kernels keep from one call to the next, up to 5 MiB a thread: for measurements."""
-    if _unusable is None:
-        torch.ops.mmkernels.cpu_release()
+    """Free the memory that the kernels keep from one call to the next, up to 5 MiB a thread: for measurements."""
+    if extension is not None:
+        extension.release()
 
 
-def op(name: str) -> Callable[[Any], Any]:
-    """Returns a function from an op's record to what the kernel ``torch.ops.mmkernels.<name>`` makes of its fields."""
-    if _unusable is None:
-        overload = getattr(torch.ops.mmkernels, name).default
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of the extension, which reads the fields of an op's record by name.
+
+    Args:
+        name: of ``torch.ops.mmkernels.<name>``, which exists once an op has given it its record's schema.
+        results: how many tensors it returns; None: as many as the op.
+    """
+
+    name: str
+    results: int | None
+
+    def bind(self, schema: str, results: int) -> Callable[[Any], Any]:
+        """Returns a function from records of this schema to the kernel's results."""
+        if extension is None:
+            return _unavailable
+        _LIBRARY.define(f"{self.name}({schema}) -> {result_types(self.results or results)}")
+        overload = getattr(torch.ops.mmkernels, self.name).default
         kernel = getattr(overload, "_op", overload)  # what the overload calls, without a Python function between
-        names = [x.name for x in overload._schema.arguments]  # TEMPORARY
-        return lambda args: kernel(*(_value(args, n) for n in names))
-
-    def unusable(args: Any) -> Any:
-        raise RuntimeError(_unusable)
-
-    return unusable
+        return lambda args: kernel(*args)
 
 
-def _value(args: Any, n: str) -> Any:  # TEMPORARY
-    if n == "needs":
-        return [getattr(args, f) for f in args._fields if f.startswith(("need_", "keep_"))]
-    return getattr(args, n)
+def op(name: str, results: int | None = None) -> Kernel:
+    """Returns the kernel ``torch.ops.mmkernels.<name>`` for a table of backends."""
+    return Kernel(name, results)
+
+
+def _unavailable(args: Any) -> Any:
+    raise RuntimeError(_unusable)
 
 
 def why_not(args: Any = None) -> str | None:
@@ -132,7 +164,3 @@ def why_not(args: Any = None) -> str | None:
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is not computed: sums are kept in float32"
     return None
-
-
-_unusable: str | None = None
-_unusable = _load()

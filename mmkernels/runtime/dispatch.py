@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkernels.runtime import eager
-from mmkernels.runtime.arguments import Layout, lay_out, lay_out_backward
+from mmkernels.runtime import cpu, eager
+from mmkernels.runtime.arguments import Layout, lay_out, lay_out_backward, result_types
 from mmkernels.runtime.gradient import Gradient, Link, SecondLink
 
 BACKENDS = ("cuda", "triton", "cpu", "chunked", "reference")
@@ -30,6 +30,9 @@ LIBRARY = torch.library.Library("mmkernels", "FRAGMENT")
 
 TABLES: dict[str, tuple[Backend, ...]] = {}
 """Each op boundary's backends in the order in which they are tried: what the body walks and ``doctor`` prints."""
+
+Run = Callable[[Any], Any]
+"""A backend's function: record -> outputs."""
 
 _choice = threading.local()  # not a ContextVar: reading one breaks torch.compile(fullgraph=True)
 
@@ -48,12 +51,12 @@ class Backend:
 
     Args:
         name: one of `BACKENDS`.
-        run: the kernel: record -> outputs.
+        run: record -> outputs; or a kernel of the CPU extension.
         why_not: record -> why this call can't run here, or None; without one, why no call can.
     """
 
     name: str
-    run: Callable[[Any], Any]
+    run: Run | cpu.Kernel
     why_not: Callable[..., str | None] = _no_objection
 
 
@@ -127,10 +130,11 @@ class Op:
     Args:
         name: of the boundary.
         layout: of its record.
-        results: of its outputs, as a schema has them.
+        results: how many tensors it returns.
         backends: in the order in which they are tried.
         fake: record -> outputs of the right shapes, dtypes and strides, the same for every backend.
         link: what autograd needs; None: no gradient.
+        around: a backend's function -> that of the op, see `define`; None: the same.
         falls_back: a forced backend that can't run may be replaced.
     """
 
@@ -138,15 +142,16 @@ class Op:
         self,
         name: str,
         layout: Layout,
-        results: str,
+        results: int,
         backends: Sequence[Backend],
         fake: Callable[[Any], Any],
         link: Link | None,
+        around: Callable[[Run], Run] | None,
         falls_back: bool = False,
     ) -> None:
         self.name, self.layout, self.fake, self.falls_back = name, layout, fake, falls_back
-        TABLES[name] = tuple(backends)
-        LIBRARY.define(f"{name}({layout.schema}, str backend) -> {results}")
+        TABLES[name] = tuple(self._bound(entry, results, around) for entry in backends)
+        LIBRARY.define(f"{name}({layout.schema}, str backend) -> {result_types(results)}")
         qualified = f"mmkernels::{name}"
         LIBRARY.impl(name, self._body, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, lambda *values: fake(layout.record._make(values[:-1])), lib=LIBRARY)
@@ -155,6 +160,10 @@ class Op:
         self.recorded = None if link is None else eager.record(self, link)
         if link is not None:
             torch.library.register_autograd(qualified, link.backward, setup_context=link.setup_context, lib=LIBRARY)
+
+    def _bound(self, entry: Backend, results: int, around: Callable[[Run], Run] | None) -> Backend:
+        run = entry.run.bind(self.layout.schema, results) if isinstance(entry.run, cpu.Kernel) else entry.run
+        return replace(entry, run=run if around is None else around(run))
 
     def __call__(self, inputs: Any, backend: str) -> Any:
         return eager.call(self, inputs, backend)
@@ -195,6 +204,7 @@ def define(
     backends: Sequence[Backend],
     fake: Callable[[Any], Any],
     gradient: Gradient | None = None,
+    around: Callable[[Run], Run] | None = None,
 ) -> Op:
     """Define the op boundary ``torch.ops.mmkernels.<name>``, and that of its backward pass ``<name>_backward``.
 
@@ -203,6 +213,7 @@ def define(
         backends: in the order in which they are tried.
         fake: record -> outputs of the right shapes, dtypes and strides, the same for every backend.
         gradient: how the op is differentiated; None: it has no gradient.
+        around: wraps each backend, which computes a part of the outputs, into what computes all of them.
     """
     layout, given = lay_out(inputs), lay_out(outputs)
     link = None
@@ -213,18 +224,14 @@ def define(
             link.run = Op(
                 f"{name}_backward",
                 backward,
-                _tensors(len(layout.differentiable)),
+                len(layout.differentiable),
                 gradient.backends,
                 link.fake,
                 SecondLink(link),
+                gradient.around,
                 falls_back=True,
             )
-    return Op(name, layout, _tensors(len(given.fields)), backends, fake, link)
-
-
-def _tensors(count: int) -> str:
-    """Returns the results of a schema; one tensor is returned as it is."""
-    return "Tensor" if count == 1 else "(" + ", ".join(["Tensor"] * count) + ")"
+    return Op(name, layout, len(given.fields), backends, fake, link, around)
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:

@@ -29,6 +29,7 @@ class Gradient:
         formula_backward: the backward pass in PyTorch's own operators, which are differentiable again.
         zeros_for: the outputs whose ``grad_`` must be a tensor: zeros where nothing flows back.
         contiguous: gradients are contiguous; else they lie in memory as their inputs do.
+        around: wraps each backend, as in `define`.
     """
 
     saves: tuple[str, ...]
@@ -37,6 +38,7 @@ class Gradient:
     formula_backward: Callable[[Any], Sequence[Tensor | None]] | None = None
     zeros_for: tuple[str, ...] = ()
     contiguous: bool = False
+    around: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] | None = None
 
 
 class Link:

@@ -56,7 +56,7 @@ def why_not() -> str | None:
 @cache
 def library() -> ctypes.CDLL:
     """Compiled once for each state of the sources."""
-    sources = [*_HERE.glob("*.h"), *_HERE.glob("*.cpp"), *(ROOT / "csrc" / "cross_attention").glob("decode_*")]
+    sources = [*_HERE.glob("*.h"), *_HERE.glob("*.cpp"), *(ROOT / "csrc" / "attention").glob("decode_*")]
     built = ROOT / "build" / "cuda_emulation" / "decode.so"
     if not built.exists() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         built.parent.mkdir(parents=True, exist_ok=True)

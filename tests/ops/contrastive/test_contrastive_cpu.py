@@ -343,9 +343,9 @@ def test_offsets_beyond_int32() -> None:
 
 
 def _multiplied(run: Any) -> int:
-    before = torch.ops.mmkernels.cpu_multiplied()
+    before = cpu.multiplied()
     run()
-    return int(torch.ops.mmkernels.cpu_multiplied() - before)
+    return cpu.multiplied() - before
 
 
 @each_way

@@ -220,32 +220,27 @@ def _formula(args: Any) -> tuple[Tensor, ...]:
     return loss, image_loss, text_loss
 
 
-_TRITON_FORWARD = runtime.triton.op(f"{__name__}.triton.forward", "forward")
-_TRITON_BACKWARD = runtime.triton.op(f"{__name__}.triton.backward", "backward")
-
 OP = define(
     "info_nce",
     Arguments,
     Results,
     fake=_fake,
+    around=with_reduction,
     backends=[
-        Backend("triton", with_reduction(_TRITON_FORWARD), runtime.triton.why_not),
-        Backend("cpu", runtime.cpu.op("info_nce_cpu"), runtime.cpu.why_not),
-        Backend("chunked", with_reduction(chunked.forward)),
-        Backend("reference", with_reduction(reference)),
+        Backend("triton", runtime.triton.op(f"{__name__}.triton.forward", "forward"), runtime.triton.why_not),
+        Backend("cpu", runtime.cpu.op("info_nce_cpu", results=6), runtime.cpu.why_not),
+        Backend("chunked", chunked.forward),
+        Backend("reference", reference),
     ],
     gradient=Gradient(
         saves=("image_state", "text_state"),
         formula=_formula,
+        around=with_upstream,
         backends=[
-            Backend(
-                "triton",
-                with_upstream(_TRITON_BACKWARD),
-                runtime.triton.why_not,
-            ),
+            Backend("triton", runtime.triton.op(f"{__name__}.triton.backward", "backward"), runtime.triton.why_not),
             Backend("cpu", runtime.cpu.op("info_nce_backward_cpu"), runtime.cpu.why_not),
-            Backend("chunked", with_upstream(chunked.backward)),
-            Backend("reference", with_upstream(reference_backward)),
+            Backend("chunked", chunked.backward),
+            Backend("reference", reference_backward),
         ],
         contiguous=True,
     ),

@@ -27,7 +27,7 @@ inline void write_key_rows(const float* from, i64 cols, float scale, const View&
 }
 
 // The splits' dQ, rows [begin, end) of [B, Hq, Lq], added up in their order.
-inline void backward_merge(const Problem& p, i64 begin, i64 end) {
+inline void backward_merge(const AttentionParams& p, i64 begin, i64 end) {
   const View& x = p.grad_query;
   const i64 rows = p.batch * p.heads * p.q_len;
   for (i64 r = begin; r < end; ++r) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/rows.h"
-#include "problem.h"
+#include "params.h"
 
 namespace mmkernels {
 namespace MMK_ISA {

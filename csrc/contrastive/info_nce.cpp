@@ -1,0 +1,272 @@
+// info_nce on the CPU: rows' losses and states, and from the rows' gradients the features'. The public function has
+// checked the arguments and reduces the losses.
+#include <ATen/EmptyTensor.h>
+#include <ATen/TensorOperators.h>
+
+#include <utility>
+
+#include "gradient_launch.h"
+
+namespace mmkernels {
+namespace {
+
+// The arguments of both passes. `swapped`: images and texts are exchanged, and so must be what comes back.
+struct Inputs {
+  Tensor image, text, logit_scale;
+  OptionalTensor image_ids, text_ids, hard_texts;
+  bool ignore, swapped;
+  double label_smoothing;
+
+  explicit Inputs(const Arguments& args)
+      : image(args.tensor("image")), text(args.tensor("text")), logit_scale(args.tensor("logit_scale")),
+        image_ids(args.optional_tensor("image_ids")), text_ids(args.optional_tensor("text_ids")),
+        hard_texts(args.optional_tensor("hard_texts")), ignore(args.flag("ignore")),
+        swapped(!hard_texts.has_value() && better_swapped(image, text)),
+        label_smoothing(args.number("label_smoothing")) {
+    if (swapped) {
+      std::swap(image, text);
+      std::swap(image_ids, text_ids);
+    }
+  }
+
+  ContrastiveLaunch launch() const {
+    ContrastiveLaunch launch(image, text);
+    launch.set_scale(logit_scale);
+    launch.set_hard(hard_texts);
+    launch.set_ids(image_ids, text_ids, ignore);
+    return launch;
+  }
+};
+
+// Running state of one direction's rows: of all texts, or of all images for one task.
+struct DirectionState {
+  std::vector<float> reference, sum, positives, all, best;
+  std::vector<std::int32_t> place, before;
+
+  DirectionState(i64 count, bool smooth, bool ranks)
+      : reference(padded_array(count, -INFINITY)), sum(padded_array(count)), positives(padded_array(count)),
+        all(padded_array(smooth ? count : 0)), best(padded_array(ranks ? count : 0, -INFINITY)), place(best.size()),
+        before(best.size()) {}
+
+  Sums sums() {
+    return {reference.data(), sum.data(), positives.data(), all.empty() ? nullptr : all.data()};
+  }
+  Ranks ranks() {
+    return best.empty() ? Ranks{} : Ranks{best.data(), place.data(), before.data()};
+  }
+
+  // Adds another task's state of the same images.
+  void add(const DirectionState& other, i64 count) {
+    for (i64 i = 0; i < count; ++i) {
+      const float top = std::max(reference[i], other.reference[i]), base = top == -INFINITY ? 0.0f : top;
+      sum[i] = sum[i] * std::exp2(reference[i] - base) + other.sum[i] * std::exp2(other.reference[i] - base);
+      reference[i] = top;
+      positives[i] += other.positives[i];
+    }
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      all[i] += other.all[i];
+    }
+    for (std::size_t i = 0; i < before.size(); ++i) {
+      before[i] += other.before[i];
+    }
+  }
+  // Takes another task's better positives; its texts come after this one's, so that the first of equals stays.
+  void add_best(const DirectionState& other) {
+    for (std::size_t i = 0; i < best.size(); ++i) {
+      if (other.best[i] > best[i] || std::isnan(other.best[i])) {
+        best[i] = other.best[i];
+        place[i] = other.place[i];
+      }
+    }
+  }
+};
+
+// A dot's logit in base 2, as the kernels compute it (power_of).
+double logit_of(const ContrastiveLaunch& launch, double dot) {
+  const double rounded = static_cast<float>(static_cast<float>(dot) * launch.p.high),
+               rest = dot * launch.scale_log2 - rounded;
+  return std::abs(rounded) > (1 << 22) && std::abs(rest) > 0.75 ? rounded : dot * launch.scale_log2;
+}
+
+// What the op returns for one direction: loss [count], state [4, count], ranks [count] or [0].
+struct Rows {
+  Tensor loss, state, ranks;
+};
+
+// A row without a positive has the rank -1; one whose best positive is NaN ranks behind all its negatives.
+Tensor ranks_of(const ContrastiveLaunch& launch, const DirectionState& rows, Direction direction, i64 count) {
+  const Tensor ranks = at::detail::empty_cpu({rows.best.empty() ? 0 : count}, at::kLong);
+  i64* to = ranks.mutable_data_ptr<i64>();
+  for (i64 i = 0; i < ranks.numel(); ++i) {
+    const i64 positives = launch.positives(direction, i), negatives = launch.classes(direction, i) - positives;
+    to[i] = positives == 0 ? -1 : (std::isnan(rows.best[i]) ? negatives : rows.before[i]);
+  }
+  return ranks;
+}
+
+Rows rows_of(const ContrastiveLaunch& launch, const DirectionState& rows, Direction direction, i64 count,
+             double smoothing) {
+  const Tensor loss = at::detail::empty_cpu({count}, at::kFloat), state = at::detail::empty_cpu({4, count}, at::kFloat);
+  float *to_loss = loss.mutable_data_ptr<float>(), *to_state = state.mutable_data_ptr<float>();
+  for (i64 i = 0; i < count; ++i) {
+    const i64 positives = launch.positives(direction, i), classes = launch.classes(direction, i);
+    // In double: both terms may be near 100 and their difference near 0.
+    double target = (1.0 - smoothing) * rows.positives[i] / static_cast<double>(std::max<i64>(positives, 1));
+    if (smoothing > 0.0) {
+      target += smoothing * rows.all[i] / static_cast<double>(classes);
+    }
+    target = logit_of(launch, target);
+    const double lse = rows.reference[i] + std::log2(static_cast<double>(rows.sum[i]));
+    // A cross-entropy is at least 0, and 0 for a single class: anything else is rounding, but NaN stays.
+    const double cross_entropy = kLnOf2 * (lse - target) * (classes == 1 ? 0.0 : 1.0);
+    to_loss[i] = positives > 0 && !(cross_entropy <= 0.0) ? static_cast<float>(cross_entropy) : 0.0f;
+    to_state[i] = rows.reference[i];
+    to_state[count + i] = rows.sum[i];
+    to_state[2 * count + i] = static_cast<float>(positives);
+    to_state[3 * count + i] = static_cast<float>(classes);
+  }
+  return {loss, state, ranks_of(launch, rows, direction, count)};
+}
+
+// The best positive of each image, found by all tasks, in each task's state; of each text in `p.text_ranks`.
+void find_best_positives(const ContrastiveLaunch& launch, std::vector<DirectionState>& images, i64 scratch_bytes) {
+  launch.run_tasks(scratch_bytes, [&](const Task& task, i64 i, char* scratch) {
+    launch.k.best_positives(launch.p, task, images[i].ranks(), scratch);
+  });
+  for (std::size_t i = 1; i < images.size(); ++i) {
+    images[0].add_best(images[i]);
+  }
+  for (std::size_t i = 1; i < images.size(); ++i) {
+    images[i].best = images[0].best;
+    images[i].place = images[0].place;
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Arguments& args) {
+  const Inputs inputs(args);
+  const bool ranks = args.flag("stats"), smooth = inputs.label_smoothing > 0.0;
+  ContrastiveLaunch launch = inputs.launch();
+  ContrastiveParams& p = launch.p;
+  const i64 n = p.image.count, m = p.text.count;
+  launch.cut_tasks(1.0, n * (12 + (smooth ? 4 : 0) + (ranks ? 12 : 0)), 1 << 25);
+  DirectionState texts(m, smooth, ranks);
+  std::vector<DirectionState> images(launch.tasks.size(), DirectionState(n, smooth, ranks)); // one for each task
+  p.text_sums = texts.sums();
+  p.text_ranks = texts.ranks();
+  const i64 scratch_bytes = launch.k.softmax_scratch(p);
+  if (ranks) {
+    find_best_positives(launch, images, scratch_bytes);
+  }
+  launch.run_tasks(scratch_bytes, [&](const Task& task, i64 i, char* scratch) {
+    launch.k.softmax(p, task, images[i].sums(), images[i].ranks(), scratch);
+  });
+  for (std::size_t i = 1; i < images.size(); ++i) {
+    images[0].add(images[i], n);
+  }
+  Rows of_images = rows_of(launch, images[0], Direction::image_to_text, n, inputs.label_smoothing);
+  Rows of_texts = rows_of(launch, texts, Direction::text_to_image, m, inputs.label_smoothing);
+  if (inputs.swapped) {
+    std::swap(of_images, of_texts);
+  }
+  return {of_images.loss, of_texts.loss, of_images.state, of_texts.state, of_images.ranks, of_texts.ranks};
+}
+
+// The weights of one direction's gradients by its logits; empty where no gradient flows to it.
+struct WeightArrays {
+  std::vector<float> reference, softmax, positive, even;
+
+  // grad: of each row's loss, [count]; state: the forward pass's, [4, count].
+  WeightArrays(const OptionalTensor& grad, const Tensor& state, i64 count, double smoothing) {
+    check_sizes("state", state, {4, count});
+    if (!grad.has_value()) {
+      return;
+    }
+    check_sizes("the losses' gradient", *grad, {count});
+    const Tensor wide_state = state.to(at::kFloat).contiguous(), wide_grad = grad->to(at::kFloat).contiguous();
+    const float* of = wide_state.const_data_ptr<float>();
+    const float *references = of, *sums = of + count, *positives = of + 2 * count, *classes = of + 3 * count;
+    const float* grads = wide_grad.const_data_ptr<float>();
+    reference = padded_array(count);
+    softmax = padded_array(count);
+    positive = padded_array(count);
+    even = padded_array(smoothing > 0.0 ? count : 0);
+    for (i64 i = 0; i < count; ++i) {
+      // A single class has the probability 1, whatever its logit.
+      const double weight = positives[i] > 0.0f && classes[i] > 1.0f ? grads[i] : 0.0;
+      // Kernels need a whole reference; another backend's state may have another.
+      reference[i] = std::nearbyint(references[i]);
+      softmax[i] = static_cast<float>(weight / sums[i] * std::exp2(static_cast<double>(reference[i]) - references[i]));
+      positive[i] = static_cast<float>((1.0 - smoothing) * weight / std::max(positives[i], 1.0f));
+      if (smoothing > 0.0) {
+        even[i] = static_cast<float>(smoothing * weight / classes[i]);
+      }
+    }
+  }
+  Weights weights() const {
+    const auto data = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
+    return {data(reference), data(softmax), data(positive), data(even)};
+  }
+};
+
+// A typical dot. Each row's gradients by its logits sum to 0, so that the scale's gradient may measure dots from any
+// point; this one lies between the mean of a row's dots and the largest.
+float middle_dot(const ContrastiveLaunch& launch, const WeightArrays& weights, const Tensor& state) {
+  const i64 count = state.size(1);
+  const Tensor wide_state = state.to(at::kFloat).contiguous();
+  const float* of = wide_state.const_data_ptr<float>();
+  double total = 0.0, counted = 0.0;
+  for (i64 i = 0; i < count; ++i) {
+    if (weights.softmax[i] != 0.0f) {
+      total += of[i] + std::log2(static_cast<double>(of[count + i]) / of[3 * count + i]);
+      counted += 1.0;
+    }
+  }
+  const float middle = static_cast<float>(total / (counted * launch.scale_log2));
+  return std::isfinite(middle) ? middle : 0.0f;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(const Arguments& args) {
+  const Inputs inputs(args);
+  Tensor image_state = args.tensor("image_state"), text_state = args.tensor("text_state");
+  OptionalTensor grad_image_loss = args.optional_tensor("grad_image_loss"),
+                 grad_text_loss = args.optional_tensor("grad_text_loss");
+  bool need_image = args.flag("need_image"), need_text = args.flag("need_text");
+  if (inputs.swapped) {
+    std::swap(image_state, text_state);
+    std::swap(grad_image_loss, grad_text_loss);
+    std::swap(need_image, need_text);
+  }
+  ContrastiveLaunch launch = inputs.launch();
+  ContrastiveParams& p = launch.p;
+  const WeightArrays of_images(grad_image_loss, image_state, p.image.count, inputs.label_smoothing);
+  const WeightArrays of_texts(grad_text_loss, text_state, p.text.count, inputs.label_smoothing);
+  p.of_images = of_images.weights();
+  p.of_texts = of_texts.weights();
+  p.factor = p.scale;
+  if (grad_image_loss.has_value()) {
+    p.middle = middle_dot(launch, of_images, image_state);
+  } else if (grad_text_loss.has_value()) {
+    p.middle = middle_dot(launch, of_texts, text_state);
+  }
+  Gradients gradients(launch, inputs.image, inputs.text, inputs.hard_texts,
+                      {need_image, need_text, args.flag("need_hard_texts")}, inputs.image.scalar_type());
+  const GradientSums sums = gradients.run();
+  Tensor of_image = gradients.of_image(), of_text = gradients.of_text(), of_scale = gradients.none();
+  if (args.flag("need_logit_scale")) {
+    const Tensor& scale = inputs.logit_scale;
+    of_scale = at::detail::empty_cpu(scale.sizes(), scale.scalar_type()).fill_(sums.scale);
+  }
+  if (inputs.swapped) {
+    std::swap(of_image, of_text);
+  }
+  return {of_image, of_text, of_scale, gradients.of_hard()};
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("info_nce_cpu", by_name<info_nce>());
+  m.impl("info_nce_backward_cpu", by_name<info_nce_backward>());
+}
+
+} // namespace mmkernels

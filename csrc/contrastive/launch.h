@@ -1,0 +1,192 @@
+// One call of a contrastive op: its tensors as the plain data that the kernels take, and how the work is cut.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <vector>
+
+#include "../common/arguments.h"
+#include "../common/isa.h"
+#include "../common/parallel.h"
+#include "../common/work.h"
+#include "params.h"
+
+namespace mmkernels {
+
+MMK_TABLES(ContrastiveKernels, contrastive_kernels)
+
+constexpr double kLog2OfE = 1.4426950408889634, kLnOf2 = 0.6931471805599453;
+constexpr i64 kAlign = 64;     // arrays are padded to this: whole panels of any instruction set
+constexpr i64 kTaskRows = 16;  // tasks begin at multiples of this: whole vectors of any instruction set
+constexpr i64 kLongTask = 512; // a second task for each thread has at least so many texts
+
+// float32 [count], padded, each `value`.
+inline std::vector<float> padded_array(i64 count, float value = 0.0f) {
+  return std::vector<float>((count + kAlign - 1) / kAlign * kAlign, value);
+}
+
+// Small numbers in place of ids, equal where the ids are equal.
+struct Labels {
+  std::vector<std::int32_t> image, text;             // padded
+  std::vector<std::int32_t> image_count, text_count; // how many rows each label has
+};
+
+inline Labels labels_of(const Tensor& image_ids, const Tensor& text_ids) {
+  const Tensor images = image_ids.contiguous(), texts = text_ids.contiguous();
+  const i64 *image_id = images.const_data_ptr<i64>(), *text_id = texts.const_data_ptr<i64>();
+  std::vector<i64> distinct(image_id, image_id + images.numel());
+  distinct.insert(distinct.end(), text_id, text_id + texts.numel());
+  std::sort(distinct.begin(), distinct.end());
+  distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+  const auto label = [&](const i64* ids, i64 count, std::vector<std::int32_t>& to, std::vector<std::int32_t>& counts) {
+    counts.resize(distinct.size());
+    to.resize((count + kAlign - 1) / kAlign * kAlign, -1);
+    for (i64 i = 0; i < count; ++i) {
+      to[i] = static_cast<std::int32_t>(std::lower_bound(distinct.begin(), distinct.end(), ids[i]) - distinct.begin());
+      ++counts[to[i]];
+    }
+  };
+  Labels labels;
+  label(image_id, images.numel(), labels.image, labels.image_count);
+  label(text_id, texts.numel(), labels.text, labels.text_count);
+  return labels;
+}
+
+inline Features features_of(const Tensor& x) {
+  Features f;
+  f.data = static_cast<const char*>(x.const_data_ptr());
+  f.type = type_of(x);
+  f.count = x.size(0);
+  f.row = x.stride(0);
+  f.query = x.dim() == 3 ? x.stride(1) : 0;
+  f.column = x.size(-1) == 1 ? 1 : x.stride(-1);
+  return f;
+}
+
+// Whether images and texts had better be exchanged: tasks are runs of texts, so that few texts give the threads too
+// little to do.
+inline bool better_swapped(const Tensor& image, const Tensor& text) {
+  return image.dim() == 2 && text.dim() == 2 && text.size(0) * 4 < image.size(0) &&
+         text.size(0) < 4 * kTaskRows * available_threads();
+}
+
+enum class Direction { image_to_text, text_to_image };
+
+class ContrastiveLaunch {
+public:
+  ContrastiveParams p{};
+  const ContrastiveKernels& k = contrastive_kernels(); // once: another thread may choose another instruction set
+  std::vector<Task> tasks;
+  int threads = 1;
+  double scale_log2 = 0.0; // the scale times log2(e)
+
+  ContrastiveLaunch(const Tensor& image, const Tensor& text, const char* image_name = "image",
+                    const char* text_name = "text")
+      : type_(image.scalar_type()) {
+    TORCH_CHECK_VALUE((image.dim() == 2 || image.dim() == 3) && image.numel() > 0 && image.device().is_cpu(),
+                      image_name, " must be [N, d] or [N, Q, d] on the CPU, and not empty, got ", image.sizes());
+    p.image = features_of(image);
+    p.queries = image.dim() == 3 ? image.size(1) : 1;
+    p.dim = image.size(-1);
+    p.text = texts_of(text_name, text);
+    TORCH_CHECK_VALUE(p.text.count > 0, text_name, " must not be empty");
+    TORCH_CHECK_VALUE(p.image.count < INT32_MAX && p.text.count < INT32_MAX, "there are too many rows");
+  }
+
+  void set_hard(const OptionalTensor& hard) {
+    if (hard.has_value()) {
+      p.hard = texts_of("hard_texts", *hard);
+      TORCH_CHECK_VALUE(p.hard.count + p.text.count < INT32_MAX, "there are too many rows");
+    }
+  }
+
+  void set_scale(const Tensor& scale) {
+    TORCH_CHECK_VALUE(scale.numel() == 1, "logit_scale must have one element");
+    const double value = scale.item().toDouble();
+    p.scale = static_cast<float>(value);
+    scale_log2 = value * kLog2OfE;
+    const float near = static_cast<float>(scale_log2), least = std::copysign(FLT_MIN, near);
+    const float high = std::abs(near) > std::abs(scale_log2) ? std::nextafter(near, 0.0f) : near;
+    p.high = high == 0.0f ? least : high;
+    p.low = static_cast<float>(scale_log2 - p.high);
+    p.low = p.low == 0.0f || std::signbit(p.low) != std::signbit(p.high) ? least : p.low;
+    p.hidden = std::signbit(p.high) ? INFINITY : -INFINITY;
+    p.sign = value > 0.0 ? 1.0f : (value < 0.0 ? -1.0f : static_cast<float>(value)); // 0, or NaN
+  }
+
+  void set_ids(const OptionalTensor& image_ids, const OptionalTensor& text_ids, bool ignore) {
+    has_ids_ = image_ids.has_value();
+    TORCH_CHECK_VALUE(has_ids_ == text_ids.has_value(), "image_ids and text_ids must both be given, or neither");
+    TORCH_CHECK_VALUE((has_ids_ && !ignore) || p.image.count == p.text.count,
+                      "without ids, or to ignore theirs, there must be as many texts as images");
+    if (has_ids_) {
+      check_sizes("image_ids", *image_ids, {p.image.count});
+      check_sizes("text_ids", *text_ids, {p.text.count});
+      labels_ = labels_of(*image_ids, *text_ids);
+      p.image_label = labels_.image.data();
+      p.text_label = labels_.text.data();
+      p.ignore = ignore;
+    }
+  }
+
+  // How many positives row i of a direction has, and how many columns its softmax compares.
+  i64 positives(Direction direction, i64 i) const {
+    return !has_ids_ || p.ignore ? 1 : same_label(direction, i);
+  }
+  i64 classes(Direction direction, i64 i) const {
+    const i64 columns = direction == Direction::image_to_text ? p.text.count + p.hard.count : p.image.count;
+    if (!has_ids_ || !p.ignore) {
+      return columns;
+    }
+    return columns - same_label(direction, i) + (labels_.image[i] == labels_.text[i] ? 1 : 0);
+  }
+
+  // `products`: how many matrix products of all pairs there are.
+  void choose_threads(double products) {
+    threads = threads_for(products * 2.0 * p.image.count * p.queries * (p.text.count + p.hard.count) * p.dim);
+  }
+  // Cuts the texts into tasks, of which each keeps `bytes_of_task`: so many that all keep at most `bytes`, or one for
+  // each thread.
+  void cut_tasks(double products, i64 bytes_of_task, i64 bytes) {
+    choose_threads(products);
+    const i64 rows = p.text.count + p.hard.count;
+    // Where tasks are long, two for each thread balance what other processes take of the cores.
+    i64 wanted = threads == 1 ? 1 : (rows >= 2 * threads * kLongTask ? 2 * threads : threads);
+    if (bytes_of_task > 0) {
+      wanted = std::clamp<i64>(bytes / bytes_of_task, std::min<i64>(threads, wanted), wanted);
+    }
+    const i64 each = std::max<i64>((rows + wanted - 1) / wanted + kTaskRows - 1, kTaskRows) / kTaskRows * kTaskRows;
+    for (const bool hard : {false, true}) {
+      const i64 count = hard ? p.hard.count : p.text.count;
+      for (i64 first = 0; first < count; first += each) {
+        tasks.push_back({hard, first, std::min(count, first + each)});
+      }
+    }
+  }
+  // Calls run(task, its index, scratch of so many bytes) for each task, and counts the products.
+  void run_tasks(i64 scratch_bytes, const std::function<void(const Task&, i64, char*)>& run) const {
+    parallel_tasks(static_cast<i64>(tasks.size()), threads, scratch_bytes, [&](i64 i, char* scratch) {
+      run(tasks[i], i, scratch);
+      multiplied() += k.take_multiplied();
+    });
+  }
+
+private:
+  Features texts_of(const char* name, const Tensor& x) const {
+    check_sizes(name, x, {-1, p.dim});
+    TORCH_CHECK_TYPE(x.scalar_type() == type_, name, " must have the dtype ", type_);
+    return features_of(x);
+  }
+  // How many columns have the label of row i.
+  i64 same_label(Direction direction, i64 i) const {
+    return direction == Direction::image_to_text ? labels_.text_count[labels_.image[i]]
+                                                 : labels_.image_count[labels_.text[i]];
+  }
+
+  at::ScalarType type_;
+  Labels labels_;
+  bool has_ids_ = false;
+};
+
+} // namespace mmkernels
