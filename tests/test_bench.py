@@ -1,7 +1,7 @@
 """The benchmark harness: checks, rounds, figures."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,7 @@ from mmkernels import SpanMask, report
 from mmkernels.bench import benchmark, gate, peers, rounds, tables
 from mmkernels.bench.peers import CantRunError, Peer
 from mmkernels.bench.rows import Row, rows
-from mmkernels.meters import memory_why_not
+from mmkernels.meters import memory_why_not, quick_collections
 from mmkernels.ops import specs
 from mmkernels.ops.attention.cross_attention.spec import SPEC
 from mmkernels.runtime import dispatch
@@ -46,6 +46,12 @@ class Fixture:
             target()
             if number >= more["warmup_rounds"]:
                 self.stats.stats.data.append(0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    with quick_collections():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -331,8 +337,11 @@ def test_a_quick_row_takes_few_rounds_and_leaves_slow_peers_out(monkeypatch: pyt
     monkeypatch.setattr(benchmark, "_LONG", -1.0)
     fixture = Fixture()
     beside = (Peer("sdpa", sdpa), Peer("slow", sdpa, slow=True))
-    benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False, quick=True), beside)
+    targets = tuple(Speedup("fp32", False, 1.0, peer) for peer in ("sdpa", "slow"))
+    config = Benchmark("tiny", inputs, {}, targets=targets)
+    benchmark.measure(fixture, Row(SPEC, config, "fp32", False, quick=True), beside)
     assert set(fixture.extra_info["peers"]) == {"naive", "sdpa"}
+    assert [target["than"] for target in fixture.extra_info["targets"]] == ["sdpa"]
     assert fixture.extra_info["rounds"] <= 5 and fixture.extra_info["checked"].startswith("parts")
 
 

@@ -59,11 +59,13 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products:
     if row.compile_only:
         problem.run_all(peers)
         return
-    peers = [Peer("naive", partial(_naive, row)), *(peer for peer in peers if not (row.quick and peer.slow))]
+    peers = [Peer("naive", partial(_naive, row)), *peers]
+    left_out = {peer.name for peer in peers if row.quick and peer.slow}
     admitted = _Admitted(problem, counts_products)
     admitted.check_ours()
     for peer in peers:
-        admitted.admit(peer)
+        if peer.name not in left_out:
+            admitted.admit(peer)
     checked = "parts at full length, and all for being finite" if admitted.gate.partial else "everything"
     del admitted.gate  # and with it the truth, before anything is timed
     rounds = None
@@ -95,6 +97,9 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products:
         for name, flops in admitted.products.items()
     }
     benchmark.extra_info |= {"checked": checked} | _description(row, measured, admitted, more)
+    benchmark.extra_info["targets"] = [
+        target.judge(measured) for target in row.targets if getattr(target, "peer", "") not in left_out
+    ]
 
 
 class _Problem:
@@ -284,5 +289,4 @@ def _description(
         "share_of_compute_peak": measured.share_of_peak,
         "share_of_bandwidth_peak": measured.share_of_bandwidth,
         "yardstick_flops_per_second": measured.yardstick_rate,
-        "targets": [target.judge(measured) for target in row.targets],
     }

@@ -12,6 +12,7 @@ import pytest
 
 from mmkernels.bench import tables
 from mmkernels.bench.rows import select
+from mmkernels.meters import quick_collections
 from mmkernels.options import BadInput
 from mmkernels.report import ProgressBar, progress_bar, write_json
 
@@ -62,8 +63,12 @@ class RowsPlugin:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, bool, bool]:
-        with os.fdopen(os.dup(2), "w") as stream, progress_bar(len(session.items), stream) as self._bar:
-            # Duplicated, as pytest takes the stream itself away while a row runs.
+        # The stream is duplicated, as pytest captures it while a row runs.
+        with (
+            os.fdopen(os.dup(2), "w") as stream,
+            progress_bar(len(session.items), stream) as self._bar,
+            quick_collections(),
+        ):
             return (yield)
 
     @pytest.hookimpl(wrapper=True)
