@@ -222,10 +222,10 @@ def memory_why_not(device: torch.device | str = "cpu") -> str | None:
         return f"peak memory can't be measured on {kind}"
     needs = f"peak memory can't be measured here: it needs Linux with a writable {_CLEAR_REFS}"
     try:
-        found = _host_peak(lambda: bytearray(b"\1") * _PROBE)
+        measured = _host_peak(lambda: bytearray(b"\1") * _PROBE)
     except (OSError, KeyError) as error:
         return f"{needs} ({error})"
-    return None if abs(found - _PROBE) < _PROBE / 4 else f"{needs} that resets VmHWM"
+    return None if abs(measured - _PROBE) < _PROBE / 4 else f"{needs} that resets VmHWM"
 
 
 def _status(field: str) -> int:

@@ -176,15 +176,15 @@ def test_parts_see_what_is_wrong_in_them_and_what_is_not_finite_anywhere(bad: fl
     given = grouped(torch.Generator().manual_seed(0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "room", lambda device: 0.0)
-        judge = gate.Gate(SPEC, given, (), ())
+        checker = gate.Gate(SPEC, given, (), ())
     right = SPEC.function(**given)
-    assert judge.problem([right]) is None and judge.distance([right]) < 1e-12
+    assert checker.problem([right]) is None and checker.distance([right]) < 1e-12
     last = right.clone()
     last[-1, -1, 2, 3] = bad  # the last sequence and head are always a part
-    assert judge.problem([last]) is not None
+    assert checker.problem([last]) is not None
     elsewhere = right.clone()
     elsewhere[1, 0, 2, 3] = bad
-    assert (judge.problem([elsewhere]) is not None) == (bad != bad)
+    assert (checker.problem([elsewhere]) is not None) == (bad != bad)
 
 
 def test_a_gpu_s_row_has_its_backward_pass_alone_and_its_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +257,7 @@ def test_targets_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_long_row_wastes_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first run of a candidate checks and weighs it, and each of the others is timed: one, where they take long."""
+    """A candidate's first run serves for its check and its memory, and each other one is timed: here a single one."""
     monkeypatch.setattr(benchmark, "_LONG", -1.0)
     monkeypatch.setattr(benchmark, "_LONG_BUDGET", 0.0)
     runs: list[str] = []

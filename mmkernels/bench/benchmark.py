@@ -3,7 +3,7 @@
 A bench file has the op's peers and one test of three lines; the rows are made by ``benchmarks/conftest.py``. Peers run
 in turns with the op, in one process, on the same inputs. A wrong result has no time.
 
-On a GPU times are the device's own (`meters.time_calls`), and a row of forward + backward also times each candidate's
+On a GPU times are the device's (`meters.time_calls`), and a row of forward + backward also times each candidate's
 forward alone: the difference is its backward pass. FLOP are counted as attention papers do: 2 matrix products forward,
 and 5 backward (the scores again, and four gradients), whatever a kernel computes more than once.
 """
@@ -169,7 +169,7 @@ class _Admitted:
             self._add(peer.name, call, run, _checked_memory(run, problem.device))
         except CantRunError as error:
             self.why_not[peer.name] = str(error)
-        except Exception as error:  # a peer's own limits, such as memory, are no fault of the op
+        except Exception as error:  # a limit of the peer, such as memory, is no fault of the op
             self.why_not[peer.name] = f"fails: {type(error).__name__}: {first_line(error)}"
             _make_room(problem.device)
 

@@ -84,7 +84,7 @@ class RowsPlugin:
         return (report.outcome if report.when == "call" or not report.passed else "", "", "")
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        self.interrupted = excinfo.type is KeyboardInterrupt  # pytest's own interruptions are derived from it
+        self.interrupted = excinfo.type is KeyboardInterrupt  # pytest derives other interruptions from it
 
     # Results.
 
@@ -110,7 +110,7 @@ class RowsPlugin:
         write_json(path, self._origin(config) | report)
 
     def _origin(self, config: pytest.Config) -> dict[str, Any]:
-        """Returns the machine and the commit, as pytest-benchmark's own file has them."""
+        """Returns the machine and the commit as pytest-benchmark would write them."""
         if self._machine is None:
             machine: dict[str, Any] = {}
             config.hook.pytest_benchmark_update_machine_info(config=config, machine_info=machine)

@@ -112,10 +112,10 @@ def _targets(rows: list[Row]) -> Table:
 def _target_cells(rows: list[Row]) -> Iterator[list[str | Text]]:
     for row in rows:
         for target in row.get("targets", ()):
-            least, most, found, at_peak = (_value(target, key) for key in ("least", "most", "found", "at_peak"))
+            least, most, reached, at_peak = (_value(target, key) for key in ("least", "most", "found", "at_peak"))
             bound = least or f"<= {most}"
             name = [row["configuration"], row["dtype"], row["pass"], target["than"]]
-            yield [*name, bound, found, at_peak, verdict(target)]
+            yield [*name, bound, reached, at_peak, verdict(target)]
 
 
 _UNITS = {"peak": "share", "bandwidth": "share", "tflops": "TFLOP/s", "extra MB": "MB"}  # in files that name none
