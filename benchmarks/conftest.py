@@ -29,9 +29,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("rows_of")
     if marker is not None:
         option = metafunc.config.getoption
-        found = rows(marker.args[0], option("dtypes").split(","), option("device"), quick=option("quick"))
+        made = rows(marker.args[0], option("dtypes").split(","), option("device"), quick=option("quick"))
         compile_only = option("compile_only")
-        metafunc.parametrize("row", [replace(row, compile_only=compile_only) for row in found], ids=str)
+        metafunc.parametrize("row", [replace(row, compile_only=compile_only) for row in made], ids=str)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -56,12 +56,13 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _message(error: Exception) -> str | None:
-    """What to tell the user; None: this is a fault of the program."""
+    """Returns what to tell the user; None: this is a fault of the program."""
     if isinstance(error, BadInput | BackendError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
-        return None if package == "mmkernels" else f'this needs {package}: pip install "mmkernels[profile]"'
+        extra = "test" if package == "pytest" else "profile"
+        return None if package == "mmkernels" else f'this needs {package}: pip install "mmkernels[{extra}]"'
     explain = getattr(error, "format_message", None)  # a wrong option or argument, found by typer
     if explain is not None:
         return str(explain())

@@ -20,11 +20,11 @@ READY, NOTHING = "ready", "-"
 
 def states() -> dict[str, dict[str, str]]:
     """Returns for each op boundary and backend `READY`, why no call can run there, or `NOTHING`: it has no kernel."""
-    found = {}
+    table = {}
     for op, entries in TABLES.items():
         reasons = {entry.name: entry.why_not() for entry in entries}
-        found[op] = {name: (reasons[name] or READY) if name in reasons else NOTHING for name in BACKENDS}
-    return found
+        table[op] = {name: (reasons[name] or READY) if name in reasons else NOTHING for name in BACKENDS}
+    return table
 
 
 def print_doctor() -> None:

@@ -49,13 +49,13 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Returns the versions of mmkernels, Python and the packages that matter; None: not installed."""
-    found: dict[str, str | None] = {"mmkernels": mmkernels.__version__, "python": platform.python_version()}
+    installed: dict[str, str | None] = {"mmkernels": mmkernels.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def cpu_name() -> str:

@@ -45,10 +45,10 @@ def table(rows: Iterable[Sequence[Any]], columns: Sequence[str | Column], *, tex
     """
     sides = ["left"] * texts + ["right"] * (len(columns) - texts)
     made = (x if isinstance(x, Column) else Column(x, justify=side) for x, side in zip(columns, sides, strict=True))  # type: ignore[arg-type]
-    found = Table(*made, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    lines = Table(*made, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for row in rows:
-        found.add_row(*row)
-    return found
+        lines.add_row(*row)
+    return lines
 
 
 class Footnotes:
@@ -70,8 +70,8 @@ class Footnotes:
 
 def met(target: Mapping[str, Any]) -> bool:
     """Returns whether a target in a result file, a least or a most, is reached."""
-    found = target["found"]
-    return bool(found >= target["least"] if "least" in target else found <= target["most"])
+    reached = target["found"]
+    return bool(reached >= target["least"] if "least" in target else reached <= target["most"])
 
 
 def verdict(target: Mapping[str, Any]) -> Text:
@@ -151,7 +151,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes the file in one step: whoever reads it, or kills the process, finds the old content or the new one."""
+    """Writes the file in one step, so that it has the old content or the new one at every moment."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     unfinished.replace(path)
@@ -191,7 +191,7 @@ def progress_bar(total: int, stream: TextIO | None = None) -> Iterator[ProgressB
     """A bar to call with the name of each of `total` steps before it begins.
 
     On a terminal it shows the time that the rest is expected to take; elsewhere there is a line for each step. The bar
-    is drawn when a step begins and by no thread of its own, which would disturb what is measured.
+    is drawn when a step begins and not by a thread, which would disturb what is measured.
 
     Args:
         stream: standard error unless given.

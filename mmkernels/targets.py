@@ -78,6 +78,8 @@ class Target(ABC):
     unit: ClassVar[str]
     """Of the limit: "share", "ratio", "MB" or "TFLOP/s"."""
     upper: ClassVar[bool] = False
+    bounded: ClassVar[bool] = False
+    """A kernel at the full peak reaches 1."""
 
     @property
     @abstractmethod
@@ -90,7 +92,7 @@ class Target(ABC):
 
     def at_peak(self, row: Measured) -> float | None:
         """Returns what a kernel at the full peak would reach; None: the peak is no bound."""
-        return None
+        return 1.0 if self.bounded else None
 
     def judge(self, row: Measured) -> dict[str, Any]:
         """Returns the target as result files have it, with what was found."""
@@ -109,12 +111,10 @@ class PeakShare(Target):
 
     unit = "share"
     name = "peak"
+    bounded = True
 
     def reached(self, row: Measured) -> float:
         return row.share_of_peak
-
-    def at_peak(self, row: Measured) -> float:
-        return 1.0
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,10 @@ class BandwidthShare(Target):
 
     unit = "share"
     name = "bandwidth"
+    bounded = True
 
     def reached(self, row: Measured) -> float:
         return row.share_of_bandwidth
-
-    def at_peak(self, row: Measured) -> float:
-        return 1.0
 
 
 @dataclass(frozen=True)
@@ -137,17 +135,14 @@ class AtPeakShare(Target):
 
     peer: str
     unit = "share"
+    bounded = True
 
     @property
     def name(self) -> str:
         return f"{self.peer} at peak"
 
     def reached(self, row: Measured) -> float | None:
-        ratio, bound = row.ratio(self.peer), row.ratio_at_peak(self.peer)
-        return None if ratio is None or bound is None else ratio / bound
-
-    def at_peak(self, row: Measured) -> float:
-        return 1.0
+        return row.seconds_at_peak / row.seconds[OURS] if self.peer in row.seconds else None
 
 
 @dataclass(frozen=True)

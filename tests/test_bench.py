@@ -1,7 +1,7 @@
 """The benchmark harness: checks, rounds, figures."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,7 @@ from mmkernels import SpanMask, report
 from mmkernels.bench import benchmark, gate, peers, rounds, tables
 from mmkernels.bench.peers import CantRunError, Peer
 from mmkernels.bench.rows import Row, rows
-from mmkernels.meters import memory_why_not
+from mmkernels.meters import memory_why_not, quick_collections
 from mmkernels.ops import specs
 from mmkernels.ops.attention.cross_attention.spec import SPEC
 from mmkernels.runtime import dispatch
@@ -46,6 +46,12 @@ class Fixture:
             target()
             if number >= more["warmup_rounds"]:
                 self.stats.stats.data.append(0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    with quick_collections():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -170,15 +176,15 @@ def test_parts_see_what_is_wrong_in_them_and_what_is_not_finite_anywhere(bad: fl
     given = grouped(torch.Generator().manual_seed(0))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "room", lambda device: 0.0)
-        judge = gate.Gate(SPEC, given, (), ())
+        checker = gate.Gate(SPEC, given, (), ())
     right = SPEC.function(**given)
-    assert judge.problem([right]) is None and judge.distance([right]) < 1e-12
+    assert checker.problem([right]) is None and checker.distance([right]) < 1e-12
     last = right.clone()
     last[-1, -1, 2, 3] = bad  # the last sequence and head are always a part
-    assert judge.problem([last]) is not None
+    assert checker.problem([last]) is not None
     elsewhere = right.clone()
     elsewhere[1, 0, 2, 3] = bad
-    assert (judge.problem([elsewhere]) is not None) == (bad != bad)
+    assert (checker.problem([elsewhere]) is not None) == (bad != bad)
 
 
 def test_a_gpu_s_row_has_its_backward_pass_alone_and_its_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +257,7 @@ def test_targets_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_long_row_wastes_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first run of a candidate checks and weighs it, and each of the others is timed: one, where they take long."""
+    """A candidate's first run serves for its check and its memory, and each other one is timed: here a single one."""
     monkeypatch.setattr(benchmark, "_LONG", -1.0)
     monkeypatch.setattr(benchmark, "_LONG_BUDGET", 0.0)
     runs: list[str] = []
@@ -331,8 +337,11 @@ def test_a_quick_row_takes_few_rounds_and_leaves_slow_peers_out(monkeypatch: pyt
     monkeypatch.setattr(benchmark, "_LONG", -1.0)
     fixture = Fixture()
     beside = (Peer("sdpa", sdpa), Peer("slow", sdpa, slow=True))
-    benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False, quick=True), beside)
+    targets = tuple(Speedup("fp32", False, 1.0, peer) for peer in ("sdpa", "slow"))
+    config = Benchmark("tiny", inputs, {}, targets=targets)
+    benchmark.measure(fixture, Row(SPEC, config, "fp32", False, quick=True), beside)
     assert set(fixture.extra_info["peers"]) == {"naive", "sdpa"}
+    assert [target["than"] for target in fixture.extra_info["targets"]] == ["sdpa"]
     assert fixture.extra_info["rounds"] <= 5 and fixture.extra_info["checked"].startswith("parts")
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mmkernels import meters
-from mmkernels.bench import benchmark
+from mmkernels.bench.rows import rows
 from mmkernels.ops.attention.cross_attention.spec import SPEC
 
 ROOT = Path(__file__).parents[1]
@@ -202,16 +202,16 @@ def test_flamingo_part() -> None:
 
 
 def test_the_issue_s_configurations_are_rows_of_a_gpu() -> None:
-    rows = benchmark.rows(SPEC, ["bf16"], device="cuda")
-    ids = {row.config.id for row in rows}
+    on_gpu = rows(SPEC, ["bf16"], device="cuda")
+    ids = {row.config.id for row in on_gpu}
     assert ids.isdisjoint({"B2 H16 256x2048 D64 none", "decode"}) and "B1 H4 16x64 D64 none" in ids
-    targets = {(str(row).replace(", bf16", ""), target.than): target.least for row in rows for target in row.targets}
+    targets = {(str(row).replace(", bf16", ""), target.name): target.limit for row in on_gpu for target in row.targets}
     assert targets["B1 H16 16384x16384 D128 none, forward", "tflops"] == 450
     assert targets["B1 H16 16384x16384 D128 none, forward + backward", "tflops"] == 260
     assert targets["B1 H16 16384x16384 D72 none, forward", "yardstick"] == pytest.approx(0.8 * 72 / 80)
     assert targets["B4 H16 2048x16384 D128 media, forward", "sdpa"] == 10
     assert targets["decode B32, forward", "bandwidth"] == 0.8
-    assert {row.config.id for row in benchmark.rows(SPEC, ["bf16"])}.isdisjoint({"decode B32"})
+    assert {row.config.id for row in rows(SPEC, ["bf16"])}.isdisjoint({"decode B32"})
 
 
 def test_device_times_are_those_between_events(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 A bench file has the op's peers and one test of three lines; the rows are made by ``benchmarks/conftest.py``. Peers run
 in turns with the op, in one process, on the same inputs. A wrong result has no time.
 
-On a GPU times are the device's own (`meters.time_calls`), and a row of forward + backward also times each candidate's
+On a GPU times are the device's (`meters.time_calls`), and a row of forward + backward also times each candidate's
 forward alone: the difference is its backward pass. FLOP are counted as attention papers do: 2 matrix products forward,
 and 5 backward (the scores again, and four gradients), whatever a kernel computes more than once.
 """
@@ -59,11 +59,13 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products:
     if row.compile_only:
         problem.run_all(peers)
         return
-    peers = [Peer("naive", partial(_naive, row)), *(peer for peer in peers if not (row.quick and peer.slow))]
+    peers = [Peer("naive", partial(_naive, row)), *peers]
+    left_out = {peer.name for peer in peers if row.quick and peer.slow}
     admitted = _Admitted(problem, counts_products)
     admitted.check_ours()
     for peer in peers:
-        admitted.admit(peer)
+        if peer.name not in left_out:
+            admitted.admit(peer)
     checked = "parts at full length, and all for being finite" if admitted.gate.partial else "everything"
     del admitted.gate  # and with it the truth, before anything is timed
     rounds = None
@@ -95,6 +97,9 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products:
         for name, flops in admitted.products.items()
     }
     benchmark.extra_info |= {"checked": checked} | _description(row, measured, admitted, more)
+    benchmark.extra_info["targets"] = [
+        target.judge(measured) for target in row.targets if getattr(target, "peer", "") not in left_out
+    ]
 
 
 class _Problem:
@@ -164,7 +169,7 @@ class _Admitted:
             self._add(peer.name, call, run, _checked_memory(run, problem.device))
         except CantRunError as error:
             self.why_not[peer.name] = str(error)
-        except Exception as error:  # a peer's own limits, such as memory, are no fault of the op
+        except Exception as error:  # a limit of the peer, such as memory, is no fault of the op
             self.why_not[peer.name] = f"fails: {type(error).__name__}: {first_line(error)}"
             _make_room(problem.device)
 
@@ -284,5 +289,4 @@ def _description(
         "share_of_compute_peak": measured.share_of_peak,
         "share_of_bandwidth_peak": measured.share_of_bandwidth,
         "yardstick_flops_per_second": measured.yardstick_rate,
-        "targets": [target.judge(measured) for target in row.targets],
     }

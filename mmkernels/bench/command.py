@@ -63,8 +63,7 @@ def run_bench(
     code = _pytest([*map(str, files.values()), *options], plugin, folder.parent)
     if plugin.bad_filter is not None:
         raise plugin.bad_filter
-    for result in plugin.results:
-        _show(out / result.name, folder, device)
+    _show([out / result.name for result in plugin.results], folder, device)
     if plugin.interrupted:
         print("mmkernels: interrupted; the rows above are saved", file=sys.stderr)
         raise SystemExit(_INTERRUPTED)
@@ -90,13 +89,18 @@ def _pytest(arguments: list[str], plugin: RowsPlugin, root: Path) -> int:
         return int(pytest.main([*arguments, *quiet, f"--rootdir={root}"], plugins=[plugin]))
 
 
-def _show(result: Path, folder: Path, device: str) -> None:
-    """Prints the tables of a result file, and draws its picture."""
-    report = json.loads(result.read_text())
-    custom = folder / f"{result.stem}_report.py"  # of a benchmark whose rows are not an op's
-    if custom.exists():
-        subprocess.run([sys.executable, str(custom), str(result)], check=True)
-    else:
-        console(WIDTH if device == "cpu" else _GPU_WIDTH).print(tables.render(report))
-    picture.draw(report, result.with_suffix(".png"))
-    console().print(f"Written: {result.with_suffix('.png')} (picture), {result} (all numbers)")
+def _show(results: Sequence[Path], folder: Path, device: str) -> None:
+    """Prints the tables of result files, and draws their pictures."""
+    output, shown = console(WIDTH if device == "cpu" else _GPU_WIDTH), []
+    for result in results:
+        report = json.loads(result.read_text())
+        custom = folder / f"{result.stem}_report.py"  # of a benchmark whose rows are not an op's
+        if custom.exists():
+            subprocess.run([sys.executable, str(custom), str(result)], check=True)
+        else:
+            output.print(tables.render(report))
+            shown.append(report)
+        picture.draw(report, result.with_suffix(".png"))
+        output.print(f"Written: {result.with_suffix('.png')} (picture), {result} (all numbers)\n", soft_wrap=True)
+    if shown:
+        output.print(tables.legend(shown))

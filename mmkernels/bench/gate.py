@@ -20,8 +20,8 @@ class Gate:
     """Judges outputs and gradients of one call by the op's definition.
 
     Where the naive formula in float64 would not fit into half of the device's memory, the whole result must be finite,
-    and the parts that the op's spec names are compared: shards that are problems of their own at the full lengths, so
-    that every output and gradient in them is compared, sums over all queries included; or slices of which the spec
+    and the parts that the op's spec names are compared: shards that can be computed alone at the full lengths, so that
+    every output and gradient in them is compared, sums over all queries included; or slices of which the spec
     itself says what is right.
 
     Args:

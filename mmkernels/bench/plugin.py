@@ -12,6 +12,7 @@ import pytest
 
 from mmkernels.bench import tables
 from mmkernels.bench.rows import select
+from mmkernels.meters import quick_collections
 from mmkernels.options import BadInput
 from mmkernels.report import ProgressBar, progress_bar, write_json
 
@@ -62,8 +63,12 @@ class RowsPlugin:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, bool, bool]:
-        with os.fdopen(os.dup(2), "w") as stream, progress_bar(len(session.items), stream) as self._bar:
-            # Duplicated, as pytest takes the stream itself away while a row runs.
+        # The stream is duplicated, as pytest captures it while a row runs.
+        with (
+            os.fdopen(os.dup(2), "w") as stream,
+            progress_bar(len(session.items), stream) as self._bar,
+            quick_collections(),
+        ):
             return (yield)
 
     @pytest.hookimpl(wrapper=True)
@@ -79,7 +84,7 @@ class RowsPlugin:
         return (report.outcome if report.when == "call" or not report.passed else "", "", "")
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        self.interrupted = excinfo.type is KeyboardInterrupt  # pytest's own interruptions are derived from it
+        self.interrupted = excinfo.type is KeyboardInterrupt  # pytest derives other interruptions from it
 
     # Results.
 
@@ -105,7 +110,7 @@ class RowsPlugin:
         write_json(path, self._origin(config) | report)
 
     def _origin(self, config: pytest.Config) -> dict[str, Any]:
-        """Returns the machine and the commit, as pytest-benchmark's own file has them."""
+        """Returns the machine and the commit as pytest-benchmark would write them."""
         if self._machine is None:
             machine: dict[str, Any] = {}
             config.hook.pytest_benchmark_update_machine_info(config=config, machine_info=machine)

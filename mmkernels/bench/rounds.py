@@ -89,9 +89,9 @@ def alternate(
         seconds = _seconds(sample_others) + _seconds(partial(sample, OURS))
         rounds = min(max(_ROUNDS[0], int(BUDGET / seconds)), _ROUNDS[1])
     benchmark.pedantic(partial(sample, OURS), setup=sample_others, rounds=rounds, iterations=1, warmup_rounds=warm_up)
-    for taken in samples.values():
-        del taken[:-rounds]  # the warm-up, and the round that decided how many there are
-    if device.type != "cuda":  # pytest-benchmark's own statistics then speak of the same samples
+    for seconds_of_calls in samples.values():
+        del seconds_of_calls[:-rounds]  # the warm-up, and the round that decided how many there are
+    if device.type != "cuda":  # so that pytest-benchmark's statistics are of the same samples
         samples[OURS] = [seconds / repeats[OURS] for seconds in benchmark.stats.stats.data]
     benchmark.extra_info |= {"calls_per_round": repeats[OURS], "rounds": rounds}
     return samples

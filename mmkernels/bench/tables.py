@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -47,13 +47,20 @@ def render(report: dict[str, Any]) -> RenderableType:
         parts += [Text(" ".join(group), style="bold")]
         parts += _table([row for row in rows if (row["dtype"], row["pass"]) == group])
     targets = _targets(rows)
-    legend = _LEGEND
     if targets.row_count:
         parts += [targets, Text()]
-        legend += _TARGETS_LEGEND
+    return Group(*parts)
+
+
+def legend(reports: Sequence[dict[str, Any]]) -> Text:
+    """Returns what the tables of these result files mean."""
+    rows = [entry["extra_info"] for report in reports for entry in report["benchmarks"]]
+    words = _LEGEND
+    if any(row["targets"] for row in rows):
+        words += _TARGETS_LEGEND
     if any("gemms" in row for row in rows):
-        legend += _COUNTED
-    return Group(*parts, Text(legend, style="dim"))
+        words += _COUNTED
+    return Text(words, style="dim")
 
 
 def _heading(report: dict[str, Any], rows: list[Row]) -> Text:
@@ -79,13 +86,20 @@ def _table(rows: list[Row]) -> list[RenderableType]:
     titles += ["at\npeak"] * bounded + ["GFLOP\n/s", "of\npeak"] + ["GEMMs"] * counted + ["MB", "naive\nMB"]
     cells = []
     for row in rows:
-        line = [row["configuration"], milliseconds(row["seconds"])]
-        line += [_ratio(name, row["peers"].get(name), notes) for name in peers]
-        line += [_ratio_at_peak(row)] * bounded
-        line += [f"{row['flops_per_second'] / 1e9:,.0f}", _share(row)]
-        line += [f"{row['gemms']:.3g}" if "gemms" in row else ""] * counted
         naive = row["peers"].get("naive", {}).get("peak_memory_bytes")
-        cells.append([*line, megabytes(row["peak_memory_bytes"]), megabytes(naive)])
+        cells.append(
+            [
+                row["configuration"],
+                milliseconds(row["seconds"]),
+                *(_ratio(name, row["peers"].get(name), notes) for name in peers),
+                *[_ratio_at_peak(row)] * bounded,
+                f"{row['flops_per_second'] / 1e9:,.0f}",
+                _share(row),
+                *[f"{row['gemms']:.3g}" if "gemms" in row else ""] * counted,
+                megabytes(row["peak_memory_bytes"]),
+                megabytes(naive),
+            ]
+        )
     return [table(cells, ["configuration", *titles]), *map(Text, notes.lines()), Text()]
 
 
@@ -98,10 +112,10 @@ def _targets(rows: list[Row]) -> Table:
 def _target_cells(rows: list[Row]) -> Iterator[list[str | Text]]:
     for row in rows:
         for target in row.get("targets", ()):
-            least, most, found, at_peak = (_value(target, key) for key in ("least", "most", "found", "at_peak"))
+            least, most, reached, at_peak = (_value(target, key) for key in ("least", "most", "found", "at_peak"))
             bound = least or f"<= {most}"
             name = [row["configuration"], row["dtype"], row["pass"], target["than"]]
-            yield [*name, bound, found, at_peak, verdict(target)]
+            yield [*name, bound, reached, at_peak, verdict(target)]
 
 
 _UNITS = {"peak": "share", "bandwidth": "share", "tflops": "TFLOP/s", "extra MB": "MB"}  # in files that name none

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from mmkernels import report as writer
+from mmkernels.meters import quick_collections
 from mmkernels.models.blocks.images import ImageError, load_image
 from mmkernels.options import BadInput
 from mmkernels.profiling import plot, table
@@ -23,7 +24,7 @@ def run_profile(options: Options, out: Path) -> None:
     find_model(options)
     photo = _open_photo(options.image)
     writer.prepare_folder(out)
-    with writer.progress_bar(steps(options)) as advance:
+    with writer.progress_bar(steps(options)) as advance, quick_collections():
         report = profile(options, photo, advance)
     writer.write_json(out / "profile.json", report)
     plot.draw(report, photo, out / "profile.png")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mmkernels.meters import quick_collections
 from mmkernels.profiling import point
 
 
@@ -15,5 +16,6 @@ def _short_and_steady() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(point, "_BUDGET", 0.0)
-        yield
+        with quick_collections():
+            yield
     torch.set_num_threads(threads)

@@ -11,11 +11,11 @@ from mmkernels.profiling.photo import crops, default_photo
 @pytest.mark.parametrize("size", [(60, 90), (90, 60), (50, 50)])
 def test_crops_are_squares_inside_the_photo_and_differ(count: int, size: tuple[int, int]) -> None:
     photo = Image.fromarray(np.random.default_rng(0).integers(1, 255, (size[1], size[0], 3), dtype=np.uint8))
-    found = crops(photo, count)
-    assert len(found) == count
-    assert all(crop.width == crop.height for crop in found)
-    assert all(np.asarray(crop).min() > 0 for crop in found)  # outside the photo Pillow fills in 0
-    assert len({crop.tobytes() for crop in found}) == count
+    squares = crops(photo, count)
+    assert len(squares) == count
+    assert all(crop.width == crop.height for crop in squares)
+    assert all(np.asarray(crop).min() > 0 for crop in squares)  # outside the photo Pillow fills in 0
+    assert len({crop.tobytes() for crop in squares}) == count
 
 
 def test_default_photo_is_a_real_one() -> None:

@@ -113,6 +113,13 @@ def test_picture_is_drawn(report: dict[str, Any], tmp_path: Path) -> None:
         assert len(picture.convert("RGB").getcolors(2**24)) > 1000
 
 
+def test_a_committed_profile_still_loads_and_plots(tmp_path: Path) -> None:
+    (path,) = Path(__file__).parents[2].glob("benchmarks/results/*/profile_flamingo.json")
+    saved = json.loads(path.read_text())
+    assert "prefill" in render(saved) and table.summary(saved)
+    plot.draw(saved, PHOTO, tmp_path / "profile.png")
+
+
 def test_picture_of_one_point_without_memory(report: dict[str, Any], tmp_path: Path) -> None:
     cells = [cell | {"peak_memory_bytes": None, "train_peak_memory_bytes": None} for cell in report["cells"][:1]]
     settings = report["settings"] | {"tokens": [4], "backends": ["fused"]}

@@ -48,7 +48,7 @@ def _blocks(image: Tensor, text: Tensor, scale: Tensor) -> Iterator[tuple[slice,
 
 
 def _of_pairs(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """[N], each image's logit with its own text, in float64."""
+    """[N], each image's logit with its text, in float64."""
     return scale.double() * (image.double() * text.double()).sum(1)
 
 

@@ -46,15 +46,15 @@ def problem(op: str, dtype: torch.dtype = torch.float32) -> tuple[OpSpec, Inputs
     return spec, inputs, [x.requires_grad_() for x in leaves]
 
 
-def judge(op: str, inputs: Inputs, spec: OpSpec, leaves: list[Tensor], *, parts: bool) -> tuple[Gate, Any]:
+def make_gate(op: str, inputs: Inputs, spec: OpSpec, leaves: list[Tensor], *, parts: bool) -> tuple[Gate, Any]:
     """A gate, and what makes a call one with gradients; `parts`: as if nothing fitted into memory."""
     outputs = flat(spec.function(**inputs))
     cotangents = draw_cotangents(outputs) if leaves else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "room", lambda device: 0.0 if parts else float("inf"))
-        found = Gate(spec, inputs, tuple(inputs) if leaves else (), cotangents)
-    assert found.partial == parts
-    return found, partial(with_gradients, leaves=leaves, cotangents=cotangents)
+        judge = Gate(spec, inputs, tuple(inputs) if leaves else (), cotangents)
+    assert judge.partial == parts
+    return judge, partial(with_gradients, leaves=leaves, cotangents=cotangents)
 
 
 @pytest.fixture(autouse=True)
@@ -74,30 +74,30 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_parts_say_what_the_definition_says(op: str, dtype: torch.dtype, backward: bool) -> None:
     spec, inputs, leaves = problem(op, dtype)
-    found, passes = judge(op, inputs, spec, leaves if backward else [], parts=True)
+    judge, passes = make_gate(op, inputs, spec, leaves if backward else [], parts=True)
     wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     call = partial(spec.function, **wide, backend="reference")
     truth = flat(with_gradients(call, list(wide.values()) if backward else [], passes.keywords["cotangents"])())
-    assert found.distance(truth) < 2e-6
-    assert found.problem(flat(passes(partial(spec.function, **inputs))())) is None
+    assert judge.distance(truth) < 2e-6
+    assert judge.problem(flat(passes(partial(spec.function, **inputs))())) is None
 
 
 @pytest.mark.parametrize("op", LOSSES)
 def test_parts_see_what_is_wrong(op: str) -> None:
     """In any output or gradient: a thousandth too large; and NaN anywhere, in the sample or not."""
     spec, inputs, leaves = problem(op)
-    found, passes = judge(op, inputs, spec, leaves, parts=True)
+    judge, passes = make_gate(op, inputs, spec, leaves, parts=True)
     results = flat(passes(partial(spec.function, **inputs))())
-    assert found.problem(results) is None
+    assert judge.problem(results) is None
     names = ["output 0", *(f"gradient of {name}" for name in inputs)]
     for place, (name, right) in enumerate(zip(names, results, strict=True)):
         wrong = [*results[:place], right * 1.001, *results[place + 1 :]]
-        assert (found.problem(wrong) or "").startswith(f"{name}: ")
+        assert (judge.problem(wrong) or "").startswith(f"{name}: ")
     for place in (1, 2):
         for row in range(PAIRS):
             spoiled = results[place].clone()
             spoiled[row, 3] = torch.nan
-            assert found.problem([*results[:place], spoiled, *results[place + 1 :]]) == f"{names[place]}: not finite"
+            assert judge.problem([*results[:place], spoiled, *results[place + 1 :]]) == f"{names[place]}: not finite"
 
 
 @pytest.mark.parametrize("op", LOSSES)
@@ -105,29 +105,29 @@ def test_parts_see_wrong_rows_outside_of_the_sample(op: str, monkeypatch: pytest
     """Of a tile that was left out, or is there twice."""
     monkeypatch.setattr(contrastive_parts, "_SAMPLE", 2)
     spec, inputs, leaves = problem(op)
-    found, passes = judge(op, inputs, spec, leaves, parts=True)
+    judge, passes = make_gate(op, inputs, spec, leaves, parts=True)
     results = flat(passes(partial(spec.function, **inputs))())
     for place, first, factor in itertools.product((1, 2), range(1, PAIRS - 16, 16), (0.0, 2.0)):
         wrong = results[place].clone()
         wrong[first : first + 16] *= factor
-        assert found.problem([*results[:place], wrong, *results[place + 1 :]]) is not None
+        assert judge.problem([*results[:place], wrong, *results[place + 1 :]]) is not None
 
 
 def test_ranks_are_checked_on_some_queries() -> None:
     spec, inputs, leaves = problem("retrieval_ranks")
-    found, _ = judge("retrieval_ranks", inputs, spec, leaves, parts=True)
+    judge, _ = make_gate("retrieval_ranks", inputs, spec, leaves, parts=True)
     ranks = spec.function(**inputs)
-    assert found.problem([ranks]) is None and found.distance([ranks]) == 0
+    assert judge.problem([ranks]) is None and judge.distance([ranks]) == 0
     for row in (0, PAIRS - 1):
         wrong = ranks.clone()
         wrong[row] += 1
-        assert found.problem([wrong]) is not None and found.distance([wrong]) > 0
+        assert judge.problem([wrong]) is not None and judge.distance([wrong]) > 0
 
 
 def test_parts_refuse_what_they_know_nothing_of() -> None:
     spec, inputs, _ = problem("info_nce")
     with pytest.raises(NotImplementedError, match=r"only plain features are checked in parts, got .*image_ids"):
-        judge("info_nce", inputs | {"image_ids": torch.arange(PAIRS)}, spec, [], parts=True)
+        make_gate("info_nce", inputs | {"image_ids": torch.arange(PAIRS)}, spec, [], parts=True)
 
 
 # Peers.
@@ -144,8 +144,8 @@ def _prepared(peer: Peer, inputs: Inputs) -> Any:
 def test_a_peer_computes_the_same(op: str, peer: Peer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrastive_peers, "_compile", lambda function: function)  # what it compiles is what is tested
     spec, inputs, leaves = problem(op, dtype)
-    found, passes = judge(op, inputs, spec, leaves, parts=False)
-    distance = found.distance(flat(passes(_prepared(peer, inputs))()))
+    judge, passes = make_gate(op, inputs, spec, leaves, parts=False)
+    distance = judge.distance(flat(passes(_prepared(peer, inputs))()))
     assert distance < (1e-5 if dtype == torch.float32 else 0.05)
 
 
@@ -153,7 +153,7 @@ def test_a_peer_computes_the_same(op: str, peer: Peer, dtype: torch.dtype, monke
 def test_products_are_counted(op: str) -> None:
     """Of ours as of peers: the scores once or more, and a gradient of each side."""
     spec, inputs, leaves = problem(op)
-    _, passes = judge(op, inputs, spec, leaves, parts=False)
+    _, passes = make_gate(op, inputs, spec, leaves, parts=False)
     once = spec.cost(inputs, False).flops
     chunked = partial(spec.function, **inputs, backend="chunked")
     naive = partial(spec.function, **inputs, backend="reference")
@@ -174,7 +174,7 @@ def test_what_triton_multiplies_is_not_counted(op: str) -> None:
     if "triton" not in backends(SPECS[op]):
         pytest.skip("there is no GPU")
     spec, inputs, leaves = problem(op)
-    _, passes = judge(op, inputs, spec, leaves, parts=False)
+    _, passes = make_gate(op, inputs, spec, leaves, parts=False)
     call = passes(partial(spec.function, **inputs, backend="triton"))
     assert count(call).flops is None and count(call, pytorch=False).flops is None
 
