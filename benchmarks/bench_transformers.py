@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import transformers
 from transformers_measure import Row, measure
-from transformers_models import HEADLINES, OVERHEAD
-from transformers_more import OTHERS
+from transformers_models import MODELS
 
 transformers.logging.set_verbosity_error()  # each change of attention would warn of parts that have none
 
@@ -19,11 +18,7 @@ transformers.logging.set_verbosity_error()  # each change of attention would war
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     device, compile_only = option("device"), option("compile_only")
-    found = [
-        Row(model, dtype, device, compile_only)
-        for dtype in option("dtypes").split(",")
-        for model in (*HEADLINES, *OVERHEAD, *OTHERS)
-    ]
+    found = [Row(model, dtype, device, compile_only) for dtype in option("dtypes").split(",") for model in MODELS]
     metafunc.parametrize("row", [row for row in found if option("filter") in str(row)], ids=str)
 
 

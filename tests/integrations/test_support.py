@@ -16,7 +16,7 @@ from mmkernels.integrations.transformers.support_compare import WAYS, Comparison
 from mmkernels.integrations.transformers.support_table import support_table
 from mmkernels.options import BadInput
 from mmkernels.testing.families import FAMILIES, find
-from mmkernels.testing.families_common import Family
+from mmkernels.testing.models import Family
 
 OWN_ATTENTION = "transformers keeps its own attention"
 REFUSED = {
