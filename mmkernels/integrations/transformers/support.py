@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,7 +74,7 @@ class Support:
         return [way for way, cell in self.generation.items() if cell == YES]
 
 
-def check(family: Family, compare: Comparison | None = None) -> Support:
+def check(family: Family, compare: Comparison | None = None, ways: Collection[str] = WAYS) -> Support:
     """Runs a family on ``"mmkernels"`` and on transformers' own attention, and compares.
 
     A family is refused if the attention function says that it lacks something, or if no module calls the function. In
@@ -82,6 +82,7 @@ def check(family: Family, compare: Comparison | None = None) -> Support:
 
     Args:
         compare: of this family; None: a new one. Its truth and baseline are kept for later checks.
+        ways: to generate.
     """
     register()
     with quiet():
@@ -102,7 +103,7 @@ def check(family: Family, compare: Comparison | None = None) -> Support:
             row,
             forward=_outcome(compare.forward),
             gradients=_outcome(compare.gradients),
-            generation={way: _outcome(compare.generation, way) for way in WAYS} if model.can_generate() else {},
+            generation={way: _outcome(compare.generation, way) for way in ways} if model.can_generate() else {},
         )
 
 

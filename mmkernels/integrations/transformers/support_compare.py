@@ -78,7 +78,7 @@ class Comparison:
     def run_wide(self, implementation: str) -> Results:
         """Returns outputs and gradients in float64."""
         set_attention(self._wide, implementation)
-        with _float64():
+        with float64():
             return one_pass(self.family, self._wide, self._wide_inputs)
 
     def _run(self, implementation: str) -> Results:
@@ -114,7 +114,7 @@ class Comparison:
         if way == "sampled":  # float64 would draw other random numbers
             return
         set_attention(self._wide, "eager")
-        with _float64():
+        with float64():
             true = self._generate(self._wide, self._wide_inputs, way)
         _check_tokens(ours.tokens, true.tokens)
         _check_error("logits", ours.logits, [theirs.logits], true.logits)
@@ -223,7 +223,7 @@ def _widened(x: Any) -> Any:
 
 
 @contextmanager
-def _float64() -> Iterator[None]:
+def float64() -> Iterator[None]:
     """Computes in float64 inside the ``with`` block, also where transformers asks for float32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
