@@ -29,7 +29,7 @@ _BLIP_2: Config = {
     "num_query_tokens": 8,
     "image_token_index": IMAGE,
 }
-_MLLAMA_VISION = {
+_MLLAMA_VISION: Config = {
     "attention_heads": 4,
     "num_global_layers": 1,
     "max_num_tiles": 2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmkernels.testing.models import Family, Inputs
+from mmkernels.testing.models import Config, Family, Inputs
 from mmkernels.testing.parts import (
     SPECIAL,
     decoder,
@@ -37,7 +37,11 @@ def _texts_and_padded_answers() -> Inputs:
 
 
 _T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}  # others lack float64
+_EXPERTS: Config = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "experts_implementation": "eager",
+}  # others lack float64
 _BERT_TO_BERT = {
     "encoder": encoder(model_type="bert"),
     "decoder": encoder(model_type="bert", is_decoder=True, add_cross_attention=True),
