@@ -42,11 +42,11 @@ def _llava_onevision() -> Inputs:
     return prompt((3 * 4 + 1,), marker=VIDEO) | {"pixel_values_videos": pixels(2, 3)}
 
 
-def _paligemma(answer: int) -> Inputs:
-    """Attention is bidirectional within the prompt, image and text; the last `answer` tokens are causal."""
+def _paligemma(suffix: int) -> Inputs:
+    """Attention is bidirectional within image and prompt, and causal in the last `suffix` tokens."""
     inputs = _images(16)
     types = torch.zeros_like(inputs["input_ids"])
-    types[:, types.shape[1] - answer :] = 1
+    types[:, types.shape[1] - suffix :] = 1
     return inputs | {"token_type_ids": types}
 
 
@@ -168,8 +168,8 @@ FAMILIES = (
         },
         _llava_onevision,
     ),
-    Family("paligemma", "PaliGemmaForConditionalGeneration", _PALIGEMMA, lambda: _paligemma(answer=0)),
-    Family("paligemma_training", "PaliGemmaForConditionalGeneration", _PALIGEMMA, lambda: _paligemma(answer=2)),
+    Family("paligemma", "PaliGemmaForConditionalGeneration", _PALIGEMMA, lambda: _paligemma(suffix=0)),
+    Family("paligemma_training", "PaliGemmaForConditionalGeneration", _PALIGEMMA, lambda: _paligemma(suffix=2)),
     Family(
         "gemma3",
         "Gemma3ForConditionalGeneration",

@@ -27,12 +27,12 @@ def _texts() -> Inputs:
     return right_padded(tokens(2, 11), (11, 6))
 
 
-def _texts_and_answers(start: int) -> Inputs:
-    """What an encoder reads, and the beginning of what its decoder writes."""
+def _texts_and_outputs(start: int) -> Inputs:
+    """Inputs of an encoder, and the first tokens of its decoder's output."""
     return _texts() | {"decoder_input_ids": torch.cat([torch.full((2, 1), start), tokens(2, 4)], 1)}
 
 
-def _texts_and_padded_answers() -> Inputs:
+def _texts_and_padded_outputs() -> Inputs:
     return _texts() | {f"decoder_{name}": x for name, x in left_padded(tokens(2, 8), (5, 8)).items()}
 
 
@@ -74,19 +74,19 @@ FAMILIES = (
         "bert_to_bert",
         "EncoderDecoderModel",
         _BERT_TO_BERT,
-        _texts_and_padded_answers,
+        _texts_and_padded_outputs,
         padded=("attention_mask", "decoder_attention_mask"),
     ),
     Family(
         "bart",
         "BartForConditionalGeneration",
         sequence_to_sequence(max_position_embeddings=64, decoder_start_token_id=2, forced_eos_token_id=None),
-        lambda: _texts_and_answers(start=2),
+        lambda: _texts_and_outputs(start=2),
     ),
     Family(  # adds relative positions to the scores
         "t5",
         "T5ForConditionalGeneration",
         _T5 | SPECIAL | {"decoder_start_token_id": 0},
-        lambda: _texts_and_answers(start=0),
+        lambda: _texts_and_outputs(start=0),
     ),
 )

@@ -128,44 +128,33 @@ def test_a_family_is_the_same_each_time_and_random_all_over(comparison, name: st
     assert bool(masks) == (family.name not in UNPADDED)
 
 
-def noisy(right: Attention) -> Attention:
-    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        out, weights = right(*args, **kwargs)
-        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
-        return out * (1 + 1e-3 * noise), weights
+def changed(change: Callable[[Tensor], Tensor]) -> Callable[[Attention], Attention]:
+    """Makes a wrong attention of the right one: with this change of its output [B, Lq, Hq, Dv]."""
 
-    return attention
+    def make(right: Attention) -> Attention:
+        def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            out, weights = right(*args, **kwargs)
+            return change(out), weights
+
+        return attention
+
+    return make
+
+
+def first_tokens_of_the_second_row(out: Tensor) -> Tensor:
+    row, token = torch.arange(out.shape[0]) == 1, torch.arange(out.shape[1]) < 4
+    return (row[:, None] & token)[..., None, None]
+
+
+noisy = changed(lambda out: out * (1 + 1e-3 * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))))
+wrong_gradient = changed(lambda out: out.detach() + 0.999 * (out - out.detach()))
+wrong_in_decoding = changed(lambda out: out.flip(2) if out.shape[1] == 1 else out)
+wrong_in_padding = changed(lambda out: out + first_tokens_of_the_second_row(out))
 
 
 def unmasked(right: Attention) -> Attention:
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         return right(module, query, key, value, None, **kwargs | {"is_causal": False})
-
-    return attention
-
-
-def wrong_gradient(right: Attention) -> Attention:
-    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        out, weights = right(*args, **kwargs)
-        return out.detach() + 0.999 * (out - out.detach()), weights
-
-    return attention
-
-
-def wrong_one_by_one(right: Attention) -> Attention:
-    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        out, weights = right(*args, **kwargs)
-        return (out.flip(2) if out.shape[1] == 1 else out), weights
-
-    return attention
-
-
-def wrong_in_padding(right: Attention) -> Attention:
-    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        out, weights = right(*args, **kwargs)
-        out = out.clone()
-        out[1, :4] += 1.0
-        return out, weights
 
     return attention
 
@@ -177,7 +166,7 @@ def broken(right: Attention) -> Attention:
     return attention
 
 
-@pytest.mark.parametrize("make", [noisy, unmasked])
+@pytest.mark.parametrize("make", [noisy, unmasked], ids=["noisy", "unmasked"])
 @families(SUPPORTED, fast=REPRESENTATIVE)
 def test_a_wrong_attention_is_noticed(
     replace_attention, comparison, name: str, make: Callable[[Attention], Attention]
@@ -198,7 +187,7 @@ def test_a_wrong_gradient_is_noticed(replace_attention, comparison, name: str) -
 
 @families(["llama", "bart"])
 def test_a_wrong_step_of_decoding_is_noticed(replace_attention, comparison, name: str) -> None:
-    replace_attention(wrong_one_by_one)
+    replace_attention(wrong_in_decoding)
     row = check(FAMILIES[name], comparison(name))
     assert {"greedy", "sampled", "beam", "static"} <= set(row.failures) and row.forward == YES
     assert all("logits: error" in text or "expected" in text for text in row.failures.values())

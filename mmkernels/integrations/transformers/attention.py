@@ -97,27 +97,27 @@ def _mask(
     module: torch.nn.Module,
     query: Tensor,
     k_len: int,
-    given: ModelMask | Tensor | None,
+    attention_mask: ModelMask | Tensor | None,
     is_causal: bool | None,
 ) -> tuple[Mask, Tensor | None]:
     """Returns the mask and the bias for `cross_attention`."""
-    if given is None:
+    if attention_mask is None:
         q_len = query.shape[2]
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if q_len == 1 or not causal:
             return None, None
         return causal_from(0, q_len, query.device), None  # keys after the last query are hidden
-    if isinstance(given, ModelMask):
+    if isinstance(attention_mask, ModelMask):
         sizes = (query.shape[0], 1, query.shape[2], k_len)
-        if given.shape != sizes:
-            raise ValueError(f"attention_mask must be made for {list(sizes)}, got one for {list(given.shape)}")
-        return given.spans, None
-    if not isinstance(given, Tensor):
+        if attention_mask.shape != sizes:
+            raise ValueError(f"attention_mask must be made for {list(sizes)}, got one for {list(attention_mask.shape)}")
+        return attention_mask.spans, None
+    if not isinstance(attention_mask, Tensor):
         raise TypeError(
-            f"attention_mask must be a tensor, None or made for {'mmkernels'!r}, got {type(given).__name__}; "
+            f"attention_mask must be a tensor, None or made for {'mmkernels'!r}, got {type(attention_mask).__name__}; "
             "set the implementation with set_attn_implementation, so that masks are made for it"
         )
-    mask, bias, _ = read_matrix(given, query.dtype)
+    mask, bias, _ = read_matrix(attention_mask, query.dtype)
     return mask, bias
 
 

@@ -203,7 +203,7 @@ def _check_interface(config_module: str) -> None:
 def _visible_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
     """Returns a tokenizer's mask for the keys of this call, bool [B, Lk]; keys that it lacks are hidden.
 
-    None: no key is hidden, as far as that can be told without waiting for a device.
+    None: no key is hidden, as far as is known without waiting for a device.
     """
     if attention_mask is None:
         return None
