@@ -1,6 +1,6 @@
 """transformers' models on ``attn_implementation="mmkernels"`` beside "sdpa": forward passes, and the attention in them.
 
-The widths are published ones, the weights random: transformers_models.py, transformers_more.py.
+The widths are published ones, the weights random: transformers_models.py.
 """
 
 from __future__ import annotations
@@ -10,21 +10,16 @@ from typing import Any
 import pytest
 import transformers
 from transformers_measure import Row, measure
-from transformers_models import HEADLINES, OVERHEAD
-from transformers_more import OTHERS
+from transformers_models import MODELS
 
-transformers.logging.set_verbosity_error()  # each change of attention would warn of parts that have none
+transformers.logging.set_verbosity_error()  # else each change of attention warns of parts without the interface
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     device, compile_only = option("device"), option("compile_only")
-    found = [
-        Row(model, dtype, device, compile_only)
-        for dtype in option("dtypes").split(",")
-        for model in (*HEADLINES, *OVERHEAD, *OTHERS)
-    ]
-    metafunc.parametrize("row", [row for row in found if option("filter") in str(row)], ids=str)
+    rows = [Row(model, dtype, device, compile_only) for dtype in option("dtypes").split(",") for model in MODELS]
+    metafunc.parametrize("row", [row for row in rows if option("filter") in str(row)], ids=str)
 
 
 def test_transformers(benchmark: Any, row: Row) -> None:

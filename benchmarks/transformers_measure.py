@@ -1,8 +1,8 @@
 """Measures one model on ``attn_implementation="mmkernels"`` beside "sdpa": its forward pass, and the attention in it.
 
-Both run in turns on the same weights and inputs, and with them a third, the forward pass with every op of mmkernels
-removed, which bounds the speed-up (Amdahl). The attention calls and the making of masks are timed inside the same
-forward passes, by functions put around those that transformers has registered. A wrong result has no time.
+Both alternate on the same weights and inputs, together with a third candidate: the forward pass with every op of
+mmkernels removed, which bounds the speed-up (Amdahl). Attention calls and the making of masks are timed inside the same
+forward passes, by wrappers of the functions that transformers has registered. A wrong result has no time.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers_models import Inputs, Model
+from transformers_models import Model
 
 from mmkernels.integrations.transformers import NAME, counting, register
 from mmkernels.meters import Run, Timing, memory_why_not, peak_memory, time_alternating, time_once
 from mmkernels.ops.attention.cross_attention.spec import SPEC
 from mmkernels.options import DTYPES
 from mmkernels.profiling.point import REMOVED, running_as
+from mmkernels.testing.models import Inputs, seeded
 
 SDPA = "sdpa"
 CANDIDATES = {SDPA: SDPA, NAME: NAME, REMOVED: NAME}
-"""What runs in turns, and on which attention."""
+"""The candidates that alternate, and the attention of each."""
 LEAST_SHARE = 0.85  # of the speed-up that removing the attention would bring
-LEAST_SPEED = 0.95  # of sdpa's, whatever the model
+LEAST_SPEED = 0.95  # of sdpa's, for every model
 
 _BUDGET = 3.0  # seconds of counted rounds for one row, all candidates together
 _ROUNDS = (5, 2000)
@@ -42,7 +43,7 @@ class Row:
 
     Args:
         dtype: a name in `DTYPES`.
-        compile_only: nothing is measured, the model only runs once.
+        compile_only: the model runs once and nothing is measured.
     """
 
     model: Model
@@ -57,7 +58,7 @@ class Row:
 
 
 class Clock:
-    """What the registered functions take inside one forward pass, and how often they are called."""
+    """Times and counts the calls of the registered functions inside one forward pass."""
 
     def __init__(self, counts: Callable[[Any], bool], device: str) -> None:
         self._counts, self._device = counts, device
@@ -69,7 +70,7 @@ class Clock:
 
     @contextmanager
     def around(self, names: tuple[str, ...]) -> Iterator[None]:
-        """Time what transformers has registered under these names, for as long as the ``with`` block lasts."""
+        """Times the functions that transformers has registered under these names, inside the ``with`` block."""
         with ExitStack() as stack:
             for name in names:
                 for interface, kinds in ((AttentionInterface, self._attention), (AttentionMaskInterface, self._masks)):
@@ -87,12 +88,12 @@ class Clock:
     def _timed(self, function: Callable[..., Any], kinds: Callable[..., tuple[str, ...]]) -> Callable[..., Any]:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            answers = []
-            seconds = time_once(lambda: answers.append(function(*args, **kwargs)), self._device)
+            results = []
+            seconds = time_once(lambda: results.append(function(*args, **kwargs)), self._device)
             for kind in kinds(*args):
                 self.seconds[kind] += seconds
                 self.calls[kind] += 1
-            return answers[0]
+            return results[0]
 
         return timed
 
@@ -102,8 +103,8 @@ class Trial:
 
     def __init__(self, row: Row) -> None:
         self.model, self._device, self._attention = row.model, torch.device(row.device), ""
-        torch.manual_seed(0)
-        self.net: Any = row.model.build().eval()
+        with seeded(0):
+            self.net: Any = row.model.build().eval()
         _open_gates(self.net)
         self.net.to(self._device)
         self._inputs = self._draw(DTYPES[row.dtype])
@@ -113,7 +114,8 @@ class Trial:
         self.to(DTYPES[row.dtype])
 
     def _draw(self, dtype: torch.dtype) -> Inputs:
-        drawn = self.model.inputs(torch.Generator().manual_seed(0))
+        with seeded(0):
+            drawn = self.model.inputs()
         return {name: _rounded(x, dtype).to(self._device) if isinstance(x, Tensor) else x for name, x in drawn.items()}
 
     def _draw_cache(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -123,7 +125,7 @@ class Trial:
         return [tuple(_rounded(x, dtype).to(self._device)) for x in layers]
 
     def to(self, dtype: torch.dtype) -> None:
-        """Convert weights and inputs; buffers keep their precision, as in models that were loaded in `dtype`."""
+        """Converts weights and inputs; buffers keep their precision, as in models that were loaded in `dtype`."""
         for x in self.net.parameters():
             x.data = x.data.to(dtype)
         self.inputs = {
@@ -133,7 +135,7 @@ class Trial:
         self._cached = [(key.to(dtype), value.to(dtype)) for key, value in self._cached]
 
     def prepare(self, attention: str) -> None:
-        """What is not part of a forward pass on this attention."""
+        """Does what a forward pass on this attention needs and is not timed."""
         if attention != self._attention:
             self.net.set_attn_implementation(attention)
             self._attention = attention
@@ -145,25 +147,25 @@ class Trial:
     def run(self) -> Any:
         return self.net(**self.inputs)
 
-    def answer(self, attention: str) -> list[Tensor]:
-        """The outputs, without the positions that padding hides."""
+    def results(self, attention: str) -> list[Tensor]:
+        """Returns the outputs without the positions that are padding."""
         self.prepare(attention)
         outputs = self.model.outputs(self.run())
-        shown = self.inputs.get("attention_mask")
-        if shown is None:
+        valid = self.inputs.get("attention_mask")
+        if valid is None:
             return list(outputs)
-        shown = shown.bool()
-        return [x[shown] if x.shape[: shown.dim()] == shown.shape else x for x in outputs]
+        valid = valid.bool()
+        return [x[valid] if x.shape[: valid.dim()] == valid.shape else x for x in outputs]
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """To numbers that `dtype` has, so that wider dtypes compute the same problem."""
+    """Rounds to values of `dtype`, so that wider dtypes compute the same problem."""
     return x.to(dtype).to(x.dtype) if x.is_floating_point() else x
 
 
 @torch.no_grad()
 def _open_gates(net: torch.nn.Module) -> None:
-    """Zeros as some models begin with, at the gates of what they add to a language model, would hide its errors."""
+    """Redraws parameters that are all 0, such as the gates of layers that attend to images: a 0 would hide errors."""
     for x in net.parameters():
         if not x.any():
             x.fill_(0.5) if x.numel() == 1 else x.normal_(std=0.02)
@@ -171,7 +173,7 @@ def _open_gates(net: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def measure(benchmark: Any, row: Row) -> None:
-    """Check the model on mmkernels' attention, then time it beside sdpa's, into ``benchmark.extra_info``.
+    """Checks the model on mmkernels' attention, then times it beside sdpa's, into ``benchmark.extra_info``.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -182,7 +184,7 @@ def measure(benchmark: Any, row: Row) -> None:
     register()
     trial = Trial(row)
     if row.compile_only:
-        trial.answer(NAME)
+        trial.results(NAME)
         return
     masks = _check(trial, row)
     memory = {name: _peak(trial, name, row) for name in (SDPA, NAME)} if row.model.least else {}
@@ -190,20 +192,23 @@ def measure(benchmark: Any, row: Row) -> None:
     benchmark.group = f"transformers, {row.dtype}, forward"
     benchmark.extra_info.update(_Figures(row, timings, inside, calls).description(memory, masks))
     trial.prepare(NAME)
-    benchmark.pedantic(trial.run, rounds=1, iterations=1)  # one pass more: it reports only what it has timed itself
+    benchmark.pedantic(trial.run, rounds=1, iterations=1)  # one more pass: the fixture reports only what it has timed
 
 
 def _check(trial: Trial, row: Row) -> dict[str, Any]:
-    """What masks the attention calls came with, if the outputs are right: within twice sdpa's own distance from a wider
-    dtype's."""
-    naive = trial.answer(SDPA)
+    """Returns the masks of the attention calls.
+
+    Raises:
+        AssertionError: the error against a wider dtype is over budget, which is twice sdpa's error.
+    """
+    baseline = trial.results(SDPA)
     with counting() as calls:
-        mine = trial.answer(NAME)
+        ours = trial.results(NAME)
     assert calls.total, f"no attention call of {row} ran on {NAME}"
     trial.to(torch.float64 if row.dtype == "fp32" else torch.float32)
-    truth = trial.answer(SDPA)
+    truth = trial.results(SDPA)
     trial.to(DTYPES[row.dtype])
-    for place, results in enumerate(zip(mine, naive, truth, strict=True)):
+    for place, results in enumerate(zip(ours, baseline, truth, strict=True)):
         problem = SPEC.over_budget(*results)
         assert problem is None, f"{NAME} is wrong at {row}, result {place}: {problem}"
     return asdict(calls)
@@ -215,7 +220,7 @@ def _peak(trial: Trial, name: str, row: Row) -> int | None:
 
 
 def _time(trial: Trial, row: Row) -> tuple[dict[str, Timing], dict[str, list[dict[str, float]]], dict[str, int]]:
-    """Of forward passes by candidate; the seconds inside each of them by kind; and the numbers of calls."""
+    """Returns the times of forward passes by candidate, the seconds inside each by kind, and the numbers of calls."""
     clock = Clock(row.model.counts, row.device)
     candidates = [name for name in CANDIDATES if name != REMOVED or row.model.most_overhead is None]
     inside: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
@@ -237,14 +242,14 @@ def _time(trial: Trial, row: Row) -> tuple[dict[str, Timing], dict[str, list[dic
             budget=_BUDGET,
             least=_ROUNDS[0],
             most=_ROUNDS[1],
-            warm=True,  # by the check; what the removed ops leave is no more than that
+            warm=True,  # the check ran both attentions; without the ops nothing new runs
             device=row.device,
         )
     return timings, inside, clock.calls
 
 
 class _Figures:
-    """What the JSON says about a row; units stand in the names."""
+    """The JSON of a row; the names contain the units."""
 
     def __init__(
         self,
@@ -296,37 +301,37 @@ class _Figures:
 
     @property
     def overhead(self) -> float:
-        """Seconds that ours takes longer than sdpa's, by attention call; less than 0 where it is faster."""
+        """Seconds by which an attention call of ours is slower than sdpa's; negative if it is faster."""
         return (self.seconds[NAME] - self.seconds[SDPA]) / self.calls[_ATTENTION]
 
     def _amdahl(self) -> dict[str, float]:
-        """The speed-up over sdpa, what it would be with our ops gone, and the share reached; empty: not measured."""
-        gone = self.seconds.get(REMOVED)
-        if gone is None:
+        """Returns the speed-up over sdpa, its cap, and the share of the cap that is reached; empty: not measured."""
+        removed = self.seconds.get(REMOVED)
+        if removed is None:
             return {}
         return {
-            "removed_seconds": gone,
+            "removed_seconds": removed,
             "speedup": self.speedup,
-            "cap": self.seconds[SDPA] / gone,
-            "share_of_cap": gone / self.seconds[NAME],
+            "cap": self.seconds[SDPA] / removed,
+            "share_of_cap": removed / self.seconds[NAME],
         }
 
     def _beside(self, kind: str) -> dict[str, Any]:
-        """Seconds of all calls of one kind in a forward pass; no ratio where there is nothing to compare."""
-        found = self.inside[kind]
-        ratio = {"ratio": found[SDPA] / found[NAME]} if found[SDPA] and found[NAME] else {}
-        return {"calls": self.calls[kind], "seconds": found[NAME], "sdpa_seconds": found[SDPA], **ratio}
+        """Returns the seconds of all calls of one kind in a forward pass, without a ratio if one side made no calls."""
+        ours, theirs = self.inside[kind][NAME], self.inside[kind][SDPA]
+        ratio = {"ratio": theirs / ours} if ours and theirs else {}
+        return {"calls": self.calls[kind], "seconds": ours, "sdpa_seconds": theirs, **ratio}
 
     def _targets(self) -> list[dict[str, Any]]:
-        """They are set for a CPU."""
+        """Returns the targets, which exist for CPUs only."""
         model = self.row.model
         if torch.device(self.row.device).type != "cpu":
             return []
         if model.most_overhead is not None:
             return [{"than": "overhead", "most": model.most_overhead, "found": self.overhead}]
-        found = [{"than": "forward", "least": LEAST_SPEED, "found": self.speedup}]
+        targets = [{"than": "forward", "least": LEAST_SPEED, "found": self.speedup}]
         least = model.least.get(self.row.dtype)
         if least is not None:
-            found.append({"than": "attention", "least": least, "found": self._beside(_COUNTED)["ratio"]})
-            found.append({"than": "share of cap", "least": LEAST_SHARE, "found": self._amdahl()["share_of_cap"]})
-        return found
+            targets.append({"than": "attention", "least": least, "found": self._beside(_COUNTED)["ratio"]})
+            targets.append({"than": "share of cap", "least": LEAST_SHARE, "found": self._amdahl()["share_of_cap"]})
+        return targets

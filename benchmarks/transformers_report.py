@@ -1,4 +1,4 @@
-"""Prints what bench_transformers.py measured. Reads only JSON.
+"""Prints the JSON of bench_transformers.py as tables.
 
 python benchmarks/transformers_report.py build/bench/transformers.json
 """
@@ -24,12 +24,12 @@ _LEGEND = (
     "mmkernels removed (the Amdahl cap); share: of the cap that is reached. attention: all calls of the registered\n"
     "function in a forward pass, together; to images: only those whose keys are the images'. masks: the function that\n"
     "makes them, in a forward pass. MB: peak memory of a forward pass above the model and its inputs.\n"
-    "Widths as published, weights random, one or two layers: a deeper model makes its masks no more often."
+    "Published widths, random weights, one or two layers: a deeper model makes its masks just as often."
 )
 
 
 def render(report: dict[str, Any]) -> RenderableType:
-    """A table for each dtype, and one of the targets."""
+    """Returns a table for each dtype, and one of the targets."""
     rows = [entry["extra_info"] for entry in report["benchmarks"]]
     parts: list[RenderableType] = [_heading(report["machine_info"])]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
@@ -77,7 +77,7 @@ def _memory(size: int | None) -> str:
 
 
 def _targets(rows: list[dict[str, Any]]) -> list[RenderableType]:
-    """All but those forward passes that are no slower than they may be; of these, the slowest."""
+    """Returns the targets without those of forward passes that are met; of these only the slowest is named."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("targets", "dtype", "of"):
         table.add_column(title)
@@ -94,10 +94,10 @@ def _targets(rows: list[dict[str, Any]]) -> list[RenderableType]:
             table.add_row(row["configuration"], row["dtype"], target["than"], *_numbers(target), mark)
     parts: list[RenderableType] = [table] if table.row_count else []
     if forwards:
-        found, row, target = min(forwards, key=lambda entry: entry[0])
+        ratio_to_sdpa, row, target = min(forwards, key=lambda entry: entry[0])
         name = f"{row['configuration']}, {row['dtype']}"
         parts.append(
-            Text(f"slowest forward: {found:.2f}x sdpa's speed ({name}); none may be below {target['least']}x\n")
+            Text(f"slowest forward: {ratio_to_sdpa:.2f}x sdpa's speed ({name}); none may be below {target['least']}x\n")
         )
     return parts
 

@@ -10,30 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import transformers_measure
 import transformers_report
 from rich.console import Console
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers_measure import NAME, SDPA, Clock, Row, Trial, measure
-from transformers_models import HEADLINES, OVERHEAD, Model, last_image, padded, text_config, tokens, with_images
-from transformers_more import OTHERS
+from transformers_models import HEADLINES, MODELS, Model, decoder
 
 from mmkernels.options import DTYPES
+from mmkernels.testing import models
+from mmkernels.testing.parts import left_padded, tokens
 
 LAYERS = 2
 
 
 def build() -> torch.nn.Module:
-    config = text_config(
-        transformers.LlamaConfig,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaModel(config)
+    return models.build("LlamaModel", decoder(width=32, mlp=64, depth=LAYERS, heads=4, kv_heads=2))
 
 
 def second_layer(module: Any) -> bool:
@@ -43,7 +35,7 @@ def second_layer(module: Any) -> bool:
 TINY = Model(
     "tiny",
     build,
-    lambda g: {"input_ids": tokens(g, 2, 12), "attention_mask": padded(2, 12, [3, 0], left=True)},
+    lambda: left_padded(tokens(2, 12), [9, 12]),
     least={"fp32": 1.5, "bf16": 2.0},
     counts=second_layer,
     called="of layer 1",
@@ -51,7 +43,7 @@ TINY = Model(
 
 
 class Fixture:
-    """As much of pytest-benchmark as the benchmark uses."""
+    """The part of pytest-benchmark's fixture that the benchmark uses."""
 
     def __init__(self) -> None:
         self.extra_info: dict[str, Any] = {}
@@ -76,8 +68,8 @@ def _registered() -> Iterator[None]:
 
 
 def registered() -> dict[tuple[Any, str], Any]:
-    found = [(interface, name) for interface in (AttentionInterface, AttentionMaskInterface) for name in (SDPA, NAME)]
-    return {(interface, name): interface()[name] for interface, name in found}
+    places = [(interface, name) for interface in (AttentionInterface, AttentionMaskInterface) for name in (SDPA, NAME)]
+    return {(interface, name): interface()[name] for interface, name in places}
 
 
 def measured(model: Model = TINY, dtype: str = "fp32") -> dict[str, Any]:
@@ -145,7 +137,7 @@ def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_padding_is_not_compared() -> None:
-    outputs = Trial(Row(TINY, "fp32")).answer(SDPA)
+    outputs = Trial(Row(TINY, "fp32")).results(SDPA)
     assert [x.shape for x in outputs] == [(2 * 12 - 3, 32)]
 
 
@@ -194,10 +186,7 @@ def test_a_wider_dtype_computes_the_same_problem(dtype: str) -> None:
 
 
 def test_floats_among_the_inputs_are_those_of_the_narrow_dtype() -> None:
-    def inputs(g: torch.Generator) -> dict[str, Any]:
-        return {"inputs_embeds": torch.randn(1, 5, 32, generator=g)}
-
-    trial = Trial(Row(replace(TINY, inputs=inputs), "bf16"))
+    trial = Trial(Row(replace(TINY, inputs=lambda: {"inputs_embeds": torch.randn(1, 5, 32)}), "bf16"))
     narrow = trial.inputs["inputs_embeds"]
     trial.to(torch.float64)
     assert narrow.dtype == torch.bfloat16
@@ -205,12 +194,10 @@ def test_floats_among_the_inputs_are_those_of_the_narrow_dtype() -> None:
 
 
 def test_each_forward_pass_begins_with_the_same_cache() -> None:
-    def one_token(g: torch.Generator) -> dict[str, Any]:
-        return {"input_ids": tokens(g, 2, 1)[:1], "use_cache": True}
-
+    one_token = lambda: {"input_ids": tokens(1, 1), "use_cache": True}
     model = Model("decode", build, one_token, cached=6, most_overhead=1.0)
     trial = Trial(Row(model, "fp32"))
-    first, again = (trial.answer(SDPA)[0] for _ in range(2))
+    first, again = (trial.results(SDPA)[0] for _ in range(2))
     assert torch.equal(first, again)
     assert trial.inputs["past_key_values"].get_seq_length() == 6 + 1
     info = measured(model)
@@ -230,25 +217,8 @@ def test_gates_that_begin_closed_are_opened() -> None:
     assert net.gate.item() == 0.5 and net.bias.all()
 
 
-def test_text_sees_the_last_image_before_it() -> None:
-    assert last_image(8, 2, first=2).tolist() == [[0, 0]] * 2 + [[1, 0]] * 3 + [[0, 1]] * 3
-    assert last_image(9, 2, first=2).tolist()[-1] == [0, 1]  # what is left over belongs to the last
-
-
-def test_images_stand_between_text() -> None:
-    found = with_images(torch.zeros(2, 9), images=2, size=2, first=3)
-    assert found.int().tolist() == [[0, 0, 0, 1, 1, 0, 1, 1, 0]] * 2
-    with pytest.raises(ValueError, match="2 images of 3 tokens and text between them, got length 9"):
-        with_images(torch.zeros(2, 9), images=2, size=3, first=3)
-
-
-def test_padding_is_left_or_right() -> None:
-    assert padded(2, 3, [2, 0], left=True).tolist() == [[0, 0, 1], [1, 1, 1]]
-    assert padded(2, 3, [2, 0]).tolist() == [[1, 0, 0], [1, 1, 1]]
-
-
 def test_every_model_has_its_own_name_and_headlines_a_target_in_each_dtype() -> None:
-    names = [model.id for model in (*HEADLINES, *OVERHEAD, *OTHERS)]
+    names = [model.id for model in MODELS]
     assert len(set(names)) == len(names)
     assert all(set(model.least) == {"fp32", "bf16"} for model in HEADLINES)
 

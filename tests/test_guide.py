@@ -1,4 +1,4 @@
-"""The pages of the guide work as written: their Python runs, their commands exist."""
+"""The guide's pages are true: their Python runs, their commands exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def script(page: str) -> str:
-    """All Python blocks of a page, each line where it is on the page, so that tracebacks name it."""
+    """Returns all Python blocks of a page; each line keeps its number, so that tracebacks name the line of the page."""
     lines = [""] * (page.count("\n") + 1)
     for language, code, first in blocks(page):
         if language == "python":
@@ -33,13 +33,13 @@ def script(page: str) -> str:
 
 
 def blocks(page: str) -> Iterator[tuple[str, str, int]]:
-    """Language, text, and the number of its first line, from 0."""
-    for found in FENCE.finditer(page):
-        yield found[1], found[2], page.count("\n", 0, found.start(2))
+    """Yields the language, the text, and the number of the first line, from 0."""
+    for match in FENCE.finditer(page):
+        yield match[1], match[2], page.count("\n", 0, match.start(2))
 
 
 def commands(page: str) -> list[list[str]]:
-    """What a reader would type: the lines of shell blocks, and whole commands in code spans."""
+    """Returns what a reader would type: the lines of shell blocks, and whole commands in code spans."""
     lines = [line for language, code, _ in blocks(page) if language == "bash" for line in code.splitlines()]
     lines += re.findall(r"`((?:\.venv/bin/)?mmkernels [^`\n]+)`", FENCE.sub("", page))
     return [shlex.split(part) for line in lines for part in line.split("&&")]
@@ -59,9 +59,9 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_the_commands_of_a_page_exist(page: Path) -> None:
-    found = commands(page.read_text())
-    assert any(words[0].endswith("mmkernels") for words in found)
-    for words in found:
+    lines = commands(page.read_text())
+    assert any(words[0].endswith("mmkernels") for words in lines)
+    for words in lines:
         check_command(words)
 
 
@@ -85,7 +85,7 @@ def test_a_command_that_does_not_exist_is_noticed(line: str) -> None:
 
 
 def check_command(words: list[str]) -> None:
-    """Fail unless these words can be typed in a checkout."""
+    """Fails unless these words are a command that exists in a checkout."""
     program, rest = Path(words[0]).name, words[1:]
     if program == "mmkernels":
         check_mmkernels(rest)
@@ -101,29 +101,28 @@ def check_command(words: list[str]) -> None:
 
 
 def check_mmkernels(words: list[str]) -> None:
-    """Parse a command of ours as the command line would, and look at what its arguments name."""
+    """Parses an `mmkernels` command as the command line does, and checks what its arguments name."""
     name, *rest = words
     known = typer.main.get_command(cli._app()).commands
     assert name in known, name
-    given = known[name].make_context(name, rest).params
+    options = known[name].make_context(name, rest).params
     if name == "support":
         from mmkernels.testing.families import find
 
-        find(given["families"] or ())
+        find(options["families"] or ())
     if name == "bench":
-        assert (ROOT / "benchmarks" / f"bench_{given['op']}.py").exists(), given["op"]
-        for dtype in given["dtype"].split(","):
-            assert any(given["filter"] in row for row in rows(given["op"], dtype)), given
+        assert (ROOT / "benchmarks" / f"bench_{options['op']}.py").exists(), options["op"]
+        for dtype in options["dtype"].split(","):
+            assert any(options["filter"] in row for row in rows(options["op"], dtype)), options
 
 
 def rows(op: str, dtype: str) -> list[str]:
-    """The names that `--filter` looks in."""
+    """Returns the names that `--filter` searches."""
     assert op == "transformers", f"rows of {op} are not known here"
     from transformers_measure import Row
-    from transformers_models import HEADLINES, OVERHEAD
-    from transformers_more import OTHERS
+    from transformers_models import MODELS
 
     from mmkernels.options import DTYPES
 
     assert dtype in DTYPES, dtype
-    return [str(Row(model, dtype)) for model in (*HEADLINES, *OVERHEAD, *OTHERS)]
+    return [str(Row(model, dtype)) for model in MODELS]

@@ -5,25 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmkernels.options import BadInput
-from mmkernels.testing import (
-    families_decoders,
-    families_resampled,
-    families_text,
-    families_towers,
-)
-from mmkernels.testing.families_common import Family
+from mmkernels.testing import decoders, resampled, text, towers
+from mmkernels.testing.models import Family
 
 FAMILIES: dict[str, Family] = {
-    found.name: found
-    for module in (families_text, families_towers, families_resampled, families_decoders)
-    for found in vars(module).values()
-    if isinstance(found, Family)
+    family.name: family for module in (text, towers, resampled, decoders) for family in module.FAMILIES
 }
 """By name, in the order of the table."""
 
 
 def find(names: Sequence[str]) -> list[Family]:
-    """The families of these names; of all names where there are none.
+    """Returns the families of these names, or all of them if there are no names.
 
     Raises:
         BadInput: no family has this name.

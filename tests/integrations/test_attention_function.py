@@ -1,4 +1,4 @@
-"""The function that transformers calls in each layer, against the formula in float64."""
+"""The attention function that transformers calls in each layer, against the formula in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmkernels.integrations.transformers.masks import make_mask
 
 B, H, L, D = 2, 4, 6, 8
 MODULE: Any = SimpleNamespace(is_causal=False)
-CAUSAL: Any = SimpleNamespace()  # transformers' default where a module does not say
+CAUSAL: Any = SimpleNamespace()  # transformers' default for a module without the attribute
 LOWEST = torch.finfo(torch.float64).min
 
 
@@ -34,7 +34,7 @@ def inputs(k_len: int = L, kv_heads: int = H, q_batch: int = B) -> tuple[Tensor,
 def formula(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | float = 0.0, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """softmax(query key' / sqrt(D) + bias), with one more score a query where there is a sink."""
+    """softmax(query key' / sqrt(D) + bias), with one more score for each query if there is a sink."""
     key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
     scores = query @ key.mT / D**0.5 + bias
     if sink is not None:
@@ -105,7 +105,7 @@ KINDS = {"padding": "spans", "causal": "spans", "images": "spans", "holes": "den
 @pytest.mark.parametrize("written", ["bool", "lowest", "-inf", "twice the lowest"])
 @pytest.mark.parametrize("name", VISIBLE)
 def test_a_models_own_matrix(name: str, written: str) -> None:
-    """Looked through once; spans where it can; numbers that mean "hidden" are no bias."""
+    """It is read once, as spans if possible; numbers that mean "hidden" are no bias."""
     visible, (query, key, value) = VISIBLE[name], inputs()
     mask: Tensor = visible
     if written != "bool":
@@ -130,7 +130,7 @@ def test_other_numbers_are_a_bias() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_numbers_that_hide_among_others(compiled: bool) -> None:
-    """A matrix may do both; a row that is hidden whole is 0, as from a mask; NaN is not taken for hidden."""
+    """A matrix may contain both. A row that is hidden completely gives 0, as with a mask; NaN does not hide."""
     torch._dynamo.reset()
     call = torch.compile(attention, backend="eager", fullgraph=True) if compiled else attention
     query, key, value = inputs()
@@ -220,7 +220,7 @@ def test_sinks_and_their_gradient() -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_weights_are_the_real_ones(grad: bool) -> None:
+def test_weights_are_the_probabilities(grad: bool) -> None:
     query, key, value = (x.requires_grad_(grad) for x in inputs(kv_heads=2))
     out, weights = attention(MODULE, query, key, value, make_mask(B, L, L), output_attentions=True)
     truth = formula(query, key, value, hidden(LOWER))
@@ -283,23 +283,23 @@ def test_meta_tensors_have_shapes() -> None:
         assert out.shape == (B, L, H, D) and weights is not None and weights.shape == (B, H, L, L)
 
 
-def test_two_threads_count_their_own_and_agree() -> None:
+def test_threads_count_separately_and_agree() -> None:
     query, key, value = inputs()
     masks = [make_mask(B, L, L), hidden(VISIBLE["images"])]
     truth = [attention(MODULE, query, key, value, mask)[0] for mask in masks]
-    found: list[tuple[bool, int]] = []
+    results: list[tuple[bool, int]] = []
 
     def work(number: int) -> None:
         with counting() as calls:
             outs = [attention(MODULE, query, key, value, masks[number])[0] for _ in range(50)]
-        found.append((all(torch.equal(out, truth[number]) for out in outs), calls.total))
+        results.append((all(torch.equal(out, truth[number]) for out in outs), calls.total))
 
     threads = [threading.Thread(target=work, args=(n % 2,)) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [(True, 50)] * 4
+    assert results == [(True, 50)] * 4
 
 
 # Registering.
@@ -321,7 +321,7 @@ class TestRegister:
         assert before == (AttentionInterface._global_mapping[NAME], AttentionMaskInterface._global_mapping[NAME])
         assert before == (attention, make_mask)
 
-    def test_somebody_elses_name_is_not_taken(self) -> None:
+    def test_a_registered_name_is_not_replaced(self) -> None:
         AttentionInterface.register(NAME, torch.nn.functional.relu)
         with pytest.raises(ValueError, match=r"AttentionInterface already has another 'mmkernels'.*relu"):
             register()

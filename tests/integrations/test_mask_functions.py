@@ -1,4 +1,4 @@
-"""transformers' mask functions read as spans, against their own evaluation for every pair of a query and a key."""
+"""transformers' mask functions read as spans, against their evaluation for every pair of a query and a key."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "packed chunks": pack(
         theirs.chunked_causal_mask_function(2, torch.zeros(B, dtype=torch.int64)), POSITIONS, SEQUENCES
     ),
-    "a user's constant": theirs.or_masks(causal, lambda *_: torch.tensor(True)),
-    "a user's own": lambda b, h, q, k: (k // 3 <= q // 3) & (k + 5 >= q),
+    "a constant": theirs.or_masks(causal, lambda *_: torch.tensor(True)),
+    "blocks of three": lambda b, h, q, k: (k // 3 <= q // 3) & (k + 5 >= q),
     "a distance": lambda b, h, q, k: (q - k < 4) & (k - q <= 1),
     "written backwards": lambda b, h, q, k: (q > 2) & (q >= k) & (k - q > -5),
     "first queries see nothing": lambda b, h, q, k: (q >= 3) & (k <= q),
@@ -110,7 +110,7 @@ def test_spans_equal_the_function(name: str, padded: str) -> None:
         batch_size=B, q_length=L, kv_length=L, mask_function=FUNCTIONS[name], attention_mask=padding(padded)
     )
     assert torch.equal(dense(ours, truth), truth)
-    assert (ours.spans.key_valid is not None) == (padded == "holes"), "padding at an end costs no mask of its own"
+    assert (ours.spans.key_valid is not None) == (padded == "holes"), "padding at an end needs no mask of keys"
     assert calls.conversions == 1 and not calls.reasons
 
 
@@ -134,7 +134,7 @@ def test_what_is_no_span_goes_dense_and_says_why(name: str, padded: str) -> None
 def test_caches(
     name: str, padded: bool, q_offset: int | torch.Tensor, kv_offset: int, q_length: int, kv_length: int
 ) -> None:
-    """Dynamic caches, static ones (more keys than there are, the offset a tensor), sliding ones (keys dropped)."""
+    """Dynamic caches; static ones, with unused keys and a tensor as offset; sliding ones, which drop keys."""
     mask = torch.ones(B, int(q_offset) + q_length, dtype=torch.bool)
     mask[0, :7] = False
     ours, truth, _ = both(
@@ -210,9 +210,9 @@ def test_any_composition_is_right(function: Callable[..., Any], padded: str) -> 
 
 def test_a_function_that_fails_fails_as_with_sdpa() -> None:
     def broken(batch: Any, head: Any, query: Any, key: Any) -> Any:
-        raise ZeroDivisionError("the user's own")
+        raise ZeroDivisionError("of the user")
 
-    with pytest.raises(ZeroDivisionError, match="the user's own"):
+    with pytest.raises(ZeroDivisionError, match="of the user"):
         make_mask(B, L, L, mask_function=broken)
 
 

@@ -1,8 +1,12 @@
-"""Each model family on "mmkernels", by the checks that `mmkernels support` prints; and that those checks can fail."""
+"""Each model family on "mmkernels", by the checks that `mmkernels support` prints; and that those checks can fail.
+
+Truth and baseline of a family are computed once; its tests share an xdist group, so that one worker runs all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +20,6 @@ from mmkernels.integrations.transformers.support_compare import WAYS, Comparison
 from mmkernels.integrations.transformers.support_table import support_table
 from mmkernels.options import BadInput
 from mmkernels.testing.families import FAMILIES, find
-from mmkernels.testing.families_common import Family
 
 OWN_ATTENTION = "transformers keeps its own attention"
 REFUSED = {
@@ -43,6 +46,8 @@ EMBED = {"bert", "clip", "siglip", "siglip2", "blip_2_itm", "blip_2_itc"}
 NEVER_ASSISTED = {"blip_2", "instructblip"}
 UNPADDED = {"whisper", "perceiver"}
 DENSE = {"mllama"}
+REPRESENTATIVE = ("llama", "bert", "t5", "mllama", "gemma3", "qwen2_5_vl")
+"""A decoder, an encoder, a bias, a dense mask, image blocks in a sliding window, windows of an image."""
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -53,92 +58,103 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def comparison() -> Callable[[str], Comparison]:
+    """The models of a family with their truth and baseline, each computed once."""
+    return functools.cache(lambda name: Comparison(FAMILIES[name]))
+
+
+def families(names: Sequence[str], fast: Sequence[str] | None = None) -> pytest.MarkDecorator:
+    """Parametrises by family; those that are not `fast` are marked slow."""
+    params = []
+    for name in names:
+        slow = [] if fast is None or name in fast else [pytest.mark.slow]
+        params.append(pytest.param(name, marks=[pytest.mark.xdist_group(name), *slow]))
+    return pytest.mark.parametrize("name", params)
+
+
 @pytest.fixture
 def replace_attention(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Attention], Attention]], None]:
-    """Puts another function, made from the right one, where transformers finds "mmkernels"."""
+    """Registers another function, made from the right one, as "mmkernels"."""
     register()
     mapping = transformers.AttentionInterface._global_mapping
     right = mapping[NAME]
 
     def replace(make: Callable[[Attention], Attention]) -> None:
-        monkeypatch.setattr(support, "register", lambda: None)  # which would put the right one back
+        monkeypatch.setattr(support, "register", lambda: None)  # it would restore the right one
         monkeypatch.setitem(mapping, NAME, make(right))
 
     return replace
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_supported(name: str) -> None:
-    found = check(FAMILIES[name])
-    assert found.failures == {} and found.refused == ""
-    assert (found.forward, found.gradients) == (YES, YES)
-    assert found.outside == OUTSIDE.get(name, {}) and found.inside.total() > 0
-    assert found.generation.keys() == (set() if name in EMBED else WAYS.keys())
-    assert found.not_offered.keys() == ({"assisted"} if name in NEVER_ASSISTED else set())
-    assert found.equal == [way for way in found.generation if way not in found.not_offered]
-    assert (found.calls.dense > 0) == (name in DENSE)
+@pytest.mark.parametrize("every_way", [False, pytest.param(True, marks=pytest.mark.slow)])
+@families(SUPPORTED)
+def test_supported(comparison, name: str, every_way: bool) -> None:
+    """Generates in every way, or in two ways that differ from family to family."""
+    ways, place = list(WAYS), SUPPORTED.index(name)
+    if not every_way and name not in REPRESENTATIVE:
+        ways = [ways[(place + step) % len(ways)] for step in (0, 2)]
+    row = check(FAMILIES[name], comparison(name), ways)
+    assert row.failures == {} and row.refused == ""
+    assert (row.forward, row.gradients) == (YES, YES)
+    assert row.outside == OUTSIDE.get(name, {}) and row.inside.total() > 0
+    assert list(row.generation) == ([] if name in EMBED else ways)
+    assert set(row.not_offered) == ({"assisted"} & set(ways) if name in NEVER_ASSISTED else set())
+    assert row.equal == [way for way in row.generation if way not in row.not_offered]
+    assert (row.calls.dense > 0) == (name in DENSE)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str) -> None:
-    found = check(FAMILIES[name])
-    assert REFUSED[name] in found.refused
-    assert (found.forward, found.gradients, found.generation, found.failures) == (NOTHING, NOTHING, {}, {})
-    assert found.calls.total == 0 and not found.inside
+@families(list(REFUSED))
+def test_refused(comparison, name: str) -> None:
+    row = check(FAMILIES[name], comparison(name))
+    assert REFUSED[name] in row.refused
+    assert (row.forward, row.gradients, row.generation, row.failures) == (NOTHING, NOTHING, {}, {})
+    assert row.calls.total == 0 and not row.inside
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_family_is_the_same_each_time_and_random_all_over(family: Family) -> None:
+@families(list(FAMILIES))
+def test_a_family_is_the_same_each_time_and_random_all_over(comparison, name: str) -> None:
+    family = FAMILIES[name]
     state = torch.get_rng_state()
-    (model, inputs), (again, same) = family.build(), family.build()
+    model, inputs = family.build()
     assert torch.equal(torch.get_rng_state(), state)
+    again, same = comparison(name).model, comparison(name).inputs
     assert all(torch.equal(x, same[key]) for key, x in inputs.items() if isinstance(x, Tensor))
-    for (name, x), other in zip(model.named_parameters(), again.parameters(), strict=True):
+    for (key, x), other in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(x, other) and x.requires_grad
-        assert x.numel() == 1 or len(x.unique()) > 1, name
+        assert x.numel() == 1 or len(x.unique()) > 1, key
     masks = [inputs[name] for name in family.padded if name in inputs]
     assert all(0 < int((mask == 0).sum()) < mask.numel() for mask in masks)
     assert bool(masks) == (family.name not in UNPADDED)
 
 
-def noisy(right: Attention) -> Attention:
-    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        out, weights = right(*args, **kwargs)
-        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
-        return out * (1 + 1e-3 * noise), weights
+def changed(change: Callable[[Tensor], Tensor]) -> Callable[[Attention], Attention]:
+    """Makes a wrong attention of the right one: with this change of its output [B, Lq, Hq, Dv]."""
 
-    return attention
+    def make(right: Attention) -> Attention:
+        def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            out, weights = right(*args, **kwargs)
+            return change(out), weights
+
+        return attention
+
+    return make
+
+
+def first_tokens_of_the_second_row(out: Tensor) -> Tensor:
+    row, token = torch.arange(out.shape[0]) == 1, torch.arange(out.shape[1]) < 4
+    return (row[:, None] & token)[..., None, None]
+
+
+noisy = changed(lambda out: out * (1 + 1e-3 * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))))
+wrong_gradient = changed(lambda out: out.detach() + 0.999 * (out - out.detach()))
+wrong_in_decoding = changed(lambda out: out.flip(2) if out.shape[1] == 1 else out)
+wrong_in_padding = changed(lambda out: out + first_tokens_of_the_second_row(out))
 
 
 def unmasked(right: Attention) -> Attention:
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         return right(module, query, key, value, None, **kwargs | {"is_causal": False})
-
-    return attention
-
-
-def wrong_gradient(right: Attention) -> Attention:
-    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        out, weights = right(*args, **kwargs)
-        return out.detach() + 0.999 * (out - out.detach()), weights
-
-    return attention
-
-
-def wrong_one_by_one(right: Attention) -> Attention:
-    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        out, weights = right(*args, **kwargs)
-        return (out.flip(2) if out.shape[1] == 1 else out), weights
-
-    return attention
-
-
-def wrong_in_padding(right: Attention) -> Attention:
-    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        out, weights = right(*args, **kwargs)
-        out = out.clone()
-        out[1, :4] += 1.0
-        return out, weights
 
     return attention
 
@@ -150,43 +166,46 @@ def broken(right: Attention) -> Attention:
     return attention
 
 
-@pytest.mark.parametrize("make", [noisy, unmasked])
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_a_wrong_attention_is_noticed(replace_attention, name: str, make: Callable[[Attention], Attention]) -> None:
+@pytest.mark.parametrize("make", [noisy, unmasked], ids=["noisy", "unmasked"])
+@families(SUPPORTED, fast=REPRESENTATIVE)
+def test_a_wrong_attention_is_noticed(
+    replace_attention, comparison, name: str, make: Callable[[Attention], Attention]
+) -> None:
     replace_attention(make)
-    compare = Comparison(FAMILIES[name])
     with pytest.raises(NotEqual, match=r"error .*, allowed "):
-        compare.forward()
+        comparison(name).forward()
     with pytest.raises(NotEqual, match=r"gradient of .*: error .*, allowed "):
-        compare.gradients()
+        comparison(name).gradients()
 
 
-def test_a_wrong_gradient_is_noticed(replace_attention) -> None:
+@families(["llama"])
+def test_a_wrong_gradient_is_noticed(replace_attention, comparison, name: str) -> None:
     replace_attention(wrong_gradient)
-    found = check(FAMILIES["llama"])
-    assert set(found.failures) == {"gradients"} and found.failures["gradients"].startswith("gradient of ")
+    row = check(FAMILIES[name], comparison(name))
+    assert set(row.failures) == {"gradients"} and row.failures["gradients"].startswith("gradient of ")
 
 
-@pytest.mark.parametrize("name", ["llama", "bart"])
-def test_a_wrong_step_of_decoding_is_noticed(replace_attention, name: str) -> None:
-    replace_attention(wrong_one_by_one)
-    found = check(FAMILIES[name])
-    assert {"greedy", "sampled", "beam", "static"} <= set(found.failures) and found.forward == YES
-    assert all("logits: error" in text or "expected" in text for text in found.failures.values())
+@families(["llama", "bart"])
+def test_a_wrong_step_of_decoding_is_noticed(replace_attention, comparison, name: str) -> None:
+    replace_attention(wrong_in_decoding)
+    row = check(FAMILIES[name], comparison(name))
+    assert {"greedy", "sampled", "beam", "static"} <= set(row.failures) and row.forward == YES
+    assert all("logits: error" in text or "expected" in text for text in row.failures.values())
 
 
-def test_padding_is_not_compared(replace_attention) -> None:
+@families(["llama"])
+def test_padding_is_not_compared(replace_attention, comparison, name: str) -> None:
     replace_attention(wrong_in_padding)
-    found = check(FAMILIES["llama"])
-    assert (found.forward, found.gradients) == (YES, YES)
+    row = check(FAMILIES[name], comparison(name))
+    assert (row.forward, row.gradients) == (YES, YES)
 
 
 def test_a_model_that_fails_is_a_row_of_the_table(replace_attention) -> None:
     replace_attention(broken)
-    told: list[str] = []
-    rows = support_table(find(["llama", "blip_itm"]), told.append)
+    announced: list[str] = []
+    rows = support_table(find(["llama", "blip_itm"]), announced.append)
     assert rows[0].failures == {"forward": "RuntimeError: out of order"}
-    assert rows[1].failures == {} and told == ["llama", "blip_itm"]
+    assert rows[1].failures == {} and announced == ["llama", "blip_itm"]
 
 
 def test_being_called_only_where_built_with_it_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,18 +215,17 @@ def test_being_called_only_where_built_with_it_is_a_failure(monkeypatch: pytest.
     }
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_in_float64_nothing_is_left_of_float32(name: str) -> None:
+@families(SUPPORTED)
+def test_in_float64_nothing_is_left_of_float32(comparison, name: str) -> None:
     """The truth is no better than its worst step, and transformers writes softmax and norms in float32."""
-    compare = Comparison(FAMILIES[name])
-    ours, true = compare.run_wide(NAME), compare.truth
+    ours, true = comparison(name).run_wide(NAME), comparison(name).truth
     assert torch.get_default_dtype() == torch.float32
     largest = max(float(x.abs().max()) for x in true.grads.values())
-    for found, expected, size in ((ours.outputs, true.outputs, 1.0), (ours.grads, true.grads, largest)):
-        assert found.keys() == expected.keys()
+    for results, expected, size in ((ours.outputs, true.outputs, 1.0), (ours.grads, true.grads, largest)):
+        assert results.keys() == expected.keys()
         for key, x in expected.items():
             assert x.dtype == torch.float64
-            torch.testing.assert_close(found[key], x, rtol=1e-11, atol=1e-13 * size)
+            torch.testing.assert_close(results[key], x, rtol=1e-11, atol=1e-13 * size)
 
 
 def test_find_names_the_families() -> None:

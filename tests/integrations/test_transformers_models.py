@@ -1,6 +1,6 @@
-"""Whole models: every way of calling them that meets another kind of mask or cache, against sdpa, in float64.
+"""Whole models against sdpa in float64, called in every way that leads to another kind of mask or cache.
 
-Float64 leaves no room for an error of the wiring to hide in; what the kernels do in float32 is `test_support.py`'s.
+In float64 any error of the integration is visible; `test_support.py` checks the kernels in float32.
 """
 
 from __future__ import annotations
@@ -16,32 +16,12 @@ import transformers
 from torch import Tensor
 
 from mmkernels.integrations.transformers import counting, register
+from mmkernels.integrations.transformers.support_compare import float64
+from mmkernels.testing import models
+from mmkernels.testing.families import FAMILIES
+from mmkernels.testing.parts import encoder
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-KINDS = ["sliding_attention", "full_attention"]
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=6)),
-    "gemma3": lambda: transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=6, layer_types=KINDS)
-    ),
-    "gpt_oss": lambda: transformers.GptOssForCausalLM(
-        transformers.GptOssConfig(
-            **SIZES, head_dim=16, sliding_window=8, num_local_experts=2, num_experts_per_tok=1, layer_types=KINDS
-        )
-    ),
-}
+MODELS = ("llama", "mistral_sliding", "gemma3_text", "gpt_oss")
 GENERATION = {
     "greedy": {},
     "sampled": {"do_sample": True, "top_k": 20},
@@ -63,27 +43,21 @@ def _registered() -> None:
     transformers.logging.set_verbosity_error()
 
 
-@pytest.fixture(params=list(MODELS))
+@pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> Any:
     return build(request.param)
 
 
 def build(name: str) -> Any:
-    torch.manual_seed(0)
-    model = MODELS[name]().double().eval()
-    if name == "gpt_oss":
-        model.set_experts_implementation("eager")  # the default has no float64
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return FAMILIES[name].build()[0].double()
 
 
 def other(model: Any) -> str:
-    return "eager" if isinstance(model, transformers.GptOssForCausalLM) else "sdpa"  # sdpa knows no sinks
+    return "eager" if isinstance(model, transformers.GptOssForCausalLM) else "sdpa"  # sdpa has no sinks
 
 
 def both(model: Any, run: Callable[[Any], Any], against: str = "") -> tuple[Any, Any, Any]:
-    """The same run on ours and on transformers' own attention; and what ours was called with."""
+    """Returns the results on "mmkernels" and on transformers' own attention, and the attention calls of the former."""
     model.set_attn_implementation(against or other(model))
     theirs = run(model)
     model.set_attn_implementation("mmkernels")
@@ -98,9 +72,9 @@ def test_forward_and_gradients(model: Any, padded: Tensor | None) -> None:
     def run(model: Any) -> list[Tensor]:
         model.zero_grad()
         logits = model(IDS, attention_mask=padded).logits
-        seen = logits if padded is None else logits[padded.bool()]
-        seen.sin().sum().backward()
-        return [seen.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        valid = logits if padded is None else logits[padded.bool()]
+        valid.sin().sum().backward()
+        return [valid.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
     ours, theirs, calls = both(model, run)
     torch.testing.assert_close(ours, theirs)
@@ -129,25 +103,26 @@ def test_assisted_generation(model: Any) -> None:
 
 
 def test_packed_sequences(model: Any) -> None:
-    """Several sequences in one row, told apart by their positions: each equals itself alone."""
+    """Several sequences in one row, separated by their positions: each equals itself alone."""
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
     run = lambda model: model(IDS[:1], position_ids=positions, use_cache=False).logits.detach()
     ours, theirs, _ = both(model, run)
     torch.testing.assert_close(ours, theirs)
-    if not isinstance(model, transformers.GptOssForCausalLM):  # there transformers does not tell them apart
+    if not isinstance(model, transformers.GptOssForCausalLM):  # transformers does not separate them in this model
         torch.testing.assert_close(ours[:, 4:], model(IDS[:1, 4:]).logits.detach())
 
 
 def test_attention_weights_of_a_forward_pass(model: Any) -> None:
     run = lambda model: model(IDS, attention_mask=RIGHT, output_attentions=True).attentions
-    ours, theirs, _ = both(model, run, "eager")
+    with float64():  # else eager attention computes its softmax in float32
+        ours, theirs, _ = both(model, run, "eager")
     assert len(ours) == 2
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, want)
 
 
 def test_attention_weights_while_generating(model: Any) -> None:
-    """In float32: transformers' eager attention gives NaN where a float64 mask hides everything."""
+    """In float32: transformers' eager attention returns NaN if a float64 mask hides everything."""
     model.float()
 
     def run(model: Any) -> Any:
@@ -158,13 +133,13 @@ def test_attention_weights_while_generating(model: Any) -> None:
     assert torch.equal(ours.sequences, theirs.sequences)
     assert len(ours.attentions) == len(theirs.attentions) == 3
     for step in range(3):
-        seeing = slice(3 if step == 0 else 0, None)  # of the prompt, the first three are padding
+        valid = slice(3 if step == 0 else 0, None)  # the first three positions of the prompt are padding
         for got, want in zip(ours.attentions[step], theirs.attentions[step], strict=True):
-            torch.testing.assert_close(got[:, :, seeing], want[:, :, seeing])
+            torch.testing.assert_close(got[:, :, valid], want[:, :, valid])
 
 
 def test_continued_from_a_cache(model: Any) -> None:
-    """Several new tokens behind cached ones, and a prompt that is longer than the window."""
+    """Several new tokens after cached ones, and a prompt that is longer than the window."""
 
     def run(model: Any) -> Tensor:
         first = model(IDS[:, :4], attention_mask=LEFT[:, :4], use_cache=True)
@@ -176,7 +151,7 @@ def test_continued_from_a_cache(model: Any) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool) -> None:
-    model = build("gemma3").train()
+    model = build("gemma3_text").train()
     model.enable_input_require_grads()
 
     def run(model: Any) -> list[Tensor]:
@@ -207,7 +182,7 @@ def test_dropout_in_training() -> None:
 
 
 def test_autocast() -> None:
-    """Both in bfloat16; how far from each other is measured against how far sdpa is from float32."""
+    """Both in bfloat16: our error against float64 is at most twice that of sdpa."""
     model = build("llama").float()
 
     def run(model: Any) -> Tensor:
@@ -219,60 +194,57 @@ def test_autocast() -> None:
     assert (ours - truth).norm() <= 2 * (theirs - truth).norm()
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3_text",  # has the masks of both others
+        pytest.param("llama", marks=pytest.mark.slow),
+        pytest.param("mistral_sliding", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_as_one_graph(name: str) -> None:
     model = build(name)
 
-    def run(model: Any) -> list[Tensor]:
-        torch._dynamo.reset()
+    def run(call: Callable[..., Any]) -> list[Tensor]:
         model.zero_grad()
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        logits = compiled(IDS, attention_mask=RIGHT, use_cache=False).logits[RIGHT.bool()]
+        logits = call(IDS, attention_mask=RIGHT, use_cache=False).logits[RIGHT.bool()]
         logits.sin().sum().backward()
         return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
     model.set_attn_implementation("sdpa")
     theirs = run(model)
     model.set_attn_implementation("mmkernels")
-    torch.testing.assert_close(run(model), theirs)
+    torch._dynamo.reset()
+    torch.testing.assert_close(run(torch.compile(model, backend="aot_eager", fullgraph=True)), theirs)
 
 
 def test_decoding_compiled_over_a_static_cache() -> None:
-    def run(model: Any) -> Tensor:
-        torch._dynamo.reset()
+    model = build("llama")
+
+    def run(decode: Callable[..., Any]) -> Tensor:
         cache = transformers.StaticCache(config=model.config, max_cache_len=24)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         mask, steps = LEFT, []
         with torch.no_grad():
             out = model(IDS, attention_mask=mask, past_key_values=cache, use_cache=True)
             for _ in range(3):
                 mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
                 new = out.logits[:, -1:].argmax(-1)
-                out = compiled(new, attention_mask=mask, past_key_values=cache, use_cache=True)
+                out = decode(new, attention_mask=mask, past_key_values=cache, use_cache=True)
                 steps.append(out.logits)
         return torch.cat(steps, 1)
 
-    ours, theirs, _ = both(build("llama"), run)
-    torch.testing.assert_close(ours, theirs)
+    model.set_attn_implementation("sdpa")
+    theirs = run(model)
+    model.set_attn_implementation("mmkernels")
+    torch._dynamo.reset()
+    torch.testing.assert_close(run(torch.compile(model, backend="aot_eager", fullgraph=True)), theirs)
 
 
 def test_from_pretrained_and_a_part_of_a_model(tmp_path: Path) -> None:
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 32,
-    }
-    config = transformers.LlavaConfig(
-        vision_config=dict(vision, image_size=32, patch_size=8, model_type="clip_vision_model"),
-        text_config=dict(SIZES, model_type="llama"),
-        image_token_index=63,
-    )
-    torch.manual_seed(0)
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
-    ids = torch.cat([IDS[:, :1], torch.full((2, 16), 63), IDS[:, 1:]], 1)
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 32, 32)}
+    model, inputs = FAMILIES["llava"].build()
+    model.double().save_pretrained(tmp_path)
+    del inputs["attention_mask"]
+    inputs["pixel_values"] = inputs["pixel_values"].double()
     load = lambda implementation: transformers.LlavaForConditionalGeneration.from_pretrained(
         tmp_path, attn_implementation=implementation
     ).eval()
@@ -290,16 +262,10 @@ def test_from_pretrained_and_a_part_of_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bloom", "visual_bert", "roformer"])
 def test_a_model_without_the_interface_is_refused_and_not_misread(name: str, tmp_path: Path) -> None:
-    """`from_pretrained` takes any registered name; their own attention would add a matrix of bools to its scores."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
-    if name == "bloom":
-        model: Any = transformers.BloomModel(
-            transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64)
-        )
-    elif name == "visual_bert":
-        model = transformers.VisualBertModel(transformers.VisualBertConfig(**sizes, intermediate_size=64))
-    else:
-        model = transformers.RoFormerModel(transformers.RoFormerConfig(**sizes, intermediate_size=64))
+    """`from_pretrained` accepts any registered name; these models would add a matrix of bools to their scores."""
+    class_name = {"bloom": "BloomModel", "visual_bert": "VisualBertModel", "roformer": "RoFormerModel"}[name]
+    config = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64} if name == "bloom" else encoder()
+    model = models.build(class_name, config)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="mmkernels")
     with pytest.raises(NotImplementedError, match=f"is not for .* of transformers.models.{name}"):
@@ -307,14 +273,14 @@ def test_a_model_without_the_interface_is_refused_and_not_misread(name: str, tmp
 
 
 def test_on_the_meta_device() -> None:
-    model = build("gemma3").to("meta")
+    model = build("gemma3_text").to("meta")
     model.set_attn_implementation("mmkernels")
     out = model(IDS.to("meta"), attention_mask=LEFT.to("meta"))
-    assert out.logits.shape == (2, 10, 64) and out.logits.is_meta
+    assert out.logits.shape == (2, 10, 128) and out.logits.is_meta
 
 
 def test_two_threads_and_one_model() -> None:
-    model = build("gemma3")
+    model = build("gemma3_text")
     model.set_attn_implementation("mmkernels")
     masks = [LEFT, RIGHT]
     with torch.no_grad():
@@ -335,7 +301,7 @@ def test_two_threads_and_one_model() -> None:
 
 
 def test_a_custom_mask_function_that_is_no_span() -> None:
-    """The right answer, and a count of why it is slower."""
+    """The result is right, and the reason why it is slower is counted."""
     from transformers.masking_utils import create_causal_mask
 
     model = build("llama")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,9 +13,8 @@ from mmkernels.integrations.transformers.masks import ModelMask, causal_from
 from mmkernels.integrations.transformers.matrices import read_matrix
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_weights import attention_weights
-from mmkernels.ops.attention.attention_weights.spec import Arguments, reference
 from mmkernels.ops.attention.cross_attention import cross_attention
-from mmkernels.ops.attention.inputs import check_scale, take_mask_apart
+from mmkernels.ops.attention.formula import probabilities
 
 Mask = SpanMask | Tensor | None
 
@@ -25,7 +25,7 @@ _UNSUPPORTED = {
     "block_indices": "sparse attention by blocks",
     "sinks": "sinks by query",
 }
-"""Keyword arguments that change the result; others (window sizes, position ids, ...) only repeat what the mask says."""
+"""Keyword arguments that change the result; others (window sizes, position ids, ...) only repeat the mask."""
 
 _KINDS = ("attentions", "cross_attentions")
 
@@ -48,11 +48,11 @@ def attention(
     """Attention for ``AttentionInterface``.
 
     Args:
-        module: the model's attention; where `is_causal` is None its attribute of that name counts, True without one.
+        module: the model's attention; if `is_causal` is None, its attribute of that name counts (True without one).
         query: ``[B or 1, Hq, Lq, D]``. key: ``[B or 1, Hkv, Lk, D]``. value: ``[B or 1, Hkv, Lk, Dv]``.
-        attention_mask: what `make_mask` returned; or a matrix of the model's own, bool (True = visible) or numbers to
+        attention_mask: the result of `make_mask`; or a matrix that the model built, bool (True = visible) or numbers to
             add to the scores; or None: with `is_causal` and more than one query, query i sees the keys 0 to i.
-        dropout: the chance that a probability is dropped. scaling: of the scores; None: ``1 / sqrt(D)``.
+        dropout: the probability of dropping a weight. scaling: of the scores; None: ``1 / sqrt(D)``.
         position_bias: added to the scores, broadcastable to ``[B, Hq, Lq, Lk]``.
         s_aux: ``[Hq]`` attention sinks: one more score for each query, whose value is 0.
         output_attentions: also return the probabilities, before dropout: ``[B, Hq, Lq, Lk]`` in query's dtype.
@@ -61,7 +61,7 @@ def attention(
         ``[B, Lq, Hq, Dv]`` contiguous, and the probabilities or None.
 
     Raises:
-        NotImplementedError: the model asks for what `cross_attention` does not have, such as ``softcap``.
+        NotImplementedError: the model needs something that `cross_attention` lacks, such as ``softcap``.
         TypeError, ValueError: as `mmkernels.cross_attention`; or the mask was made for other sizes.
     """
     for name, what in _UNSUPPORTED.items():
@@ -84,7 +84,7 @@ def attention(
         out, lse = cross_attention(
             query, key, value, mask, bias=bias, scale=scaling, dropout_p=dropout, return_lse=True
         )
-        sink = torch.sigmoid(lse - s_aux.reshape(1, -1, 1))[..., None]  # [B, Hq, Lq, 1]: what the sink leaves over
+        sink = torch.sigmoid(lse - s_aux.reshape(1, -1, 1))[..., None]  # [B, Hq, Lq, 1]: the share that the sink leaves
         out = (out * sink).to(out.dtype)
     out = out.transpose(1, 2)
     if not _weights_wanted(output_attentions):
@@ -97,27 +97,27 @@ def _mask(
     module: torch.nn.Module,
     query: Tensor,
     k_len: int,
-    given: ModelMask | Tensor | None,
+    attention_mask: ModelMask | Tensor | None,
     is_causal: bool | None,
 ) -> tuple[Mask, Tensor | None]:
-    """The mask and the bias for `cross_attention`."""
-    if given is None:
+    """Returns the mask and the bias for `cross_attention`."""
+    if attention_mask is None:
         q_len = query.shape[2]
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if q_len == 1 or not causal:
             return None, None
-        return causal_from(0, q_len, query.device), None  # whatever comes behind the last query
-    if isinstance(given, ModelMask):
+        return causal_from(0, q_len, query.device), None  # keys after the last query are hidden
+    if isinstance(attention_mask, ModelMask):
         sizes = (query.shape[0], 1, query.shape[2], k_len)
-        if given.shape != sizes:
-            raise ValueError(f"attention_mask must be made for {list(sizes)}, got one for {list(given.shape)}")
-        return given.spans, None
-    if not isinstance(given, Tensor):
+        if attention_mask.shape != sizes:
+            raise ValueError(f"attention_mask must be made for {list(sizes)}, got one for {list(attention_mask.shape)}")
+        return attention_mask.spans, None
+    if not isinstance(attention_mask, Tensor):
         raise TypeError(
-            f"attention_mask must be a tensor, None or made for {'mmkernels'!r}, got {type(given).__name__}; "
+            f"attention_mask must be a tensor, None or made for {'mmkernels'!r}, got {type(attention_mask).__name__}; "
             "set the implementation with set_attn_implementation, so that masks are made for it"
         )
-    mask, bias, _ = read_matrix(given, query.dtype)
+    mask, bias, _ = read_matrix(attention_mask, query.dtype)
     return mask, bias
 
 
@@ -136,15 +136,15 @@ def _count(mask: Mask, bias: Tensor | None) -> None:
 
 
 def _weights_wanted(asked: bool | None) -> bool:
-    """Whether the model records attention weights: asked for, or collected by transformers' hooks."""
+    """Returns whether the model wants attention weights: by argument, or for transformers' hooks, which record them."""
     if asked is not None or torch.compiler.is_compiling():
         return bool(asked)
-    collected = _collector.get() if _collector is not None else None
-    return collected is not None and any(kind in collected for kind in _KINDS)
+    recorded = _collector.get() if _collector is not None else None
+    return recorded is not None and any(kind in recorded for kind in _KINDS)
 
 
-def _collected() -> Any:
-    """Where transformers keeps what the model that runs is to record; None: a version that keeps it elsewhere."""
+def _find_collector() -> Any:
+    """Returns the variable in which transformers lists what the running model records; None: this version has none."""
     try:
         from transformers.utils import output_capturing
     except ImportError:
@@ -152,12 +152,15 @@ def _collected() -> Any:
     return getattr(output_capturing, "_active_collector", None)
 
 
-_collector = _collected()
+_collector = _find_collector()
 
 
 def _weights(query: Tensor, key: Tensor, mask: Mask, bias: Tensor | None, scale: float | None) -> Tensor:
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, bias))
-    if not wanted:
+    """Returns the probabilities [B, Hq, Lq, Lk], with a gradient if one is wanted: the op has none, the formula has."""
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, bias))):
         return attention_weights(query, key, mask, bias=bias, scale=scale)
-    tensors = take_mask_apart(mask, query, key.shape[2])._asdict()
-    return reference(Arguments(query=query, key=key, bias=bias, scale=check_scale(scale, query), **tensors))
+    heads, k_len, head_dim = query.shape[1], key.shape[2], query.shape[3]
+    visible = mask.to_dense(k_len) if isinstance(mask, SpanMask) else mask
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
+    repeated = key.repeat_interleave(heads // key.shape[1], dim=1)  # [B, Hq, Lk, D]
+    return probabilities(query, repeated, visible, bias, scale, need_lse=False)[0]

@@ -1,4 +1,4 @@
-"""What the attention calls of a model came with: counted for whoever asks, in the thread that asks."""
+"""Counts the attention calls of a model by their mask, in the thread that asks for it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 
 @dataclass(eq=False)
 class Calls:
-    """How many attention calls came with which mask; see `counting`.
+    """Attention calls by mask; see `counting`.
 
     Args:
         unmasked: every query sees every key.
         spans: the mask is a `SpanMask`: O(Lq + Lk) memory, hidden tiles skipped.
         dense: a bool matrix, because no span mask equals it; `reasons` says why.
         bias: numbers added to the scores (relative positions, ALiBi).
-        conversions: masks that were looked through or turned into spans: one a forward pass and mask, not one a layer.
-        reasons: why masks became a matrix somewhere on their way, and how many masks each.
+        conversions: masks that were read or converted to spans: one a forward pass and mask, not one a layer.
+        reasons: why masks became a matrix, and how many masks for each reason.
     """
 
     unmasked: int = 0
@@ -33,7 +33,7 @@ class Calls:
 
     @property
     def total(self) -> int:
-        """Attention calls in all; 0 says that the model has no attention of its own on ``"mmkernels"``."""
+        """All attention calls; 0: no attention of the model runs on ``"mmkernels"``."""
         return self.unmasked + self.spans + self.dense + self.bias
 
 
@@ -42,7 +42,7 @@ _counters = threading.local()
 
 @contextmanager
 def counting() -> Iterator[Calls]:
-    """Count this thread's attention calls inside the ``with`` block, also in nested blocks.
+    """Counts this thread's attention calls inside the ``with`` block, also in nested blocks.
 
     Calls inside a compiled graph are not counted.
 
@@ -69,7 +69,7 @@ def counting() -> Iterator[Calls]:
 
 
 def active() -> list[Calls]:
-    """The counters of this thread's open `counting` blocks."""
+    """Returns the counters of this thread's open `counting` blocks."""
     blocks: list[Calls] | None = getattr(_counters, "blocks", None)
     if blocks is None:
         blocks = _counters.blocks = []
@@ -77,7 +77,7 @@ def active() -> list[Calls]:
 
 
 def count_conversion(reason: str = "") -> None:
-    """Count a mask that was looked through; `reason`: why it is dense."""
+    """Counts a mask that was read; `reason`: why it is dense."""
     if torch.compiler.is_compiling():
         return
     for calls in active():

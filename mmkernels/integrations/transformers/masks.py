@@ -1,4 +1,4 @@
-"""Masks as transformers makes them, turned into spans: those of its mask functions."""
+"""The mask function of the integration: converts the masks that transformers describes by functions to spans."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _OWN_ATTENTION = (
 
 
 class ModelMask:
-    """A mask on its way through a model: spans that look like the bool ``[B, 1, Lq, Lk]`` that the model expects.
+    """Spans that look like the bool ``[B, 1, Lq, Lk]`` that a model expects as its mask.
 
-    Models hand masks on to their attention. One that does more with it, such as slicing or ``torch.cat``, gets the
-    matrix, which is counted. Adding it to scores is refused: that is an attention of the model's own, to which a
+    Most models only pass the mask to their attention. A model that does more with it, such as slicing or ``torch.cat``,
+    gets the matrix, which is counted. Adding it to scores is refused: only a model's own attention does so, and there a
     matrix of bools would hide nothing.
     """
 
@@ -50,7 +50,7 @@ class ModelMask:
         return self.shape if dim is None else self.shape[dim]
 
     def to(self, *args: Any, **kwargs: Any) -> ModelMask:
-        """On another device; the dtype stays bool."""
+        """Returns the mask on another device; the dtype stays bool."""
         device = kwargs.get("device", args[0] if args else None)
         device = device.device if isinstance(device, Tensor) else device
         device = torch.device(device) if isinstance(device, str | int) else device
@@ -59,13 +59,13 @@ class ModelMask:
         return ModelMask(self.spans.to(device, non_blocking=kwargs.get("non_blocking", False)), self.shape)
 
     def contiguous(self, *args: Any, **kwargs: Any) -> ModelMask:
-        """Itself, as are copies: nobody writes to it."""
+        """Returns itself, as do the methods that copy: the spans are never written to."""
         return self
 
     clone = detach = contiguous
 
     def dense(self) -> Tensor:
-        """The matrix, bool ``[B, 1, Lq, Lk]``."""
+        """Returns the matrix, bool ``[B, 1, Lq, Lk]``."""
         count_conversion("the model changes the mask itself")
         return self.spans.to_dense(self.shape[3]).expand(self.shape)
 
@@ -91,7 +91,7 @@ class ModelMask:
     __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("spans", "shape"):  # asked for while being copied
+        if name.startswith("__") or name in ("spans", "shape"):  # `copy` asks for these before they exist
             raise AttributeError(name)
         return getattr(self.dense(), name)
 
@@ -99,7 +99,7 @@ class ModelMask:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Any function of PyTorch gets the matrix, but for sums."""
+        """Gives the matrix to any function of PyTorch except sums."""
         if function.__name__.strip("_") in ("add", "radd", "iadd", "sub", "rsub", "isub"):
             raise NotImplementedError(_OWN_ATTENTION.format("this model"))
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
@@ -121,20 +121,20 @@ def make_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> ModelMask | Tensor | None:
-    """What ``AttentionMaskInterface`` gets: called once a forward pass and kind of mask, for all layers.
+    """The function for ``AttentionMaskInterface``: called once a forward pass and kind of mask, for all layers.
 
-    The arguments are those of ``transformers.masking_utils.sdpa_mask``. On an accelerator, masks that rest on data
+    The arguments are those of ``transformers.masking_utils.sdpa_mask``. On an accelerator, masks that depend on data
     (image blocks, packed sequences) wait for the device once.
 
     Returns:
-        a `ModelMask`; None where nothing is hidden and the caller allows it; a bool tensor ``[B, 1, Lq, Lk]``, and a
-        count of why, where no span mask equals the function's or where it can't be read.
+        a `ModelMask`; None if nothing is hidden and the caller allows it; a bool tensor ``[B, 1, Lq, Lk]`` if the
+        function can't be read or no span mask equals it: the reason is counted.
 
     Raises:
-        NotImplementedError: the model's attention is its own, and would misread the mask.
+        NotImplementedError: the model does not use transformers' attention interface, and would misread the mask.
         ValueError: `attention_mask` is not ``[B, Lk]``.
     """
-    if isinstance(attention_mask, ModelMask):  # made before, by a model that asks again
+    if isinstance(attention_mask, ModelMask):  # a model may ask for a mask twice
         return attention_mask
     if not torch.compiler.is_compiling():
         _check_interface(type(kwargs.get("config")).__module__)
@@ -147,7 +147,7 @@ def make_mask(
         newest = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 >= kv_offset + kv_length
         if causal and newest and allow_is_causal_skip:
             return None
-    first = q_offset - kv_offset  # the first query's place among the keys
+    first = q_offset - kv_offset  # the key at the first query's position
     spans: SpanMask | None
     if causal:
         spans = causal_from(first, q_length, device)
@@ -164,7 +164,7 @@ def make_mask(
             batch_size,
             q_length,
             kv_length,
-            q_offset,  # type: ignore[arg-type]  # a tensor from a static cache, whatever the annotation says
+            q_offset,  # type: ignore[arg-type]  # a static cache passes a tensor, against the annotation
             kv_offset,
             mask_function,
             attention_mask,
@@ -180,9 +180,9 @@ def make_mask(
 
 @cache
 def _check_interface(config_module: str) -> None:
-    """Refuse models of transformers whose attention never asks for an implementation, and so would misread masks.
+    """Refuses models of transformers whose attention does not use the interface, and so would misread masks.
 
-    ``from_pretrained`` and configs accept any registered name for them.
+    ``from_pretrained`` and configurations accept any registered name for them.
     """
     package, _, _ = config_module.rpartition(".")
     modules = [module for name, module in sys.modules.items() if name.startswith(f"{package}.modeling_")]
@@ -190,18 +190,21 @@ def _check_interface(config_module: str) -> None:
         hasattr(module, "ALL_ATTENTION_FUNCTIONS") for module in modules
     ):
         return
-    of_its_own = [
+    attention_classes = [
         name
         for module in modules
         for name, thing in vars(module).items()
         if "Attention" in name and isinstance(thing, type) and thing.__module__ == module.__name__
     ]
-    if of_its_own:  # else it only wraps other models
-        raise NotImplementedError(_OWN_ATTENTION.format(f"{of_its_own[0]} of {package}"))
+    if attention_classes:  # else it only wraps other models
+        raise NotImplementedError(_OWN_ATTENTION.format(f"{attention_classes[0]} of {package}"))
 
 
 def _visible_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
-    """A tokenizer's mask for the keys of this call, bool [B, Lk], False where it ends early; None: none is hidden."""
+    """Returns a tokenizer's mask for the keys of this call, bool [B, Lk]; keys that it lacks are hidden.
+
+    None: no key is hidden, as far as is known without waiting for a device.
+    """
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
@@ -210,27 +213,27 @@ def _visible_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int)
     missing = kv_length - keys.shape[1]
     if missing > 0:
         return torch.nn.functional.pad(keys, (0, missing))
-    if keys.is_cpu and can_look(keys) and bool(keys.all()):  # elsewhere a look would wait for the device
+    if keys.is_cpu and can_look(keys) and bool(keys.all()):
         return None
     return keys
 
 
 def causal_from(first: int | Tensor, q_len: int, device: torch.device | str) -> SpanMask:
-    """Each query sees the keys up to its own place, the first query's being `first`."""
+    """Returns the mask by which query i sees the keys up to ``first + i``."""
     if (
         torch.compiler.is_compiling()
         or not isinstance(first, int)
         or torch._C._get_tracing_state() is not None
         or transform_active()
     ):
-        end = torch.arange(1, q_len + 1, device=device) + first  # a static cache's `first` is not to be waited for
+        end = torch.arange(1, q_len + 1, device=device) + first  # no wait for a static cache's `first`
         return SpanMask(end.new_zeros(1, 1, dtype=torch.int32), end.to(torch.int32)[None])
-    return _causal_kept(first, q_len, torch.device(device))
+    return _cached_causal(first, q_len, torch.device(device))
 
 
 @lru_cache(maxsize=64)
-def _causal_kept(first: int, q_len: int, device: torch.device) -> SpanMask:
-    with torch.inference_mode(False):  # kept for others, who may want gradients
+def _cached_causal(first: int, q_len: int, device: torch.device) -> SpanMask:
+    with torch.inference_mode(False):  # the cached mask may be used in training
         end = torch.arange(first + 1, first + 1 + q_len, dtype=torch.int32, device=device)[None]
         return SpanMask(end.new_zeros(1, 1), end)
 
@@ -244,7 +247,7 @@ def _window(
     config: Any = None,
     **kwargs: Any,
 ) -> SpanMask | None:
-    """A causal sliding window, as far as the arguments beside the function say that it is just that."""
+    """Returns a causal sliding window if the arguments beside the function prove that the mask is one."""
     if size is None or not may_be_causal or getattr(config, "attention_chunk_size", None) is not None:
         return None
     causal = causal_from(first, q_len, device)
@@ -252,13 +255,13 @@ def _window(
 
 
 def _hide(spans: SpanMask, keys: Tensor) -> SpanMask:
-    """Padding moves the spans' ends; keys that are hidden in between stay a mask of their own."""
+    """Hides padding: at the ends of the keys by moving the spans' ends, else by a mask of single keys."""
     if not keys.is_cpu or not can_look(keys):
         return spans & SpanMask.from_key_mask(keys)
     places = keys.view(torch.uint8)  # [B, Lk]
     start, count = places.argmax(-1, keepdim=True), places.sum(-1, keepdim=True)
     end = start + count
-    if not bool((end == keys.shape[1]).all()):  # else all is padding on the left
+    if not bool((end == keys.shape[1]).all()):  # else all padding is on the left
         last = keys.shape[1] - places.flip(-1).argmax(-1, keepdim=True)
         if not bool(((end == last) | (count == 0)).all()):
             return spans & SpanMask.from_key_mask(keys)
@@ -266,16 +269,16 @@ def _hide(spans: SpanMask, keys: Tensor) -> SpanMask:
 
 
 def _read(function: Callable[..., Any], batch_size: int, query: Tensor, key: Tensor) -> tuple[SpanMask | None, str]:
-    """The function's spans; or None and why it has none."""
+    """Returns the function's spans; or None and the reason why it has none."""
     try:
         start, end, key_valid, exact = read(function, torch.arange(batch_size, device=key.device), query, key).spans()
     except UnreadableError as reason:
         return None, str(reason)
     if exact and not exact[0].is_meta:
-        found = torch.stack(exact).all()
-        if not can_look(found):
-            return None, "a graph is traced, which may not rest on values"
-        if not bool(found):
+        all_exact = torch.stack(exact).all()
+        if not can_look(all_exact):
+            return None, "a graph is traced, which must not depend on values"
+        if not bool(all_exact):
             return None, "the mask shows a query more than one run of keys"
     spans = SpanMask(*(x.to(key.device, torch.int32) for x in (start, end)))
     return (spans if key_valid is None else _hide(spans, key_valid)), ""

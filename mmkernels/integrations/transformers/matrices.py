@@ -1,4 +1,4 @@
-"""Masks that a model builds itself as a matrix: looked through once, for all layers that they are handed to."""
+"""Reads masks that a model builds itself as a matrix, once for all layers that use them."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ from mmkernels.runtime.checks import can_look
 
 
 class Reading(NamedTuple):
-    """A model's matrix as `cross_attention` takes it: what it hides, and what it adds to the scores."""
+    """A model's matrix as arguments of `cross_attention`: what it hides, and what it adds to the scores."""
 
     mask: SpanMask | Tensor | None = None
     bias: Tensor | None = None
     reason: str = ""  # why the mask is dense
 
 
-class _Kept(NamedTuple):
+class _Cached(NamedTuple):
     dtype: torch.dtype  # of the query that it was read for
-    version: int | None  # of the matrix when it was read; None: PyTorch keeps none
-    copy: Tensor | None  # then its values
+    version: int | None  # of the matrix when it was read; None: an inference tensor, which has no version
+    copy: Tensor | None  # of an inference tensor
     reading: Reading
 
 
-_readings: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()
+_readings: MutableMapping[Tensor, _Cached] = WeakTensorKeyDictionary()
 _lock = threading.Lock()
 
 
 def read_matrix(matrix: Tensor, dtype: torch.dtype) -> Reading:
-    """What a mask matrix ``[B or 1, H or 1, Lq or 1, Lk]`` says: spans where it can, else bool, else a bias.
+    """Returns what a mask matrix ``[B or 1, H or 1, Lq or 1, Lk]`` says: spans if possible, else bool, else a bias.
 
-    Of a matrix of numbers, those at most half of its dtype's most negative value hide, as models write it; the others
-    are added to the scores, unless all are 0. The answer is kept for as long as the tensor lives and is not changed by
-    PyTorch's in-place operators (writes through ``.data`` or NumPy go unseen). Looking at values waits for the device,
-    once a matrix; inside ``torch.compile``, and where the matrix wants a gradient,
-    nothing is looked at.
+    In a matrix of numbers, those at most half of the dtype's most negative value hide, as models write it; the others
+    are added to the scores, unless all are 0. The result is cached while the tensor lives, until one of PyTorch's
+    in-place operators changes it (writes through ``.data`` or NumPy are not noticed). Reading values waits for the
+    device, once a matrix. Inside ``torch.compile``, and if the matrix requires a gradient, no values are read.
 
     Args:
-        dtype: the query's, which a bias that is not float32 takes on.
+        dtype: the query's dtype, to which a bias is converted unless it is float32.
 
     Raises:
         TypeError: the matrix holds whole numbers.
@@ -59,25 +58,25 @@ def read_matrix(matrix: Tensor, dtype: torch.dtype) -> Reading:
         shown, bias = _split(matrix, dtype)
         return Reading(shown, bias)
     with _lock:
-        kept = _readings.get(matrix)
-    if kept is not None and kept.dtype == dtype and _unchanged(matrix, kept):
-        return kept.reading
+        cached = _readings.get(matrix)
+    if cached is not None and cached.dtype == dtype and _unchanged(matrix, cached):
+        return cached.reading
     version = None if matrix.is_inference() else matrix._version
-    with torch.inference_mode(matrix.is_inference()):  # the reading of a normal matrix may be asked for its gradients
-        reading = _look_through(matrix.detach(), dtype)
+    with torch.inference_mode(matrix.is_inference()):  # else a normal matrix could not be used in training later
+        reading = _read(matrix.detach(), dtype)
     with _lock:
-        _readings[matrix] = _Kept(dtype, version, matrix.clone() if version is None else None, reading)
+        _readings[matrix] = _Cached(dtype, version, matrix.clone() if version is None else None, reading)
     count_conversion(reading.reason)
     return reading
 
 
-def _unchanged(matrix: Tensor, kept: _Kept) -> bool:
-    if kept.copy is None:
-        return matrix._version == kept.version
-    return torch.equal(matrix, kept.copy)
+def _unchanged(matrix: Tensor, cached: _Cached) -> bool:
+    if cached.copy is None:
+        return matrix._version == cached.version
+    return torch.equal(matrix, cached.copy)
 
 
-def _look_through(matrix: Tensor, dtype: torch.dtype) -> Reading:
+def _read(matrix: Tensor, dtype: torch.dtype) -> Reading:
     matrix = _shared(matrix)
     rows, row_of = _distinct_rows(matrix.reshape((1,) * (4 - matrix.dim()) + tuple(matrix.shape)))
     bias = None
@@ -99,9 +98,9 @@ def _look_through(matrix: Tensor, dtype: torch.dtype) -> Reading:
 
 
 def _distinct_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The first of each run of equal rows of ``[B, H, Lq, Lk]``, and for each row which of those it equals.
+    """Returns the first of each run of equal rows of ``[B, H, Lq, Lk]``, and for each row the index of its equal.
 
-    All queries of one image have one row: a pass over the matrix, and all others are over a handful of rows.
+    All queries of one image have equal rows, so that only this pass reads the whole matrix.
     """
     changes = (matrix[:, :, 1:] != matrix[:, :, :-1]).any(-1).any(0).any(0)  # [Lq - 1]
     row_of = torch.nn.functional.pad(changes.cumsum(0), (1, 0))
@@ -110,7 +109,7 @@ def _distinct_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shared(matrix: Tensor) -> Tensor:
-    """One row for each dim but the last that the matrix was expanded along."""
+    """Narrows each dim but the last along which the matrix was expanded."""
     for dim in range(matrix.dim() - 1):
         if matrix.stride(dim) == 0 and matrix.shape[dim] > 1:
             matrix = matrix.narrow(dim, 0, 1)
@@ -118,7 +117,7 @@ def _shared(matrix: Tensor) -> Tensor:
 
 
 def _split(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What a matrix of numbers shows, and what it adds to the scores, 0 where it hides."""
-    shown = ~(matrix.detach() <= torch.finfo(matrix.dtype).min / 2)  # NaN is no way to hide
+    """Returns what a matrix of numbers shows, and what it adds to the scores: 0 where it hides."""
+    shown = ~(matrix.detach() <= torch.finfo(matrix.dtype).min / 2)  # NaN does not hide
     bias = torch.where(shown, matrix, 0.0)
     return shown, bias if bias.dtype in (dtype, torch.float32) else bias.to(dtype)

@@ -1,4 +1,4 @@
-"""`register`: putting the attention function and the mask function where transformers looks for them."""
+"""`register`: adds the attention function and the mask function to transformers' registries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 NAME = "mmkernels"
 
-_NEEDS = {  # what transformers calls the two functions with
+_NEEDS = {  # the arguments that transformers passes to the two functions
     "attention": ("module", "query", "key", "value", "attention_mask", "dropout", "scaling"),
     "mask": ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"),
 }
@@ -16,15 +16,16 @@ _lock = threading.Lock()
 
 
 def register() -> None:
-    """Make ``attn_implementation="mmkernels"`` known to transformers, in this process. Again: nothing happens.
+    """Registers ``attn_implementation="mmkernels"`` with transformers in this process. A second call does nothing.
 
-    From then on every model that has transformers' attention interface takes it, in ``from_pretrained(...,
-    attn_implementation="mmkernels")``, in a config, by ``model.set_attn_implementation("mmkernels")``, or for a part
-    of a model by ``set_attn_implementation({"vision_config": "mmkernels"})``. ``mmkernels support`` shows which
-    families do.
+    Afterwards every model that uses transformers' attention interface accepts it: in ``from_pretrained(...,
+    attn_implementation="mmkernels")``, in a configuration, by ``model.set_attn_implementation("mmkernels")``, or for a
+    part of a model by ``set_attn_implementation({"vision_config": "mmkernels"})``. ``mmkernels support`` shows which
+    families use it.
 
     Raises:
-        ImportError: transformers is missing, or its interface is not the one that this was written for.
+        ImportError: transformers is missing, or has another interface than this module is written for.
+        ValueError: another function is registered by this name.
 
     Example:
         >>> import torch, transformers
@@ -43,14 +44,14 @@ def register() -> None:
 
     with _lock:
         for interface, function in ((attention_interface, attention), (mask_interface, make_mask)):
-            there = interface._global_mapping.get(NAME, function)
-            if _name(there) != _name(function):
-                raise ValueError(f"{interface.__name__} already has another {NAME!r}: {_name(there)}")
+            registered = interface._global_mapping.get(NAME, function)
+            if _name(registered) != _name(function):
+                raise ValueError(f"{interface.__name__} already has another {NAME!r}: {_name(registered)}")
             interface.register(NAME, function)
 
 
 def _interfaces() -> tuple[Any, Any]:
-    """transformers' two registries, once they are seen to be what this is written for."""
+    """Returns transformers' two registries after a check that they are as this module expects."""
     try:
         import transformers
     except ImportError as error:
@@ -59,11 +60,11 @@ def _interfaces() -> tuple[Any, Any]:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-        _takes(AttentionInterface._global_mapping["sdpa"], _NEEDS["attention"])
-        _takes(AttentionMaskInterface._global_mapping["sdpa"], _NEEDS["mask"])
-        _takes(sdpa_mask, _NEEDS["mask"])
+        _check_arguments(AttentionInterface._global_mapping["sdpa"], _NEEDS["attention"])
+        _check_arguments(AttentionMaskInterface._global_mapping["sdpa"], _NEEDS["mask"])
+        _check_arguments(sdpa_mask, _NEEDS["mask"])
         for function in (causal_mask_function, bidirectional_mask_function):
-            _takes(function, ("batch_idx", "head_idx", "q_idx", "kv_idx"))
+            _check_arguments(function, ("batch_idx", "head_idx", "q_idx", "kv_idx"))
     except (ImportError, AttributeError, KeyError, TypeError) as error:
         raise ImportError(
             f"transformers {getattr(transformers, '__version__', '(unknown version)')} has another attention interface "
@@ -76,7 +77,7 @@ def _name(function: Any) -> str:
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
 
 
-def _takes(function: Any, names: tuple[str, ...]) -> None:
+def _check_arguments(function: Any, names: tuple[str, ...]) -> None:
     missing = [name for name in names if name not in inspect.signature(function).parameters]
     if missing:
         raise TypeError(f"{getattr(function, '__name__', function)} takes no {', '.join(missing)}")

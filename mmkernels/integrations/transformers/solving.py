@@ -1,4 +1,4 @@
-"""From the conditions that a mask function sets, the run of keys that each query sees, in O(L log L)."""
+"""Solves the conditions of a mask function for the span of each query, in O(L log L)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FAR = 2**30  # further than any place; also what one of two numbers in an int64 may reach
+_FAR = 2**30  # greater than any key's index; two numbers below it fit in one int64
 
 
 class UnreadableError(Exception):
-    """The mask function does what can't be read here, or its mask is no run of keys; the message says what."""
+    """The mask function has no reading, or its mask has a query without a span; the message says what."""
 
 
 class Spans(NamedTuple):
-    """Query i sees key j when ``start <= j < end`` and `key_valid`; `exact` are conditions on which that rests."""
+    """Query i sees key j if ``start <= j < end`` and ``key_valid[j]``. Only true if all of `exact` are."""
 
     start: Tensor  # int64 [B or 1, Lq or 1]
     end: Tensor  # int64 [B or 1, Lq or 1]
     key_valid: Tensor | None = None  # bool [B or 1, Lk]
-    exact: tuple[Tensor, ...] = ()  # bool scalars, all to be True
+    exact: tuple[Tensor, ...] = ()  # bool scalars
 
 
 class Numbers(NamedTuple):
-    """One for each query or key: int64 ``[B or 1, L or 1]``; `ascending`: they never fall, by construction."""
+    """A number for each query or key: int64 ``[B or 1, L or 1]``. `ascending`: they never fall, by construction."""
 
     values: Tensor
     ascending: bool = False
@@ -41,26 +41,26 @@ class Relation(NamedTuple):
 def solve(
     relations: tuple[Relation, ...], queries: tuple[Tensor, ...], keys: tuple[Tensor, ...], solved: tuple[Spans, ...]
 ) -> Spans:
-    """The keys for which all conditions hold.
+    """Returns the spans of the keys for which all conditions hold; see `mmkernels.integrations.transformers.symbols`.
 
     Args:
-        queries: bool ``[B or 1, Lq or 1]`` each: False sees nothing.
-        keys: bool ``[B or 1, Lk]`` each: False is seen by nobody.
-        solved: spans that hold as well.
+        queries: bool ``[B or 1, Lq or 1]`` each; where it is False, the query sees nothing.
+        keys: bool ``[B or 1, Lk]`` each; where it is False, the key is hidden from all queries.
+        solved: further spans.
     """
-    found = [*solved, *(Spans(torch.zeros_like(q, dtype=torch.int64), q * _FAR) for q in queries)]
-    run = None  # equal numbers mark runs, inside which other numbers, such as positions, may start anew
+    parts = [*solved, *(Spans(torch.zeros_like(q, dtype=torch.int64), q * _FAR) for q in queries)]
+    run = None  # an equality divides the keys into runs; in each of them other numbers (positions) may start again
     for relation in relations:
         if relation.compare == "eq":
-            alive = [end > start for start, end, *_ in found]
-            found.append(_equal(relation, run, alive))
+            alive = [end > start for start, end, *_ in parts]
+            parts.append(_equal(relation, run, alive))
             run = run or relation
-    found += [_ordered(relation, run) for relation in relations if relation.compare != "eq"]
-    if not found:
+    parts += [_ordered(relation, run) for relation in relations if relation.compare != "eq"]
+    if not parts:
         everything = torch.zeros(1, 1, dtype=torch.int64)
-        found = [Spans(everything, everything + _FAR)]
-    spans = found[0]
-    for other in found[1:]:
+        parts = [Spans(everything, everything + _FAR)]
+    spans = parts[0]
+    for other in parts[1:]:
         spans = _intersection(spans, other)
     for valid in keys:
         spans = hide_keys(spans, valid)
@@ -72,14 +72,14 @@ def hide_keys(spans: Spans, valid: Tensor) -> Spans:
 
 
 def _search(sorted_keys: Tensor, query: Tensor, right: bool) -> Tensor:
-    """For each query's number the first place of its row whose number is not below it (`right`: above it)."""
+    """Returns, for each query's number, the first index of its row with a number >= it (`right`: > it)."""
     batch = max(sorted_keys.shape[0], query.shape[0])
     keys, numbers = (x.expand(batch, -1).contiguous() for x in (sorted_keys, query))
     return torch.searchsorted(keys, numbers, right=right)
 
 
 def _equal(relation: Relation, run: Relation | None, alive: list[Tensor]) -> Spans:
-    """Keys whose number is the query's. Where they are no run, no query that is `alive` may be among them."""
+    """Returns the keys with the query's number. They must be a run for each query that all of `alive` mark."""
     relation, exact = _within(relation, run)
     keys, query = relation.key.values, relation.query.values
     if relation.key.ascending:
@@ -91,14 +91,14 @@ def _equal(relation: Relation, run: Relation | None, alive: list[Tensor]) -> Spa
     last = place.shape[1] - 1
     start = place.gather(1, low.clamp(max=last)) * some
     end = (place.gather(1, (high - 1).clamp(min=0)) + 1) * some
-    fine = end - start == high - low
-    for seeing in alive:
-        fine = fine | ~seeing
-    return Spans(start, end, exact=(*exact, fine.all()))
+    no_gap = end - start == high - low
+    for sees_a_key in alive:
+        no_gap = no_gap | ~sees_a_key
+    return Spans(start, end, exact=(*exact, no_gap.all()))
 
 
 def _ordered(relation: Relation, run: Relation | None) -> Spans:
-    """Keys whose number is below or above the query's."""
+    """Returns the keys whose number is below or above the query's number."""
     relation, exact = _within(relation, run)
     keys = relation.key.values
     if not relation.key.ascending:
@@ -110,12 +110,14 @@ def _ordered(relation: Relation, run: Relation | None) -> Spans:
 
 
 def _within(relation: Relation, run: Relation | None) -> tuple[Relation, tuple[Tensor, ...]]:
-    """The same relation among keys of the query's run, by numbers of which the run's own is the greater part; and on
-    what that rests."""
+    """Returns the relation within the query's run, and the conditions that make it exact.
+
+    Each number becomes (number of the run) * 2^32 + number, so that it is ordered by run first.
+    """
     if run is None or relation.key.ascending:
         return relation, ()
     pairs = (relation.key.values, run.key.values), (relation.query.values, run.query.values)
-    key, query = (Numbers((of << 32) + one) for one, of in pairs)
+    key, query = (Numbers((of_run << 32) + number) for number, of_run in pairs)
     fits = tuple((x.abs() < _FAR).all() for pair in pairs for x in pair)
     return Relation(key, relation.compare, query), fits
 

@@ -1,4 +1,4 @@
-"""Which model families run on ``"mmkernels"``, found by running them: `check` is what the table and the tests share."""
+"""Finds out which model families run on ``"mmkernels"`` by running them: `check` serves the table and the tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,23 +26,23 @@ from mmkernels.integrations.transformers.support_compare import (
     one_pass,
     set_attention,
 )
-from mmkernels.testing.families_common import Family, Inputs
+from mmkernels.testing.models import Family, Inputs
 
 YES, NOTHING = "yes", "-"
 
 
 @dataclass(frozen=True)
 class Support:
-    """What was found of one family.
+    """Results for one family.
 
     Args:
-        name: the family's.
-        model: its class.
+        name: the family's name.
+        model: the model's class.
         calls: attention calls of one forward pass, by mask.
-        inside, outside: how many modules of each attention class called ``"mmkernels"`` in it, and how many did not.
-        forward, gradients: `YES`, or "no: " and the reason; `NOTHING` where nothing was compared.
-        generation: the same for each of `WAYS`, or "not offered: " and why transformers' own attention can't either;
-            empty for a model that does not generate.
+        inside, outside: how many modules of each attention class called ``"mmkernels"``, and how many did not.
+        forward, gradients: `YES`, or "no: " and the reason; `NOTHING` if nothing was compared.
+        generation: the same for each of `WAYS`, or "not offered: " and why transformers' own attention does not support
+            it; empty for a model that does not generate.
         refused: why nothing was compared, or "".
     """
 
@@ -58,13 +58,13 @@ class Support:
 
     @property
     def failures(self) -> dict[str, str]:
-        """What was compared and is not equal, with the reason."""
+        """What is not equal, with the reason."""
         cells = {"forward": self.forward, "gradients": self.gradients} | self.generation
         return {name: cell.removeprefix("no: ") for name, cell in cells.items() if cell.startswith("no: ")}
 
     @property
     def not_offered(self) -> dict[str, str]:
-        """Ways to generate that transformers refuses this model on its own attention too, with the reason."""
+        """Ways to generate that this model does not support on transformers' own attention either, with the reason."""
         start = "not offered: "
         return {way: cell.removeprefix(start) for way, cell in self.generation.items() if cell.startswith(start)}
 
@@ -74,37 +74,41 @@ class Support:
         return [way for way, cell in self.generation.items() if cell == YES]
 
 
-def check(family: Family) -> Support:
-    """Run a family on ``"mmkernels"`` and on transformers' own attention, and compare.
+def check(family: Family, compare: Comparison | None = None, ways: Collection[str] = WAYS) -> Support:
+    """Runs a family on ``"mmkernels"`` and on transformers' own attention, and compares.
 
-    A family is refused where the attention function says that it lacks something, and where no module calls it: then
-    the model is also built with the implementation in its configuration, before this says so.
+    A family is refused if the attention function says that it lacks something, or if no module calls the function. In
+    the second case the model is also built with the implementation in its configuration before it is refused.
+
+    Args:
+        compare: of this family; None: a new one. Its truth and baseline are kept for later checks.
+        ways: to generate.
     """
     register()
     with quiet():
-        model, inputs = family.build()
-        found = Support(family.name, type(model).__name__)
+        compare = compare or Comparison(family)
+        model, inputs = compare.model, compare.inputs
+        row = Support(family.name, type(model).__name__)
         set_attention(model, NAME)
         try:
             calls, inside, outside = _trace(model, inputs)
         except NotImplementedError as error:
-            return replace(found, refused=one_line(error))
+            return replace(row, refused=one_line(error))
         except Exception as error:
-            return replace(found, forward=_no(error))
-        found = replace(found, calls=calls, inside=inside, outside=outside)
+            return replace(row, forward=_no(error))
+        row = replace(row, calls=calls, inside=inside, outside=outside)
         if not inside:
-            return _uncalled(found, family, model, inputs)
-        compare = Comparison(family)
+            return _uncalled(row, family, model, inputs)
         return replace(
-            found,
+            row,
             forward=_outcome(compare.forward),
             gradients=_outcome(compare.gradients),
-            generation={way: _outcome(compare.generation, way) for way in WAYS} if model.can_generate() else {},
+            generation={way: _outcome(compare.generation, way) for way in ways} if model.can_generate() else {},
         )
 
 
-def _uncalled(found: Support, family: Family, model: Any, inputs: Inputs) -> Support:
-    """Nothing called ``"mmkernels"`` after it was set: and where the model is built with it?"""
+def _uncalled(row: Support, family: Family, model: Any, inputs: Inputs) -> Support:
+    """Returns the row of a model that did not call ``"mmkernels"`` after it was set: does it if it is built with it?"""
     own = f"transformers keeps its own attention, {model.config._attn_implementation}, where it is set"
     config = copy.deepcopy(model.config)
     config._attn_implementation = NAME
@@ -114,17 +118,17 @@ def _uncalled(found: Support, family: Family, model: Any, inputs: Inputs) -> Sup
         with counting() as calls:
             outputs = one_pass(family, built, inputs).outputs
     except NotImplementedError as error:
-        return replace(found, refused=f"{own}; built with it: {one_line(error)}")
+        return replace(row, refused=f"{own}; built with it: {one_line(error)}")
     if calls.total:
-        return replace(found, forward="no: called where the model is built with it, but not where it is set")
+        return replace(row, forward="no: called where the model is built with it, but not where it is set")
     for name, expected in one_pass(family, model, inputs).outputs.items():
         if not torch.equal(outputs[name], expected):
-            return replace(found, forward=f"no: {name} changes where the model is built with it")
-    return replace(found, refused=f"{own}, and where the model is built with it")
+            return replace(row, forward=f"no: {name} changes where the model is built with it")
+    return replace(row, refused=f"{own}, and where the model is built with it")
 
 
 def _trace(model: Any, inputs: Inputs) -> tuple[Calls, Counter[str], Counter[str]]:
-    """The calls of one forward pass, and the classes of attention modules that made them, and that ran without."""
+    """Returns the calls of one forward pass, and the classes of the attention modules that made a call or made none."""
     called: dict[nn.Module, bool] = {}
     with torch.no_grad(), torch.random.fork_rng(devices=()), counting() as calls:
         hooks = [hook for module in _attention_modules(model) for hook in _watch(module, calls, called)]
@@ -134,19 +138,19 @@ def _trace(model: Any, inputs: Inputs) -> tuple[Calls, Counter[str], Counter[str
             for hook in hooks:
                 hook.remove()
     inside, outside = Counter[str](), Counter[str]()
-    for module, did in called.items():
-        (inside if did else outside)[type(module).__name__] += 1
+    for module, did_call in called.items():
+        (inside if did_call else outside)[type(module).__name__] += 1
     return calls, inside, outside
 
 
 def _attention_modules(model: nn.Module) -> list[nn.Module]:
-    """Attention by the name of its class, without the shells around another."""
+    """Returns the modules whose class is named as attention, without those that contain another one."""
     named = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
     return [module for module in named if not set(module.modules()) & set(named) - {module}]
 
 
 def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool]) -> list[Any]:
-    """Hooks that note whether every run of the module made a call."""
+    """Registers hooks that note in `called` whether every run of the module made a call."""
     before: list[int] = []
 
     def start(module: nn.Module, args: Any) -> None:
@@ -159,7 +163,7 @@ def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool]) -> li
 
 
 def _outcome(compare: Callable[..., None], *args: Any) -> str:
-    """`YES`, or what came instead: a model that fails is one row of the table, not its end."""
+    """Returns the cell of a comparison; an exception fills the cell too, so that the table goes on after it."""
     try:
         compare(*args)
     except NotEqual as error:
@@ -177,7 +181,7 @@ def _no(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what transformers says about tiny models and about classes that refuse an implementation."""
+    """Silences transformers' warnings about tiny models and about classes that refuse an implementation."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.CRITICAL)
     try:

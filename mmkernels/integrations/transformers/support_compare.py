@@ -1,7 +1,7 @@
-"""A model on ``"mmkernels"`` beside itself on transformers' own attention: outputs, gradients, generated tokens.
+"""Compares a model on ``"mmkernels"`` with itself on transformers' own attention: outputs, gradients, generated tokens.
 
-Truth is the model in float64 with ``"eager"``, and ``"mmkernels"`` in float32 may be `FACTOR` times as far from it as
-transformers' own float32 attention is, plus a floor. Padding is left out: what a model computes there is arbitrary.
+The truth is the model in float64 with ``"eager"``. In float32 the error of ``"mmkernels"`` may be `FACTOR` times the
+error of transformers' own attention, plus a floor. Padding is not compared: what a model computes there is arbitrary.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmkernels.integrations.transformers.registration import NAME
 from mmkernels.spec import cast
-from mmkernels.testing.families_common import Family, Inputs
+from mmkernels.testing.models import Family, Inputs, seeded
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -27,83 +28,94 @@ WAYS: dict[str, dict[str, Any]] = {
     "static": {"cache_implementation": "static"},
     "assisted": {},
 }
-"""Ways to generate, and what `generate` is told; "assisted" by a copy of the model, all of whose guesses are right."""
+"""Ways to generate, with arguments of `generate`; "assisted" by a copy of the model, so that every guess is right."""
 
 NEW_TOKENS = 6
 
 FACTOR = 2.0
-"""How many times the error of transformers' own attention in float32, the larger of ``"sdpa"``'s and ``"eager"``'s: a
-gradient that is a single number is now and then exact by luck in one of them."""
+"""Times the larger of the errors of ``"sdpa"`` and ``"eager"`` in float32: where a gradient is a single number, one of
+them is sometimes exact by chance."""
 
 FLOOR = 1e-6
-"""Of a tensor's largest true value: an op's own floor in float32, see `mmkernels.spec.OpSpec`."""
+"""Times a tensor's largest true value: the floor of an op in float32, see `mmkernels.spec.OpSpec`."""
 
 CANCELLED = torch.finfo(torch.float32).eps
-"""Of the largest gradient of all: some (of a key's bias) are sums that cancel to 0, where only rounding is left."""
+"""Times the largest gradient of the model: some gradients (of a key's bias) are sums that cancel to 0, so that they
+consist of rounding errors."""
 
 
 class NotEqual(Exception):
-    """The model computes something else on ``"mmkernels"``; the message says what and by how much."""
+    """A result on ``"mmkernels"`` is not within its budget; the message says which and by how much."""
 
 
 class NotOffered(Exception):
-    """Transformers can't do this with its own attention either."""
+    """Transformers' own attention does not support this either."""
 
 
 class Comparison:
-    """One family with each implementation, in float32 and float64."""
+    """One family with each implementation, in float32 and float64; truth and baseline are computed once, on demand."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
         self.model, self.inputs = family.build()
-        self.wide, wide_inputs = family.build()
-        self.wide.double()
-        self.wide_inputs = cast(wide_inputs, torch.float64)
-        self.peers = [name for name in ("sdpa", "eager") if accepts(self.model, name)]
-        self.truth = self.run_wide("eager")
-        self.theirs = [self._run(name) for name in self.peers]
+        self._wide, wide_inputs = family.build()
+        self._wide.double()
+        self._wide_inputs = cast(wide_inputs, torch.float64)
+
+    @cached_property
+    def truth(self) -> Results:
+        return self.run_wide("eager")
+
+    @cached_property
+    def baseline(self) -> list[Results]:
+        """Transformers' own attention in float32, with each implementation that the model accepts."""
+        return [self._run(name) for name in self._own_implementations]
+
+    @cached_property
+    def _own_implementations(self) -> list[str]:
+        return [name for name in ("sdpa", "eager") if accepts(self.model, name)]
 
     def run_wide(self, implementation: str) -> Results:
-        """Outputs and gradients in float64."""
-        set_attention(self.wide, implementation)
-        with _float64():
-            return one_pass(self.family, self.wide, self.wide_inputs)
+        """Returns outputs and gradients in float64."""
+        set_attention(self._wide, implementation)
+        with float64():
+            return one_pass(self.family, self._wide, self._wide_inputs)
 
     def _run(self, implementation: str) -> Results:
         set_attention(self.model, implementation)
         return one_pass(self.family, self.model, self.inputs)
 
     def forward(self) -> None:
-        """Raise `NotEqual` where an output differs."""
+        """Raises `NotEqual` if an output differs."""
         ours = self._run(NAME).outputs
         _check_names("outputs", ours, self.truth.outputs)
         for name, true in self.truth.outputs.items():
-            _check_error(name, ours[name], [peer.outputs[name] for peer in self.theirs], true)
+            _check_error(name, ours[name], [run.outputs[name] for run in self.baseline], true)
 
     def gradients(self) -> None:
-        """Raise `NotEqual` where a parameter's gradient differs."""
+        """Raises `NotEqual` if a parameter's gradient differs."""
         ours = self._run(NAME).grads
         _check_names("parameters with a gradient", ours, self.truth.grads)
         largest = max(float(true.abs().max()) for true in self.truth.grads.values())
         for name, true in self.truth.grads.items():
-            peers = [peer.grads[name] for peer in self.theirs]
-            _check_error(f"gradient of {name}", ours[name], peers, true, CANCELLED * largest)
+            baseline = [run.grads[name] for run in self.baseline]
+            _check_error(f"gradient of {name}", ours[name], baseline, true, CANCELLED * largest)
 
     def generation(self, way: str) -> None:
-        """Raise `NotEqual` where tokens differ, or the logits that they were chosen by."""
+        """Raises `NotEqual` if tokens differ, or the logits that they were chosen by."""
         try:
-            set_attention(self.model, self.peers[0])
+            set_attention(self.model, self._own_implementations[0])
             theirs = self._generate(self.model, self.inputs, way)
         except Exception as error:
             raise NotOffered(one_line(error)) from error
         set_attention(self.model, NAME)
         ours = self._generate(self.model, self.inputs, way)
         _check_tokens(ours.tokens, theirs.tokens)
-        if way == "sampled":  # in float64 other numbers would be drawn
+        if way == "sampled":  # float64 would draw other random numbers
             return
-        set_attention(self.wide, "eager")
-        with _float64():
-            true = self._generate(self.wide, self.wide_inputs, way)
+        set_attention(self._wide, "eager")
+        with float64():
+            true = self._generate(self._wide, self._wide_inputs, way)
         _check_tokens(ours.tokens, true.tokens)
         _check_error("logits", ours.logits, [theirs.logits], true.logits)
 
@@ -113,17 +125,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Results:
-    """What one pass forward and backward gives, by the names of outputs and parameters."""
+    """Results of one forward and backward pass, by the names of outputs and parameters."""
 
     outputs: dict[str, Tensor]
     grads: dict[str, Tensor]
 
 
 def one_pass(family: Family, model: Any, inputs: Inputs) -> Results:
-    """Outputs of one forward pass, and the gradients of their sum with fixed random weights."""
+    """Returns the outputs of one forward pass, and the gradients of their sum with fixed random weights."""
     model.zero_grad()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(1)  # ViLT draws the patches that it looks at
+    with seeded(1):  # ViLT draws which patches it uses
         outputs = _valid(family, model(**inputs), inputs)
         weights = [torch.randn(x.shape, dtype=torch.float64).to(x.dtype) for x in outputs.values()]
     torch.autograd.backward(list(outputs.values()), weights)
@@ -132,14 +143,14 @@ def one_pass(family: Family, model: Any, inputs: Inputs) -> Results:
 
 
 def _valid(family: Family, output: Any, inputs: Inputs) -> dict[str, Tensor]:
-    """The output's tensors; of a sequence [B, L, C] that the input pads, the [valid, C] that are not padding."""
+    """Returns the output's tensors; of a padded sequence [B, L, C] the positions [valid, C] that are not padding."""
     masks = [inputs[name].bool() for name in family.padded if name in inputs]
-    found = {}
+    valid = {}
     for name, x in output.items():
         if isinstance(x, Tensor) and x.is_floating_point():
             mask = next((m for m in masks if x.dim() == 3 and x.shape[:2] == m.shape), None)
-            found[name] = x if mask is None else x[mask]
-    return found
+            valid[name] = x if mask is None else x[mask]
+    return valid
 
 
 @dataclass(frozen=True)
@@ -149,14 +160,13 @@ class _Generated:
 
 
 def _generate(model: Any, inputs: Inputs, way: str) -> _Generated:
-    told = dict(WAYS[way])
-    if way == "assisted":  # takes one row
+    options = dict(WAYS[way])
+    if way == "assisted":  # supports one row only
         inputs = {name: x[: len(x) // 2] if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        told["assistant_model"] = copy.deepcopy(model)
+        options["assistant_model"] = copy.deepcopy(model)
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    with torch.no_grad(), torch.random.fork_rng(devices=()):
-        torch.manual_seed(1)
-        out = model.generate(**inputs, **length, **told, return_dict_in_generate=True, output_logits=True)
+    with torch.no_grad(), seeded(1):
+        out = model.generate(**inputs, **length, **options, return_dict_in_generate=True, output_logits=True)
     return _Generated(out.sequences, torch.stack(out.logits))
 
 
@@ -173,13 +183,13 @@ def _check_names(what: str, ours: dict[str, Tensor], true: dict[str, Tensor]) ->
         raise NotEqual(f"{what} differ: {', '.join(different[:3])}")
 
 
-def _check_error(name: str, ours: Tensor, peers: list[Tensor], true: Tensor, floor: float = 0.0) -> None:
-    """Raise `NotEqual` where the root mean square error is over budget."""
+def _check_error(name: str, ours: Tensor, baseline: list[Tensor], true: Tensor, floor: float = 0.0) -> None:
+    """Raises `NotEqual` if the root mean square error is over budget."""
     if ours.shape != true.shape:
         raise NotEqual(f"{name}: shape {tuple(ours.shape)}, expected {tuple(true.shape)}")
     error = _rms(ours - true)
-    allowed = FACTOR * max(_rms(peer - true) for peer in peers) + FLOOR * float(true.abs().max()) + floor
-    if not error <= allowed:  # also where it is NaN
+    allowed = FACTOR * max(_rms(x - true) for x in baseline) + FLOOR * float(true.abs().max()) + floor
+    if not error <= allowed:  # also if it is NaN
         raise NotEqual(f"{name}: error {error:.2g}, allowed {allowed:.2g}")
 
 
@@ -200,7 +210,7 @@ def accepts(model: Any, implementation: str) -> bool:
 
 
 class _Wide(TorchFunctionMode):
-    """Transformers computes norms, rotations and softmax in float32 whatever the model's dtype is: here in float64."""
+    """Replaces float32 by float64: transformers computes norms, rotations and softmax in float32 in any model."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.float:
@@ -213,8 +223,8 @@ def _widened(x: Any) -> Any:
 
 
 @contextmanager
-def _float64() -> Iterator[None]:
-    """Everything in float64, also what transformers writes float32 for."""
+def float64() -> Iterator[None]:
+    """Computes in float64 inside the ``with`` block, also where transformers asks for float32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -20,7 +20,7 @@ from mmkernels.integrations.transformers.support_compare import WAYS
 from mmkernels.report import console, progress_bar
 from mmkernels.runtime.dispatch import TABLES, Backend
 from mmkernels.testing.families import find
-from mmkernels.testing.families_common import Family
+from mmkernels.testing.models import Family
 
 WIDTH = 120
 
@@ -35,7 +35,7 @@ _LEGEND = (
 
 
 def run_support(names: Sequence[str]) -> bool:
-    """Check the families of these names, or all, and print what was found; answers whether none fails.
+    """Checks the families of these names, or all, and prints the table. Returns whether no family fails.
 
     Raises:
         BadInput: no family has this name.
@@ -48,9 +48,9 @@ def run_support(names: Sequence[str]) -> bool:
 
 
 def support_table(families: Sequence[Family], advance: Callable[[str], None] = lambda name: None) -> list[Support]:
-    """One row for each family; `advance` is told its name before it is checked."""
+    """Returns one row for each family; `advance` is called with the family's name before it is checked."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are so small that a second thread only waits
+    torch.set_num_threads(1)  # the models are too small for a second thread
     try:
         rows = []
         for family in families:
@@ -63,7 +63,7 @@ def support_table(families: Sequence[Family], advance: Callable[[str], None] = l
 
 @contextmanager
 def _recorded() -> Iterator[Counter[str]]:
-    """How many calls of cross-attention each backend runs."""
+    """Counts how many calls of cross-attention each backend runs inside the ``with`` block."""
     ran = Counter[str]()
     entries = TABLES[_OP]
 
@@ -127,7 +127,7 @@ def _generation(row: Support) -> Text:
 
 
 def _notes(row: Support) -> Iterator[str]:
-    """What the row does not say in its own cells."""
+    """What the cells of the row do not say."""
     if row.refused:
         yield row.refused
     elif row.inside and row.outside:

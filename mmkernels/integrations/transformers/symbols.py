@@ -1,10 +1,40 @@
-"""Reading a mask function without evaluating it at Lq x Lk places.
+"""Reads a mask function without evaluating it for every pair of a query and a key.
 
-transformers describes a mask by a function ``(batch, head, query, key) -> bool`` that its own implementations evaluate
-for every pair. Here it is called once, with an `Index` in each place: what it compares comes back as a `Visible`, a
-conjunction of conditions, and `Visible.spans` solves them for the run of keys that each query sees, in O(L log L).
-Whatever the function is made of, nothing is assumed about its name or its closure: what can't be read raises
-`UnreadableError`, and so does a mask that is no run of keys.
+The problem. transformers describes a mask by a Python function ``(batch, head, query, key) -> bool``. Its own attention
+evaluates the function for all Lq x Lk pairs; a `SpanMask` needs two numbers for each query.
+
+The method. `read` calls the function once, with symbols as arguments.
+
+1. Each argument is an `Index`: a vector with a number for every query, every key or every batch entry.
+2. Arithmetic with whole numbers and look-ups ``table[batch, index]`` act on that vector and give another `Index` of the
+   same axis. ``key - query`` has no vector; it is a `Distance`, which can only be compared with a number.
+3. A comparison gives a `Visible`: a conjunction of conditions. A condition is a bool for each query, a bool for each
+   key, or a `Relation`: the key's number compared with the query's number.
+4. ``&`` joins the conditions of both sides. ``|`` is no conjunction: both sides are solved and their spans are joined.
+5. `Visible.spans` solves the conditions (solving.py). Where the numbers of the keys ascend, a binary search for the
+   query's number gives the start or the end of its span. An equality gives the run of keys with that number; these
+   numbers need not ascend, so they are sorted, and the run must have no gap. All of it takes O(L log L).
+
+| mask | in the function | condition | span of a query |
+|---|---|---|---|
+| causal | ``key <= query`` | relation ``le`` | from 0 to the last key that is not greater |
+| sliding window | ``key > query - 3`` | relation ``gt`` | from the first key that is greater to the end |
+| packed sequences | ``sequence[b, query] == sequence[b, key]`` | relation ``eq`` | the run of its sequence |
+| padding | ``valid[b, key]`` | a bool for each key | stays `SpanMask.key_valid` |
+| image blocks | ``causal | (block[b, query] == block[b, key])`` | two solutions | their union; they must touch |
+
+What is guaranteed. A wrong reading would be a wrong mask, so nothing is guessed from names or closures, and each
+operation without a rule here raises `UnreadableError`: a branch, an unknown attribute, an unknown function of torch, a
+comparison of two conditions, anything that differs by head. What depends on values (whether keys ascend, whether a run
+has a gap) is returned in `Spans.exact`, which the caller must check. In both cases the caller (masks.py) uses
+transformers' own dense mask, which is right for any function, and counts the reason.
+
+To extend it. A new operator: `_ARITHMETIC` and a method of `Index`. A new function of torch:
+`_Symbol.__torch_function__`. A new kind of condition: a field of `Visible` and its solution in `solving.solve`. Each
+needs a row in `FUNCTIONS` of tests/integrations/test_mask_functions.py, which compares every mask with transformers'
+evaluation of all pairs.
+
+docs/adr/0007-reading-mask-functions.md says why masks are read like this, and what it costs.
 """
 
 from __future__ import annotations
@@ -30,7 +60,7 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
 
 
 class _Symbol:
-    """What the indices and the conditions share: torch's functions come back to Python's operators."""
+    """Base of indices and conditions: maps torch's functions to Python's operators and refuses everything else."""
 
     @classmethod
     def __torch_function__(
@@ -58,7 +88,7 @@ class _Symbol:
     def __bool__(self) -> bool:
         raise UnreadableError("the mask function branches on a comparison")
 
-    def __eq__(self, other: object) -> Any:  # Python's own would compare identities, and answer
+    def __eq__(self, other: object) -> Any:  # Python's default compares identities and returns False
         raise UnreadableError("the mask function asks whether conditions or distances are equal")
 
     def __ne__(self, other: object) -> Any:
@@ -75,11 +105,23 @@ class _Symbol:
         return self
 
 
+def _operator(name: str) -> Callable[[Any, Any], Any]:
+    return lambda self, other: _arithmetic(name, self, other)
+
+
+def _reflected(name: str) -> Callable[[Any, Any], Any]:
+    return lambda self, other: _arithmetic(name, other, self)
+
+
+def _comparison(compare: str) -> Callable[[Any, Any], Any]:
+    return lambda self, other: _compare(self, compare, other)
+
+
 class Index(_Symbol):
-    """A number for every query, key or batch entry: an index that the mask function is called with, or made from one.
+    """A number for every query, key or batch entry: an argument of the mask function, or computed from one.
 
     Args:
-        axis: "batch", "head", "query" or "key"; arithmetic with "batch" keeps the other's.
+        axis: "batch", "head", "query" or "key"; arithmetic with "batch" keeps the axis of the other operand.
         values: int64 ``[B or 1, L or 1]``.
         ascending: the values never fall along the axis, by construction.
     """
@@ -107,50 +149,17 @@ class Index(_Symbol):
     def new_zeros(self, size: Any, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Visible:
         return _constant(False, size, dtype)
 
-    def __add__(self, other: Any) -> Any:
-        return _arithmetic("add", self, other)
-
-    def __radd__(self, other: Any) -> Any:
-        return _arithmetic("add", other, self)
-
-    def __sub__(self, other: Any) -> Any:
-        return _arithmetic("sub", self, other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return _arithmetic("sub", other, self)
-
-    def __mul__(self, other: Any) -> Any:
-        return _arithmetic("mul", self, other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return _arithmetic("mul", other, self)
-
-    def __floordiv__(self, other: Any) -> Any:
-        return _arithmetic("floordiv", self, other)
-
-    def __mod__(self, other: Any) -> Any:
-        return _arithmetic("mod", self, other)
-
-    def __le__(self, other: Any) -> Visible:
-        return _compare(self, "le", other)
-
-    def __lt__(self, other: Any) -> Visible:
-        return _compare(self, "lt", other)
-
-    def __ge__(self, other: Any) -> Visible:
-        return _compare(self, "ge", other)
-
-    def __gt__(self, other: Any) -> Visible:
-        return _compare(self, "gt", other)
-
-    def __eq__(self, other: object) -> Visible:  # type: ignore[override]
-        return _compare(self, "eq", other)
-
+    __add__, __radd__ = _operator("add"), _reflected("add")
+    __sub__, __rsub__ = _operator("sub"), _reflected("sub")
+    __mul__, __rmul__ = _operator("mul"), _reflected("mul")
+    __floordiv__, __mod__ = _operator("floordiv"), _operator("mod")
+    __le__, __lt__, __ge__, __gt__ = map(_comparison, ("le", "lt", "ge", "gt"))
+    __eq__ = _comparison("eq")
     __hash__ = None
 
 
 class Distance(_Symbol):
-    """``key - query`` for every pair, or its absolute value; it can be compared with a number."""
+    """``sign * (key - query)`` for every pair, or its absolute value; it can be compared with a number."""
 
     def __init__(self, key: Index, query: Index, sign: int = 1, absolute: bool = False) -> None:
         self.key, self.query, self.sign, self.absolute = key, query, sign, absolute
@@ -158,40 +167,42 @@ class Distance(_Symbol):
     def __abs__(self) -> Distance:
         return Distance(self.key, self.query, absolute=True)
 
-    def _against(self, compare: str, limit: Any) -> Visible:
+    def against(self, compare: str, limit: Any) -> Visible:
+        """Returns the condition ``distance <compare> limit``."""
         if not isinstance(limit, int) or compare == "eq":
             raise UnreadableError("the mask function compares a distance with something else than a whole number")
         if self.absolute:
             if compare not in ("le", "lt"):
                 raise UnreadableError("the mask function hides what is near")
             near = Distance(self.key, self.query)
-            return near._against(compare, limit) & near._against(_FLIP[compare], -limit)
+            return near.against(compare, limit) & near.against(_FLIP[compare], -limit)
         if self.sign < 0:
-            return Distance(self.key, self.query)._against(_FLIP[compare], -limit)
+            return Distance(self.key, self.query).against(_FLIP[compare], -limit)
         return _compare(self.key, compare, self.query + limit)
 
     def __le__(self, limit: Any) -> Visible:
-        return self._against("le", limit)
+        return self.against("le", limit)
 
     def __lt__(self, limit: Any) -> Visible:
-        return self._against("lt", limit)
+        return self.against("lt", limit)
 
     def __ge__(self, limit: Any) -> Visible:
-        return self._against("ge", limit)
+        return self.against("ge", limit)
 
     def __gt__(self, limit: Any) -> Visible:
-        return self._against("gt", limit)
+        return self.against("gt", limit)
 
 
 @dataclass(frozen=True, eq=False)
 class Visible(_Symbol):
-    """What a mask function returns: all of these conditions at once.
+    """The result of a mask function: a query sees the keys for which all of these conditions hold.
 
     Args:
         relations: between a key and a query.
-        queries: bool ``[B or 1, Lq or 1]`` each: False sees nothing.
-        keys: bool ``[B or 1, Lk]`` each: False is seen by nobody.
-        solved: runs of keys, from a union.
+        queries: bool ``[B or 1, Lq or 1]`` each; where it is False, the query sees nothing.
+        keys: bool ``[B or 1, Lk]`` each; where it is False, the key is hidden from all queries.
+        solved: spans, from a union.
+        nothing: no query sees any key.
     """
 
     relations: tuple[Relation, ...] = ()
@@ -202,7 +213,7 @@ class Visible(_Symbol):
 
     @property
     def device(self) -> None:
-        """Nowhere: conditions of one mask combine wherever its indices lie."""
+        """None: conditions combine on any device."""
         return None
 
     @property
@@ -231,7 +242,7 @@ class Visible(_Symbol):
     __ror__ = __or__
 
     def spans(self) -> Spans:
-        """Solve the conditions. `Spans.exact` is still to be looked at."""
+        """Solves the conditions. The caller must check `Spans.exact`."""
         if self.nothing:
             nothing = torch.zeros(1, 1, dtype=torch.int64)
             return Spans(nothing, nothing)
@@ -239,13 +250,13 @@ class Visible(_Symbol):
 
 
 def read(function: Callable[..., Any], batch: Tensor, query: Tensor, key: Tensor) -> Visible:
-    """Call a mask function once, with symbols for indices.
+    """Calls a mask function once, with symbols for indices.
 
     Args:
         batch: ``[B]``, query: ``[Lq]``, key: ``[Lk]``: the indices that the function would be evaluated at.
 
     Raises:
-        UnreadableError: the function does something that has no reading here.
+        UnreadableError: the function does something that has no rule here.
     """
     try:
         return _visible(
@@ -258,11 +269,11 @@ def read(function: Callable[..., Any], batch: Tensor, query: Tensor, key: Tensor
         )
     except UnreadableError:
         raise
-    except Exception as error:  # made for tensors alone: whatever it trips over says no more than that
+    except Exception as error:  # the function works on tensors only, whatever the error is
         raise UnreadableError(f"the mask function needs tensors ({type(error).__name__}: {error})") from error
 
 
-# From Python's operators to conditions.
+# Python's operators as conditions.
 
 
 def _constant(value: bool, size: Any, dtype: torch.dtype | None) -> Visible:
@@ -272,7 +283,7 @@ def _constant(value: bool, size: Any, dtype: torch.dtype | None) -> Visible:
 
 
 def _visible(x: Any) -> Visible:
-    """A condition from what a mask function may return."""
+    """Returns the value of a mask function, or of a part of it, as a condition."""
     if isinstance(x, Visible):
         return x
     if isinstance(x, Tensor) and not isinstance(x, _Symbol) and x.dtype == torch.bool and x.numel() == 1:
@@ -283,7 +294,7 @@ def _visible(x: Any) -> Visible:
 
 
 def _number(x: Any) -> int | None:
-    """A whole number, also as a tensor that holds just that; None for anything else."""
+    """Returns a whole number, also from a tensor of one element; None for anything else."""
     if isinstance(x, Tensor) and x.numel() == 1 and not x.is_floating_point():
         return int(x)
     return x if isinstance(x, int) else None
@@ -300,14 +311,14 @@ def _arithmetic(name: str, a: Any, b: Any) -> Any:
                 raise UnreadableError(f"the mask function combines a query's and a key's index by {name}")
             return Distance(a, b) if a.axis == "key" else Distance(b, a, sign=-1)
         axis = a.axis if b.axis == "batch" else b.axis
-        kept = name in ("add", "sub") and b.axis == "batch" and a.ascending
-        return Index(axis, apply(a.values, b.values), kept)
+        ascending = name in ("add", "sub") and b.axis == "batch" and a.ascending
+        return Index(axis, apply(a.values, b.values), ascending)
     if isinstance(a, Index):
         number = _number(b)
         if number is None:
             raise UnreadableError(f"the mask function combines an index with {type(b).__name__}")
-        kept = a.ascending and (name in ("add", "sub") or (name in ("mul", "floordiv") and number > 0))
-        return Index(a.axis, apply(a.values, number), kept)
+        ascending = a.ascending and (name in ("add", "sub") or (name in ("mul", "floordiv") and number > 0))
+        return Index(a.axis, apply(a.values, number), ascending)
     number = _number(a)
     if number is None:
         raise UnreadableError(f"the mask function combines an index with {type(a).__name__}")
@@ -316,9 +327,9 @@ def _arithmetic(name: str, a: Any, b: Any) -> Any:
 
 def _compare(a: Any, compare: str, b: Any) -> Visible:
     if isinstance(a, Distance):
-        return a._against(compare, _number(b))
+        return a.against(compare, _number(b))
     if isinstance(b, Distance):
-        return b._against(_FLIP[compare], _number(a))
+        return b.against(_FLIP[compare], _number(a))
     if not isinstance(a, Index):
         return _compare(b, _FLIP[compare], a)
     if a.axis == "head" or (isinstance(b, Index) and b.axis == "head"):
@@ -340,7 +351,7 @@ def _condition(axis: str, values: Tensor) -> Visible:
 
 
 def _look_up(table: Any, where: Any) -> Index | Visible:
-    """``table[batch]`` or ``table[batch, place]``, ``[B, L]``: a number or a condition for each place."""
+    """Returns ``table[batch]`` or ``table[batch, index]``, ``[B, L]``: a number or a condition for each index."""
     where = where if isinstance(where, tuple) else (where,)
     if not isinstance(table, Tensor) or len(where) != table.dim() or not all(isinstance(x, Index) for x in where):
         raise UnreadableError("the mask function looks something up by other than its indices")

@@ -1,0 +1,277 @@
+"""Families whose language model reads the tokens of images, video or sound among those of the text."""
+
+from __future__ import annotations
+
+import torch
+
+from mmkernels.testing.models import Config, Family, Inputs
+from mmkernels.testing.parts import (
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    VIDEO,
+    decoder,
+    images_of_two_widths,
+    layers,
+    left_padded,
+    pixels,
+    prompt,
+    qwen_vl,
+    sam,
+    sequence_to_sequence,
+    sliding_and_full,
+    tokens,
+    vision,
+)
+
+
+def _images(tokens_per_image: int, images: int = 1, size: int = 32) -> Inputs:
+    """Two rows of text with images of this size in pixels."""
+    return prompt((tokens_per_image,) * images) | {"pixel_values": pixels(2 * images, size=size)}
+
+
+def _llava_next() -> Inputs:
+    """An image twice as wide as high: a small picture of the whole, and two tiles."""
+    rows_of_patches = 4 * (8 + 1)  # a token for the new line ends each row
+    sizes = torch.tensor([[32, 64], [32, 64]])
+    return prompt((16 + rows_of_patches,)) | {"pixel_values": pixels(2, 3), "image_sizes": sizes}
+
+
+def _llava_onevision() -> Inputs:
+    """Three frames of a video."""
+    return prompt((3 * 4 + 1,), marker=VIDEO) | {"pixel_values_videos": pixels(2, 3)}
+
+
+def _paligemma(suffix: int) -> Inputs:
+    """Attention is bidirectional within image and prompt, and causal in the last `suffix` tokens."""
+    inputs = _images(16)
+    types = torch.zeros_like(inputs["input_ids"])
+    types[:, types.shape[1] - suffix :] = 1
+    return inputs | {"token_type_ids": types}
+
+
+def _gemma3() -> Inputs:
+    """The tokens of one image attend to each other in both directions, also in a layer with a sliding window."""
+    inputs = _images(4, images=2)
+    return inputs | {"token_type_ids": (inputs["input_ids"] == IMAGE).long()}
+
+
+def _qwen_vl() -> Inputs:
+    """Two rows of two images each, all of different shapes; the second row has less text, so that it is padded."""
+    grid = torch.tensor([[1, 4, 6], [1, 4, 4], [1, 2, 4], [1, 8, 4]])
+    counts = (grid.prod(1) // 4).tolist()  # four patches are merged into one token
+    rows = [_qwen_row(5, *counts[:2]), _qwen_row(2, *counts[2:])]
+    length = max(map(len, rows))
+    ids = torch.stack([torch.cat([tokens(1, length - len(row))[0], row]) for row in rows])
+    return left_padded(ids, [len(row) for row in rows]) | {
+        "pixel_values": torch.randn(int(grid.prod(1).sum()), 3 * 2 * 8 * 8),
+        "image_grid_thw": grid,
+        "mm_token_type_ids": (ids == IMAGE).int(),
+    }
+
+
+def _qwen_row(text: int, *images: int) -> torch.Tensor:
+    """Text, then images of so many tokens with text after each."""
+    parts = [tokens(1, text)[0]]
+    for count in images:
+        parts += [torch.tensor([IMAGE_START] + [IMAGE] * count + [IMAGE_END]), tokens(1, 2)[0]]
+    return torch.cat(parts)
+
+
+def _whisper() -> Inputs:
+    start = torch.full((2, 1), 3)
+    return {"input_features": torch.randn(2, 16, 40), "decoder_input_ids": torch.cat([start, tokens(2, 5)], 1)}
+
+
+def _qwen2_audio() -> Inputs:
+    """Two recordings, of which the second ends before the first."""
+    inputs = prompt((10,), before=5, padding=4)
+    inputs["input_ids"][1, :-6] = 0
+    inputs["attention_mask"][1, :-6] = 0
+    inputs["input_ids"][1, -6:-2] = IMAGE  # four tokens of sound
+    lengths = torch.tensor([[40], [16]])
+    sound = {"input_features": torch.randn(2, 16, 40), "feature_attention_mask": (torch.arange(40) < lengths).long()}
+    return inputs | sound
+
+
+_CLIP = vision(model_type="clip_vision_model")
+_SIGLIP = vision(model_type="siglip_vision_model", vision_use_head=False)
+_LLAMA = decoder(model_type="llama")
+_QWEN2 = decoder(model_type="qwen2")
+_GEMMA3 = decoder(head_dim=16, query_pre_attn_scalar=16, **sliding_and_full(9))
+
+_LLAVA: Config = {"vision_config": _CLIP, "text_config": _LLAMA, "image_token_index": IMAGE}
+_PALIGEMMA = {
+    "vision_config": _SIGLIP | {"projection_dim": 64},
+    "text_config": decoder(model_type="gemma", head_dim=16),
+    "image_token_index": IMAGE,
+    "projection_dim": 64,
+    "hidden_size": 64,
+}
+_PIXEL_SHUFFLE: Config = {
+    "image_token_id": IMAGE,
+    "scale_factor": 2,
+    "vision_config": vision(),
+    "text_config": _LLAMA,
+}
+_DEEPSEEK_VL: Config = {"vision_config": vision(), "text_config": _LLAMA, "image_token_id": IMAGE}
+_JANUS_VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+    "mlp_ratio": 2,
+    "projection_dim": 64,
+    "num_image_tokens": 16,
+}
+_JANUS_CODEBOOK = {
+    "embed_dim": 8,
+    "num_embeddings": 32,
+    "projection_dim": 64,
+    "image_token_embed_dim": 64,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+    "num_patches": 4,
+    "latent_channels": 8,
+    "double_latent": False,
+}
+_QWEN_VISION = {"depth": 2, "num_heads": 4, "patch_size": 8}
+_QWEN2_5_VISION = _QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
+_QWEN2_AUDIO = {
+    "num_mel_bins": 16,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "max_source_positions": 20,
+}
+
+FAMILIES = (
+    Family("llava", "LlavaForConditionalGeneration", _LLAVA, lambda: _images(16, images=2)),
+    Family(
+        "llava_next",
+        "LlavaNextForConditionalGeneration",
+        _LLAVA | {"image_grid_pinpoints": [[32, 64], [64, 32]], "image_seq_length": 16},
+        _llava_next,
+    ),
+    Family(
+        "llava_onevision",
+        "LlavaOnevisionForConditionalGeneration",
+        {
+            "vision_config": _SIGLIP,
+            "text_config": _QWEN2,
+            "image_token_index": IMAGE,
+            "video_token_index": VIDEO,
+            "image_grid_pinpoints": [[32, 32], [32, 64]],
+        },
+        _llava_onevision,
+    ),
+    Family("paligemma", "PaliGemmaForConditionalGeneration", _PALIGEMMA, lambda: _paligemma(suffix=0)),
+    Family("paligemma_training", "PaliGemmaForConditionalGeneration", _PALIGEMMA, lambda: _paligemma(suffix=2)),
+    Family(
+        "gemma3",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": _GEMMA3,
+            "vision_config": _SIGLIP,
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE,
+            "boi_token_index": IMAGE_START,
+            "eoi_token_index": IMAGE_END,
+        },
+        _gemma3,
+    ),
+    Family(
+        "idefics3",
+        "Idefics3ForConditionalGeneration",
+        _PIXEL_SHUFFLE,
+        lambda: prompt((4, 4)) | images_of_two_widths(),
+    ),
+    Family(
+        "smolvlm",
+        "SmolVLMForConditionalGeneration",
+        _PIXEL_SHUFFLE,
+        lambda: prompt((4, 4)) | images_of_two_widths(),
+    ),
+    Family(
+        "internvl",
+        "InternVLForConditionalGeneration",
+        {
+            "vision_config": layers(image_size=[32, 32], patch_size=[8, 8], use_qk_norm=True),
+            "text_config": _QWEN2,
+            "image_token_id": IMAGE,
+            "image_seq_length": 4,
+            "downsample_ratio": 0.5,
+        },
+        lambda: _images(4, images=2),
+    ),
+    Family("deepseek_vl", "DeepseekVLForConditionalGeneration", _DEEPSEEK_VL, lambda: _images(16)),
+    Family(
+        "deepseek_vl_hybrid",
+        "DeepseekVLHybridForConditionalGeneration",
+        _DEEPSEEK_VL | {"high_res_vision_config": sam(model_type="sam_vision_model")},
+        lambda: _images(16) | {"high_res_pixel_values": pixels(2, size=64)},
+    ),
+    Family(
+        "got_ocr2",
+        "GotOcr2ForConditionalGeneration",
+        {"vision_config": sam(), "text_config": _QWEN2, "image_token_index": IMAGE, "image_seq_length": 4},
+        lambda: _images(4, images=2, size=64),
+    ),
+    Family(
+        "janus",
+        "JanusForConditionalGeneration",
+        {
+            "text_config": _LLAMA,
+            "vision_config": _JANUS_VISION,
+            "vq_config": _JANUS_CODEBOOK,
+            "image_token_id": IMAGE,
+        },
+        lambda: _images(16),
+    ),
+    Family(
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        qwen_vl(decoder(), _QWEN_VISION | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}, (2, 3, 3)),
+        _qwen_vl,
+    ),
+    Family(  # the first vision layer attends within windows, the second within images
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        qwen_vl(decoder(), _QWEN2_5_VISION | {"window_size": 32, "fullatt_block_indexes": [1]}, (2, 3, 3)),
+        _qwen_vl,
+    ),
+    Family(
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        qwen_vl(
+            decoder(depth=3, head_dim=16),
+            _QWEN2_5_VISION | {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+            (4, 2, 2),
+            mrope_interleaved=True,
+        ),
+        _qwen_vl,
+    ),
+    Family(
+        "whisper",
+        "WhisperForConditionalGeneration",
+        sequence_to_sequence(
+            num_mel_bins=16,
+            max_source_positions=20,
+            max_target_positions=30,
+            decoder_start_token_id=3,
+            begin_suppress_tokens=None,
+        ),
+        _whisper,
+        padded=(),
+        only_forward=("decoder_input_ids",),
+    ),
+    Family(
+        "qwen2_audio",
+        "Qwen2AudioForConditionalGeneration",
+        {"audio_config": _QWEN2_AUDIO, "text_config": _QWEN2, "audio_token_index": IMAGE},
+        _qwen2_audio,
+    ),
+)
