@@ -15,7 +15,6 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 
 from mmkernels.runtime.arguments import leading, result_types
 
-__all__ = ["Kernel", "extension", "isas", "multiplied", "op", "peak", "release", "use_isa", "why_not"]
+__all__ = ["Kernel", "extension", "isas", "multiplied", "peak", "release", "use_isa", "why_not"]
 
 _ISA, _EXTENSION = "MMKERNELS_CPU_ISA", "MMKERNELS_CPU_EXTENSION"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -123,35 +122,28 @@ def release() -> None:
         extension.release()
 
 
-@dataclass(frozen=True)
 class Kernel:
     """A kernel of the extension, which reads the fields of an op's record by name.
 
     Args:
-        name: of ``torch.ops.mmkernels.<name>``, which exists once an op has given it its record's schema.
+        name: of ``torch.ops.mmkernels.<name>``, which exists once `bind` has given it the record's schema.
         results: how many tensors it returns; None: as many as the op.
     """
 
-    name: str
-    results: int | None
+    def __init__(self, name: str, results: int | None = None) -> None:
+        self._name, self._results = name, results
 
     def bind(self, schema: str, results: int) -> Callable[[Any], Any]:
         """Returns a function from records of this schema to the kernel's results."""
         if extension is None:
-            return _unavailable
-        _LIBRARY.define(f"{self.name}({schema}) -> {result_types(self.results or results)}")
-        overload = getattr(torch.ops.mmkernels, self.name).default
+            return self
+        _LIBRARY.define(f"{self._name}({schema}) -> {result_types(self._results or results)}")
+        overload = getattr(torch.ops.mmkernels, self._name).default
         kernel = getattr(overload, "_op", overload)  # what the overload calls, without a Python function between
         return lambda args: kernel(*args)
 
-
-def op(name: str, results: int | None = None) -> Kernel:
-    """Returns the kernel ``torch.ops.mmkernels.<name>`` for a table of backends."""
-    return Kernel(name, results)
-
-
-def _unavailable(args: Any) -> Any:
-    raise RuntimeError(_unusable)
+    def __call__(self, args: Any) -> Any:
+        raise RuntimeError(_unusable or f"{self._name} has no schema yet")
 
 
 def why_not(args: Any = None) -> str | None:

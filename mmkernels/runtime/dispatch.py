@@ -51,12 +51,12 @@ class Backend:
 
     Args:
         name: one of `BACKENDS`.
-        run: record -> outputs; or a kernel of the CPU extension.
+        run: record -> outputs. A kernel of the CPU extension gets its schema from the op.
         why_not: record -> why this call can't run here, or None; without one, why no call can.
     """
 
     name: str
-    run: Run | cpu.Kernel
+    run: Run
     why_not: Callable[..., str | None] = _no_objection
 
 

@@ -116,7 +116,7 @@ OP = define(
     fake=_fake,
     backends=[
         Backend("triton", runtime.triton.op(f"{__name__}.triton", "forward"), runtime.triton.why_not),
-        Backend("cpu", runtime.cpu.op("attention_weights_cpu"), runtime.cpu.why_not),
+        Backend("cpu", runtime.cpu.Kernel("attention_weights_cpu"), runtime.cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],

@@ -168,7 +168,7 @@ OP = define(
     backends=[
         Backend("cuda", runtime.cuda.decode, runtime.cuda.why_not),
         Backend("triton", runtime.triton.op(f"{__name__}.triton.forward", "forward"), runtime.triton.why_not),
-        Backend("cpu", runtime.cpu.op("cross_attention_cpu"), runtime.cpu.why_not),
+        Backend("cpu", runtime.cpu.Kernel("cross_attention_cpu"), runtime.cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],
@@ -178,7 +178,7 @@ OP = define(
         formula=_formula,
         backends=[
             Backend("triton", runtime.triton.op(f"{__name__}.triton.backward", "backward"), runtime.triton.why_not),
-            Backend("cpu", runtime.cpu.op("cross_attention_backward_cpu"), runtime.cpu.why_not),
+            Backend("cpu", runtime.cpu.Kernel("cross_attention_backward_cpu"), runtime.cpu.why_not),
             Backend("chunked", chunked.backward),
             Backend("reference", reference_backward),
         ],

@@ -228,7 +228,7 @@ OP = define(
     around=with_reduction,
     backends=[
         Backend("triton", runtime.triton.op(f"{__name__}.triton.forward", "forward"), runtime.triton.why_not),
-        Backend("cpu", runtime.cpu.op("info_nce_cpu", results=6), runtime.cpu.why_not),
+        Backend("cpu", runtime.cpu.Kernel("info_nce_cpu", results=6), runtime.cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],
@@ -238,7 +238,7 @@ OP = define(
         around=with_upstream,
         backends=[
             Backend("triton", runtime.triton.op(f"{__name__}.triton.backward", "backward"), runtime.triton.why_not),
-            Backend("cpu", runtime.cpu.op("info_nce_backward_cpu"), runtime.cpu.why_not),
+            Backend("cpu", runtime.cpu.Kernel("info_nce_backward_cpu"), runtime.cpu.why_not),
             Backend("chunked", chunked.backward),
             Backend("reference", reference_backward),
         ],

@@ -80,7 +80,7 @@ OP = define(
     fake=_fake,
     backends=[
         Backend("triton", runtime.triton.op(f"{__name__}.triton", "forward"), runtime.triton.why_not),
-        Backend("cpu", runtime.cpu.op("retrieval_ranks_cpu"), runtime.cpu.why_not),
+        Backend("cpu", runtime.cpu.Kernel("retrieval_ranks_cpu"), runtime.cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],

@@ -124,7 +124,7 @@ OP = define(
     fake=_fake,
     backends=[
         Backend("triton", runtime.triton.op(f"{__name__}.triton", "forward"), runtime.triton.why_not),
-        Backend("cpu", runtime.cpu.op("sigmoid_contrastive_cpu"), runtime.cpu.why_not),
+        Backend("cpu", runtime.cpu.Kernel("sigmoid_contrastive_cpu"), runtime.cpu.why_not),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],
