@@ -262,13 +262,15 @@ def _private(name: str, **change: Any) -> Any:
     x, numbers = torch.randn(20, 8), torch.arange(20)
     pair = {"image": x, "text": x, "logit_scale": torch.tensor(2.0)}
     ids = {"image_ids": numbers, "text_ids": numbers}
-    more = {"ignore": False, "label_smoothing": 0.1}
-    grads = {"grad_image_loss": torch.ones(20), "grad_text_loss": None}
+    more = {"ignore": False, "label_smoothing": 0.1, "image_weight": 0.5, "reduction": "mean", "stats": True}
+    grads = {"grad_loss": None, "grad_image_loss": torch.ones(20), "grad_text_loss": None}
+    needs = {f"need_{x}": True for x in ("image", "text", "logit_scale", "hard_texts")}
+    keeps = {f"keep_{x}": True for x in ("image", "text", "logit_scale", "logit_bias")}
     states = {"image_state": torch.ones(4, 20), "text_state": torch.ones(4, 20)}
     arguments: dict[str, Inputs] = {
-        "info_nce": {**pair, **ids, "hard_texts": x[:3], **more, "stats": True},
-        "info_nce_backward": {**pair, **ids, "hard_texts": x[:3], **states, **grads, **more, "needs": [True] * 4},
-        "sigmoid_contrastive": {**pair, "logit_bias": torch.tensor(0.0), **ids, "needs": [True] * 4},
+        "info_nce": {**pair, **ids, "hard_texts": x[:3], **more},
+        "info_nce_backward": {**pair, **ids, "hard_texts": x[:3], **states, **grads, **more, **needs},
+        "sigmoid_contrastive": {**pair, "logit_bias": torch.tensor(0.0), **ids, **keeps},
         "retrieval_ranks": {"query": x, "gallery": x, "target": numbers},
     }
     return getattr(torch.ops.mmkernels, f"{name}_cpu")(**arguments[name] | change)
@@ -315,9 +317,8 @@ BAD: dict[str, dict[str, Inputs]] = {
         "meta state": {"text_state": torch.ones(4, 20, device=META)},
         "short gradient": {"grad_image_loss": torch.ones(19)},
         "meta gradient": {"grad_text_loss": torch.ones(20, device=META)},
-        "three needs": {"needs": [True] * 3},
     },
-    "sigmoid_contrastive": BAD_PAIRS | {"two biases": {"logit_bias": torch.ones(2)}, "one need": {"needs": [True]}},
+    "sigmoid_contrastive": BAD_PAIRS | {"two biases": {"logit_bias": torch.ones(2)}},
     "retrieval_ranks": {
         "several queries": {"query": torch.randn(20, 2, 8)},
         "1-D queries": {"query": X[:, 0]},
