@@ -1,7 +1,7 @@
-"""The door to the Triton kernels: why they can't run a call, and how one of them is launched.
+"""Launches the Triton kernels, and says why they can't run a call.
 
-Triton is imported by the first call that needs it: it is no requirement, and takes a while. On a CPU its kernels run
-only under its interpreter (``TRITON_INTERPRET=1``, set before Triton is imported), which is for tests.
+Triton is imported by the first call that needs it: it is optional, and slow to import. On a CPU its kernels run only
+under its interpreter (``TRITON_INTERPRET=1``, set before Triton is imported), which is for tests.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.runtime.tuning import Config
+from mmkernels.plan import Config
+from mmkernels.runtime import tuning
 
-_MOST_CHANNELS = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def op(module: str, name: str) -> Callable[..., Any]:
-    """The launcher `name` of a module that is imported when it is first called; for a table of backends."""
+    """Returns the launcher `name` of a module that is imported by its first call; for a table of backends."""
 
     @cache
-    def found() -> Callable[..., Any]:
+    def load() -> Callable[..., Any]:
         launcher: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return launcher
 
-    return lambda *args: found()(*args)
+    return lambda *args: load()(*args)
 
 
 @cache
@@ -54,26 +54,46 @@ def _device_why_not(device: torch.device) -> str | None:
 
 
 def why_not(*args: Any) -> str | None:
-    """Why a call on these tensors can't run on the Triton kernels, or None; without arguments, why no call can."""
-    reason = _machine_why_not()
+    """Returns why a call can't run on the Triton kernels, or None; without arguments, why no call can.
+
+    While launches are recorded, tensors may be on any device.
+
+    Args:
+        args: a backend's arguments, of which the first is a tensor or a record that begins with one.
+    """
+    reason = None if _recorded is not None else _machine_why_not()
     if reason is not None or not args:
         return reason
-    x: Tensor = args[0]
-    if x.device.type != ("cpu" if INTERPRETED else "cuda"):
+    x: Tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    if _recorded is None and x.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"the tensors are on {x.device}"
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is not computed: sums are kept in float32"
     if INTERPRETED and x.dtype == torch.bfloat16:
         return "the interpreter multiplies no bfloat16"
-    widest = max((t.shape[3] for t in args[:5] if t is not None and t.dim() == 4), default=0)
-    if widest > _MOST_CHANNELS:
-        return f"head dims above {_MOST_CHANNELS} do not fit into a multiprocessor, got {widest}"
+    # To go with the last backend that takes its arguments one by one: `why_not_of` is for those that take a record.
+    widest = max((t.shape[3] for t in args[:5] if isinstance(t, Tensor) and t.dim() == 4), default=0)
+    if widest > 256:
+        return f"head dims above 256 do not fit into a multiprocessor, got {widest}"
     return _device_why_not(x.device)
+
+
+def why_not_of(op: str) -> Callable[..., str | None]:
+    """Returns the `why_not` of one op: the reasons above, then those of the op's plan, which takes its record."""
+
+    def reason(*args: Any) -> str | None:
+        found = why_not(*args)
+        if found is not None or not args:
+            return found
+        plan = tuning.plan(op)
+        return None if plan is None else plan.why_not(*args)
+
+    return reason
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch as it was recorded instead of made.
+    """A launch that was recorded instead of made.
 
     Args:
         kernel: the ``@triton.jit`` function.
@@ -88,14 +108,17 @@ class Launch:
     config: Config
 
 
-_interpreter = threading.Lock()  # which rewrites Triton's own functions while a kernel runs
+_interpreter = threading.Lock()  # the interpreter rewrites Triton's own functions while a kernel runs
 _recorded: list[Launch] | None = None
 _launches = 0
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Note what would be launched, and launch nothing: for compiling ahead of time and for tests of the launchers."""
+    """Record launches instead of making them: for compiling ahead of time and for tests of the launchers.
+
+    No machine and no device is refused meanwhile, so that ``backend="triton"`` can be asked for on CPU tensors.
+    """
     global _recorded
     _recorded = []
     try:
@@ -105,7 +128,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launches() -> int:
-    """How many launches were made since the process began."""
+    """Returns how many launches were made since the process began."""
     return _launches
 
 
@@ -131,11 +154,11 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **con
 
 
 def launch_options(config: Config) -> dict[str, Any]:
-    """Options of Triton's compiler."""
+    """Returns the options of Triton's compiler."""
     return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; 4 where the interpreter stands for a GPU."""
+    """Returns how many programs run side by side at least; 4 where there is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
