@@ -1,14 +1,13 @@
-"""Parts of `make gpu` that call ops themselves: finite and right at awkward lengths; the CPU time of a call."""
+"""Checks and times that need a GPU, as pytest runs them for `make gpu`: awkward lengths; the CPU time of a call."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import json
+from collections.abc import Callable, Iterator
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from mmkernels.ops.attention.cross_attention.spec import SPEC
 from mmkernels.options import DTYPES
 from mmkernels.spec import Inputs
 
-Result = dict[str, Any]  # as in gpu.py
 Kind = Callable[[int, int, torch.dtype], Inputs]  # queries, keys, dtype -> what a call has beside query, key and value
 
 _BATCH, _HEADS, _KEY_HEADS = 2, 4, 2
@@ -27,10 +25,10 @@ _LENGTHS = ((64, 64), (192, 320), (1088, 1088))  # each has L % 128 == 64, where
 _LONGEST = 16448
 
 
-def _dense(blind: bool) -> Kind:
+def _dense(*, blind_rows: bool) -> Kind:
     def make(q_len: int, k_len: int, dtype: torch.dtype) -> Inputs:
         mask = torch.rand(_BATCH, 1, q_len, k_len) < 0.5
-        if blind:
+        if blind_rows:
             mask[:, :, ::3] = False
         return {"mask": mask}
 
@@ -65,8 +63,8 @@ KINDS: dict[str, Kind] = {
     "window": lambda q, k, dtype: {"mask": SpanMask.window(60, 30, q, k)},
     "media": _media,
     "holes": lambda q, k, dtype: {"mask": SpanMask.from_key_mask(torch.rand(_BATCH, k) < 0.6)},
-    "dense": _dense(blind=False),
-    "dense, blind rows": _dense(blind=True),
+    "dense": _dense(blind_rows=False),
+    "dense, blind rows": _dense(blind_rows=True),
     "bias": _bias(hides=False),
     "bias that hides": _bias(hides=True),
     "padding, bias, gate": lambda q, k, dtype: (
@@ -77,59 +75,27 @@ KINDS: dict[str, Kind] = {
 _FEW = ("no mask", "key padding", "dense", "bias")  # for the dtypes and head dims beside bfloat16 at 128
 
 
-Task = tuple[str, str, int, tuple[tuple[int, int], ...], bool]  # kind, dtype, head dim, lengths, beside float64
-
-
-def check_all(
-    end: float,
-    device: str,
-    lengths: Sequence[tuple[int, int]] = _LENGTHS,
-    longest: int = _LONGEST,
-    processes: int = 0,
-) -> Result:
-    """Forward and every gradient: finite, and within the op's error budget against float64.
-
-    Args:
-        end: by `time.monotonic`, after which the rest is left out.
-        longest: a last length, whose results are only looked at for being finite.
-        processes: that share the work, most of which is compiling; 0: this one does it.
-    """
+def attention_checks() -> Iterator[tuple[str, str, int, int, int]]:
+    """Returns (kind, dtype, head dim, queries, keys)."""
     settings = [("bf16", 128, tuple(KINDS)), ("bf16", 64, _FEW), ("fp16", 128, _FEW), ("fp16", 64, _FEW)]
-    tasks: list[Task] = [
-        (kind, dtype, dim, tuple(lengths), kind != "dropout") for dtype, dim, kinds in settings for kind in kinds
-    ]
-    tasks += [(kind, "bf16", 128, ((longest, longest),), False) for kind in ("no mask", "key padding", "causal")]
-    run = partial(_run_task, end, device)
-    if processes:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            results = list(pool.map(run, tasks))
-    else:
-        results = list(map(run, tasks))
-    found: Result = {name: [x for result in results for x in result[name]] for name in ("problems", "left_out")}
-    checks = sum(result["checks"] for result in results)
-    return found | {"checks": checks, "summary": f"{checks} calls, forward and backward"}
+    for dtype, dim, kinds in settings:
+        for kind in kinds:
+            yield from ((kind, dtype, dim, q_len, k_len) for q_len, k_len in _LENGTHS)
+    yield from ((kind, "bf16", 128, _LONGEST, _LONGEST) for kind in ("no mask", "key padding", "causal"))
 
 
-def _run_task(end: float, device: str, task: Task) -> Result:
-    kind, dtype, dim, lengths, exact = task
-    found: Result = {"checks": 0, "problems": [], "left_out": []}
-    for q_len, k_len in lengths:
-        name = f"{kind}, {q_len}x{k_len}, D{dim}, {dtype}"
-        if time.monotonic() > end:
-            found["left_out"].append(name)
-            continue
-        found["checks"] += 1
-        try:
-            problem = _check(kind, q_len, k_len, dim, DTYPES[dtype], device, exact=exact)
-        except Exception as error:  # one kernel that does not compile must not hide the others
-            problem = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        if problem is not None:
-            found["problems"].append(f"{name}: {problem}")
-    return found
+@pytest.mark.parametrize(("kind", "dtype", "dim", "q_len", "k_len"), attention_checks())
+def test_attention(kind: str, dtype: str, dim: int, q_len: int, k_len: int) -> None:
+    """Forward and every gradient: finite, and within the op's error budget against float64."""
+    compared = kind != "dropout" and q_len != _LONGEST
+    problem = problem_of(kind, q_len, k_len, dim, DTYPES[dtype], "cuda", compared=compared)
+    assert problem is None, problem
 
 
-def _check(kind: str, q_len: int, k_len: int, dim: int, dtype: torch.dtype, device: str, *, exact: bool) -> str | None:
-    """What is wrong, or None; `exact`: beside float64, else only whether it is finite."""
+def problem_of(
+    kind: str, q_len: int, k_len: int, dim: int, dtype: torch.dtype, device: str, *, compared: bool
+) -> str | None:
+    """Returns what is wrong, or None; `compared`: with float64, else only whether it is finite."""
     torch.manual_seed(0)
     with torch.device(device):
         inputs: Inputs = {
@@ -141,18 +107,30 @@ def _check(kind: str, q_len: int, k_len: int, dim: int, dtype: torch.dtype, devi
     inputs = {name: x.requires_grad_() if name in grads else x for name, x in inputs.items()}
     call = partial(cross_attention, **inputs)
     cotangents = draw_cotangents(flat(call()))
-    found = flat(with_gradients(call, [inputs[name] for name in grads], cotangents)())
-    for place, x in enumerate(found):
+    results = flat(with_gradients(call, [inputs[name] for name in grads], cotangents)())
+    for place, x in enumerate(results):
         if not bool(x.isfinite().all()):
             return f"result {place} has {int((~x.isfinite()).sum())} elements that are not finite"
-    return Gate(SPEC, inputs, grads, cotangents).problem(found) if exact else None
+    return Gate(SPEC, inputs, grads, cotangents).problem(results) if compared else None
 
 
 # CPU time of a call.
 
+SIZES = {"B1 H4 16x64 D64": (4, 4, 16, 64, 64), "B1 H32/8 1x1024 D128": (32, 8, 1, 1024, 128)}
+MODES = ("eager", "eager, with backward", "compiled")
 
-def host_times(end: float, device: str, calls: int = 100) -> Result:
-    """Microseconds that a call takes of the calling thread, by size, mode and candidate; None where it can't run."""
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", SIZES)
+def test_host_time(size: str, mode: str, record_property: Callable[[str, object], None]) -> None:
+    """Only ours must run; the figures are recorded."""
+    row = host_times(size, mode, "cuda")
+    record_property("row", json.dumps(row))
+    assert "ours" in row["microseconds"], row["why_not"]["ours"]
+
+
+def host_times(size: str, mode: str, device: str, calls: int = 100) -> dict[str, Any]:
+    """Returns the microseconds that a call takes of the calling thread by candidate, and why others can't run."""
     from attention_peers import flex, sdpa
 
     prepares = {
@@ -161,43 +139,16 @@ def host_times(end: float, device: str, calls: int = 100) -> Result:
         "sdpa": sdpa,
         "flex": flex,
     }
-    table: list[dict[str, Any]] = []
-    left_out = []
-    for size, inputs in _small(device):
-        for mode in ("eager", "eager, with backward", "compiled"):
-            if time.monotonic() > end:
-                left_out.append(f"{size}, {mode}")
-                continue
-            row: dict[str, Any] = {"size": size, "mode": mode, "microseconds": {}, "why_not": {}}
-            for name, prepare in prepares.items():
-                try:
-                    row["microseconds"][name] = _host_time(mode, inputs, prepare, device, calls)
-                except Exception as error:  # such as no compiler
-                    row["why_not"][name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            table.append(row)
-    lines = [
-        f"{row['size']}, {row['mode']}: "
-        + ", ".join(f"{name} {value:.0f} us" for name, value in row["microseconds"].items())
-        for row in table
-    ]
-    broken = [f"{row['size']}, {row['mode']}: {row['why_not']['ours']}" for row in table if "ours" in row["why_not"]]
-    return {
-        "summary": "CPU time of one call (flex is compiled in every mode)",
-        "lines": lines,
-        "host": table,
-        "left_out": left_out,
-        "problems": broken,
-    }
-
-
-def _small(device: str) -> Iterator[tuple[str, Inputs]]:
-    dtype = torch.bfloat16
-    for name, heads, key_heads, q_len, k_len, dim in (
-        ("B1 H4 16x64 D64", 4, 4, 16, 64, 64),
-        ("B1 H32/8 1x1024 D128", 32, 8, 1, 1024, 128),
-    ):
-        key, value = (torch.randn(1, key_heads, k_len, dim, dtype=dtype, device=device) for _ in range(2))
-        yield name, {"query": torch.randn(1, heads, q_len, dim, dtype=dtype, device=device), "key": key, "value": value}
+    heads, key_heads, q_len, k_len, dim = SIZES[size]
+    draw = partial(torch.randn, dtype=torch.bfloat16, device=device)
+    inputs = {"query": draw(1, heads, q_len, dim), **{x: draw(1, key_heads, k_len, dim) for x in ("key", "value")}}
+    row: dict[str, Any] = {"size": size, "mode": mode, "microseconds": {}, "why_not": {}}
+    for name, prepare in prepares.items():
+        try:
+            row["microseconds"][name] = _host_time(mode, inputs, prepare, device, calls)
+        except Exception as error:  # such as no compiler
+            row["why_not"][name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    return row
 
 
 def _host_time(mode: str, inputs: Inputs, prepare: Callable[[Inputs], Any], device: str, calls: int) -> float:

@@ -1,6 +1,7 @@
-"""Occupancy and tensor-pipe use of the main kernels by Nsight Compute: a part of `make gpu`.
+"""Occupancy and tensor-pipe use of the kernels by Nsight Compute: a part of `make gpu`.
 
-Run as a script it launches each kernel once between ``cudaProfilerStart`` and ``Stop``, which is what ncu looks at.
+Run as a script it makes one call for each kernel that the ops' plans tune, between ``cudaProfilerStart`` and ``Stop``,
+which is what ncu looks at.
 """
 
 from __future__ import annotations
@@ -9,15 +10,10 @@ import csv
 import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from gpu import run_command
-
-Result = dict[str, Any]  # as in gpu.py
+from gpu_parts import Result, run_command
 
 _SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "ComputeWorkloadAnalysis")
 _KEEP = re.compile(
@@ -28,28 +24,25 @@ _FOREIGN = re.compile(r"\bat::|cutlass|cublas|elementwise|distribution|Memcpy|Me
 _LEAST_SHARE = 0.01  # of all kernels' time, below which a kernel is no main one
 
 
-def profile_kernels(seconds: float) -> Result:
-    """What ncu says about each kernel; nothing where there is no ncu, or where it may not read the counters."""
+def profile_kernels(log: Path, seconds: float) -> Result:
+    """Returns what ncu says about each kernel; nothing where there is no ncu, or it may not read the counters."""
     program = shutil.which("ncu")
     if program is None:
         return {"summary": "not run: there is no ncu here"}
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "ncu.csv"
-        command = [program, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
-        command += [word for section in _SECTIONS for word in ("--section", section)]
-        command += ["--log-file", str(log), sys.executable, __file__]
-        code = run_command(command, seconds)
-        text = log.read_text(errors="replace") if log.exists() else ""
+    command = [program, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+    command += [word for section in _SECTIONS for word in ("--section", section)]
+    code = run_command([*command, "--log-file", str(log), sys.executable, __file__], seconds)
+    text = log.read_text(errors="replace") if log.exists() else ""
     kernels = parse(text.splitlines())
     if not kernels:
         said = [line for line in text.splitlines() if "==ERROR==" in line or "==WARNING==" in line]
         ended = "took too long" if code is None else f"ended with exit code {code}"
         return {"summary": f"not measured: ncu {ended}; {said[-1] if said else 'no kernel seen'}"}
-    return {"summary": f"{len(kernels)} kernels", "lines": [_line(kernel) for kernel in kernels], "kernels": kernels}
+    return {"summary": f"{len(kernels)} kernels", "lines": list(map(describe, kernels)), "kernels": kernels}
 
 
 def parse(lines: Iterable[str]) -> list[dict[str, str]]:
-    """The kernels of ncu's raw page as CSV: after its own messages a line of names, one of units, and one a kernel."""
+    """Returns the main kernels of ncu's raw page as CSV: after messages a line of names, one of units, one a kernel."""
     table = list(csv.reader(line for line in lines if line.startswith('"')))
     if len(table) < 3:
         return []
@@ -62,24 +55,20 @@ def parse(lines: Iterable[str]) -> list[dict[str, str]]:
         }
         for row in rows
     ]
-    own = [kernel for kernel in kernels if not _FOREIGN.search(kernel.get("Kernel Name", ""))]
-    total = sum(_number(kernel, "duration") or 0.0 for kernel in own)
-    return [kernel for kernel in own if (_number(kernel, "duration") or 0.0) >= _LEAST_SHARE * total]
+    ours = [kernel for kernel in kernels if not _FOREIGN.search(kernel.get("Kernel Name", ""))]
+    total = sum(_number(kernel, "duration") or 0.0 for kernel in ours)
+    return [kernel for kernel in ours if (_number(kernel, "duration") or 0.0) >= _LEAST_SHARE * total]
 
 
 def _number(kernel: dict[str, str], *words: str) -> float | None:
-    """The largest of the figures whose name has all the words."""
-    found = []
-    for name, value in kernel.items():
-        if all(word in name for word in words):
-            try:
-                found.append(float(value.replace(",", "")))
-            except ValueError:
-                continue
-    return max(found, default=None)
+    """Returns the largest of the figures whose name has all the words."""
+    values = (value.replace(",", "") for name, value in kernel.items() if all(word in name for word in words))
+    return max((float(value) for value in values if re.fullmatch(r"-?[\d.]+(e[-+]?\d+)?", value)), default=None)
 
 
-def _line(kernel: dict[str, str]) -> str:
+def describe(kernel: dict[str, str]) -> str:
+    """Returns a line about a kernel for people."""
+
     def percent(*words: str) -> str:
         value = _number(kernel, *words)
         return "n/a" if value is None else f"{value:.0f} %"
@@ -93,50 +82,25 @@ def _line(kernel: dict[str, str]) -> str:
     )
 
 
-def calls(device: str, scale: int = 1) -> list[Callable[[], Any]]:
-    """One call for each main kernel, at the benchmark's shapes; `scale` divides lengths, for tests."""
+def launch(device: str = "cuda", backend: str = "triton") -> Iterator[str]:
+    """Makes one call for each kernel that is tuned, and returns the kernels' names."""
     import torch
+    from tune import Timed
 
-    from mmkernels import SpanMask, attention_received, cross_attention
-    from mmkernels.bench.gate import draw_cotangents, flat, with_gradients
+    from mmkernels.runtime import tuning
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, dtype=torch.bfloat16, device=device)
-
-    def attention(heads: int, q_len: int, k_len: int, **more: Any) -> Callable[[], Any]:
-        inputs = {"query": normal(1, heads, q_len, 128), "key": normal(1, heads, k_len, 128)}
-        inputs |= {"value": normal(1, heads, k_len, 128)} | more
-        inputs = {
-            name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-            for name, x in inputs.items()
-        }
-        call = partial(cross_attention, **inputs)
-        leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-        return with_gradients(call, leaves, draw_cotangents(flat(call())))
-
-    long, text, image = 16384 // scale, 2048 // scale, 16384 // scale
-    media = SpanMask.media((torch.arange(text, device=device) * 8 // text)[None], image // 8)
-    keys = [normal(32 // scale or 1, 8, 4096 // scale, 128) for _ in range(2)]
-    return [
-        attention(16, long, long),
-        attention(16, text, image, mask=media),
-        attention(16, text, 2 * text, bias=normal(1, 16, text, 2 * text)),
-        partial(cross_attention, normal(keys[0].shape[0], 32, 1, 128), *keys),
-        partial(attention_received, normal(1, 16, text, 64), normal(1, 16, 2 * text, 64)),
-    ]
-
-
-def launch() -> None:
-    import torch
-
-    for call in calls("cuda"):
-        call()  # what is compiled and allocated once is not looked at
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
+    for op, plan in tuning.plans().items():
+        for kernel, search in plan.searches.items():
+            timed = Timed(op, search.problems[0], torch.bfloat16, 128, torch.device(device), backend)
+            timed.call()  # what is compiled and allocated once is not looked at
+            if device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+                timed.call()
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
+            yield kernel
 
 
 if __name__ == "__main__":
-    launch()
+    print(", ".join(launch()))

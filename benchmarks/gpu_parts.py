@@ -1,231 +1,272 @@
-"""The parts of `make gpu`, one a process: ``python benchmarks/gpu_parts.py PART --seconds N --out result.json``."""
+"""The parts of `make gpu`: each runs commands in processes of their own, and returns what these say."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from time_limit import LEFT_OUT
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-_STDERR = 2
-_PROCESSES = 8  # that compile at a time
-_COMPILING = 0.4  # of a bench file's time, after which it compiles no more beforehand
+_STDERR = 2  # where the commands' own output goes
+_PROCESSES = min(8, os.cpu_count() or 1)  # that compile at a time
+_COMPILING = 0.4  # of an op's time, after which it compiles no more beforehand
 _WIND_UP = 0.9  # of a part's time, after which nothing new begins in it
+_ROW_SECONDS = 10.0  # of a benchmark
 
-Result = dict[str, Any]  # as in gpu.py
+Result = dict[str, Any]
+"""What a part found: "summary" and "lines" for people; "problems", each a failure; "left_out" for want of time;
+"targets", each with "what", "than", "least" or "most", and "found"; and figures of its own."""
 
 
-def build(seconds: float, device: str) -> Result:
-    code = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, stdout=_STDERR
-    ).returncode
-    reasons = [
-        f"{path.stem}: {path.read_text().strip()}" for path in sorted((ROOT / "mmkernels").glob("*_why_not.txt"))
+class Turn(NamedTuple):
+    """A part's seconds, a folder that is deleted after it, and the device, which only tests change."""
+
+    seconds: float
+    folder: Path
+    device: str = "cuda"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Args:
+    name: what PART= takes.
+    about: for people.
+    seconds: its share of the time; what it does not use goes to the parts after it.
+    """
+
+    name: str
+    about: str
+    seconds: float
+    run: Callable[[Turn], Result]
+
+
+def all_parts() -> list[Part]:
+    """Returns the parts in the order in which they run; an op's bench file is a part."""
+    benches = (path.stem.removeprefix("bench_") for path in sorted(FOLDER.glob("bench_*.py")))
+    ops = {op: _bench_seconds(op) for op in benches if list(ROOT.glob(f"mmkernels/ops/*/{op}/spec.py"))}
+    return [
+        Part("build", "the extensions, in place, against the torch that is there", 50, build),
+        Part("ceilings", "what the GPU gives at best: copy, bfloat16 matrix product", 12, measure_ceilings),
+        Part("tests", "every test marked gpu", 90, run_tests),
+        Part("nan", "forward and backward on lengths with L % 128 == 64, every kind of mask", 35, check_nan),
+        *(Part(op, f"mmkernels bench {op}", ops[op], measure_op(op)) for op in sorted(ops, key=lambda op: -ops[op])),
+        Part("flamingo", "Flamingo base, 5 images: prefill and training step beside the Amdahl cap", 40, flamingo),
+        Part("host", "CPU time of a call, eager and compiled, beside SDPA and FlexAttention", 35, measure_host),
+        Part("ncu", "occupancy and tensor-pipe use of each tuned kernel, by Nsight Compute", 25, measure_kernels),
     ]
-    built = sorted(path.name.partition(".")[0] for path in (ROOT / "mmkernels").glob("*.so"))
-    problems = [] if code == 0 else [f"setup.py build_ext: exit code {code}, see above"]
-    return {"summary": ", ".join(built) or "nothing built", "lines": reasons, "problems": problems}
 
 
-def describe(seconds: float, device: str) -> Result:
-    from mmkernels.machine import describe_machine, device_name, device_slug
-
-    return {"device": device_name(device), "slug": device_slug(device), "machine": describe_machine(device)}
-
-
-def measure_ceilings(seconds: float, device: str) -> Result:
-    from mmkernels.machine import ceilings
-
-    rates = ceilings(device, ("bf16",))
-    summary = (
-        f"copy {rates['copy_bytes_per_second'] / 1e12:.2f} TB/s, "
-        f"bf16 matmul {rates['bf16_flops_per_second'] / 1e12:,.1f} TFLOP/s"
-    )
-    return {"summary": summary, "ceilings": rates}
+def _bench_seconds(op: str) -> float:
+    """By the number of rows that the op measures on a GPU."""
+    try:
+        from mmkernels.ops import specs
+    except ImportError:  # without torch nothing runs, and parts are only listed
+        return _ROW_SECONDS
+    rows = sum(1 + bool(config.grads) for config in specs()[op].benchmarks if "gpu" in config.devices)
+    return _ROW_SECONDS * max(1, rows)
 
 
-def run_tests(seconds: float, device: str) -> Result:
-    code, cases = _pytest(["tests", "-m", "gpu", *_workers()], seconds)
-    passed = sum(case["state"] == "passed" for case in cases)
-    skipped = sum(case["state"] == "skipped" for case in cases)
-    return {"summary": f"{passed} passed, {skipped} skipped", "tests": len(cases)} | _verdicts(code, cases)
+# The parts.
 
 
-def _workers() -> list[str]:
-    """pytest's options for several processes: what takes long is compiling, on one core each."""
-    return ["-n", str(min(_PROCESSES, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+def build(turn: Turn) -> Result:
+    code = run_command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], turn.seconds)
+    package = ROOT / "mmkernels"
+    reasons = [f"{path.stem}: {path.read_text().strip()}" for path in sorted(package.glob("*_why_not.txt"))]
+    built = sorted(path.name.partition(".")[0] for path in package.glob("*.so"))
+    return {"summary": ", ".join(built) or "nothing built", "lines": reasons, "problems": _ended("build", code)}
 
 
-def check_nan(seconds: float, device: str) -> Result:
-    from gpu_checks import check_all
+def describe(turn: Turn) -> Result:
+    names = "describe_machine, device_name, device_slug"
+    machine = "{'device': device_name(d), 'slug': device_slug(d), 'machine': describe_machine(d)}"
+    return _evaluate(turn, f"from mmkernels.machine import {names}; d = {turn.device!r}", machine)
 
-    return check_all(time.monotonic() + _WIND_UP * seconds, device, processes=min(_PROCESSES, os.cpu_count() or 1))
+
+def measure_ceilings(turn: Turn) -> Result:
+    rates = _evaluate(turn, "from mmkernels.machine import ceilings", f"ceilings({turn.device!r}, ('bf16',))")
+    if "problems" in rates:
+        return rates
+    copy, matmul = rates["copy_bytes_per_second"] / 1e12, rates["bf16_flops_per_second"] / 1e12
+    return {"summary": f"copy {copy:.2f} TB/s, bf16 matmul {matmul:,.1f} TFLOP/s", "ceilings": rates}
 
 
-def measure_op(op: str) -> Callable[[float, str], Result]:
-    """A bench file's rows."""
+def run_tests(turn: Turn) -> Result:
+    code, cases = run_pytest(["tests", "-m", "gpu", *_workers()], turn, _WIND_UP * turn.seconds)
+    passed, skipped = (sum(case["state"] == state for case in cases) for state in ("passed", "skipped"))
+    return {"summary": f"{passed} passed, {skipped} skipped", "tests": len(cases)} | _verdicts("tests", code, cases)
 
-    def run(seconds: float, device: str, *more: str) -> Result:
-        end = time.monotonic() + seconds
-        options = [str(FOLDER / f"bench_{op}.py"), "-p", "no:warnings", "--dtypes", "bf16", "--device", device, *more]
-        if device != "cpu" and _workers():
-            _pytest([*options, "--compile-only", *_workers()], _COMPILING * seconds)
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "bench.json"
-            options += ["--benchmark-quiet", f"--benchmark-json={report}"]
-            code, cases = _pytest(options, end - time.monotonic())
-            text = report.read_text() if report.exists() else ""
-        rows = [entry["extra_info"] for entry in json.loads(text)["benchmarks"]] if text else []
+
+def check_nan(turn: Turn) -> Result:
+    code, cases = _checks("test_attention", turn, _workers())
+    found = {"checks": len(cases), "summary": f"{len(cases)} calls, forward and backward"}
+    return found | _verdicts("nan", code, cases)
+
+
+def measure_host(turn: Turn) -> Result:
+    code, cases = _checks("test_host_time", turn)
+    rows = [json.loads(case["row"]) for case in cases if "row" in case]
+    lines = [
+        f"{row['size']}, {row['mode']}: "
+        + ", ".join(f"{name} {value:.0f} us" for name, value in row["microseconds"].items())
+        for row in rows
+    ]
+    found = {"summary": "CPU time of one call (flex is compiled in every mode)", "lines": lines, "host": rows}
+    return found | _verdicts("host", code, cases)
+
+
+def _checks(name: str, turn: Turn, options: Sequence[str] = ()) -> tuple[int | None, list[dict[str, str]]]:
+    arguments = [str(FOLDER / "gpu_checks.py"), "--noconftest", "-k", name, *options]
+    return run_pytest(arguments, turn, _WIND_UP * turn.seconds)
+
+
+def measure_op(op: str, *options: str) -> Callable[[Turn], Result]:
+    """Returns the part that measures an op's benchmarks, with more options of `mmkernels bench`."""
+
+    def run(turn: Turn) -> Result:
+        end = time.monotonic() + turn.seconds
+        if turn.device != "cpu" and _workers():
+            bench = [str(FOLDER / f"bench_{op}.py"), "--dtypes", "bf16", "--device", turn.device, "--compile-only"]
+            run_pytest([*bench, *_workers()], turn, _COMPILING * turn.seconds)
+        command = [sys.executable, "-m", "mmkernels.cli", "bench", op, "--dtype", "bf16", "--device", turn.device]
+        command += ["--out", str(turn.folder), *options]
+        code, cases = _limited(command, turn, _WIND_UP * (end - time.monotonic()))
+        report = turn.folder / f"{op}.json"
+        entries = json.loads(report.read_text())["benchmarks"] if report.exists() and report.stat().st_size else []
+        rows = [entry["extra_info"] for entry in entries]
         targets = [
             {"what": f"{row['configuration']}, {row['pass']}", **target} for row in rows for target in row["targets"]
         ]
-        result = {"summary": f"{len(rows)} rows", "lines": [_line(row) for row in rows], "rows": rows}
-        return result | {"targets": targets} | _verdicts(code, cases)
+        found = {"summary": f"{len(rows)} rows", "lines": list(map(_line, rows)), "rows": rows, "targets": targets}
+        return found | _verdicts(op, code, cases)
 
     return run
 
 
-def _line(row: dict[str, Any]) -> str:
-    """Such as "media, forward: 0.35 ms, 420 TFLOP/s; sdpa 12.1x flex 1.4x"."""
-    rate = row["flops_per_second"]
-    if "backward_seconds" in row:
-        rate = row["backward_flops_per_second"]
-    arithmetic = f"{rate / 1e12:,.0f} TFLOP/s{' backward' if 'backward_seconds' in row else ''}"
-    speed = arithmetic if row["share_of_compute_peak"] > row["share_of_bandwidth_peak"] else (
-        f"{row['bytes_per_second'] / 1e12:.2f} TB/s"
-    )  # fmt: skip
+def _line(row: Mapping[str, Any]) -> str:
+    """Such as "media, fwd: 0.350 ms, 420 TFLOP/s; sdpa 12.1x flex 1.4x"."""
+    backward = "backward_flops_per_second" in row
+    rate = row["backward_flops_per_second" if backward else "flops_per_second"]
+    speed = f"{rate / 1e12:,.0f} TFLOP/s{' backward' if backward else ''}"
+    if row["share_of_compute_peak"] <= row["share_of_bandwidth_peak"]:
+        speed = f"{row['bytes_per_second'] / 1e12:.2f} TB/s"
     ratios = [f"{name} {peer['ratio']:.1f}x" for name, peer in row["peers"].items() if "ratio" in peer]
     passes = row["pass"].replace("forward + backward", "fwd+bwd").replace("forward", "fwd")
     return f"{row['configuration']}, {passes}: {row['seconds'] * 1e3:.3f} ms, {speed}; {' '.join(ratios)}"
 
 
-def measure_flamingo(
-    seconds: float, device: str, *, size: str = "base", tokens: Sequence[int] = (64, 1024), text_length: int = 2048,
-    dtype: str = "bf16",
-) -> Result:  # fmt: skip
-    """Prefill and a training step with 5 images: the size's own 64 visual tokens an image, and 1,024."""
-    from mmkernels.models.blocks.images import load_image
-    from mmkernels.profiling.options import Options
-    from mmkernels.profiling.photo import default_photo
-    from mmkernels.profiling.profiler import profile
-
-    photo = default_photo()
-    options = Options(
-        "flamingo", photo, tuple(tokens), images=5, text_length=text_length, dtype=dtype, device=device, size=size,
-        train=True,
-    )  # fmt: skip
-    report = profile(options, load_image(photo), lambda what: print(f"   {what}", file=sys.stderr, flush=True))
+def flamingo(turn: Turn, size: str = "base", tokens: str = "64,1024", text_length: int = 2048,
+             dtype: str = "bf16") -> Result:  # fmt: skip
+    """Prefill and a training step with 5 images: with the size's own 64 visual tokens an image, and with 1,024."""
+    command = [sys.executable, "-m", "mmkernels.cli", "profile", "flamingo", "--size", size, "--tokens", tokens]
+    command += ["--images", "5", "--text-length", str(text_length), "--dtype", dtype, "--device", turn.device]
+    code = run_command([*command, "--train", "--out", str(turn.folder)], turn.seconds)
+    path = turn.folder / "profile.json"
+    if not path.exists():
+        return {"problems": _ended("flamingo", code)}
+    report = json.loads(path.read_text())
     naive = {cell["tokens_per_image"]: cell for cell in report["cells"] if cell["backend"] == "reference"}
     targets, lines = [], []
+    stages = (("prefill", "prefill", "peak_memory_bytes"), ("train_step", "training step", "train_peak_memory_bytes"))
     for cell in report["cells"]:
-        if cell["backend"] != "fused":
-            continue
         count = cell["tokens_per_image"]
-        what = f"Flamingo {size}, 5 x {count} visual tokens"
-        for stage, title, memory in (
-            ("prefill", "prefill", "peak_memory_bytes"),
-            ("train_step", "training step", "train_peak_memory_bytes"),
-        ):
-            bound = cell["amdahl"].get(stage)
-            targets.append(_target(f"{what}, {title}", "cap", 0.85, bound and bound["share_of_cap"]))
-            own, other = cell[memory], naive[count][memory]
-            targets.append(_target(f"{what}, {title}, memory", "naive", 3.0, other / own if own and other else None))
+        for stage, title, memory in stages if cell["backend"] == "fused" else ():
+            what, bound = f"Flamingo {size}, 5 x {count} visual tokens, {title}", cell["amdahl"].get(stage)
+            ours, other = cell[memory], naive[count][memory]
+            ratio = other / ours if ours and other else None
+            targets.append({"what": what, "than": "cap", "least": 0.85, "found": bound and bound["share_of_cap"]})
+            targets.append({"what": f"{what}, memory", "than": "naive", "least": 3.0, "found": ratio})
             if bound:
-                lines.append(f"{what}, {title}: {bound['speedup']:.2f}x of at most {bound['cap']:.2f}x")
-    return {"summary": f"{len(report['cells'])} cells", "lines": lines, "targets": targets, "profile": report}
+                lines.append(f"{what}: {bound['speedup']:.2f}x of at most {bound['cap']:.2f}x")
+    found = {"summary": f"{len(report['cells'])} cells", "lines": lines, "targets": targets, "profile": report}
+    return found | {"problems": _ended("flamingo", code)}
 
 
-def _target(what: str, than: str, least: float, found: float | None) -> dict[str, Any]:
-    return {"what": what, "than": than, "least": least, "found": found}
-
-
-def measure_host(seconds: float, device: str) -> Result:
-    from gpu_checks import host_times
-
-    return host_times(time.monotonic() + _WIND_UP * seconds, device)
-
-
-def measure_kernels(seconds: float, device: str) -> Result:
+def measure_kernels(turn: Turn) -> Result:
     from gpu_kernels import profile_kernels
 
-    return profile_kernels(seconds)
+    return profile_kernels(turn.folder / "ncu.csv", turn.seconds)
 
 
-def _pytest(arguments: list[str], seconds: float) -> tuple[int, list[dict[str, str]]]:
-    """Exit code, and each test's name, state and message."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "time_limit"]
-        command += ["--seconds", f"{_WIND_UP * seconds:.1f}", f"--junitxml={found}", *arguments]
-        paths = os.pathsep.join([str(ROOT), str(FOLDER), os.environ.get("PYTHONPATH", "")])
-        code = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, stdout=_STDERR).returncode
-        root = ElementTree.parse(found).getroot() if found.exists() else ElementTree.Element("none")
+# Running commands.
+
+
+def run_command(command: Sequence[str], seconds: float, **environment: str) -> int | None:
+    """Returns the exit code; None: it took longer, and was ended with all that it had started. It prints on stderr."""
+    paths = [str(ROOT), str(FOLDER), os.environ.get("PYTHONPATH", "")]
+    everything = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
+    with subprocess.Popen(command, cwd=ROOT, env=everything, stdout=_STDERR, start_new_session=True) as process:
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_pytest(arguments: Sequence[str], turn: Turn, seconds: float) -> tuple[int | None, list[dict[str, str]]]:
+    """Returns pytest's exit code, and of each test its name, state, message and what it recorded."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:warnings"]
+    return _limited([*command, *arguments], turn, seconds)
+
+
+def _limited(command: Sequence[str], turn: Turn, seconds: float) -> tuple[int | None, list[dict[str, str]]]:
+    """Runs a command that runs pytest, in which no test begins after so many seconds."""
+    junit = turn.folder / "junit.xml"
+    junit.unlink(missing_ok=True)
+    options = ["-p", "time_limit", "--seconds", f"{seconds:.1f}", f"--junitxml={junit}"]
+    code = run_command(command, turn.seconds, PYTEST_ADDOPTS=shlex.join(options))
+    root = ElementTree.parse(junit).getroot() if junit.exists() else ElementTree.Element("none")
     cases = []
     for case in root.iter("testcase"):
-        state, message = "passed", ""
+        found = {"name": case.get("name", "?"), "state": "passed", "message": ""}
         for child in case:
             if child.tag in ("failure", "error", "skipped"):
-                state = "skipped" if child.tag == "skipped" else "failed"
-                message = child.get("message") or ""
-        cases.append({"name": case.get("name", "?"), "state": state, "message": message})
+                found["state"] = "skipped" if child.tag == "skipped" else "failed"
+                found["message"] = child.get("message") or ""
+        found |= {entry.get("name", "?"): entry.get("value", "") for entry in case.iter("property")}
+        cases.append(found)
     return code, cases
 
 
-def _verdicts(code: int, cases: Sequence[dict[str, str]]) -> Result:
-    from time_limit import LEFT_OUT
+def _evaluate(turn: Turn, before: str, expression: str) -> Result:
+    """Returns the value of a Python expression in a process of its own."""
+    out = turn.folder / "value.json"
+    code = f"import json, pathlib; {before}; pathlib.Path({str(out)!r}).write_text(json.dumps({expression}))"
+    ended = run_command([sys.executable, "-c", code], turn.seconds)
+    found: Result = json.loads(out.read_text()) if out.exists() else {"problems": _ended(expression, ended)}
+    return found
 
+
+def _workers() -> list[str]:
+    """Returns pytest's options for several processes: what takes long is compiling, on one core each."""
+    return ["-n", str(_PROCESSES)] if importlib.util.find_spec("xdist") else []
+
+
+def _verdicts(part: str, code: int | None, cases: Sequence[Mapping[str, str]]) -> Result:
     problems = [
         f"{case['name']}: {next(iter(case['message'].splitlines()), '')}" for case in cases if case["state"] == "failed"
     ]
-    if not problems and code not in (0, 5):  # 5: nothing was collected
-        problems = [f"pytest ended with exit code {code}, see above"]
-    return {"problems": problems, "left_out": [case["name"] for case in cases if LEFT_OUT in case["message"]]}
+    left_out = [case["name"] for case in cases if LEFT_OUT in case["message"]]
+    nothing_to_do = code == 5 or left_out  # 5: pytest collected nothing
+    return {"problems": problems or ([] if nothing_to_do else _ended(part, code)), "left_out": left_out}
 
 
-PARTS: dict[str, Callable[[float, str], Result]] = {
-    "build": build,
-    "describe": describe,
-    "ceilings": measure_ceilings,
-    "tests": run_tests,
-    "nan": check_nan,
-    "flamingo": measure_flamingo,
-    "host": measure_host,
-    "ncu": measure_kernels,
-}
-
-
-def run_part(name: str, seconds: float, device: str) -> Result:
-    """A part's result; an error in it is a problem that it found."""
-    try:
-        return (PARTS[name] if name in PARTS else measure_op(name))(seconds, device)
-    except Exception as error:  # the other parts go on
-        traceback.print_exc()
-        return {"problems": [f"{name}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"]}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("part")
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda")
-    options = parser.parse_args()
-    result = run_part(options.part, options.seconds, options.device)
-    options.out.write_text(json.dumps(result))
-    sys.stderr.flush()
-    os._exit(0)  # what a broken GPU context says at exit is no news
-
-
-if __name__ == "__main__":
-    main()
+def _ended(part: str, code: int | None) -> list[str]:
+    if code is None:
+        return [f"{part}: took too long, and was ended"]
+    return [f"{part}: ended with exit code {code}, see above"] if code else []

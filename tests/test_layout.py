@@ -13,6 +13,7 @@ import mmkernels
 PACKAGE = Path(mmkernels.__file__).parent
 
 LAYERS = (
+    ("plan",),
     ("runtime",),
     ("masks", "options"),
     ("targets",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -14,7 +13,7 @@ from mmkernels.ops.attention.attention_received import triton as received
 from mmkernels.ops.attention.cross_attention.triton import backward, forward
 from mmkernels.runtime import triton as gpu
 from mmkernels.runtime import tuning
-from mmkernels.runtime.tuning import KERNELS, Config
+from mmkernels.runtime.tuning import Config
 
 DEVICE = "cpu" if gpu.INTERPRETED or not torch.cuda.is_available() else "cuda"
 SPECS = specs()
@@ -24,9 +23,10 @@ SPECS = specs()
 def tiled(queries: int, keys: int, listed: int = forward.LISTED) -> Iterator[None]:
     """All kernels with tiles of this size; masks of `listed` scores or more with lists of tiles."""
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        for op, kernel in itertools.product(SPECS, KERNELS):
-            if kernel != "decode":
-                stack.enter_context(tuning.use_config(op, kernel, Config(queries, keys, 4, 1)))
+        for op, plan in tuning.plans().items():
+            for kernel in plan.kernels:
+                if kernel != "decode":
+                    stack.enter_context(tuning.use_config(op, kernel, Config(queries, keys, 4, 1)))
         for module in (forward, backward, received):
             patch.setattr(module, "LISTED", listed)
         yield

@@ -1,72 +1,77 @@
-"""``python -m mmkernels.aot``: compile every GPU kernel with no GPU there, print and check what each takes.
+"""``python -m mmkernels.aot``: compile every GPU kernel with no GPU there, and check what each takes.
 
-Fails where a kernel does not compile, needs more shared memory than its target has, spills registers on Hopper at head
-dims 64 and 128 or where a contrastive op's time goes (CUDA C++ kernels: anywhere), or takes something else than the
-committed table says (``--update`` writes that).
+Fails where a kernel does not compile, needs more shared memory than its target has, or takes more than its op's plan
+allows. Prints what changed since the last run, which ``build/aot`` keeps.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
-import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, astuple, fields
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
-from mmkernels.aot import cuda
-from mmkernels.aot.resources import Resources
+from mmkernels.aot import cache, cuda
+from mmkernels.aot.resources import Row, Usage
+from mmkernels.plan import SHARED_BYTES, TARGETS
+from mmkernels.runtime import tuning
 
-ROOT = Path(__file__).resolve().parents[2]
-TABLE = Path(__file__).with_name("table.csv")
-SHARED_LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-_NO_SPILLS = ("D64", "D128")
-_NO_SPILLS_OF = ("info_nce_kernel", "info_nce_gradient_kernel", "sigmoid_kernel", "ranks_kernel")
-_NO_SPILLS_AT = ("D768 place", "D768 none")
+QUICK = ("sm_90", "gfx942")
+"""What is compiled without ``--all``: the target whose code is watched most closely, and the one that differs from it
+the most (another compiler back end, no copy engine) and has the least shared memory. The choice does not rotate: a
+failure comes again, and a second run compiles nothing."""
+
+_LAST = "last"  # the cached rows of the last run
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0 where everything is as it should be."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 where everything is as it should be."""
     parser = argparse.ArgumentParser(prog="python -m mmkernels.aot", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--update", action="store_true", help=f"write {TABLE.name} instead of comparing with it")
-    parser.add_argument(
-        "--frontend", action="store_true", help="only see whether Triton accepts its kernels, in seconds"
-    )
+    parser.add_argument("--all", action="store_true", help=f"all of {', '.join(TARGETS)}; default: {', '.join(QUICK)}")
+    parser.add_argument("--table", action="store_true", help="print what every kernel takes")
+    parser.add_argument("--frontend", action="store_true", help="only see whether Triton accepts its kernels")
     options = parser.parse_args(arguments)
+    targets = TARGETS if options.all else QUICK
     begin = time.perf_counter()
-    if options.frontend:
-        from mmkernels.aot.variants import translate_triton
+    from mmkernels.aot.build import compile_entries, translate_entries
+    from mmkernels.aot.launches import entries
 
-        count = translate_triton()
-        print(f"Triton {triton_version()} accepts {count} kernels, in {time.perf_counter() - begin:.0f} s")
+    wanted = list(entries(targets))
+    if options.frontend:
+        count = translate_entries(wanted)
+        print(f"Triton {triton_version()} accepts {len(wanted)} kernels ({count} not seen before){_since(begin)}")
         return 0
     compilers = versions()
     print(", ".join(f"{name} {version}" for name, version in compilers.items()))
-    found = compile_all(compilers)
-    print_table(found)
-    problems = check(found)
-    if options.update:
-        write_table(found, compilers)
-    else:
-        problems += differences(found, compilers)
+    rows, compiled = compile_entries(wanted)
+    if "nvcc" in compilers:
+        by_hand, more = cuda.compile_all([t for t in cuda.TARGETS if t.removesuffix("a") in targets])
+        rows, compiled = rows + by_hand, compiled + more
+    if options.table:
+        print_table(rows)
+    for line in changes(rows, compilers):
+        print(line)
+    problems = check(rows)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     outcome = f"{len(problems)} problems" if problems else "no problem"
-    print(f"{len(found)} kernels compiled in {time.perf_counter() - begin:.0f} s: {outcome}")
+    print(f"{len(rows)} kernels for {', '.join(targets)}, {compiled} of them compiled now{_since(begin)}: {outcome}")
     return 1 if problems else 0
 
 
+def _since(begin: float) -> str:
+    return f", in {time.perf_counter() - begin:.0f} s"
+
+
 def versions() -> dict[str, str]:
-    """The compilers; what they make depends on them. Without nvcc there is none for CUDA C++."""
+    """Returns the compilers' versions. Without nvcc there is none for CUDA C++."""
     found = {"triton": triton_version()}
     reason = cuda.why_not()
     if reason is None:
-        answer = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-        found["nvcc"] = answer.partition("release ")[2].partition(",")[0]
+        output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+        found["nvcc"] = output.partition("release ")[2].partition(",")[0]
     else:
         print(f"skipped: the CUDA C++ kernels are not compiled: {reason}")
     return found
@@ -78,116 +83,79 @@ def triton_version() -> str:
     return str(triton.__version__)
 
 
-# Compiling.
-
-
-def compile_all(compilers: dict[str, str]) -> list[Resources]:
-    """Every kernel's resources; what has been compiled from the same sources before is read again."""
-    kept = ROOT / "build" / "aot" / f"{_sources_hash(compilers)}.json"
-    if kept.exists():
-        return [Resources(**row) for row in json.loads(kept.read_text())]
-    from mmkernels.aot.variants import compile_triton
-
-    found = compile_triton()
-    if "nvcc" in compilers:
-        found += cuda.compile_all()
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps([asdict(row) for row in sorted(found)]))
-    return sorted(found)
-
-
-def _sources_hash(compilers: dict[str, str]) -> str:
-    state = hashlib.sha256(repr(compilers).encode())
-    for path in sorted([*ROOT.glob("mmkernels/**/*.py"), *ROOT.glob("csrc/**/*")]):
-        if path.is_file():
-            state.update(path.read_bytes())
-    return state.hexdigest()[:16]
-
-
-# What is wrong.
-
-
-def check(found: Iterable[Resources]) -> list[str]:
-    """Kernels that spill where they must not, or that could not be launched."""
+def check(rows: Sequence[Row]) -> list[str]:
+    """Returns the kernels that could not be launched, or that take more than a `Limit` of their op's plan allows."""
     problems = []
-    for row in found:
-        name = f"{row.kernel}, {row.variant}, {row.target}"
-        limit = SHARED_LIMITS.get(row.target.removesuffix("a"))
-        if limit is not None and row.shared_bytes > limit:
-            problems.append(f"{name} needs {row.shared_bytes} bytes of shared memory, there are {limit}")
-        by_hand = row.target.endswith("a") or "row tile" in row.variant
-        watched = any(dim in row.variant.split() for dim in _NO_SPILLS)
-        watched |= row.kernel in _NO_SPILLS_OF and any(kind in row.variant for kind in _NO_SPILLS_AT)
-        watched &= row.target == "sm_90"
-        if row.spilled_bytes and (by_hand or watched):
-            problems.append(f"{name} spills {row.spilled_bytes} bytes")
+    for row in rows:
+        usage = row.usage
+        shared = SHARED_BYTES.get(row.target.removesuffix("a"))
+        if shared is not None and usage.shared_bytes > shared:
+            problems.append(f"{row.name} needs {usage.shared_bytes} bytes of shared memory, there are {shared}")
+        plan = tuning.plan(row.op)
+        for limit in plan.limits if plan is not None else ():
+            if not limit.matches(row.kernel, row.variant, row.target):
+                continue
+            if limit.spilled_bytes is not None and usage.spilled_bytes > limit.spilled_bytes:
+                allowed = f", {limit.spilled_bytes} are allowed" if limit.spilled_bytes else ""
+                problems.append(f"{row.name} spills {usage.spilled_bytes} bytes{allowed}")
+            if limit.registers is not None and usage.registers > limit.registers:
+                problems.append(f"{row.name} takes {usage.registers} registers, {limit.registers} are allowed")
     return problems
 
 
-def differences(found: list[Resources], compilers: dict[str, str]) -> list[str]:
-    """What is not as in the committed table, which is only asked about the compilers that made it."""
-    if not TABLE.exists():
-        return [f"there is no {TABLE.name}: run python -m mmkernels.aot --update"]
-    made_by, rows = read_table()
-    if any(made_by.get(name) != version for name, version in compilers.items()):
-        print(f"not compared with {TABLE.name}, which other compilers made: {made_by}")
+def changes(rows: Sequence[Row], compilers: dict[str, str]) -> list[str]:
+    """Returns what differs from the last run, for people, and keeps these rows for the next.
+
+    Rows of targets that this run leaves out stay. Nothing is compared with what other compilers made.
+    """
+    last = cache.read(_LAST) or {"compilers": compilers, "rows": {}}
+    now = {"; ".join(key): list(row.usage) for key, row in _numbered(rows)}
+    same_compilers = last["compilers"] == compilers
+    before: dict[str, list[int]] = last["rows"] if same_compilers else {}
+    targets = {row.target for row in rows}
+    compared = {key: usage for key, usage in before.items() if key.split("; ")[3] in targets}
+    cache.write(_LAST, {"compilers": compilers, "rows": before | now} if same_compilers else
+                {"compilers": compilers, "rows": now})  # fmt: skip
+    if not same_compilers:
+        return [f"not compared with the last run, which used {last['compilers']}"]
+    if not compared:
         return []
-    expected = {row[:3]: row for row in map(astuple, rows) if "nvcc" in compilers or not _is_cuda(Resources(*row))}
-    now = {row[:3]: row for row in map(astuple, found)}
-    names = [field.name for field in fields(Resources)][3:]
-    problems = []
-    for key in sorted(expected.keys() | now.keys()):
-        before, after = expected.get(key), now.get(key)
-        if before != after:
-            values = [None if row is None else dict(zip(names, row[3:], strict=True)) for row in (before, after)]
-            problems.append(f"{', '.join(key)}: the table says {values[0]}, now {values[1]}")
-    if problems:
-        problems.append("if that is meant: python -m mmkernels.aot --update")
-    return problems
+    lines = [
+        f"changed: {key}: {_difference(compared[key], usage)}"
+        for key, usage in now.items()
+        if key in compared and compared[key] != usage
+    ]
+    new, gone = len(now.keys() - compared.keys()), len(compared.keys() - now.keys())
+    return lines + ([f"since the last run: {new} new, {gone} gone"] if new or gone else [])
 
 
-def _is_cuda(row: Resources) -> bool:
-    return row.kernel.startswith("decode_")
+def _numbered(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, ...], Row]]:
+    """Each row with a name that no other has: a variant may launch one kernel with several signatures."""
+    seen: Counter[tuple[str, ...]] = Counter()
+    for row in rows:
+        name = (row.op, row.kernel, row.variant, row.target)
+        seen[name] += 1
+        yield (*name, str(seen[name])), row
 
 
-# The table.
+def _difference(before: Sequence[int], now: Sequence[int]) -> str:
+    return ", ".join(
+        f"{name} {a} -> {b}" for name, a, b in zip(Usage._fields, before, now, strict=True) if a != b
+    )  # fmt: skip
 
 
-def write_table(found: list[Resources], compilers: dict[str, str]) -> None:
-    with TABLE.open("w", newline="") as file:
-        file.write("# " + json.dumps(compilers) + "\n")
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(Resources)])
-        writer.writerows(map(astuple, found))
-
-
-def read_table() -> tuple[dict[str, str], list[Resources]]:
-    with TABLE.open(newline="") as file:
-        made_by = json.loads(file.readline().removeprefix("# "))
-        rows = list(csv.reader(file))[1:]
-        return made_by, [Resources(a, b, c, *map(int, numbers)) for a, b, c, *numbers in rows]
-
-
-def print_table(found: list[Resources]) -> None:
-    """A row for each kernel and variant; registers, spilled bytes, KiB of shared memory and of code by target."""
-    for by_hand in (True, False):
-        rows = [row for row in found if _is_cuda(row) == by_hand]
-        if not rows:
-            continue
-        columns = sorted({row.target for row in rows}, key=lambda name: (len(name.rstrip("a")), name))
-        print(f"\n{'registers/spilled bytes/KiB shared/KiB code':70}" + "".join(f"{t:>18}" for t in columns))
-        by_name: dict[tuple[str, str], dict[str, Resources]] = {}
-        for row in rows:
-            by_name.setdefault((row.kernel, row.variant), {})[row.target] = row
-        for (kernel, variant), cells in by_name.items():
-            print(f"{kernel:34}{variant:36}" + "".join(f"{_cell(cells.get(t)):>18}" for t in columns))
+def print_table(rows: Sequence[Row]) -> None:
+    """Print a line for each kernel and variant, with its `Usage` by target."""
+    columns = sorted({row.target for row in rows}, key=lambda name: (len(name.rstrip("a")), name))
+    for op in dict.fromkeys(row.op for row in rows):
+        cells: dict[tuple[str, ...], dict[str, str]] = {}
+        for (_, kernel, variant, target, number), row in _numbered([row for row in rows if row.op == op]):
+            cells.setdefault((kernel, variant, number), {})[target] = str(row.usage)
+        title = f"{op}: registers/spilled bytes/KiB shared/KiB code"
+        print(f"\n{title:70}" + "".join(f"{target:>18}" for target in columns))
+        for (kernel, variant, _), by_target in cells.items():
+            print(f"{kernel:34}{variant:36}" + "".join(f"{by_target.get(target, '-'):>18}" for target in columns))
     print()
-
-
-def _cell(row: Resources | None) -> str:
-    if row is None:
-        return "-"
-    return f"{row.registers}/{row.spilled_bytes}/{row.shared_bytes / 1024:.0f}/{row.code_bytes / 1024:.0f}"
 
 
 if __name__ == "__main__":

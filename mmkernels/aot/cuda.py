@@ -7,22 +7,27 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache as once
 from pathlib import Path
+from typing import NamedTuple
 
-from mmkernels.aot.resources import Resources, code_sizes
+from mmkernels.aot import cache
+from mmkernels.aot.resources import Row, Usage, code_sizes
+from mmkernels.plan import CudaSource
+from mmkernels.runtime import tuning
 
 TARGETS = ("sm_80", "sm_90a", "sm_100a")  # as in CMakeLists.txt
 
-_CSRC = Path(__file__).resolve().parents[2] / "csrc" / "attention"
+_CSRC = cache.ROOT / "csrc"
 _DTYPES = {"Bf16": "bfloat16", "F16": "float16"}
 _FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 _PROCESSES = 2
 
 
 def why_not() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """Returns why nothing can be compiled here, or None."""
     if shutil.which("nvcc") is None:
         return "nvcc not found"
     if shutil.which(_host_compiler()) is None:
@@ -30,26 +35,66 @@ def why_not() -> str | None:
     return None if _CSRC.is_dir() else "the C++ sources are not there: this is no checkout"
 
 
-def compile_all() -> list[Resources]:
-    """Every CUDA kernel in every variant for every one of `TARGETS`, sorted; raises RuntimeError with nvcc's first
-    error."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(_PROCESSES) as pool:
-        shared = _shared_bytes(Path(folder))
-        found = pool.map(lambda target: _compile(target, Path(folder) / f"{target}.cubin", shared), TARGETS)
-        return sorted(resources for one in found for resources in one)
+def compile_all(targets: Sequence[str] = TARGETS) -> tuple[list[Row], int]:
+    """Returns a row for every CUDA kernel, variant and target, sorted, and how many had to be compiled: the results are
+    kept until one of the sources, nvcc or torch changes.
+
+    Raises:
+        RuntimeError: nvcc's first error.
+    """
+    sources = [(op, plan.cuda) for op, plan in tuning.plans().items() if plan.cuda is not None]
+    jobs = [(op, source, target) for op, source in sources for target in targets]
+    with ThreadPoolExecutor(_PROCESSES) as pool:
+        parts = list(pool.map(lambda job: _compile_once(*job), jobs))
+    rows = sorted(row for part, _ in parts for row in part)
+    return rows, sum(len(part) for part, compiled in parts if compiled)
 
 
-def _compile(target: str, cubin: Path, shared: dict[int, int]) -> list[Resources]:
+def _compile_once(op: str, source: CudaSource, target: str) -> tuple[list[Row], bool]:
+    import torch
+
+    texts = [path.read_text() for path in _included(_CSRC / source.path, _CSRC / source.shared_bytes[0])]
+    key = cache.key_of(texts, source, target, _FLAGS, _nvcc_version(), torch.__version__)
+    kept = cache.read(key)
+    if kept is not None:
+        return [Row(op, kernel, variant, target, Usage(*usage)) for kernel, variant, usage in kept], False
+    rows = compile_source(op, source, target)
+    cache.write(key, [(row.kernel, row.variant, row.usage) for row in rows])
+    return rows, True
+
+
+def _included(*paths: Path) -> list[Path]:
+    """Returns the files and all of ours that they include."""
+    found: dict[Path, None] = {}
+    waiting = list(paths)
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in found:
+            continue
+        found[path] = None
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+            waiting += [folder / name for folder in (path.parent, _CSRC) if (folder / name).is_file()]
+    return list(found)
+
+
+def compile_source(op: str, source: CudaSource, target: str) -> list[Row]:
+    """Returns a row for every kernel of a source file."""
     from torch.utils.cpp_extension import include_paths
 
     includes = [f"-I{path}" for path in include_paths()]
     gencode = f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
-    log = _run("nvcc", *_FLAGS, *includes, gencode, "-Xptxas=-v", "-cubin", "-o", cubin, _CSRC / "cuda.cu")
-    code = dict(code_sizes(cubin.read_bytes()))
-    return [
-        Resources(*_readable(name), target, registers, spilled, static + _dynamic(name, shared), code[f".text.{name}"])
-        for name, registers, spilled, static in _parse(log)
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / f"{target}.cubin"
+        log = _run("nvcc", *_FLAGS, *includes, gencode, "-Xptxas=-v", "-cubin", "-o", cubin, _CSRC / source.path)
+        code = dict(code_sizes(cubin.read_bytes()))
+        kernels = list(_parse(log))
+        shared = _shared_bytes(source, [kernel.first for kernel in kernels], Path(folder))
+    rows = []
+    for kernel in kernels:
+        shared_bytes = kernel.static + shared.get(kernel.first, 0)
+        usage = Usage(kernel.registers, kernel.spilled, shared_bytes, code[f".text.{kernel.mangled}"])
+        rows.append(Row(op, *readable(kernel.mangled, source), target, usage))
+    return rows
 
 
 def _run(*command: str | Path) -> str:
@@ -64,8 +109,27 @@ def _run(*command: str | Path) -> str:
     return output
 
 
-def _parse(log: str) -> Iterator[tuple[str, int, int, int]]:
-    """(mangled name, registers, bytes spilled, bytes of static shared memory) of each kernel in ``ptxas -v``."""
+@once
+def _nvcc_version() -> str:
+    return _run("nvcc", "--version")
+
+
+class _Kernel(NamedTuple):
+    """What ``ptxas -v`` says of a kernel; static: bytes of shared memory."""
+
+    mangled: str
+    registers: int
+    spilled: int
+    static: int
+
+    @property
+    def first(self) -> int | None:
+        """The first integer template argument."""
+        arguments = _integers(self.mangled)
+        return arguments[0] if arguments else None
+
+
+def _parse(log: str) -> Iterator[_Kernel]:
     for part in log.split("Compiling entry function '")[1:]:
         spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         used = re.search(r"Used (\d+) registers", part)
@@ -73,46 +137,39 @@ def _parse(log: str) -> Iterator[tuple[str, int, int, int]]:
             raise RuntimeError(f"ptxas says what is not understood: {part[:200]}")
         static = re.search(r"(\d+) bytes smem", part)
         spills = int(spilled[1]) + int(spilled[2])
-        yield part.partition("'")[0], int(used[1]), spills, int(static[1]) if static else 0
+        yield _Kernel(part.partition("'")[0], int(used[1]), spills, int(static[1]) if static else 0)
 
 
-def _readable(mangled: str) -> tuple[str, str]:
-    """Kernel and variant: ``_ZN9mmkernels13decode_kernelINS_4Bf16ELi128ELi1EEEv...`` is decode_kernel of bfloat16, D
-    128, one tile of 16 rows."""
-    found = re.fullmatch(r"_ZN9mmkernels(\d+)(.+)", mangled)
-    if found is None:
+def _integers(mangled: str) -> list[int]:
+    return [int(n) for n in re.findall(r"Li(\d+)E", mangled)]
+
+
+def readable(mangled: str, source: CudaSource) -> tuple[str, str]:
+    """Returns kernel and variant: ``_ZN9mmkernels13decode_kernelINS_4Bf16ELi128ELi1EEEv...`` is decode_kernel of
+    bfloat16, D 128, one tile of 16 rows."""
+    match = re.fullmatch(r"_ZN9mmkernels(\d+)(.+)", mangled)
+    if match is None:
         raise RuntimeError(f"{mangled} is no kernel of this project")
-    length = int(found[1])
-    kernel, arguments = found[2][:length], found[2][length:]
+    length = int(match[1])
+    kernel, arguments = match[2][:length], match[2][length:]
     variant = [_DTYPES[name] for name in re.findall(r"INS_\d+(Bf16|F16)E", arguments)]
-    variant += [form.format(n) for form, n in zip(("D{}", "{} row tiles"), re.findall(r"Li(\d+)E", arguments))]
+    variant += [form.format(n) for form, n in zip(source.arguments, _integers(arguments))]
     return kernel, " ".join(variant).replace(" 1 row tiles", " 1 row tile")
-
-
-def _dynamic(mangled: str, shared: dict[int, int]) -> int:
-    dims = re.findall(r"Li(\d+)E", mangled)
-    return shared[int(dims[0])] if dims else 0
 
 
 def _host_compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
-def _shared_bytes(folder: Path) -> dict[int, int]:
-    """The shared memory that a launch asks for, by head dim: what decode_plan.h says."""
-    source, program = folder / "shared.cpp", folder / "shared"
-    source.write_text(
-        f"""#include "{_CSRC / "decode_plan.h"}"
-#include <cstdio>
-int main() {{
-  for (int dim = 1; dim <= 256; ++dim) {{
-    if (mmkernels::decode_takes_dim(dim)) {{
-      std::printf("%d %d\\n", dim, mmkernels::decode_shared_bytes(dim));
-    }}
-  }}
-}}
-"""
-    )
-    _run(_host_compiler(), "-std=c++17", "-o", program, source)
-    lines = (line.split() for line in _run(program).splitlines())
-    return {int(dim): int(size) for dim, size in lines}
+def _shared_bytes(source: CudaSource, arguments: Sequence[int | None], folder: Path) -> dict[int | None, int]:
+    """Returns the dynamic shared memory of a launch by the kernel's first template argument, as the header says."""
+    known = sorted({n for n in arguments if n is not None})
+    if not known:
+        return {}
+    header, function = source.shared_bytes
+    text, program = folder / "shared.cpp", folder / "shared"
+    lines = "\n".join(f'  std::printf("%d %d\\n", {n}, static_cast<int>({function}({n})));' for n in known)
+    text.write_text(f'#include "{_CSRC / header}"\n#include <cstdio>\nint main() {{\n{lines}\n}}\n')
+    _run(_host_compiler(), "-std=c++17", "-o", program, text)
+    output = (line.split() for line in _run(program).splitlines())
+    return {int(n): int(size) for n, size in output}

@@ -1,11 +1,13 @@
-"""Compiles Triton kernels for a target, with no GPU there: what their launchers would launch, recorded."""
+"""Compiles Triton kernels for a target with no GPU, and reads what they take."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import subprocess
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from mmkernels.aot.resources import Resources, code_sizes
+from mmkernels.aot import cache
+from mmkernels.aot.resources import Usage, code_sizes
 from mmkernels.runtime.triton import Launch, launch_options
 
-TARGETS = {
+GPUS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -33,50 +36,59 @@ _NAMES = {
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 _ALIGNED = [["tt.divisibility", 16]]
+_Path = tuple[int, ...]  # of an argument: its place, and places in nested tuples
 
 
-Specialisation = tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]
+@dataclass(frozen=True)
+class Job:
+    """What must be compiled for a launch, without the launch's tensors, so that another process can do it.
 
-
-def specialisation(launch: Launch) -> Specialisation:
-    """Types by argument, constants and attributes by place, as Triton's launcher derives them: alignment, ones, None.
-
-    Launches that agree in these and in their configuration run the same code.
+    Args:
+        key: of everything that the machine code depends on: the sources of the kernel, of the functions and constants
+            that it reaches, types, constants, target, Triton's version. Jobs with one key run the same code.
+        module, kernel: where the ``@triton.jit`` function is.
+        signature, constants, attributes: as `ASTSource` takes them.
+        options: of the compiler.
     """
+
+    key: str
+    target: str = field(compare=False)
+    module: str = field(compare=False)
+    kernel: str = field(compare=False)
+    signature: dict[str, Any] = field(compare=False)
+    constants: dict[_Path, Any] = field(compare=False)
+    attributes: dict[_Path, Any] = field(compare=False)
+    options: dict[str, Any] = field(compare=False)
+
+    @property
+    def source(self) -> ASTSource:
+        function = getattr(importlib.import_module(self.module), self.kernel)
+        return ASTSource(function, self.signature, self.constants, self.attributes)
+
+
+def describe(launch: Launch, target: str) -> Job:
+    """Returns the job of a launch, specialised as Triton's own launcher does it: by alignment, ones and None."""
     names = launch.kernel.arg_names
     signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
+    constants: dict[_Path, Any] = {}
+    attributes: dict[_Path, Any] = {}
     for place, (name, value) in enumerate(zip(names, launch.args, strict=False)):
         signature[name] = _type_of(value, (place,), constants, attributes)
     for name, value in launch.constants.items():
         signature[name] = "constexpr"
         constants[(names.index(name),)] = value
-    return signature, constants, attributes
+    options = launch_options(launch.config)
+    function = launch.kernel.fn
+    key = cache.key_of(
+        triton.__version__, target, launch.kernel.cache_key, signature, constants, attributes, sorted(options.items())
+    )
+    return Job(key, target, function.__module__, function.__name__, signature, constants, attributes, options)
 
 
-def compile_launch(launch: Launch, target: str) -> Any:
-    """Triton's compiled kernel."""
-    source = ASTSource(launch.kernel, *specialisation(launch))
-    return triton.compile(source, target=TARGETS[target], options=launch_options(launch.config))
-
-
-def check_frontend(launch: Launch, target: str) -> None:
-    """Translate a launch as far as Triton's own language goes: what differs between its versions shows here."""
-    backend = make_backend(TARGETS[target])
-    options = backend.parse_options(launch_options(launch.config))
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    source = ASTSource(launch.kernel, *specialisation(launch))
-    arguments = (options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
-    takes_target = "target" in inspect.signature(source.make_ir).parameters
-    source.make_ir(*((TARGETS[target], *arguments) if takes_target else arguments))
-
-
-def _type_of(value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: Any) -> Any:
+def _type_of(value: Any, path: _Path, constants: dict[_Path, Any], attributes: dict[_Path, Any]) -> Any:
     if isinstance(value, tuple):
-        return tuple(_type_of(x, (*path, n), constants, attributes) for n, x in enumerate(value))
+        types = [_type_of(x, (*path, n), constants, attributes) for n, x in enumerate(value)]
+        return value._make(types) if hasattr(value, "_make") else tuple(types)
     if value is None or (type(value) is int and value == 1):
         constants[path] = value
         return "constexpr"
@@ -92,29 +104,34 @@ def _type_of(value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...],
     return f"tensordesc<{_NAMES[value.base.dtype]}{list(value.block_shape)}>"
 
 
-def resources(launch: Launch, variant: str, target: str) -> Resources:
-    """Compile and read what the kernel takes."""
-    compiled = compile_launch(launch, target)
-    if target.startswith("sm"):
+def measure(job: Job) -> Usage:
+    """Compile, and return what the kernel takes."""
+    compiled = triton.compile(job.source, target=GPUS[job.target], options=job.options)
+    if job.target.startswith("sm"):
         binary = compiled.asm["cubin"]
         registers, spilled = _usage(binary)
     else:
         binary, text = compiled.asm["hsaco"], compiled.asm["amdgcn"]
         registers = _number(r"\.vgpr_count:\s+(\d+)", text)
         spilled = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text)
-    return Resources(
-        launch.kernel.__name__,
-        variant,
-        target,
-        registers,
-        spilled,
-        compiled.metadata.shared,
-        sum(size for _, size in code_sizes(binary)),
-    )
+    return Usage(registers, spilled, compiled.metadata.shared, sum(size for _, size in code_sizes(binary)))
+
+
+def translate(job: Job) -> None:
+    """Translate a kernel as far as Triton's own language goes, where the versions of Triton differ."""
+    backend = make_backend(GPUS[job.target])
+    options = backend.parse_options(job.options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source = job.source
+    arguments = (options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    takes_target = "target" in inspect.signature(source.make_ir).parameters
+    source.make_ir(*((GPUS[job.target], *arguments) if takes_target else arguments))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of stack and local memory, which spilled registers go to."""
+    """Returns a thread's registers, and its bytes of stack and local memory, which registers are spilled to."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -124,7 +141,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"the compiler says nothing that matches {pattern!r}")
-    return int(found[1])
+    return int(match[1])

@@ -1,7 +1,7 @@
-"""The door to the Triton kernels: why they can't run a call, and how one of them is launched.
+"""Launches the Triton kernels, and says why they can't run a call.
 
-Triton is imported by the first call that needs it: it is no requirement, and takes a while. On a CPU its kernels run
-only under its interpreter (``TRITON_INTERPRET=1``, set before Triton is imported), which is for tests.
+Triton is imported by the first call that needs it: it is optional, and slow to import. On a CPU its kernels run only
+under its interpreter (``TRITON_INTERPRET=1``, set before Triton is imported), which is for tests.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.plan import Config
+from mmkernels.runtime import tuning
 from mmkernels.runtime.arguments import leading
-from mmkernels.runtime.tuning import Config
 
-_MOST_CHANNELS = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def op(module: str, name: str) -> Callable[..., Any]:
-    """The launcher `name` of a module that is imported when it is first called; for a table of backends."""
+    """Returns the launcher `name` of a module that is imported by its first call; for a table of backends."""
 
     @cache
-    def found() -> Callable[..., Any]:
+    def load() -> Callable[..., Any]:
         launcher: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return launcher
 
-    return lambda args: found()(args)
+    return lambda args: load()(args)
 
 
 @cache
@@ -55,27 +55,39 @@ def _device_why_not(device: torch.device) -> str | None:
 
 
 def why_not(args: Any = None) -> str | None:
-    """Returns why a call with this record can't run on the Triton kernels, or None; without one, why no call can."""
-    reason = _machine_why_not()
+    """Returns why a call with this record can't run on the Triton kernels, or None; without one, why no call can.
+
+    While launches are recorded, tensors may be on any device.
+    """
+    reason = None if _recorded is not None else _machine_why_not()
     if reason is not None or args is None:
         return reason
     x = leading(args)
-    if x.device.type != ("cpu" if INTERPRETED else "cuda"):
+    if _recorded is None and x.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"the tensors are on {x.device}"
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is not computed: sums are kept in float32"
     if INTERPRETED and x.dtype == torch.bfloat16:
         return "the interpreter multiplies no bfloat16"
-    heads = (getattr(args, name, None) for name in ("query", "value"))
-    widest = max((t.shape[3] for t in heads if t is not None and t.dim() == 4), default=0)
-    if widest > _MOST_CHANNELS:
-        return f"head dims above {_MOST_CHANNELS} do not fit into a multiprocessor, got {widest}"
     return _device_why_not(x.device)
+
+
+def why_not_of(op: str) -> Callable[..., str | None]:
+    """Returns the `why_not` of one op: the reasons above, then those of the op's plan."""
+
+    def reason(args: Any = None) -> str | None:
+        found = why_not(args)
+        if found is not None or args is None:
+            return found
+        plan = tuning.plan(op)
+        return None if plan is None else plan.why_not(args)
+
+    return reason
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch as it was recorded instead of made.
+    """A launch that was recorded instead of made.
 
     Args:
         kernel: the ``@triton.jit`` function.
@@ -90,14 +102,17 @@ class Launch:
     config: Config
 
 
-_interpreter = threading.Lock()  # which rewrites Triton's own functions while a kernel runs
+_interpreter = threading.Lock()  # the interpreter rewrites Triton's own functions while a kernel runs
 _recorded: list[Launch] | None = None
 _launches = 0
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Note what would be launched, and launch nothing: for compiling ahead of time and for tests of the launchers."""
+    """Record launches instead of making them: for compiling ahead of time and for tests of the launchers.
+
+    No machine and no device is refused meanwhile, so that ``backend="triton"`` can be asked for on CPU tensors.
+    """
     global _recorded
     _recorded = []
     try:
@@ -107,7 +122,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launches() -> int:
-    """How many launches were made since the process began."""
+    """Returns how many launches were made since the process began."""
     return _launches
 
 
@@ -133,11 +148,11 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **con
 
 
 def launch_options(config: Config) -> dict[str, Any]:
-    """Options of Triton's compiler."""
+    """Returns the options of Triton's compiler."""
     return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; 4 where the interpreter stands for a GPU."""
+    """Returns how many programs run side by side at least; 4 where there is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmkernels import runtime
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_received import chunked
 from mmkernels.ops.attention.attention_received.spec import Arguments, Results, reference
 from mmkernels.ops.attention.inputs import prepare
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import check_tensor
 from mmkernels.runtime.dispatch import Backend, define, resolve
 
@@ -94,8 +94,8 @@ OP = define(
     Results,
     fake=_fake,
     backends=[
-        Backend("triton", runtime.triton.op(f"{__name__}.triton", "forward"), runtime.triton.why_not),
-        Backend("cpu", runtime.cpu.Kernel("attention_received_cpu"), runtime.cpu.why_not),
+        triton_kernel(f"{__name__}.triton", "forward"),
+        cpu_kernel("attention_received_cpu"),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],

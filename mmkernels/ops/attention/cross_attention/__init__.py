@@ -7,12 +7,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mmkernels import runtime
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.cross_attention import chunked
 from mmkernels.ops.attention.cross_attention.spec import Arguments, Results, reference, reference_backward
 from mmkernels.ops.attention.inputs import prepare
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.runtime import cuda
+from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import check_tensor
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
@@ -166,9 +167,9 @@ OP = define(
     Results,
     fake=_fake,
     backends=[
-        Backend("cuda", runtime.cuda.decode, runtime.cuda.why_not),
-        Backend("triton", runtime.triton.op(f"{__name__}.triton.forward", "forward"), runtime.triton.why_not),
-        Backend("cpu", runtime.cpu.Kernel("cross_attention_cpu"), runtime.cpu.why_not),
+        Backend("cuda", cuda.decode, cuda.why_not),
+        triton_kernel(f"{__name__}.triton.forward", "forward"),
+        cpu_kernel("cross_attention_cpu"),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],
@@ -177,8 +178,8 @@ OP = define(
         zeros_for=("out",),
         formula=_formula,
         backends=[
-            Backend("triton", runtime.triton.op(f"{__name__}.triton.backward", "backward"), runtime.triton.why_not),
-            Backend("cpu", runtime.cpu.Kernel("cross_attention_backward_cpu"), runtime.cpu.why_not),
+            triton_kernel(f"{__name__}.triton.backward", "backward"),
+            cpu_kernel("cross_attention_backward_cpu"),
             Backend("chunked", chunked.backward),
             Backend("reference", reference_backward),
         ],

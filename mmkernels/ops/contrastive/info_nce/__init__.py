@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels import runtime
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.info_nce import chunked
 from mmkernels.ops.contrastive.info_nce.reduction import (
@@ -21,6 +20,7 @@ from mmkernels.ops.contrastive.info_nce.reduction import (
 )
 from mmkernels.ops.contrastive.info_nce.spec import reference, reference_backward
 from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_more_features, check_scalar
+from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
@@ -227,8 +227,8 @@ OP = define(
     fake=_fake,
     around=with_reduction,
     backends=[
-        Backend("triton", runtime.triton.op(f"{__name__}.triton.forward", "forward"), runtime.triton.why_not),
-        Backend("cpu", runtime.cpu.Kernel("info_nce_cpu", results=6), runtime.cpu.why_not),
+        triton_kernel(f"{__name__}.triton.forward", "forward"),
+        cpu_kernel("info_nce_cpu", results=6),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],
@@ -237,8 +237,8 @@ OP = define(
         formula=_formula,
         around=with_upstream,
         backends=[
-            Backend("triton", runtime.triton.op(f"{__name__}.triton.backward", "backward"), runtime.triton.why_not),
-            Backend("cpu", runtime.cpu.Kernel("info_nce_backward_cpu"), runtime.cpu.why_not),
+            triton_kernel(f"{__name__}.triton.backward", "backward"),
+            cpu_kernel("info_nce_backward_cpu"),
             Backend("chunked", chunked.backward),
             Backend("reference", reference_backward),
         ],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels import runtime
 from mmkernels.ops.contrastive.inputs import check_more_features
 from mmkernels.ops.contrastive.retrieval_ranks import chunked
 from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, Results, reference
+from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import DTYPES, autocast, check_range, check_tensor
 from mmkernels.runtime.dispatch import Backend, define, resolve
 
@@ -79,8 +79,8 @@ OP = define(
     Results,
     fake=_fake,
     backends=[
-        Backend("triton", runtime.triton.op(f"{__name__}.triton", "forward"), runtime.triton.why_not),
-        Backend("cpu", runtime.cpu.Kernel("retrieval_ranks_cpu"), runtime.cpu.why_not),
+        triton_kernel(f"{__name__}.triton", "forward"),
+        cpu_kernel("retrieval_ranks_cpu"),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],

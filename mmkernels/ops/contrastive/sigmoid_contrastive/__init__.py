@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import runtime
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_scalar
 from mmkernels.ops.contrastive.sigmoid_contrastive import chunked
 from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, Results, formula, kept_dtype, reference
+from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import autocast, requires_grad
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
@@ -123,8 +123,8 @@ OP = define(
     Results,
     fake=_fake,
     backends=[
-        Backend("triton", runtime.triton.op(f"{__name__}.triton", "forward"), runtime.triton.why_not),
-        Backend("cpu", runtime.cpu.Kernel("sigmoid_contrastive_cpu"), runtime.cpu.why_not),
+        triton_kernel(f"{__name__}.triton", "forward"),
+        cpu_kernel("sigmoid_contrastive_cpu"),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
     ],
