@@ -12,8 +12,7 @@ import contrastive_parts
 import contrastive_peers
 import pytest
 import torch
-from harness import backends
-from test_contrastive_definition import SPECS
+from harness import SPECS, backends
 from torch import Tensor
 
 from mmkernels.bench import benchmark, gate
