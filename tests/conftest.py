@@ -1,17 +1,63 @@
 """Settings that all tests share."""
 
-import sys
-from collections.abc import Iterator
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
+
+# Read when torch is loaded: OpenMP's threads sleep where they wait. Else two processes' threads, on two cores, take the
+# cores from each other in each parallel region, which then lasts ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
 import pytest
 import torch
+from harness import settings
+from op_runs import OpRuns
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # whose scripts are tested too
+from mmkernels.runtime import triton as gpu
 
-hypothesis.settings.register_profile("mmkernels", deadline=None, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("mmkernels")
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mmkernels")
+    group.addoption("--seed", type=int, help="draw all inputs with this number, and ten times as many by Hypothesis")
+    group.addoption("--times", type=Path, help="write seconds of each file and seconds and runs of each op, as JSON")
+
+
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis reads its option
+def pytest_configure(config: pytest.Config) -> None:
+    seed = config.getoption("--seed")
+    if seed is not None:
+        settings.seed, settings.thorough = seed, True
+        if config.getoption("--hypothesis-seed") is None:
+            config.option.hypothesis_seed = seed
+    hypothesis.settings.register_profile(
+        "mmkernels",
+        deadline=None,
+        derandomize=not settings.thorough,
+        database=None,
+        print_blob=True,
+        max_examples=1000 if settings.thorough else 100,
+    )
+    hypothesis.settings.load_profile("mmkernels")
+    judged = "not slow" in config.getoption("markexpr")
+    config.pluginmanager.register(
+        OpRuns(config.getoption("--times"), interpreted=gpu.INTERPRETED, judged=judged), "op_runs"
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return f"--seed {settings.seed}" if settings.thorough else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    if report.failed and settings.thorough:
+        report.sections.append(("seed", f"--seed {settings.seed} draws the same"))
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,7 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(settings.seed)
 
 
 @pytest.fixture(autouse=True)

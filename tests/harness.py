@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import importlib
 import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from op_runs import one_run
 from torch import Tensor
 
+from mmkernels.ops import MODULES, specs
 from mmkernels.runtime import triton as gpu
 from mmkernels.runtime.dispatch import TABLES
 from mmkernels.spec import Case, Inputs, OpSpec, cast, flatten
 
+SPECS = specs()
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Settings:
+    """What ``--seed`` sets, before any test module is imported.
+
+    Args:
+        seed: of all random inputs; 0: the same as ever.
+        thorough: ten times as many examples of Hypothesis, not the same as ever either.
+    """
+
+    seed: int = 0
+    thorough: bool = False
+
+
+settings = Settings()
+
+
+def examples(count: int, interpreted: int | None = None) -> hypothesis.settings:
+    """So many examples of Hypothesis; others under Triton's interpreter, where one may take a second."""
+    count = interpreted if interpreted is not None and gpu.INTERPRETED else count
+    return hypothesis.settings(max_examples=count * (10 if settings.thorough else 1))
 
 
 @dataclass(frozen=True)
@@ -22,26 +52,60 @@ class Result:
     outputs: tuple[Tensor, ...]
     grads: dict[str, Tensor]
 
+    @cached_property
+    def bytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.outputs, *self.grads.values())
+
+
+# Backends.
+
 
 def backends(spec: OpSpec, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
     """The op's backends that this machine can run, and that compute any case in `dtype` on `device`."""
-    probe = torch.empty(0, dtype=dtype, device=device)
+    layout = importlib.import_module(MODULES[spec.name]).OP.layout
+    probe = torch.empty(0, 0, 0, 0, dtype=dtype, device=device)
+    args = layout.record._make([probe if field.is_tensor else None for field in layout.fields])
     able = (entry for entry in TABLES[spec.name] if entry.why_not() is None and entry.name != "cuda")
-    found = [entry.name for entry in able if entry.name in ("chunked", "reference") or entry.why_not((probe,)) is None]
+    usable = [entry.name for entry in able if entry.name in ("chunked", "reference") or entry.why_not(args) is None]
     # Under Triton's interpreter its kernels alone: the others are tested without.
-    return [name for name in found if name == "triton"] if gpu.INTERPRETED else found
+    return [name for name in usable if name == "triton"] if gpu.INTERPRETED else usable
 
 
-def needed(found: list[str]) -> list[str]:
-    """`found`, or the test is skipped, and counted: a loop over nothing would pass."""
-    if not found:
+def needed(names: list[str]) -> list[str]:
+    """`names`, or the test is skipped, and counted: a loop over nothing would pass."""
+    if not names:
         pytest.skip("no backend that is tested here computes this")
-    return found
+    return names
+
+
+def each_backend(op: str) -> Callable[..., Any]:
+    """A decorator: the test runs on each of the op's backends, under Triton's interpreter too."""
+
+    def mark(test: Callable[..., None]) -> Callable[..., None]:
+        return pytest.mark.interpreted(pytest.mark.parametrize("backend", backends(SPECS[op]))(test))
+
+    return mark
+
+
+def dtype_of(op: str, backend: str) -> torch.dtype:
+    """The widest dtype that a backend computes in."""
+    return torch.float64 if backend in backends(SPECS[op], torch.float64) else torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Inputs and results.
 
 
 def draw(case: Case) -> Inputs:
     """The case's inputs in float64, the same each time."""
-    return case.make(torch.Generator().manual_seed(zlib.crc32(case.id.encode())))
+    return case.make(torch.Generator().manual_seed(zlib.crc32(case.id.encode()) + settings.seed))
 
 
 def cotangent(x: Tensor) -> Tensor:
@@ -55,7 +119,8 @@ def run(spec: OpSpec, case: Case, inputs: Inputs, backend: str, **more: Any) -> 
     inputs = {name: x.detach().requires_grad_() if name in case.grads else x for name, x in inputs.items()}
     if case.seeded:
         torch.manual_seed(7)
-    outputs = flatten(spec.function(**inputs, backend=backend, **more))
+    with one_run(spec.name):
+        outputs = flatten(spec.function(**inputs, backend=backend, **more))
     leaves = [inputs[name] for name in case.grads]
     return Result(tuple(x.detach() for x in outputs), dict(zip(case.grads, gradients(outputs, leaves), strict=True)))
 
@@ -70,27 +135,83 @@ def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> tuple[Tensor
     return torch.autograd.grad(outputs, leaves, weights)
 
 
-def check(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> int:
+# What is right.
+
+_KEPT_BYTES = 64 << 20
+_kept: OrderedDict[Any, tuple[Result, Result]] = OrderedDict()
+
+
+def expected(spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Result, Result]:
+    """The reference's result in `dtype` and in float64, on the inputs as `dtype` rounds them.
+
+    Both are computed once for all backends, instruction sets and tile sizes; the last 64 MiB of them are kept.
+    """
+    key = (spec.name, case, dtype, device)
+    if key in _kept:
+        _kept.move_to_end(key)
+        return _kept[key]
+    inputs = cast(draw(case), dtype, device, spec.always_wide)
+    baseline = run(spec, case, inputs, "reference")
+    truth = baseline if dtype == torch.float64 else run(spec, case, cast(inputs, torch.float64), "reference")
+    _kept[key] = baseline, truth
+    while sum(map(_bytes, _kept.values())) > _KEPT_BYTES:
+        _kept.popitem(last=False)
+    return baseline, truth
+
+
+def _bytes(results: tuple[Result, Result]) -> int:
+    return sum(result.bytes for result in results)
+
+
+def check(
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+    *,
+    threads: int = 1,
+    units: Mapping[str, float] | None = None,
+) -> int:
     """Assert the op's error budget for one case; returns how many tensors were compared.
 
-    Truth is the reference in float64 on the inputs as `dtype` rounds them; see `OpSpec.over_budget`.
+    Args:
+        threads: for the backend; what is right is computed by one.
+        units: what the gradients named are measured in, as in `compare`.
     """
+    baseline, truth = expected(spec, case, dtype, device)
     inputs = cast(draw(case), dtype, device, spec.always_wide)
-    truth = run(spec, case, cast(inputs, torch.float64), "reference")
-    baseline = run(spec, case, inputs, "reference")
-    poison()
-    ours = run(spec, case, inputs, backend)
-    names = [f"output {n}" for n in range(len(ours.outputs))] + [f"gradient of {name}" for name in case.grads]
-    triples = zip(
-        (*ours.outputs, *ours.grads.values()),
-        (*baseline.outputs, *baseline.grads.values()),
-        (*truth.outputs, *truth.grads.values()),
-        strict=True,
-    )
-    for name, (mine, naive, true) in zip(names, triples, strict=True):
-        problem = spec.over_budget(mine.cpu(), naive.cpu(), true.cpu())
-        assert problem is None, f"{spec.name} / {case.id} / {backend} / {dtype} / {name}: {problem}"
-    return len(names)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        poison()
+        ours = run(spec, case, inputs, backend)
+    finally:
+        torch.set_num_threads(before)
+    compare(spec, case, ours, baseline, truth, f"{backend} / {dtype}", units)
+    return len(ours.tensors)
+
+
+def compare(
+    spec: OpSpec,
+    case: Case,
+    ours: Result,
+    baseline: Result,
+    truth: Result,
+    what: str,
+    units: Mapping[str, float] | None = None,
+) -> None:
+    """Assert the op's error budget for each output and gradient.
+
+    Args:
+        what: for the message, beside op and case.
+        units: gradients by name that may be small differences of large terms -> the size of the terms.
+    """
+    names = [*(f"output {n}" for n in range(len(ours.outputs))), *case.grads]
+    for name, *triple in zip(names, ours.tensors, baseline.tensors, truth.tensors, strict=True):
+        unit = (units or {}).get(name, 1.0)
+        problem = spec.over_budget(*(x.cpu() / unit if unit != 1.0 else x.cpu() for x in triple))
+        assert problem is None, f"{spec.name} / {case.id} / {what} / {name}: {problem}"
 
 
 def poison() -> None:

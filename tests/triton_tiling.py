@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from harness import SPECS
 
-from mmkernels.ops import specs
 from mmkernels.ops.attention.attention_received import triton as received
 from mmkernels.ops.attention.cross_attention.triton import backward, forward
 from mmkernels.runtime import triton as gpu
@@ -16,7 +16,6 @@ from mmkernels.runtime import tuning
 from mmkernels.runtime.tuning import Config
 
 DEVICE = "cpu" if gpu.INTERPRETED or not torch.cuda.is_available() else "cuda"
-SPECS = specs()
 
 
 @contextmanager

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from ops.attention.tools import EXACT, dtype_of, each_backend
 
 from mmkernels import SpanMask, attention_received, attention_weights, cross_attention, merge_attention
 from mmkernels.meters import peak_memory
-from mmkernels.runtime import cpu
 from mmkernels.runtime import triton as gpu
 
-EXACT = ("chunked", "reference")  # those that compute in float64
-each_backend = pytest.mark.parametrize("backend", EXACT)
-BACKENDS = ("triton",) if gpu.INTERPRETED else EXACT if cpu.why_not() else ("cpu", *EXACT)
+each_exact_backend = pytest.mark.parametrize("backend", EXACT)
 
 
-def each_scores_backend(test: Callable[..., None]) -> Callable[..., None]:
-    return pytest.mark.interpreted(pytest.mark.parametrize("backend", BACKENDS)(test))
-
-
-@each_backend
+@each_exact_backend
 def test_merging_parts_gives_the_whole_and_its_gradients(backend: str) -> None:
     q, k, v = (torch.randn(2, 2, n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 9, 9))
     valid = torch.rand(2, 9) < 0.5
@@ -47,7 +40,7 @@ def test_merging_parts_gives_the_whole_and_its_gradients(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@each_backend
+@each_exact_backend
 def test_merge_has_second_derivatives(backend: str) -> None:
     shapes = ((1, 2, 2, 3), (1, 2, 2), (1, 2, 2, 3), (1, 2, 2))
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -55,11 +48,12 @@ def test_merge_has_second_derivatives(backend: str) -> None:
     assert torch.autograd.gradcheck(call, inputs) and torch.autograd.gradgradcheck(call, inputs)
 
 
-@each_scores_backend
+@each_backend
 def test_received_is_the_column_sum_of_the_weights(backend: str) -> None:
-    dtype = torch.float64 if backend in EXACT else torch.float32
-    q, k = torch.randn(2, 4, 40, 8, dtype=dtype), torch.randn(2, 2, 600, 8, dtype=dtype)
-    mask = SpanMask.key_padding([600, 77])
+    dtype = dtype_of(backend)
+    k_len = 150 if gpu.INTERPRETED else 600
+    q, k = torch.randn(2, 4, 40, 8, dtype=dtype), torch.randn(2, 2, k_len, 8, dtype=dtype)
+    mask = SpanMask.key_padding([k_len, 77])
     weights = attention_weights(q, k, mask, backend=backend)
     received = attention_received(q, k, mask, backend=backend)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
@@ -71,9 +65,9 @@ def test_received_is_the_column_sum_of_the_weights(backend: str) -> None:
     torch.testing.assert_close(last, attention_weights(q, k, mask, rows=torch.tensor([7]), backend=backend)[:, :, 0])
 
 
-@each_scores_backend
+@each_backend
 def test_weights_times_values_is_cross_attention(backend: str) -> None:
-    dtype = torch.float64 if backend in EXACT else torch.float32
+    dtype = dtype_of(backend)
     q, k, v = (torch.randn(2, 2, n, 8, dtype=dtype) for n in (6, 9, 9))
     bias = torch.randn(1, 2, 6, 9, dtype=dtype)
     mask = torch.rand(2, 1, 6, 9) < 0.5
@@ -87,7 +81,7 @@ def test_weights_times_values_is_cross_attention(backend: str) -> None:
     assert single.shape == (2, 2, 2, 9)
 
 
-@each_scores_backend
+@each_backend
 def test_a_nan_query_spoils_only_what_it_sees(backend: str) -> None:
     q, k = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 5, 4)
     q[0, 0, 1] = math.nan

@@ -1,56 +1,34 @@
-"""The CPU kernels beyond the specs' cases: every instruction set, tiles and splits of each kind, threads, memory."""
+"""The CPU kernels of attention beyond the specs' cases: tiles and splits of each kind, threads, memory."""
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from harness import check
+from harness import SPECS, check, name_of
+from ops.cpu_tools import DTYPES, ISAS, each_dtype, each_isa, needs_kernels, python
+from pairwise import parametrize, traits
 from torch import Generator, Tensor
 
 from mmkernels import SpanMask, attention_received, cross_attention
 from mmkernels.meters import peak_memory
-from mmkernels.ops import specs
 from mmkernels.ops.attention.cases import attention_inputs
 from mmkernels.ops.common.cases import normal
 from mmkernels.runtime import cpu
-from mmkernels.runtime.dispatch import TABLES
-from mmkernels.spec import Case, Inputs, OpSpec, cast
+from mmkernels.spec import Case, Inputs, cast
 
-pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SPECS = {name: spec for name, spec in specs().items() if any(entry.name == "cpu" for entry in TABLES[name])}
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-each_isa = pytest.mark.parametrize("isa", cpu.isas())
+pytestmark = needs_kernels
 
 
 @pytest.fixture
 def threads() -> None:
     """Two threads, whatever the machine has: enough to split work. (conftest.py puts the number back.)"""
     torch.set_num_threads(2)
-
-
-# Every instruction set. (The widest runs all of the specs' cases in test_specs.py too.)
-
-
-@pytest.mark.parametrize("isa", cpu.isas()[1:])
-@each_dtype
-@pytest.mark.parametrize(
-    ("spec", "case"),
-    [(spec, case) for spec in SPECS.values() for case in spec.cases],
-    ids=[f"{spec.name}-{case.id}".replace(" ", "_") for spec in SPECS.values() for case in spec.cases],
-)
-def test_narrower_instruction_sets(spec: OpSpec, case: Case, dtype: torch.dtype, isa: str) -> None:
-    with cpu.use_isa(isa):
-        assert check(spec, case, dtype, "cpu") > 0
 
 
 def test_the_instruction_set_can_be_chosen_and_comes_back() -> None:
@@ -66,12 +44,6 @@ def test_the_instruction_set_can_be_chosen_and_comes_back() -> None:
     assert cpu.isas() == offered
     with pytest.raises(ValueError, match=r"name must be one of .*plain.*, got 'sse9'"), cpu.use_isa("sse9"):
         pass
-
-
-def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True, timeout=120
-    )
 
 
 def test_the_environment_chooses_the_instruction_set() -> None:
@@ -162,19 +134,30 @@ TILES = {
 _SCORES = ("query", "key", "mask", "bias", "scale")
 
 
-@each_isa
-@each_dtype
-@pytest.mark.parametrize("id", TILES)
-def test_tiles(id: str, dtype: torch.dtype, isa: str, threads: None) -> None:
-    make = TILES[id]
-    drawn = make(Generator().manual_seed(0))
+def _cases(id: str) -> list[tuple[str, Case]]:
+    """An op and a case: cross-attention, and the ops that compute its scores alone."""
+    drawn = TILES[id](Generator().manual_seed(0))
     grads = tuple(name for name in ("query", "key", "value", "bias", "gate") if name in drawn)
-    case = Case(id, make, grads, seeded="dropout_p" in drawn)
+    scores = Case(id, lambda g: {name: x for name, x in TILES[id](g).items() if name in _SCORES})
+    of_cross = Case(id, TILES[id], grads, seeded="dropout_p" in drawn)
+    return [("cross_attention", of_cross), ("attention_received", scores), ("attention_weights", scores)]
+
+
+CASES = {id: _cases(id) for id in TILES}
+_TRAITS = {id: traits(make(Generator().manual_seed(0))) for id, make in TILES.items()}
+
+
+@parametrize(
+    "id, dtype, isa",
+    list(itertools.product(TILES, DTYPES, ISAS)),
+    lambda row: _TRAITS[row[0]] | {"id": row[0], "dtype": row[1], "isa": row[2]},
+    ids=lambda row: f"{row[0]}-{name_of(row[1])}-{row[2]}",
+    once="id",
+)
+def test_tiles(id: str, dtype: torch.dtype, isa: str) -> None:
     with cpu.use_isa(isa):
-        check(SPECS["cross_attention"], case, dtype, "cpu")
-        scores = Case(id, lambda g: {n: x for n, x in make(g).items() if n in _SCORES})
-        for name in ("attention_received", "attention_weights"):
-            check(SPECS[name], scores, dtype, "cpu")
+        for op, case in CASES[id]:
+            check(SPECS[op], case, dtype, "cpu", threads=2)
 
 
 def test_second_derivatives() -> None:
@@ -203,12 +186,22 @@ def test_twice_the_same_bits(threads: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["key", "value", "query", "grad"])
-@pytest.mark.parametrize("kind", ["spans", "dense", "key_valid", "bias"])
-@pytest.mark.parametrize("edge", [50, 51])
-@each_dtype
-@each_isa
+_NON_FINITE = itertools.product(
+    ISAS,
+    DTYPES,
+    (50, 51),
+    ("spans", "dense", "key_valid", "bias"),
+    ("key", "value", "query", "grad"),
+    (math.nan, math.inf, -math.inf),
+)
+
+
+@parametrize(
+    "isa, dtype, edge, kind, where, bad",
+    list(_NON_FINITE),
+    strength=3,
+    ids=lambda row: "-".join(name_of(x) if isinstance(x, torch.dtype) else str(x) for x in row),
+)
 def test_non_finite_stays_hidden_in_shared_tiles(
     isa: str, dtype: torch.dtype, edge: int, kind: str, where: str, bad: float
 ) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cross_attention_inputs import BACKENDS, EXACT, INF, dtype_of, each_backend, qkv
+from harness import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from ops.attention.tools import BACKENDS, EXACT, INF, dtype_of, each_backend, qkv
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -71,6 +72,7 @@ def test_equals_a_loop_over_queries(backend: str) -> None:
 
 
 @each_backend
+@examples(100, interpreted=40)
 @given(data=st.data())
 def test_any_spans(backend: str, data: st.DataObject) -> None:
     """Whatever the spans, in or out of range, the result is that of the dense mask they stand for."""

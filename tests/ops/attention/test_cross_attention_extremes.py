@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from cross_attention_inputs import INF, NAN, dtype_of, each_backend, qkv
+from ops.attention.tools import BACKENDS, INF, NAN, dtype_of, each_backend, qkv
+from pairwise import parametrize
 
 from mmkernels import SpanMask, cross_attention
 
 
-@each_backend
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-@pytest.mark.parametrize("where", ["key", "value", "query", "grad"])
-@pytest.mark.parametrize("kind", ["spans", "dense", "key_valid", "bias"])
+@pytest.mark.interpreted
+@parametrize(
+    "backend, bad, where, kind",
+    list(
+        itertools.product(
+            BACKENDS, (NAN, INF, -INF), ("key", "value", "query", "grad"), ("spans", "dense", "key_valid", "bias")
+        )
+    ),
+    ids=lambda row: "-".join(map(str, row)),
+)
 def test_non_finite_reaches_only_who_sees_it(backend: str, bad: float, where: str, kind: str) -> None:
     dtype = dtype_of(backend)
     q, k, v = qkv(1, 2, 4, 4, k_len=6, dtype=dtype)

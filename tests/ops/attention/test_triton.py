@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from harness import check, cotangent, draw
-from hypothesis import given, settings
+from harness import SPECS, check, cotangent, draw, examples
+from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import parametrize, traits
 
 from mmkernels import BackendError, SpanMask, attention_received, attention_weights, cross_attention
 from mmkernels.ops.attention.cases import attention_inputs
@@ -25,7 +26,7 @@ from mmkernels.spec import Case, OpSpec, cast
 
 pytest.importorskip("triton")
 
-from triton_tiling import DEVICE, SPECS, tiled
+from triton_tiling import DEVICE, tiled
 
 from mmkernels.ops.attention.cross_attention.triton import backward, forward
 from mmkernels.ops.attention.triton import call as triton_call
@@ -59,7 +60,12 @@ def _cases() -> list[tuple[OpSpec, Case]]:
 
 
 @interpreted
-@pytest.mark.parametrize(("spec", "case"), _cases(), ids=[f"{s.name}-{c.id}".replace(" ", "_") for s, c in _cases()])
+@parametrize(
+    "spec, case",
+    _cases(),
+    lambda row: {"op": row[0].name} | traits(draw(row[1])),
+    ids=lambda row: f"{row[0].name}-{row[1].id}".replace(" ", "_"),
+)
 def test_lists_of_small_tiles(spec: OpSpec, case: Case) -> None:
     """The least tiles, and lists of them however small the mask is."""
     with tiled(16, 16, listed=0):
@@ -67,8 +73,8 @@ def test_lists_of_small_tiles(spec: OpSpec, case: Case) -> None:
 
 
 def _blocks(g: torch.Generator, heads: int = 1) -> dict[str, Any]:
-    """A dense mask with tiles that nobody sees, that everybody sees, and with holes; a row that sees nothing."""
-    inputs = attention_inputs(g, 2, 4, 40, 56, 16, key_heads=2)
+    """A dense mask with tiles that are hidden, that are visible, and with holes; a row that sees nothing."""
+    inputs = attention_inputs(g, 2, 2, 40, 56, 16, key_heads=1)
     mask = torch.rand(2, heads, 40, 56, generator=g) < 0.5
     mask[:, :, :32, 16:48] = False
     mask[:, :, 16:, 32:48] = True
@@ -79,7 +85,7 @@ def _blocks(g: torch.Generator, heads: int = 1) -> dict[str, Any]:
 
 @interpreted
 @pytest.mark.parametrize("listed", [0, 2**30], ids=["lists", "ranges"])
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("heads", [1, 2])
 def test_dense_masks_by_lists_and_by_ranges(listed: int, heads: int) -> None:
     with tiled(16, 16, listed):
         _check(lambda g: _blocks(g, heads), *ALL)
@@ -91,30 +97,30 @@ def test_dense_masks_by_lists_and_by_ranges(listed: int, heads: int) -> None:
 @pytest.mark.parametrize(
     "mask",
     [
-        SpanMask.causal(70, 90),
-        SpanMask.window(20, 5, 70, 90),
-        SpanMask.key_padding([90, 33]),
-        SpanMask.key_padding([64, 0]) & SpanMask.causal(70, 90),
-        SpanMask.media((torch.arange(70) // 10)[None], 13),
-        SpanMask.from_key_mask(torch.arange(180).reshape(2, 90) % 7 > 0) & SpanMask.causal(70, 90),
+        SpanMask.causal(40, 72),
+        SpanMask.window(20, 5, 40, 72),
+        SpanMask.key_padding([72, 33]),
+        SpanMask.key_padding([64, 0]) & SpanMask.causal(40, 72),
+        SpanMask.media((torch.arange(40) // 6)[None], 11),
+        SpanMask.from_key_mask(torch.arange(144).reshape(2, 72) % 7 > 0) & SpanMask.causal(40, 72),
     ],
     ids=["causal", "window", "padding", "padding, causal", "media", "holes, causal"],
 )
 def test_spans_by_lists_and_by_ranges(mask: SpanMask, listed: int) -> None:
     with tiled(16, 32, listed):
-        _check(lambda g: attention_inputs(g, 2, 4, 70, 90, 16, key_heads=2) | {"mask": mask}, *ALL)
+        _check(lambda g: attention_inputs(g, 2, 2, 40, 72, 16, key_heads=1) | {"mask": mask}, *ALL)
 
 
 @interpreted
 def test_lists_say_which_tiles_are_seen() -> None:
-    query, key = torch.empty(2, 4, 40, 16, device=DEVICE), torch.empty(2, 2, 56, 16, device=DEVICE)
-    dense = _blocks(torch.Generator().manual_seed(0), heads=4)["mask"].to(DEVICE)
+    query, key = torch.empty(2, 2, 40, 16, device=DEVICE), torch.empty(2, 1, 56, 16, device=DEVICE)
+    dense = _blocks(torch.Generator().manual_seed(0), heads=2)["mask"].to(DEVICE)
     call = triton_call.Call(query, key, None, None, None, dense, None, 1.0, packed=False)
     for of_rows in (True, False):
         (tiles, counts), strides = call.lists(Config(16, 16, 4, 1), of_rows=of_rows)
-        assert strides == (4 * tiles.shape[1], tiles.shape[1]) and tiles.shape == (8, *((3, 4) if of_rows else (4, 3)))
-        for entry, line in itertools.product(range(8), range(tiles.shape[1])):
-            mask = dense[entry // 4, entry % 4]
+        assert strides == (2 * tiles.shape[1], tiles.shape[1]) and tiles.shape == (4, *((3, 4) if of_rows else (4, 3)))
+        for entry, line in itertools.product(range(4), range(tiles.shape[1])):
+            mask = dense[entry // 2, entry % 2]
             status = {"partial": set(), "full": set()}
             for other in range(tiles.shape[2]):
                 row, column = (line, other) if of_rows else (other, line)
@@ -129,6 +135,8 @@ def test_lists_say_which_tiles_are_seen() -> None:
 
 # Splits of the keys, and of the rows in the backward pass.
 
+KEYS = 180
+
 
 @interpreted
 @pytest.mark.parametrize("shape", [(1, 8, 2, 1), (3, 4, 4, 1), (2, 6, 2, 3)], ids=str)
@@ -138,22 +146,22 @@ def test_decoding_splits_the_keys(shape: tuple[int, int, int, int], kind: str, m
     monkeypatch.setattr(forward, "multiprocessors", lambda device: 100)
 
     def make(g: torch.Generator) -> dict[str, Any]:
-        inputs = attention_inputs(g, batch, heads, q_len, 300, 16, key_heads=key_heads) | {"return_lse": True}
-        if kind == "spans":  # a part that nobody sees, and a sequence without keys
-            inputs["mask"] = SpanMask.key_padding([300, 0, 130][:batch])
+        inputs = attention_inputs(g, batch, heads, q_len, KEYS, 16, key_heads=key_heads) | {"return_lse": True}
+        if kind == "spans":  # a split that is hidden, and a sequence without keys
+            inputs["mask"] = SpanMask.key_padding([KEYS, 0, 80][:batch])
         elif kind == "valid":
-            inputs["mask"] = SpanMask.from_key_mask(torch.rand(batch, 300, generator=g) < 0.3)
+            inputs["mask"] = SpanMask.from_key_mask(torch.rand(batch, KEYS, generator=g) < 0.3)
         elif kind == "dense":
-            inputs["mask"] = torch.rand(batch, heads, q_len, 300, generator=g) < 0.3
+            inputs["mask"] = torch.rand(batch, heads, q_len, KEYS, generator=g) < 0.3
         elif kind == "bias":
-            inputs["bias"] = normal(g, 1, heads, q_len, 300).masked_fill(torch.rand(300, generator=g) < 0.3, -INF)
+            inputs["bias"] = normal(g, 1, heads, q_len, KEYS).masked_fill(torch.rand(KEYS, generator=g) < 0.3, -INF)
         return inputs | {"gate": normal(g, heads)}
 
     with tuning.use_config(OP, "decode", Config(16, 32, 4, 1)):
         with gpu.recorded() as launches:
             cross_attention(**cast(make(torch.Generator()), torch.float32, DEVICE), backend="triton")
         assert [x.kernel.__name__ for x in launches] == ["forward_kernel", "merge_splits"]
-        assert launches[0].grid[1] == 5  # 10 tiles of keys, 2 at least in a part
+        assert launches[0].grid[1] == 3  # 6 tiles of keys, 2 at least in a split
         _check(make)
 
 
@@ -171,10 +179,15 @@ def test_the_backward_pass_splits_the_rows(shared: bool, monkeypatch: pytest.Mon
 
 
 @interpreted
-@pytest.mark.parametrize(
-    "shape", list(itertools.product((1, 2), (1, 4), (1, 70), (1, 40))), ids=lambda s: "x".join(map(str, s))
+@parametrize(
+    "batch, heads, q_len, k_len",
+    list(itertools.product((1, 2), (1, 4), (1, 70), (1, 40))),
+    ids=lambda row: "x".join(map(str, row)),
+    strength=3,
 )
-def test_the_bias_gradient_for_every_way_to_share_it(shape: tuple[int, ...]) -> None:
+def test_the_bias_gradient_for_every_way_to_share_it(batch: int, heads: int, q_len: int, k_len: int) -> None:
+    shape = (batch, heads, q_len, k_len)
+
     def make(g: torch.Generator) -> dict[str, Any]:
         inputs = attention_inputs(g, 2, 4, 70, 40, 8, key_heads=2) | {"mask": SpanMask.causal(70, 40)}
         return inputs | {"bias": normal(g, *shape), "return_lse": True}
@@ -285,7 +298,7 @@ def test_why_not() -> None:
 
 
 @interpreted
-@settings(max_examples=15 if gpu.INTERPRETED else 3)  # on a GPU each compiles its own kernels
+@examples(3, interpreted=8)  # on a GPU each compiles its own kernels
 @given(data=st.data())
 def test_any_shape_and_mask(data: st.DataObject) -> None:
     sizes = st.integers(1, 40)

@@ -8,46 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from harness import backends
-from test_contrastive_definition import SPECS, check_gradients, check_rows, dtype_of, each_backend, features, scores_of
+from harness import SPECS, backends, dtype_of, each_backend
+from ops.contrastive.tools import (
+    BIAS,
+    LOSSES,
+    check_gradients,
+    check_rows,
+    each_exact_backend,
+    each_loss,
+    features,
+    inputs_of,
+    scores_of,
+    step,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmkernels import info_nce, sigmoid_contrastive
+from mmkernels import info_nce
 from mmkernels.ops.contrastive import strips
 from mmkernels.spec import Inputs, cast
-
-LOSSES: dict[str, Callable[..., Any]] = {"info_nce": info_nce, "sigmoid_contrastive": sigmoid_contrastive}
-EXACT = [name for name in ("chunked", "reference") if name in backends(SPECS["info_nce"])]
-HARD = {"hard_texts": features(4, seed=1)["text"]}
-BIAS = {"logit_bias": torch.tensor(-2.0, dtype=torch.float64)}
-
-each_exact_backend = pytest.mark.parametrize("backend", EXACT)
-
-
-each_loss_and_backend = pytest.mark.parametrize(
-    ("op", "backend"), [(op, x) for op in LOSSES for x in backends(SPECS[op])]
-)
-
-
-def each_loss(test: Callable[..., None]) -> Callable[..., None]:
-    """The test runs for both losses on each of their backends, under Triton's interpreter too."""
-    return pytest.mark.interpreted(each_loss_and_backend(test))
-
-
-def inputs_of(op: str, backend: str | None = None, n: int = 7, **more: Any) -> Inputs:
-    """Floating tensors by name, in the widest dtype that the backend computes in."""
-    inputs = features(n, **more) | (HARD if op == "info_nce" else BIAS)
-    return inputs if backend is None else cast(inputs, dtype_of(op, backend))
-
-
-def step(op: str, inputs: Inputs, wanted: tuple[str, ...] | None = None, **options: Any) -> tuple[Tensor, ...]:
-    """The loss, and its gradients by the inputs named."""
-    wanted = tuple(inputs) if wanted is None else wanted
-    leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
-    loss = LOSSES[op](**leaves, **options)
-    return (loss.detach(), *torch.autograd.grad(3.0 * loss, [leaves[name] for name in wanted]))
-
 
 # Derivatives.
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import backends
-from test_contrastive_definition import SPECS
+from harness import SPECS, backends
 
 import mmkernels
 from mmkernels import BackendError

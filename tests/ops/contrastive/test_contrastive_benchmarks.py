@@ -10,8 +10,7 @@ from typing import Any
 import contrastive_peers
 import pytest
 import torch
-from harness import backends
-from test_contrastive_definition import SPECS
+from harness import SPECS, backends
 from torch import Tensor
 
 from mmkernels.bench import gate, peers

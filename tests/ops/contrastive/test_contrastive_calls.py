@@ -6,17 +6,17 @@ import threading
 
 import pytest
 import torch
-from harness import backends
-from test_contrastive import (
+from harness import SPECS, backends, dtype_of
+from ops.contrastive.tools import (
     BIAS,
     LOSSES,
     each_exact_backend,
     each_loss,
     each_loss_and_backend,
+    features,
     inputs_of,
     step,
 )
-from test_contrastive_definition import SPECS, dtype_of, features
 from torch import Tensor
 
 from mmkernels import BackendError, retrieval_ranks, use_backend

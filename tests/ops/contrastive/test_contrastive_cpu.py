@@ -1,7 +1,4 @@
-"""The C++ kernels of the contrastive ops beyond the specs' cases: cuts of the work, threads, layouts, products, memory.
-
-How a result of theirs is checked serves test_contrastive_cpu_extremes.py too.
-"""
+"""The C++ kernels of the contrastive ops beyond the specs' cases: shares of the work, threads, layouts, memory."""
 
 from __future__ import annotations
 
@@ -13,63 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Result, draw, poison, run
-from test_contrastive_definition import features
-from test_cpu_kernels import each_dtype, each_isa, python
+from harness import draw, name_of, poison
+from ops.contrastive.cpu_tools import WAYS, WIDE, case_of, check_kernel, each_way
+from ops.contrastive.tools import features
+from ops.cpu_tools import each_dtype, each_isa, needs_kernels, python
+from pairwise import cover, parametrize, traits
 from torch import Generator, Tensor
 
 from mmkernels import info_nce, retrieval_ranks, sigmoid_contrastive
 from mmkernels.meters import memory_why_not, peak_memory
-from mmkernels.ops import specs
 from mmkernels.runtime import cpu
 from mmkernels.spec import Case, Inputs, cast
 
-pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
-
-SPECS = specs()
-WIDE = frozenset({"logit_scale", "logit_bias"})
-# Each instruction set; and of the one that multiplies bfloat16 as it is, that.
-_PAIRS_ISA = "avx512_bf16"
-_no_pairs = pytest.mark.skipif(_PAIRS_ISA not in cpu.isas(), reason="this CPU has no products of bfloat16 pairs")
-WAYS = [pytest.param(isa, torch.float32, id=f"{isa}-float32") for isa in cpu.isas()]
-WAYS += [pytest.param(_PAIRS_ISA, torch.bfloat16, id=f"{_PAIRS_ISA}-bfloat16", marks=_no_pairs)]
-each_way = pytest.mark.parametrize(("isa", "dtype"), WAYS)
-
-
-def case_of(id: str, inputs: Inputs) -> Case:
-    """With the gradients of all features and scalars."""
-    differentiable = ("image", "text", "logit_scale", "logit_bias", "hard_texts")
-    return Case(id, lambda _: inputs, tuple(name for name in differentiable if name in inputs))
-
-
-@cache
-def expected(op: str, case: Case, dtype: torch.dtype) -> list[Result]:
-    """The naive formula's result in `dtype` and in float64: computed once for all instruction sets."""
-    inputs = cast(draw(case), dtype, always_wide=WIDE)
-    return [run(SPECS[op], case, x, "reference") for x in (inputs, cast(inputs, torch.float64))]
-
-
-def _unit(case: Case, true: Result) -> float:
-    """The size of what images add to logit_scale's gradient, where all of it may come to less than its rounding."""
-    inputs = draw(case)
-    added = (inputs["image"] * true.grads["image"]).flatten(1).sum(1) / inputs["logit_scale"]
-    return max(1.0, float(added.norm()))
-
-
-def check_kernel(case: Case, dtype: torch.dtype, *, op: str = "info_nce", threads: int = 1) -> None:
-    """As `harness.check`, with so many threads for the kernel alone."""
-    naive, true = expected(op, case, dtype)
-    torch.set_num_threads(threads)
-    poison()
-    ours = run(SPECS[op], case, cast(draw(case), dtype, always_wide=WIDE), "cpu")
-    torch.set_num_threads(1)
-    names = [*(f"output {n}" for n in range(len(ours.outputs))), *case.grads]
-    results = zip(*((*x.outputs, *x.grads.values()) for x in (ours, naive, true)), strict=True)
-    for name, triple in zip(names, results, strict=True):
-        unit = _unit(case, true) if name == "logit_scale" else 1.0
-        problem = SPECS[op].over_budget(*(x / unit for x in triple))
-        assert problem is None, f"{op} / {case.id} / {dtype} / {name}: {problem}"
-
+pytestmark = needs_kernels
 
 # Every cut: tasks of texts, blocks in a task, strips of images, panels in a strip, vectors in a panel.
 
@@ -135,26 +88,49 @@ CASES = {group: _cases(problems) for group, problems in CUTS.items()}
 TASK_CASES = _cases(TASKS)
 
 
+def _cut_axes(row: tuple[Any, ...]) -> dict[str, Any]:
+    """Each size on each instruction set, in one of the two ops."""
+    op, case, *way = row
+    return {"op": op, "size": case.id, "way": tuple(way)}
+
+
+_EACH_CUT = [(op, case, isa, dtype) for cases in CASES.values() for op, case in cases for isa, dtype in WAYS]
+_PAIRS = {(op, case.id, isa, dtype) for op, case, isa, dtype in cover(_EACH_CUT, _cut_axes)}
+
+
 @each_way
 @pytest.mark.parametrize("group", CASES)
-def test_every_cut(group: str, isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "rest", [pytest.param(False, id="pairs"), pytest.param(True, id="rest", marks=pytest.mark.slow)]
+)
+def test_every_cut(group: str, isa: str, dtype: torch.dtype, rest: bool) -> None:
     with cpu.use_isa(isa):
         for op, case in CASES[group]:
-            check_kernel(case, dtype, op=op)
+            if ((op, case.id, isa, dtype) in _PAIRS) != rest:
+                check_kernel(case, dtype, op=op)
 
 
-@each_way
-@pytest.mark.parametrize(("op", "case"), TASK_CASES, ids=[f"{op}-{case.id}" for op, case in TASK_CASES])
-def test_tasks_strips_and_blocks(op: str, case: Case, dtype: torch.dtype, isa: str) -> None:
+@parametrize(
+    "op, case, isa, dtype",
+    [(op, case, *way) for op, case in TASK_CASES for way in WAYS],
+    lambda row: traits(draw(row[1])) | {"op": row[0], "way": row[2:], "case": row[1].id},
+    ids=lambda row: f"{row[0]}-{row[1].id}-{row[2]}-{name_of(row[3])}",
+    once="case",
+)
+def test_tasks_strips_and_blocks(op: str, case: Case, isa: str, dtype: torch.dtype) -> None:
     with cpu.use_isa(isa):
         check_kernel(case, dtype, op=op, threads=2)
 
 
-@pytest.mark.parametrize("threads", [1, 3, 5])
-def test_any_number_of_threads(threads: int) -> None:
+@parametrize(
+    "threads, op, case",
+    [(n, op, case) for n in (1, 3, 5) for op, case in TASK_CASES],
+    lambda row: traits(draw(row[2])) | {"threads": row[0], "op": row[1]},
+    ids=lambda row: f"{row[0]}-{row[1]}-{row[2].id}",
+)
+def test_any_number_of_threads(threads: int, op: str, case: Case) -> None:
     """Tasks of other sizes, and the same budget."""
-    for op, case in TASK_CASES:
-        check_kernel(case, torch.float32, op=op, threads=threads)
+    check_kernel(case, torch.float32, op=op, threads=threads)
 
 
 def _whole(g: Generator, *shape: int) -> Tensor:

@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import draw, run
-from test_contrastive_cpu import SPECS, WIDE, case_of, check_kernel, each_way, expected
-from test_contrastive_definition import features
-from test_cpu_kernels import each_isa
+from harness import SPECS, draw, expected, name_of, run
+from ops.contrastive.cpu_tools import WAYS, WIDE, case_of, check_kernel, each_way
+from ops.contrastive.tools import features
+from ops.cpu_tools import each_isa, needs_kernels
+from pairwise import parametrize
 from torch import Generator, Tensor
 
 from mmkernels import info_nce
 from mmkernels.runtime import cpu
 from mmkernels.spec import Case, Inputs, cast
 
-pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+pytestmark = needs_kernels
 
 NAN, INF = math.nan, math.inf
 
@@ -73,8 +74,8 @@ def _far_apart(kind: str, distance: int) -> Case:
     return Case(f"{kind} by {distance}", lambda _: inputs, ("image", "text", "hard_texts"))
 
 
-FAR_APART = [
-    _far_apart(kind, distance)
+FAR_APART = {
+    (kind, distance): _far_apart(kind, distance)
     for kind in (
         "a pair above",
         "images below",
@@ -84,14 +85,18 @@ FAR_APART = [
         "a hidden pair above",
     )
     for distance in (50, 65, 85, 100, 240)
-]
+}
 
 
-@each_way
-@pytest.mark.parametrize("case", FAR_APART, ids=[case.id for case in FAR_APART])
-def test_logits_far_apart_in_a_tile(isa: str, dtype: torch.dtype, case: Case) -> None:
+@parametrize(
+    "isa, dtype, kind, distance",
+    [(*way, *place) for way in WAYS for place in FAR_APART],
+    lambda row: {"way": row[:2], "kind": row[2], "distance": row[3]},
+    ids=lambda row: f"{row[0]}-{name_of(row[1])}-{row[2]} by {row[3]}",
+)
+def test_logits_far_apart_in_a_tile(isa: str, dtype: torch.dtype, kind: str, distance: int) -> None:
     with cpu.use_isa(isa):
-        check_kernel(case, dtype)
+        check_kernel(FAR_APART[kind, distance], dtype)
 
 
 def _thousands(smoothing: float) -> Case:
@@ -155,7 +160,7 @@ def test_the_scale_s_gradient_in_the_root_mean_square(isa: str, kind: str) -> No
     errors: list[tuple[float, float]] = []
     with cpu.use_isa(isa):
         for case in SCALES[kind]:
-            naive, true = expected("info_nce", case, torch.float32)
+            naive, true = expected(SPECS["info_nce"], case, torch.float32)
             ours = run(SPECS["info_nce"], case, cast(draw(case), torch.float32), "cpu")
             errors.append(tuple(float(x.grads["logit_scale"] - true.grads["logit_scale"]) for x in (ours, naive)))  # type: ignore[arg-type]
     mine, others = torch.tensor(errors, dtype=torch.float64).pow(2).mean(0).sqrt().tolist()
@@ -187,8 +192,12 @@ SPOILED = [
 SPOILED_CASES = {key: _spoiled(key[0], key[2], key[1]) for key in SPOILED}
 
 
-@each_way
-@pytest.mark.parametrize(("name", "place", "bad"), SPOILED)
+@parametrize(
+    "isa, dtype, name, place, bad",
+    [(*way, *spoiled) for way in WAYS for spoiled in SPOILED],
+    lambda row: {"way": row[:2], "place": row[2:4], "bad": str(row[4])},
+    ids=lambda row: f"{row[0]}-{name_of(row[1])}-{row[2]}-{row[3]}-{row[4]}",
+)
 def test_only_rows_that_see_a_bad_feature_are_lost(
     isa: str, dtype: torch.dtype, name: str, place: int, bad: float
 ) -> None:

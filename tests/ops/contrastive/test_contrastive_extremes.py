@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import backends
-from test_contrastive_definition import SPECS, by_loops, each_backend, features
+from harness import SPECS, backends, each_backend
+from ops.contrastive.tools import by_loops, features
 from torch import Tensor
 
 from mmkernels import info_nce, sigmoid_contrastive

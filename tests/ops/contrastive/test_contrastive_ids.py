@@ -7,18 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from harness import dtype_of, each_backend, examples
+from hypothesis import given
 from hypothesis import strategies as st
-from test_contrastive_definition import (
-    by_loops,
-    check_gradients,
-    check_rows,
-    check_statistics,
-    dtype_of,
-    each_backend,
-    features,
-    scores_of,
-)
+from ops.contrastive.tools import HARD, by_loops, check_gradients, check_rows, check_statistics, features, scores_of
 from torch import Tensor
 
 from mmkernels import info_nce, sigmoid_contrastive
@@ -26,7 +18,7 @@ from mmkernels.runtime import triton as gpu
 from mmkernels.spec import Inputs, cast
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-some_examples = settings(max_examples=4 if gpu.INTERPRETED else 60)
+some_examples = examples(60, interpreted=4)
 
 # Ids that share their low 32 bits, that are negative, and that few or all rows share.
 POOLS = (
@@ -106,7 +98,6 @@ SAME = {
     "text_ids": torch.tensor([4, 9, 4, 4, 7, 9]),
     "same_id": "ignore",
 }
-HARD = {"hard_texts": features(4, seed=1)["text"]}
 
 
 @each_backend("info_nce")

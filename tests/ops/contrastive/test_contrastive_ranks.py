@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
-from harness import backends
-from hypothesis import given, settings
+from harness import DTYPES, SPECS, backends, dtype_of, each_backend, examples
+from hypothesis import given
 from hypothesis import strategies as st
-from test_contrastive_definition import (
-    SPECS,
-    by_loops,
-    check_rows,
-    check_statistics,
-    dtype_of,
-    each_backend,
-    features,
-)
+from ops.contrastive.tools import Rows, by_loops, check_rows, check_statistics, features
 from torch import Tensor
 
 from mmkernels import info_nce, retrieval_ranks
@@ -27,8 +20,7 @@ from mmkernels.runtime import triton as gpu
 from mmkernels.spec import Inputs, cast
 
 NAN, INF = math.nan, math.inf
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-some_examples = settings(max_examples=4 if gpu.INTERPRETED else 60)
+some_examples = examples(60, interpreted=4)
 
 
 def whole(*shape: int, seed: int = 0) -> Tensor:
@@ -65,13 +57,20 @@ def test_the_statistics_have_the_names_that_are_documented(backend: str) -> None
 def test_of_equal_scores_the_lower_index_stands_first(backend: str, dtype: torch.dtype, scale: float) -> None:
     if backend not in backends(SPECS["info_nce"], dtype):
         pytest.skip(f"{backend} does not compute {dtype}")
+    for inputs, options, want in _equal_scores(scale):
+        check_statistics(_statistics(backend, inputs, dtype, **options), want)
+
+
+@cache
+def _equal_scores(scale: float) -> list[tuple[Inputs, Inputs, tuple[Rows, Rows]]]:
+    """Inputs, ids, and what the loops say, which is the same in every dtype."""
     n, m = (12, 20) if gpu.INTERPRETED else (40, 70)
     several = {"image": whole(n, 4), "text": whole(m, 4, seed=1), "logit_scale": torch.tensor(scale).double()}
     pairs = several | {"text": several["text"][:n]}
     numbers = {"image_ids": torch.arange(n) % 9, "text_ids": torch.arange(m) % 11}
     hard = {"hard_texts": whole(15, 4, seed=2)}
-    for inputs, options in ((pairs, {}), (pairs | hard, {}), (several, numbers), (several | hard, numbers)):
-        check_statistics(_statistics(backend, inputs, dtype, **options), by_loops(**inputs, **options))
+    calls = ((pairs, {}), (pairs | hard, {}), (several, numbers), (several | hard, numbers))
+    return [(inputs, options, by_loops(**inputs, **options)) for inputs, options in calls]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 39])

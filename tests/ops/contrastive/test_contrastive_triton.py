@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import check, run
+from harness import SPECS, check, run
 from torch import Tensor
 
 from mmkernels import info_nce, sigmoid_contrastive
@@ -24,7 +24,7 @@ from mmkernels.spec import Case, Inputs, OpSpec, cast
 
 pytest.importorskip("triton")
 
-from triton_tiling import DEVICE, SPECS, tiled
+from triton_tiling import DEVICE, tiled
 
 from mmkernels.ops.contrastive.info_nce.triton import backward, forward
 from mmkernels.ops.contrastive.sigmoid_contrastive import triton as sigmoid

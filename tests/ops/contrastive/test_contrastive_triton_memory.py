@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import check, run
+from harness import SPECS, check, run
 from torch import Tensor
 
 from mmkernels import info_nce, retrieval_ranks
@@ -23,7 +23,7 @@ from mmkernels.spec import Case, Inputs, cast
 
 pytest.importorskip("triton")
 
-from triton_tiling import DEVICE, SPECS, tiled
+from triton_tiling import DEVICE, tiled
 
 from mmkernels.ops.contrastive.retrieval_ranks import triton as ranks
 from mmkernels.ops.contrastive.triton import call as triton_call

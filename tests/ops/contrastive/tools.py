@@ -1,0 +1,194 @@
+"""What the tests of the contrastive ops share: their definition as loops over rows, inputs, and a step of each loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import SPECS, backends, cotangent, dtype_of
+from torch import Tensor
+
+from mmkernels import info_nce, sigmoid_contrastive
+from mmkernels.spec import Inputs, cast
+
+POSITIVE, NEGATIVE, HIDDEN = "positive", "negative", "hidden"
+
+
+# The definition, row by row.
+
+
+class Rows(NamedTuple):
+    """One direction.
+
+    Args:
+        loss: [rows].
+        ranks: of each row; None: it has no positive.
+    """
+
+    loss: Tensor
+    ranks: list[int | None]
+
+    @property
+    def mean(self) -> Tensor:
+        """Over the rows that have a positive."""
+        return self.loss.sum() / max(1, sum(rank is not None for rank in self.ranks))
+
+    @property
+    def statistics(self) -> tuple[float, float, int]:
+        """Accuracy, mean rank, rows without a positive."""
+        found = [rank for rank in self.ranks if rank is not None]
+        if not found:
+            return math.nan, math.nan, len(self.ranks)
+        return found.count(0) / len(found), sum(found) / len(found), len(self.ranks) - len(found)
+
+
+def scores_of(image: Tensor, text: Tensor) -> Tensor:
+    """[N, M]."""
+    if image.dim() == 2:
+        return torch.einsum("nd,md->nm", image, text)
+    return torch.einsum("nqd,md->nmq", image, text).max(2).values
+
+
+def row_of(scores: Tensor, kinds: list[str], label_smoothing: float) -> tuple[Tensor, int | None]:
+    """Loss and rank of one row, from its scores [columns] and what each column is."""
+    seen = [column for column, kind in enumerate(kinds) if kind != HIDDEN]
+    positives = [column for column in seen if kinds[column] == POSITIVE]
+    if not positives:
+        return scores.new_zeros(()), None
+    target = torch.zeros_like(scores)
+    target[seen] += label_smoothing / len(seen)
+    target[positives] += (1 - label_smoothing) / len(positives)
+    loss = -(target[seen] * (scores[seen] - scores[seen].logsumexp(0))).sum()
+    values = scores.nan_to_num(-math.inf, math.inf, -math.inf).tolist()
+    order = sorted(seen, key=lambda column: (-values[column], column))
+    rank = [kinds[column] for column in order].index(POSITIVE)
+    if bool(scores[order[rank]].isnan()):
+        rank = len(seen) - len(positives)
+    return loss, rank
+
+
+def by_loops(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    same_id: str = "positive",
+    hard_texts: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Rows, Rows]:
+    """Images to texts, and texts to images."""
+
+    def kind(i: int, j: int) -> str:
+        if image_ids is None or text_ids is None:
+            return POSITIVE if i == j else NEGATIVE
+        same = int(image_ids[i]) == int(text_ids[j])
+        if same_id == "positive":
+            return POSITIVE if same else NEGATIVE
+        return POSITIVE if i == j else HIDDEN if same else NEGATIVE
+
+    scores = logit_scale * scores_of(image, text)
+    of_images, more = scores, 0
+    if hard_texts is not None:
+        of_images, more = torch.cat([scores, logit_scale * scores_of(image, hard_texts)], 1), len(hard_texts)
+    numbers = range(len(image)), range(len(text))
+    images = [
+        row_of(of_images[i], [kind(i, j) for j in numbers[1]] + more * [NEGATIVE], label_smoothing) for i in numbers[0]
+    ]
+    texts = [row_of(scores[:, j], [kind(i, j) for i in numbers[0]], label_smoothing) for j in numbers[1]]
+    return tuple(Rows(torch.stack([x for x, _ in rows]), [rank for _, rank in rows]) for rows in (images, texts))  # type: ignore[return-value]
+
+
+def features(
+    n: int = 7, m: int | None = None, dim: int = 5, queries: int = 0, scale: float = 4.0, seed: int = 0
+) -> Inputs:
+    """Random images and texts, and a scale, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1)
+
+    image = draw(n, queries, dim) if queries else draw(n, dim)
+    text = draw(n if m is None else m, dim)
+    return {"image": image, "text": text, "logit_scale": torch.tensor(scale, dtype=torch.float64)}
+
+
+def check_rows(backend: str, inputs: Inputs, **options: Any) -> None:
+    """Assert that every row, statistic and gradient is that of the loops in float64, on inputs as `backend` gets them.
+
+    Args:
+        inputs: floating tensors by name, each of which is differentiated by.
+    """
+    dtype = dtype_of("info_nce", backend)
+    ours = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs.items()}
+    true = {name: x.detach().double().requires_grad_() for name, x in ours.items()}
+    losses, stats = info_nce(**ours, **options, reduction="none", return_stats=True, backend=backend)
+    rows = by_loops(**true, **options)
+    for mine, want in zip(losses, rows, strict=True):
+        torch.testing.assert_close(mine, want.loss.to(dtype))
+    check_statistics(stats, rows)
+    check_gradients(losses, list(ours.values()), tuple(side.loss for side in rows), list(true.values()))
+
+
+def check_statistics(stats: tuple[Tensor, ...], rows: tuple[Rows, Rows]) -> None:
+    """Assert that `ContrastiveStats` are those of the rows."""
+    images, texts = (side.statistics for side in rows)
+    want = [x for pair in zip(images, texts, strict=True) for x in pair]
+    assert [float(x) for x in stats] == pytest.approx(want, nan_ok=True, rel=1e-6)
+    assert all(x.dim() == 0 and not x.requires_grad for x in stats)
+    assert stats[-1].dtype == stats[-2].dtype == torch.int64
+
+
+def check_gradients(
+    losses: tuple[Tensor, ...], leaves: list[Tensor], true_losses: tuple[Tensor, ...], true_leaves: list[Tensor]
+) -> None:
+    """Assert that both have the same gradients for one cotangent."""
+    weights = [cotangent(x) for x in losses]
+    grads = torch.autograd.grad(losses, leaves, weights)
+    truth = torch.autograd.grad(
+        [x for x in true_losses if x.requires_grad],
+        true_leaves,
+        [w.double() for x, w in zip(true_losses, weights, strict=True) if x.requires_grad],
+        materialize_grads=True,
+    )
+    for mine, want in zip(grads, truth, strict=True):
+        torch.testing.assert_close(mine, want.to(mine.dtype))
+
+
+# Both losses.
+
+LOSSES: dict[str, Callable[..., Any]] = {"info_nce": info_nce, "sigmoid_contrastive": sigmoid_contrastive}
+EXACT = [name for name in ("chunked", "reference") if name in backends(SPECS["info_nce"])]
+HARD = {"hard_texts": features(4, seed=1)["text"]}
+BIAS = {"logit_bias": torch.tensor(-2.0, dtype=torch.float64)}
+
+each_exact_backend = pytest.mark.parametrize("backend", EXACT)
+
+
+each_loss_and_backend = pytest.mark.parametrize(
+    ("op", "backend"), [(op, x) for op in LOSSES for x in backends(SPECS[op])]
+)
+
+
+def each_loss(test: Callable[..., None]) -> Callable[..., None]:
+    """The test runs for both losses on each of their backends, under Triton's interpreter too."""
+    return pytest.mark.interpreted(each_loss_and_backend(test))
+
+
+def inputs_of(op: str, backend: str | None = None, n: int = 7, **more: Any) -> Inputs:
+    """Floating tensors by name, in the widest dtype that the backend computes in."""
+    inputs = features(n, **more) | (HARD if op == "info_nce" else BIAS)
+    return inputs if backend is None else cast(inputs, dtype_of(op, backend))
+
+
+def step(op: str, inputs: Inputs, wanted: tuple[str, ...] | None = None, **options: Any) -> tuple[Tensor, ...]:
+    """The loss, and its gradients by the inputs named."""
+    wanted = tuple(inputs) if wanted is None else wanted
+    leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
+    loss = LOSSES[op](**leaves, **options)
+    return (loss.detach(), *torch.autograd.grad(3.0 * loss, [leaves[name] for name in wanted]))
