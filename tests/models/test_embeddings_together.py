@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_embeddings import TEXTS, D, Encoder, filled, manifest, open_cache, units
+from embedding_caches import TEXTS, D, Encoder, filled, manifest, open_cache, units
 from torch import Tensor
 
 from mmkernels.models import embeddings_files
@@ -193,15 +193,20 @@ def test_another_dtype_that_was_faster(tmp_path: Path) -> None:
     assert len(open_cache(tmp_path)) == 10
 
 
-def test_models_without_fcntl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are no such locks, models are there, and what is in a cache can be read and searched."""
+def test_models_without_optional_packages() -> None:
+    """Nor fcntl, which some platforms lack: models are there."""
     script = """
 import sys
-sys.modules["fcntl"] = None
+for name in ("fcntl", "transformers", "safetensors", "faiss", "PIL"):
+    sys.modules[name] = None
 from mmkernels.models import CLIP, Flamingo
 CLIP.from_size("tiny"), Flamingo.from_size("tiny")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_platform_without_fcntl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no such locks, what is in a cache can be read and searched."""
     cache = filled(tmp_path)
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with pytest.raises(OSError, match=r"cache/lock must be locked by flock, .* got a platform without fcntl"):
