@@ -18,7 +18,7 @@ TEXTS = [f"text {n}" for n in range(10)]
 
 
 class Encoder:
-    """Encodes any item as fixed random numbers, and notes what it was asked for."""
+    """Encodes any item as fixed random numbers, and records what it was given."""
 
     def __init__(self, dim: int = D) -> None:
         self.dim, self.batches = dim, list[list[Any]]()

@@ -38,8 +38,8 @@ def test_a_second_run_encodes_nothing(tmp_path: Path) -> None:
 
 def test_only_what_is_new_is_encoded_and_once(tmp_path: Path) -> None:
     cache, encoder = filled(tmp_path, TEXTS[:3]), Encoder()
-    asked = ["text 5", "text 1", "text 5", "text 7", "text 0", "text 7"]
-    assert cache.encode(iter(asked), encoder, batch_size=2).tolist() == [3, 1, 3, 4, 0, 4]
+    texts = ["text 5", "text 1", "text 5", "text 7", "text 0", "text 7"]
+    assert cache.encode(iter(texts), encoder, batch_size=2).tolist() == [3, 1, 3, 4, 0, 4]
     assert encoder.encoded == ["text 5", "text 7"]
     assert [len(cache.read(torch.tensor(rows).long())) for rows in ([], [4], [4, 0, 4])] == [0, 1, 3]
     torch.testing.assert_close(cache.read(torch.tensor([3, 1, 3])), units(["text 5", "text 1", "text 5"]))
@@ -73,17 +73,17 @@ def test_what_is_read_is_a_copy(tmp_path: Path) -> None:
 def test_reading_maps_the_files(tmp_path: Path) -> None:
     """A cache that is opened, and read a few rows of, takes no memory for the others."""
 
-    def own() -> float:  # MiB that are no file's pages
+    def anonymous() -> float:  # MiB that are not pages of a file
         return next(int(x.split()[1]) for x in Path("/proc/self/status").open() if x.startswith("RssAnon")) / 1024
 
     cache = open_cache(tmp_path, normalize=False)
     cache.add([content_key(str(n)) for n in range(4096)], torch.randn(4096, 4096))  # 64 MiB
-    before = own()
+    before = anonymous()
     again = open_cache(tmp_path)
     assert again.read(torch.tensor([0, 3000, 4095])).shape == (3, 4096)
-    assert own() - before < 16
+    assert anonymous() - before < 16
     whole = again.read()
-    assert whole.shape == (4096, 4096) and 60 < own() - before < 80
+    assert whole.shape == (4096, 4096) and 60 < anonymous() - before < 80
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     return shutil.copytree(made, tmp_path / "cache")
 
 
@@ -294,7 +294,7 @@ BAD_INDEXES: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("kind", BAD_INDEXES)
 @pytest.mark.parametrize("signed", [False, True])
 def test_indexes_that_are_wrong(folder: Path, kind: str, signed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Built again, with a warning; also where the manifest vouches for the file, or nobody compares checksums."""
+    """Built again, with a warning; also if the checksum is that of the damaged file, or is not compared."""
     path = folder / INDEX
     data = BAD_INDEXES[kind](path.read_bytes())
     path.write_bytes(data)
@@ -302,10 +302,10 @@ def test_indexes_that_are_wrong(folder: Path, kind: str, signed: bool, monkeypat
         rewrite(folder, lambda values: values["index"].update(sha256=hashlib.sha256(data).hexdigest()))
     cache = open_cache(folder, verify=not signed or kind == "flipped")
     if signed and kind == "flipped":
-        cache.search(torch.randn(1, D), 1)  # an IndexFlatIP like any other: whoever signs it can write shards too
+        cache.search(torch.randn(1, D), 1)  # a valid IndexFlatIP: who can change the checksum can change shards too
         return
     with monkeypatch.context() as patch:
-        patch.setattr(faiss, "read_index", None)  # nobody but us looks at such a file
+        patch.setattr(faiss, "read_index", None)  # FAISS must not read such a file
         with pytest.warns(
             RuntimeWarning, match=r"index-00012.faiss: must .* got .*; it is built again from the shards"
         ):
