@@ -3,11 +3,11 @@
     pip install "mmkernels[examples]"
     python examples/clip_digits.py
 
-Two towers learn to give an image and its captions the same direction. Every image has several right captions and every
-caption several right images, which `image_ids` and `text_ids` say. The script trains twice from one seed, fused and by
-the naive formulas, and shows that the two loss curves are one; then it classifies and retrieves images that it has
-never seen, by prompts that it has never read. Batches this small cost about the same either way: what fusing saves on
-large ones is what `mmkernels bench info_nce` measures.
+Two towers learn to map an image and its captions to the same direction. Each image has several correct captions and
+each caption several correct images; `image_ids` and `text_ids` define the pairs. The script trains twice from one seed,
+with the fused kernels and with the naive formulas, and shows that the two loss curves are equal up to rounding. Then it
+classifies and retrieves held-out images with prompts that were not in training. For batches this small both take about
+the same time; `mmkernels bench info_nce` measures what fusing saves on large ones.
 
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (CLIP), 2021, figure 3.
 """
@@ -46,17 +46,17 @@ TRAINING_TEMPLATES = (
     "this is the number {}", "a {} drawn by hand",
 )  # fmt: skip
 PROMPT_TEMPLATES = ("a photo of a handwritten {}", "the number {} drawn by someone", "my favourite digit is {}")
-"""Never read in training, nor are the words "my" and "favourite"."""
+"""Not in training, and neither are the words "my" and "favourite"."""
 
 CAPTIONS_PER_IMAGE = 2
 WIDTH, HEADS, IMAGE_LAYERS, TEXT_LAYERS = 64, 4, 2, 1
 WEIGHT_DECAY, WARMUP_STEPS = 0.05, 20
-LEARNING_RATE = 4e-3  # of 128 images a step; of fewer in proportion, or training gets so rough that rounding steers it
+LEARNING_RATE = 4e-3  # for 128 images a step; proportionally less for fewer, or rounding errors grow too fast
 
-# How far the two loss curves may lie apart, relative to the loss. Neighbouring float32 numbers are up to 1.2e-7 apart
-# (EPS). In the first steps both runs have the same weights up to rounding: what shows is the rounding of the ops, a few
-# EPS. From there on rounding feeds back through the weights. With 14 seeds it came to at most 4e-6; changing the first
-# layer's weights by one EPS, in two naive runs, does as much, so that is what it has to be compared with.
+# The largest relative difference of the two loss curves. Neighbouring float32 numbers differ by up to 1.2e-7 (EPS). In
+# the first steps both runs have the same weights up to rounding, so the difference is the rounding of the ops, a few
+# EPS. After that, rounding errors feed back through the weights. With 14 seeds the difference was at most 4e-6. It is
+# as large between two naive runs if the weights of the first layer differ by one EPS.
 EPS = torch.finfo(torch.float32).eps
 FIRST_STEPS = 10
 BOUND_OF_FIRST, BOUND_OF_ALL = 16 * EPS, 1e-4
@@ -66,7 +66,7 @@ BOUND_OF_FIRST, BOUND_OF_ALL = 16 * EPS, 1e-4
 
 
 def captions(templates: tuple[str, ...]) -> list[str]:
-    """All captions, digit by digit: each template with the digit's word and with its figure."""
+    """Returns all captions, digit by digit: each template with the word and with the figure of the digit."""
     return [t.format(name) for digit in range(10) for t in templates for name in (DIGITS[digit], str(digit))]
 
 
@@ -74,11 +74,11 @@ TRAINING_CAPTIONS, PROMPTS = captions(TRAINING_TEMPLATES), captions(PROMPT_TEMPL
 LONGEST = max(len(caption.split()) for caption in TRAINING_CAPTIONS + PROMPTS)
 VOCABULARY = sorted({word for caption in TRAINING_CAPTIONS for word in caption.split()})
 NUMBERS = {word: 2 + place for place, word in enumerate(VOCABULARY)}
-"""Of words; 0 is padding, 1 a word that is not in training."""
+"""The number of each word; 0 is padding, 1 a word that is not in training."""
 
 
 def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Word numbers int64 [B, L], padded on the right, and lengths int64 [B]."""
+    """Returns word numbers int64 [B, L], padded on the right, and lengths int64 [B]."""
     rows = [torch.tensor([NUMBERS.get(word, 1) for word in text.split()]) for text in texts]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
@@ -92,7 +92,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention_norm, self.feed_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention = CrossAttention(WIDTH, num_heads=HEADS)  # to itself, where it is given no context
+        self.attention = CrossAttention(WIDTH, num_heads=HEADS)  # self-attention, as no context is given
         self.feed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor, mask: SpanMask | None) -> Tensor:  # [B, L, WIDTH]
@@ -101,7 +101,7 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """Tokens [B, L, WIDTH] to unit vectors [B, WIDTH]: a transformer, then one learned query that attends to it all."""
+    """Maps tokens [B, L, WIDTH] to unit vectors [B, WIDTH]: a transformer, then pooling by a learned query."""
 
     def __init__(self, layers: int, longest: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Tower(nn.Module):
 
 
 class DigitClip(nn.Module):
-    """An image tower and a text tower that meet in one space, and the temperature of their similarities."""
+    """An image tower and a text tower with features in one space, and the temperature of their similarities."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,15 +134,15 @@ class DigitClip(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def logit_scale(self) -> Tensor:
-        """What the loss multiplies similarities by, at most 100 as in CLIP."""
+        """Returns the factor by which the loss multiplies similarities, at most 100 as in CLIP."""
         return self.log_scale.exp().clamp(max=100.0)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 8, 8] from 0 to 1, to unit vectors [B, WIDTH]."""
+        """Returns unit vectors [B, WIDTH] of pixels [B, 8, 8] from 0 to 1."""
         return self.image_tower(self.stem(pixels[:, None]).flatten(2).mT)
 
     def encode_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Word numbers [B, L] to unit vectors [B, WIDTH]; padding is hidden from every query."""
+        """Returns unit vectors [B, WIDTH] of word numbers [B, L]; padding is hidden from every query."""
         return self.text_tower(self.words(tokens), SpanMask.key_padding(lengths))
 
 
@@ -150,7 +150,7 @@ class DigitClip(nn.Module):
 
 
 class Batch(NamedTuple):
-    """Images and captions of one training step, and what each is about.
+    """Images and captions of one training step, and the digit of each.
 
     Attributes:
         pixels: [N, 8, 8].
@@ -167,7 +167,7 @@ class Batch(NamedTuple):
 
 
 def batches(pixels: Tensor, digits: Tensor, epochs: int, size: int, draw: torch.Generator) -> Iterator[Batch]:
-    """Every image once an epoch, in a new order, each with captions drawn anew; the rest of an epoch is dropped."""
+    """Yields every image once an epoch, in a new order, with new random captions; an incomplete batch is dropped."""
     tokens, lengths = tokenize(TRAINING_CAPTIONS)
     per_digit = len(TRAINING_CAPTIONS) // 10
     for _ in range(epochs):
@@ -182,13 +182,13 @@ def batches(pixels: Tensor, digits: Tensor, epochs: int, size: int, draw: torch.
 def train(
     pixels: Tensor, digits: Tensor, *, epochs: int, batch: int, seed: int, backend: str | None
 ) -> tuple[DigitClip, Tensor, Tensor]:
-    """A model trained on pixels [N, 8, 8] and their digits [N]; the same whenever the seed is.
+    """Trains a model on pixels [N, 8, 8] and their digits [N]. The same seed gives the same model.
 
     Args:
-        backend: of every op, "reference" for the naive formulas, None for the fastest that runs here.
+        backend: of every op: "reference" for the naive formulas, None for the fastest available.
 
     Returns:
-        the model; the loss of each step, and the least that it could have been, both float64 [steps].
+        The model; the loss of each step and the smallest possible loss of each step, both float64 [steps].
     """
     torch.manual_seed(seed)
     model, draw = DigitClip(), torch.Generator().manual_seed(seed)
@@ -200,42 +200,42 @@ def train(
     )
     losses, least = [], []
     with mmkernels.use_backend(backend or ""):
-        for some in batches(pixels, digits, epochs, batch, draw):
+        for step_batch in batches(pixels, digits, epochs, batch, draw):
             loss = mmkernels.info_nce(
-                model.encode_image(some.pixels),  # [N, WIDTH]
-                model.encode_text(some.tokens, some.lengths),  # [M, WIDTH]
+                model.encode_image(step_batch.pixels),  # [N, WIDTH]
+                model.encode_text(step_batch.tokens, step_batch.lengths),  # [M, WIDTH]
                 model.logit_scale(),
-                image_ids=some.image_ids,  # an image and a caption of one digit belong together,
-                text_ids=some.text_ids,  # whichever image the caption was drawn for
+                image_ids=step_batch.image_ids,  # an image and a caption of one digit belong together,
+                text_ids=step_batch.text_ids,  # whichever image the caption was drawn for
             )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-            least.append(least_loss(some.image_ids, some.text_ids))
+            least.append(least_loss(step_batch.image_ids, step_batch.text_ids))
     return model.eval(), torch.tensor(losses, dtype=torch.float64), torch.tensor(least, dtype=torch.float64)
 
 
 def augment(pixels: Tensor, draw: torch.Generator) -> Tensor:
-    """Each image [8, 8] turned by up to 8 degrees, stretched by up to 5 % and shifted by up to half a pixel."""
+    """Rotates each image [8, 8] by up to 8 degrees, scales it by up to 5 % and shifts it by up to half a pixel."""
     angle, zoom, *shift = (2 * torch.rand(4, len(pixels), generator=draw) - 1) * torch.tensor(
         [[math.radians(8)], [0.05], [0.125], [0.125]]
     )
     cos, sin = (1 + zoom) * angle.cos(), (1 + zoom) * angle.sin()
-    turn = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(turn, [len(pixels), 1, 8, 8], align_corners=False)
+    transform = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(transform, [len(pixels), 1, 8, 8], align_corners=False)
     return F.grid_sample(pixels[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
 
 
 def least_loss(image_ids: Tensor, text_ids: Tensor) -> float:
-    """The entropy of the targets: a row with n positives wants 1/n for each, which costs log n."""
+    """Returns the entropy of the targets: a row with n positives has target 1/n for each, and entropy log n."""
     images, texts = (torch.bincount(ids, minlength=10).double() for ids in (image_ids, text_ids))
     return (texts[image_ids].log().mean() + images[text_ids].log().mean()).item() / 2
 
 
 def check_same(fused: Tensor, naive: Tensor) -> str:
-    """Assert that two loss curves [steps] are one up to rounding, and say how far apart they are."""
+    """Asserts that two loss curves [steps] are equal up to rounding; returns a text with their difference."""
     apart = (fused - naive).abs() / naive
     first, every = apart[:FIRST_STEPS].max().item(), apart.max().item()
     assert first <= BOUND_OF_FIRST, f"the curves must start within {BOUND_OF_FIRST:.1e}, got {first:.1e}"
@@ -246,17 +246,17 @@ def check_same(fused: Tensor, naive: Tensor) -> str:
     )
 
 
-# What the model can do.
+# Evaluation.
 
 
 @torch.no_grad()
 def encode_prompts(model: DigitClip, prompts: list[str]) -> Tensor:
-    """All digits' prompts, in the order of `captions`, to unit vectors [10, prompts of a digit, WIDTH]."""
+    """Returns unit vectors [10, prompts of a digit, WIDTH] of the prompts of all digits, in the order of `captions`."""
     return model.encode_text(*tokenize(prompts)).unflatten(0, (10, -1))
 
 
 def classify(images: Tensor, prompts: Tensor) -> Tensor:
-    """Zero-shot: the digit int64 [N] whose prompts [10, P, WIDTH], averaged, are nearest to images [N, WIDTH]."""
+    """Returns the digits int64 [N] whose prompts [10, P, WIDTH], averaged, are nearest to images [N, WIDTH]."""
     return (images @ F.normalize(prompts.mean(1), dim=-1).mT).argmax(1)
 
 
@@ -264,11 +264,11 @@ class Recall(NamedTuple):
     """Shares at k = 1 and k = 5.
 
     Attributes:
-        any_right: queries with a right item among the first k: recall@k as it is counted where a query has several
-            right answers, such as the five captions of a photo in COCO.
-        chance: the same, of a gallery in random order.
-        each_right: pairs of a query and a right item with fewer than k wrong items before it: recall@k were this item
-            the only right one. Much harder: it also counts an odd seven that comes after a one.
+        any_right: of queries with a correct item among the first k: recall@k as usual for queries with several correct
+            items, such as the five captions of a photo in COCO.
+        chance: the same for a gallery in random order.
+        each_right: of pairs of a query and a correct item with fewer than k wrong items before it: recall@k if this
+            item were the only correct one. This is much harder: an unusual seven that comes after a one counts too.
     """
 
     any_right: list[float]
@@ -277,13 +277,13 @@ class Recall(NamedTuple):
 
 
 def recall(query: Tensor, query_digits: Tensor, gallery: Tensor, gallery_digits: Tensor) -> Recall:
-    """How well queries [N, WIDTH] find the items of their digit in a gallery [M, WIDTH]."""
-    rows, target = (query_digits[:, None] == gallery_digits).nonzero(as_tuple=True)  # right pairs, query by query
+    """Returns how well queries [N, WIDTH] retrieve the items of their digit from a gallery [M, WIDTH]."""
+    rows, target = (query_digits[:, None] == gallery_digits).nonzero(as_tuple=True)  # the correct pairs, query by query
     ranks = mmkernels.retrieval_ranks(query[rows], gallery, target)
-    counts = torch.bincount(rows, minlength=len(query)).tolist()  # how many right items each query has
-    ordered = [found.sort().values for found in ranks.split(counts)]
-    best = torch.stack([found[0] for found in ordered])
-    wrong_before = torch.cat([found - torch.arange(len(found)) for found in ordered])
+    counts = torch.bincount(rows, minlength=len(query)).tolist()  # the number of correct items of each query
+    ordered = [of_query.sort().values for of_query in ranks.split(counts)]
+    best = torch.stack([of_query[0] for of_query in ordered])
+    wrong_before = torch.cat([of_query - torch.arange(len(of_query)) for of_query in ordered])
     missed = [
         sum(math.comb(len(gallery) - n, k) for n in counts) / (len(query) * math.comb(len(gallery), k)) for k in (1, 5)
     ]
@@ -295,12 +295,12 @@ def recall(query: Tensor, query_digits: Tensor, gallery: Tensor, gallery_digits:
 
 
 def report(model: DigitClip, pixels: Tensor, digits: Tensor, path: Path) -> None:
-    """Print accuracy and recall on held-out images, and draw what some prompts find."""
+    """Prints accuracy and recall on held-out images, and draws the images that some prompts retrieve."""
     with torch.no_grad():
         images = model.encode_image(pixels)
     prompts, known = encode_prompts(model, PROMPTS), encode_prompts(model, TRAINING_CAPTIONS)
     guesses = classify(images, prompts)
-    accuracy, of_known = ((found == digits).double().mean() for found in (guesses, classify(images, known)))
+    accuracy, of_known = ((guess == digits).double().mean() for guess in (guesses, classify(images, known)))
     print(f"zero-shot accuracy{percent(accuracy)} by prompts never read,{percent(of_known)} by training's captions")
 
     texts, text_digits = prompts.flatten(0, 1), torch.arange(10).repeat_interleave(prompts.shape[1])
@@ -308,13 +308,13 @@ def report(model: DigitClip, pixels: Tensor, digits: Tensor, path: Path) -> None
     print("                 some right one among            each right one with fewer")
     print("                 the first k (by chance)         than k wrong ones before it")
     print("  recall@k       k = 1           k = 5           k = 1      k = 5")
-    for name, found in (
+    for name, result in (
         ("text to image", recall(texts, text_digits, images, digits)),
         ("image to text", recall(images, digits, texts, text_digits)),
     ):
-        some = [f"{percent(share)} ({100 * chance:.0f} %)" for share, chance in zip(found.any_right, found.chance)]
-        print(f"  {name}  {'  '.join(some)}  {'   '.join(percent(share) for share in found.each_right)}")
-    chosen = [prompts.shape[1] * digit + digit % prompts.shape[1] for digit in range(10)]  # one a digit, by turns
+        some = [f"{percent(share)} ({100 * chance:.0f} %)" for share, chance in zip(result.any_right, result.chance)]
+        print(f"  {name}  {'  '.join(some)}  {'   '.join(percent(share) for share in result.each_right)}")
+    chosen = [prompts.shape[1] * digit + digit % prompts.shape[1] for digit in range(10)]  # templates in turn
     best = (texts[chosen] @ images.mT).argsort(dim=1, descending=True, stable=True)[:, :5]
     draw_retrieval([PROMPTS[place] for place in chosen], best, pixels, digits, guesses, path)
 
@@ -327,10 +327,11 @@ def percent(share: float | Tensor) -> str:
 
 
 def load(samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pixels [N, 8, 8] from 0 to 1 and digits [N] to train on; then those held out, the last fifth of the file.
+    """Returns pixels [N, 8, 8] from 0 to 1 and digits [N] for training, then those held out, the last fifth of the
+    file.
 
-    In the file's order, not shuffled, which is harder: a support vector machine reads 98.3 % of the images right where
-    every fifth is held out, 95.5 % where the last fifth is.
+    The file is not shuffled, which makes the task harder: a support vector machine classifies 98.3 % of the images
+    correctly if every fifth is held out, 95.5 % if the last fifth is.
     """
     data = load_digits()
     pixels = torch.tensor(data.images[:samples] / 16, dtype=torch.float32)

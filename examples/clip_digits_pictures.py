@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Of Okabe and Ito's palette, which people with any colour vision tell apart.
+# From the palette of Okabe and Ito, which all kinds of colour vision can distinguish.
 BLUE, GREEN, RED = "#0072B2", "#007A59", "#D55E00"
 GREY = "#555555"
 
@@ -22,12 +22,12 @@ GREY = "#555555"
 def draw_loss(
     fused: Tensor, naive: Tensor, least: Tensor, bounds: list[tuple[int | None, float]], eps: float, path: Path
 ) -> None:
-    """Two loss curves [steps], and below them their relative difference.
+    """Draws two loss curves [steps], and below them their relative difference.
 
     Args:
-        least: [steps], what the loss can't fall below.
-        bounds: steps from the start (None: all) and the largest difference there.
-        eps: the relative distance of two neighbours among the losses' numbers.
+        least: [steps], the smallest possible loss.
+        bounds: pairs of a number of steps from the start (None: all) and the largest difference in them.
+        eps: the relative distance of two neighbouring floating-point numbers.
     """
     figure, (upper, lower) = plt.subplots(
         2, 1, sharex=True, figsize=(9.5, 7.6), dpi=110, height_ratios=(3, 2), layout="constrained"
@@ -71,12 +71,12 @@ def _difference(axes: Axes, apart: np.ndarray, bounds: list[tuple[int | None, fl
 def draw_retrieval(
     prompts: list[str], best: Tensor, pixels: Tensor, digits: Tensor, guesses: Tensor, path: Path
 ) -> None:
-    """The first images that each prompt finds, and below them those that the model takes for another digit.
+    """Draws the first images that each prompt retrieves, and below them those that are classified wrongly.
 
     Args:
         prompts: one for each of the ten digits.
-        best: int64 [10, 5], the images found, best first.
-        pixels, digits, guesses: [N, 8, 8], [N], [N]: all images, what they show, what the model says.
+        best: int64 [10, 5], the images retrieved, best first.
+        pixels, digits, guesses: [N, 8, 8], [N], [N]: all images, their digits, the digits that the model predicts.
     """
     figure = plt.figure(figsize=(10.5, 12.2), dpi=100, facecolor="white")
     figure.text(0.04, 0.962, "What a prompt finds among held-out digits", fontsize=19, weight="bold")

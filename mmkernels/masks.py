@@ -18,19 +18,19 @@ Lengths = Tensor | Sequence[int]
 class SpanMask:
     """Query i sees key j when ``start[i] <= j < end[i]`` and ``key_valid[j]``.
 
-    Any int32 is a legal bound: a span reaches from ``max(start, 0)`` to ``min(end, k_len)``, and one whose end is not
-    above its start sees nothing. A query that sees nothing has output 0 and log-sum-exp -inf.
+    Any int32 is a legal bound: a span is the range from ``max(start, 0)`` to ``min(end, k_len)``. A query whose span is
+    empty sees nothing; its output is 0 and its log-sum-exp is -inf.
 
     Args:
         start: first visible key, int32 ``[B or 1, Lq or 1]`` (a size of 1 is shared).
-        end: one past the last visible key, int32, the same shape as `start` up to broadcasting.
+        end: one past the last visible key, int32, in a shape that broadcasts with `start`.
         key_valid: bool ``[B or 1, Lk]`` or None (all): False hides a key from every query.
 
     Raises:
         TypeError: `start` or `end` is not an int32 tensor, or `key_valid` is not a bool tensor.
-        ValueError: a tensor is not 2-D, lies on another device, or the shapes don't broadcast.
+        ValueError: a tensor is not 2-D, the devices differ, or the shapes do not broadcast.
 
-    Constructors check values (negative lengths and the like) where that needs no device sync: on CPU tensors, and not
+    Constructors check values (such as negative lengths) only if that needs no device sync: on CPU tensors, and not
     inside ``torch.compile``.
 
     Example:
@@ -65,11 +65,11 @@ class SpanMask:
             devices = [str(t.device) for t in (self.start, self.end, valid) if t is not None]
             raise ValueError(f"start, end and key_valid must be on one device, got {', '.join(devices)}")
 
-    # What users mean, by name.
+    # Constructors, named after what users mean.
 
     @classmethod
     def key_padding(cls, lengths: Lengths) -> SpanMask:
-        """Padding on the right: every query of sequence b sees the first ``lengths[b]`` keys.
+        """Padding on the right: each query of sequence b sees the first ``lengths[b]`` keys.
 
         Args:
             lengths: ``[B]`` integers, a tensor or a list; not negative.
@@ -79,20 +79,20 @@ class SpanMask:
 
     @classmethod
     def left_padding(cls, lengths: Lengths, k_len: int) -> SpanMask:
-        """Padding on the left: every query of sequence b sees the last ``lengths[b]`` of `k_len` keys.
+        """Padding on the left: each query of sequence b sees the last ``lengths[b]`` of `k_len` keys.
 
         Args:
             lengths: ``[B]`` integers, a tensor or a list; 0 to `k_len`.
-            k_len: number of keys, padding included.
+            k_len: the number of keys, padding included.
         """
         lengths = _lengths("lengths", lengths, most=k_len)
         return cls((k_len - lengths)[:, None], torch.full_like(lengths, k_len)[:, None])
 
     @classmethod
     def from_key_mask(cls, key_mask: Tensor) -> SpanMask:
-        """Any set of keys, the same for every query of a sequence: bool ``[B, Lk]``, True = visible.
+        """All queries of a sequence see the same set of keys: bool ``[B, Lk]``, True = visible.
 
-        Padding on either side, or holes, as in a tokenizer's ``attention_mask.bool()``.
+        The hidden keys may lie anywhere, as in a tokenizer's ``attention_mask.bool()``.
         """
         if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
             raise TypeError(f"key_mask must be a bool tensor, got {_describe(key_mask)}")
@@ -103,16 +103,17 @@ class SpanMask:
 
     @classmethod
     def causal(cls, q_len: int, k_len: int, device: torch.device | str | None = None) -> SpanMask:
-        """Each query sees the keys up to its own place, aligned at the bottom right: the last query sees all keys.
+        """Each query sees the keys up to its position, aligned at the bottom right: the last query sees all keys.
 
-        This is FlashAttention's convention (and not ``is_causal`` of ``F.scaled_dot_product_attention``, which aligns
-        at the top left): with a KV cache, q_len new tokens see k_len - q_len cached ones and their own past.
+        This is the convention of FlashAttention, not that of ``is_causal`` in ``F.scaled_dot_product_attention``, which
+        aligns at the top left. With a KV cache, each of the q_len new tokens sees the k_len - q_len cached ones, the
+        new ones before it, and itself.
         """
         return cls.window(None, 0, q_len, k_len, device)
 
     @classmethod
     def prefix_lm(cls, prefix_lengths: Lengths, q_len: int, k_len: int) -> SpanMask:
-        """Causal, and in sequence b every query also sees the first ``prefix_lengths[b]`` keys.
+        """Causal, and each query of sequence b also sees the first ``prefix_lengths[b]`` keys.
 
         Args:
             prefix_lengths: ``[B]`` integers, 0 to `k_len`.
@@ -125,11 +126,13 @@ class SpanMask:
     def window(
         cls, left: int | None, right: int | None, q_len: int, k_len: int, device: torch.device | str | None = None
     ) -> SpanMask:
-        """Sliding window, aligned at the bottom right: query i sees ``i + k_len - q_len`` - left to + right.
+        """Sliding window, aligned at the bottom right: query i sees the keys from p - left to p + right.
+
+        p = i + k_len - q_len is the position of query i among the keys.
 
         Args:
-            left: keys visible before the query's own place; None: all of them.
-            right: keys visible after it; None: all of them.
+            left: how many keys before its position a query sees; None: all.
+            right: how many keys after it; None: all.
         """
         for name, size in (("left", left), ("right", right)):
             if size is not None and size < 0:
@@ -137,28 +140,29 @@ class SpanMask:
         for name, size in (("q_len", q_len), ("k_len", k_len)):
             if size < 0:
                 raise ValueError(f"{name} must be >= 0, got {size}")
-        place = torch.arange(k_len - q_len, k_len, dtype=torch.int32, device=device)[None]  # [1, Lq]
-        reach = q_len + k_len  # further than this shows nothing more, and could overflow
-        left, right = (size if size is None else min(size, reach) for size in (left, right))
-        everything = torch.zeros((1, 1), dtype=torch.int32, device=place.device)
-        start = everything if left is None else (place - left).clamp(0, k_len)
-        end = everything + k_len if right is None else (place + right + 1).clamp(0, k_len)
+        position = torch.arange(k_len - q_len, k_len, dtype=torch.int32, device=device)[None]  # [1, Lq]
+        # A larger size shows no further key and could overflow.
+        left, right = (size if size is None else min(size, q_len + k_len) for size in (left, right))
+        zero = torch.zeros((1, 1), dtype=torch.int32, device=position.device)
+        start = zero if left is None else (position - left).clamp(0, k_len)
+        end = zero + k_len if right is None else (position + right + 1).clamp(0, k_len)
         return cls(start, end)
 
     @classmethod
     def media(
         cls, media_index: Tensor, tokens_per_media: int | None = None, *, media_offsets: Lengths | None = None
     ) -> SpanMask:
-        """Each text token sees the visual tokens of one image (Flamingo: the last image before it).
+        """Each text token sees the visual tokens of one image (in Flamingo, of the last image before it).
 
         Args:
-            media_index: integers ``[B, Lq]``: which image each query sees; -1: none.
-            tokens_per_media: visual tokens an image, where all have as many; or
-            media_offsets: ``[M + 1]`` or ``[B, M + 1]`` integers: image m is keys ``offsets[m]`` to ``offsets[m + 1]``.
+            media_index: the image that each query sees, integers ``[B, Lq]``; -1: none.
+            tokens_per_media: the number of visual tokens of each image, if it is the same for all; or
+            media_offsets: ``[M + 1]`` or ``[B, M + 1]`` integers: image m is the keys ``offsets[m]`` to
+                ``offsets[m + 1]``.
 
         Raises:
-            IndexError: an index below -1, or with `media_offsets` at or above M (checked on CPU tensors; elsewhere
-                such a query sees nothing, as one past the last key does).
+            IndexError: an index is below -1 or, with `media_offsets`, at or above M. Only CPU tensors are checked; on
+                other devices such a query sees nothing.
         """
         if not isinstance(media_index, Tensor) or media_index.dtype not in _INTEGERS:
             raise TypeError(f"media_index must be an integer tensor, got {_describe(media_index)}")
@@ -172,7 +176,7 @@ class SpanMask:
             assert tokens_per_media is not None
             if tokens_per_media < 0:
                 raise ValueError(f"tokens_per_media must be >= 0, got {tokens_per_media}")
-            start = media_index.long().clamp(0, _LARGEST) * tokens_per_media  # an index past int32 shows nothing
+            start = media_index.long().clamp(0, _LARGEST) * tokens_per_media  # an index past int32 shows no key
             end = (start + tokens_per_media).clamp(max=_LARGEST) * sees
             return cls((start.clamp(max=_LARGEST) * sees).to(torch.int32), end.to(torch.int32))
         offsets = torch.as_tensor(media_offsets, device=media_index.device)
@@ -198,14 +202,14 @@ class SpanMask:
 
     @classmethod
     def packed(cls, q_lengths: Lengths, k_lengths: Lengths, *, q_len: int | None = None) -> SpanMask:
-        """Sequences packed into one row: the queries of sequence n see exactly its keys. Batch 1.
+        """Sequences packed into one row: the queries of sequence n see exactly the keys of sequence n. Batch 1.
 
         ``packed(lengths, lengths) & causal(total, total)`` is packed causal self-attention.
 
         Args:
             q_lengths, k_lengths: ``[N]`` integers, tensors or lists.
-            q_len: total number of queries; computed where None, which syncs when the lengths lie on a device. Queries
-                past the last sequence see nothing.
+            q_len: the total number of queries. None: the sum of `q_lengths`, which syncs if they lie on a device.
+                Queries past the last sequence see nothing.
         """
         q_lengths = _lengths("q_lengths", q_lengths)
         k_lengths = _lengths("k_lengths", k_lengths).to(q_lengths.device)
@@ -216,17 +220,19 @@ class SpanMask:
             raise ValueError(f"q_len must be >= 0, got {q_len}")
         if q_len is None:
             q_len = int(q_end[-1]) if len(q_end) else 0
-        place = torch.arange(q_len, device=q_lengths.device)
-        sequence = torch.searchsorted(q_end, place, right=True)  # [Lq], N past the last sequence
+        position = torch.arange(q_len, device=q_lengths.device)
+        sequence = torch.searchsorted(q_end, position, right=True)  # [Lq], N past the last sequence
         k_end = torch.cat([k_end.new_zeros(1), k_end, k_end[-1:] if len(k_end) else k_end.new_zeros(1)]).to(torch.int32)
         return cls(k_end[sequence][None], k_end[sequence + 1][None])
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> SpanMask:
-        """The span mask equal to a bool mask (True = visible) ``[B or 1, Lq, Lk]`` or ``[B or 1, 1, Lq, Lk]``. Syncs.
+        """Returns the span mask equal to a bool mask, ``[B or 1, Lq, Lk]`` or ``[B or 1, 1, Lq, Lk]``, True = visible.
+
+        This syncs with the device.
 
         Raises:
-            ValueError: some row has a hole that no other row shares, so that no span mask equals it.
+            ValueError: a row has a hole at a key that another row sees, so that no span mask equals `dense`.
         """
         mask, hole = cls._from_dense(dense)
         if hole is not None:
@@ -239,7 +245,7 @@ class SpanMask:
 
     @classmethod
     def try_from_dense(cls, dense: Tensor) -> SpanMask | None:
-        """As `from_dense`, but None where no span mask equals `dense`. Syncs."""
+        """As `from_dense`, but returns None if no span mask equals `dense`."""
         mask, hole = cls._from_dense(dense)
         return mask if hole is None else None
 
@@ -252,17 +258,17 @@ class SpanMask:
         if dense.dim() != 3:
             raise ValueError(f"dense must be [B or 1, Lq, Lk] or [B or 1, 1, Lq, Lk], got shape {tuple(dense.shape)}")
         start, end = _bounds(dense)
-        mask = cls(start, end, dense.any(1))  # a key that nobody sees is invalid, every other must be valid
+        mask = cls(start, end, dense.any(1))  # a key is invalid if no query sees it
         wrong = mask.to_dense(dense.shape[2])[:, 0] != dense
         if not wrong.any():
             return mask, None
         b, i, j = wrong.nonzero()[0].tolist()
         return mask, (b, i, j)
 
-    # What a mask can do.
+    # Operations.
 
     def __and__(self, other: SpanMask) -> SpanMask:
-        """The keys that both masks show."""
+        """Returns the mask that shows the keys which both masks show."""
         if not isinstance(other, SpanMask):
             return NotImplemented
         _check_broadcast("the two masks", self.shape, other.shape)
@@ -275,7 +281,7 @@ class SpanMask:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B or 1, Lq or 1) that the spans broadcast to."""
+        """The shape (B or 1, Lq or 1) that the spans broadcast to."""
         (b, i), (batch, q_len) = self.start.shape, self.end.shape
         return (batch if b == 1 else b), (q_len if i == 1 else i)
 
@@ -284,13 +290,13 @@ class SpanMask:
         return self.start.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SpanMask:
-        """The mask on another device."""
+        """Returns the mask on another device."""
         start, end = (t.to(device, non_blocking=non_blocking) for t in (self.start, self.end))
         valid = self.key_valid
         return SpanMask(start, end, valid if valid is None else valid.to(device, non_blocking=non_blocking))
 
     def to_dense(self, k_len: int) -> Tensor:
-        """The same mask as bool ``[B or 1, 1, Lq or 1, Lk]``, True = visible, as SDPA takes it."""
+        """Returns the mask as bool ``[B or 1, 1, Lq or 1, Lk]``, True = visible, as SDPA takes it."""
         key = torch.arange(k_len, dtype=torch.int32, device=self.device)
         dense = (self.start[..., None] <= key) & (key < self.end[..., None])  # [B or 1, Lq or 1, Lk]
         if self.key_valid is not None:
@@ -327,18 +333,18 @@ def _lengths(name: str, lengths: Lengths, most: int | None = None) -> Tensor:
 
 
 def _bounds(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """First visible key and one past the last, int32 ``[B, Lq]``, of bool ``[B, Lq, Lk]``; (0, 0) where none is."""
+    """Returns the first visible key and one past the last, int32 ``[B, Lq]``, of bool ``[B, Lq, Lk]``; (0, 0): none."""
     k_len = visible.shape[-1]
     if k_len == 0:
         nothing = visible.new_zeros(visible.shape[:2], dtype=torch.int32)
         return nothing, nothing
-    some = visible.any(-1)
-    start = visible.to(torch.uint8).argmax(-1) * some
-    end = (k_len - visible.flip(-1).to(torch.uint8).argmax(-1)) * some
+    any_visible = visible.any(-1)
+    start = visible.to(torch.uint8).argmax(-1) * any_visible
+    end = (k_len - visible.flip(-1).to(torch.uint8).argmax(-1)) * any_visible
     return start.to(torch.int32), end.to(torch.int32)
 
 
-# So that a SpanMask may be an input of torch.export and pass through functorch transforms.
+# A pytree node can be an input of torch.export and of functorch transforms.
 _pytree.register_pytree_node(
     SpanMask,
     lambda mask: ([mask.start, mask.end, mask.key_valid], None),
@@ -352,7 +358,7 @@ _pytree.register_pytree_node(
 
 
 def _unchecked(start: Tensor, end: Tensor, key_valid: Tensor | None) -> SpanMask:
-    """Transforms rebuild a SpanMask from placeholders that are no tensors: skip the checks."""
+    """Returns a SpanMask without checks: transforms rebuild it from placeholders that are not tensors."""
     mask = object.__new__(SpanMask)
     for name, value in (("start", start), ("end", end), ("key_valid", key_valid)):
         object.__setattr__(mask, name, value)

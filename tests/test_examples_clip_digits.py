@@ -1,4 +1,4 @@
-"""examples/clip_digits.py in a short form: it learns, draws, and sees when its two curves are not one."""
+"""examples/clip_digits.py in a short form: it learns, draws, and detects two curves that differ."""
 
 from __future__ import annotations
 
@@ -29,9 +29,21 @@ def unit(count: int) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(count, 8), dim=1)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("epochs", "samples", "least"),
+    [
+        (1, 200, 0),
+        pytest.param(8, 500, 65, marks=pytest.mark.slow),  # 48 steps; chance is 10 %
+    ],
+)
 def test_it_learns_and_draws(
-    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    example: ModuleType,
+    epochs: int,
+    samples: int,
+    least: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     backends = []
     train = example.train
@@ -41,22 +53,22 @@ def test_it_learns_and_draws(
         return train(*args, backend=backend, **options)
 
     monkeypatch.setattr(example, "train", noted)
-    example.main(["--epochs", "8", "--samples", "500", "--batch", "64", "--out", str(tmp_path / "new" / "folder")])
+    sizes = ["--epochs", str(epochs), "--samples", str(samples), "--batch", "64"]
+    example.main([*sizes, "--out", str(tmp_path / "new" / "folder")])
     lines = capsys.readouterr().out.splitlines()
     assert backends == ["reference", None]
-    assert lines[0] == "400 handwritten digits to train on; 100 held out, the last of the file"
+    assert lines[0].startswith(f"{samples * 4 // 5} handwritten digits to train on; {samples // 5} held out, the last")
     (accuracy,) = [float(line.split()[2]) for line in lines if line.startswith("zero-shot accuracy")]
-    assert accuracy >= 65  # in 48 steps; chance is 10
+    assert accuracy >= least
     for direction in ("text to image", "image to text"):
         (line,) = [line for line in lines if line.strip().startswith(direction)]
         one, five, each_one, each_five = (float(word) for word in line.split()[3:] if "." in word)
-        assert 65 <= one <= five <= 100 and each_one <= one and each_five <= five and each_one <= each_five
+        assert least <= one <= five <= 100 and each_one <= one and each_five <= five and each_one <= each_five
     for name in ("loss", "retrieval"):
         with Image.open(tmp_path / "new" / "folder" / f"clip_digits_{name}.png") as picture:
             assert min(picture.size) > 500 and len(picture.getcolors(1 << 20)) > 20
 
 
-@pytest.mark.slow
 def test_a_seed_fixes_everything(example: ModuleType) -> None:
     pixels, digits, _, _ = example.load(200)
     runs = [example.train(pixels, digits, epochs=2, batch=64, seed=seed, backend=None) for seed in (3, 3, 4)]

@@ -1,4 +1,4 @@
-"""Whole models, one file a system, over the modules and ops."""
+"""Whole models, one file per system, built on the modules and ops."""
 
 from mmkernels.models.clip import CLIP
 from mmkernels.models.clip_config import CLIPConfig

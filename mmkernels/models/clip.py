@@ -1,4 +1,4 @@
-"""CLIP and SigLIP: an image tower and a text tower whose features meet in a contrastive loss.
+"""CLIP and SigLIP: an image tower and a text tower that are trained with a contrastive loss.
 
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3; Zhai et
 al., "Sigmoid Loss for Language Image Pre-Training", 2023, algorithm 1.
@@ -31,7 +31,7 @@ SIZES = {
         text_width=48, text_layers=2, text_heads=4, text_mlp=96, text_length=16, vocab_size=128,
         embed_dim=24,
     ),
-    # ViT-S/16 (Touvron et al., "Training data-efficient image transformers", 2021, table 1), and a text tower as wide.
+    # ViT-S/16 (Touvron et al., "Training data-efficient image transformers", 2021, table 1), text tower of equal width.
     "small": CLIPConfig(
         vision_width=384, vision_layers=12, vision_heads=6, vision_mlp=1536, image_size=224, patch_size=16,
         text_width=384, text_layers=12, text_heads=6, text_mlp=1536, text_length=77, vocab_size=49408,
@@ -59,22 +59,22 @@ SIZES = {
         vision_eps=1e-6, text_eps=1e-6,
     ),
 }  # fmt: skip
-"""The sizes of `CLIP.from_size`."""
+"""The sizes that `CLIP.from_size` accepts."""
 
-# The multiplier and what is added to it before training: Radford et al., section 2.5; Zhai et al., section 3.2.
+# Initial multiplier and bias of the logits: Radford et al., section 2.5; Zhai et al., section 3.2.
 _START = {"clip": (1 / 0.07, 0.0), "siglip": (10.0, -10.0)}
 
 
 @dataclass
 class CLIPOutput:
-    """What `CLIP.forward` gives.
+    """The result of `CLIP.forward`.
 
     Attributes:
         image_features: ``[N, embed_dim]``, of length 1.
         text_features: ``[M, embed_dim]``, of length 1.
-        logit_scale: the multiplier of the scores, a scalar.
-        logit_bias: what is added to them, a scalar; None in a "clip".
-        loss: fp32 (fp64 of fp64), a scalar; None where it wasn't asked for.
+        logit_scale: the multiplier of the logits, a scalar.
+        logit_bias: is added to the logits, a scalar; None in a "clip".
+        loss: a scalar, fp64 for fp64 features, fp32 for all others; None if it was not requested.
     """
 
     image_features: Tensor
@@ -85,21 +85,21 @@ class CLIPOutput:
 
     @property
     def logits_per_image(self) -> Tensor:
-        """The score of each image with each text, ``[N, M]``: computed when asked for, the loss does without."""
+        """The logit of each image with each text, ``[N, M]``. It is computed here: the loss does not need it."""
         logits = self.logit_scale * (self.image_features @ self.text_features.T)
         return logits if self.logit_bias is None else logits + self.logit_bias
 
     @property
     def logits_per_text(self) -> Tensor:
-        """``[M, N]``."""
+        """The transpose of `logits_per_image`, ``[M, N]``."""
         return self.logits_per_image.T
 
 
 class CLIP(nn.Module):
-    """Images and texts to features that can be compared.
+    """Maps images and texts to features of one space, in which they can be compared.
 
     Args:
-        config: every size. `from_size` and `from_pretrained` are the usual ways in.
+        config: the sizes. Models are usually made by `from_size` or `from_pretrained`.
 
     Example:
         >>> import torch
@@ -141,7 +141,7 @@ class CLIP(nn.Module):
             dropout=c.text_dropout,
         )
         self.text_projection = nn.Linear(c.text_width, c.embed_dim, bias=not clip)
-        self.logit_scale = nn.Parameter(torch.empty(()))  # the multiplier's logarithm
+        self.logit_scale = nn.Parameter(torch.empty(()))  # the logarithm of the multiplier
         self.logit_bias = None if clip else nn.Parameter(torch.empty(()))
         self._start_logits()
 
@@ -151,13 +151,13 @@ class CLIP(nn.Module):
         if self.logit_bias is not None:
             nn.init.constant_(self.logit_bias, bias)
 
-    # Ways in.
+    # Constructors.
 
     @classmethod
     def from_size(
         cls, size: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> CLIP:
-        """A model with random weights.
+        """Returns a model with random weights.
 
         Args:
             size: a name in `SIZES`.
@@ -171,21 +171,24 @@ class CLIP(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> CLIP:
-        """The model in a Hugging Face ``CLIPModel`` or ``SiglipModel`` folder, in evaluation mode.
+        """Returns the model in a Hugging Face ``CLIPModel`` or ``SiglipModel`` folder, in evaluation mode.
 
-        A SigLIP 2 of fixed resolution is saved as a ``SiglipModel``. Tokens and pixels are those of transformers'
-        processor for the folder, ``AutoProcessor.from_pretrained(folder)``.
+        A SigLIP 2 of fixed resolution is saved as a ``SiglipModel``. Its inputs are made by transformers' processor,
+        ``AutoProcessor.from_pretrained(folder)``.
+
+        Parameters may be mapped from the files: do not overwrite the files in place while the model exists.
 
         Args:
             folder: with ``config.json`` and ``model.safetensors``, or its shards and their index.
-
-        Parameters may stay mapped from the files: don't overwrite these in place while the model lives.
+            dtype: of the parameters.
+            device: of the parameters.
 
         Raises:
-            TypeError: `dtype` is no floating dtype.
+            ImportError: transformers or safetensors is not installed.
+            TypeError: `dtype` is not a floating dtype.
             FileNotFoundError: the folder or a file in it is missing.
-            CheckpointError: what a file holds is not what it must be; the message names file and tensor, what was
-                expected and what found.
+            CheckpointError: the content of a file is wrong; the message names the file and the tensor, what was
+                expected and what was found.
         """
         return load_pretrained(
             cls,
@@ -199,17 +202,17 @@ class CLIP(nn.Module):
     # The towers.
 
     def encode_image(self, pixel_values: Tensor, normalize: bool = True) -> Tensor:
-        """Features ``[B, embed_dim]`` of images.
+        """Returns the features ``[B, embed_dim]`` of images.
 
         Args:
-            pixel_values: floating ``[B, channels, S, S]``, S the size that the model was made for.
+            pixel_values: floating ``[B, channels, S, S]``, where S is `config.image_size`.
             normalize: whether to scale each feature to length 1.
 
         Raises:
-            TypeError: `pixel_values` is no floating tensor.
-            ValueError: it has another shape; images aren't resized here.
+            TypeError: `pixel_values` is not a floating tensor.
+            ValueError: it has another shape. Images are not resized here.
         """
-        x = self.vision(pixel_values)  # [B, patches, vision_width], in a "clip" the class token before them
+        x = self.vision(pixel_values)  # [B, patches, vision_width]; in a "clip" the class token comes first
         if self.image_pool is not None:
             features = self.image_pool(self.vision_norm(x))
         else:
@@ -218,20 +221,20 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None, normalize: bool = True) -> Tensor:
-        """Features ``[B, embed_dim]`` of texts.
+        """Returns the features ``[B, embed_dim]`` of texts.
 
         Args:
             input_ids: integers ``[B, L]``, L at most ``config.text_length``. A "siglip" was trained on texts that are
-                padded to this length, and its feature is the last token's, padding or not.
-            attention_mask: integers or bool ``[B, L]``, 0: padding, which no token sees. None: none. (A "siglip" was
-                trained without.)
+                padded to this length, and its feature is that of the last token, which may be padding.
+            attention_mask: integers or bool ``[B, L]``, 0: padding, which no token sees. None: no padding. (A "siglip"
+                was trained without a mask.)
             normalize: whether to scale each feature to length 1.
 
         Raises:
-            TypeError: `input_ids` or `attention_mask` is no tensor of integers.
-            ValueError: a shape doesn't fit; a token is outside the vocabulary; a row has no end-of-text token where
-                `config.eos_token_id` names one (values are looked at on the CPU alone: elsewhere it would stop the
-                device, and such a row's feature is that of its first token).
+            TypeError: `input_ids` or `attention_mask` is not a tensor of integers.
+            ValueError: a shape does not fit, a token is outside the vocabulary, or a row has no end-of-text token
+                although `config.eos_token_id` is not None. (Values are checked on the CPU only: elsewhere this would
+                sync with the device. There, the feature of such a row is that of its first token.)
         """
         x = self.text(input_ids, attention_mask)  # [B, L, text_width]
         features = self.text_projection(self._pool_text(x, input_ids))
@@ -247,18 +250,19 @@ class CLIP(nn.Module):
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
     ) -> CLIPOutput:
-        """Features of images and texts, and the loss where it is asked for.
+        """Returns the features of images and texts, and the loss if it is requested.
 
         Args:
             input_ids, attention_mask, pixel_values: as in `encode_text` and `encode_image`.
-            return_loss: compute `info_nce`, or `sigmoid_contrastive` in a "siglip". Text i belongs to image i.
-            image_ids, text_ids: which images and texts belong together, as in these; then there may be more texts than
-                images. Only for the loss.
+            return_loss: whether to compute the loss: `info_nce`, in a "siglip" `sigmoid_contrastive`. Text i belongs to
+                image i.
+            image_ids, text_ids: which images and texts belong together, as in these ops; with ids, the numbers of
+                images and texts may differ. Only for the loss.
         """
         if not return_loss and (image_ids is not None or text_ids is not None):
             raise ValueError("image_ids and text_ids are for the loss: return_loss must be True, got False")
         image, text = self.encode_image(pixel_values), self.encode_text(input_ids, attention_mask)
-        # In float32 at least: bfloat16 would round the multiplier by up to 0.4 %.
+        # At least float32: bfloat16 would round the multiplier by up to 0.4 %.
         scale = self.logit_scale.to(torch.promote_types(self.logit_scale.dtype, torch.float32)).exp()
         bias, loss = self.logit_bias, None
         if return_loss and bias is None:
@@ -268,18 +272,18 @@ class CLIP(nn.Module):
         return CLIPOutput(image, text, scale, bias, loss)
 
     def _pool_text(self, x: Tensor, input_ids: Tensor) -> Tensor:
-        """The text's feature ``[B, C]`` of its tokens' ``[B, L, C]``."""
+        """Returns the feature ``[B, C]`` of each text, from the features of its tokens ``[B, L, C]``."""
         eos = self.config.eos_token_id
         if self.config.variant == "siglip":
             return x[:, -1]
         if eos is None:
-            place = input_ids.argmax(-1)
+            end = input_ids.argmax(-1)
         else:
-            ends = input_ids == eos
-            if ends.device.type == "cpu" and can_look(ends):
-                without = (~ends.any(-1)).nonzero()
+            is_end = input_ids == eos
+            if is_end.device.type == "cpu" and can_look(is_end):
+                without = (~is_end.any(-1)).nonzero()
                 if len(without):
                     row = int(without[0])
                     raise ValueError(f"input_ids must hold eos_token_id = {eos} in every row, got none in row {row}")
-            place = ends.to(torch.uint8).argmax(-1)  # the first: padding may be the same token
-        return x[torch.arange(len(x), device=x.device), place]
+            end = is_end.to(torch.uint8).argmax(-1)  # the first one: padding may be the same token
+        return x[torch.arange(len(x), device=x.device), end]

@@ -1,4 +1,4 @@
-"""`CLIPConfig`: every size of a two-tower model, checked."""
+"""`CLIPConfig`: the sizes of a two-tower model, with their checks."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ class CLIPConfig:
     """Every size of a two-tower model.
 
     Args:
-        variant: "clip": the image tower has a class token and a norm before its layers, its feature is the class
-            token's, projected; the text tower is causal, its feature is the end-of-text token's, projected without a
-            bias; the loss is `info_nce`. "siglip": the image tower has neither, its patches' projection adds a bias,
-            and its feature is pooled by attention; in a text each token sees all, its feature is the last token's,
-            projected with a bias; the loss is `sigmoid_contrastive`, with a `logit_bias`.
-        vision_*, image_size, patch_size, channels: of the image tower; `vision_mlp` is its feed-forward's width.
-        text_*, vocab_size: of the text tower; `text_length` is the longest text, in tokens.
-        embed_dim: width of the features; of a "siglip" it is `vision_width`.
-        eos_token_id: a "clip" text's feature is that of the first such token; None: that of the highest id, which is
-            how OpenAI's model finds it.
+        variant: "clip": the image tower has a class token, whose projected feature is the image's, and a norm before
+            its layers. The text tower is causal; the feature of a text is that of the end-of-text token, projected
+            without a bias. The loss is `info_nce`. "siglip": the image tower has no class token and no such norm, the
+            projection of its patches adds a bias, and attention pools the image's feature. In the text tower each token
+            sees all tokens; the feature of a text is that of the last token, projected with a bias. The loss is
+            `sigmoid_contrastive`, with a `logit_bias`.
+        vision_*, image_size, patch_size, channels: of the image tower; `vision_mlp` is the width of its feed-forward.
+        text_*, vocab_size: of the text tower; `text_length` is the largest length of a text, in tokens.
+        embed_dim: the width of the features; in a "siglip" it must be `vision_width`.
+        eos_token_id: the feature of a "clip" text is that of the first token with this id; None: that of the token with
+            the highest id, as in OpenAI's model.
 
     Raises:
-        ValueError: a size that isn't positive, is absurdly large, or doesn't divide; an unknown variant or activation.
+        ValueError: a size is not positive, too large, or does not divide; the variant or an activation is unknown.
     """
 
     vision_width: int
@@ -77,7 +78,7 @@ class CLIPConfig:
 
     @classmethod
     def from_transformers(cls, config: dict[str, Any], where: str = "config") -> CLIPConfig:
-        """The configuration that a Hugging Face ``CLIPConfig`` or ``SiglipConfig``, as a dict, describes.
+        """Returns the configuration that a Hugging Face ``CLIPConfig`` or ``SiglipConfig``, as a dict, describes.
 
         Args:
             config: the dict, as in ``config.json``.
@@ -94,7 +95,7 @@ class CLIPConfig:
         eos = theirs.text_config.eos_token_id
         if type(eos) is not int:
             raise CheckpointError(f"{where}, text_config: eos_token_id must be an integer, got {eos!r}")
-        # 2 was written by mistake into early checkpoints, whose end-of-text token has the highest id.
+        # Early checkpoints hold 2 by mistake; their end-of-text token has the highest id.
         eos = None if eos == 2 else eos
         return read_fields(
             cls, theirs, {**FIELDS, "embed_dim": "projection_dim"}, where, variant="clip", eos_token_id=eos

@@ -7,7 +7,7 @@ import re
 from mmkernels.models.blocks.checkpoint import Names, Source
 
 ARCHITECTURES = {"clip": "CLIPModel", "siglip": "SiglipModel"}
-"""By model type, which is also `CLIPConfig.variant`."""
+"""Model type, which is also `CLIPConfig.variant` -> architecture."""
 
 FIELDS = {
     **{
@@ -29,26 +29,26 @@ FIELDS = {
     "vocab_size": "text_config.vocab_size",
     "text_length": "text_config.max_position_embeddings",
 }
-"""A field of `CLIPConfig` -> of transformers' configuration."""
+"""Field of `CLIPConfig` -> field of transformers' configuration."""
 
 
 def names(variant: str) -> Names:
-    """How the checkpoint of a variant names the tensors of a `CLIP`."""
+    """Returns how the checkpoint of a variant names the tensors of a `CLIP`."""
     return Names(_SIGLIP_NAMES if variant == "siglip" else _CLIP_NAMES, _IGNORED)
 
 
-_IGNORED = re.compile(r"\.position_ids$")  # a constant that older versions of transformers saved
+_IGNORED = re.compile(r"\.position_ids$")  # a constant, which older versions of transformers saved
 
 _VISION = "vision_model."
 _TEXT = "text_model."
 
-# The start of a name in `CLIP`, and of the same tensor's name in the checkpoint.
+# The start of a parameter's name in `CLIP` -> in the checkpoint.
 _BOTH = {
     "logit_scale": "logit_scale",
     "vision.patch.": _VISION + "embeddings.patch_embedding.",
     "vision.class_token": _VISION + "embeddings.class_embedding",
     "vision.positions": _VISION + "embeddings.position_embedding.weight",
-    "vision.norm.": _VISION + "pre_layrnorm.",  # spelled so
+    "vision.norm.": _VISION + "pre_layrnorm.",  # this is how transformers spells it
     "vision_norm.": _VISION + "post_layernorm.",
     "text.embed.": _TEXT + "embeddings.token_embedding.",
     "text.positions": _TEXT + "embeddings.position_embedding.weight",
@@ -74,7 +74,7 @@ _SIGLIP_NAMES: dict[str, str | Source] = {
     **_BOTH,
     "logit_bias": "logit_bias",
     "image_pool.probe": _VISION + "head.probe",
-    # PyTorch's own attention keeps the three projections in one tensor.
+    # torch.nn.MultiheadAttention keeps the three projections in one tensor.
     **{
         f"image_pool.attention.{projection}.": Source((_VISION + "head.attention.in_proj_",), part, 3)
         for part, projection in enumerate(("q_proj", "k_proj", "v_proj"))

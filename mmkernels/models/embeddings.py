@@ -25,42 +25,42 @@ _BLOCK = 2**20  # elements that are converted together
 
 
 class SearchResult(NamedTuple):
-    """What `EmbeddingCache.search` finds, best first."""
+    """The result of `EmbeddingCache.search`, best first."""
 
     scores: Tensor
     """Inner products ``[n, k]`` float32."""
     rows: Tensor
     """Rows of the cache ``[n, k]`` int64."""
     keys: list[list[str]]
-    """Their keys, n lists of k."""
+    """The keys of these rows, n lists of k."""
 
 
 class EmbeddingCache:
     """Embeddings of one model on disk: encode once, search many times, append later.
 
-    Each row is keyed by the content that was encoded (`content_key`), so content that is there is never encoded again,
-    whatever its name or order. Rows keep their number for good. In the folder: safetensors shards, one or more for each
-    call that appends; ``manifest.json``, which lists them with their checksums; an ``index-*.faiss``, made at the first
-    search. Each is written under another name, synced and renamed, under a lock: a crash, a full disk or a second
-    process that appends at the same time never loses or damages rows that were there. Reading takes no lock.
+    The key of a row is a hash of the content that was encoded (`content_key`): the same content is never encoded twice,
+    whatever its name or order. The number of a row never changes. The folder holds safetensors shards, one or more for
+    each call that appends; ``manifest.json``, which lists them with their checksums; and an ``index-*.faiss``, made at
+    the first search. Each file is written under another name, synced and renamed, under a lock: a crash, a full disk or
+    another process that appends at the same time never loses or damages existing rows. Reading takes no lock.
 
-    Nothing is written before the first rows come. Rows are mapped from the files, not read into memory; keys take some
-    180 bytes of memory a row, and an index 4 d bytes once something is searched. Append in batches: every call that
-    appends makes a file. One object is for one thread; any number of them, in any processes, may share a folder.
+    Nothing is written before the first rows are added. Rows are mapped from the files, not read into memory. Keys take
+    about 180 bytes of memory a row, and the index 4 d bytes after the first search. Append in batches: every call that
+    appends makes a file. Use each object in one thread; any number of objects, in any processes, can share a folder.
 
     Args:
-        folder: the cache's folder; made with the first rows.
-        model_id: what encodes: a cache belongs to one model. A name with a version, or `fingerprint(model)`.
-        dtype: float32, float16 or bfloat16, which rows are stored as. None: as the cache has it; a new one: float32.
-        normalize: whether rows (and queries) are scaled to length 1, which makes inner products cosines. None: as the
-            cache has it; a new one: True.
-        verify: read every file once when it is opened (some 1 GB a second from memory), to compare checksums and to
-            look for NaN. False: only names, sizes, shapes and dtypes are compared.
+        folder: the folder of the cache; it is made with the first rows.
+        model_id: the model that encodes: a name with a version, or `fingerprint(model)`. A cache belongs to one model.
+        dtype: in which rows are stored: float32, float16 or bfloat16. None: that of the cache; float32 in a new one.
+        normalize: whether rows and queries are scaled to length 1, so that inner products are cosines. None: that of
+            the cache; True in a new one.
+        verify: whether to read every file when it is opened (about 1 GB a second from memory), to compare checksums and
+            to check for NaN. False: only names, sizes, shapes and dtypes are compared.
         lock_timeout: seconds to wait for another process that writes.
 
     Raises:
-        EmbeddingCacheError: a file is damaged, missing or not what the manifest says; or the cache is another model's,
-            or has another dtype or normalization.
+        EmbeddingCacheError: a file is missing, damaged or does not match the manifest; or the cache has another model,
+            dtype or normalization.
         ImportError: safetensors is not installed.
         TypeError, ValueError: a wrong argument.
 
@@ -101,7 +101,7 @@ class EmbeddingCache:
         self._store = Store(Path(folder), model_id, dtype, normalize, verify, lock_timeout)
         self._index = RowIndex(self._store)
 
-    # What it holds.
+    # Content.
 
     @property
     def folder(self) -> Path:
@@ -137,20 +137,20 @@ class EmbeddingCache:
         return f"EmbeddingCache({str(self.folder)!r}, {self.model_id!r}: {shape}, {self.dtype})"
 
     def rows_of(self, keys: Iterable[str]) -> Tensor:
-        """The rows ``[n]`` int64 of n keys. ValueError: one is not in the cache."""
-        found = []
+        """Returns the rows ``[n]`` int64 of n keys. ValueError: a key is not in the cache."""
+        rows = []
         for key in keys:
-            found.append(self._store.row_of.get(key_bytes("keys", key), -1))
-            if found[-1] < 0:
+            rows.append(self._store.row_of.get(key_bytes("keys", key), -1))
+            if rows[-1] < 0:
                 raise ValueError(f"keys must be in the cache, got {key}, which is not")
-        return torch.tensor(found, dtype=torch.int64)
+        return torch.tensor(rows, dtype=torch.int64)
 
     def keys_of(self, rows: Tensor) -> list[str]:
-        """The keys of rows ``[n]`` int64."""
+        """Returns the keys of rows ``[n]`` int64."""
         return [key.hex() for key in self._store.keys_of(self._check_rows("rows", rows))]
 
     def read(self, rows: Tensor | None = None) -> Tensor:
-        """Embeddings as they are stored, in memory of their own.
+        """Returns a copy of the embeddings as they are stored.
 
         Args:
             rows: ``[n]`` int64. None: all, in order.
@@ -163,17 +163,17 @@ class EmbeddingCache:
         return torch.cat([torch.empty(0, self.dim or 0, dtype=self.dtype), *self._store.blocks()])
 
     def refresh(self) -> int:
-        """Take in what other processes appended since this cache was opened (`encode` and `add` do too).
+        """Adds the rows that other processes have appended since this cache was opened (`encode` and `add` do so too).
 
         Returns:
-            How many rows came.
+            The number of new rows.
 
         Raises:
             EmbeddingCacheError: as on opening, or the folder is gone or holds another cache.
         """
         return self._store.refresh()
 
-    # Adding to it.
+    # Appending.
 
     def encode(
         self,
@@ -183,10 +183,10 @@ class EmbeddingCache:
         keys: Iterable[str] | None = None,
         batch_size: int = 64,
     ) -> Tensor:
-        """The rows of items; those whose content is not there yet are encoded and appended.
+        """Returns the rows of items. Items whose content is not in the cache are encoded and appended.
 
-        Content that comes twice is encoded once. Rows are stored as the work goes on; when it ends early, by an error
-        or an interrupt, what was encoded until then is kept. For a progress bar, give ``tqdm(items)``.
+        Content that occurs twice is encoded once. Rows are stored while the work goes on; if an error or an interrupt
+        ends it, all rows that were encoded before are kept. For a progress bar, give ``tqdm(items)``.
 
         Args:
             items: anything that `content_key` takes, or that `keys` are given for; a generator too: no more than a
@@ -224,10 +224,10 @@ class EmbeddingCache:
         return torch.tensor([self._store.row_of[key] for key in wanted], dtype=torch.int64)
 
     def add(self, keys: Iterable[str], embeddings: Tensor) -> Tensor:
-        """Append embeddings that were made elsewhere; a key that is there already keeps its row.
+        """Appends embeddings that were computed elsewhere. A key that is in the cache keeps its row.
 
         Args:
-            keys: n keys, as `content_key` returns them. Of one that comes twice, the first counts.
+            keys: n keys, as `content_key` returns them. Of equal keys the first counts.
             embeddings: floats ``[n, d]``.
 
         Returns:
@@ -245,7 +245,7 @@ class EmbeddingCache:
         return torch.tensor([self._store.row_of[key] for key in names], dtype=torch.int64)
 
     def _encode(self, encode_fn: Callable[[list[Any]], Tensor], batch: dict[bytes, Any], encoded: Encoded) -> None:
-        """Move a batch to what is encoded, and that to the disk where it fills a shard."""
+        """Encodes a batch, and writes the encoded rows if they fill a shard."""
         if not batch:
             return
         with torch.no_grad():
@@ -257,10 +257,10 @@ class EmbeddingCache:
         if len(encoded.keys) >= self._store.rows_per_shard(rows.shape[1]):
             encoded.append_to(self._store)
 
-    # Searching it.
+    # Searching.
 
     def search(self, query: Tensor, k: int) -> SearchResult:
-        """The k rows with the largest inner products, exactly, by FAISS's IndexFlatIP in float32.
+        """Returns the k rows with the largest inner products: exact, by FAISS's IndexFlatIP in float32.
 
         The index is loaded (or built) at the first search; rows appended since are added to it. It is saved when an
         eighth or more of its rows are new and no other process writes, see `update_index`. A damaged index is built
@@ -292,11 +292,11 @@ class EmbeddingCache:
         return SearchResult(scores.to(query.device), rows.to(query.device), names)
 
     def ranks(self, query: Tensor, target: Tensor | Sequence[str], *, backend: str | None = None) -> Tensor:
-        """The rank of the right answer of each query among all rows, for recall@k; exact, and without faiss.
+        """Returns the rank of the target of each query among all rows, for recall@k: exact, and without faiss.
 
         Args:
             query: floats ``[n, d]``; scaled to length 1 where the cache is normalized.
-            target: the right answers: rows ``[n]`` int64, or n keys.
+            target: the correct result of each query: rows ``[n]`` int64, or n keys.
             backend: of `mmkernels.retrieval_ranks`, which computes it, in float32.
 
         Returns:
@@ -307,15 +307,15 @@ class EmbeddingCache:
         rows = self._check_rows("target", target) if isinstance(target, Tensor) else self.rows_of(target)
         if len(rows) != len(queries):
             raise ValueError(f"target must be for {len(queries)} queries, got {len(rows)}")
-        gallery = self._index.rows()  # where the index has them in memory
+        gallery = self._index.rows()  # if the index holds them in memory
         if gallery is None:
             gallery = torch.cat([torch.empty(0, queries.shape[1]), *self._store.blocks()])  # float32
         device = query.device
-        with torch.autocast(device.type, enabled=False):  # float32, whatever runs around it
+        with torch.autocast(device.type, enabled=False):  # float32, also under autocast
             return retrieval_ranks(queries.to(device), gallery.to(device), rows.to(device), backend=backend)
 
     def update_index(self) -> None:
-        """Bring the index up to date and save it, if it isn't: the next process that searches only has to load it.
+        """Updates and saves the index, unless it is current: the next process that searches only has to load it.
 
         Raises:
             OSError: it can't be written. TimeoutError: another process held the lock for too long.
@@ -323,7 +323,7 @@ class EmbeddingCache:
         self._check_some()
         self._index.save()
 
-    # Checks, and what is small.
+    # Checks.
 
     def _query(self, query: Tensor) -> Tensor:
         """A query as the index takes it: ``[n, d]`` float32 on the CPU."""

@@ -1,4 +1,4 @@
-"""The files of an `EmbeddingCache`: each is written whole or not at all, and every doubt in reading one is an error."""
+"""The files of an `EmbeddingCache`: each is written completely or not at all, and any damage is an error on reading."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _POLL = 0.02  # seconds between two tries to take the lock
 
 
 class EmbeddingCacheError(ValueError):
-    """A cache's file doesn't hold what it must; the message names it, what was expected and what was found."""
+    """A file of a cache does not hold what it must; the message names it, what was expected and what was found."""
 
 
 class _Section:

@@ -1,4 +1,4 @@
-"""What names an embedding: a hash of the content that was encoded, and of the model that encoded it."""
+"""The key of an embedding, a hash of the content that was encoded, and a hash of the model that encoded it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def key_bytes(name: str, key: str) -> bytes:
 
 
 def _content(item: Any) -> tuple[str, Any]:
-    """What kind of content, with all that its bytes don't say, and the bytes."""
+    """Returns the kind of content, with all that its bytes do not tell, and the bytes."""
     if isinstance(item, str):
         try:
             return "text", item.encode()
@@ -119,22 +119,22 @@ def _content(item: Any) -> tuple[str, Any]:
         return f"array {item.dtype.str} {item.shape}", elements.view(np.uint8) if elements.size else b""
     pillow = sys.modules.get("PIL.Image")  # an image can't be there without it
     if pillow is not None and isinstance(item, pillow.Image):
-        turned = _turned(item)
+        orientation = _orientation(item)
         if item.mode in ("P", "PA") or "transparency" in item.info:
             item = item.convert("RGBA")
-        return f"image {item.mode} {item.size}{turned}", item.tobytes()
+        return f"image {item.mode} {item.size}{orientation}", item.tobytes()
     raise TypeError(
         "item must be a text, bytes, a pathlib.Path, a PIL image, a tensor or an array (or give keys), "
         f"got {type(item).__name__}"
     )
 
 
-def _turned(image: Any) -> str:
-    """What an image's EXIF says of how to turn it; nothing where it says none."""
-    image.load()  # some formats are turned when they are loaded
+def _orientation(image: Any) -> str:
+    """Returns the EXIF orientation of an image as a text, "" if it has none."""
+    image.load()  # some formats are rotated when they are loaded
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF, for which Pillow has many errors, and which turns nothing
+    except Exception:  # damaged EXIF has no orientation; Pillow raises many kinds of errors
         return ""
     return "" if orientation == 1 else f" orientation {orientation}"
 

@@ -1,4 +1,4 @@
-"""The rows of an `EmbeddingCache`: opened shards, which key is in which row, and how rows are appended."""
+"""The rows of an `EmbeddingCache`: open shards, the row of each key, and appending."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Store:
             raise EmbeddingCacheError(f"{self.folder}: must be the folder that this cache is in, got none: it is gone")
 
     def refresh(self) -> int:
-        """Take in what was appended by others; returns how many rows."""
+        """Adds the rows that other processes have appended, and returns their number."""
         manifest = read_manifest(self.folder)
         if manifest is None and self.manifest is None:
             return 0
@@ -98,14 +98,14 @@ class Store:
             raise EmbeddingCacheError(
                 f"{self.folder / MANIFEST}: must list what this cache was opened with, got another list; open it again"
             )
-        for name, asked, found in (
+        for name, given, stored in (
             ("model_id", self.model_id, manifest.model_id),
             ("dtype", self._dtype, manifest.dtype),
             ("normalize", self._normalized, manifest.normalized),
             ("d", self.dim, manifest.dim),
         ):
-            if asked is not None and asked != found:
-                raise EmbeddingCacheError(f"{self.folder}: {name} must be {found!r}, as in this cache, got {asked!r}")
+            if given is not None and given != stored:
+                raise EmbeddingCacheError(f"{self.folder}: {name} must be {stored!r}, as in this cache, got {given!r}")
         new = manifest.shards[len(held) :]
         self._take([open_shard(self.folder, shard, manifest, self.verify) for shard in new])
         self.manifest = manifest
@@ -133,7 +133,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, timeout: float) -> Iterator[None]:
-        """Hold the folder's lock, with all taken in that others appended. A new cache's folder is made."""
+        """Holds the lock of the folder, after a refresh. The folder of a new cache is made."""
         if self.manifest is None:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.check_folder()
@@ -162,7 +162,7 @@ class Store:
             start -= len(rows)
 
     def _take(self, shards: list[tuple[Tensor, Tensor]]) -> None:
-        """Hold opened shards too."""
+        """Adds open shards."""
         new: dict[bytes, int] = {}
         count = len(self)
         for keys, _ in shards:

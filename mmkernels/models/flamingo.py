@@ -1,7 +1,7 @@
-"""Flamingo: a language model that reads images through gated cross-attention.
+"""Flamingo: a language model that attends to images through gated cross-attention.
 
 Source: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning", 2022, figure 3; the open reproduction
-IDEFICS (Laurençon et al., "OBELICS", 2023) fixes what the paper leaves out, and its checkpoints load here.
+IDEFICS (Laurençon et al., "OBELICS", 2023) defines what the paper leaves out, and its checkpoints load here.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SIZES = {
         text_width=64, text_layers=4, text_heads=4, text_mlp=128, cross_every=2,
         vocab_size=128, image_token_id=127,
     ),
-    # Runs on a laptop. The vision widths are ViT-S/16's.
+    # Runs on a laptop. The vision widths are those of ViT-S/16.
     "small": FlamingoConfig(
         vision_width=384, vision_layers=6, vision_heads=6, vision_mlp=1536, image_size=224, patch_size=16,
         num_latents=64, resampler_depth=2, resampler_heads=6, resampler_head_dim=64,
         text_width=512, text_layers=8, text_heads=8, text_mlp=1376, cross_every=2,
         vocab_size=32000, image_token_id=31999,
     ),
-    # CLIP ViT-B/16 (Radford et al., 2021, table 19), and a text model of GPT-2's and BERT base's width and depth.
+    # CLIP ViT-B/16 (Radford et al., 2021, table 19), and a text model of the width and depth of GPT-2 and BERT base.
     "base": FlamingoConfig(
         vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, image_size=224, patch_size=16,
         num_latents=64, resampler_depth=6, resampler_heads=12, resampler_head_dim=64,
@@ -51,27 +51,27 @@ SIZES = {
         vocab_size=32000, image_token_id=31999, vision_activation="quick_gelu",
     ),
 }  # fmt: skip
-"""The sizes of `Flamingo.from_size`. The feed-forward of the text is 8/3 of its width (SwiGLU), in multiples of 32."""
+"""The sizes that `Flamingo.from_size` accepts. `text_mlp` is 8/3 of `text_width` (SwiGLU), in multiples of 32."""
 
 
 class FlamingoCache(KVCache):
-    """A `KVCache` that also knows where in the images the text stands, so that a later turn goes on from there."""
+    """A `KVCache` that also records which images the text has used, so that a later turn can continue it."""
 
     def __init__(self, num_layers: int, *, reserve: int = 0) -> None:
         super().__init__(num_layers, reserve=reserve)
-        self.num_images = 0  # images that the text so far accounts for
-        self.sees: Tensor | None = None  # the last token's image id, int64 [B], or images, bool [B, images]
-        self.pending: tuple[Tensor, Tensor] | None = None  # token and validity [B, 1]: generated, not yet read
+        self.num_images = 0  # how many images the text so far has
+        self.sees: Tensor | None = None  # what the last token sees: image id, int64 [B], or images, bool [B, images]
+        self.pending: tuple[Tensor, Tensor] | None = None  # token generated last and its validity, [B, 1]
 
 
 @dataclass
 class FlamingoOutput:
-    """What `Flamingo.forward` gives.
+    """The result of `Flamingo.forward`.
 
     Attributes:
-        logits: ``[B, L, vocab_size]``, or ``[B, 1, vocab_size]`` of each row's last token.
-        loss: mean cross-entropy of the next token, fp32; None without labels.
-        kv_cache, visual_cache: to be given to the next call.
+        logits: ``[B, L, vocab_size]``, or ``[B, 1, vocab_size]`` of the last token of each row.
+        loss: the mean cross-entropy of the next token, fp32; None without labels.
+        kv_cache, visual_cache: arguments of the next call.
     """
 
     logits: Tensor
@@ -82,11 +82,11 @@ class FlamingoOutput:
 
 @dataclass
 class FlamingoGeneration:
-    """What `Flamingo.generate` gives.
+    """The result of `Flamingo.generate`.
 
     Attributes:
-        tokens: int64 ``[B, n]``, n at most `max_new_tokens`; after a row's end-of-text token, padding.
-        kv_cache, visual_cache: to be given to the next turn, with its new tokens alone.
+        tokens: int64 ``[B, n]``, n at most `max_new_tokens`; padding follows the end-of-text token of a row.
+        kv_cache, visual_cache: arguments of the next turn, which gets only its new tokens.
     """
 
     tokens: Tensor
@@ -95,12 +95,12 @@ class FlamingoGeneration:
 
 
 class Flamingo(nn.Module):
-    """Images and text to the next token.
+    """Predicts the next token from images and text.
 
-    Stages may be called one by one: `encode_images`, `resample`, `cache_images`, `forward`.
+    The stages can be called one by one: `encode_images`, `resample`, `cache_images`, `forward`.
 
     Args:
-        config: every size. `from_size` and `from_pretrained` are the usual ways in.
+        config: the sizes. Models are usually made by `from_size` or `from_pretrained`.
 
     Example:
         >>> import torch
@@ -159,7 +159,7 @@ class Flamingo(nn.Module):
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
 
-    # Ways in.
+    # Constructors.
 
     @classmethod
     def from_size(
@@ -171,11 +171,11 @@ class Flamingo(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Flamingo:
-        """A model with random weights, its gates open, so that images matter.
+        """Returns a model with random weights. Its gates are open, so that images change the result.
 
         Args:
             size: a name in `SIZES`.
-            num_latents: visual tokens an image; None: the size's own.
+            num_latents: the number of visual tokens of an image; None: that of the size.
             seed: the same seed gives the same weights on every device.
         """
         return build(cls, SIZES, size, seed=seed, dtype=dtype, device=device, num_latents=num_latents)
@@ -188,19 +188,22 @@ class Flamingo(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Flamingo:
-        """The model in a Hugging Face ``IdeficsForVisionText2Text`` folder, in evaluation mode.
+        """Returns the model in a Hugging Face ``IdeficsForVisionText2Text`` folder, in evaluation mode.
+
+        Parameters may be mapped from the files: do not overwrite the files in place while the model exists.
 
         Args:
             folder: with ``config.json`` and ``model.safetensors``, or its shards and their index. The image token is
-                that of ``config.json``, else ``<image>`` of the tokenizer's files.
-
-        Parameters may stay mapped from the files: don't overwrite these in place while the model lives.
+                that of ``config.json``, or else ``<image>`` of the tokenizer's files.
+            dtype: of the parameters.
+            device: of the parameters.
 
         Raises:
-            TypeError: `dtype` is no floating dtype.
+            ImportError: transformers or safetensors is not installed.
+            TypeError: `dtype` is not a floating dtype.
             FileNotFoundError: the folder or a file in it is missing.
-            CheckpointError: what a file holds is not what it must be; the message names file and tensor, what was
-                expected and what found.
+            CheckpointError: the content of a file is wrong; the message names the file and the tensor, what was
+                expected and what was found.
         """
         return load_pretrained(
             cls,
@@ -214,20 +217,24 @@ class Flamingo(nn.Module):
     # The stages.
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Features ``[B, N, P, vision_width]`` of images ``[B, N, channels, S, S]``; P: patches and a class token."""
+        """Returns features ``[B, N, patches + 1, vision_width]`` of images ``[B, N, channels, S, S]``."""
         self._check_pixels(pixel_values, len(pixel_values))
         return self.vision(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
 
     def resample(self, features: Tensor) -> Tensor:
-        """Visual tokens ``[B, N, T, vision_width]`` of features ``[B, N, P, vision_width]``, or these themselves."""
+        """Returns visual tokens ``[B, N, T, vision_width]`` of features ``[B, N, P, vision_width]``.
+
+        Without a resampler, the features are the visual tokens.
+        """
         return features if self.resampler is None else self.resampler(features)
 
     def cache_images(self, visual: Tensor, cache: VisualCache | None = None) -> VisualCache:
-        """Keys and values of visual tokens ``[B or 1, N, T, vision_width]`` for every cross-attention block.
+        """Returns a cache with the keys and values of visual tokens for every cross-attention block.
 
         Args:
-            cache: where to append them; None: a new one. ``VisualCache(len(model.cross_blocks), max_tokens=...)`` makes
-                one with a budget.
+            visual: ``[B or 1, N, T, vision_width]``.
+            cache: the cache to which they are appended; None: a new one. For a cache with a budget, give
+                ``VisualCache(len(model.cross_blocks), max_tokens=...)``.
         """
         if visual.dim() != 4 or visual.shape[-1] != self.config.vision_width:
             raise ValueError(f"visual must be [B, N, T, {self.config.vision_width}], got shape {tuple(visual.shape)}")
@@ -250,36 +257,36 @@ class Flamingo(nn.Module):
         labels: Tensor | None = None,
         last_logits_only: bool = False,
     ) -> FlamingoOutput:
-        """Scores of the next token, for a text or, with caches, for its continuation.
+        """Returns the logits of the next token, for a text or, with caches, for its continuation.
 
         Args:
-            input_ids: the new tokens, ``[B, L]``, an `image_token_id` where an image stands.
+            input_ids: the new tokens, ``[B, L]``; an `image_token_id` marks an image.
             pixel_values: the new images, floating ``[B or 1, N, channels, S, S]``.
-            media_index: which image each token sees, integers ``[B, L]``, ids in the visual cache (0, 1, ... as images
-                were added); -1: none. None: the last image at or before the token, by the markers; then each row must
-                have a marker for every new image.
-            image_attention_mask: instead of it, ``[B, L, images]``, non-zero where a token sees an image; any number.
+            media_index: the image that each token sees, integers ``[B, L]``: an id in the visual cache (images are
+                numbered 0, 1, ... as they were added), -1: none. None: each token sees the last image that is marked at
+                or before it; then each row must mark every new image.
+            image_attention_mask: ``[B, L, images]``, non-zero if the token sees the image; may replace `media_index`.
             attention_mask: ``[B, L]``, 0: padding, on either side.
-            visual_cache, kv_cache: of earlier calls; they are changed. With a `visual_cache` of batch 1, B questions
+            visual_cache, kv_cache: from earlier calls; they are updated. With a `visual_cache` of batch 1, B questions
                 share its images.
-            labels: ``[B, L]``, -100: ignored; token i is predicted from the tokens before i. Where all are ignored the
-                loss is NaN, as that of ``F.cross_entropy``.
-            last_logits_only: score each row's last token alone.
+            labels: ``[B, L]``, -100: ignored. Token i is predicted from the tokens before i. If all are ignored, the
+                loss is NaN, as in ``F.cross_entropy``.
+            last_logits_only: whether to compute the logits of the last token of each row only.
 
         Returns:
-            `FlamingoOutput`. Its `kv_cache` is None where labels were given and no cache.
+            `FlamingoOutput`. Its `kv_cache` is None if labels and no cache were given.
         """
         if labels is not None and last_logits_only:
             raise ValueError("labels need the logits of every token: last_logits_only must be False")
         visual_cache = VisualCache(len(self.cross_blocks)) if visual_cache is None else visual_cache
         cache = FlamingoCache(len(self.text_blocks)) if kv_cache is None else kv_cache
         valid, padded = check_tokens(input_ids, attention_mask, labels, self.config.vocab_size, cache)
-        sees = self._look(input_ids, valid, pixel_values, media_index, image_attention_mask, cache, visual_cache)
+        sees = self._images_seen(input_ids, valid, pixel_values, media_index, image_attention_mask, cache, visual_cache)
         ids = input_ids
-        if cache.pending is not None:  # the last turn ended with a token that the model hasn't read
+        if cache.pending is not None:  # the last turn ended with a token that was not processed yet
             token, alive = cache.pending
             ids, valid = torch.cat([token, ids], dim=1), torch.cat([alive, valid], dim=1)
-            padded = padded or len(ids) > 1  # then a row may have ended before the others
+            padded = padded or len(ids) > 1  # a row may have ended before the others
         if ids.shape[1] == 0:
             raise ValueError("input_ids must have at least one token, got none")
 
@@ -304,7 +311,7 @@ class Flamingo(nn.Module):
         loss = None if labels is None else _next_token_loss(logits, labels)
         return FlamingoOutput(logits, loss, store, visual_cache)
 
-    def _look(
+    def _images_seen(
         self,
         input_ids: Tensor,
         valid: Tensor,
@@ -314,7 +321,7 @@ class Flamingo(nn.Module):
         cache: FlamingoCache,
         visual_cache: VisualCache,
     ) -> Tensor:
-        """Check that images and text fit; which images each token sees, the pending one first."""
+        """Checks that images and text fit; returns which images each token sees, the pending one first."""
         if len(visual_cache) != len(self.cross_blocks):
             raise ValueError(f"visual_cache must have {len(self.cross_blocks)} layers, got {len(visual_cache)}")
         images = visual_cache.next_id
@@ -365,15 +372,15 @@ class Flamingo(nn.Module):
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
     ) -> FlamingoGeneration:
-        """Go on with a text. Images are encoded once; a later turn passes its new tokens and images, and the caches.
+        """Continues a text. Images are encoded once: a later turn passes its new tokens and images, and the caches.
 
         Args:
             input_ids, pixel_values, media_index, image_attention_mask, attention_mask, visual_cache, kv_cache: as in
-                `forward`. Each new token sees what the last of its row does.
-            max_new_tokens: how many tokens at most.
-            temperature, top_p: as in `blocks.sampling.sample`; temperature 0 takes the likeliest token.
-            seed: for a reproducible draw; None: PyTorch's own generator.
-            eos_token_id: tokens that end a row; None: the config's; (): none.
+                `forward`. Each generated token sees the same images as the last token of its row.
+            max_new_tokens: the largest number of tokens to generate.
+            temperature, top_p: as in `blocks.sampling.sample`; temperature 0 takes the most likely token.
+            seed: for a reproducible draw; None: PyTorch's global generator.
+            eos_token_id: the tokens that end a row; None: those of the configuration; (): none.
         """
         check_positive("max_new_tokens", max_new_tokens)
         check_sampling(temperature, top_p)
@@ -414,5 +421,5 @@ def _read_config(values: dict[str, Any], path: str) -> FlamingoConfig:
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy, fp32, of each token that isn't ignored given those before it."""
+    """Returns the mean cross-entropy, fp32, of the tokens that are not ignored, each given those before it."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().long())

@@ -1,4 +1,4 @@
-"""`FlamingoConfig`: every size of a Flamingo, checked."""
+"""`FlamingoConfig`: the sizes of a Flamingo, with their checks."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from mmkernels.models.blocks.config import (
 
 @dataclass(frozen=True)
 class FlamingoConfig:
-    """Every size of a Flamingo.
+    """The sizes of a Flamingo.
 
     Args:
-        vision_*, image_size, patch_size, channels: of the image encoder; `vision_mlp` is its feed-forward's width.
-        num_latents: visual tokens an image; None: no resampler, each patch is a visual token.
-        text_*: of the language model; a gated cross-attention block stands before every `cross_every`-th layer.
-        qk_norm, resampler_qk_norm: norms of queries' and keys' heads in cross-attention, in the resampler.
+        vision_*, image_size, patch_size, channels: of the image encoder; `vision_mlp` is the width of its feed-forward.
+        num_latents: the number of visual tokens of an image; None: there is no resampler, each patch is a visual token.
+        text_*: of the language model; before every `cross_every`-th layer comes a gated cross-attention block.
+        qk_norm, resampler_qk_norm: whether the heads of queries and keys are normalised in cross-attention, and in the
+            resampler.
         gate: "scalar" or "vector", as in `GatedCrossAttention`.
-        image_token_id: the token that stands for an image in a prompt; None: `media_index` must be given.
-        eos_token_ids: tokens that end a generated text.
+        image_token_id: the token that marks an image in a prompt; None: prompts need a `media_index`.
+        eos_token_ids: the tokens that end a generated text.
 
     Raises:
-        ValueError: a size that isn't positive, is absurdly large, or doesn't divide; an unknown activation.
+        ValueError: a size is not positive, too large, or does not divide; an activation is unknown.
     """
 
     vision_width: int
@@ -88,7 +89,7 @@ class FlamingoConfig:
 
     @classmethod
     def from_idefics(cls, config: dict[str, Any], where: str = "config") -> FlamingoConfig:
-        """The configuration that a Hugging Face ``IdeficsConfig``, as a dict, describes.
+        """Returns the configuration that a Hugging Face ``IdeficsConfig``, as a dict, describes.
 
         Args:
             config: the dict, as in ``config.json``.
@@ -114,7 +115,7 @@ class FlamingoConfig:
             image_size=_side(theirs.vision_config.image_size),
             patch_size=_side(theirs.vision_config.patch_size),
             rope_theta=rope["rope_theta"],
-            # The last tokens, whose embeddings and scores lie in tensors of their own.
+            # The additional tokens come last; a checkpoint holds their rows in tensors apart from the others.
             vocab_size=theirs.vocab_size + theirs.additional_vocab_size,
             pad_token_id=0 if theirs.pad_token_id is None else theirs.pad_token_id,
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
@@ -123,5 +124,5 @@ class FlamingoConfig:
 
 
 def _side(size: Any) -> Any:
-    """A side in pixels, which may be written as a square's two."""
+    """Returns the side of a square that is given as one number or as two equal ones."""
     return size[0] if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1] else size

@@ -8,7 +8,7 @@ from pathlib import Path
 from mmkernels.models.blocks.checkpoint import CheckpointError, Names, Source, read_json
 
 ARCHITECTURES = {"idefics": "IdeficsForVisionText2Text"}
-"""By model type."""
+"""Model type -> architecture."""
 
 FIELDS = {
     "vision_width": "vision_config.embed_dim",
@@ -34,11 +34,11 @@ FIELDS = {
     "dropout": "dropout",
     "tie_embeddings": "tie_word_embeddings",
 }
-"""A field of `FlamingoConfig` -> of transformers' configuration."""
+"""Field of `FlamingoConfig` -> field of transformers' configuration."""
 
 
 def image_token_id(folder: Path, vocab_size: int) -> int | None:
-    """The id of ``<image>`` in a folder's tokenizer files, or None. (``IdeficsConfig`` itself has no field for it.)"""
+    """Returns the id of ``<image>`` in a folder's tokenizer files, or None. ``IdeficsConfig`` has no field for it."""
     token = None
     if (path := folder / "added_tokens.json").is_file():
         token = read_json(path).get("<image>")
@@ -55,8 +55,8 @@ def image_token_id(folder: Path, vocab_size: int) -> int | None:
     return token
 
 
-# The last norm of the encoder serves a pooled output that Idefics doesn't use; the others are constants that older
-# versions of transformers saved.
+# The last norm of the image encoder is for a pooled output that Idefics does not use. The others are constants, which
+# older versions of transformers saved.
 _IGNORED = re.compile(r"vision_model\.post_layernorm\.|\.rotary_emb\.inv_freq$|\.position_ids$")
 
 _VISION = "model.vision_model."
@@ -64,13 +64,12 @@ _RESAMPLER = "model.perceiver_resampler."
 _CROSS = "model.gated_cross_attn_layers.#."
 _TEXT = "model.layers.#."
 
-# The start of a name in `Flamingo`, and of the same tensor's name in the checkpoint; # is a number, and the first that
-# matches counts.
+# The start of a parameter's name in `Flamingo` -> in the checkpoint.
 _TABLE: dict[str, str | Source] = {
     "vision.patch.": _VISION + "embeddings.patch_embedding.",
     "vision.class_token": _VISION + "embeddings.class_embedding",
     "vision.positions": _VISION + "embeddings.position_embedding.weight",
-    "vision.norm.": _VISION + "pre_layrnorm.",  # spelled so
+    "vision.norm.": _VISION + "pre_layrnorm.",  # this is how transformers spells it
     "vision.blocks.#.attention_norm.": _VISION + "encoder.layers.#.layer_norm1.",
     "vision.blocks.#.attention.": _VISION + "encoder.layers.#.self_attn.",
     "vision.blocks.#.mlp_norm.": _VISION + "encoder.layers.#.layer_norm2.",
@@ -102,7 +101,7 @@ _TABLE: dict[str, str | Source] = {
     "text_blocks.#.mlp_norm.": _TEXT + "post_attention_layernorm.",
     "text_blocks.#.mlp.": _TEXT + "mlp.",
     "norm.": "model.norm.",
-    # The tokens that were added to the vocabulary lie in tensors of their own, behind the others.
+    # The rows of tokens that were added to the vocabulary lie in a second tensor.
     "embed.weight": Source(("model.embed_tokens.weight", "model.embed_tokens.additional_embedding.weight")),
     "head.weight": Source(("lm_head.weight", "lm_head.additional_fc.weight")),
 }

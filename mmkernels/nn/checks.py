@@ -21,5 +21,5 @@ def check_features(name: str, x: Tensor, dim: int) -> None:
 
 
 def described(x: object) -> str:
-    """How an error names what was given for a tensor: a tensor's dtype, another object's type."""
+    """Returns what an error says was given for a tensor: a tensor's dtype, the type of anything else."""
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__

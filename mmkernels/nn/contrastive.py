@@ -9,21 +9,21 @@ from mmkernels.ops.contrastive.inputs import check_scalar
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
 
 _EXCHANGES = ("bidir", "shift", "reduce", "gather")
-"""open_clip's ways of passing text features from rank to rank."""
+"""The ways in which open_clip passes text features from rank to rank."""
 
 
 class ClipLoss(nn.Module):
     """CLIP's loss, called as ``open_clip.ClipLoss``: the mean of both directions' cross-entropy.
 
     Args:
-        local_loss, gather_with_grad, use_horovod: how ranks share features; without effect on one rank.
-        cache_labels: accepted; there are no labels to be kept.
-        rank: of this process, 0 on one rank.
-        world_size: number of ranks, 1.
+        local_loss, gather_with_grad, use_horovod: how ranks share features; no effect on one rank.
+        cache_labels: accepted without effect: there are no labels to cache.
+        rank: the rank of this process; must be 0.
+        world_size: the number of ranks; must be 1.
 
     Raises:
         NotImplementedError: `world_size` is above 1: distributed losses come with a later version.
-        ValueError: `world_size` is no positive integer, or `rank` isn't below it.
+        ValueError: `world_size` is not a positive integer, or `rank` is not 0.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, figure 3.
 
@@ -63,23 +63,23 @@ class ClipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or ``{"contrastive_loss": loss}`` with `output_dict`.
+        """Returns the loss, or ``{"contrastive_loss": loss}`` with `output_dict`.
 
         Args:
             image_features, text_features: ``[N, d]`` of one dtype, normalised; text i belongs to image i.
             logit_scale: the multiplier itself, already exponentiated: a number or a tensor of one element.
-            logit_bias: a number or a tensor of one element. It shifts every logit alike, which changes neither the loss
-                nor another gradient; its own gradient is 0.
+            logit_bias: a number or a tensor of one element. It shifts all logits equally, which changes neither the
+                loss nor any other gradient; the gradient of `logit_bias` is 0.
 
         Returns:
-            fp32 (fp64 of fp64), a scalar, also where the features are 16-bit (open_clip's has the logits' dtype).
+            A scalar, fp64 for fp64 features and fp32 for all others. (open_clip's loss has the dtype of the logits.)
 
         Raises:
             TypeError, ValueError: as `mmkernels.info_nce`.
         """
         loss: Tensor = info_nce(image_features, text_features, logit_scale)
         if logit_bias is not None:
-            # A part of the graph, so that a parameter gets its gradient of 0: DDP waits for every parameter's.
+            # Kept in the graph, so that a parameter gets a gradient of 0: DDP waits for every gradient.
             loss = loss + 0.0 * check_scalar("logit_bias", logit_bias, image_features).reshape(())
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -88,17 +88,17 @@ class SigLipLoss(nn.Module):
     """SigLIP's loss, called as ``open_clip.SigLipLoss``: the sum over all pairs, divided by the number of images.
 
     Args:
-        cache_labels: accepted; there are no labels to be kept.
-        rank: of this process, 0 on one rank.
-        world_size: number of ranks, 1.
-        dist_impl: how ranks pass text features on, "bidir", "shift", "reduce" or "gather"; None: "bidir". Without
-            effect on one rank.
-        chunk_size: accepted; memory is linear in the features, whatever it is.
+        cache_labels: accepted without effect: there are no labels to cache.
+        rank: the rank of this process; must be 0.
+        world_size: the number of ranks; must be 1.
+        dist_impl: how ranks pass text features on, "bidir", "shift", "reduce" or "gather"; None: "bidir". No effect on
+            one rank.
+        chunk_size: accepted without effect: memory is always linear in the features.
 
     Raises:
         NotImplementedError: `world_size` is above 1: distributed losses come with a later version.
-        ValueError: `world_size` is no positive integer, `rank` isn't below it, `dist_impl` is unknown, or `chunk_size`
-            is negative.
+        ValueError: `world_size` is not a positive integer, `rank` is not 0, `dist_impl` is unknown, or `chunk_size` is
+            negative.
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, algorithm 1.
 
@@ -139,15 +139,15 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | float | None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or ``{"contrastive_loss": loss}`` with `output_dict`.
+        """Returns the loss, or ``{"contrastive_loss": loss}`` with `output_dict`.
 
         Args:
             image_features, text_features: ``[N, d]`` of one dtype, normalised; text i belongs to image i.
             logit_scale: the multiplier itself, already exponentiated: a number or a tensor of one element.
-            logit_bias: what is added to each score, a number or a tensor of one element; None: 0.
+            logit_bias: added to each logit; a number or a tensor of one element; None: 0.
 
         Returns:
-            fp32 (fp64 of fp64), a scalar, also where the features are 16-bit (open_clip's has the logits' dtype).
+            A scalar, fp64 for fp64 features and fp32 for all others. (open_clip's loss has the dtype of the logits.)
 
         Raises:
             TypeError, ValueError: as `mmkernels.sigmoid_contrastive`.

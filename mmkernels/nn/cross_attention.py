@@ -15,10 +15,10 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of ``x`` to a context, or to itself where no context is given.
+    """Multi-head attention of ``x`` to a context, or to ``x`` if no context is given.
 
-    Keys and values of a context may be computed once with `project` and used by many calls, which is what
-    `VisualCache` does for images.
+    The keys and values of a context can be computed once with `project` and used by many calls; `VisualCache` does this
+    for images.
 
     Args:
         dim: width of the input and of the output.
@@ -28,10 +28,11 @@ class CrossAttention(nn.Module):
         head_dim: width of a head; None: ``dim / num_heads``.
         bias: whether the four projections add a bias.
         dropout: the chance that an attention probability is dropped, in training mode.
-        qk_norm: makes the norm of a query's and of a key's head from its width, as ``nn.RMSNorm``; None: no norm.
+        qk_norm: makes the norm of each head of query and key from the head's width, as ``nn.RMSNorm`` does; None: no
+            norm.
 
     Raises:
-        ValueError: sizes that don't divide or aren't positive; in `forward`, an input of the wrong shape.
+        ValueError: a size is not positive or does not divide; in `forward`, an input has the wrong shape.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2; norms of query and key by Henry et al.,
     "Query-Key Normalization for Transformers", 2020.
@@ -84,14 +85,14 @@ class CrossAttention(nn.Module):
         self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
 
     def project(self, context: Tensor) -> KeyValue:
-        """Key and value ``[B, Hkv, Lk, D]`` of a context ``[B, Lk, context_dim]``, the key's norm applied."""
+        """Returns key and value ``[B, Hkv, Lk, D]`` of a context ``[B, Lk, context_dim]``, its norm applied."""
         check_features("context", context, self.context_dim)
         key = self.k_norm(self.k_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim)))
         value = self.v_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim))
         return key.transpose(1, 2), value.transpose(1, 2)
 
     def query(self, x: Tensor) -> Tensor:
-        """Query ``[B, Hq, Lq, D]`` of ``x [B, Lq, dim]``, its norm applied."""
+        """Returns the query ``[B, Hq, Lq, D]`` of ``x [B, Lq, dim]``, with its norm applied."""
         check_features("x", x, self.dim)
         return self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))).transpose(1, 2)
 
@@ -105,7 +106,7 @@ class CrossAttention(nn.Module):
         bias: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Tensor:
-        """``[B, Lq, dim]`` of projected query, key and value: what is left of `forward` after the projections."""
+        """Returns ``[B, Lq, dim]`` of projected query, key and value: the rest of `forward` after the projections."""
         dropout_p = self.dropout if self.training else 0.0
         out = cross_attention(query, key, value, mask, bias=bias, gate=gate, dropout_p=dropout_p)
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -120,17 +121,14 @@ class CrossAttention(nn.Module):
         bias: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Tensor:
-        """Attend.
+        """Returns ``[B, Lq, dim]``, in the dtype of `x`.
 
         Args:
             x: ``[B, Lq, dim]``.
             context: ``[B or 1, Lk, context_dim]``; a batch of 1 is shared by all of ``x``, without a copy. None, with
-                no `key_value`: ``x`` itself.
-            key_value: what `project` made of the context, instead of it.
+                no `key_value`: ``x``.
+            key_value: the result of `project` for the context; then no `context` is given.
             mask, bias, gate: as in `mmkernels.cross_attention`.
-
-        Returns:
-            ``[B, Lq, dim]``, in x's dtype.
         """
         if key_value is not None and context is not None:
             raise ValueError("give context or key_value, not both")

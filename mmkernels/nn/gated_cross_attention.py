@@ -1,4 +1,4 @@
-"""`GatedCrossAttention`: Flamingo's block, which lets a frozen language model see."""
+"""`GatedCrossAttention`: the block of Flamingo through which a frozen language model attends to images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from mmkernels.nn.cross_attention import CrossAttention, KeyValue
 class GatedCrossAttention(nn.Module):
     """``x + tanh(a) * attention(x, media)``, then ``x + tanh(b) * feed_forward(x)``, each after a norm.
 
-    The gates a and b start at 0, so that a block put between the layers of a trained language model changes nothing at
-    first.
+    The gates a and b are initialised to 0: a block that is inserted into a trained language model changes nothing
+        before
+    it is trained.
 
     Args:
         dim: width of the text.
@@ -25,15 +26,16 @@ class GatedCrossAttention(nn.Module):
         num_heads, num_kv_heads, head_dim, qk_norm: as in `CrossAttention`. Its projections have no bias, so that a
             token that sees no image gets exactly 0 from the attention.
         norm: makes the two norms from `dim`.
-        feed_forward: the feed-forward module, ``[..., dim]`` to ``[..., dim]``, without its norm; None: two linear maps
-            with GELU between, four times as wide.
-        gate: "scalar": one number a gate, as in the paper; "vector": one a channel. A scalar gate of the attention is
-            passed on to the op; a vector's is applied after the output projection, where it doesn't commute with it.
-        gate_init: first value of every gate.
-        dropout: of attention probabilities and of both branches' results, in training mode.
+        feed_forward: the feed-forward module, ``[..., dim]`` to ``[..., dim]``, without its norm; None: two linear
+            layers with GELU between them, four times as wide.
+        gate: "scalar": one number a gate, as in the paper; "vector": one number a channel. The op applies a scalar gate
+            of the attention. A vector gate is applied after the output projection, with which it does not commute.
+        gate_init: the initial value of every gate.
+        dropout: the probability that an attention probability, or an element of the results of both branches, is
+            dropped in training mode.
 
     Raises:
-        ValueError: sizes that don't divide, an unknown `gate`; in `forward`, an input of the wrong shape.
+        ValueError: a size does not divide, or `gate` is unknown; in `forward`, an input has the wrong shape.
 
     Source: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning", 2022, section 2.2, figure 4.
 
@@ -87,7 +89,7 @@ class GatedCrossAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def project(self, context: Tensor) -> KeyValue:
-        """Key and value ``[B, Hkv, Lk, D]`` of visual tokens ``[B, Lk, context_dim]``, to be given as `key_value`."""
+        """Returns key and value ``[B, Hkv, Lk, D]`` of visual tokens ``[B, Lk, context_dim]``, for `key_value`."""
         return self.attention.project(context)
 
     def forward(
@@ -98,22 +100,23 @@ class GatedCrossAttention(nn.Module):
         key_value: KeyValue | None = None,
         mask: SpanMask | Tensor | None = None,
     ) -> Tensor:
-        """The text ``[B, L, dim]`` after seeing the images.
+        """Returns the text ``[B, L, dim]`` after it has attended to the images.
 
         Args:
             x: text, ``[B, L, dim]``.
             context: visual tokens, ``[B or 1, Lk, context_dim]``; or
-            key_value: what `project` made of them. Neither: there is no image, so only the feed-forward is left.
+            key_value: the result of `project` for them. Neither: there is no image, and only the feed-forward is
+                applied.
             mask: which visual tokens each text token sees, as in `mmkernels.cross_attention`; None: all.
         """
         if context is not None or key_value is not None:
             scalar = self.attention_gate.dim() == 0
-            seen = self.attention(
+            attended = self.attention(
                 self.attention_norm(x),
                 context,
                 key_value=key_value,
                 mask=mask,
                 gate=self.attention_gate if scalar else None,
             )
-            x = x + self.dropout(seen if scalar else seen * self.attention_gate.tanh())
+            x = x + self.dropout(attended if scalar else attended * self.attention_gate.tanh())
         return x + self.feed_forward_gate.tanh() * self.dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -1,4 +1,4 @@
-"""`PerceiverResampler`: any number of visual features to a fixed number of visual tokens."""
+"""`PerceiverResampler`: maps any number of visual features to a fixed number of visual tokens."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mmkernels.runtime.checks import check_range
 
 
 class PerceiverResampler(nn.Module):
-    """Learned latents attend to an image's features and to themselves, `depth` times; the latents are the result.
+    """Learned latents attend to the features of an image and to the latents, `depth` times; the latents are the result.
 
     Args:
         dim: width of the features and of the latents.
         depth: number of blocks.
         num_latents: visual tokens an image.
         num_heads, head_dim: attention heads and their width, by default ``dim / num_heads``.
-        ff_mult: width of the feed-forward over `dim`.
+        ff_mult: the width of the feed-forward, in multiples of `dim`.
         activation: makes the feed-forward's activation.
         qk_norm: as in `CrossAttention`.
         eps: of the layer norms.
 
     Raises:
-        ValueError: sizes that don't divide or aren't positive; in `forward`, an input of the wrong shape.
+        ValueError: a size is not positive or does not divide; in `forward`, an input has the wrong shape.
 
     Source: Alayrac et al., "Flamingo: a Visual Language Model for Few-Shot Learning", 2022, section 2.1, figure 5
     (without the time embeddings, which only video needs).
@@ -64,12 +64,12 @@ class PerceiverResampler(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, media: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Visual tokens ``[..., T, dim]`` of image features ``[..., P, dim]``.
+        """Returns the visual tokens ``[..., T, dim]`` of image features ``[..., P, dim]``.
 
         Args:
-            media: one image's features, or any number of images in leading dimensions.
-            lengths: how many of the P features each image has, integers of the leading dimensions' shape, where images
-                differ; the rest is padding. None: all.
+            media: the features of one image, or of any number of images in leading dimensions.
+            lengths: how many of the P features are those of the image, integers in the shape of the leading dimensions;
+                the rest is padding. None: all.
         """
         if media.dim() < 2 or media.shape[-1] != self.dim:
             raise ValueError(f"media must be [..., P, {self.dim}], got shape {tuple(media.shape)}")
@@ -90,7 +90,7 @@ class PerceiverResampler(nn.Module):
 
 
 class _Block(nn.Module):
-    """Latents attend to media and to themselves, then a feed-forward, each with a residual."""
+    """Latents attend to media and latents, then a feed-forward, each with a residual."""
 
     def __init__(
         self,
@@ -114,16 +114,16 @@ class _Block(nn.Module):
         )
 
     def forward(self, latents: Tensor, media: Tensor, mask: SpanMask | None) -> Tensor:
-        # One call over concatenated latents and media. Two calls joined by `merge_attention` copy nothing, but the
-        # second softmax and the merge cost more than the copy: CPU milliseconds of one Zen 5 core, fp32, "chunked",
-        # median of 6 alternating, concatenated / merged:
+        # One call over concatenated latents and media. Two calls, joined by `merge_attention`, copy nothing, but the
+        # second softmax and the merge cost more than the copy. Milliseconds on one Zen 5 core, fp32, "chunked", median
+        # of 6 alternating runs, concatenated / merged:
         #                                                      forward      and backward
         #   64 latents on 2 x 257 features of width 1024       75 /  79     242 / 248
         #   64 latents on 1 x 1025 features of width 1024      90 / 104     290 / 342
         #   64 latents on 2 x 197 features of width 768        44 /  46     139 / 144
         #   1024 latents on 1 x 197 features of width 384      92 / 108     291 / 336
-        # Concatenating the keys and the values, instead of what they are projected from: as fast within the noise.
-        own = self.latent_norm(latents)
-        key, value = self.attention.project(torch.cat([own, self.media_norm(media)], dim=1))
-        latents = latents + self.attention.attend(self.attention.query(own), key, value, mask)
+        # Concatenating keys and values, instead of the inputs of their projections, takes the same time.
+        normed = self.latent_norm(latents)  # [images, T, C]
+        key, value = self.attention.project(torch.cat([normed, self.media_norm(media)], dim=1))
+        latents = latents + self.attention.attend(self.attention.query(normed), key, value, mask)
         return latents + self.feed_forward(latents)

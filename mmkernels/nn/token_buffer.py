@@ -1,4 +1,4 @@
-"""`TokenBuffer`: keys or values that grow, with storage ahead of need."""
+"""`TokenBuffer`: a growing sequence of keys or values, with storage allocated in advance."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class TokenBuffer:
     """Tokens ``[B, H, L, D]`` that are appended at the end and removed anywhere; in memory ``[B, capacity, H, D]``.
 
     An append copies only the new tokens: storage is doubled when it is full, so that each token is moved a bounded
-    number of times on average. Two exceptions: the first append keeps the given tensor itself where nothing was
-    reserved, and an append of tokens that need a gradient concatenates, since writing into storage would spoil what
-    autograd has saved. (Tokens that need none are written in place: run pending backward passes through earlier views
-    first, or PyTorch raises.)
+    number of times on average. There are two exceptions. The first append keeps the given tensor if nothing was
+    reserved. An append of tokens that need a gradient concatenates, because writing into the storage would change
+    tensors that autograd has saved. (Tokens that need no gradient are written in place: run pending backward passes
+    through earlier views first, or PyTorch raises an error.)
 
     Args:
         reserve: tokens to allocate with the first append.
@@ -33,18 +33,18 @@ class TokenBuffer:
             raise ValueError(f"reserve must be >= 0, got {reserve}")
         self._reserve = reserve
         self._storage: Tensor | None = None  # [B, capacity, H, D]
-        self._owned = False  # False: the storage is a caller's tensor, or autograd's
+        self._owned = False  # False: the storage is a tensor of the caller or of autograd
         self._start = self._end = 0
 
     def __len__(self) -> int:
         return self._end - self._start
 
     def view(self) -> Tensor:
-        """All tokens, ``[B, H, L, D]``, without a copy. Valid until the next change."""
+        """Returns all tokens ``[B, H, L, D]`` without a copy. The view is valid until the next change."""
         return self._live().transpose(1, 2)
 
     def append(self, tokens: Tensor) -> None:
-        """Add tokens ``[B, H, n, D]``."""
+        """Appends tokens ``[B, H, n, D]``."""
         new = tokens.transpose(1, 2)  # [B, n, H, D]
         count = new.shape[1]
         if self._storage is None and not self._reserve:
@@ -60,7 +60,7 @@ class TokenBuffer:
             self._end += count
 
     def remove(self, start: int, end: int) -> None:
-        """Remove tokens `start` to `end`, counted from the first; only what lies behind them is moved."""
+        """Removes tokens `start` to `end`, counted from the first; only the tokens behind them are moved."""
         live = len(self)
         if not 0 <= start <= end <= live:
             raise ValueError(f"start and end must be a range within 0 to {live}, got {start} to {end}")
@@ -70,9 +70,9 @@ class TokenBuffer:
             self._end -= end - start
         elif self._owned:
             assert self._storage is not None
-            at = self._start + start
-            behind = self._live()[:, end:].clone()  # source and target overlap
-            self._storage[:, at : at + live - end] = behind
+            target = self._start + start
+            behind = self._live()[:, end:].clone()  # a copy: source and target overlap
+            self._storage[:, target : target + live - end] = behind
             self._end -= end - start
         else:
             tokens = self._live()

@@ -1,4 +1,4 @@
-"""`VisualCache`: keys and values of images, computed once and attended to by every later token."""
+"""`VisualCache`: keys and values of images, which are computed once, and to which every later token attends."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ _Sizes = tuple[int, int, int, torch.dtype, torch.device]
 class VisualCache:
     """Visual keys and values of every cross-attention layer, image after image.
 
-    Filled once per image, read at each decode step, in each later turn, and by many questions on one image: a cache of
-    batch 1 is shared, without a copy, by a query batch of any size. Images may have different numbers of tokens. Each
-    image has an id that never changes: the first appended is 0, the next 1, and so on, also after others were dropped.
+    The cache is filled once per image. It is read at each decode step, in each later turn, and by many questions on one
+    image: a cache of batch 1 is shared, without a copy, by a query batch of any size. Images may have different numbers
+    of tokens. Each image has an id that never changes: the first image has id 0, the next 1, and so on, also after
+    images were dropped.
 
-    Under a token budget the oldest images are evicted to make room for new ones. (Not the least recently used: which
-    image a token sees lies on the device, and reading it would stop a GPU at every step; and in Flamingo a text sees
-    the last image before it, so the oldest is the one that is least wanted.)
+    With a token budget, the oldest images are evicted to make room for new ones. (Not the least recently used: the
+    image that a token sees is known on the device only, and reading it would synchronise a GPU at every step. In
+    Flamingo a token sees the last image before it, so the oldest image is the least likely to be needed.)
 
     Args:
         num_layers: cross-attention layers.
-        max_tokens: budget of visual tokens; None: none.
-        reserve: tokens to allocate with the first append, so that later ones find room. 0: the first append keeps the
-            given tensors themselves, without a copy (and with their gradient).
+        max_tokens: the largest number of visual tokens; None: no limit.
+        reserve: how many tokens to allocate with the first append, so that later ones need no allocation. 0: the first
+            append keeps the given tensors without a copy (and with their gradient).
 
     Raises:
-        ValueError: wrong shapes, an image larger than the budget, an unknown id.
+        ValueError: a wrong shape, an image larger than the budget, or an unknown id.
 
-    Source: the key/value cache of Alayrac et al., "Flamingo", 2022, section 2.2: visual keys and values don't depend on
-    the text, so they are computed once.
+    Source: the key/value cache of Alayrac et al., "Flamingo", 2022, section 2.2: visual keys and values do not depend
+        on
+    the text.
 
     Example:
         >>> import torch, mmkernels
@@ -62,19 +64,17 @@ class VisualCache:
         self._layers = [(TokenBuffer(reserve), TokenBuffer(reserve)) for _ in range(num_layers)]
         self._lengths: dict[int, int] = {}  # id -> tokens of the images held, oldest first
         self._next_id = 0
-        self._sizes: list[tuple[_Sizes, _Sizes]] | None = (
-            None  # each layer's key and value, known from the first append
-        )
-        self._table: tuple[Tensor, Tensor] | None = None  # id -> place, and offsets; rebuilt where images change
+        self._sizes: list[tuple[_Sizes, _Sizes]] | None = None  # of each layer's key and value; set by the first append
+        self._table: tuple[Tensor, Tensor] | None = None  # id -> place, and offsets; None after a change of images
 
-    # What it holds.
+    # Content.
 
     def __len__(self) -> int:
-        """Number of layers."""
+        """The number of layers."""
         return len(self._layers)
 
     def __getitem__(self, layer: int) -> KeyValue:
-        """Key and value ``[B, Hkv, tokens, D]`` of a layer, views of the storage, valid until the next change."""
+        """Returns key and value ``[B, Hkv, tokens, D]`` of a layer: views that are valid until the next change."""
         key, value = self._layers[layer]
         return key.view(), value.view()
 
@@ -83,12 +83,12 @@ class VisualCache:
 
     @property
     def image_ids(self) -> list[int]:
-        """The images held, oldest first."""
+        """The ids of the images in the cache, oldest first."""
         return list(self._lengths)
 
     @property
     def next_id(self) -> int:
-        """The id that the next image will get: how many were appended so far."""
+        """The id of the next image: the number of images that were appended so far."""
         return self._next_id
 
     @property
@@ -97,34 +97,35 @@ class VisualCache:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each image held, oldest first."""
+        """The number of tokens of each image in the cache, oldest first."""
         return list(self._lengths.values())
 
     @property
     def batch_size(self) -> int:
-        """1 where the images are shared by every query; 0 before the first append."""
+        """The batch of keys and values; 1: all queries share the images; 0: nothing was appended yet."""
         return 0 if self._sizes is None else self._sizes[0][0][0]
 
-    # Changing it.
+    # Changes.
 
     def append(self, key_values: Sequence[KeyValue], lengths: Iterable[int]) -> list[int]:
-        """Add images.
+        """Appends images.
 
         Args:
             key_values: for each layer key ``[B, Hkv, n, D]`` and value ``[B, Hkv, n, Dv]``, the same B in every append.
-            lengths: tokens of each image; they add up to n.
+            lengths: the number of tokens of each image; they add up to n.
 
         Returns:
-            The new images' ids. Where all don't fit under the budget, the oldest are evicted, the new ones' first too.
+            The ids of the new images. If the budget is too small for all images, the oldest are evicted; these may
+            include the first of the new ones.
         """
         lengths = [int(length) for length in lengths]
         self._check(key_values, lengths)
         ids = list(range(self._next_id, self._next_id + len(lengths)))
-        skip = self._make_room(lengths)  # new images that don't fit beside the newer ones
-        hidden = sum(lengths[:skip])
+        skip = self._make_room(lengths)  # how many of the new images do not fit
+        skipped_tokens = sum(lengths[:skip])
         for buffers, tensors in zip(self._layers, key_values):
             for buffer, tokens in zip(buffers, tensors):
-                buffer.append(tokens[:, :, hidden:])
+                buffer.append(tokens[:, :, skipped_tokens:])
         self._sizes = [(_sizes(key), _sizes(value)) for key, value in key_values]
         self._lengths.update(list(zip(ids, lengths))[skip:])
         self._next_id += len(lengths)
@@ -132,13 +133,13 @@ class VisualCache:
         return ids
 
     def drop(self, image_ids: Iterable[int]) -> None:
-        """Forget images by id. A token that asks for a dropped image sees nothing."""
+        """Removes images by id. A token that sees only a removed image sees nothing."""
         image_ids = set(image_ids)
         unknown = sorted(image_ids - self._lengths.keys())
         if unknown:
             raise ValueError(f"image_ids must be among those held, {self.image_ids}, got {unknown}")
-        for image_id in sorted(image_ids, reverse=True):  # from behind, so that less is moved
-            start = sum(length for held, length in self._lengths.items() if held < image_id)
+        for image_id in sorted(image_ids, reverse=True):  # the last first, so that fewer tokens are moved
+            start = sum(length for earlier, length in self._lengths.items() if earlier < image_id)
             for buffers in self._layers:
                 for buffer in buffers:
                     buffer.remove(start, start + self._lengths[image_id])
@@ -146,11 +147,11 @@ class VisualCache:
         self._table = None
 
     def clear(self) -> None:
-        """Drop every image; ids go on counting."""
+        """Removes all images. Ids are not used again."""
         self.drop(self.image_ids)
 
     def _make_room(self, lengths: list[int]) -> int:
-        """Evict the oldest images until the new ones fit; how many of the new ones themselves are too many."""
+        """Evicts the oldest images until the new ones fit, and returns how many of the new ones do not."""
         if self.max_tokens is None:
             return 0
         excess = self.num_tokens + sum(lengths) - self.max_tokens
@@ -167,13 +168,13 @@ class VisualCache:
             skip += 1
         return skip
 
-    # Who sees what.
+    # Masks.
 
     def mask(self, image_ids: Tensor) -> SpanMask:
-        """Each text token sees one image, by id; a dropped or evicted image: nothing.
+        """Returns the mask in which each text token sees one image. It sees nothing if the image was removed.
 
         Args:
-            image_ids: integers ``[B, Lq]``; -1: none.
+            image_ids: the id of the image of each token, integers ``[B, Lq]``; -1: none.
         """
         if image_ids.is_floating_point() or image_ids.dtype == torch.bool:
             raise TypeError(f"image_ids must be integers, got {image_ids.dtype}")
@@ -182,17 +183,21 @@ class VisualCache:
         return SpanMask.media(place_of[image_ids.long()], media_offsets=offsets)
 
     def token_mask(self, images: Tensor) -> Tensor:
-        """Each text token sees any set of images: bool ``[B, Lq, tokens]`` of bool ``[B, Lq, next_id]``."""
+        """Returns which visual tokens each text token sees, bool ``[B, Lq, tokens]``.
+
+        Args:
+            images: which images it sees, bool ``[B, Lq, next_id]``.
+        """
         if images.dtype != torch.bool:
             raise TypeError(f"images must be bool, got {images.dtype}")
         if images.shape[-1] != self._next_id:
             raise ValueError(f"images must be [B, Lq, {self._next_id}], got shape {tuple(images.shape)}")
-        place = [image_id for image_id, length in self._lengths.items() for _ in range(length)]
-        return images[..., torch.tensor(place, dtype=torch.long, device=images.device)]
+        image_of = [image_id for image_id, length in self._lengths.items() for _ in range(length)]  # of each token
+        return images[..., torch.tensor(image_of, dtype=torch.long, device=images.device)]
 
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._table is None or self._table[0].device != device:
-            place_of = torch.full((self._next_id + 1,), -1)  # the last entry is for id -1
+            place_of = torch.full((self._next_id + 1,), -1)  # the last entry belongs to id -1
             place_of[self.image_ids] = torch.arange(len(self._lengths))
             offsets = torch.tensor([0, *self._lengths.values()]).cumsum(0)
             self._table = place_of.to(device), offsets.to(device)

@@ -101,10 +101,10 @@ def image_attention_mask(ids: Tensor, images: int) -> Tensor:
 
 
 def greedy(theirs: Any, ids: list[int], pixels: Tensor, count: int, sees: Tensor | None = None) -> list[int]:
-    """One row's next tokens by transformers' forward alone: no cache, no padding, each step from the start.
+    """Returns the next tokens of one row, by the forward pass of transformers: no cache, no padding, no earlier steps.
 
-    (Its own `generate` reads the logits of the last column, which is padding where a prompt is padded on the right, and
-    knows no further turn with new images.)
+    (Its `generate` reads the logits of the last column, which is padding if a prompt is padded on the right, and it
+    cannot continue a conversation with new images.)
     """
     new: list[int] = []
     if sees is None:

@@ -83,19 +83,19 @@ def test_decompression_bombs(tmp_path: Path, width: int, height: int) -> None:
 def test_images_are_prepared_as_transformers_does(tmp_path: Path) -> None:
     from transformers import IdeficsImageProcessorPil
 
-    palette, grey, turned = tmp_path / "p.png", tmp_path / "g.png", tmp_path / "t.jpg"
+    palette, grey, rotated = tmp_path / "p.png", tmp_path / "g.png", tmp_path / "t.jpg"
     picture().convert("P").save(palette)
     picture().convert("L").save(grey)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    picture().save(turned, exif=exif)
-    pixels = load_images([palette, str(grey), turned], 32)
+    picture().save(rotated, exif=exif)
+    pixels = load_images([palette, str(grey), rotated], 32)
     assert pixels.shape == (3, 3, 32, 32)
     assert pixels.dtype == torch.float32
     processor = IdeficsImageProcessorPil(image_size=32)
     expected = processor([Image.open(palette).convert("RGB")], return_tensors="pt")
     torch.testing.assert_close(pixels[:1], torch.as_tensor(expected))
-    assert load_image(turned).size == (50, 70)
+    assert load_image(rotated).size == (50, 70)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -122,17 +122,17 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("form", ["DDS", "PPM", "SGI", "BMP", "GIF", "TIFF", "WEBP", "ICO", "TGA"])
-def test_spoiled_bytes_never_escape_as_another_error(tmp_path: Path, form: str) -> None:
+def test_damaged_bytes_raise_no_other_error(tmp_path: Path, form: str) -> None:
     buffer = io.BytesIO()
     picture().save(buffer, format=form)
     draw = np.random.default_rng(0)
     messages: list[str] = []
     for _ in range(40):
-        spoiled = bytearray(buffer.getvalue())
-        for at in draw.integers(0, min(200, len(spoiled)), 6):
-            spoiled[at] = draw.integers(256)
-        path = tmp_path / "spoiled"
-        path.write_bytes(spoiled[: draw.integers(1, len(spoiled) + 1)])
+        damaged = bytearray(buffer.getvalue())
+        for at in draw.integers(0, min(200, len(damaged)), 6):
+            damaged[at] = draw.integers(256)
+        path = tmp_path / "damaged"
+        path.write_bytes(damaged[: draw.integers(1, len(damaged) + 1)])
         try:
             load_image(path)
         except ImageError as error:
@@ -171,17 +171,17 @@ def test_rotary_is_a_rotation_by_relative_position() -> None:
     q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
 
     def score(i: int, j: int) -> torch.Tensor:
-        turned = [rotate(x, rotary_angles(torch.tensor([[at]]), 8, 100.0, x.dtype)) for x, at in ((q, i), (k, j))]
-        return (turned[0] * turned[1]).sum()
+        rotated = [rotate(x, rotary_angles(torch.tensor([[at]]), 8, 100.0, x.dtype)) for x, at in ((q, i), (k, j))]
+        return (rotated[0] * rotated[1]).sum()
 
     torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(score(0, 0), (q * k).sum())
     assert abs(float(score(7, 3) - score(7, 4))) > 1e-3
     # Channel pair (i, i + 4) turns by position / 100^(i/4): by hand, for i = 1.
-    turned = rotate(q, rotary_angles(torch.tensor([[2]]), 8, 100.0, q.dtype))[0, 0, 0]
+    rotated = rotate(q, rotary_angles(torch.tensor([[2]]), 8, 100.0, q.dtype))[0, 0, 0]
     angle = torch.tensor(2 / 100**0.25, dtype=torch.float64)
     torch.testing.assert_close(
-        turned[1], q[0, 0, 0, 1] * angle.cos() - q[0, 0, 0, 5] * angle.sin(), rtol=1e-5, atol=1e-6
+        rotated[1], q[0, 0, 0, 1] * angle.cos() - q[0, 0, 0, 5] * angle.sin(), rtol=1e-5, atol=1e-6
     )
 
 

@@ -195,7 +195,7 @@ def test_config_against_weights(copy: Copy, variant: str, values: dict[str, Any]
     ],
 )
 def test_weights(copy: Copy, variant: str, name: str, shape: tuple[int, ...]) -> None:
-    def spoilt(tensors: dict[str, torch.Tensor | None]) -> Path:
+    def damaged(tensors: dict[str, torch.Tensor | None]) -> Path:
         folder = copy(variant)
 
         def change(held: dict[str, torch.Tensor]) -> None:
@@ -209,11 +209,11 @@ def test_weights(copy: Copy, variant: str, name: str, shape: tuple[int, ...]) ->
 
     expected = re.escape(str(list(shape)))
     refused(
-        spoilt({name: torch.zeros(2, 5)}), rf"model.safetensors: {name}.* must be {expected} by config.json, got \[2"
+        damaged({name: torch.zeros(2, 5)}), rf"model.safetensors: {name}.* must be {expected} by config.json, got \[2"
     )
-    refused(spoilt({name: torch.zeros(shape, dtype=torch.int8)}), f"{name} must be one of F64, F32, F16, BF16, got I8")
-    refused(spoilt({name: None}), rf"the weights must hold {name} {expected}, got \d+ tensors without it")
-    refused(spoilt({"model.extra": torch.zeros(3)}), r"only the model's tensors, got model.extra \[3\]")
+    refused(damaged({name: torch.zeros(shape, dtype=torch.int8)}), f"{name} must be one of F64, F32, F16, BF16, got I8")
+    refused(damaged({name: None}), rf"the weights must hold {name} {expected}, got \d+ tensors without it")
+    refused(damaged({"model.extra": torch.zeros(3)}), r"only the model's tensors, got model.extra \[3\]")
 
 
 def test_constants_of_older_versions_are_ignored(copy: Copy) -> None:

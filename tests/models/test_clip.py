@@ -100,15 +100,15 @@ def test_features_logits_and_loss(
             out = run(ours(variant, dtype), saved(variant), dtype, padding)
         expected = theirs(variant, dtype, padding)
         assert out.loss is not None
-        for name, mine, other in (
+        for name, actual, other in (
             ("image", out.image_features, expected.image_embeds),
             ("text", out.text_features, expected.text_embeds),
             ("logits", out.logits_per_image, expected.logits_per_image),
             ("transposed", out.logits_per_text, expected.logits_per_text),
             ("loss", out.loss, expected.loss),
         ):
-            assert mine.dtype == dtype
-            assert distance(mine, other) < tolerance, (name, dtype)
+            assert actual.dtype == dtype
+            assert distance(actual, other) < tolerance, (name, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -326,5 +326,5 @@ def test_bad_texts(saved: Callable[[str], Saved]) -> None:
         )
         refused(encode(ids, torch.zeros(2, 5)), TypeError, "attention_mask must be a bool or integer tensor, got")
         refused(encode(ids, [[1] * 5] * 2), TypeError, "attention_mask must be a bool or integer tensor, got list")
-        # Nothing but padding: attention sees nothing, and the answer is finite.
+        # Nothing but padding: attention sees nothing, and the result is finite.
         assert torch.isfinite(model.encode_text(ids, torch.zeros_like(ids))).all()

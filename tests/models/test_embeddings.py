@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import sys
-import zlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,51 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from embedding_caches import TEXTS, D, Encoder, filled, manifest, open_cache, units
 from torch import Tensor
 
 from mmkernels.models import embeddings_store
 from mmkernels.models.embeddings import EmbeddingCache, content_key
-
-D = 16
-TEXTS = [f"text {n}" for n in range(10)]
-
-
-class Encoder:
-    """Encodes any item as fixed random numbers, and notes what it was asked for."""
-
-    def __init__(self, dim: int = D) -> None:
-        self.dim, self.batches = dim, list[list[Any]]()
-
-    def __call__(self, items: list[Any]) -> Tensor:
-        assert not torch.is_grad_enabled()
-        self.batches.append(items)
-        return torch.stack([self.row(item) for item in items])
-
-    def row(self, item: Any) -> Tensor:
-        return torch.randn(self.dim, generator=torch.Generator().manual_seed(zlib.crc32(content_key(item).encode())))
-
-    @property
-    def encoded(self) -> list[Any]:
-        return [item for batch in self.batches for item in batch]
-
-
-def open_cache(folder: Path, **options: Any) -> EmbeddingCache:
-    return EmbeddingCache(folder / "cache", "model-a", **options)
-
-
-def filled(folder: Path, texts: list[str] = TEXTS, **options: Any) -> EmbeddingCache:
-    cache = open_cache(folder, **options)
-    cache.encode(texts, Encoder())
-    return cache
-
-
-def units(texts: list[str]) -> Tensor:
-    return F.normalize(torch.stack([Encoder().row(text) for text in texts]).double()).float()
-
-
-def manifest(cache: EmbeddingCache) -> dict[str, Any]:
-    return json.loads((cache.folder / "manifest.json").read_text())
-
 
 # Encoding and reading.
 
@@ -78,8 +38,8 @@ def test_a_second_run_encodes_nothing(tmp_path: Path) -> None:
 
 def test_only_what_is_new_is_encoded_and_once(tmp_path: Path) -> None:
     cache, encoder = filled(tmp_path, TEXTS[:3]), Encoder()
-    asked = ["text 5", "text 1", "text 5", "text 7", "text 0", "text 7"]
-    assert cache.encode(iter(asked), encoder, batch_size=2).tolist() == [3, 1, 3, 4, 0, 4]
+    texts = ["text 5", "text 1", "text 5", "text 7", "text 0", "text 7"]
+    assert cache.encode(iter(texts), encoder, batch_size=2).tolist() == [3, 1, 3, 4, 0, 4]
     assert encoder.encoded == ["text 5", "text 7"]
     assert [len(cache.read(torch.tensor(rows).long())) for rows in ([], [4], [4, 0, 4])] == [0, 1, 3]
     torch.testing.assert_close(cache.read(torch.tensor([3, 1, 3])), units(["text 5", "text 1", "text 5"]))
@@ -113,17 +73,17 @@ def test_what_is_read_is_a_copy(tmp_path: Path) -> None:
 def test_reading_maps_the_files(tmp_path: Path) -> None:
     """A cache that is opened, and read a few rows of, takes no memory for the others."""
 
-    def own() -> float:  # MiB that are no file's pages
+    def anonymous() -> float:  # MiB that are not pages of a file
         return next(int(x.split()[1]) for x in Path("/proc/self/status").open() if x.startswith("RssAnon")) / 1024
 
     cache = open_cache(tmp_path, normalize=False)
     cache.add([content_key(str(n)) for n in range(4096)], torch.randn(4096, 4096))  # 64 MiB
-    before = own()
+    before = anonymous()
     again = open_cache(tmp_path)
     assert again.read(torch.tensor([0, 3000, 4095])).shape == (3, 4096)
-    assert own() - before < 16
+    assert anonymous() - before < 16
     whole = again.read()
-    assert whole.shape == (4096, 4096) and 60 < own() - before < 80
+    assert whole.shape == (4096, 4096) and 60 < anonymous() - before < 80
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -311,3 +271,20 @@ def test_no_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r'needs safetensors: pip install "mmkernels\[retrieval\]"'):
         filled(tmp_path)
+
+
+def test_a_cache_of_format_1(tmp_path: Path) -> None:
+    """The folder was written when the format was new: texts a, bc, then def, ghij, with an index."""
+    folder = shutil.copytree(Path(__file__).parent / "data" / "embedding_cache_format_1", tmp_path / "cache")
+    cache, texts = open_cache(tmp_path), ["a", "bc", "def", "ghij"]
+    rows = torch.tensor([[float(len(text)), float(ord(text[0])), -1.0, 2.0] for text in texts])
+    torch.testing.assert_close(cache.read(), F.normalize(rows))
+    assert cache.normalize and cache.dtype == torch.float32
+    encoder = Encoder(4)
+    assert cache.encode(texts[::-1], encoder).tolist() == [3, 2, 1, 0] and encoder.encoded == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a damaged index would be built again, with a warning
+        assert cache.search(F.normalize(rows), 1).rows[:, 0].tolist() == [0, 1, 2, 3]
+    assert cache.encode(["new"], encoder).tolist() == [4]
+    cache.update_index()
+    assert len(open_cache(tmp_path)) == 5 and (folder / "index-00005.faiss").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_embeddings import D, Encoder, filled, open_cache
+from embedding_caches import D, Encoder, filled, open_cache
 
 from mmkernels.models.embeddings import EmbeddingCache, content_key
 

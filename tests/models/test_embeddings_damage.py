@@ -15,31 +15,11 @@ from typing import Any
 import faiss
 import pytest
 import torch
+from damaged_caches import INDEX, TEXTS, D, check_search, encode, intact, make, open_cache, rewrite
 from safetensors.torch import load_file, save_file
 
 from mmkernels.models import embeddings_index
-from mmkernels.models.embeddings import EmbeddingCache, EmbeddingCacheError, content_key
-
-D = 8
-INDEX = "index-00012.faiss"
-TEXTS = [f"text {n}" for n in range(12)]
-
-
-def encode(texts: list[str]) -> torch.Tensor:
-    return torch.stack([torch.randn(D, generator=torch.Generator().manual_seed(int(text[5:]))) for text in texts])
-
-
-def open_cache(folder: Path, **options: Any) -> EmbeddingCache:
-    return EmbeddingCache(folder, "model-a", normalize=False, **options)
-
-
-def make(folder: Path) -> Path:
-    """A cache of two shards and an index."""
-    cache = open_cache(folder)
-    cache.encode(TEXTS[:5], encode)
-    cache.encode(TEXTS[5:], encode)
-    cache.update_index()
-    return folder
+from mmkernels.models.embeddings import EmbeddingCacheError, content_key
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +29,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     return shutil.copytree(made, tmp_path / "cache")
 
 
 def refused(folder: Path, match: str, **options: Any) -> None:
     with pytest.raises(EmbeddingCacheError, match=match):
         open_cache(folder, **options)
-
-
-def intact(folder: Path, count: int = 12) -> EmbeddingCache:
-    """The first `count` texts are there, and can be searched, with no word about the index."""
-    cache = open_cache(folder)
-    assert torch.equal(cache.read(), encode([f"text {n}" for n in range(count)]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_search(cache)
-    return cache
-
-
-def check_search(cache: EmbeddingCache) -> None:
-    query = torch.randn(4, D)
-    found = cache.search(query, 3)
-    expected = (query @ cache.read().T).topk(3)
-    assert torch.equal(found.rows, expected.indices)
-    torch.testing.assert_close(found.scores, expected.values)
 
 
 # The manifest.
@@ -89,13 +51,6 @@ def test_a_manifest_that_is_a_folder(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").mkdir()
     refused(folder, "cache/manifest.json: must be a file, got something else")
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = folder / "manifest.json"
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +294,7 @@ BAD_INDEXES: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("kind", BAD_INDEXES)
 @pytest.mark.parametrize("signed", [False, True])
 def test_indexes_that_are_wrong(folder: Path, kind: str, signed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Built again, with a warning; also where the manifest vouches for the file, or nobody compares checksums."""
+    """Built again, with a warning; also if the checksum is that of the damaged file, or is not compared."""
     path = folder / INDEX
     data = BAD_INDEXES[kind](path.read_bytes())
     path.write_bytes(data)
@@ -347,10 +302,10 @@ def test_indexes_that_are_wrong(folder: Path, kind: str, signed: bool, monkeypat
         rewrite(folder, lambda values: values["index"].update(sha256=hashlib.sha256(data).hexdigest()))
     cache = open_cache(folder, verify=not signed or kind == "flipped")
     if signed and kind == "flipped":
-        cache.search(torch.randn(1, D), 1)  # an IndexFlatIP like any other: whoever signs it can write shards too
+        cache.search(torch.randn(1, D), 1)  # a valid IndexFlatIP: who can change the checksum can change shards too
         return
     with monkeypatch.context() as patch:
-        patch.setattr(faiss, "read_index", None)  # nobody but us looks at such a file
+        patch.setattr(faiss, "read_index", None)  # FAISS must not read such a file
         with pytest.warns(
             RuntimeWarning, match=r"index-00012.faiss: must .* got .*; it is built again from the shards"
         ):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_embeddings_damage import INDEX, TEXTS, check_search, encode, intact, make, open_cache, rewrite
+from damaged_caches import INDEX, TEXTS, check_search, encode, intact, make, open_cache, rewrite
 
 from mmkernels.models.embeddings import content_key
 

@@ -32,7 +32,7 @@ def test_keys_of_images(tmp_path: Path) -> None:
 
 
 def test_keys_of_images_that_are_turned(tmp_path: Path) -> None:
-    """An orientation counts, except for 1, which is none; so do pixels alone once they are turned."""
+    """An orientation counts, except for 1, which is none; so do pixels alone once they are rotated."""
     image = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3), "RGB")
     plain = hashlib.sha256(b"image RGB (5, 4)\0" + image.tobytes()).hexdigest()  # for good: caches hold it
     keys = []
@@ -43,9 +43,10 @@ def test_keys_of_images_that_are_turned(tmp_path: Path) -> None:
         with Image.open(tmp_path / "image.png") as opened:
             keys.append(content_key(opened))
             assert content_key(opened) == keys[-1]
-            turned = ImageOps.exif_transpose(opened)
+            rotated = ImageOps.exif_transpose(opened)
         assert (
-            content_key(turned) == hashlib.sha256(f"image RGB {turned.size}\0".encode() + turned.tobytes()).hexdigest()
+            content_key(rotated)
+            == hashlib.sha256(f"image RGB {rotated.size}\0".encode() + rotated.tobytes()).hexdigest()
         )
     assert keys[0] == content_key(image) == plain
     assert len(set(keys)) == 8

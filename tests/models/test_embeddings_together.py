@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_embeddings import TEXTS, D, Encoder, filled, manifest, open_cache, units
+from embedding_caches import TEXTS, D, Encoder, filled, manifest, open_cache, units
 from torch import Tensor
 
 from mmkernels.models import embeddings_files
@@ -28,8 +28,8 @@ def test_threads_that_append_at_once(tmp_path: Path) -> None:
 
     def work(number: int) -> None:
         start.wait()
-        for n in range(10):  # each appends its own, and one that all of them append
-            rows[number, n] = caches[number].encode([f"own {number} {n}", f"shared {n}"], Encoder())
+        for n in range(10):  # each appends a text of one thread and one that all threads append
+            rows[number, n] = caches[number].encode([f"thread {number} {n}", f"shared {n}"], Encoder())
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -38,9 +38,9 @@ def test_threads_that_append_at_once(tmp_path: Path) -> None:
         thread.join()
     cache = open_cache(tmp_path)
     assert len(cache) == 50 and len(rows) == 40
-    for (number, n), found in rows.items():
-        assert torch.equal(cache.rows_of([content_key(f"own {number} {n}"), content_key(f"shared {n}")]), found)
-        torch.testing.assert_close(cache.read(found), units([f"own {number} {n}", f"shared {n}"]))
+    for (number, n), held in rows.items():
+        assert torch.equal(cache.rows_of([content_key(f"thread {number} {n}"), content_key(f"shared {n}")]), held)
+        torch.testing.assert_close(cache.read(held), units([f"thread {number} {n}", f"shared {n}"]))
     for one in caches:
         one.refresh()
         assert one.keys_of(torch.arange(50)) == cache.keys_of(torch.arange(50))
@@ -85,9 +85,9 @@ def test_a_search_waits_for_no_writer(tmp_path: Path) -> None:
     with embeddings_files.locked(cache.folder, 0), warnings.catch_warnings():
         warnings.simplefilter("error")
         before = time.monotonic()
-        found = cache.search(units(TEXTS), 1)
+        result = cache.search(units(TEXTS), 1)
         assert time.monotonic() - before < 10
-    assert found.rows[:, 0].tolist() == list(range(10))
+    assert result.rows[:, 0].tolist() == list(range(10))
     assert manifest(cache)["index"] is None
     cache.search(units(TEXTS), 1)  # the next one saves
     assert manifest(cache)["index"]["rows"] == 10
@@ -182,30 +182,35 @@ def test_what_another_made_of_a_new_folder(tmp_path: Path, call: str) -> None:
 def test_another_dtype_that_was_faster(tmp_path: Path) -> None:
     """The folder was empty when rows were made ready, and is another's by the time they are written."""
 
-    def meanwhile(items: list[Any]) -> Tensor:
+    def encode(items: list[Any]) -> Tensor:
         if items == ["b"]:
             filled(tmp_path, dtype=torch.float16)
         return torch.ones(1, D)
 
     late = open_cache(tmp_path)
     with pytest.raises(EmbeddingCacheError, match=r"dtype must be torch.float16, as in this cache, got torch.float32"):
-        late.encode(["a", "b"], meanwhile, batch_size=1)
+        late.encode(["a", "b"], encode, batch_size=1)
     assert len(open_cache(tmp_path)) == 10
 
 
-def test_models_without_fcntl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are no such locks, models are there, and what is in a cache can be read and searched."""
+def test_models_without_optional_packages() -> None:
+    """Nor fcntl, which some platforms lack: models are there."""
     script = """
 import sys
-sys.modules["fcntl"] = None
+for name in ("fcntl", "transformers", "safetensors", "faiss", "PIL"):
+    sys.modules[name] = None
 from mmkernels.models import CLIP, Flamingo
 CLIP.from_size("tiny"), Flamingo.from_size("tiny")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_platform_without_fcntl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no such locks, what is in a cache can be read and searched."""
     cache = filled(tmp_path)
     monkeypatch.setitem(sys.modules, "fcntl", None)
     with pytest.raises(OSError, match=r"cache/lock must be locked by flock, .* got a platform without fcntl"):
         cache.encode(["new"], Encoder())
     with pytest.warns(RuntimeWarning, match="kept in memory alone: .* got a platform without fcntl"):
-        found = open_cache(tmp_path).search(units(TEXTS), 1)
-    assert found.rows[:, 0].tolist() == list(range(10))
+        result = open_cache(tmp_path).search(units(TEXTS), 1)
+    assert result.rows[:, 0].tolist() == list(range(10))

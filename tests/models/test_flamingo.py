@@ -305,11 +305,11 @@ def test_loss_and_gradients(saved: Callable[[str], Saved], variant: str, backend
     out.loss.backward()
     assert out.kv_cache is None
     assert distance(out.loss.detach(), theirs.loss.detach()) < TOLERANCE
-    expected, mine = dict(checkpoint.theirs.named_parameters()), dict(ours.named_parameters())
+    expected, actual = dict(checkpoint.theirs.named_parameters()), dict(ours.named_parameters())
     for name, their_name in GRADIENTS.items():
-        if name in mine:
+        if name in actual:
             # A gradient passes twice as many operations as the logits, some of which cancel: measured at most 5.1e-6.
-            assert distance(mine[name].grad.flatten(), expected[their_name].grad.flatten()) < 2e-5, name
+            assert distance(actual[name].grad.flatten(), expected[their_name].grad.flatten()) < 2e-5, name
 
 
 def test_bfloat16_is_close(saved: Callable[[str], Saved]) -> None:

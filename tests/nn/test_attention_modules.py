@@ -187,9 +187,9 @@ def resampled(module: PerceiverResampler, media: Tensor, count: int) -> Tensor:
     """One image's visual tokens by Flamingo's figure 5, of its first `count` features."""
     latents, media = module.latents[None], media[None, :count]
     for block in module.blocks:
-        own = block.latent_norm(latents)
-        both = torch.cat([block.media_norm(media), own], dim=1)
-        latents = latents + attention(block.attention, own, both)
+        normed = block.latent_norm(latents)
+        both = torch.cat([block.media_norm(media), normed], dim=1)
+        latents = latents + attention(block.attention, normed, both)
         latents = latents + block.feed_forward(latents)
     return module.norm(latents)[0]
 

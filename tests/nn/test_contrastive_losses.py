@@ -75,9 +75,9 @@ def test_against_the_formula(
     with mmkernels.use_backend(backend):
         ours = loss_and_grads(module(), *inputs)
     assert ours[0].shape == ()
-    for mine, theirs in zip(ours, expected, strict=True):
-        assert mine.shape == theirs.shape
-        torch.testing.assert_close(mine.double(), theirs, rtol=rtol, atol=atol)
+    for actual, theirs in zip(ours, expected, strict=True):
+        assert actual.shape == theirs.shape
+        torch.testing.assert_close(actual.double(), theirs, rtol=rtol, atol=atol)
 
 
 def test_a_bias_changes_nothing_in_a_softmax_but_has_a_gradient() -> None:
@@ -140,8 +140,8 @@ def test_other_dtypes(module: Any, formula: Any, dtype: torch.dtype) -> None:
     naive, ours = loss_and_grads(formula, *inputs), loss_and_grads(module(), *inputs)
     assert [x.dtype for x in ours] == [torch.float32, dtype, dtype, torch.float32, torch.float32]
     torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-6, atol=0)
-    for mine, plain, true in zip(ours[1:], naive[1:], truth[1:], strict=True):
-        errors = [float((x.double() - true).norm() / true.norm().clamp(min=1e-3)) for x in (mine, plain)]
+    for actual, plain, true in zip(ours[1:], naive[1:], truth[1:], strict=True):
+        errors = [float((x.double() - true).norm() / true.norm().clamp(min=1e-3)) for x in (actual, plain)]
         assert errors[0] < 2 * errors[1] + torch.finfo(dtype).eps
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class QuickGELU(nn.Module):
-    """``x * sigmoid(1.702 x)``, as CLIP was trained."""
+    """``x * sigmoid(1.702 x)``, the activation that CLIP was trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)

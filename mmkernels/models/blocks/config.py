@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from mmkernels.models.blocks.checkpoint import CheckpointError, check_architecture
 
-# Largest sizes taken: above any published model, below what would exhaust memory before a checkpoint can be compared.
+# The largest sizes that are accepted: above any published model, but small enough to build the model on the meta
+# device.
 _LARGEST = {
     **dict.fromkeys(("vision_width", "text_width", "embed_dim"), 2**16),
     **dict.fromkeys(("vision_layers", "resampler_depth", "text_layers", "cross_every"), 2**9),
@@ -23,10 +24,10 @@ Config = TypeVar("Config")
 
 
 def check_sizes(config: Any, *, optional: Sequence[str] = ()) -> None:
-    """Raise unless every size that a configuration has is an integer from 1 on and not absurdly large.
+    """Raises unless every size of a configuration is an integer from 1 to the largest that is accepted.
 
     Args:
-        optional: sizes that may be None.
+        optional: names of sizes that may be None.
     """
     for name, most in _LARGEST.items():
         if not hasattr(config, name):
@@ -39,14 +40,14 @@ def check_sizes(config: Any, *, optional: Sequence[str] = ()) -> None:
 
 
 def check_multiple(config: Any, whole: str, part: str) -> None:
-    """Raise unless one size is a multiple of the other."""
+    """Raises unless the size `whole` is a multiple of the size `part`."""
     most, least = getattr(config, whole), getattr(config, part)
     if most % least:
         raise ValueError(f"{whole} must be a multiple of {part} = {least}, got {most}")
 
 
 def check_numbers(config: Any, *, positive: Sequence[str], shares: Sequence[str]) -> None:
-    """Raise unless all are numbers, the former positive and finite, the latter between 0 and 1."""
+    """Raises unless the fields `positive` are positive finite numbers and the fields `shares` are between 0 and 1."""
     for name in positive:
         value = getattr(config, name)
         if not _is_number(value) or not 0 < value < float("inf"):
@@ -58,23 +59,23 @@ def check_numbers(config: Any, *, positive: Sequence[str], shares: Sequence[str]
 
 
 def check_token(config: Any, name: str) -> None:
-    """Raise unless a token's id, where it is given, is in the vocabulary."""
+    """Raises unless the token id `name` is None or in the vocabulary."""
     token = getattr(config, name)
     if token is not None and (type(token) is not int or not 0 <= token < config.vocab_size):
         raise ValueError(f"{name} must be an integer below vocab_size = {config.vocab_size}, got {token!r}")
 
 
 def read_config(values: dict[str, Any], architectures: Mapping[str, str], where: str) -> Any:
-    """transformers' configuration of what a ``config.json`` holds. What the file leaves out has transformers' default.
+    """Returns transformers' configuration object for a ``config.json``; transformers fills in what the file leaves out.
 
     Args:
         values: the JSON object.
-        architectures: model type -> architecture, of those that are allowed.
-        where: how errors name the object: the path of the file.
+        architectures: model type -> architecture, for all that are allowed.
+        where: how errors name the object: usually the path of the file.
 
     Raises:
         ImportError: transformers is not installed.
-        CheckpointError: another model type or architecture, or a value that transformers refuses.
+        CheckpointError: the model type or architecture is another one, or transformers refuses a value.
     """
     check_architecture(values, architectures, where)
     try:
@@ -84,7 +85,7 @@ def read_config(values: dict[str, Any], architectures: Mapping[str, str], where:
     values = _without_labels(values)
     try:
         return AutoConfig.for_model(**values)
-    except Exception as error:  # its checks raise errors of many kinds
+    except Exception as error:  # transformers raises errors of many kinds
         section = _refused_section(type(AutoConfig.for_model(values["model_type"])), values)
         raise CheckpointError(f"{where}{section}: {' '.join(str(error).split())[:500]}") from error
 
@@ -92,35 +93,35 @@ def read_config(values: dict[str, Any], architectures: Mapping[str, str], where:
 def read_fields(
     make: Callable[..., Config], config: Any, fields: Mapping[str, str], where: str, **others: Any
 ) -> Config:
-    """A model's configuration of the fields of transformers'.
+    """Returns a model's configuration, made from the fields of transformers' configuration.
 
     Args:
-        make: the configuration's class.
+        make: the class of the model's configuration.
         config: transformers' configuration.
-        fields: our field -> theirs, with dots: ``text_config.hidden_size``.
+        fields: field of the model's configuration -> field of transformers', such as ``text_config.hidden_size``.
         where: how errors name the configuration.
-        others: fields with a value of their own.
+        others: the values of further fields.
 
     Raises:
-        CheckpointError: a value is not what it must be; the message names the file and both fields.
+        CheckpointError: a value is wrong; the message names the file and both fields.
     """
     try:
         return make(**{ours: attrgetter(theirs)(config) for ours, theirs in fields.items()}, **others)
-    except Exception as error:  # of our checks, or of transformers where a field has no single value
+    except Exception as error:  # from our checks, or from transformers if a field differs between layers
         ours = str(error).partition(" ")[0]
         theirs = fields.get(ours, ours)
         raise CheckpointError(f"{where}{'' if theirs == ours else f', {theirs}'}: {error}") from error
 
 
 def _without_labels(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` without what concerns classifiers: transformers would write out a table of ``num_labels`` entries."""
+    """Returns `values` without classifier labels: transformers would build a table of ``num_labels`` entries."""
     labels = ("num_labels", "id2label", "label2id")
     kept = {key: value for key, value in values.items() if key not in labels}
     return {key: _without_labels(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _refused_section(config: type, values: dict[str, Any]) -> str:
-    """ ", text_config" where this part of a configuration is refused; else nothing."""
+    """ ", text_config" if transformers refuses this part of the configuration, "" if it refuses none."""
     for key, section in getattr(config, "sub_configs", {}).items():
         if not isinstance(values.get(key), dict):
             continue

@@ -1,4 +1,4 @@
-"""Encoder blocks that CLIP's and SigLIP's towers share: pre-norm layers, a text encoder, pooling by attention."""
+"""Encoder blocks that the towers of CLIP and SigLIP share: pre-norm layers, a text encoder, attention pooling."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class EncoderBlock(nn.Module):
     """Self-attention, then a feed-forward, each after a layer norm and with a residual.
 
     Args:
-        width, heads, mlp: widths; `mlp` is the feed-forward's.
-        activation: the feed-forward's, a name in `ACTIVATIONS`.
+        width, heads, mlp: the width, the number of heads, and the width of the feed-forward.
+        activation: of the feed-forward, a name in `ACTIVATIONS`.
         eps: of the layer norms.
-        dropout: of attention probabilities, in training mode.
+        dropout: the probability that an attention probability is dropped in training mode.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, eq. 2 and 3.
     """
@@ -36,26 +36,26 @@ class EncoderBlock(nn.Module):
         self.mlp = _mlp(width, mlp, activation)
 
     def forward(self, x: Tensor, mask: SpanMask | None = None) -> Tensor:
-        """``[B, L, width]`` after the block. `mask`: which tokens each token sees; None: all."""
+        """Returns ``[B, L, width]`` after the block. `mask`: which tokens each token sees; None: all."""
         x = x + self.attention(self.attention_norm(x), mask=mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class TextEncoder(nn.Module):
-    """Tokens ``[B, L]`` to one feature per token, with learned positions.
+    """Maps tokens ``[B, L]`` to one feature per token, with learned positions.
 
     Args:
-        width, layers, heads, mlp: of the transformer; `mlp` is the feed-forward's width.
-        vocab_size: number of tokens.
-        length: the longest text, in tokens.
-        causal: whether a token sees only itself and those before it.
-        activation: the feed-forward's, a name in `ACTIVATIONS`.
+        width, layers, heads, mlp: of the transformer; `mlp` is the width of the feed-forward.
+        vocab_size: the number of different tokens.
+        length: the largest length of a text, in tokens.
+        causal: whether a token sees only the tokens up to its position.
+        activation: of the feed-forward, a name in `ACTIVATIONS`.
         eps: of the layer norms.
-        dropout: of attention probabilities, in training mode.
+        dropout: the probability that an attention probability is dropped in training mode.
 
     Raises:
-        TypeError, ValueError: in `forward`, tokens or a mask of another type or shape, a token outside the vocabulary
-            (seen on the CPU alone: looking would stop a device), a text that is too long.
+        TypeError, ValueError: in `forward`, tokens or mask have another type or shape, a text is too long, or a token
+            is outside the vocabulary. (Values are checked on the CPU only: elsewhere this would sync with the device.)
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, section 2.4.
 
@@ -89,11 +89,11 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """``[B, L, width]``, after the last norm.
+        """Returns ``[B, L, width]``, after the last norm.
 
         Args:
             input_ids: integers ``[B, L]``.
-            attention_mask: integers or bool ``[B, L]``, 0: padding, which no token sees. None: none.
+            attention_mask: integers or bool ``[B, L]``, 0: padding, which no token sees. None: no padding.
         """
         self._check(input_ids, attention_mask)
         mask = self._mask(input_ids, attention_mask)
@@ -153,8 +153,8 @@ class AttentionPooling(nn.Module):
         self.mlp = _mlp(width, mlp, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, width]`` of features ``[B, L, width]``."""
-        query = self.attention.query(self.probe[None, None])  # [1, H, 1, D], once for all images
+        """Returns ``[B, width]`` of features ``[B, L, width]``."""
+        query = self.attention.query(self.probe[None, None])  # [1, H, 1, D], shared by all images
         key, value = self.attention.project(x)
         pooled = self.attention.attend(query.expand(len(x), -1, -1, -1), key, value)[:, 0]
         return pooled + self.mlp(self.norm(pooled))

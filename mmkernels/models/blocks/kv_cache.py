@@ -1,4 +1,4 @@
-"""`KVCache`: keys and values of the text so far, for causal self-attention."""
+"""`KVCache`: the keys and values of previous text tokens, for causal self-attention."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from mmkernels.nn import TokenBuffer
 
 
 class KVCache:
-    """Keys and values of every self-attention layer, and which of them are padding.
+    """The keys and values of every self-attention layer, and which tokens are padding.
 
-    A model announces the new tokens with `extend`, which answers their positions and the mask, and then appends each
-    layer's keys and values.
+    A model first calls `extend`, which returns the positions of the new tokens and the mask, and then `append` in each
+    layer.
 
     Args:
-        num_layers: self-attention layers.
-        reserve: tokens to allocate at once, where the final length is known.
+        num_layers: the number of self-attention layers.
+        reserve: how many tokens to allocate at once, if the final length is known.
 
     Example:
         >>> import torch
@@ -33,10 +33,10 @@ class KVCache:
     def __init__(self, num_layers: int, *, reserve: int = 0) -> None:
         self._layers = [(TokenBuffer(reserve), TokenBuffer(reserve)) for _ in range(num_layers)]
         self._valid: Tensor | None = None  # bool [B, L]: False: padding
-        self._padded = False  # so that unpadded text needs no mask but the causal one
+        self._padded = False  # False: the causal mask suffices
 
     def __len__(self) -> int:
-        """Tokens so far, padding included."""
+        """The number of tokens, padding included."""
         return 0 if self._valid is None else self._valid.shape[1]
 
     @property
@@ -44,14 +44,15 @@ class KVCache:
         return None if self._valid is None else self._valid.shape[0]
 
     def extend(self, valid: Tensor, padded: bool = True) -> tuple[Tensor, SpanMask]:
-        """Announce new tokens.
+        """Adds new tokens.
 
         Args:
             valid: bool ``[B, L]``, False: padding.
-            padded: False promises that all are True, which saves a mask.
+            padded: False promises that `valid` is True everywhere, which saves a mask.
 
         Returns:
-            Each token's position, int64 ``[B, L]`` (padding isn't counted), and what the L queries see of all keys.
+            The position of each new token, int64 ``[B, L]``, in which padding does not count, and the mask of the L
+            queries over all keys.
         """
         length = valid.shape[1]
         self._padded = self._padded or padded
@@ -61,7 +62,7 @@ class KVCache:
         return positions, mask & SpanMask.from_key_mask(self._valid) if self._padded else mask
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new tokens' keys and values ``[B, Hkv, L, D]`` of a layer; all of them, ``[B, Hkv, Lk, D]``."""
+        """Adds the new keys and values ``[B, Hkv, L, D]`` of a layer, and returns all of them, ``[B, Hkv, Lk, D]``."""
         key_buffer, value_buffer = self._layers[layer]
         key_buffer.append(key)
         value_buffer.append(value)

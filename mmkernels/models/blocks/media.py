@@ -1,4 +1,4 @@
-"""Which image each text token sees: from markers in the text, or from a mask over images."""
+"""Which images each text token sees: derived from markers in the text, or from a mask over images."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def images_seen(
     first_id: int,
     before: Tensor | None,
 ) -> Tensor:
-    """Which images each new token sees.
+    """Returns which images each new token sees.
 
     Args:
-        input_ids, valid: tokens ``[B, L]``, and which are no padding.
-        image_token_id: the marker of an image in the text, or None.
-        media_index: integers ``[B, L]``, the answer itself; or
-        image_attention_mask: ``[B, L, images]``; or neither: by the markers, of which each row must have one for every
-            image from `first_id` on.
-        images: number of image ids, the new images' too.
-        first_id: id of the first image that the text before these tokens doesn't account for.
-        before: what the token before these sees, as `last_of` this function's result.
+        input_ids, valid: the tokens ``[B, L]``, and bool ``[B, L]``, False: padding.
+        image_token_id: the token that marks an image in the text, or None.
+        media_index: the image that each token sees, integers ``[B, L]``; or
+        image_attention_mask: ``[B, L, images]``. If both are None, the markers decide: each row must have a marker for
+            every image from `first_id` on.
+        images: the number of image ids, including the new images.
+        first_id: the id of the first image that has no marker in the text before these tokens.
+        before: what the token before these sees, `last_of` of an earlier result of this function; None: nothing.
 
     Returns:
-        Image ids, int64 ``[B, L]``, -1: none; or, where a token sees several, bool ``[B, L, images]``.
+        Image ids, int64 ``[B, L]``, -1: none; or bool ``[B, L, images]`` if a token sees several images.
     """
     shape = tuple(input_ids.shape)
     if media_index is not None and image_attention_mask is not None:
@@ -62,16 +62,16 @@ def _checked(media_index: Tensor, shape: tuple[int, ...], images: int) -> Tensor
 
 
 def media_from_markers(markers: Tensor, first_id: int, images: int, before: Tensor | None = None) -> Tensor:
-    """Each token sees the last image at or before it.
+    """Returns what each token sees if it sees the last image at or before it.
 
     Args:
-        markers: bool ``[B, L]``: where an image stands in the text.
-        first_id: id of the image that each row's first marker stands for.
-        images: number of image ids.
+        markers: bool ``[B, L]``: which tokens mark an image.
+        first_id: the id of the image that the first marker of each row marks.
+        images: the number of image ids.
         before: what the token before the first sees, int64 ``[B]`` or bool ``[B, fewer images]``; None: nothing.
 
     Returns:
-        int64 ``[B, L]``: image ids, -1: none; or, where `before` is bool, bool ``[B, L, images]``.
+        Image ids, int64 ``[B, L]``, -1: none; or bool ``[B, L, images]`` if `before` is bool.
     """
     count = markers.long().cumsum(1)
     sees = torch.where(count > 0, count + (first_id - 1), -1)
@@ -84,22 +84,20 @@ def media_from_markers(markers: Tensor, first_id: int, images: int, before: Tens
 
 
 def check_markers(markers: Tensor, images: int) -> None:
-    """Raise unless every row has a marker for each image. Syncs, unless there is no token."""
+    """Raises unless every row has one marker per image. Syncs if there are tokens."""
     counts = markers.sum(1).tolist() if markers.shape[1] else []
     for row, count in enumerate(counts):
         if count != images:
-            few = (
-                "; give media_index or image_attention_mask where a text doesn't use each image"
-                if count < images
-                else ""
+            hint = (
+                "; give media_index or image_attention_mask if a text does not use each image" if count < images else ""
             )
             raise ValueError(
-                f"input_ids row {row} must have as many image markers as images, {images}, got {count}{few}"
+                f"input_ids row {row} must have as many image markers as images, {images}, got {count}{hint}"
             )
 
 
 def media_from_image_mask(image_mask: Tensor) -> Tensor:
-    """Image ids ``[B, L]`` where each token sees at most one image, else the mask as bool ``[B, L, images]``. Syncs."""
+    """Returns image ids ``[B, L]`` if each token sees at most one image, else bool ``[B, L, images]``. Syncs."""
     sees = image_mask.bool()
     count = sees.sum(-1)
     if sees.shape[-1] == 0 or int(count.max()) > 1:
@@ -108,7 +106,7 @@ def media_from_image_mask(image_mask: Tensor) -> Tensor:
 
 
 def carry_on(sees: Tensor, length: int, images: int) -> Tensor:
-    """What `length` tokens see that see what one did: int64 ``[B]`` or bool ``[B, fewer images]``."""
+    """Repeats what one token sees, int64 ``[B]`` or bool ``[B, fewer images]``, for `length` tokens."""
     if sees.dtype != torch.bool:
         return sees[:, None].expand(-1, length)
     new = sees.new_zeros(sees.shape[0], images - sees.shape[1])
@@ -116,16 +114,16 @@ def carry_on(sees: Tensor, length: int, images: int) -> Tensor:
 
 
 def join(first: Tensor, second: Tensor, images: int) -> Tensor:
-    """What two runs of tokens see, one after the other: ids ``[B, L]``, or bool ``[B, L, images]`` if either is."""
+    """Concatenates what two runs of tokens see: image ids ``[B, L]``, or bool ``[B, L, images]`` if either is bool."""
     if first.dtype != second.dtype:
         first, second = (x if x.dtype == torch.bool else _one_hot(x, images) for x in (first, second))
     return torch.cat([first, second], dim=1)
 
 
 def last_of(x: Tensor, valid: Tensor) -> Tensor:
-    """Of ``x [B, L, ...]`` each row's last valid token, ``[B, ...]``; the first one's of a row with none."""
-    place = torch.arange(valid.shape[1], device=valid.device)
-    last = torch.where(valid, place, 0).amax(1)
+    """Returns the last valid token of each row of ``x [B, L, ...]``, ``[B, ...]``; the first token if none is valid."""
+    position = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, position, 0).amax(1)
     return x[torch.arange(x.shape[0], device=x.device), last]
 
 
@@ -134,10 +132,10 @@ def _one_hot(ids: Tensor, images: int) -> Tensor:
 
 
 def visual_mask(sees: Tensor, cache: VisualCache) -> SpanMask | Tensor:
-    """The mask over a cache's visual tokens, spans where that is possible.
+    """Returns the mask over the visual tokens of a cache: a SpanMask if one equals it, else a dense mask.
 
     Args:
-        sees: image ids ``[B, L]``, or bool ``[B, L, images]`` (which syncs, but for one query).
+        sees: image ids ``[B, L]``, or bool ``[B, L, images]``, which syncs if L is not 1.
     """
     if sees.dtype != torch.bool:
         return cache.mask(sees)

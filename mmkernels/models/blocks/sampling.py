@@ -9,16 +9,13 @@ from torch import Tensor
 def sample(
     logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """One token for each row.
+    """Returns one token for each row, int64 ``[B]``.
 
     Args:
         logits: ``[B, V]``.
-        temperature: 0: the likeliest token; else the logits are divided by it.
-        top_p: sample among the fewest likeliest tokens whose probabilities reach `top_p`, at least one.
-        generator: for a reproducible draw, on logits' device.
-
-    Returns:
-        int64 ``[B]``.
+        temperature: the logits are divided by it; 0: take the most likely token.
+        top_p: sample from the smallest set of most likely tokens whose probabilities add up to `top_p`.
+        generator: for a reproducible draw, on the device of `logits`.
 
     Source: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020, section 3.1.
 
@@ -31,11 +28,11 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.double()
-    # From the largest, and in float64, so that no temperature divides to infinity.
+    # The maximum is subtracted first, in float64, so that no temperature makes a logit infinite.
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-300)).softmax(-1).float()
     if top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # what likelier tokens hold: 0 for the likeliest, which is always kept
+        before = ordered.cumsum(-1) - ordered  # 0 for the most likely token, which is always kept
         probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 

@@ -27,7 +27,7 @@ class SwiGLU(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[B, 1, L, head_dim / 2]`` of positions ``[B, L]``, computed in float32.
+    """Returns cosine and sine ``[B, 1, L, head_dim / 2]`` of positions ``[B, L]``, computed in float32.
 
     Source: Su et al., "RoFormer", 2021, section 3.4.2.
     """
@@ -37,7 +37,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of channels (i, i + D/2) of ``x [B, H, L, D]`` by its angle."""
+    """Rotates each pair of channels (i, i + D/2) of ``x [B, H, L, D]`` by its angle."""
     cos, sin = angles
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -46,7 +46,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 def check_tokens(
     input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, vocab_size: int, cache: KVCache
 ) -> tuple[Tensor, bool]:
-    """Check new tokens ``[B, L]``; which are valid, bool ``[B, L]``, and whether any may be padding."""
+    """Checks new tokens ``[B, L]``; returns which are valid, bool ``[B, L]``, and whether any may be padding."""
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"input_ids must be integers [B, L], got {input_ids.dtype} {tuple(input_ids.shape)}")
     for name, x in (("attention_mask", attention_mask), ("labels", labels)):
@@ -69,11 +69,12 @@ class TextBlock(nn.Module):
     """Causal self-attention, then SwiGLU, each after an RMS norm and with a residual.
 
     Args:
-        dim, heads, mlp: widths; `mlp` is the feed-forward's.
-        kv_heads: key and value heads; None: `heads`.
-        activation: the feed-forward's, a name in `ACTIVATIONS`.
+        dim, heads, mlp: the width, the number of heads, and the width of the feed-forward.
+        kv_heads: the number of key and value heads; None: `heads`.
+        activation: of the feed-forward, a name in `ACTIVATIONS`.
         eps: of the norms.
-        dropout: of attention probabilities and of both branches' results, in training mode.
+        dropout: the probability that an attention probability, or an element of the results of both branches, is
+            dropped in training mode.
 
     Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023, section 2.2.
     """
@@ -104,20 +105,20 @@ class TextBlock(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """``[B, L, dim]`` after the block.
+        """Returns ``[B, L, dim]`` after the block.
 
         Args:
             x: ``[B, L, dim]``.
             angles: `rotary_angles` of the tokens' positions.
-            mask: ``[B, L]`` queries by all keys, those in the cache first.
-            cache: where to append this layer's keys and values, and to read the earlier ones.
-            layer: this block's place in `cache`.
+            mask: of the L queries over all keys, those in the cache first.
+            cache: holds the earlier keys and values of this layer; the new ones are appended.
+            layer: the number of this layer in `cache`.
         """
         normed = self.attention_norm(x)
         key, value = self.attention.project(normed)
         key = rotate(key, angles)
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        seen = self.attention.attend(rotate(self.attention.query(normed), angles), key, value, mask)
-        x = x + self.dropout(seen)
+        attended = self.attention.attend(rotate(self.attention.query(normed), angles), key, value, mask)
+        x = x + self.dropout(attended)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))

@@ -1,4 +1,4 @@
-"""A vision transformer, as CLIP's and SigLIP's."""
+"""The vision transformer of CLIP and SigLIP."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mmkernels.nn.checks import described
 
 
 class VisionTransformer(nn.Module):
-    """Pixels ``[B, channels, S, S]`` to one feature per patch, and one for the class token, if any, before them.
+    """Maps pixels ``[B, channels, S, S]`` to one feature per patch, after that of the class token if there is one.
 
     Args:
-        width, layers, heads, mlp: of the transformer; `mlp` is the feed-forward's width.
-        image_size, patch_size: pixels a side.
-        activation: the feed-forward's, a name in `ACTIVATIONS`.
+        width, layers, heads, mlp: of the transformer; `mlp` is the width of the feed-forward.
+        image_size, patch_size: the side of an image and of a patch, in pixels.
+        activation: of the feed-forward, a name in `ACTIVATIONS`.
         eps: of the layer norms.
-        dropout: of attention probabilities, in training mode.
-        class_token: as CLIP: a class token before the patches, and a norm before the first layer. False, as SigLIP:
-            patches alone, whose projection adds a bias.
+        dropout: the probability that an attention probability is dropped in training mode.
+        class_token: True, as in CLIP: there is a class token before the patches, and a norm before the first layer.
+            False, as in SigLIP: there is neither, and the projection of the patches adds a bias.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; the norm before the first layer as in Radford et
     al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
@@ -58,7 +58,7 @@ class VisionTransformer(nn.Module):
 
     @classmethod
     def of(cls, config: Any, *, eps: float, class_token: bool = True) -> VisionTransformer:
-        """Of the sizes that a model's configuration names ``vision_*``, `image_size`, `patch_size` and `channels`."""
+        """Makes one of the sizes ``vision_*``, `image_size`, `patch_size` and `channels` of a model's configuration."""
         return cls(
             config.vision_width,
             layers=config.vision_layers,
@@ -74,7 +74,7 @@ class VisionTransformer(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``[B, patches + 1, width]``, or ``[B, patches, width]`` without a class token, before any last norm."""
+        """Returns ``[B, patches + 1, width]``, or ``[B, patches, width]`` without a class token. No norm comes last."""
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values must be a floating tensor, got {described(pixel_values)}")
         if tuple(pixel_values.shape[1:]) != self.pixels:

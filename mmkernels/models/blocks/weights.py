@@ -1,4 +1,4 @@
-"""Random weights for models that are built by size."""
+"""Models of a named size with random weights."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def build(
     device: torch.device | str,
     **changes: Any,
 ) -> Model:
-    """A model of a named size with random weights.
+    """Returns a model of a named size with random weights.
 
     Args:
-        changes: fields of the size's configuration to change; None: the size's own.
+        changes: values that replace fields of the size's configuration; None: not replaced.
     """
     if not isinstance(size, str) or size not in sizes:
         raise ValueError(f"size must be one of {', '.join(sizes)}, got {size!r}")
@@ -41,16 +41,15 @@ def build(
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Raise unless parameters can have it."""
+    """Raises unless `dtype` is a floating dtype."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating dtype, got {dtype!r}")
 
 
 def draw_weights(model: Model, seed: int) -> Model:
-    """Redraw every parameter in place, alike on every device: norms that do nothing, open gates, unit gain elsewhere.
+    """Redraws every parameter in place and returns the model. The values are the same on every device.
 
-    Returns:
-        `model`.
+    Norms get weight 1 and bias 0, gates are open, and all other layers have unit gain.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
