@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from harness import SPECS
 
 from mmkernels.ops.attention.attention_received import triton as received
 from mmkernels.ops.attention.cross_attention.triton import backward, forward

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mmkernels.testing.families_common import randomise
+from mmkernels.testing.models import randomise
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
