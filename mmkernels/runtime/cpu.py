@@ -57,7 +57,10 @@ def _load() -> tuple[Any, str | None]:
         raise ValueError(f"{_EXTENSION} must name a file, got {named!r}")
     if not library.exists():
         why = reason.read_text().strip() if reason.exists() else "there is no such file"
-        return None, f"the CPU extension is not built: {why}; install again with a C++ compiler and --no-build-isolation"
+        return (
+            None,
+            f"the CPU extension is not built: {why}; install again with a C++ compiler and --no-build-isolation",
+        )
     try:
         spec = importlib.util.spec_from_file_location("mmkernels._cpu", library)
         assert spec is not None and spec.loader is not None
@@ -65,7 +68,10 @@ def _load() -> tuple[Any, str | None]:
         spec.loader.exec_module(module)
         built_for = module.torch_version
     except (OSError, ImportError, AttributeError) as error:
-        return None, f"the CPU extension does not load: {error}; install again to build it for torch {torch.__version__}"
+        return (
+            None,
+            f"the CPU extension does not load: {error}; install again to build it for torch {torch.__version__}",
+        )
     if built_for != torch.__version__.partition("+")[0]:
         return None, (
             f"the CPU extension is built for torch {built_for}; install again to build it for {torch.__version__}"

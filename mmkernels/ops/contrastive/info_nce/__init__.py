@@ -237,7 +237,9 @@ def _backward_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         arguments = Arguments._make([*given, ctx.ignore, ctx.label_smoothing])
         image_loss, text_loss, *_ = reference(arguments, False, need_states=False)
         # Of the states only the counts of positives matter here, which depend on no feature.
-        loss = reduced(image_loss, text_loss, image_state, text_state, ctx.image_weight, ctx.reduction)
+        loss = reduced(
+            image_loss, text_loss, image_state, text_state, ctx.image_weight, ctx.reduction, arguments.all_positive
+        )
         return loss, image_loss, text_loss
 
     cotangents = (grad_loss, grad_image_loss, grad_text_loss)

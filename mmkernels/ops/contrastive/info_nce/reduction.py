@@ -24,6 +24,11 @@ class Arguments(NamedTuple):
     ignore: bool
     label_smoothing: float
 
+    @property
+    def all_positive(self) -> bool:
+        """Whether every row has a positive whatever the ids are; else the states tell."""
+        return self.image_ids is None or self.ignore
+
 
 class Upstream(NamedTuple):
     """What a backend's backward pass is given beside them."""
@@ -49,13 +54,15 @@ def reduced(
     text_state: Tensor,
     image_weight: float,
     reduction: str,
+    all_positive: bool,
 ) -> Tensor:
-    """A tensor without a dim; 0 for reduction "none". The states tell which rows have a positive; empty ones: all."""
+    """A tensor without a dim; 0 for reduction "none". `all_positive`: no row is without a positive; else the states
+    tell."""
     if reduction == "none":
         return image_loss.new_zeros(())
-    sides = ((image_loss, image_state, image_weight), (text_loss, text_state, 1.0 - image_weight))
-    first, second = (weight * loss.sum() / _count(loss, state, reduction) for loss, state, weight in sides)
-    return first + second
+    of_images = image_loss.sum() * _weight(image_weight, image_loss.numel(), image_state, reduction, all_positive)
+    of_texts = text_loss.sum() * _weight(1.0 - image_weight, text_loss.numel(), text_state, reduction, all_positive)
+    return of_images + of_texts
 
 
 def upstream(
@@ -64,19 +71,23 @@ def upstream(
     state: Tensor,
     weight: float,
     reduction: str,
+    all_positive: bool,
 ) -> Tensor | None:
-    """What flows back to each row of one direction, [rows]: through the loss of all, and through its own."""
+    """The gradient of each row's loss in one direction, [rows]: through the reduced loss, and `grad_rows`."""
     if grad_loss is None or reduction == "none":
         return grad_rows
-    each = (weight * grad_loss / _count(state[REFERENCE], state, reduction)).expand(state.shape[1])
+    rows = state.shape[1]
+    each = (grad_loss * _weight(weight, rows, state, reduction, all_positive)).expand(rows)
     return each if grad_rows is None else each + grad_rows
 
 
-def _count(loss: Tensor, state: Tensor, reduction: str) -> Tensor | int:
-    """What a sum of losses is divided by."""
+def _weight(weight: float, rows: int, state: Tensor, reduction: str, all_positive: bool) -> Tensor | float:
+    """What each row's loss is multiplied by. For "mean" only rows that have a positive count."""
     if reduction == "sum":
-        return 1
-    return (state[POSITIVES] > 0).sum().clamp(min=1) if state.numel() else loss.numel()
+        return weight
+    if all_positive:  # a number: operators on tensors would cost more time than a small call's kernels
+        return weight / rows
+    return weight / (state[POSITIVES] > 0).sum().clamp(min=1)
 
 
 def with_reduction(rows: Forward) -> Callable[..., Outputs]:
@@ -84,8 +95,9 @@ def with_reduction(rows: Forward) -> Callable[..., Outputs]:
 
     def forward(*inputs: Any) -> Outputs:
         *given, image_weight, reduction, stats = inputs
-        image_loss, text_loss, image_state, text_state, *ranks = rows(Arguments(*given), stats)
-        loss = reduced(image_loss, text_loss, image_state, text_state, image_weight, reduction)
+        arguments = Arguments(*given)
+        image_loss, text_loss, image_state, text_state, *ranks = rows(arguments, stats)
+        loss = reduced(image_loss, text_loss, image_state, text_state, image_weight, reduction, arguments.all_positive)
         return loss, image_loss, text_loss, image_state, text_state, *ranks
 
     return forward
@@ -97,9 +109,9 @@ def with_upstream(rows: Backward) -> Callable[..., Outputs]:
     def backward(*inputs: Any) -> Outputs:
         *tensors, image_state, text_state, grad_loss, grad_image_loss, grad_text_loss = inputs[:11]
         ignore, label_smoothing, image_weight, reduction, needs = inputs[11:]
-        of_images = upstream(grad_loss, grad_image_loss, image_state, image_weight, reduction)
-        of_texts = upstream(grad_loss, grad_text_loss, text_state, 1.0 - image_weight, reduction)
         given = Arguments._make([*tensors, ignore, label_smoothing])
+        of_images = upstream(grad_loss, grad_image_loss, image_state, image_weight, reduction, given.all_positive)
+        of_texts = upstream(grad_loss, grad_text_loss, text_state, 1.0 - image_weight, reduction, given.all_positive)
         return rows(given, Upstream(image_state, text_state, of_images, of_texts, needs))
 
     return backward
