@@ -182,17 +182,19 @@ struct WeightArrays {
       return;
     }
     check_sizes("the losses' gradient", *grad, {count});
-    const Tensor wide_state = state.to(at::kFloat).contiguous(), wide_grad = grad->to(at::kFloat).contiguous();
+    const Tensor wide_state = state.to(at::kFloat).contiguous();
+    const Tensor wide_grad = grad->to(at::kFloat); // often one number, expanded
     const float* of = wide_state.const_data_ptr<float>();
     const float *references = of, *sums = of + count, *positives = of + 2 * count, *classes = of + 3 * count;
     const float* grads = wide_grad.const_data_ptr<float>();
+    const i64 grad_stride = wide_grad.stride(0);
     reference = padded_array(count);
     softmax = padded_array(count);
     positive = padded_array(count);
     even = padded_array(smoothing > 0.0 ? count : 0);
     for (i64 i = 0; i < count; ++i) {
       // A single class has the probability 1, whatever its logit.
-      const double weight = positives[i] > 0.0f && classes[i] > 1.0f ? grads[i] : 0.0;
+      const double weight = positives[i] > 0.0f && classes[i] > 1.0f ? grads[i * grad_stride] : 0.0;
       // Kernels need a whole reference; another backend's state may have another.
       reference[i] = std::nearbyint(references[i]);
       softmax[i] = static_cast<float>(weight / sums[i] * std::exp2(static_cast<double>(reference[i]) - references[i]));

@@ -216,7 +216,7 @@ def _fake(args: Arguments) -> tuple[Tensor, ...]:
 def _formula(args: Any) -> tuple[Tensor, ...]:
     """The losses of a backward record. Of its states only counts of positives matter, which depend on no feature."""
     image_loss, text_loss, *_ = reference(args._replace(stats=False), need_states=False)
-    loss = reduced(image_loss, text_loss, args.image_state, args.text_state, args.image_weight, args.reduction)
+    loss = reduced(args, image_loss, text_loss, args.image_state, args.text_state)
     return loss, image_loss, text_loss
 
 

@@ -47,51 +47,44 @@ Rows = Callable[[Any], tuple[Tensor, ...]]
 backward record, of which it reads the rows' gradients, not ``grad_loss``."""
 
 
-def reduced(
-    image_loss: Tensor,
-    text_loss: Tensor,
-    image_state: Tensor,
-    text_state: Tensor,
-    image_weight: float,
-    reduction: str,
-) -> Tensor:
-    """A tensor without a dim; 0 for reduction "none". The states tell which rows have a positive; empty ones: all."""
-    if reduction == "none":
+def reduced(args: Any, image_loss: Tensor, text_loss: Tensor, image_state: Tensor, text_state: Tensor) -> Tensor:
+    """Returns the reduced loss, a tensor without a dim; 0 for reduction "none".
+
+    Args:
+        args: the op's record or that of its backward pass.
+        image_state, text_state: empty ones: every row has a positive.
+    """
+    if args.reduction == "none":
         return image_loss.new_zeros(())
-    sides = ((image_loss, image_state, image_weight), (text_loss, text_state, 1.0 - image_weight))
-    first, second = (weight * loss.sum() / _count(loss, state, reduction) for loss, state, weight in sides)
-    return first + second
+    of_images = image_loss.sum() * _weight(args, args.image_weight, len(image_loss), image_state)
+    return of_images + text_loss.sum() * _weight(args, 1.0 - args.image_weight, len(text_loss), text_state)
 
 
-def upstream(
-    grad_loss: Tensor | None,
-    grad_rows: Tensor | None,
-    state: Tensor,
-    weight: float,
-    reduction: str,
-) -> Tensor | None:
-    """What flows back to each row of one direction, [rows]: through the loss of all, and through its own."""
-    if grad_loss is None or reduction == "none":
-        return grad_rows
-    each = (weight * grad_loss / _count(state[REFERENCE], state, reduction)).expand(state.shape[1])
-    return each if grad_rows is None else each + grad_rows
+def _weight(args: Any, weight: float, rows: int, state: Tensor) -> Tensor | float:
+    """Returns what each row's loss is multiplied by. For "mean" only rows that have a positive count."""
+    if args.reduction == "sum":
+        return weight
+    all_positive = args.image_ids is None or args.ignore or state.numel() == 0
+    # A number where it can be: operators on tensors would cost more time than a small call's kernels.
+    return weight / rows if all_positive else weight / (state[POSITIVES] > 0).sum().clamp(min=1)
 
 
-def _count(loss: Tensor, state: Tensor, reduction: str) -> Tensor | int:
-    """What a sum of losses is divided by."""
-    if reduction == "sum":
-        return 1
-    return (state[POSITIVES] > 0).sum().clamp(min=1) if state.numel() else loss.numel()
+def _flow(args: Any, rows: Tensor | None, weight: float, state: Tensor) -> Tensor | None:
+    """Returns the gradient of each row's loss in one direction, [rows]: through the reduced loss, and `rows`."""
+    if args.grad_loss is None or args.reduction == "none":
+        return rows
+    count = state.shape[1]
+    each = (args.grad_loss * _weight(args, weight, count, state)).expand(count)
+    return each if rows is None else each + rows
 
 
 def with_reduction(rows: Rows) -> Rows:
     """Returns a backend's forward pass with the reduced loss in front."""
 
     def forward(args: Arguments) -> tuple[Tensor, ...]:
-        outputs = rows(args)
-        image_loss, text_loss, image_state, text_state, *_ = outputs
-        loss = reduced(image_loss, text_loss, image_state, text_state, args.image_weight, args.reduction)
-        return (loss, *outputs)
+        image_loss, text_loss, image_state, text_state, *ranks = rows(args)
+        loss = reduced(args, image_loss, text_loss, image_state, text_state)
+        return (loss, image_loss, text_loss, image_state, text_state, *ranks)
 
     return forward
 
@@ -100,9 +93,8 @@ def with_upstream(rows: Rows) -> Rows:
     """Returns a backend's backward pass from the gradient of the reduced loss too."""
 
     def backward(args: Any) -> tuple[Tensor, ...]:
-        of_loss, weight, reduction = args.grad_loss, args.image_weight, args.reduction
-        of_images = upstream(of_loss, args.grad_image_loss, args.image_state, weight, reduction)
-        of_texts = upstream(of_loss, args.grad_text_loss, args.text_state, 1.0 - weight, reduction)
+        of_images = _flow(args, args.grad_image_loss, args.image_weight, args.image_state)
+        of_texts = _flow(args, args.grad_text_loss, 1.0 - args.image_weight, args.text_state)
         return rows(args._replace(grad_loss=None, grad_image_loss=of_images, grad_text_loss=of_texts))
 
     return backward
