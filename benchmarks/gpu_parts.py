@@ -65,9 +65,7 @@ def all_parts() -> list[Part]:
         *(Part(op, f"mmkernels bench {op}", ops[op], measure_op(op)) for op in sorted(ops, key=lambda op: -ops[op])),
         Part("flamingo", "Flamingo base, 5 images: prefill and training step beside the Amdahl cap", 40, flamingo),
         Part("host", "CPU time of a call, eager and compiled, beside SDPA and FlexAttention", 35, measure_host),
-        Part(
-            "ncu", "occupancy and tensor-pipe use of each tuned kernel, by Nsight Compute", 25, measure_kernels
-        ),
+        Part("ncu", "occupancy and tensor-pipe use of each tuned kernel, by Nsight Compute", 25, measure_kernels),
     ]
 
 
