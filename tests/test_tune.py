@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,142 +15,191 @@ import tune
 
 from mmkernels import ops
 from mmkernels.ops.attention.cases import attention_inputs
+from mmkernels.plan import Config, Plan, Problem, Search
 from mmkernels.runtime import tuning
-from mmkernels.runtime.tuning import PRODUCTS, Config
 
 ROOT = Path(__file__).parents[1]
 
 CPU = torch.device("cpu")
-DEFAULT = tuning.default("forward", tuning.architecture(CPU), torch.float32, 64)
+OP = "cross_attention"
+DEFAULT = tuning.default(OP, "forward", tuning.architecture(CPU), torch.float32, 64)
 FAST, WRONG, BROKEN, SLOW = (Config(16, 16 * n, 4, 1) for n in range(1, 5))
 TIMES = {FAST: 1.0, WRONG: 0.1, SLOW: 9.0}
+PLANS = tuning.plans()
 
 
 def small(generator: torch.Generator, dim: int) -> dict[str, Any]:
     return attention_inputs(generator, 1, 2, 6, 9, dim)
 
 
+def search(*grads: str, problems: int = 1, **changes: Any) -> Search:
+    problem = Problem(small, grads)
+    columns = tuple(config.block_k for config in (FAST, WRONG, BROKEN, SLOW))
+    return replace(Search((16,), columns, (4,), (1,), (problem,) * problems, problem), **changes)
+
+
+def plan_with(**searches: Search) -> Plan:
+    return replace(PLANS[OP], searches=searches)
+
+
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = {"forward": (tune.Problem(small), tune.Problem(small)), "grad_query": (tune.Problem(small, ("query",)),)}
-    monkeypatch.setitem(tune.PROBLEMS, "cross_attention", problems)
-    space = ((16,), tuple(config.block_k for config in (FAST, WRONG, BROKEN, SLOW)), (4,), (1,))
-    monkeypatch.setitem(tune.SPACE, "forward", space)
-    monkeypatch.setitem(tune.SPACE, "grad_query", space)
+def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    plan = plan_with(forward=search(problems=2), grad_query=search("query"))
+    monkeypatch.setattr(tuning, "plan", (PLANS | {OP: plan}).get)
+    yield
+    tuning._config.cache_clear()
 
 
-def search(kernel: str, **times: float) -> tune.Search:
+def forced(kernel: str) -> Config | None:
+    return tuning._forced.get((OP, kernel))
+
+
+def tuner(kernel: str, **times: float) -> tune.Tuner:
     """Whose kernels take what `TIMES` says, and do what the names of the configurations say."""
 
-    def forced() -> Config | None:
-        return tuning._forced.get(("cross_attention", kernel))
+    def clock(call: Any) -> float:
+        return TIMES.get(forced(kernel), times.get("default", 2.0))  # type: ignore[arg-type]
 
-    def clock(call: Any, calls: int, device: torch.device) -> float:
-        return TIMES.get(forced(), times.get("default", 2.0))  # type: ignore[arg-type]
+    found = tune.Tuner(OP, kernel, "fp32", 64, CPU, clock=clock, backend="chunked")
+    for timed in found.timed:
 
-    found = tune.Search("cross_attention", kernel, "fp32", 64, CPU, clock=clock, backend="chunked")
-    for timed in found._timed:
-        right = timed.call
-
-        def call(right: Any = right) -> Any:
-            if forced() == BROKEN:
+        def call(right: Any = timed.call) -> Any:
+            if forced(kernel) == BROKEN:
                 raise RuntimeError("out of resource: shared memory")
             out = right()
-            wrong = (lambda x: x + 1) if forced() == WRONG else lambda x: x
+            wrong = (lambda x: x + 1) if forced(kernel) == WRONG else lambda x: x
             return tuple(map(wrong, out)) if isinstance(out, tuple) else wrong(out)
 
         timed.call = call
     return found
 
 
+def config_of(row: dict[str, Any] | None) -> Config:
+    assert row is not None
+    return Config(row["block_q"], row["block_k"], row["warps"], row["stages"])
+
+
 @pytest.mark.parametrize("kernel", ["forward", "grad_query"])
 def test_the_fastest_right_configuration_wins(kernel: str) -> None:
-    found = search(kernel)
+    found = tuner(kernel)
     row = found.run(float("inf"))
-    assert row is not None
-    assert Config(row["block_q"], row["block_k"], row["warps"], row["stages"]) == FAST
-    assert (row["milliseconds"], row["default_milliseconds"]) == (1000.0, 2000.0)
+    assert row is not None and config_of(row) == FAST
+    assert (row["milliseconds"], row["default_milliseconds"]) == (1.0, 2.0)
     assert (row["device"], row["kernel"], row["dtype"], row["dim"]) == ("cpu", kernel, "float32", 64)
+    assert row.keys() >= {"date", "torch", "triton"} and row["torch"] == torch.__version__
     assert found.failures == {"RuntimeError": 1, "WrongResult": 1}
-    assert "2.00x the default's speed; 5 tried, 1 WrongResult, 1 RuntimeError" in next(tune._told(found, row))
+    assert "2.00x the default's speed; 5 tried, 1 WrongResult, 1 RuntimeError" in next(found.describe(row))
 
 
 def test_a_configuration_that_does_not_fit_the_heaviest_call_is_none() -> None:
     """A row serves every mask: what only the timed calls can be launched with would break users."""
-    found = search("forward")
-    fits = found._heaviest.call
+    found = tuner("forward")
+    fits = found.heaviest.call
 
-    def call() -> bool:
-        if tuning._forced.get(("cross_attention", "forward")) == FAST:
+    def call() -> Any:
+        if forced("forward") == FAST:
             raise RuntimeError("out of resource: shared memory")
         return fits()
 
-    found._heaviest.call = call  # type: ignore[method-assign]
-    row = found.run(float("inf"))
-    assert row is not None and Config(row["block_q"], row["block_k"], row["warps"], row["stages"]) == DEFAULT
+    found.heaviest.call = call
+    assert config_of(found.run(float("inf"))) == DEFAULT
     assert found.failures["RuntimeError"] == 2
 
 
 def test_the_default_stays_where_nothing_is_clearly_faster() -> None:
-    row = search("forward", default=1.01).run(float("inf"))
-    assert row is not None and Config(row["block_q"], row["block_k"], row["warps"], row["stages"]) == DEFAULT
+    assert config_of(tuner("forward", default=1.01).run(float("inf"))) == DEFAULT
 
 
 def test_what_has_no_time_left_is_counted() -> None:
-    found = search("forward")
+    found = tuner("forward")
     row = found.run(0.0)
     assert row is not None and row["milliseconds"] == row["default_milliseconds"]
-    assert found.left_out == 4 and "4 left out for time" in list(tune._told(found, row))[1]
+    assert found.left_out == 4 and "4 left out for time" in list(found.describe(row))[1]
+
+
+def test_a_default_that_does_not_work_gives_no_row() -> None:
+    found = tuner("forward")
+    found.default = BROKEN
+    assert found.run(float("inf")) is None and "does not work; 4 tried" in next(found.describe(None))
 
 
 def test_compiling_beforehand_survives_what_fails() -> None:
-    found = search("forward")
+    found = tuner("forward")
     found.compile(found.candidates())
     assert found.failures == {"RuntimeError": 1}
 
 
+def test_what_cannot_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that alone take more registers than there are, before sm_100; pipelines larger than shared memory."""
+
+    def least(config: Config, dim: int, size: int) -> int:
+        return config.block_k * dim * size * config.stages
+
+    wide = search(rows=(128, 256), columns=(128, 256), warps=(4, 8), stages=(1,), least_shared=least)
+    monkeypatch.setattr(tuning, "plan", lambda op: plan_with(forward=wide))
+    found = tuner("forward")
+    tried = set(found.candidates()) - {DEFAULT}
+    assert tried == {Config(128, 128, 4, 1), Config(128, 128, 8, 1), Config(128, 256, 8, 1), Config(256, 128, 8, 1)}
+    with tuning.pretend("sm_100"):
+        assert len(found.candidates()) == 9
+    with tuning.pretend("gfx942"):  # 64 KiB
+        assert {config.block_k for config in found.candidates()} == {32, 128, 256}
+        found.dim = 128
+        assert {config.block_k for config in found.candidates()} == {32, 128}
+
+
 def test_rows_replace_those_of_the_same_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "ops" / "cross_attention" / "tuned.json"
+    path = tmp_path / "ops" / OP / "tuned.json"
     path.parent.mkdir(parents=True)
-    row = search("forward").run(float("inf"))
+    row = tuner("forward").run(float("inf"))
     assert row is not None
     tune.write(path, row | {"dim": 128})
     tune.write(path, row | {"milliseconds": 5.0})
     tune.write(path, row)
     rows = json.loads(path.read_text())
-    assert [(each["dim"], each["milliseconds"]) for each in rows] == [(64, 1000.0), (128, 1000.0)]
+    assert [(each["dim"], each["milliseconds"]) for each in rows] == [(64, 1.0), (128, 1.0)]
     monkeypatch.setattr(ops, "folder", lambda name: tmp_path / "ops" / name)
     tuning._config.cache_clear()
-    try:
-        assert tuning.config("cross_attention", "forward", CPU, torch.float32, 40) == FAST
-        assert tuning.config("cross_attention", "forward", CPU, torch.bfloat16, 40) != FAST
-        assert tuning.config("cross_attention", "decode", CPU, torch.float32, 40) != FAST
-    finally:
-        tuning._config.cache_clear()
+    assert tuning.config(OP, "forward", CPU, torch.float32, 40) == FAST
+    assert tuning.config(OP, "forward", CPU, torch.bfloat16, 40) != FAST
+    assert tuning.config(OP, "decode", CPU, torch.float32, 40) != FAST
 
 
-def test_every_kernel_has_a_space_with_its_default_s_kind() -> None:
-    for kernels in tune.PROBLEMS.values():
-        assert set(kernels) <= set(tune.SPACE)
-    for kernel in tune.SPACE:
-        assert tuning.default(kernel, "sm_90", torch.bfloat16, 128).warps in (4, 8)
+def test_every_search_is_of_a_kernel_and_holds_its_default_s_kind() -> None:
+    for op, plan in PLANS.items():
+        assert set(plan.searches) <= set(plan.kernels)
+        for kernel, search in plan.searches.items():
+            default = tuning.default(op, kernel, "sm_90", torch.bfloat16, 128)
+            assert default.warps in search.warps and default.block_k in search.columns
 
 
-@pytest.mark.parametrize(
-    ("op", "kernel"),
-    [(op, kernel) for op, kernels in tune.PROBLEMS.items() for kernel in kernels if kernel in PRODUCTS],
-)
+CONTRASTIVE = [
+    (op, kernel) for op in ("info_nce", "sigmoid_contrastive", "retrieval_ranks") for kernel in PLANS[op].searches
+]
+
+
+@pytest.mark.parametrize(("op", "kernel"), CONTRASTIVE)
 def test_contrastive_problems(op: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their calls, the heaviest too, are the op's, and a wrong result is seen."""
-    for name in ("_PAIRS", "_HEAVY_PAIRS"):
-        monkeypatch.setattr(tune, name, 64)
-    found = tune.Search(op, kernel, "fp32", 64, CPU, clock=lambda *_: 1.0, backend="chunked")
+    from mmkernels.ops.contrastive import plans
+
+    for name in ("TIMED_PAIRS", "HEAVY_PAIRS"):
+        monkeypatch.setattr(plans, name, 64)
+    found = tune.Tuner(op, kernel, "fp32", 64, CPU, clock=lambda call: 1.0, backend="chunked")
     row = found.run(0.0)
     assert row is not None and (row["kernel"], row["dim"]) == (kernel, 64)
-    assert found._heaviest.call()
-    wrong = found._timed[0].call
-    found._timed[0].call = lambda: [x + 1 for x in tune.flat(wrong())]
+    assert found.heaviest.call() is not None
+    wrong = found.timed[0].call
+    found.timed[0].call = lambda: [x + 1 for x in tune.flat(wrong())]
     assert found.run(0.0) is None and set(found.failures) == {"WrongResult"}
+
+
+def test_attention_s_heaviest_calls_are_the_ops() -> None:
+    for op in ("cross_attention", "attention_received", "attention_weights"):
+        for kernel, entry in PLANS[op].searches.items():
+            heaviest = replace(entry.heaviest, whole=True)
+            timed = tune.Timed(op, heaviest, torch.float32, 16, CPU, "chunked")
+            assert timed.call() is not None, kernel
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -81,7 +81,7 @@ def compile_source(op: str, source: CudaSource, target: str) -> list[Row]:
     """Returns a row for every kernel of a source file."""
     from torch.utils.cpp_extension import include_paths
 
-    includes = [f"-I{path}" for path in include_paths()]
+    includes = [f"-I{path}" for path in (_CSRC, *include_paths())]
     gencode = f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{target}.cubin"
