@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmkernels.ops.attention.cross_attention import cuda
 from mmkernels.ops.attention.cross_attention.spec import SPEC, reference
-from mmkernels.runtime import cuda
 
 pytestmark = pytest.mark.skipif(emulation.why_not() is not None, reason=str(emulation.why_not()))
 
@@ -332,7 +332,7 @@ def test_shared_memory_fits_every_gpu_from_sm_80_on(dim: int) -> None:
     assert RESIDENT[dim] * (shared_bytes(dim) + 1024) <= 228 << 10
 
 
-# What mmkernels.runtime.cuda says before it calls a kernel.
+# What the backend says before it calls a kernel.
 
 
 def arguments(**change: Any) -> tuple[Any, ...]:
@@ -341,10 +341,9 @@ def arguments(**change: Any) -> tuple[Any, ...]:
 
 
 @pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch) -> Any:
+def say() -> Any:
     """`why_not` of a call as on a GPU that has the extension."""
-    monkeypatch.setattr(cuda, "_why_not_device", lambda device: None)
-    return lambda **change: cuda._why_not_call(*arguments(**change))
+    return lambda **change: cuda._why_not_call(cuda._Record(*arguments(**change)))
 
 
 def test_nothing_against_what_the_kernels_take(say: Any) -> None:
@@ -380,7 +379,7 @@ def test_why_not(change: Any, reason: str, say: Any) -> None:
 
 def test_the_machine() -> None:
     """Tensors elsewhere are refused whatever the machine has; without a call, what is missing is named."""
-    assert cuda.why_not(*arguments()) == "the tensors are on cpu"
+    assert cuda.why_not_decode(*arguments()) == "the tensors are on cpu"
     if torch.version.cuda is None:
         assert cuda.why_not() == "this torch is built without CUDA"
         with pytest.raises(RuntimeError, match="built without CUDA"):
@@ -412,7 +411,7 @@ def test_on_a_gpu(batch: int, k_len: int, q_len: int, dim: int, dtype: torch.dty
     hidden = ~inputs["key_valid"][:, None, :, None]
     inputs["key"], inputs["value"] = (inputs[name].masked_fill(hidden, math.nan) for name in ("key", "value"))
     there = [None if (x := inputs.get(name)) is None else x.cuda() for name in NAMES]
-    assert cuda.why_not(*there, dim**-0.5, 0.0) is None
+    assert cuda.why_not_decode(*there, dim**-0.5, 0.0) is None
     first, again = (cuda.decode(*there, dim**-0.5, 0.0) for _ in range(2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     compare(inputs, tuple(x.cpu() for x in first))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mmkernels.masks import SpanMask
-from mmkernels.ops.attention.cross_attention import chunked
+from mmkernels.ops.attention.cross_attention import chunked, cuda
 from mmkernels.ops.attention.cross_attention.spec import reference, reference_backward
 from mmkernels.ops.attention.inputs import check_attention, check_bias, check_scale, take_mask_apart
 from mmkernels.ops.common.second import second_derivatives
-from mmkernels.runtime import cpu, cuda
+from mmkernels.runtime import cpu
 from mmkernels.runtime import triton as gpu
 from mmkernels.runtime.checks import autocast, check_tensor
 from mmkernels.runtime.dispatch import Backend, register, resolve
@@ -226,7 +226,7 @@ _op_backward = register(
 _op = register(
     f"cross_attention({_INPUTS}, float scale, float dropout_p, str backend) -> (Tensor, Tensor)",
     [
-        Backend("cuda", cuda.decode, cuda.why_not),
+        Backend("cuda", cuda.decode, cuda.why_not_decode),
         Backend("triton", gpu.op("mmkernels.ops.attention.cross_attention.triton.forward", "forward"), gpu.why_not),
         Backend("cpu", cpu.op("cross_attention_cpu"), cpu.why_not),
         Backend("chunked", chunked.forward),
