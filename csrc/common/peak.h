@@ -1,4 +1,4 @@
-// What the arithmetic units give at best: independent multiply-adds in registers, timed.
+// The arithmetic peak, measured: independent multiply-adds in registers.
 #pragma once
 
 #include <time.h>
@@ -10,7 +10,8 @@ namespace mmkernels {
 namespace MMK_ISA {
 
 template <bool kDot> double measure_peak() {
-  constexpr int kGroups = kLanes == 16 ? 4 : 3, kChains = 4 * kGroups; // above latency times throughput, in registers
+  constexpr int kGroups = kLanes == 16 ? 4 : 3,
+                kChains = 4 * kGroups; // more than latency times throughput; all fit the registers
   constexpr i64 kRounds = 1 << 14;
   const auto now = [] {
     timespec t;

@@ -40,8 +40,10 @@ def op(name: str) -> Callable[[Any], Any]:
     which fields of the record the kernel takes.
     """
     global _unusable
+    overload: Any = None
     try:
-        overload = None if _unusable else getattr(torch.ops.mmkernels, name).default
+        if _unusable is None:
+            overload = getattr(torch.ops.mmkernels, name).default
     except AttributeError:  # an extension that was built from older sources
         _unusable = f"the CUDA extension has no {name}; install again to build it"
     if _unusable is not None:
