@@ -1,10 +1,10 @@
 // Backward: for each panel of queries, tile by tile over the keys, five products. Probabilities P are recomputed from
-// the log-sum-exp; with dO the gradient of the output, f the gate, K_ij what dropout keeps:
+// the log-sum-exp; with dO the gradient of the output, f the gate, K the dropout mask with its scale:
 //   dP = dO V',  dS = P o (f K o dP - delta),  delta = rowsum(dO o out) - grad_lse,
 //   dV += (f K o P)' dO,  dK += dS' Q,  dQ += dS K   (dK, dQ times the scale),  dbias += dS,  dgate ~ sum(K o P o dP).
-// A task owns some keys of some heads, so that nothing is added to by two; where there are too few of these, keys or
-// queries are split, and the parts of dQ, or of dK and dV, summed in a fixed order. It takes its keys in chunks which,
-// with their gradients, stay in the second-level cache while all queries pass by.
+// Each task has its keys of its heads, so that no two tasks add to the same element. Where there are too few tasks,
+// keys or queries are split, and the parts of dQ, or of dK and dV, are summed in a fixed order. A task processes its
+// keys in chunks that stay in the second-level cache, with their gradients, for all queries.
 #pragma once
 
 #include "forward.h"
@@ -14,30 +14,30 @@ namespace mmkernels {
 namespace MMK_ISA {
 
 struct BackwardScratch {
-  float *scores, *grads, *plain_grads; // the last: dS as float32, where `grads` becomes pairs
+  float *scores, *grads, *plain_grads; // plain_grads: dS in float32, where `grads` is overwritten by pairs
   char* grad_rows;                     // dS as bfloat16 [keys, lanes]
   Word *words, *kept;
-  char *query_copy, *grad_copy, *query_clean, *grad_clean; // rows in the working format
-  float *query, *grad;                                     // transposed
+  char *query_copy, *grad_copy, *query_zeroed, *grad_zeroed; // rows in the working format
+  float *query, *grad;                                       // transposed
   char *query_pairs, *grad_pairs;
   float *lse, *delta, *gate, *scale;
-  char *key_copy, *key_pairs, *value_copy, *clean, *clean_pairs;
+  char *key_copy, *key_pairs, *value_copy, *zeroed, *zeroed_pairs;
   float *grad_key, *grad_value; // [places of a chunk, channels padded]
   float* grad_query;            // transposed, for each panel [dim, kPanel]
-  bool* begun;                  // for each panel: grad_query holds something
+  bool* begun;                  // for each panel: whether grad_query has been written
 };
 
 // The panels of one row split of a key head.
 MMK_INLINE i64 panels_of_split(const AttentionParams& p) {
-  return (sharers(p) * group_of(p) * panels_of(p) + p.row_splits - 1) / p.row_splits;
+  return (batches_sharing_keys(p) * group_of(p) * panels_of(p) + p.row_splits - 1) / p.row_splits;
 }
 
-// Places of one split: a multiple of a tile, so that pairs of keys start alike.
+// Places of one split: whole tiles, so that pairs of keys begin at even places.
 MMK_INLINE i64 split_places(const AttentionParams& p) {
   return round_up((p.k_len + p.splits - 1) / p.splits, kTileKeys);
 }
 
-// Places of one chunk: tiles whose keys, values and gradients take half a mebibyte.
+// Places of one chunk: whole tiles whose keys, values and gradients take half a mebibyte.
 MMK_INLINE i64 chunk_places(const AttentionParams& p) {
   const i64 tiles = (1 << 19) / (kTileKeys * 8 * (pad_lanes(p.dim) + pad_lanes(p.value_dim)));
   return least(most<i64>(tiles, 1) * kTileKeys, split_places(p));
@@ -55,8 +55,8 @@ inline BackwardScratch take_backward(const AttentionParams& p, Arena& arena) {
   s.kept = arena.take<Word>(kTileKeys);
   s.query_copy = arena.take<char>(kPanel * row_bytes(is_dot, dim));
   s.grad_copy = arena.take<char>(kPanel * row_bytes(is_dot, value_dim));
-  s.query_clean = arena.take<char>(kPanel * row_bytes(is_dot, dim));
-  s.grad_clean = arena.take<char>(kPanel * row_bytes(is_dot, value_dim));
+  s.query_zeroed = arena.take<char>(kPanel * row_bytes(is_dot, dim));
+  s.grad_zeroed = arena.take<char>(kPanel * row_bytes(is_dot, value_dim));
   s.query = arena.take<float>(depth_of(is_dot, dim) * kPanel);
   s.grad = arena.take<float>(depth_of(is_dot, value_dim) * kPanel);
   s.query_pairs = arena.take<char>(is_dot ? kPanel / 2 * pad_lanes(dim) * 4 : 0);
@@ -68,8 +68,8 @@ inline BackwardScratch take_backward(const AttentionParams& p, Arena& arena) {
   s.key_copy = arena.take<char>(Tile::copy_bytes(is_dot, dim));
   s.key_pairs = arena.take<char>(Tile::pairs_bytes(is_dot, dim));
   s.value_copy = arena.take<char>(Tile::copy_bytes(is_dot, value_dim));
-  s.clean = arena.take<char>(Tile::copy_bytes(is_dot, dim));
-  s.clean_pairs = arena.take<char>(Tile::pairs_bytes(is_dot, dim));
+  s.zeroed = arena.take<char>(Tile::copy_bytes(is_dot, dim));
+  s.zeroed_pairs = arena.take<char>(Tile::pairs_bytes(is_dot, dim));
   const i64 places = chunk_places(p), panels = panels_of_split(p);
   s.grad_key = arena.take<float>(p.grad_key.data != nullptr ? places * pad_lanes(dim) : 0);
   s.grad_value = arena.take<float>(p.grad_value.data != nullptr ? places * pad_lanes(value_dim) : 0);
@@ -84,18 +84,18 @@ inline i64 backward_scratch(const AttentionParams& p) {
   return arena.used;
 }
 
-// B of a product that sums over queries: rows, or pairs of rows.
+// The right operand of a product that sums over queries: rows, or pairs of rows.
 struct Summed {
   const char* data;
   i64 step;
 };
 
-// What the tiles need of one panel.
+// One panel, prepared for the products with tiles of keys.
 struct BackwardRows {
   Panel panel;
-  Spans spans;
+  PanelSpans spans;
   Summed query, grad;
-  Rows grad_rows; // as they are, where they are not all finite
+  Rows grad_rows; // unchanged, for the non-finite path
   bool grad_finite;
   float* grad_query;
   bool* begun;
@@ -105,7 +105,7 @@ MMK_INLINE bool hides_anything(const AttentionParams& p) {
   return p.start != nullptr || p.words != nullptr || p.key_valid != nullptr || p.bias.data != nullptr;
 }
 
-// Packs what the products take of a panel.
+// Prepares a panel's rows for the products.
 inline void begin_backward(const AttentionParams& p, BackwardRows& r, const BackwardScratch& s) {
   const Panel& panel = r.panel;
   const bool is_dot = uses_dot(p.query.type);
@@ -139,32 +139,33 @@ inline void begin_backward(const AttentionParams& p, BackwardRows& r, const Back
     s.lse[q] = lse == -kInf ? 0.0f : lse * kLog2e;
   }
 
-  // A row that is not finite must reach no key that does not see it: products sum over a copy without such elements. A
-  // key that sees one has a gradient that is NaN already, but for the values', see `add_value_grads`.
+  // Non-finite rows must not reach keys that they do not see: the products use a copy with zeros in their place. dK of
+  // a visible key is NaN anyway, through its scores; for dV see `add_value_grads`.
   const bool may_hide = hides_anything(p);
   r.grad_finite = !may_hide || all_finite(grad, panel.count, p.value_dim, is_dot);
   r.grad_rows = grad;
   const bool query_finite = !may_hide || all_finite(query, panel.count, p.dim, is_dot);
-  const Rows clean_query = query_finite ? query : finite_copy(query, panel.count, p.dim, is_dot, s.query_clean);
-  const Rows clean_grad = r.grad_finite ? grad : finite_copy(grad, panel.count, p.value_dim, is_dot, s.grad_clean);
-  r.query = {clean_query.data, clean_query.stride};
-  r.grad = {clean_grad.data, clean_grad.stride};
+  const Rows zeroed_query = query_finite ? query : zero_non_finite(query, panel.count, p.dim, is_dot, s.query_zeroed);
+  const Rows zeroed_grad =
+      r.grad_finite ? grad : zero_non_finite(grad, panel.count, p.value_dim, is_dot, s.grad_zeroed);
+  r.query = {zeroed_query.data, zeroed_query.stride};
+  r.grad = {zeroed_grad.data, zeroed_grad.stride};
   if (is_dot) {
-    interleave_rows(clean_query, panel.count, p.dim, s.query_pairs);
-    interleave_rows(clean_grad, panel.count, p.value_dim, s.grad_pairs);
+    interleave_rows(zeroed_query, panel.count, p.dim, s.query_pairs);
+    interleave_rows(zeroed_grad, panel.count, p.value_dim, s.grad_pairs);
     r.query = {s.query_pairs, pad_lanes(p.dim) * 4};
     r.grad = {s.grad_pairs, pad_lanes(p.value_dim) * 4};
   }
 }
 
-// Scores and dP of a tile, in place, to what the products take: f K o P (kPairs: rows of bfloat16) and dS (kPairs:
-// pairs of rows, and rows in `grad_rows`).
+// Replaces scores and dP of a tile by the products' operands: f K o P (kPairs: rows of bfloat16) and dS (kPairs: pairs
+// of rows, and rows in `grad_rows`).
 template <bool kPairs>
 inline void differentiate(const AttentionParams& p, const Panel& panel, i64 count, float factor, const Word* words,
                           const Word* kept, const BackwardScratch& s) {
   const Vec scale = set1(factor), gate = set1(p.gate != nullptr ? p.gate[panel.h] : 1.0f);
   const i64 lanes = panel.lanes;
-  const bool partly = words != nullptr || panel.count < lanes; // lanes past the last query hold nothing either
+  const bool partly = words != nullptr || panel.count < lanes; // lanes past the last query are hidden too
   for (i64 n = 0; n < lanes; n += kLanes) {
     const Vec base = -load(s.lse + n), delta = load(s.delta + n);
     Vec gate_sum = zero();
@@ -205,7 +206,7 @@ inline void differentiate(const AttentionParams& p, const Panel& panel, i64 coun
           at(r + i, weight[i], grad[i]);
           std::uint16_t* rows = (std::uint16_t*)s.grad_rows + (r + i) * lanes + n;
           store_bf16(rows, grad[i]);
-          // In the front half of the row that it came from: rows stay where they are, `lanes` float32 apart.
+          // Into the first half of its float32 row: the stride of rows stays `lanes` float32.
           store_bf16((std::uint16_t*)(s.scores + (r + i) * lanes) + n, weight[i]);
         }
         store(s.grads + r / 2 * lanes + n, pair_bf16(grad[0], grad[1]));
@@ -215,7 +216,7 @@ inline void differentiate(const AttentionParams& p, const Panel& panel, i64 coun
   }
 }
 
-// dbias += dS [places, lanes], summed over what the bias shares.
+// dbias += dS [places, lanes], summed over the dims that the bias broadcasts.
 inline void add_bias_grads(const AttentionParams& p, const Panel& panel, const KeyList& list, i64 split, i64 a,
                            i64 count, const float* grads) {
   const View& x = p.grad_bias;
@@ -238,11 +239,11 @@ inline void add_bias_grads(const AttentionParams& p, const Panel& panel, const K
   });
 }
 
-inline void add_value_grads(const AttentionParams& p, const BackwardRows& rows, const Sight& sight,
+inline void add_value_grads(const AttentionParams& p, const BackwardRows& rows, const VisibleKeys& visible,
                             const BackwardScratch& s, float* to) {
   const bool is_dot = uses_dot(p.query.type);
   const Panel& panel = rows.panel;
-  const i64 n = sight.b - sight.a, padded = pad_lanes(p.value_dim);
+  const i64 n = visible.b - visible.a, padded = pad_lanes(p.value_dim);
   gemm(is_dot, {(const char*)s.scores, panel.lanes * 4, 4}, rows.grad.data, rows.grad.step, to, padded, n,
        padded / kLanes, is_dot ? (panel.count + 1) / 2 : panel.count, true);
   if (rows.grad_finite) {
@@ -250,27 +251,27 @@ inline void add_value_grads(const AttentionParams& p, const BackwardRows& rows, 
   }
   each_non_finite(rows.grad_rows, panel.count, p.value_dim, is_dot, [&](i64 q, i64 c, float x) {
     for (i64 r = 0; r < n; ++r) {
-      if (sight.words == nullptr || (sight.words[r] >> q & 1)) {
+      if (visible.words == nullptr || (visible.words[r] >> q & 1)) {
         to[r * padded + c] += x;
       }
     }
   });
 }
 
-inline void add_query_grads(const AttentionParams& p, BackwardRows& rows, Tile& keys, const Sight& sight,
+inline void add_query_grads(const AttentionParams& p, BackwardRows& rows, Tile& keys, const VisibleKeys& visible,
                             const BackwardScratch& s) {
   const bool is_dot = keys.dot();
-  const i64 n = sight.b - sight.a, lanes = rows.panel.lanes;
+  const i64 n = visible.b - visible.a, lanes = rows.panel.lanes;
   Operand columns;
-  const bool plain = sight.words == nullptr && !(is_dot && n % 2 != 0); // see `add_values`
+  const bool plain = visible.words == nullptr && !(is_dot && n % 2 != 0); // see `add_values`
   if (plain || keys.finite()) {
-    columns = keys.columns_from(sight.a);
+    columns = keys.columns_from(visible.a);
   } else {
-    const Rows clean = finite_copy(keys.rows_from(sight.a), n, p.dim, is_dot, s.clean);
-    columns = {clean.data, 4, clean.stride};
+    const Rows zeroed = zero_non_finite(keys.rows_from(visible.a), n, p.dim, is_dot, s.zeroed);
+    columns = {zeroed.data, 4, zeroed.stride};
     if (is_dot) {
-      interleave_rows(clean, n, p.dim, s.clean_pairs);
-      columns = {s.clean_pairs, 4, pad_lanes(p.dim) * 4};
+      interleave_rows(zeroed, n, p.dim, s.zeroed_pairs);
+      columns = {s.zeroed_pairs, 4, pad_lanes(p.dim) * 4};
     }
   }
   gemm(is_dot, columns, s.grads, lanes * 4, rows.grad_query, lanes, p.dim, lanes / kLanes, is_dot ? (n + 1) / 2 : n,
@@ -288,51 +289,51 @@ inline void backward_panel(const AttentionParams& p, const KeyList& list, Backwa
                          p.gate_rows != nullptr;
   for (i64 a = first; a < last; a += kTileKeys) {
     const i64 b = least(a + kTileKeys, last);
-    Sight sight = see(p, panel, list, rows.spans, a, b, s.words);
+    VisibleKeys visible = find_visible(p, panel, list, rows.spans, a, b, s.words);
     if (is_dot) {
-      sight = from_even(sight, a, panel, s.words);
+      visible = align_to_pairs(visible, a, panel, s.words);
     }
-    const i64 n = sight.b - sight.a;
+    const i64 n = visible.b - visible.a;
     if (n == 0) {
       continue;
     }
     keys.move(a, b - a);
     values.move(a, b - a);
-    const float factor = score_tile(p, panel, list, s.query, keys, sight, s.scores, s.words);
+    const float factor = score_tile(p, panel, list, s.query, keys, visible, s.scores, s.words);
     if (of_scores) {
-      multiply_rows(is_dot, values.rows_from(sight.a), s.grad, lanes, n, depth_of(is_dot, p.value_dim), s.grads);
+      multiply_rows(is_dot, values.rows_from(visible.a), s.grad, lanes, n, depth_of(is_dot, p.value_dim), s.grads);
     } else {
       std::memset(s.grads, 0, n * lanes * 4);
     }
     const Word* kept = nullptr;
     if (p.dropout) {
-      kept_words(p, panel, list, sight.a, sight.b, s.kept);
+      kept_words(p, panel, list, visible.a, visible.b, s.kept);
       kept = s.kept;
     }
     float* plain = p.grad_bias.data == nullptr ? nullptr : (is_dot ? s.plain_grads : s.grads);
     if (is_dot) {
-      differentiate<true>(p, panel, n, factor, sight.words, kept, s);
+      differentiate<true>(p, panel, n, factor, visible.words, kept, s);
     } else {
-      differentiate<false>(p, panel, n, factor, sight.words, kept, s);
+      differentiate<false>(p, panel, n, factor, visible.words, kept, s);
     }
     if (plain != nullptr) {
-      add_bias_grads(p, panel, list, split, sight.a, n, plain);
+      add_bias_grads(p, panel, list, split, visible.a, n, plain);
     }
     if (p.grad_value.data != nullptr) {
-      add_value_grads(p, rows, sight, s, s.grad_value + (sight.a - first) * value_cols);
+      add_value_grads(p, rows, visible, s, s.grad_value + (visible.a - first) * value_cols);
     }
     if (p.grad_key.data != nullptr) {
       const Operand left = is_dot ? Operand{s.grad_rows, lanes * 2, 4} : Operand{(const char*)s.grads, lanes * 4, 4};
-      gemm(is_dot, left, rows.query.data, rows.query.step, s.grad_key + (sight.a - first) * key_cols, key_cols, n,
+      gemm(is_dot, left, rows.query.data, rows.query.step, s.grad_key + (visible.a - first) * key_cols, key_cols, n,
            key_cols / kLanes, is_dot ? (panel.count + 1) / 2 : panel.count, true);
     }
     if (p.grad_query.data != nullptr) {
-      add_query_grads(p, rows, keys, sight, s);
+      add_query_grads(p, rows, keys, visible, s);
     }
   }
 }
 
-// dQ of all panels, from the sums to where it belongs.
+// Writes dQ of all panels.
 inline void write_query_grads(const AttentionParams& p, i64 kv, i64 first, i64 count, i64 split,
                               const BackwardScratch& s) {
   View to = p.grad_query;
@@ -363,7 +364,7 @@ inline void backward(const AttentionParams& p, i64 kv, i64 row_split, i64 split,
   const KeyList list = list_of(p, kv);
   const i64 begin = least(split * split_places(p), list.count), end = least(begin + split_places(p), list.count);
   const i64 first_panel = row_split * panels_of_split(p);
-  const i64 panels = least(panels_of_split(p), sharers(p) * group_of(p) * panels_of(p) - first_panel);
+  const i64 panels = least(panels_of_split(p), batches_sharing_keys(p) * group_of(p) * panels_of(p) - first_panel);
   if (panels <= 0) {
     return;
   }
@@ -389,7 +390,7 @@ inline void backward(const AttentionParams& p, i64 kv, i64 row_split, i64 split,
       rows.grad_query = s.grad_query + i * p.dim * kPanel;
       rows.begun = s.begun + i;
       const Panel& panel = rows.panel;
-      spans_of(p, panel, list, rows.spans);
+      spans_of_panel(p, panel, list, rows.spans);
       if (rows.spans.first >= last || rows.spans.last <= first) {
         continue;
       }

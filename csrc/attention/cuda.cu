@@ -1,6 +1,9 @@
 // The decode kernels as an operator for PyTorch's CUDA tensors, through its stable ABI alone, so that one build serves
-// torch 2.11 and newer. Untested on a GPU. Arguments were checked by the public function and by mmkernels/runtime/cuda.py; the
-// checks here keep a call of torch.ops from reading past an end.
+// torch 2.11 and newer. Untested on a GPU. The public function and cross_attention/cuda.py have checked the arguments;
+// the checks here keep a direct call of torch.ops from reading past an end.
+//
+// The stable ABI passes arguments by position: the schema stands here, beside the function, and Python reads from it
+// which fields of the op's record to pass.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -29,20 +32,20 @@ i64 stride(const Tensor& x, int dim) {
   return x.size(dim) == 1 ? 0 : x.stride(dim);
 }
 
-// Sizes of -1 may be anything, those of `loose` tensors also 1.
+// A size of -1 may be anything; with `may_be_one` each dim may also have size 1.
 void check_sizes(const char* name, const Tensor& x, const Tensor& query, std::initializer_list<i64> sizes,
-                 bool loose = false) {
+                 bool may_be_one = false) {
   bool fits =
       x.is_cuda() && x.get_device_index() == query.get_device_index() && x.dim() == static_cast<i64>(sizes.size());
   int dim = 0;
   for (const i64 size : sizes) {
-    fits = fits && (size < 0 || x.size(dim) == size || (loose && x.size(dim) == 1));
+    fits = fits && (size < 0 || x.size(dim) == size || (may_be_one && x.size(dim) == 1));
     ++dim;
   }
   STD_TORCH_CHECK(fits, name, " must be on query's CUDA device and of a shape that fits query");
 }
 
-// Rows that cp.async can take in pieces of 16 bytes.
+// Rows that cp.async can copy in pieces of 16 bytes.
 void check_rows(const char* name, const Tensor& x) {
   bool fits = x.stride(3) == 1 && reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % 16 == 0;
   for (int dim = 0; dim < 3; ++dim) {
@@ -58,7 +61,7 @@ struct DeviceLimits {
 constexpr int kDevices = 64;
 
 DeviceLimits limits_of(int device) {
-  static std::array<std::atomic<i64>, kDevices> known{}; // 0: not asked yet
+  static std::array<std::atomic<i64>, kDevices> known{}; // 0: not queried yet
   STD_TORCH_CHECK(device >= 0 && device < kDevices, "no more than ", kDevices, " devices");
   i64 packed = known[device].load(std::memory_order_relaxed);
   if (packed == 0) {
@@ -118,7 +121,7 @@ void launch_dim(const DecodeProblem& p, const DecodePlan& plan, i64 dim, int dev
 
 void set_mask(DecodeProblem& p, const Tensor& query, const OptionalTensor& start, const OptionalTensor& end,
               const OptionalTensor& key_valid) {
-  STD_TORCH_CHECK(start.has_value() == end.has_value(), "start and end must both be there or neither");
+  STD_TORCH_CHECK(start.has_value() == end.has_value(), "start and end must both be given, or neither");
   if (start.has_value()) {
     check_sizes("start", *start, query, {p.batch, p.q_len}, true);
     check_sizes("end", *end, query, {p.batch, p.q_len}, true);
@@ -164,7 +167,7 @@ DecodeProblem make_problem(const Tensor& query, const Tensor& key, const Tensor&
                   "key must have batch 1 or query's, and heads that divide query's");
   STD_TORCH_CHECK(decode_takes_dim(static_cast<int>(dim)) && q_len >= 1 && q_len <= kMaxDecodeQueries &&
                       heads / key_heads * q_len <= kMaxDecodeRows && decode_fits(batch, heads, q_len, k_len),
-                  "a shape that the decode kernels do not take");
+                  "the decode kernels do not support this shape");
   check_rows("query", query);
   check_rows("key", key);
   check_rows("value", value);
@@ -199,7 +202,7 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key, Tensor value, Option
   p.splits = plan.splits;
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
-  std::optional<Tensor> partial; // freed in the stream's order, after the kernels below
+  std::optional<Tensor> partial; // freed in stream order, after the kernels below
   if (plan.partial_floats > 0) {
     partial = torch::stable::new_empty(query, {plan.partial_floats}, ScalarType::Float);
     p.partial = partial->mutable_data_ptr<float>();

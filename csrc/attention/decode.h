@@ -1,6 +1,6 @@
-// Few queries (a decode step): the query rows that share a key head, over group and shared batch, against keys and
-// values that are streamed once. Bound by memory, so scores are dot products along the head dim, straight from where
-// keys lie.
+// Few queries (a decode step): all query rows that share a key head, over the group and a shared batch, against keys
+// and values that are streamed once. Memory is the bound, so scores are dot products along the head dim of keys in
+// place.
 #pragma once
 
 #include "forward.h"
@@ -10,36 +10,36 @@ namespace MMK_ISA {
 
 constexpr i64 kDecodeKeys = 128;
 constexpr i64 kValueKeys = 32;
-constexpr i64 kDecodeRows =
-    64; // of one task, which bounds its scratch; more than a group's queries only of shared keys
+// Rows of one task, which bounds its scratch. Only keys that the batch shares have more.
+constexpr i64 kDecodeRows = 64;
 
 struct DecodeRow {
   i64 b, h, i;
-  Run run;
-  float top, total;
+  Span span;
+  float maximum, total;
   bool sees;
 };
 
 MMK_INLINE i64 decode_rows(const AttentionParams& p) { // of one key head
-  return sharers(p) * group_of(p) * p.q_len;
+  return batches_sharing_keys(p) * group_of(p) * p.q_len;
 }
 inline DecodeRow decode_row(const AttentionParams& p, const KeyList& list, i64 kv, i64 row) {
   const i64 group = group_of(p), head = row / p.q_len;
   const i64 b = kv / p.key_heads + head / group, h = kv % p.key_heads * group + head % group, i = row % p.q_len;
-  return {b, h, i, run_of(p, list, b, i), -kInf, 0.0f, false};
+  return {b, h, i, span_of(p, list, b, i), -kInf, 0.0f, false};
 }
 
 // scores[r, j] = sum_k a[r, k] b[j, k] for kRows rows and kLanes / kRows keys; a is padded with zeros, b need not be.
-// One key after the other, so that memory is read in one stream: hardware fetches those ahead, twice as fast as loads
-// can ask.
+// Keys one after the other, so that memory is read in one stream, which the hardware prefetches: twice as fast as
+// several.
 template <int kRows, bool kDot>
 MMK_INLINE void dot_block(const char* a, i64 a_row, const char* b, i64 b_row, i64 keys, i64 depth, float* scores,
                           i64 scores_row) {
   constexpr int kKeys = kLanes / kRows;
   Vec acc[kLanes];
-  constexpr int kStep = kDot && kKeys >= 2 ? 2 : 1; // half as many bytes a row: two rows are still one stream
+  constexpr int kStep = kDot && kKeys >= 2 ? 2 : 1; // rows have half as many bytes: two are still one stream
 #pragma GCC unroll 8
-  for (int j = 0; j < kKeys; j += kStep) { // past the last key: the last one again
+  for (int j = 0; j < kKeys; j += kStep) { // past the last key, the last one again
     const char* key[kStep];
     Vec sums[kStep][kRows];
     for (int i = 0; i < kStep; ++i) {
@@ -118,7 +118,8 @@ void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, f
   run(std::integral_constant<int, 1>());
 }
 
-// One row's scores of places [a, b) to base-2 logarithms, -inf where it does not see; whether it sees all of them.
+// Replaces one row's scores of places [a, b) by logarithms in base 2, -inf where hidden. Returns whether all are
+// visible.
 inline bool mask_row(const AttentionParams& p, const KeyList& list, DecodeRow& row, i64 a, i64 b, float* scores) {
   const float scale = p.scale * kLog2e;
   const i64 n = b - a, padded = pad_lanes(n);
@@ -129,7 +130,7 @@ inline bool mask_row(const AttentionParams& p, const KeyList& list, DecodeRow& r
     store(scores + j, load(scores + j) * scale);
   }
   bool all = true;
-  const i64 first = most(a, row.run.first) - a, last = most(least(b, row.run.last) - a, first);
+  const i64 first = most(a, row.span.first) - a, last = most(least(b, row.span.last) - a, first);
   if (first > 0 || last < n || p.dense != nullptr || p.key_valid != nullptr || p.bias.data != nullptr) {
     bool seen[kDecodeKeys];
     for (i64 j = 0; j < n; ++j) {
@@ -169,34 +170,35 @@ inline bool mask_row(const AttentionParams& p, const KeyList& list, DecodeRow& r
   return all;
 }
 
-// Logarithms to weights relative to the row's largest, in place or as bfloat16; what earlier sums shrink by.
-inline float weigh_row(DecodeRow& row, i64 count, float* scores, bool is_dot) {
+// Replaces logarithms by weights relative to the row's maximum, in float32 or bfloat16. Returns what earlier sums must
+// be multiplied by.
+inline float exponentiate_row(DecodeRow& row, i64 count, float* scores, bool is_dot) {
   const i64 padded = pad_lanes(count);
-  Vec top = set1(row.top);
+  Vec maximum = set1(row.maximum);
   for (i64 j = 0; j < padded; j += kLanes) {
-    top = max_skip_nan(top, load(scores + j));
+    maximum = max_skip_nan(maximum, load(scores + j));
   }
-  const float now = largest(top), base = now == -kInf ? 0.0f : now;
-  Vec shrink = set1(row.top == now ? 0.0f : row.top - base), total = zero();
+  const float now = largest(maximum), base = now == -kInf ? 0.0f : now;
+  Vec rescale = set1(row.maximum == now ? 0.0f : row.maximum - base), total = zero();
   const Vec point = set1(base);
   for (i64 j = 0; j < padded; j += kLanes) {
     const Vec w = exp2(load(scores + j) - point);
     total += w;
     if (is_dot) {
-      store_bf16((std::uint16_t*)scores + j, w); // never past what has been read
+      store_bf16((std::uint16_t*)scores + j, w); // overwrites only what has been read
     } else {
       store(scores + j, w);
     }
   }
-  shrink = exp2(shrink);
-  row.top = now;
-  row.total = row.total * shrink[0] + sum(total);
-  return shrink[0];
+  rescale = exp2(rescale);
+  row.maximum = now;
+  row.total = row.total * rescale[0] + sum(total);
+  return rescale[0];
 }
 
 struct DecodeScratch {
   float *scores, *out;
-  char *query, *key_copy, *value_copy, *value_pairs, *clean;
+  char *query, *key_copy, *value_copy, *value_pairs, *zeroed;
   DecodeRow* rows;
 };
 
@@ -210,7 +212,7 @@ inline DecodeScratch take_decode(const AttentionParams& p, Arena& arena) {
   s.key_copy = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.dim));
   s.value_copy = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
   s.value_pairs = arena.take<char>(is_dot ? kValueKeys / 2 * pad_lanes(p.value_dim) * 4 : 0);
-  s.clean = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
+  s.zeroed = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
   s.rows = arena.take<DecodeRow>(rows);
   return s;
 }
@@ -221,17 +223,17 @@ inline i64 decode_scratch(const AttentionParams& p) {
   return arena.used;
 }
 
-// out += weights values, for all rows of the task.
+// out += weights values, for all rows of the task. non_finite: a value may be NaN or inf, and hidden from some row.
 inline void add_decoded(const AttentionParams& p, const DecodeScratch& s, i64 rows, Rows values, i64 count,
-                        bool careful) {
+                        bool non_finite) {
   const bool is_dot = uses_dot(p.value.type);
   const i64 cols = p.value_dim, padded = pad_lanes(cols);
   Rows used = values;
-  if (careful) {
-    used = finite_copy(values, count, cols, is_dot, s.clean);
+  if (non_finite) {
+    used = zero_non_finite(values, count, cols, is_dot, s.zeroed);
   }
   const char* weights = (const char*)s.scores;
-  for (i64 k = 0; k < count; k += kValueKeys) { // few enough to stay in the first-level cache from row to row
+  for (i64 k = 0; k < count; k += kValueKeys) { // few enough to stay in the first-level cache for all rows
     const i64 n = least(kValueKeys, count - k);
     const Rows part{used.data + k * used.stride, used.stride};
     if (is_dot) {
@@ -242,7 +244,7 @@ inline void add_decoded(const AttentionParams& p, const DecodeScratch& s, i64 ro
       add_rows<false>(weights + k * 4, kDecodeKeys * 4, rows, part.data, part.stride, n, s.out, padded / kLanes);
     }
   }
-  if (!careful) {
+  if (!non_finite) {
     return;
   }
   each_non_finite(values, count, cols, is_dot, [&](i64 j, i64 c, float x) {
@@ -260,7 +262,7 @@ inline void write_decoded(const AttentionParams& p, const DecodeRow& row, const 
   float lse = -kInf;
   if (row.total != 0.0f) {
     factor /= row.total;
-    lse = (row.top + __builtin_log2f(row.total)) * kLn2;
+    lse = (row.maximum + __builtin_log2f(row.total)) * kLn2;
   } else {
     factor = row.sees ? __builtin_nanf("") : 0.0f;
     lse = row.sees ? __builtin_nanf("") : -kInf;
@@ -273,7 +275,7 @@ inline void write_decoded(const AttentionParams& p, const DecodeRow& row, const 
   }
 }
 
-// Of `partial`: for each split and row of kv, value_dim sums, largest logarithm, total, whether it sees.
+// An entry of `partial`, of one split and row of kv: value_dim sums, maximum, total, whether it sees any key.
 MMK_INLINE float* partial_at(const AttentionParams& p, i64 kv, i64 split, i64 row) {
   return p.partial + ((kv * p.splits + split) * decode_rows(p) + row) * (p.value_dim + 3);
 }
@@ -289,9 +291,9 @@ inline void decode(const AttentionParams& p, i64 kv, i64 block, i64 split, char*
   for (i64 r = 0; r < rows; ++r) {
     s.rows[r] = decode_row(p, list, kv, first_row + r);
     const DecodeRow& row = s.rows[r];
-    if (row.run.first < row.run.last) {
-      begin = least(begin, row.run.first);
-      end = most(end, row.run.last);
+    if (row.span.first < row.span.last) {
+      begin = least(begin, row.span.first);
+      end = most(end, row.span.last);
     }
     Source source = source_of(p.query, row.b, row.h);
     source.data += row.i * source.l * bytes_of(source.type);
@@ -317,11 +319,11 @@ inline void decode(const AttentionParams& p, i64 kv, i64 block, i64 split, char*
     for (i64 r = 0; r < rows; ++r) {
       float* scores = s.scores + r * kDecodeKeys;
       all &= mask_row(p, list, s.rows[r], a, a + n, scores);
-      const float shrink = weigh_row(s.rows[r], n, scores, is_dot);
-      if (shrink != 1.0f) {
+      const float rescale = exponentiate_row(s.rows[r], n, scores, is_dot);
+      if (rescale != 1.0f) {
         for (i64 c = 0; c < padded; c += kLanes) {
           float* at = s.out + r * padded + c;
-          store(at, load(at) * shrink);
+          store(at, load(at) * rescale);
         }
       }
     }
@@ -336,24 +338,24 @@ inline void decode(const AttentionParams& p, i64 kv, i64 block, i64 split, char*
     }
     float* to = partial_at(p, kv, split, first_row + r);
     std::memcpy(to, s.out + r * padded, p.value_dim * 4);
-    to[p.value_dim] = s.rows[r].top;
+    to[p.value_dim] = s.rows[r].maximum;
     to[p.value_dim + 1] = s.rows[r].total;
     to[p.value_dim + 2] = s.rows[r].sees ? 1.0f : 0.0f;
   }
 }
 
-// The splits of each row of kv, in their order.
+// Merges the splits of each row of kv, in their order.
 inline void decode_merge(const AttentionParams& p, i64 kv) {
   const KeyList list = list_of(p, kv);
   const i64 dim = p.value_dim;
   for (i64 r = 0; r < decode_rows(p); ++r) {
     DecodeRow row = decode_row(p, list, kv, r);
     float* into = partial_at(p, kv, 0, r);
-    row.top = into[dim];
+    row.maximum = into[dim];
     for (i64 s = 1; s < p.splits; ++s) {
-      row.top = most(row.top, partial_at(p, kv, s, r)[dim]);
+      row.maximum = most(row.maximum, partial_at(p, kv, s, r)[dim]);
     }
-    const float base = row.top == -kInf ? 0.0f : row.top;
+    const float base = row.maximum == -kInf ? 0.0f : row.maximum;
     for (i64 s = 0; s < p.splits; ++s) {
       const float* part = partial_at(p, kv, s, r);
       const float by = exp2(set1(part[dim] - base))[0];

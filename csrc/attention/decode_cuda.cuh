@@ -1,25 +1,25 @@
 // Attention of few queries to long keys and values, for sm_80 and newer. Untested on a GPU;
-// tests/ops/test_cuda_decode.py runs the same source on the host.
+// tests/ops/attention/test_cuda_decode.py runs the same source on the host.
 //
-// The floor is reading keys and values once: B 32, 8 key heads, Lk 4096, D 128 in 16 bits are 512 MiB, 160 us at an
-// H100's 3.35 TB/s. What it takes to get near it:
-// - Bytes on their way. 3.35 TB/s times about 0.8 us of loaded latency are 2.7 MB, 20 KiB a multiprocessor; two to
-//   three times that leaves no gaps. A block has two of three stages under way, 2 x 32 KiB at D 128, and two blocks fit
+// The lower bound is the time to read keys and values once: B 32, 8 key heads, Lk 4096, D 128 in 16 bits are 512 MiB,
+// 160 us at an H100's 3.35 TB/s. What it takes to approach it:
+// - Bytes in flight. 3.35 TB/s times about 0.8 us of loaded latency are 2.7 MB, 20 KiB a multiprocessor; two to
+//   three times that leaves no gaps. A block has two of three stages in flight, 2 x 32 KiB at D 128, and two blocks fit
 //   (2 x 97 KiB of 228), so 128 KiB; at D 64 three blocks, 96 KiB. One block of D 128, 64 KiB, fits an A100 and an
 //   sm_86, sm_89 or sm_120 (97 of 99 KiB).
-// - No waiting for each other. With up to 16 rows a warp loads and multiplies keys of its own, so that no barrier of
-//   the block stands in the loop; warps merge once at the end.
+// - No barriers in the loop. With up to 16 rows, a warp loads and multiplies keys that no other warp uses; warps merge
+//   once at the end.
 // - Few instructions. 16 keys of D 128 are 8 KiB, 565 cycles of an H100 multiprocessor's share of the bandwidth. They
-//   cost a warp about 450 issue slots, 32 of them matrix instructions, and there are four schedulers: a fifth of what
-//   is there. Rows that are padding cost nothing that matters; 64 rows multiply four times as much, and come near.
-// - Keys in 16-byte pieces by cp.async past the L1 cache, swizzled so that ldmatrix meets no bank twice.
+//   cost a warp about 450 issue slots, 32 of them matrix instructions, and there are four schedulers: a fifth of
+//   the slots. So padded rows do not matter; 64 rows multiply four times as much, and approach the limit.
+// - Keys in 16-byte pieces by cp.async past the L1 cache, swizzled so that ldmatrix has no bank conflicts.
 #pragma once
 
 #include "decode_tiles.cuh"
 
 namespace mmkernels {
 
-// Partial softmaxes of one row over different keys made one: `count` pairs (largest, sum), `apart` floats apart.
+// Merges partial softmaxes of one row over different keys: `count` pairs (largest, sum), at a stride of `apart` floats.
 struct Merged {
   float largest = -kInfinity, base = 0.0f, sum = 0.0f;
   bool sees = false;
@@ -46,7 +46,7 @@ struct Merged {
   }
 };
 
-// Two columns of a finished row, and with the first two its log-sum-exp.
+// Writes two columns of a row; with the first two, its log-sum-exp too.
 template <class T>
 MMK_DEVICE void write_row(const DecodeProblem& p, int b, int h, int i, int dim, int column, const Merged& row, float x,
                           float y) {
@@ -64,8 +64,9 @@ MMK_DEVICE void write_row(const DecodeProblem& p, int b, int h, int i, int dim, 
   }
 }
 
-// Which keys of the slice from `first` on there are for anybody. `valid`: whether key first + lane % 16 is valid.
-MMK_DEVICE std::uint32_t keys_there(bool valid, int first, const BlockSpan& all, int lane) {
+// The keys of the slice from `first` on that exist and that any row may see, as bits. `valid`: whether key
+// first + lane % 16 is valid.
+MMK_DEVICE std::uint32_t existing_keys(bool valid, int first, const BlockSpan& all, int lane) {
   return vote(lane < kSliceKeys && valid && first + lane < all.last);
 }
 MMK_DEVICE bool key_valid(const DecodeProblem& p, int b, int first, const BlockSpan& all, int lane) {
@@ -73,7 +74,7 @@ MMK_DEVICE bool key_valid(const DecodeProblem& p, int b, int first, const BlockS
   return p.key_valid == nullptr || (j < all.last && load_global(p.key_valid + b * p.valid_b + j * p.valid_j) != 0);
 }
 
-// The warps' results in shared memory made one: to the output, or to the workspace where keys are split over blocks.
+// Merges the warps' results in shared memory, to the output, or to the workspace where keys are split over blocks.
 template <class T, int D, int kRowTiles>
 MMK_DEVICE void finish_block(const DecodeProblem& p, int b, int kv, std::int64_t head, int split, const float* stats,
                              const float* sums) {
@@ -82,12 +83,12 @@ MMK_DEVICE void finish_block(const DecodeProblem& p, int b, int kv, std::int64_t
 #pragma unroll 1
   for (int at = static_cast<int>(threadIdx.x); at < rows * (D / 2); at += kDecodeThreads) {
     const int row = at / (D / 2), column = at % (D / 2) * 2;
-    const float* own = stats + 2 * row;
-    const Merged merged(own, teams, 2 * team_rows);
+    const float* row_stats = stats + 2 * row;
+    const Merged merged(row_stats, teams, 2 * team_rows);
     float x = 0.0f, y = 0.0f;
 #pragma unroll
     for (int team = 0; team < teams; ++team) {
-      const float weight = merged.weight(own + team * 2 * team_rows);
+      const float weight = merged.weight(row_stats + team * 2 * team_rows);
       const float* part = sums + (team * team_rows + row) * kSumRow<D> + column;
       x += weight * part[0];
       y += weight * part[1];
@@ -101,7 +102,7 @@ MMK_DEVICE void finish_block(const DecodeProblem& p, int b, int kv, std::int64_t
     store_global(p.partial + place * D + column, x);
     store_global(p.partial + place * D + column + 1, y);
     if (column == 0) {
-      const bool nothing_finite = merged.sum == 0.0f && merged.sees; // as RowTile::store says it
+      const bool nothing_finite = merged.sum == 0.0f && merged.sees; // the encoding of RowTile::store
       store_global(p.partial + total * D + 2 * place, merged.largest);
       store_global(p.partial + total * D + 2 * place + 1, nothing_finite ? 1.0f : merged.sum);
     }
@@ -120,25 +121,25 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_resident(D))
   const T* value = static_cast<const T*>(p.value) + b * p.value_b + kv * p.value_h;
 
   const BlockSpan all = block_span(p, b);
-  const std::int64_t tiles = (all.last - all.first + kTileKeys - 1) / kTileKeys;
+  const std::int64_t tiles = (all.last - all.first + kStageKeys - 1) / kStageKeys;
   const int first_tile = static_cast<int>(tiles * split / p.splits);
   const int last_tile = static_cast<int>(tiles * (split + 1) / p.splits);
-  const auto slice_key = [&](int tile, int slice) { return all.first + tile * kTileKeys + slice * kSliceKeys; };
+  const auto slice_key = [&](int tile, int slice) { return all.first + tile * kStageKeys + slice * kSliceKeys; };
 
   char* const shared = dynamic_shared();
   constexpr int slice_bytes = kSliceKeys * D * 2, stage_bytes = 2 * kDecodeWarps * slice_bytes;
   const std::uint32_t stages = shared_address(shared), slices = stages + decode_slices_offset(D);
   const auto keys_at = [&](int stage, int slice) { return stages + stage * stage_bytes + slice * 2 * slice_bytes; };
 
-  bool valid = key_valid(p, b, slice_key(first_tile, warp), all, lane); // of the tile that is asked for next
-  const auto ask_for = [&](int tile) { // one group of copies, an empty one past the end
+  bool valid = key_valid(p, b, slice_key(first_tile, warp), all, lane); // of the tile that is loaded next
+  const auto start_load = [&](int tile) { // one group of copies, an empty one past the end
     if (tile < last_tile) {
       const int stage = (tile - first_tile) % kStages, first = slice_key(tile, warp);
-      const std::uint32_t there = keys_there(valid, first, all, lane), keys = keys_at(stage, warp);
-      valid = key_valid(p, b, first + kTileKeys, all, lane);
-      load_slice<D>(keys, keys + slice_bytes, key, value, p, first, there, lane);
+      const std::uint32_t existing = existing_keys(valid, first, all, lane), keys = keys_at(stage, warp);
+      valid = key_valid(p, b, first + kStageKeys, all, lane);
+      load_slice<D>(keys, keys + slice_bytes, key, value, p, first, existing, lane);
       if (lane == 0) {
-        store_shared(slices + (stage * kDecodeWarps + warp) * 4, there);
+        store_shared(slices + (stage * kDecodeWarps + warp) * 4, existing);
       }
     }
     copy_commit();
@@ -147,22 +148,22 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_resident(D))
 
 #pragma unroll 1
   for (int n = 0; n < kStages - 1; ++n) {
-    ask_for(first_tile + n);
+    start_load(first_tile + n);
   }
   RowTile<T, D> rows;
   rows.load(p, b, kv, warp % kRowTiles * kTileRows, lane);
 #pragma unroll 1
   for (int tile = first_tile; tile < last_tile; ++tile) {
     copy_wait<kStages - 2>();
-    sync_team(); // the tile is there for all, and none still reads the stage that is filled next
-    ask_for(tile + kStages - 1);
+    sync_team(); // all copies of the tile have landed, and no warp still reads the stage that is filled next
+    start_load(tile + kStages - 1);
     const int stage = (tile - first_tile) % kStages;
 #pragma unroll 1
     for (int n = 0; n < kRowTiles; ++n) {
       const int slice = team * kRowTiles + n;
       const std::uint32_t keys = keys_at(stage, slice),
-                          there = load_shared(slices + (stage * kDecodeWarps + slice) * 4);
-      rows.take(keys, keys + slice_bytes, slice_key(tile, slice), there, all, p.scale, lane);
+                          existing = load_shared(slices + (stage * kDecodeWarps + slice) * 4);
+      rows.take(keys, keys + slice_bytes, slice_key(tile, slice), existing, all, p.scale, lane);
     }
   }
   copy_wait<0>();
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_resident(D))
   finish_block<T, D, kRowTiles>(p, b, kv, head, split, stats, sums);
 }
 
-// The splits of each row made one; a warp for each row.
+// Merges the splits of each row; one warp a row.
 template <class T>
 __global__ void __launch_bounds__(32 * kMergeRows)
     decode_merge_kernel(const __grid_constant__ DecodeProblem p, int dim) {

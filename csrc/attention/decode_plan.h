@@ -1,4 +1,4 @@
-// The decode kernels' arithmetic that needs no GPU: what a launch looks like, and one call as plain data.
+// The decode kernels' sizes and launches, computed without a GPU, and one call as plain data.
 #pragma once
 
 #include <algorithm>
@@ -14,13 +14,13 @@
 namespace mmkernels {
 
 constexpr int kDecodeWarps = 4, kDecodeThreads = 32 * kDecodeWarps;
-constexpr int kSliceKeys = 16;                       // that one warp loads, and multiplies at a time
-constexpr int kTileKeys = kDecodeWarps * kSliceKeys; // keys in one stage of the pipeline
-constexpr int kStages = 3;                           // tiles in shared memory: one in use, two on their way
-constexpr int kTileRows = 16;                        // queries x heads that one matrix instruction takes
+constexpr int kSliceKeys = 16;                        // that one warp loads and multiplies at a time
+constexpr int kStageKeys = kDecodeWarps * kSliceKeys; // keys in one stage of the pipeline
+constexpr int kStages = 3;                            // in shared memory: one in use, two in flight
+constexpr int kTileRows = 16;                         // queries x heads of one matrix instruction
 constexpr int kMaxDecodeRows = 64, kMaxDecodeQueries = 8;
-constexpr int kMinSplitKeys = 256, kMaxSplits = 128; // shorter splits are mostly start and end
-constexpr int kMergeRows = 4;                        // of one block that merges splits: one a warp
+constexpr int kMinSplitKeys = 256, kMaxSplits = 128; // shorter splits mostly start and finish
+constexpr int kMergeRows = 4;                        // rows of one block that merges splits: one a warp
 
 // One call. Strides are in elements, 0 where a dim is shared.
 struct DecodeProblem {
@@ -41,7 +41,7 @@ struct DecodeProblem {
   std::int32_t batch, heads, key_heads, q_len, k_len, splits;
 };
 
-// Rows of a block: all queries of all heads that look at one key head, query fastest.
+// Rows of a block: all queries of all heads that attend to one key head, query fastest.
 constexpr int decode_rows(int heads, int key_heads, int q_len) {
   return heads / key_heads * q_len;
 }
@@ -51,9 +51,9 @@ constexpr int decode_row_tiles(int rows) {
   return rows <= kTileRows ? 1 : rows <= 2 * kTileRows ? 2 : 4;
 }
 
-// Keys and values of all stages; then of each slice, which of its keys there are to see; then sums of softmax.
+// Shared memory: keys and values of all stages; then for each slice the keys that exist, as bits; then softmax's sums.
 MMK_HOST_DEVICE constexpr int decode_slices_offset(int dim) {
-  return kStages * kTileKeys * 2 * dim * 2;
+  return kStages * kStageKeys * 2 * dim * 2;
 }
 MMK_HOST_DEVICE constexpr int decode_stats_offset(int dim) {
   return decode_slices_offset(dim) + kStages * kDecodeWarps * 4;
@@ -62,8 +62,8 @@ MMK_HOST_DEVICE constexpr int decode_shared_bytes(int dim) {
   return decode_stats_offset(dim) + kDecodeWarps * kTileRows * 2 * 4;
 }
 
-// Blocks that __launch_bounds__ promises a multiprocessor of 228 KiB (sm_90, sm_100) room for. A fourth at D 64 would
-// leave a thread 128 registers, which sm_100's code does not do with.
+// Blocks that fit a multiprocessor of 228 KiB (sm_90, sm_100), for __launch_bounds__. A fourth at D 64 would leave a
+// thread 128 registers, too few for sm_100's code.
 constexpr int decode_resident(int dim) {
   return dim <= 96 ? 3 : 2;
 }
@@ -74,15 +74,15 @@ constexpr bool decode_takes_dim(int dim) {
 
 struct DecodePlan {
   int splits;
-  std::int64_t blocks, merge_blocks; // merge_blocks: 0 where there is nothing to merge
+  std::int64_t blocks, merge_blocks; // merge_blocks: 0 with one split
   std::int64_t partial_floats;
 };
 
-// How many blocks share the keys of one key head. Few, since each adds a partial result to write and read, but enough
-// that the multiprocessors' room is filled: the last wave of blocks should not leave most of them idle.
+// How many blocks share the keys of one key head. Few, since each writes a partial result, which is read again, but so
+// many that the last wave of blocks leaves few multiprocessors idle.
 inline int decode_splits(std::int64_t heads, std::int64_t k_len, std::int64_t room) {
   const std::int64_t most = std::clamp<std::int64_t>(k_len / kMinSplitKeys, 1, kMaxSplits);
-  const auto filled = [&](std::int64_t splits) { // share of all waves' room that has a block
+  const auto filled = [&](std::int64_t splits) { // the share of the waves' block slots that hold a block
     const std::int64_t blocks = heads * splits, waves = (blocks + room - 1) / room;
     return static_cast<double>(blocks) / static_cast<double>(waves * room);
   };
@@ -115,7 +115,7 @@ inline DecodePlan plan_decode(std::int64_t batch, std::int64_t heads, std::int64
 }
 
 // Blocks are one dimension of a grid, keys are counted in 32 bits.
-constexpr std::int64_t kMaxDecodeKeys = std::numeric_limits<std::int32_t>::max() - (kStages + 1) * kTileKeys;
+constexpr std::int64_t kMaxDecodeKeys = std::numeric_limits<std::int32_t>::max() - (kStages + 1) * kStageKeys;
 constexpr std::int64_t kMaxOutputRows = std::numeric_limits<std::int32_t>::max() / kMaxSplits;
 
 constexpr bool decode_fits(std::int64_t batch, std::int64_t heads, std::int64_t q_len, std::int64_t k_len) {

@@ -1,6 +1,5 @@
-// What a warp of the decode kernels does: a slice of keys and values from global to shared memory, and 16 rows (queries
-// of all heads of a key head) multiplied with it under a running softmax. decode_cuda.cuh puts warps and blocks
-// together.
+// One warp of the decode kernels: copies a slice of keys and values from global to shared memory, and multiplies 16
+// rows (queries of all heads of a key head) with it under a running softmax. decode_cuda.cuh combines warps and blocks.
 #pragma once
 
 #include "../common/cuda_ptx.cuh"
@@ -13,7 +12,7 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLn2 = 0.693147180559945309f;
 constexpr int kMaxInt = std::numeric_limits<int>::max();
 
-// Keys start <= j < end; of a query that sees nothing such that no key is, and that no minimum or maximum moves.
+// Keys start <= j < end. For a query that sees nothing: a span that holds no key and changes no minimum or maximum.
 struct KeySpan {
   int start, end;
 };
@@ -27,8 +26,8 @@ MMK_DEVICE KeySpan span_of(const DecodeProblem& p, int b, int i) {
   return span.start < span.end ? span : KeySpan{kMaxInt, 0};
 }
 
-// What all queries of a batch entry see: keys in [first, last) somebody, in [shared_first, shared_last) everybody who
-// sees anything.
+// The spans of a batch entry's queries: some query sees keys in [first, last); every query that sees any key sees all
+// of [shared_first, shared_last).
 struct BlockSpan {
   int first = kMaxInt, last = 0;
   int shared_first = 0, shared_last = kMaxInt;
@@ -49,7 +48,7 @@ MMK_DEVICE BlockSpan block_span(const DecodeProblem& p, int b) {
   return all;
 }
 
-// Which of the 16 keys from `first` on a span has, as bits.
+// Which of the 16 keys from `first` on lie in a span, as bits.
 MMK_DEVICE std::uint32_t keys_of(const KeySpan& span, int first) {
   const auto below = [first](int j) { // keys before j
     const int count = j - first < 0 ? 0 : j - first < kSliceKeys ? j - first : kSliceKeys;
@@ -59,29 +58,28 @@ MMK_DEVICE std::uint32_t keys_of(const KeySpan& span, int first) {
 }
 
 // Where 16-byte piece `c` of row `row` lies in a [rows, D] tile of 16-bit elements. Eight rows that follow each other
-// have their pieces c in eight different groups of four banks, for any D that is a multiple of 16: within each `kTurn`
-// pieces the places are turned from row to row.
-template <int D> constexpr int kTurn = D % 64 == 0 ? 8 : D % 32 == 0 ? 4 : 2;
+// have their pieces c in eight different groups of four banks, for any D that is a multiple of 16: within each
+// `kSwizzle` pieces, a piece's position is XORed with the row.
+template <int D> constexpr int kSwizzle = D % 64 == 0 ? 8 : D % 32 == 0 ? 4 : 2;
 template <int D> MMK_DEVICE int piece_offset(int row, int c) {
-  return (row * (D / 8) + (c ^ (row / (8 / kTurn<D>) % kTurn<D>))) * 16;
+  return (row * (D / 8) + (c ^ (row / (8 / kSwizzle<D>) % kSwizzle<D>))) * 16;
 }
 
-// A warp's slice of 16 keys and their values on its way to shared memory; zeros for those that are not in `there`,
-// which are not read. kTurn lanes take a row, so that a lane has few rows and neither place nor swizzle is computed
-// twice.
+// Starts the copy of a warp's slice of 16 keys and their values to shared memory; keys that are not in `existing`
+// become zeros and are not read. kSwizzle lanes copy a row, so that a lane computes few positions and swizzles.
 template <int D, class T>
 MMK_DEVICE void load_slice(std::uint32_t keys, std::uint32_t values, const T* key, const T* value,
-                           const DecodeProblem& p, int first, std::uint32_t there, int lane) {
-  constexpr int rows = 32 / kTurn<D>; // at a time
-  const int lane_row = lane / kTurn<D>, lane_c = lane % kTurn<D>;
+                           const DecodeProblem& p, int first, std::uint32_t existing, int lane) {
+  constexpr int rows = 32 / kSwizzle<D>; // at a time
+  const int lane_row = lane / kSwizzle<D>, lane_c = lane % kSwizzle<D>;
 #pragma unroll
   for (int n = 0; n < kSliceKeys / rows; ++n) {
     const int row = n * rows + lane_row, at = piece_offset<D>(row, lane_c);
-    const bool read = there >> row & 1;
+    const bool read = existing >> row & 1;
     const T* k = key + (first + row) * p.key_j + lane_c * 8;
     const T* v = value + (first + row) * p.value_j + lane_c * 8;
 #pragma unroll
-    for (int c = 0; c < D / 8; c += kTurn<D>) {
+    for (int c = 0; c < D / 8; c += kSwizzle<D>) {
       copy_async(keys + at + c * 16, k + c * 8, read);
       copy_async(values + at + c * 16, v + c * 8, read);
     }
@@ -92,23 +90,23 @@ template <class T> constexpr std::uint32_t kExponent = 0;
 template <> constexpr std::uint32_t kExponent<Bf16> = 0x7f80;
 template <> constexpr std::uint32_t kExponent<F16> = 0x7c00;
 
-// Whether a slice of values, 16 keys, has NaN or inf.
-template <int D, class T> MMK_DEVICE bool not_finite(std::uint32_t values, int lane) {
+// Whether the values of a slice of 16 keys hold NaN or inf.
+template <int D, class T> MMK_DEVICE bool has_non_finite(std::uint32_t values, int lane) {
   constexpr std::uint32_t low = kExponent<T>, high = low << 16;
-  bool found = false;
+  bool non_finite = false;
 #pragma unroll
   for (int n = 0; n < kSliceKeys * D / 8 / 32; ++n) {
     std::uint32_t x[4];
     load_shared(values + (n * 32 + lane) * 16, x);
 #pragma unroll
     for (std::uint32_t pair : x) {
-      found |= (pair & low) == low || (pair & high) == high;
+      non_finite |= (pair & low) == low || (pair & high) == high;
     }
   }
-  return vote(found) != 0;
+  return vote(non_finite) != 0;
 }
 
-// Floats from row to row of sums in shared memory: eight more than there are, so that rows do not share banks.
+// The stride in floats of the sums' rows in shared memory: eight more than D, so that rows do not share banks.
 template <int D> constexpr int kSumRow = D + 8;
 
 // One warp's 16 rows: queries as the left operand of matrix instructions, and the running softmax. A lane has rows
@@ -125,8 +123,8 @@ template <class T, int D> struct RowTile {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + lane / 4 + 8 * half;
-      const bool there = row < rows;
-      const int h = kv * group + (there ? row / p.q_len : 0), i = there ? row % p.q_len : 0;
+      const bool exists = row < rows;
+      const int h = kv * group + (exists ? row / p.q_len : 0), i = exists ? row % p.q_len : 0;
       const T* q = static_cast<const T*>(p.query) + b * p.query_b + h * p.query_h + i * p.query_i + 2 * (lane % 4);
       span[half] = span_of(p, b, i);
 #pragma unroll
@@ -134,7 +132,7 @@ template <class T, int D> struct RowTile {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const auto* pair = reinterpret_cast<const std::uint32_t*>(q + 16 * k + 8 * n);
-          query[k][half + 2 * n] = there ? load_global(pair) : 0;
+          query[k][half + 2 * n] = exists ? load_global(pair) : 0;
         }
       }
     }
@@ -152,8 +150,8 @@ template <class T, int D> struct RowTile {
     }
   }
 
-  // Scores to probabilities relative to the largest score so far; earlier sums are made relative to it too. Where that
-  // is infinite nothing is subtracted, so that exp2 gives 0 or inf, which the sums carry on as they should.
+  // Scores to probabilities relative to the largest score so far; earlier sums are made relative to it too. Where the
+  // largest is infinite nothing is subtracted: exp2 gives 0 or inf, which is right for the sums.
   MMK_DEVICE void soften(float (&s)[2][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -194,7 +192,8 @@ template <class T, int D> struct RowTile {
     }
   }
 
-  // The same where a value is not finite and some row must not see it: a matrix instruction would give 0 * NaN.
+  // The non-finite path: a value that is not finite is hidden from some row, and a matrix instruction would compute
+  // 0 * NaN.
   MMK_DEVICE void multiply_values_seen(const float (&s)[2][4], std::uint32_t values, const std::uint32_t (&seen)[2],
                                        int lane) {
 #pragma unroll 1
@@ -220,26 +219,27 @@ template <class T, int D> struct RowTile {
     }
   }
 
-  // One slice of 16 keys from `first` on, of which those in `there` are to be seen by whoever's span has them.
-  MMK_DEVICE void take(std::uint32_t keys, std::uint32_t values, int first, std::uint32_t there, const BlockSpan& all,
-                       float scale, int lane) {
+  // Processes a slice of 16 keys from `first` on. Rows see the keys of their span that are in `existing`.
+  MMK_DEVICE void take(std::uint32_t keys, std::uint32_t values, int first, std::uint32_t existing,
+                       const BlockSpan& all, float scale, int lane) {
     float s[2][4] = {};
     multiply_keys(s, keys, lane);
-    const std::uint32_t seen[2] = {keys_of(span[0], first) & there, keys_of(span[1], first) & there};
+    const std::uint32_t seen[2] = {keys_of(span[0], first) & existing, keys_of(span[1], first) & existing};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       sees[half] |= seen[half] != 0;
-      const std::uint32_t own = seen[half] >> 2 * (lane % 4);
+      const std::uint32_t seen_by_lane = seen[half] >> 2 * (lane % 4);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        s[0][2 * half + e] = own >> e & 1 ? s[0][2 * half + e] * scale : -kInfinity;
-        s[1][2 * half + e] = own >> (8 + e) & 1 ? s[1][2 * half + e] * scale : -kInfinity;
+        s[0][2 * half + e] = seen_by_lane >> e & 1 ? s[0][2 * half + e] * scale : -kInfinity;
+        s[1][2 * half + e] = seen_by_lane >> (8 + e) & 1 ? s[1][2 * half + e] * scale : -kInfinity;
       }
     }
     soften(s);
     const int last = first + kSliceKeys < all.last ? first + kSliceKeys : all.last;
-    const bool all_alike = first >= all.shared_first && last <= all.shared_last; // whoever sees anything sees all
-    if (!all_alike && not_finite<D, T>(values, lane)) {
+    // Then a row sees all keys of the slice, or its output is 0 whatever the values are.
+    const bool all_alike = first >= all.shared_first && last <= all.shared_last;
+    if (!all_alike && has_non_finite<D, T>(values, lane)) {
       multiply_values_seen(s, values, seen, lane);
     } else {
       multiply_values(s, values, lane);
@@ -247,7 +247,7 @@ template <class T, int D> struct RowTile {
   }
 
   // Largest score and sum of exponentials to `stats` [16, 2], sums to `out` [16, kSumRow]. A sum of 1 beside a largest
-  // score of -inf says that keys were seen, all of score -inf; 0, that none was.
+  // score of -inf means that all visible keys have the score -inf; a sum of 0, that none is visible.
   MMK_DEVICE void store(float* stats, float* out, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

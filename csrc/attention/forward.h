@@ -1,6 +1,6 @@
-// Forward: online softmax over tiles of keys (Milakov and Gimelshein, 2018), a tile served to several panels of queries
-// while it is in cache. Exponentials are of base 2. A row's reference point moves only when its largest score grows by
-// more than a factor of 2^8, so that partial results are rarely rescaled.
+// Forward: online softmax over tiles of keys (Milakov and Gimelshein, 2018). Several panels of queries use a tile while
+// it is in cache. Exponentials are of base 2. A row's maximum is updated only when a score exceeds it by more than 8 in
+// base 2, so that partial results are rarely rescaled.
 #pragma once
 
 #include "tile.h"
@@ -8,67 +8,68 @@
 namespace mmkernels {
 namespace MMK_ISA {
 
-constexpr float kSlack = 8.0f; // log2 of what a weight may exceed 1 by
+constexpr float kSlack = 8.0f; // log2 of the largest weight: by so much a score may exceed the stored maximum
 
-// One panel's running softmax.
+// The running softmax of one panel: `maximum` and `total`, the sum of exponentials, of each lane.
 struct RowState {
   Panel panel;
-  Spans spans;
+  PanelSpans spans;
   float* query; // transposed, [depth, lanes]
   float* out;   // transposed, [value_dim, lanes]
-  float *top, *total;
+  float *maximum, *total;
   Word sees;
   bool begun;
 };
 
-// Moves the rows' reference points for a tile of logarithms: natural ones in `scores`, or to base 2 `scores * factor`.
-// Leaves in `shrink` what earlier sums must be multiplied by, and answers whether any must.
-inline bool move_top(const float* scores, i64 count, i64 lanes, bool natural, float factor, float* top, float* total,
-                     float* shrink) {
+// Updates the rows' maxima for a tile of scores, which are natural logarithms, or `scores * factor` in base 2.
+// `rescale` gets what earlier sums must be multiplied by. Returns whether any of it is not 1.
+inline bool update_maximum(const float* scores, i64 count, i64 lanes, bool natural, float factor, float* maximum,
+                           float* total, float* rescale) {
   const float unit = natural ? kLog2e : 1.0f;
   factor = natural ? 1.0f : factor;
   bool moved = false;
   for (i64 n = 0; n < lanes; n += kLanes) {
-    Vec tops[4];
-    for (auto& x : tops) {
+    Vec maxima[4];
+    for (auto& x : maxima) {
       x = set1(-kInf);
     }
     const float* at = scores + n;
     i64 r = 0;
     for (; r + 4 <= count; r += 4) {
       for (int i = 0; i < 4; ++i) {
-        tops[i] = max_skip_nan(tops[i], load(at + (r + i) * lanes));
+        maxima[i] = max_skip_nan(maxima[i], load(at + (r + i) * lanes));
       }
     }
     for (; r < count; ++r) {
-      tops[0] = max_skip_nan(tops[0], load(at + r * lanes));
+      maxima[0] = max_skip_nan(maxima[0], load(at + r * lanes));
     }
     for (int i = 1; i < 4; ++i) {
-      tops[0] = max_skip_nan(tops[0], tops[i]);
+      maxima[0] = max_skip_nan(maxima[0], maxima[i]);
     }
-    const Vec seen = tops[0] * factor, old = load(top + n);
+    const Vec seen = maxima[0] * factor, old = load(maximum + n);
     const IVec grows = seen > old + kSlack;
     if (bits_of(grows) != 0) {
       moved = true;
       const Vec now = grows != 0 ? seen : old;
       const Vec by = grows != 0 ? exp2((old - now) * unit) : set1(1.0f);
-      store(top + n, now);
+      store(maximum + n, now);
       store(total + n, load(total + n) * by);
-      store(shrink + n, by);
+      store(rescale + n, by);
     } else {
-      store(shrink + n, set1(1.0f));
+      store(rescale + n, set1(1.0f));
     }
   }
   return moved;
 }
 
-// Scores to weights relative to `top`, in place (kPairs: as bfloat16 pairs of neighbouring rows), and their sums.
+// Replaces scores by weights, exponentials relative to `maximum` (kPairs: bfloat16 pairs of neighbouring rows), and
+// adds their sums to `total`.
 template <bool kPairs, bool kNatural>
-MMK_INLINE void weigh(float* scores, i64 count, i64 lanes, float factor, const float* top, float* total,
-                      const Word* kept, float keep_scale) {
+MMK_INLINE void exponentiate(float* scores, i64 count, i64 lanes, float factor, const float* maximum, float* total,
+                             const Word* kept, float keep_scale) {
   const Vec scale = set1(factor);
   for (i64 n = 0; n < lanes; n += kLanes) {
-    const Vec point = load(top + n);
+    const Vec point = load(maximum + n);
     const Vec base = point == set1(-kInf) ? zero() : -point;
     Vec sum[2] = {zero(), zero()};
     float* at = scores + n;
@@ -100,112 +101,114 @@ MMK_INLINE void weigh(float* scores, i64 count, i64 lanes, float factor, const f
 }
 
 template <bool kPairs>
-MMK_INLINE void weigh(float* scores, i64 count, i64 lanes, bool natural, float factor, const float* top, float* total,
-                      const Word* kept, float keep_scale) {
+MMK_INLINE void exponentiate(float* scores, i64 count, i64 lanes, bool natural, float factor, const float* maximum,
+                             float* total, const Word* kept, float keep_scale) {
   if (natural) {
-    weigh<kPairs, true>(scores, count, lanes, factor, top, total, kept, keep_scale);
+    exponentiate<kPairs, true>(scores, count, lanes, factor, maximum, total, kept, keep_scale);
   } else {
-    weigh<kPairs, false>(scores, count, lanes, factor, top, total, kept, keep_scale);
+    exponentiate<kPairs, false>(scores, count, lanes, factor, maximum, total, kept, keep_scale);
   }
 }
 
 struct ForwardScratch {
-  float *scores, *shrink;
+  float *scores, *rescale;
   Word *words, *kept;
-  char *row_copy, *key_copy, *value_copy, *value_pairs, *clean, *clean_pairs;
+  char *row_copy, *key_copy, *value_copy, *value_pairs, *zeroed, *zeroed_pairs;
 };
 
-// The tile's values into the output; where a hidden value is not finite it must reach no row but those that see it.
-inline void add_values(const RowState& s, Tile& values, const Sight& sight, const float* weights, i64 value_dim,
+// Adds the tile's weighted values to the output. A hidden value that is not finite must not reach the output: on the
+// non-finite path it is multiplied as 0, and then added to the rows that see it.
+inline void add_values(const RowState& s, Tile& values, const VisibleKeys& visible, const float* weights, i64 value_dim,
                        const ForwardScratch& scratch) {
-  const i64 n = sight.b - sight.a, lanes = s.panel.lanes;
+  const i64 n = visible.b - visible.a, lanes = s.panel.lanes;
   const bool is_dot = values.dot();
   const i64 depth = is_dot ? (n + 1) / 2 : n;
-  // All of it shows, but the last of an odd number of rows is paired with one that may not.
-  const bool plain = sight.words == nullptr && !(is_dot && n % 2 != 0);
+  // No key is hidden; but the last of an odd number of rows is paired with one that may be.
+  const bool plain = visible.words == nullptr && !(is_dot && n % 2 != 0);
   if (plain || values.finite()) {
-    gemm(is_dot, values.columns_from(sight.a), weights, lanes * 4, s.out, lanes, value_dim, lanes / kLanes, depth,
+    gemm(is_dot, values.columns_from(visible.a), weights, lanes * 4, s.out, lanes, value_dim, lanes / kLanes, depth,
          s.begun);
     return;
   }
-  const Rows rows = values.rows_from(sight.a);
-  const Rows clean = finite_copy(rows, n, value_dim, is_dot, scratch.clean);
-  Operand columns{clean.data, 4, clean.stride};
+  const Rows rows = values.rows_from(visible.a);
+  const Rows zeroed = zero_non_finite(rows, n, value_dim, is_dot, scratch.zeroed);
+  Operand columns{zeroed.data, 4, zeroed.stride};
   if (is_dot) {
-    interleave_rows(clean, n, value_dim, scratch.clean_pairs);
-    columns = {scratch.clean_pairs, 4, pad_lanes(value_dim) * 4};
+    interleave_rows(zeroed, n, value_dim, scratch.zeroed_pairs);
+    columns = {scratch.zeroed_pairs, 4, pad_lanes(value_dim) * 4};
   }
   gemm(is_dot, columns, weights, lanes * 4, s.out, lanes, value_dim, lanes / kLanes, depth, s.begun);
   each_non_finite(rows, n, value_dim, is_dot, [&](i64 r, i64 c, float x) {
     for (i64 q = 0; q < s.panel.count; ++q) {
-      if (sight.words == nullptr || (sight.words[r] >> q & 1)) {
+      if (visible.words == nullptr || (visible.words[r] >> q & 1)) {
         s.out[c * lanes + q] += x;
       }
     }
   });
 }
 
-// Scores of the places that the panel sees, as base-2 logarithms once multiplied by the factor that is returned;
-// before that they are natural where `is_natural` says so.
+// Computes the scores of the visible places, and returns the factor that makes them logarithms in base 2. Without it
+// they are natural logarithms where `is_natural` is true.
 inline float score_tile(const AttentionParams& p, const Panel& panel, const KeyList& list, const float* query,
-                        Tile& keys, Sight& sight, float* scores, Word* words) {
-  const i64 n = sight.b - sight.a;
-  multiply_rows(keys.dot(), keys.rows_from(sight.a), query, panel.lanes, n, depth_of(keys.dot(), p.dim), scores);
+                        Tile& keys, VisibleKeys& visible, float* scores, Word* words) {
+  const i64 n = visible.b - visible.a;
+  multiply_rows(keys.dot(), keys.rows_from(visible.a), query, panel.lanes, n, depth_of(keys.dot(), p.dim), scores);
   float factor = p.scale * kLog2e;
   if (p.bias.data != nullptr) {
     factor = kLog2e;
-    add_bias(p, panel, list, sight, scores, words);
-  } else if (!(p.scale > 0.0f)) { // the largest would not stay the largest
+    add_bias(p, panel, list, visible, scores, words);
+  } else if (!(p.scale > 0.0f)) { // a factor that is not positive would change which score is the largest
     factor = kLog2e;
     for (i64 i = 0; i < n * panel.lanes; i += kLanes) {
       store(scores + i, load(scores + i) * p.scale);
     }
   }
-  if (sight.words != nullptr) {
-    hide(panel, sight.words, n, scores);
+  if (visible.words != nullptr) {
+    hide(panel, visible.words, n, scores);
   }
   return factor;
 }
 
-inline void attend(const AttentionParams& p, const KeyList& list, RowState& s, Tile& keys, Tile& values, Sight sight,
-                   const ForwardScratch& scratch) {
-  const i64 n = sight.b - sight.a, lanes = s.panel.lanes;
-  const float factor = score_tile(p, s.panel, list, s.query, keys, sight, scratch.scores, scratch.words);
+inline void attend(const AttentionParams& p, const KeyList& list, RowState& s, Tile& keys, Tile& values,
+                   VisibleKeys visible, const ForwardScratch& scratch) {
+  const i64 n = visible.b - visible.a, lanes = s.panel.lanes;
+  const float factor = score_tile(p, s.panel, list, s.query, keys, visible, scratch.scores, scratch.words);
   const bool natural = is_natural(p);
-  s.sees |= sight.any;
-  if (move_top(scratch.scores, n, lanes, natural, factor, s.top, s.total, scratch.shrink) && s.begun) {
+  s.sees |= visible.any;
+  if (update_maximum(scratch.scores, n, lanes, natural, factor, s.maximum, s.total, scratch.rescale) && s.begun) {
     for (i64 c = 0; c < p.value_dim; ++c) {
       for (i64 q = 0; q < lanes; q += kLanes) {
         float* at = s.out + c * lanes + q;
-        store(at, load(at) * load(scratch.shrink + q));
+        store(at, load(at) * load(scratch.rescale + q));
       }
     }
   }
   const Word* kept = nullptr;
   if (p.dropout) {
-    kept_words(p, s.panel, list, sight.a, sight.b, scratch.kept);
+    kept_words(p, s.panel, list, visible.a, visible.b, scratch.kept);
     kept = scratch.kept;
   }
   if (values.dot()) {
-    weigh<true>(scratch.scores, n, lanes, natural, factor, s.top, s.total, kept, p.keep_scale);
+    exponentiate<true>(scratch.scores, n, lanes, natural, factor, s.maximum, s.total, kept, p.keep_scale);
   } else {
-    weigh<false>(scratch.scores, n, lanes, natural, factor, s.top, s.total, kept, p.keep_scale);
+    exponentiate<false>(scratch.scores, n, lanes, natural, factor, s.maximum, s.total, kept, p.keep_scale);
   }
-  add_values(s, values, sight, scratch.scores, p.value_dim, scratch);
+  add_values(s, values, visible, scratch.scores, p.value_dim, scratch);
   s.begun = true;
 }
 
-// The panel's log-sum-exp. A row that sees nothing has -inf; one that sees only scores of -inf NaN, as in softmax.
+// Writes the panel's log-sum-exp: -inf for a row that sees nothing, NaN for one that sees only scores of -inf (as
+// softmax gives).
 inline void write_lse(const AttentionParams& p, const RowState& s) {
   float* lse = p.lse + (s.panel.b * p.heads + s.panel.h) * p.q_len + s.panel.i0;
   for (i64 q = 0; q < s.panel.count; ++q) {
     const bool seen = s.sees >> q & 1;
-    const float top = is_natural(p) ? s.top[q] : s.top[q] * kLn2;
-    lse[q] = s.total[q] != 0.0f ? top + __builtin_log2f(s.total[q]) * kLn2 : (seen ? __builtin_nanf("") : -kInf);
+    const float maximum = is_natural(p) ? s.maximum[q] : s.maximum[q] * kLn2;
+    lse[q] = s.total[q] != 0.0f ? maximum + __builtin_log2f(s.total[q]) * kLn2 : (seen ? __builtin_nanf("") : -kInf);
   }
 }
 
-// The panel's output and log-sum-exp.
+// Writes the panel's output and log-sum-exp.
 inline void finish(const AttentionParams& p, const RowState& s, float* factor) {
   const Panel& panel = s.panel;
   const float gate = p.gate != nullptr ? p.gate[panel.h] : 1.0f;
@@ -223,17 +226,17 @@ inline void finish(const AttentionParams& p, const RowState& s, float* factor) {
 inline void begin_rows(const AttentionParams& p, const KeyList& list, i64 kv, i64 index, RowState& s, Arena& arena,
                        char* copy, i64 out_rows) {
   s.panel = panel_at(p, kv, index);
-  spans_of(p, s.panel, list, s.spans);
+  spans_of_panel(p, s.panel, list, s.spans);
   const bool is_dot = uses_dot(p.query.type);
   const i64 depth = depth_of(is_dot, p.dim), lanes = s.panel.lanes;
   s.query = arena.take<float>(depth * lanes);
   s.out = arena.take<float>(out_rows * lanes);
-  s.top = arena.take<float>(lanes);
+  s.maximum = arena.take<float>(lanes);
   s.total = arena.take<float>(lanes);
   s.sees = 0;
   s.begun = false;
   for (i64 q = 0; q < lanes; ++q) {
-    s.top[q] = -kInf;
+    s.maximum[q] = -kInf;
     s.total[q] = 0.0f;
   }
   Source source = source_of(p.query, s.panel.b, s.panel.h);
@@ -246,15 +249,15 @@ inline ForwardScratch take_scratch(const AttentionParams& p, Arena& arena, bool 
   const i64 copied = Tile::copy_bytes(is_dot, p.value_dim), paired = Tile::pairs_bytes(is_dot, p.value_dim);
   ForwardScratch s;
   s.scores = arena.take<float>(kTileKeys * kPanel);
-  s.shrink = arena.take<float>(kPanel);
+  s.rescale = arena.take<float>(kPanel);
   s.words = arena.take<Word>(kTileKeys + 1, 1);
   s.kept = arena.take<Word>(kTileKeys);
   s.row_copy = arena.take<char>(kPanel * row_bytes(is_dot, p.dim));
   s.key_copy = arena.take<char>(Tile::copy_bytes(is_dot, p.dim));
   s.value_copy = with_values ? arena.take<char>(copied) : nullptr;
   s.value_pairs = with_values ? arena.take<char>(paired) : nullptr;
-  s.clean = with_values ? arena.take<char>(copied) : nullptr;
-  s.clean_pairs = with_values ? arena.take<char>(paired) : nullptr;
+  s.zeroed = with_values ? arena.take<char>(copied) : nullptr;
+  s.zeroed_pairs = with_values ? arena.take<char>(paired) : nullptr;
   return s;
 }
 
@@ -293,8 +296,8 @@ inline void forward(const AttentionParams& p, i64 kv, i64 first, i64 last, char*
   Tile values(p, p.value, list, kv, p.value_dim, scratch.value_copy, scratch.value_pairs);
   for (i64 a = begin, b = 0; a < end; a = b) {
     b = least(a + kTileKeys, end);
-    for (i64 i = 0; i < count; ++i) { // a panel that sees no more than a tile or two had better see them whole
-      const Spans& spans = rows[i].spans;
+    for (i64 i = 0; i < count; ++i) { // a panel that sees at most two tiles gets tiles that begin where its span does
+      const PanelSpans& spans = rows[i].spans;
       if (spans.first > a && spans.first < b && spans.last - spans.first <= 2 * kTileKeys) {
         b = spans.first;
       }
@@ -302,17 +305,17 @@ inline void forward(const AttentionParams& p, i64 kv, i64 first, i64 last, char*
     keys.move(a, b - a);
     values.move(a, b - a);
     for (i64 i = 0; i < count; ++i) {
-      Sight sight = see(p, rows[i].panel, list, rows[i].spans, a, b, scratch.words);
+      VisibleKeys visible = find_visible(p, rows[i].panel, list, rows[i].spans, a, b, scratch.words);
       if (values.dot()) {
-        sight = from_even(sight, a, rows[i].panel, scratch.words);
+        visible = align_to_pairs(visible, a, rows[i].panel, scratch.words);
       }
-      if (sight.a < sight.b) {
-        attend(p, list, rows[i], keys, values, sight, scratch);
+      if (visible.a < visible.b) {
+        attend(p, list, rows[i], keys, values, visible, scratch);
       }
     }
   }
   for (i64 i = 0; i < count; ++i) {
-    finish(p, rows[i], scratch.shrink);
+    finish(p, rows[i], scratch.rescale);
   }
 }
 

@@ -1,5 +1,5 @@
 // Which keys the queries of a panel see. Spans, `key_valid` and dense masks all become one word for each key, with a
-// bit for each query; a tile of keys whose words are all 0 is skipped, one whose words are all ones needs no mask.
+// bit for each query. A tile of keys whose words are all 0 is skipped; one whose words are all ones needs no mask.
 #pragma once
 
 #include <type_traits>
@@ -13,9 +13,9 @@ using Word =
     std::conditional_t<kPanel == 64, std::uint64_t, std::conditional_t<kPanel == 16, std::uint16_t, std::uint8_t>>;
 static_assert(sizeof(Word) * 8 == kPanel);
 
-// Queries i0 to i0 + count of one (b, h).
+// The queries i0 to i0 + count of one (b, h).
 struct Panel {
-  i64 b, h, i0, count, number; // number: which of its (b, h)
+  i64 b, h, i0, count, number; // number: its index among the panels of (b, h)
   i64 vectors, lanes;
   Word real; // a bit for each query
 };
@@ -23,13 +23,13 @@ struct Panel {
 MMK_INLINE i64 panels_of(const AttentionParams& p) { // of one (b, h)
   return p.panels != nullptr ? p.panel_count : (p.q_len + kPanel - 1) / kPanel;
 }
-MMK_INLINE i64 sharers(const AttentionParams& p) { // batch entries that share one batch entry of the keys
+MMK_INLINE i64 batches_sharing_keys(const AttentionParams& p) { // how many share one batch entry of the keys
   return p.key_batch == p.batch ? 1 : p.batch;
 }
 MMK_INLINE i64 group_of(const AttentionParams& p) {
   return p.heads / p.key_heads;
 }
-// Panel `index` of those that look at key head `kv`: by batch entry, query head, place.
+// Panel `index` of those that attend to key head `kv`, which are ordered by batch entry, query head, panel.
 inline Panel panel_at(const AttentionParams& p, i64 kv, i64 index) {
   const i64 of_head = panels_of(p), group = group_of(p);
   Panel panel;
@@ -74,35 +74,35 @@ MMK_INLINE i64 place_of(const KeyList& list, i64 key) {
   return low;
 }
 
-// The run of places that one query's span shows.
-struct Run {
+// The span of one query, in places of the key list.
+struct Span {
   i64 first, last;
 };
-MMK_INLINE Run run_of(const AttentionParams& p, const KeyList& list, i64 b, i64 i) {
+MMK_INLINE Span span_of(const AttentionParams& p, const KeyList& list, i64 b, i64 i) {
   if (p.start == nullptr) {
     return {0, list.count};
   }
   const i64 start = p.start[b * p.start_b + i * p.start_i], end = p.end[b * p.end_b + i * p.end_i];
-  const Run run{place_of(list, start), place_of(list, end)};
-  return run.first < run.last ? run : Run{0, 0};
+  const Span span{place_of(list, start), place_of(list, end)};
+  return span.first < span.last ? span : Span{0, 0};
 }
 
-// Cuts the queries of one batch entry into panels: a query joins the panel before it unless computing the two apart is
-// less work. Work: keys that somebody of the panel sees, times vectors of queries, one more for what a panel costs by
-// itself.
+// Cuts the queries of one batch entry into panels: a query joins the panel before it unless two panels are less work.
+// The work of a panel: the keys that any of its queries sees, times its vectors of queries plus one for the panel's
+// cost.
 inline i64 plan_panels(const AttentionParams& p, i64 b, PanelRange* ranges) {
   const KeyList all{nullptr, p.k_len};
   const auto work = [](i64 queries, i64 keys) { return ((queries + kLanes - 1) / kLanes + 1) * keys; };
-  const auto length = [](const Run& r) { return r.last - r.first; };
+  const auto length = [](const Span& r) { return r.last - r.first; };
   i64 panels = 0;
-  Run hull{0, 0};
+  Span hull{0, 0};
   i64 seen = 0; // keys that the panel sees
   for (i64 i = 0; i < p.q_len;) {
-    const Run run = run_of(p, all, b, i);
-    i64 same = 1; // queries that see just the same
+    const Span span = span_of(p, all, b, i);
+    i64 same = 1; // queries with the same span
     while (i + same < p.q_len && same < kPanel) {
-      const Run next = run_of(p, all, b, i + same);
-      if (next.first != run.first || next.last != run.last) {
+      const Span next = span_of(p, all, b, i + same);
+      if (next.first != span.first || next.last != span.last) {
         break;
       }
       ++same;
@@ -112,66 +112,67 @@ inline i64 plan_panels(const AttentionParams& p, i64 b, PanelRange* ranges) {
     if (panels > 0 && ranges[panels - 1].count < kPanel) {
       PanelRange* last = ranges + panels - 1;
       taken = least<i64>(same, kPanel - last->count);
-      const i64 shared = most<i64>(0, least(hull.last, run.last) - most(hull.first, run.first));
-      const i64 together = seen + length(run) - least(shared, seen);
-      joins = work(last->count + taken, together) <= work(last->count, seen) + work(taken, length(run));
+      const i64 shared = most<i64>(0, least(hull.last, span.last) - most(hull.first, span.first));
+      const i64 together = seen + length(span) - least(shared, seen);
+      joins = work(last->count + taken, together) <= work(last->count, seen) + work(taken, length(span));
       if (joins) {
         last->count += (std::int32_t)taken;
         seen = together;
-        if (length(run) > 0) {
-          hull = length(hull) == 0 ? run : Run{least(hull.first, run.first), most(hull.last, run.last)};
+        if (length(span) > 0) {
+          hull = length(hull) == 0 ? span : Span{least(hull.first, span.first), most(hull.last, span.last)};
         }
       }
     }
     if (!joins) {
       taken = same;
       ranges[panels++] = {(std::int32_t)i, (std::int32_t)taken};
-      hull = run;
-      seen = length(run);
+      hull = span;
+      seen = length(span);
     }
     i += taken;
   }
   return panels;
 }
 
-struct Spans {
+struct PanelSpans {
   std::int32_t start[kPanel], end[kPanel];
-  i64 first, last;           // no query sees a place outside these
-  i64 full_first, full_last; // every query's span shows all of these
+  i64 first, last;           // no query sees a place outside [first, last)
+  i64 full_first, full_last; // every query's span holds [full_first, full_last)
 };
 
-inline void spans_of(const AttentionParams& p, const Panel& panel, const KeyList& list, Spans& spans) {
+inline void spans_of_panel(const AttentionParams& p, const Panel& panel, const KeyList& list, PanelSpans& spans) {
   spans.first = list.count;
   spans.last = 0;
   spans.full_first = 0;
   spans.full_last = list.count;
   const bool same = p.start == nullptr || (p.start_i == 0 && p.end_i == 0);
-  Run run{0, 0};
+  Span span{0, 0};
   for (i64 q = 0; q < panel.count; ++q) {
     if (q == 0 || !same) {
-      run = run_of(p, list, panel.b, panel.i0 + q);
+      span = span_of(p, list, panel.b, panel.i0 + q);
     }
-    spans.start[q] = (std::int32_t)run.first;
-    spans.end[q] = (std::int32_t)run.last;
-    if (run.first < run.last) {
-      spans.first = least(spans.first, run.first);
-      spans.last = most(spans.last, run.last);
+    spans.start[q] = (std::int32_t)span.first;
+    spans.end[q] = (std::int32_t)span.last;
+    if (span.first < span.last) {
+      spans.first = least(spans.first, span.first);
+      spans.last = most(spans.last, span.last);
     }
-    spans.full_first = most(spans.full_first, run.first);
-    spans.full_last = least(spans.full_last, run.last);
+    spans.full_first = most(spans.full_first, span.first);
+    spans.full_last = least(spans.full_last, span.last);
   }
 }
 
-// Places a to b, as far as a query of the panel sees any of them. `words` is null where all see all.
-struct Sight {
+// The part [a, b) of a tile that at least one query of the panel sees. `words` is null where every query sees all of
+// it.
+struct VisibleKeys {
   i64 a, b;
-  Word* words; // of place a, a + 1, ...
-  Word any;    // the queries that see something here
+  Word* words; // of the places a, a + 1, ...
+  Word any;    // the queries that see any of them
 };
 
-//   words: room for b - a + 1; one word in front of it may be written later (`from_even`).
-inline Sight see(const AttentionParams& p, const Panel& panel, const KeyList& list, const Spans& spans, i64 a, i64 b,
-                 Word* words) {
+// words: room for b - a + 1 words; `align_to_pairs` may write one word in front of it.
+inline VisibleKeys find_visible(const AttentionParams& p, const Panel& panel, const KeyList& list,
+                                const PanelSpans& spans, i64 a, i64 b, Word* words) {
   a = most(a, spans.first);
   b = least(b, spans.last);
   if (a >= b) {
@@ -237,29 +238,29 @@ inline Sight see(const AttentionParams& p, const Panel& panel, const KeyList& li
   return {a + first, a + last, words + first, any};
 }
 
-// Gives a sight that shows everything words that say so.
-inline void write_out(Sight& sight, const Panel& panel, Word* words) {
-  if (sight.words == nullptr) {
-    for (i64 r = 0; r < sight.b - sight.a; ++r) {
+// Writes words of ones where there are none yet.
+inline void write_words(VisibleKeys& visible, const Panel& panel, Word* words) {
+  if (visible.words == nullptr) {
+    for (i64 r = 0; r < visible.b - visible.a; ++r) {
       words[r] = panel.real;
     }
-    sight.words = words;
+    visible.words = words;
   }
 }
 
-// The same, beginning an even number of places after `first`: by one more place, which nobody sees.
-inline Sight from_even(Sight sight, i64 first, const Panel& panel, Word* words) {
-  if (sight.a == sight.b || (sight.a - first) % 2 == 0) {
-    return sight;
+// Makes the part begin an even number of places after `first`, by one more place in front, which is hidden.
+inline VisibleKeys align_to_pairs(VisibleKeys visible, i64 first, const Panel& panel, Word* words) {
+  if (visible.a == visible.b || (visible.a - first) % 2 == 0) {
+    return visible;
   }
-  write_out(sight, panel, words);
-  sight.words -= 1;
-  sight.words[0] = 0;
-  sight.a -= 1;
-  return sight;
+  write_words(visible, panel, words);
+  visible.words -= 1;
+  visible.words[0] = 0;
+  visible.a -= 1;
+  return visible;
 }
 
-// One panel of `dense` as words: the bytes of eight queries become the bits of one byte, for many keys at once.
+// Packs one panel of `dense` into words: the bytes of eight queries become the bits of one byte, for many keys at once.
 inline void mask_words(const AttentionParams& p, i64 b, i64 h, i64 number) {
   const std::uint8_t* mask = p.dense + b * p.dense_b + h * p.dense_h;
   char* to = p.words + (b * p.words_b + h * p.words_h + number * p.words_panel) * sizeof(Word);

@@ -10,12 +10,12 @@ namespace MMK_ISA {
 MMK_INLINE Source source_of(const View& x, i64 b, i64 h) {
   return {x.data + (b * x.b + h * x.h) * bytes_of(x.type), x.type, x.l, x.d, nullptr};
 }
-// Places first to first + count of the list, as a source.
+// The rows of places first to first + count.
 MMK_INLINE Source at_keys(Source x, const KeyList& list, i64 first, i64 count) {
   i64 row = first;
   if (list.index != nullptr) {
     row = list.index[first];
-    if (list.index[first + count - 1] - row != count - 1) { // not neighbours
+    if (list.index[first + count - 1] - row != count - 1) { // not contiguous
       x.index = list.index + first;
       return x;
     }
@@ -24,7 +24,7 @@ MMK_INLINE Source at_keys(Source x, const KeyList& list, i64 first, i64 count) {
   return x;
 }
 
-// Asks for rows of one (b, h) before they are needed: they lie so far apart that no hardware sees them coming.
+// Prefetches rows of one (b, h): they lie so far apart that the hardware does not.
 template <bool kToWrite> MMK_INLINE void prefetch_rows(const View& x, i64 b, i64 h, i64 first, i64 count, i64 cols) {
   const i64 size = bytes_of(x.type);
   const char* base = x.data + (b * x.b + h * x.h + first * x.l) * size;
@@ -35,7 +35,7 @@ template <bool kToWrite> MMK_INLINE void prefetch_rows(const View& x, i64 b, i64
   }
 }
 
-// [channels, lanes] to `count` rows of one (b, h) of a tensor, each lane times its factor.
+// Writes [channels, lanes] to `count` rows of one (b, h) of a tensor, each lane times its factor.
 inline void write_rows(const float* tile, i64 lanes, i64 channels, const float* factor, const View& x, i64 b, i64 h,
                        i64 first, i64 count) {
   const i64 size = bytes_of(x.type);

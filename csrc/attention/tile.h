@@ -1,6 +1,6 @@
 // What all passes over a tile of scores share: operands, scores, mask, bias, dropout. A tile is transposed, [keys,
-// lanes] with a panel's queries side by side: keys and values are read where they lie, and no sum or maximum runs
-// across lanes.
+// lanes], with a panel's queries side by side. So keys and values are read in place, and no sum or maximum crosses
+// lanes.
 #pragma once
 
 #include "../common/philox.h"
@@ -10,10 +10,10 @@
 namespace mmkernels {
 namespace MMK_ISA {
 
-// Keys that are worked on together: the tile of scores stays in the first-level cache beside a strip of its operands.
+// Keys of a tile: its scores stay in the first-level cache beside the operands in use.
 constexpr i64 kTileKeys = 96;
 
-// Dispatches on whether products are those of bfloat16 pairs.
+// Chooses between products of float32 and of bfloat16 pairs.
 MMK_INLINE void gemm(bool is_dot, Operand a, const void* b, i64 b_step, float* c, i64 c_row, i64 rows, i64 vectors,
                      i64 depth, bool add) {
   if (kHasDot && is_dot) {
@@ -23,28 +23,28 @@ MMK_INLINE void gemm(bool is_dot, Operand a, const void* b, i64 b_step, float* c
   }
 }
 
-// Scores [rows, lanes] of keys in the working format with the transposed queries.
+// Products [count, lanes] of rows in the working format with the transposed queries.
 MMK_INLINE void multiply_rows(bool is_dot, Rows rows, const float* transposed, i64 lanes, i64 count, i64 depth,
                               float* to) {
   gemm(is_dot, {rows.data, rows.stride, 4}, transposed, lanes * 4, to, lanes, count, lanes / kLanes, depth, false);
 }
 
-// A bias below this is taken for it, so that it stays finite in base 2: models write "hidden" as the lowest number.
+// A lower bias counts as this one, which stays finite in base 2: models hide keys by the lowest finite number.
 constexpr float kLowestBias = -2.3e38f;
 
-// Scores to (scores * scale + bias) in base 2, all of it in place: a factor that came later, in a fused product, would
-// leave of a huge score's distance from the largest what rounding made of that. A bias of -inf hides, whatever the
-// score is: that goes into the sight. The bias is read along its keys and turned in registers.
-inline void add_bias(const AttentionParams& p, const Panel& panel, const KeyList& list, Sight& sight, float* scores,
-                     Word* words) {
+// Replaces scores by scores * scale + bias. Scale first, then subtract the maximum: fusing the scale into the exponent
+// would lose the difference of two huge scores to rounding. A bias of -inf hides the key whatever its score is, so that
+// it clears bits of the words. The bias is read along its keys and transposed in registers.
+inline void add_bias(const AttentionParams& p, const Panel& panel, const KeyList& list, VisibleKeys& visible,
+                     float* scores, Word* words) {
   const View& x = p.bias;
-  const i64 size = bytes_of(x.type), count = sight.b - sight.a;
+  const i64 size = bytes_of(x.type), count = visible.b - visible.a;
   const char* base = x.data + (panel.b * x.b + panel.h * x.h + panel.i0 * x.l) * size;
   const Vec scale = set1(p.scale), hidden = set1(-kInf), floor = set1(kLowestBias);
   for (i64 q = 0; q < panel.lanes; q += kLanes) {
     for (i64 r = 0; r < count; r += kLanes) {
-      const i64 n = least<i64>(kLanes, count - r), key = key_at(list, sight.a + r);
-      const bool neighbours = x.d == 1 && key_at(list, sight.a + r + n - 1) - key == n - 1;
+      const i64 n = least<i64>(kLanes, count - r), key = key_at(list, visible.a + r);
+      const bool neighbours = x.d == 1 && key_at(list, visible.a + r + n - 1) - key == n - 1;
       Vec block[kLanes];
       Vec lowest = zero();
       for (i64 i = 0; i < kLanes; ++i) {
@@ -55,12 +55,11 @@ inline void add_bias(const AttentionParams& p, const Panel& panel, const KeyList
         const char* row = base + (q + i) * x.l * size;
         if (neighbours) {
           block[i] = load_as_f32(row + key * size, x.type, n);
-          __builtin_prefetch(row +
-                             (key + kTileKeys) * size); // so many rows at once are more streams than hardware sees
+          __builtin_prefetch(row + (key + kTileKeys) * size); // more rows at once than the hardware prefetches
         } else {
           float few[kLanes] = {};
           for (i64 j = 0; j < n; ++j) {
-            few[j] = load_one(row + key_at(list, sight.a + r + j) * x.d * size, x.type);
+            few[j] = load_one(row + key_at(list, visible.a + r + j) * x.d * size, x.type);
           }
           block[i] = load(few);
         }
@@ -73,29 +72,29 @@ inline void add_bias(const AttentionParams& p, const Panel& panel, const KeyList
         store(at, fma(load(at), scale, bias));
       }
       if (bits_of(lowest == hidden) != 0) {
-        write_out(sight, panel, words);
+        write_words(visible, panel, words);
         for (i64 j = 0; j < n; ++j) {
           const Word hides = (Word)((Word)bits_of(block[j] == hidden) << q);
-          sight.words[r + j] &= (Word)~hides;
+          visible.words[r + j] &= (Word)~hides;
         }
       }
     }
   }
-  if (sight.words != nullptr) {
-    sight.any = 0;
+  if (visible.words != nullptr) {
+    visible.any = 0;
     for (i64 r = 0; r < count; ++r) {
-      sight.any |= sight.words[r];
+      visible.any |= visible.words[r];
     }
   }
 }
 
-// Whether logarithms stay natural until they are taken relative to a row's largest. A bias may be huge: then that
-// difference is exact, and the difference of two rounded products would be nothing but their rounding.
+// Whether scores are converted to base 2 only after the maximum is subtracted. With a huge bias that difference is
+// exact, while the difference of two products with log2(e) would be only rounding.
 MMK_INLINE bool is_natural(const AttentionParams& p) {
   return p.bias.data != nullptr;
 }
 
-// A probability from its logarithm, which rounding may leave above 0: where scores are huge, by far.
+// A probability from its logarithm. Rounding may leave the logarithm above 0, far above where scores are huge.
 MMK_INLINE Vec probability(Vec x) {
   return exp2(x > zero() ? zero() : x);
 }
@@ -113,19 +112,19 @@ MMK_INLINE void hide(const Panel& panel, const Word* words, i64 count, float* sc
   }
 }
 
-// For each place of [a, b) the bits of the queries whose probability dropout keeps.
+// For each place of [a, b), the bits of the queries whose probability dropout keeps.
 inline void kept_words(const AttentionParams& p, const Panel& panel, const KeyList& list, i64 a, i64 b, Word* kept) {
   UVec lane;
   for (int i = 0; i < kLanes; ++i) {
     lane[i] = (std::uint32_t)i;
   }
   std::memset(kept, 0, (b - a) * sizeof(Word));
-  if (p.threshold >> 32 != 0) { // everything is dropped
+  if (p.threshold >> 32 != 0) { // every probability is dropped
     return;
   }
   const std::uint32_t threshold = (std::uint32_t)p.threshold;
   for (i64 n = 0; n < panel.vectors; ++n) {
-    i64 last = -1; // the quad of keys whose words are at hand
+    i64 last = -1; // `words` are those of keys 4 last to 4 last + 3
     UVec words[4];
     for (i64 r = a; r < b; ++r) {
       const i64 key = key_at(list, r);
@@ -148,8 +147,8 @@ inline void kept_words(const AttentionParams& p, const Panel& panel, const KeyLi
   }
 }
 
-// A tile [count, lanes] of places from `a` on, transposed to rows of queries: f(where, elements, how many) for runs of
-// neighbouring keys. `to` is float32, its first row the panel's first query.
+// Transposes a tile [count, lanes] of places from `a` on to rows of queries: calls f(address, elements, count) for
+// contiguous keys. `to` is float32; its first row is the panel's first query.
 template <typename F>
 MMK_INLINE void each_transposed_block(const Panel& panel, const KeyList& list, i64 a, i64 count, const float* tile,
                                       const View& to, const F& f) {
@@ -176,14 +175,14 @@ MMK_INLINE void each_transposed_block(const Panel& panel, const KeyList& list, i
   }
 }
 
-// Keys or values of one tile, brought into the working format when first asked for.
+// Keys or values of one tile, converted to the working format at the first use.
 class Tile {
 public:
   Tile(const AttentionParams& p, const View& x, const KeyList& list, i64 kv, i64 cols, char* copy, char* pairs)
       : source_(source_of(x, kv / p.key_heads, kv % p.key_heads)), list_(list), cols_(cols), dot_(uses_dot(x.type)),
         copy_(copy), pairs_(pairs) {}
 
-  // The tile of places [first, first + count).
+  // Moves to the places [first, first + count).
   void move(i64 first, i64 count) {
     first_ = first;
     count_ = count;
@@ -202,15 +201,15 @@ public:
     const Rows all = rows();
     return {all.data + (a - first_) * all.stride, all.stride};
   }
-  // A of a product that sums over this tile's rows: element (channel, row), or pair of rows. With pairs `a - first` is
-  // even.
+  // The left operand of a product that sums over this tile's rows: element (channel, row), or (channel, pair of rows).
+  // With pairs, `a - first` is even.
   Operand columns_from(i64 a) {
     if (!dot_) {
       const Rows all = rows_from(a);
       if (all.stride % 1024 != 0) {
         return {all.data, 4, all.stride};
       }
-      // Down a column of such rows everything falls into the same few sets of the first-level cache.
+      // A column of rows with such a stride falls into few sets of the first-level cache: copy with another stride.
       const i64 apart = padded_row(cols_);
       if (!paired_) {
         const Rows whole = rows();
@@ -257,7 +256,7 @@ private:
   char *copy_, *pairs_;
   i64 first_ = 0, count_ = 0;
   Rows rows_{nullptr, 0};
-  bool paired_ = false; // `pairs_` holds pairs of rows, or rows a line further apart
+  bool paired_ = false; // `pairs_` holds pairs of rows, or rows with another stride
   int finite_ = -1;
 };
 

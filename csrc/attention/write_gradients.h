@@ -1,4 +1,4 @@
-// From sums to gradients: rows of a tensor in its own dtype and layout.
+// Writes gradients from float32 sums, in the gradient's dtype and layout.
 #pragma once
 
 #include "mask.h"
@@ -6,7 +6,7 @@
 namespace mmkernels {
 namespace MMK_ISA {
 
-// Sums of some places to rows of a gradient.
+// Writes the sums of the places from `first` on to their keys' rows.
 inline void write_key_rows(const float* from, i64 cols, float scale, const View& x, const KeyList& list, i64 kv,
                            i64 key_heads, i64 first, i64 count) {
   const i64 size = bytes_of(x.type), padded = pad_lanes(cols);
@@ -26,7 +26,7 @@ inline void write_key_rows(const float* from, i64 cols, float scale, const View&
   }
 }
 
-// The splits' dQ, rows [begin, end) of [B, Hq, Lq], added up in their order.
+// Rows [begin, end) of dQ [B, Hq, Lq]: the sum over the splits, in their order.
 inline void backward_merge(const AttentionParams& p, i64 begin, i64 end) {
   const View& x = p.grad_query;
   const i64 rows = p.batch * p.heads * p.q_len;

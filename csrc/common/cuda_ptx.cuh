@@ -1,6 +1,6 @@
-// The machine instructions that the CUDA kernels are made of, one small function each; needs sm_80. Kernels use nothing
-// else of CUDA than these, thread and block numbers and __syncthreads, so that a test can put functions for the host in
-// their place, which define the same guard.
+// The machine instructions that the CUDA kernels use, one small function each; needs sm_80. Of CUDA, kernels use only
+// these, thread and block indices and __syncthreads, so that a test can replace this file by functions for the host,
+// which define the same include guard.
 #ifndef MMKERNELS_CUDA_PTX
 #define MMKERNELS_CUDA_PTX
 
@@ -17,7 +17,7 @@ struct F16 {
   std::uint16_t bits;
 };
 
-// Shared memory: of the block, asked for at launch; and as the 32-bit address that the instructions below take.
+// The block's dynamic shared memory, and the 32-bit address of shared memory that the instructions below need.
 MMK_DEVICE char* dynamic_shared() {
   extern __shared__ __align__(128) char mmkernels_shared[];
   return mmkernels_shared;
@@ -55,16 +55,15 @@ MMK_DEVICE void store_shared(std::uint32_t address, std::uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(address), "r"(x) : "memory");
 }
 
-// Copies 16 bytes from global to shared memory without waiting for them; where `there` is false it writes zeros and
-// reads nothing.
-MMK_DEVICE void copy_async(std::uint32_t to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
+// Starts a copy of 16 bytes from global to shared memory; where `exists` is false it writes zeros and reads nothing.
+MMK_DEVICE void copy_async(std::uint32_t to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(exists ? 16 : 0)
                : "memory");
 }
 MMK_DEVICE void copy_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
-// Waits until at most `kPending` of this thread's latest groups are under way.
+// Waits until at most `kPending` of this thread's latest groups are in flight.
 template <int kPending> MMK_DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
@@ -118,14 +117,14 @@ MMK_DEVICE float widen(F16 x) {
   return y;
 }
 
-// 2^x: 0 of -inf, inf of inf.
+// 2^x: 0 for -inf, inf for inf.
 MMK_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
 
-// Among the lanes of a warp, all of which take part.
+// Exchanges between the lanes of a warp, all of which take part.
 template <class T> MMK_DEVICE T from_lane(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }

@@ -1,4 +1,4 @@
-// Dropout that every backend draws alike: Philox-4x32-10, see mmkernels/ops/attention/philox.py.
+// Random words that are the same on every backend: Philox-4x32-10, see mmkernels/ops/attention/philox.py.
 #pragma once
 
 #include "vec.h"
@@ -15,7 +15,7 @@ MMK_INLINE UVec multiply_words(UVec& x, std::uint64_t by) {
   return __builtin_convertvector(product >> 32, UVec);
 }
 
-// The four words for counters (c0, c1, c2, c3) under key (k0, k1), in place.
+// Replaces counters (c0, c1, c2, c3) by their four random words under the key (k0, k1).
 inline void philox(UVec& c0, UVec& c1, UVec& c2, UVec& c3, std::uint32_t k0, std::uint32_t k1) {
   for (int round = 0; round < 10; ++round) {
     const UVec high0 = multiply_words(c0, 0xD2511F53u), high1 = multiply_words(c2, 0xCD9E8D57u);

@@ -1,5 +1,5 @@
-// Rows of a tensor as the tile GEMM wants them: in the working format (float32, or bfloat16 where the CPU multiplies
-// that), transposed, or interleaved in pairs.
+// Rows of a tensor as operands of the tile GEMM: in the working format (float32, or bfloat16 where the CPU multiplies
+// it), transposed, or interleaved in pairs.
 #pragma once
 
 #include "type.h"
@@ -8,7 +8,7 @@
 namespace mmkernels {
 namespace MMK_ISA {
 
-// Hands out scratch memory, aligned to cache lines; without memory (null) it only counts.
+// Allocates scratch memory piece by piece, aligned to cache lines; without memory (null) it only counts bytes.
 struct Arena {
   char* memory;
   i64 used = 0;
@@ -33,12 +33,12 @@ MMK_INLINE bool uses_dot(Type type) {
 MMK_INLINE i64 depth_of(bool is_dot, i64 cols) {
   return is_dot ? (cols + 1) / 2 : cols;
 }
-// Bytes of a copied row: whole vectors, so that a row can be B's too.
+// Bytes of a copied row: whole vectors, so that it can be a row of the right operand too.
 MMK_INLINE i64 row_bytes(bool is_dot, i64 cols) {
   return round_up(cols * (is_dot ? 2 : 4), (i64)sizeof(Vec));
 }
 
-// The first `count` 32-bit elements at p, then zeros; and the same for storing.
+// Loads `count` 32-bit elements at p, then zeros; stores only the first `count`.
 MMK_INLINE Vec load_part(const void* p, i64 count) {
   if (count >= kLanes) {
     return load(p);
@@ -81,7 +81,7 @@ MMK_INLINE void store_one(char* p, Type type, float x) {
   const std::uint16_t y = type == Type::bf16 ? to_bf16(x) : to_f16(x);
   std::memcpy(p, &y, 2);
 }
-// `count` elements of any type at p as float32, then zeros.
+// Loads `count` elements of any type as float32, then zeros.
 MMK_INLINE Vec load_as_f32(const char* p, Type type, i64 count) {
   if (type == Type::f32) {
     return load_part(p, count);
@@ -124,8 +124,8 @@ MMK_INLINE bool usable_in_place(const Source& x, i64 cols, bool is_dot) {
   return x.index == nullptr && x.d == 1 && (x.type == Type::f32 || (is_dot && cols % 2 == 0));
 }
 
-// `count` rows of `cols` in the working format: where they lie if that will do, else copied to `to`, padded with zeros.
-//   whole: B's rows are wanted, which are read in whole vectors.
+// `count` rows of `cols` in the working format: in place where possible, else copied to `to` and padded with zeros.
+// whole: rows of the right operand, which are read in whole vectors.
 inline Rows fetch(const Source& x, i64 count, i64 cols, bool is_dot, char* to, bool whole = false) {
   const i64 size = bytes_of(x.type), stride = row_bytes(is_dot, cols);
   if (usable_in_place(x, cols, is_dot) && (!whole || cols * (is_dot ? 2 : 4) == stride)) {
@@ -157,7 +157,8 @@ inline Rows fetch(const Source& x, i64 count, i64 cols, bool is_dot, char* to, b
   return {to, stride};
 }
 
-// [count, depth] 32-bit elements to [depth, lanes]; lanes from `count` on are 0. `lanes` is a multiple of kLanes.
+// Transposes [count, depth] 32-bit elements to [depth, lanes]; lanes from `count` on are 0. `lanes` is a multiple of
+// kLanes.
 inline void transpose_rows(Rows rows, i64 count, i64 depth, i64 lanes, float* to) {
   for (i64 q = 0; q < lanes; q += kLanes) {
     for (i64 k = 0; k < depth; k += kLanes) {
@@ -174,7 +175,7 @@ inline void transpose_rows(Rows rows, i64 count, i64 depth, i64 lanes, float* to
 }
 
 #if defined(__AVX512F__)
-// Orders that interleave the first, or last, 16 of 32 elements of two vectors.
+// Permutations that interleave the first, or last, 16 of 32 elements of two vectors.
 MMK_INLINE __m512i front_halves() {
   return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
                           3, 34, 2, 33, 1, 32, 0);
@@ -184,7 +185,8 @@ MMK_INLINE __m512i back_halves() {
 }
 #endif
 
-// Rows of bfloat16 [count, cols] to [(count + 1) / 2, cols padded] pairs of the same column of two neighbouring rows.
+// Interleaves rows of bfloat16 [count, cols] to [(count + 1) / 2, cols padded]: pairs of the same column of two
+// neighbouring rows.
 inline void interleave_rows(Rows rows, i64 count, i64 cols, char* to) {
   const i64 stride = pad_lanes(cols) * 4;
   for (i64 r = 0; r < count; r += 2) {
@@ -194,7 +196,7 @@ inline void interleave_rows(Rows rows, i64 count, i64 cols, char* to) {
     i64 c = 0;
 #if defined(__AVX512F__)
     for (; b != nullptr && c + 8 * kLanes <= cols;
-         c += 8 * kLanes) { // one row after the other: memory is read in order
+         c += 8 * kLanes) { // one row after the other, so that memory is read in order
       __m512i low[4], high[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -236,7 +238,7 @@ inline void interleave_rows(Rows rows, i64 count, i64 cols, char* to) {
   }
 }
 
-// Whether all of [count, cols] is finite; depth in 32-bit elements.
+// Whether all of [count, cols] is finite.
 inline bool all_finite(Rows rows, i64 count, i64 cols, bool is_dot) {
   Vec bad = zero(); // 0 * x is NaN exactly where x is not finite
   for (i64 r = 0; r < count; ++r) {
@@ -248,8 +250,8 @@ inline bool all_finite(Rows rows, i64 count, i64 cols, bool is_dot) {
   return !(sum(bad) != 0.0f);
 }
 
-// A copy with 0 for what is not finite.
-inline Rows finite_copy(Rows rows, i64 count, i64 cols, bool is_dot, char* to) {
+// A copy with 0 in place of each element that is not finite.
+inline Rows zero_non_finite(Rows rows, i64 count, i64 cols, bool is_dot, char* to) {
   const i64 stride = row_bytes(is_dot, cols);
   const Type type = is_dot ? Type::bf16 : Type::f32;
   for (i64 r = 0; r < count; ++r) {

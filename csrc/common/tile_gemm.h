@@ -1,6 +1,6 @@
-// The tile GEMM under all attention passes: C[m, n] (+)= sum_k A[m, k] B[k, n], where an element of A and B is 32 bits:
-// a float32, or (kDot) two bfloat16 that are neighbours along k. A is read where it lies, one element broadcast at a
-// time, through any byte strides; B's rows are vectors; C is float32. Nothing is packed but B.
+// The tile GEMM of all kernels: C[m, n] (+)= sum_k A[m, k] B[k, n], where an element of A and B is 32 bits: a float32,
+// or (kDot) two bfloat16 that are neighbours along k. A is read in place through any byte strides, one element
+// broadcast at a time; B's rows are vectors; C is float32. Only B is packed.
 #pragma once
 
 #include <type_traits>
@@ -34,12 +34,12 @@ MMK_INLINE void tile(const char* __restrict a, i64 a_row, i64 a_step, const char
 #pragma GCC unroll 8
     for (int n = 0; n < kCols; ++n) {
       acc[m][n] = zero();
-      if (add) { // added at the end: by then it has come from wherever it was
+      if (add) { // C is added at the end; it is in cache by then
         __builtin_prefetch(c + m * c_row + n * kLanes, 1);
       }
     }
   }
-  // Of a unit step the offsets along k are constants; else (a row's elements lie side by side) those along m are.
+  // Constant offsets along k for a unit step, else along m, whose elements are then contiguous.
   const i64 row = kUnitStep ? a_row : 4, step = kUnitStep ? 4 : a_step;
   for (i64 k = 0; k < depth; ++k) {
     Vec x[kCols];
@@ -68,9 +68,9 @@ MMK_INLINE void tile(const char* __restrict a, i64 a_row, i64 a_step, const char
   }
 }
 
-// Rows of one strip of kCols vectors.
+// All rows of kCols vectors of C.
 template <int kCols, bool kDot, bool kUnitStep>
-void strip(Operand a, const char* b, i64 b_step, float* c, i64 c_row, i64 rows, i64 depth, bool add) {
+void gemm_columns(Operand a, const char* b, i64 b_step, float* c, i64 c_row, i64 rows, i64 depth, bool add) {
   constexpr int kTall = kCols == 4 || (kLanes < 16 && kCols == 2) ? 6 : 8;
   i64 m = 0;
   const auto run = [&](auto height) {
@@ -87,36 +87,37 @@ void strip(Operand a, const char* b, i64 b_step, float* c, i64 c_row, i64 rows, 
 }
 
 template <bool kDot, bool kUnitStep>
-MMK_INLINE void strips(Operand a, const char* b, i64 b_step, float* c, i64 c_row, i64 rows, i64 vectors, i64 depth,
-                       bool add) {
+MMK_INLINE void gemm_by_columns(Operand a, const char* b, i64 b_step, float* c, i64 c_row, i64 rows, i64 vectors,
+                                i64 depth, bool add) {
   for (i64 n = 0; n < vectors;) {
     const char* at = b + n * sizeof(Vec);
     float* to = c + n * kLanes;
     const i64 left = vectors - n;
     if (kVectors == 4 && left >= 4) {
-      strip<kVectors, kDot, kUnitStep>(a, at, b_step, to, c_row, rows, depth, add);
+      gemm_columns<kVectors, kDot, kUnitStep>(a, at, b_step, to, c_row, rows, depth, add);
       n += 4;
     } else if (kVectors == 4 && left == 3) {
-      strip<kVectors == 4 ? 3 : 1, kDot, kUnitStep>(a, at, b_step, to, c_row, rows, depth, add);
+      gemm_columns<kVectors == 4 ? 3 : 1, kDot, kUnitStep>(a, at, b_step, to, c_row, rows, depth, add);
       n += 3;
     } else if (left >= 2) {
-      strip<2, kDot, kUnitStep>(a, at, b_step, to, c_row, rows, depth, add);
+      gemm_columns<2, kDot, kUnitStep>(a, at, b_step, to, c_row, rows, depth, add);
       n += 2;
     } else {
-      strip<1, kDot, kUnitStep>(a, at, b_step, to, c_row, rows, depth, add);
+      gemm_columns<1, kDot, kUnitStep>(a, at, b_step, to, c_row, rows, depth, add);
       n += 1;
     }
   }
 }
 
 // C [rows, vectors * kLanes] (+)= A [rows, depth] B [depth, vectors * kLanes].
-//   b_step: bytes from one k to the next; c_row: floats from one row to the next; add: to what C holds.
+// b_step: bytes from one k to the next; c_row: floats from one row to the next; add: add to C instead of overwriting
+// it.
 template <bool kDot>
 void gemm(Operand a, const void* b, i64 b_step, float* c, i64 c_row, i64 rows, i64 vectors, i64 depth, bool add) {
   if (a.step == 4) {
-    strips<kDot, true>(a, (const char*)b, b_step, c, c_row, rows, vectors, depth, add);
+    gemm_by_columns<kDot, true>(a, (const char*)b, b_step, c, c_row, rows, vectors, depth, add);
   } else { // a.row == 4
-    strips<kDot, false>(a, (const char*)b, b_step, c, c_row, rows, vectors, depth, add);
+    gemm_by_columns<kDot, false>(a, (const char*)b, b_step, c, c_row, rows, vectors, depth, add);
   }
 }
 

@@ -1,9 +1,9 @@
-// Vectors of 32-bit lanes for the instruction set that this translation unit is compiled for, and what kernels do with
-// them. Everything lives in a namespace of that instruction set's name: one source, one object per instruction set, and
-// no inline function that the linker could take from the wrong object. For the same reason nothing here uses std.
+// Vectors of 32-bit lanes for the instruction set that this translation unit is compiled for, and operations on them.
+// Each instruction set has a namespace, MMK_ISA, so that the linker can't take an inline function from the wrong
+// object. For the same reason nothing here uses std.
 //
-// MMK_ISA names the namespace; the compiler's flags decide: AVX-512 (F, BW, DQ, VL), AVX2 with FMA and F16C, or 16-byte
-// vectors in GCC's notation, which every compiler turns into what the CPU has (SSE2, NEON, ...).
+// The compiler's flags decide: AVX-512 (F, BW, DQ, VL), AVX2 with FMA and F16C, or 16-byte vectors in GCC's notation,
+// which compilers translate to what the CPU has (SSE2, NEON, ...).
 #pragma once
 
 #include <cstdint>
@@ -43,9 +43,9 @@ constexpr int kVectors = 4; // 32 registers
 constexpr int kLanes = 4;
 constexpr int kVectors = 2;
 #endif
-constexpr int kPanel = kLanes * kVectors; // queries that are worked on together
+constexpr int kPanel = kLanes * kVectors; // rows of a panel
 #if defined(__AVX512BF16__)
-constexpr bool kHasDot = true; // two products of bfloat16 pairs a lane, added in float32
+constexpr bool kHasDot = true; // an instruction that adds two products of bfloat16 pairs to each lane in float32
 #else
 constexpr bool kHasDot = false;
 #endif
@@ -89,7 +89,7 @@ MMK_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return a * b + c;
 #endif
 }
-// The same, rounded once on every CPU.
+// fma that is rounded once on every CPU.
 MMK_INLINE Vec fma_exact(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__) || defined(__AVX2__)
   return fma(a, b, c);
@@ -105,7 +105,7 @@ MMK_INLINE Vec fma_exact(Vec a, Vec b, Vec c) {
   return v;
 #endif
 }
-// Makes the compiler believe that v is used and changed.
+// Stops the compiler from assuming anything about v.
 MMK_INLINE void keep(Vec& v) {
 #if defined(__AVX512F__)
   asm volatile("" : "+v"(v));
@@ -126,7 +126,7 @@ MMK_INLINE Vec dot(Vec a, Vec b, Vec acc) {
   return acc;
 #endif
 }
-// The larger one, ignoring NaN in `data`.
+// The larger of both; `bound` where `data` is NaN.
 MMK_INLINE Vec max_skip_nan(Vec bound, Vec data) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_max_ps((__m512)data, (__m512)bound);
@@ -136,7 +136,7 @@ MMK_INLINE Vec max_skip_nan(Vec bound, Vec data) {
   return data > bound ? data : bound;
 #endif
 }
-// Lanes by the low bits of `bits`: where 1, a, else b.
+// Selects lanes by the low bits of `bits`: a where the bit is 1, else b.
 MMK_INLINE Vec choose(std::uint32_t bits, Vec a, Vec b) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_mask_blend_ps((__mmask16)bits, (__m512)b, (__m512)a);
@@ -149,7 +149,7 @@ MMK_INLINE Vec choose(std::uint32_t bits, Vec a, Vec b) {
   return has != 0 ? a : b;
 #endif
 }
-// The low bits: where a comparison held.
+// A comparison's result as low bits.
 MMK_INLINE std::uint32_t bits_of(IVec v) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask((__m512i)v);
@@ -186,7 +186,7 @@ constexpr float kInf = __builtin_inff();
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
-// To the nearest whole number, ties to even; NaN and infinities as they are, in the plain code within 2^22 only.
+// Rounds to the nearest whole number, ties to even. NaN and infinities stay; the plain code rounds only below 2^22.
 MMK_INLINE Vec round_to_whole(Vec x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -194,13 +194,13 @@ MMK_INLINE Vec round_to_whole(Vec x) {
   return (Vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const Vec shift = set1(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
-  volatile Vec rounded = x + shift;    // volatile: not to be folded away
+  volatile Vec rounded = x + shift;    // volatile: the compiler must not simplify it
   const Vec whole = rounded - shift;
   return x < 4194304.0f && x > -4194304.0f ? whole : x;
 #endif
 }
 
-// 2^f for |f| <= 1/2, by a polynomial of degree 5 with least relative error there: below 1.6e-7.
+// 2^f for |f| <= 1/2, by the polynomial of degree 5 with the least relative error, below 1.6e-7.
 MMK_INLINE Vec exp2_of_fraction(Vec f) {
   constexpr float c0 = 1.0f, c1 = 6.931469776e-1f, c2 = 2.402224208e-1f, c3 = 5.550733747e-2f, c4 = 9.671512910e-3f,
                   c5 = 1.326472689e-3f;
@@ -211,13 +211,13 @@ MMK_INLINE Vec exp2_of_fraction(Vec f) {
   return fma(p, f, set1(c0));
 }
 
-// p * 2^n for whole n and p near 1; exactly 0 where `bound`, n or nearly so, is below -126.
+// p * 2^n for whole n and p near 1; exactly 0 where `bound`, which is n or close to it, is below -126.
 MMK_INLINE Vec times_exp2(Vec p, Vec n, Vec bound) {
 #if defined(__AVX512F__)
   const __mmask16 big = _mm512_cmp_ps_mask((__m512)bound, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return (Vec)_mm512_maskz_scalef_ps(big, (__m512)p, (__m512)n);
 #else
-  // 2^n in two factors: n may be 128 where p is below 1. A NaN must not reach the conversion to integers.
+  // 2^n in two factors, since n may be 128 where p is below 1. NaN must not be converted to an integer.
   const Vec safe = n != n ? zero() : (n > 256.0f ? set1(256.0f) : (n < -256.0f ? set1(-256.0f) : n));
   const IVec whole = __builtin_convertvector(safe, IVec);
   const IVec half = whole >> 1, rest = whole - half;
@@ -302,7 +302,7 @@ MMK_INLINE std::uint16_t to_f16(float x) {
   return sign | (std::uint16_t)((bits - (112u << 23)) >> 13);
 #endif
 }
-// kLanes 16-bit floats at p as float32, and back.
+// Loads kLanes 16-bit floats as float32; stores them back.
 MMK_INLINE Vec load_bf16(const std::uint16_t* p) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
@@ -370,7 +370,7 @@ MMK_INLINE Vec pair_bf16(Vec low, Vec high) {
 #endif
 }
 
-// In place: rows of kLanes lanes become columns.
+// Transposes kLanes rows of kLanes lanes in place.
 MMK_INLINE void transpose(Vec (&r)[kLanes]) {
 #if defined(__AVX512F__)
   __m512i t[16], u[16];

@@ -1,5 +1,5 @@
-// Gradients: one strip of images against blocks of texts. A tile of logits becomes a tile of gradients, in both
-// orientations and the working format, and two products take it to the texts and to the images.
+// Gradients: one strip of images against blocks of texts. A tile of logits becomes a tile of their gradients, in both
+// orientations and the working format; two products with it give the gradients of the texts and of the images.
 #pragma once
 
 #include "strip.h"
@@ -7,7 +7,7 @@
 namespace mmkernels {
 namespace MMK_ISA {
 
-// log(1 + e) for 0 <= e <= 1: 2 atanh(e / (2 + e)), whose series ends soon as the square is at most 1 / 9.
+// log(1 + e) for 0 <= e <= 1: 2 atanh(e / (2 + e)), whose series converges fast: the square is at most 1 / 9.
 MMK_INLINE Vec log1p_of_unit(Vec e) {
   const Vec z = e / (set1(2.0f) + e), w = z * z;
   Vec p = fma(set1(1.0f / 13), w, set1(1.0f / 11));
@@ -31,7 +31,7 @@ struct GradientScratch {
     Arena arena{memory};
     const i64 rows = block_rows(p), lanes = strip_lanes(p), several = p.queries > 1 ? 1 : 0;
     const i64 size = is_dot(p) && !several ? 2 : 4;
-    // A cache line more than a round number, which would fall into few sets of a cache.
+    // One cache line more than a power of two, whose rows would fall into few sets of a cache.
     text_stride = lanes * size + 64;
     image_stride = rows * size + 64;
     dots = arena.take<float>(rows * kPanel);
@@ -49,7 +49,7 @@ inline i64 gradient_scratch(const ContrastiveParams& p) {
   return most(GradientScratch(p, nullptr).bytes, copy_bytes(p, kPanel));
 }
 
-// Packing, by panels.
+// A strip is packed panel by panel.
 inline i64 pieces(const ContrastiveParams& p) {
   return strip_lanes(p) / kPanel;
 }
@@ -60,12 +60,12 @@ inline void pack(const ContrastiveParams& p, const Strip& strip, i64 piece, floa
   }
   for (i64 query = 0; query < p.queries; ++query) {
     const Source from = source_of(p.image, strip.first + lane, query);
-    const Rows found = fetch(from, lanes, p.dim, is_dot(p), scratch);
-    transpose_rows(found, lanes, depth_of(p), kPanel, panels + (piece * p.queries + query) * depth_of(p) * kPanel);
+    const Rows working = fetch(from, lanes, p.dim, is_dot(p), scratch);
+    transpose_rows(working, lanes, depth_of(p), kPanel, panels + (piece * p.queries + query) * depth_of(p) * kPanel);
     if (rows == nullptr) {
       continue;
     }
-    if (p.queries > 1) { // products of single rows, in float32
+    if (p.queries > 1) { // several queries: `add_rows` multiplies single rows in float32
       for (i64 i = 0; i < lanes; ++i) {
         float* to = (float*)rows + ((lane + i) * p.queries + query) * columns_of(p);
         const Source row = source_of(p.image, strip.first + lane + i, query);
@@ -78,12 +78,12 @@ inline void pack(const ContrastiveParams& p, const Strip& strip, i64 piece, floa
     }
     const i64 depth = product_depth(p, padded_lanes(strip));
     for (i64 group = 0; group < groups_of(p); ++group) {
-      group_columns(p, found, lanes, kPanel, group, (float*)rows + (group * depth + product_depth(p, lane)) * kPanel);
+      group_columns(p, working, lanes, kPanel, group, (float*)rows + (group * depth + product_depth(p, lane)) * kPanel);
     }
   }
 }
 
-// The gradient by a vector of dots: a row of texts against kLanes images.
+// The gradient by the logits of one text and kLanes images.
 struct SoftmaxGradient {
   const ContrastiveParams& p;
   const bool of_images, of_texts, even;
@@ -100,8 +100,8 @@ struct SoftmaxGradient {
     positive = at(p.of_images.positive);
     even_image = at(p.of_images.even);
   }
-  // `bits`: pairs of one label; `own`: the one of one number, if it is among them.
-  MMK_INLINE Vec operator()(Vec dot, i64 text, std::uint32_t bits, std::uint32_t own) {
+  // `bits`: the pairs of the same label; `diagonal`: the pair of the same index, if it is among them.
+  MMK_INLINE Vec operator()(Vec dot, i64 text, std::uint32_t bits, std::uint32_t diagonal) {
     const Power power = power_of(p, dot);
     Vec g = of_images ? power.over(reference) * softmax : zero();
     if (of_texts) {
@@ -115,9 +115,9 @@ struct SoftmaxGradient {
     }
     if (bits != 0) {
       const Vec less = positive + (of_texts ? set1(p.of_texts.positive[text]) : zero());
-      g -= choose(p.ignore ? own : bits, less, zero());
+      g -= choose(p.ignore ? diagonal : bits, less, zero());
       if (p.ignore) {
-        g = choose(bits & ~own, zero(), g);
+        g = choose(bits & ~diagonal, zero(), g);
       }
     }
     return g;
@@ -126,27 +126,26 @@ struct SoftmaxGradient {
 
 struct SigmoidGradient {
   const ContrastiveParams& p;
-  Vec wrong_loss = zero(); // of the last call
+  Vec loss = zero(); // of the last call
 
   SigmoidGradient(const ContrastiveParams& p, int) : p(p) {}
   void move(i64) {}
 
   MMK_INLINE Vec operator()(Vec dot, i64, std::uint32_t bits, std::uint32_t) {
     const Vec x = fma(dot, set1(p.scale), set1(p.bias));
-    const Vec y = bits == 0 ? -x : choose(bits, x, -x); // what should be large
+    const Vec y = bits == 0 ? -x : choose(bits, x, -x); // its sigmoid should be 1
     const Vec size = y < zero() ? -y : y, e = exp2(size * set1(-kLog2e));
     const Vec over = set1(1.0f) / (set1(1.0f) + e), wrong = y < zero() ? over : e * over;
-    wrong_loss = (y < zero() ? size : zero()) + log1p_of_unit(e);
+    loss = (y < zero() ? size : zero()) + log1p_of_unit(e);
     return bits == 0 ? wrong : choose(bits, -wrong, wrong);
   }
 };
 
-// Dots [rows, kPanel] of a panel to their gradients, texts' rows `by_text` from the panel on and images' rows
-// `by_image`.
+// Where the gradients of a tile go: rows of texts `by_text`, from the panel's column on, and rows of images `by_image`.
 struct TileOut {
   char* by_text;
   i64 text_stride;
-  char* by_image; // null: not wanted
+  char* by_image; // null: not needed
   i64 image_stride;
   bool dot;
   float factor;
@@ -166,27 +165,27 @@ void gradient_tile(const ContrastiveParams& p, bool hard, i64 row, i64 rows, i64
     Vec of_scale = zero(), of_bias = zero();
     for (i64 first = 0; first < rows; first += kLanes) {
       Vec block[kLanes];
-      Vec loss = zero(); // a short sum: many equal terms, one by one, would all be rounded alike
+      Vec loss = zero(); // a short sum: in a long one, equal terms would all be rounded in the same direction
       for (i64 n = 0; n < kLanes; ++n) {
         const i64 r = first + n;
         if (r >= rows) {
           block[n] = zero();
           continue;
         }
-        std::uint32_t bits = 0, own = 0;
+        std::uint32_t bits = 0, diagonal = 0;
         if (matches) {
           bits = match_bits(p, hard, row + r, lane, lanes, labels, v);
-          own = bits & own_bit(row + r, lane, v);
+          diagonal = bits & diagonal_bit(row + r, lane, v);
         }
         const Vec dot = load(dots + r * kPanel + v * kLanes);
-        Vec g = gradient(dot, row + r, bits, own);
+        Vec g = gradient(dot, row + r, bits, diagonal);
         if (!whole) {
           g = choose(live, g, zero());
         }
         of_scale = fma(g, whole ? dot - middle : choose(live, dot - middle, zero()), of_scale);
         if constexpr (kSigmoid) {
           of_bias += g;
-          loss += whole ? gradient.wrong_loss : choose(live, gradient.wrong_loss, zero());
+          loss += whole ? gradient.loss : choose(live, gradient.loss, zero());
         }
         block[n] = g * factor;
         char* to = out.by_text + r * out.text_stride + v * kLanes * (out.dot ? 2 : 4);
@@ -216,7 +215,7 @@ void gradient_tile(const ContrastiveParams& p, bool hard, i64 row, i64 rows, i64
   }
 }
 
-// Several queries: each pair's gradient goes to the query that won, row by row.
+// Several queries: each pair's gradient goes to the winner, row by row.
 inline void add_rows(const ContrastiveParams& p, const float* gradients, i64 stride, const std::int32_t* winner,
                      i64 rows, i64 lanes, const float* image_rows, const float* text_rows, float* of_images,
                      float* of_texts) {
@@ -250,7 +249,7 @@ void products(const ContrastiveParams& p, const Strip& strip, const GradientScra
       float* to = p.grad_rows[hard] + row * p.dim + group * kPanel;
       if (columns >= vectors * kLanes) {
         product<kDot>(a, b, to, p.dim, rows, vectors, over_lanes, !first);
-      } else { // whole vectors go beyond the row
+      } else { // a whole vector would pass the end of the row
         product<kDot>(a, b, s.dots, kPanel, rows, vectors, over_lanes, false);
         for (i64 r = 0; r < rows; ++r) {
           for (i64 c = 0; c < columns; c += kLanes) {

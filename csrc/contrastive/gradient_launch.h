@@ -82,7 +82,7 @@ private:
     return grad;
   }
 
-  // The gradient of texts, and its float32 sums: the gradient itself, or memory of their own.
+  // The gradient of texts, and its float32 sums: the gradient itself, or separate memory.
   void add_rows(bool hard, bool need, const Tensor& texts) {
     launch_.p.need_rows[hard] = need;
     rows_[hard] = need ? allocate(texts.sizes()) : none();

@@ -95,7 +95,7 @@ struct ContrastiveKernels {
   std::int64_t (*pieces)(const ContrastiveParams&);
   void (*pack)(const ContrastiveParams&, const Strip&, std::int64_t piece, float* panels, char* rows, char* scratch);
 
-  // All images against a task's texts. `images`: sums that no other task adds to, padded to whole panels.
+  // All images against a task's texts. `images`: sums of this task alone, padded to whole panels.
   std::int64_t (*softmax_scratch)(const ContrastiveParams&);
   void (*softmax)(const ContrastiveParams&, const Task&, const Sums& images, const Ranks& image_ranks, char* scratch);
   void (*best_positives)(const ContrastiveParams&, const Task&, const Ranks& images, char* scratch);

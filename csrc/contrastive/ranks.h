@@ -1,4 +1,4 @@
-// Ranks of a retrieval: queries are lanes, the gallery is rows.
+// Ranks of retrieval_ranks: queries are lanes, the gallery is rows.
 #pragma once
 
 #include "gradient.h"
@@ -6,11 +6,12 @@
 namespace mmkernels {
 namespace MMK_ISA {
 
-// Each query's score with its target, from the same products of the same numbers in the same order as all others.
+// Each query's score with its target, from the same products in the same order as all others, so that equal scores are
+// bit-equal.
 inline void target_scores(const ContrastiveParams& p, const Strip& strip, const Ranks& ranks, char* scratch) {
   const GradientScratch s(p, scratch);
   for (i64 i = 0; i < strip.count; ++i) {
-    const i64 lane = i / kPanel * kPanel, in_panel = i % kPanel / kLanes * kLanes; // of its vector
+    const i64 lane = i / kPanel * kPanel, in_panel = i % kPanel / kLanes * kLanes; // the image's vector in its panel
     const Rows item = fetch(source_of(p.text, ranks.place[i]), 1, p.dim, is_dot(p), s.texts);
     panel_dots(p, item, 1, strip.panels + lane * depth_of(p) + in_panel, kLanes, s.dots, s.other, nullptr);
     ranks.best[i] = s.dots[i % kLanes];
@@ -34,8 +35,8 @@ inline void count_before(const ContrastiveParams& p, const Strip& strip, const T
         IVec count = (IVec)load(ranks.before + at);
         for (i64 r = 0; r < rows; ++r) {
           const Vec x = load(s.dots + r * kPanel + v * kLanes);
-          const IVec number = (std::int32_t)(row + r) - IVec{};
-          count -= (x > best) | ((x == best) & (number < place)); // -1 where it holds
+          const IVec index = (std::int32_t)(row + r) - IVec{};
+          count -= (x > best) | ((x == best) & (index < place)); // a true lane is -1
         }
         store(ranks.before + at, (Vec)count);
       }

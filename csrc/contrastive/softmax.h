@@ -1,4 +1,4 @@
-// Both directions' softmax sums from one walk over tiles of logits.
+// The softmax sums of both directions from one pass over tiles of logits.
 #pragma once
 
 #include "strip.h"
@@ -6,29 +6,30 @@
 namespace mmkernels {
 namespace MMK_ISA {
 
-// Below this a sum over a tile's line may have lost terms that count: the tile's largest logit is too far above them.
+// A smaller sum of a tile's row or column may have lost terms that matter: the tile's largest logit is too far above.
 constexpr float kSmall = 8.271806125530277e-25f; // 2^-80
 
-// Running sums of kLanes rows or images take in sums `more` relative to `base`. All references are whole numbers.
+// Adds sums `more`, relative to `base`, to the running sums of kLanes texts or images. All references are whole
+// numbers.
 MMK_INLINE void add_sums(float* reference, float* sum, Vec base, Vec more) {
   const Vec old = load(reference), now = max_skip_nan(old, base);
-  const Vec zeroed = now == -kInf ? zero() : now; // nothing was seen yet
+  const Vec zeroed = now == -kInf ? zero() : now; // no logit above -inf yet
   store(sum, load(sum) * exp2(old - zeroed) + more * exp2(base - zeroed));
   store(reference, now);
 }
 
-// What a block of texts and a panel of images have to do with each other.
+// The tile of a block of texts and a panel of images.
 struct SoftmaxTile {
   const ContrastiveParams& p;
   float* dots;     // [rows, kPanel]
-  i64 rows, lanes; // of texts, of images that are there
-  i64 row, lane;   // numbers of the first ones
+  i64 rows, lanes; // how many texts and images it holds
+  i64 row, lane;   // indices of the first ones
   bool hard;
   const std::int32_t* labels; // of the images
-  Sums texts, images;         // of the first ones
+  Sums texts, images;         // from the first ones on
   Ranks text_ranks, image_ranks;
 
-  // A whole number near the largest logit in base 2, NaN aside; what is no image is hidden.
+  // A whole index near the largest logit in base 2, ignoring NaN. Hides the lanes without an image.
   float largest_logit() const {
     const Vec scale = set1(p.high);
     Vec top[kVectors];
@@ -49,7 +50,7 @@ struct SoftmaxTile {
     return largest(round_to_whole(top[0]));
   }
 
-  // Sums of all dots that take part, for smoothing.
+  // Adds all dots that are not hidden to their sums, for label smoothing.
   void add_all(float* of_texts) const {
     const bool hides = p.ignore && matches();
     Vec columns[kVectors] = {};
@@ -58,7 +59,7 @@ struct SoftmaxTile {
       for (int v = 0; v < kVectors; ++v) {
         std::uint32_t seen = live_bits(v * kLanes, lanes);
         if (hides) {
-          seen &= ~match_bits(p, hard, row + r, lane, lanes, labels, v) | own_bit(row + r, lane, v);
+          seen &= ~match_bits(p, hard, row + r, lane, lanes, labels, v) | diagonal_bit(row + r, lane, v);
         }
         const Vec x = choose(seen, load(dots + r * kPanel + v * kLanes), zero());
         columns[v] += x;
@@ -71,7 +72,7 @@ struct SoftmaxTile {
     }
   }
 
-  // Calls f(r, i, positive) for each pair of one label.
+  // Calls f(r, i, positive) for each pair of the same label.
   template <typename F> void each_match(const F& f) const {
     for (i64 r = 0; r < rows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
@@ -86,8 +87,8 @@ struct SoftmaxTile {
     return may_match(p, hard, row, rows, lane, lanes);
   }
 
-  // Positives' dots to their sums; pairs that take no part are hidden.
-  void sort_out(float* text_positives) const {
+  // Adds the positives' dots to their sums, and hides the other pairs of the same label.
+  void add_positives(float* text_positives) const {
     each_match([&](i64 r, i64 i, bool positive) {
       float& x = dots[r * kPanel + i];
       if (positive) {
@@ -99,11 +100,12 @@ struct SoftmaxTile {
     });
   }
 
-  // One exponential for both directions, relative to the tile's largest logit; whether that was exact enough.
-  bool add_at_once(float top) const {
+  // Adds the exponentials to both directions' sums, relative to the tile's largest logit: one exponential a pair.
+  // Returns false, and adds nothing, where that is not exact.
+  bool add_together(float top) const {
     const Vec base = set1(top), small = set1(kSmall);
     Vec columns[kVectors] = {};
-    float text_sums[kMostRows];
+    float text_sums[kMaxRows];
     bool exact = true;
     for (i64 r = 0; r < rows; r += kLanes) {
       Vec lines[kLanes];
@@ -142,7 +144,7 @@ struct SoftmaxTile {
     return true;
   }
 
-  // Two exponentials, relative to each line's own largest.
+  // The same with two exponentials a pair, each relative to the largest logit of its row or column.
   void add_apart() const {
     const Vec scale = set1(p.high);
     for (int v = 0; v < kVectors; ++v) {
@@ -173,27 +175,28 @@ struct SoftmaxTile {
     }
   }
 
-  // How many negatives stand before each row's best positive. Lower numbers come first among equals.
+  // Counts the negatives that rank before each row's best positive. Among equals the lower index comes first.
   void count_before() const {
     const float* best = image_ranks.best;
     for (i64 r = 0; r < rows; ++r) {
-      const float own = !hard ? text_ranks.best[r] : kInf;
+      const float best_of_text = !hard ? text_ranks.best[r] : kInf;
       const std::int32_t place = !hard ? text_ranks.place[r] : 0;
-      // Hard texts come after all others.
-      const std::int32_t number = (std::int32_t)((!hard ? 0 : p.text.count) + row + r);
+      // Hard texts come after the batch's.
+      const std::int32_t index = (std::int32_t)((!hard ? 0 : p.text.count) + row + r);
       std::int32_t count = 0;
       for (int v = 0; v < kVectors; ++v) {
-        const Vec x = load(dots + r * kPanel + v * kLanes) * set1(p.sign), other = load(best + v * kLanes);
+        const Vec x = load(dots + r * kPanel + v * kLanes) * set1(p.sign), best_of_image = load(best + v * kLanes);
         const std::uint32_t counted =
             live_bits(v * kLanes, lanes) & ~match_bits(p, hard, row + r, lane, lanes, labels, v);
         IVec lower;
         for (int n = 0; n < kLanes; ++n) {
           lower[n] = (std::int32_t)(lane + v * kLanes + n);
         }
-        const std::uint32_t before_text = bits_of((x > own) | ((x == own) & (lower < place)));
+        const std::uint32_t before_text = bits_of((x > best_of_text) | ((x == best_of_text) & (lower < place)));
         count += __builtin_popcount(before_text & counted);
         const IVec places = (IVec)load(image_ranks.place + v * kLanes);
-        const std::uint32_t before_image = bits_of((x > other) | ((x == other) & (number < places))) & counted;
+        const std::uint32_t before_image =
+            bits_of((x > best_of_image) | ((x == best_of_image) & (index < places))) & counted;
         const Vec one = (Vec)(1 - IVec{}), none = zero();
         const IVec more = (IVec)choose(before_image, one, none);
         store(image_ranks.before + v * kLanes, (Vec)((IVec)load(image_ranks.before + v * kLanes) + more));
@@ -209,7 +212,7 @@ struct SoftmaxScratch {
   float *panel, *tile, *other;
   char *copy, *texts;
   std::int32_t* labels;
-  float* positives; // of a block's texts
+  float* positives; // sums of a block of hard texts, which nothing reads
   i64 bytes;
 
   SoftmaxScratch(const ContrastiveParams& p, char* memory) {
@@ -251,7 +254,7 @@ MMK_INLINE Ranks from(const Ranks& x, i64 n) {
   return x.best == nullptr ? Ranks{} : Ranks{x.best + n, x.place + n, x.before + n};
 }
 
-// Images' arrays are padded to whole panels, texts' to whole vectors behind each task's end.
+// The images' arrays are padded to whole panels, the texts' to whole vectors past the end of each task.
 inline void softmax(const ContrastiveParams& p, const Task& task, const Sums& images, const Ranks& image_ranks,
                     char* scratch) {
   const SoftmaxScratch s(p, scratch);
@@ -259,7 +262,7 @@ inline void softmax(const ContrastiveParams& p, const Task& task, const Sums& im
   each_panel(p, task, s, [&](i64 lane, i64 lanes, i64 row, i64 rows) {
     const Rows texts = fetch(source_of(features, row), rows, p.dim, is_dot(p), s.texts);
     panel_dots(p, texts, rows, s.panel, lanes, s.tile, s.other, nullptr);
-    const bool own = !task.hard;
+    const bool of_batch = !task.hard;
     const SoftmaxTile tile{p,
                            s.tile,
                            rows,
@@ -268,13 +271,13 @@ inline void softmax(const ContrastiveParams& p, const Task& task, const Sums& im
                            lane,
                            task.hard,
                            s.labels,
-                           own ? from(p.text_sums, row) : Sums{},
+                           of_batch ? from(p.text_sums, row) : Sums{},
                            from(images, lane),
-                           own ? from(p.text_ranks, row) : Ranks{},
+                           of_batch ? from(p.text_ranks, row) : Ranks{},
                            from(image_ranks, lane)};
     const float top = tile.largest_logit();
     if (images.all != nullptr) {
-      if (own) {
+      if (of_batch) {
         tile.add_all(tile.texts.all);
       } else {
         std::memset(s.positives, 0, rows * sizeof(float));
@@ -285,16 +288,16 @@ inline void softmax(const ContrastiveParams& p, const Task& task, const Sums& im
       tile.count_before();
     }
     if (tile.matches()) {
-      tile.sort_out(tile.texts.positives);
+      tile.add_positives(tile.texts.positives);
     }
-    if (!tile.add_at_once(top)) {
+    if (!tile.add_together(top)) {
       tile.add_apart();
     }
   });
 }
 
-// Before ranks can be counted: each row's best positive, from the same products of the same numbers in the same order;
-// only of texts that have one in the panel.
+// Finds each row's best positive, before ranks can be counted, from the same products in the same order, so that scores
+// are bit-equal. Only texts with a positive in the panel are multiplied.
 inline void best_positives(const ContrastiveParams& p, const Task& task, const Ranks& images, char* scratch) {
   const SoftmaxScratch s(p, scratch);
   each_panel(p, task, s, [&](i64 lane, i64 lanes, i64 row, i64 rows) {
@@ -302,7 +305,7 @@ inline void best_positives(const ContrastiveParams& p, const Task& task, const R
       return;
     }
     const auto bits_of_text = [&](i64 r, int v) { return match_bits(p, task.hard, r, lane, lanes, s.labels, v); };
-    std::int32_t matching[kMostRows];
+    std::int32_t matching[kMaxRows];
     i64 count = 0;
     for (i64 r = 0; r < rows; ++r) {
       std::uint32_t any = 0;
@@ -312,7 +315,7 @@ inline void best_positives(const ContrastiveParams& p, const Task& task, const R
       matching[count] = (std::int32_t)r;
       count += any != 0 ? 1 : 0;
     }
-    // Rows one by one cost more each, and a tile of all of them less than a quarter of them would.
+    // A single row costs about four times its share of a whole tile.
     const bool whole = count * 4 > rows;
     const auto multiply = [&](i64 r, i64 n) {
       panel_dots(p, fetch(source_of(p.text, row + r), n, p.dim, is_dot(p), s.texts), n, s.panel, lanes, s.tile, s.other,
@@ -334,7 +337,7 @@ inline void best_positives(const ContrastiveParams& p, const Task& task, const R
             continue;
           }
           const float x = dots[n] * p.sign;
-          // Numbers rise on both sides, so that the first of equals stays.
+          // Indices rise in both directions, so that the first of equals stays.
           if (x > images.best[image] || x != x) {
             images.best[image] = x;
             images.place[image] = (std::int32_t)text;

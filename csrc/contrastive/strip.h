@@ -1,4 +1,4 @@
-// How a problem is cut, and the tile of logits that all passes share.
+// Sizes of strips and blocks, and the tile of logits that all passes share.
 #pragma once
 
 #include "../common/rows.h"
@@ -8,8 +8,8 @@
 namespace mmkernels {
 namespace MMK_ISA {
 
-constexpr i64 kMostLanes = 256; // of a strip
-constexpr i64 kMostRows = 128;  // of a block of texts
+constexpr i64 kMaxLanes = 256; // images of a strip
+constexpr i64 kMaxRows = 128;  // texts of a block
 
 MMK_INLINE bool is_dot(const ContrastiveParams& p) {
   return uses_dot(p.image.type);
@@ -20,16 +20,16 @@ MMK_INLINE i64 depth_of(const ContrastiveParams& p) {
 inline i64 columns_of(const ContrastiveParams& p) {
   return pad_lanes(p.dim);
 }
-// Images of a full strip: as many as leave its panels in the caches.
+// Images of a full strip: as many as keep its panels in cache.
 inline i64 strip_lanes(const ContrastiveParams& p) {
   const i64 fit = (1 << 20) / (p.queries * depth_of(p) * 4) / kPanel * kPanel;
-  return most<i64>(kPanel, least(least(fit, kMostLanes), round_up(p.image.count, kPanel)));
+  return most<i64>(kPanel, least(least(fit, kMaxLanes), round_up(p.image.count, kPanel)));
 }
 inline i64 block_rows(const ContrastiveParams& p) {
   const i64 fit = (1 << 18) / (columns_of(p) * 4) / kLanes * kLanes;
-  return most<i64>(kLanes, least(fit, kMostRows));
+  return most<i64>(kLanes, least(fit, kMaxRows));
 }
-// Groups of columns that a product of gradients works on together.
+// Groups of columns that a product of gradients computes together.
 MMK_INLINE i64 groups_of(const ContrastiveParams& p) {
   return (columns_of(p) + kPanel - 1) / kPanel;
 }
@@ -43,7 +43,7 @@ MMK_INLINE i64 vectors_of_lanes(i64 lanes) {
   return (lanes + kLanes - 1) / kLanes;
 }
 
-// FLOP of this thread's products since it was last asked: each product adds its own.
+// FLOP of this thread's products since the last take_multiplied().
 inline i64& multiplied_here() {
   static thread_local i64 flops = 0;
   return flops;
@@ -53,7 +53,7 @@ inline i64 take_multiplied() {
   multiplied_here() = 0;
   return flops;
 }
-// gemm, counted.
+// A counted gemm.
 template <bool kDot>
 void product(Operand a, const void* b, float* c, i64 c_row, i64 rows, i64 vectors, i64 depth, bool add) {
   multiplied_here() += 2 * rows * vectors * kLanes * depth * (kDot ? 2 : 1);
@@ -68,7 +68,7 @@ MMK_INLINE const Features& texts_of(const ContrastiveParams& p, bool hard) {
   return !hard ? p.text : p.hard;
 }
 
-// Rows of B for so many rows of features.
+// The depth of a product that sums over so many rows of features.
 MMK_INLINE i64 product_depth(const ContrastiveParams& p, i64 rows) {
   return is_dot(p) ? (rows + 1) / 2 : rows;
 }
@@ -76,7 +76,7 @@ MMK_INLINE i64 product_depth(const ContrastiveParams& p, i64 rows) {
 inline i64 panels_bytes(const ContrastiveParams& p) {
   return strip_lanes(p) * p.queries * depth_of(p) * 4;
 }
-// One query's rows for products: [groups, lanes (or pairs of lanes), kPanel]; several queries': [lanes, queries,
+// The rows of a strip for products: [groups, lanes (or pairs of lanes), kPanel]; with several queries [lanes, queries,
 // columns] in float32.
 inline i64 rows_bytes(const ContrastiveParams& p) {
   const i64 lanes = strip_lanes(p);
@@ -86,8 +86,8 @@ inline i64 rows_bytes(const ContrastiveParams& p) {
   return groups_of(p) * product_depth(p, lanes) * kPanel * 4;
 }
 
-// `count` rows in the working format, of them a group of columns, to B of a product over rows: [rows (or pairs of
-// rows), kPanel], zeros from `count` on up to `padded`.
+// Copies a group of columns of `count` rows to the right operand of a product over rows: [rows (or pairs of rows),
+// kPanel], with zeros for the rows from `count` to `padded`.
 inline void group_columns(const ContrastiveParams& p, Rows rows, i64 count, i64 padded, i64 group, float* to) {
   const i64 first = group * kPanel, cols = least<i64>(kPanel, p.dim - first);
   if (is_dot(p)) {
@@ -109,7 +109,7 @@ inline void group_columns(const ContrastiveParams& p, Rows rows, i64 count, i64 
   }
 }
 
-// One panel of one query: rows to columns.
+// Transposes one panel of one query.
 inline void pack_panel(const ContrastiveParams& p, i64 first, i64 count, i64 query, float* to, char* copy) {
   const Source from = source_of(p.image, first, query);
   transpose_rows(fetch(from, count, p.dim, is_dot(p), copy), count, depth_of(p), kPanel, to);
@@ -118,7 +118,7 @@ MMK_INLINE i64 copy_bytes(const ContrastiveParams& p, i64 rows) {
   return rows * row_bytes(is_dot(p), p.dim);
 }
 
-// 2^logit of dots: a fraction near 1 times 2^whole, so that relative to a whole base, however far, nothing is rounded.
+// 2^logit as a fraction near 1 times 2^whole: dividing by 2^base, for a whole base, rounds nothing.
 struct Power {
   Vec fraction, whole;
 
@@ -130,14 +130,14 @@ struct Power {
 MMK_INLINE Power power_of(const ContrastiveParams& p, Vec dot) {
   const Vec high = set1(p.high), n = round_to_whole(dot * high);
   const Vec f = fma(dot, set1(p.low), fma_exact(dot, high, -n));
-  // More than a half only where float32 knows no fractions, logits of millions: there the rounded logit counts.
+  // |f| exceeds 1/2 only for logits of millions, which float32 rounds to whole numbers: there the rounded logit counts.
   return {exp2_of_fraction(f * f > 0.5625f ? zero() : f), n};
 }
 
-constexpr i64 kChain = 128; // products that float32 sums in one chain: longer ones round more than a library's
+constexpr i64 kChain = 128; // products that are summed in one float32 chain; longer chains round more than a BLAS does
 
-// Logits before the scale, [rows, kPanel], of a panel of images, of which `lanes` are there; the others' are 0 or a
-// padding's. Of several queries the largest, and which one it is if `winner` is given. `other` is a tile of scratch.
+// Dots [rows, kPanel] of texts with a panel of `lanes` images; other lanes hold 0 or padding. Of several queries the
+// largest dot, and if `winner` is given, the index of its query. `other` is a tile of scratch.
 inline void panel_dots(const ContrastiveParams& p, Rows texts, i64 rows, const float* panel, i64 lanes, float* to,
                        float* other, std::int32_t* winner) {
   const i64 vectors = vectors_of_lanes(lanes);
@@ -167,47 +167,47 @@ inline void panel_dots(const ContrastiveParams& p, Rows texts, i64 rows, const f
   for (i64 query = 1; query < p.queries; ++query) {
     multiply(query, other);
     for (i64 n = 0; n < rows * kPanel; n += kLanes) {
-      const Vec old = load(to + n), now = load(other + n);
-      const IVec larger = (now > old) | (now != now);
-      store(to + n, larger ? now : old);
+      const Vec old = load(to + n), query_dots = load(other + n);
+      const IVec larger = (query_dots > old) | (query_dots != query_dots);
+      store(to + n, larger ? query_dots : old);
       if (winner != nullptr) {
-        const IVec number = (std::int32_t)query - IVec{};
-        store(winner + n, (Vec)(larger ? number : (IVec)load(winner + n)));
+        const IVec index = (std::int32_t)query - IVec{};
+        store(winner + n, (Vec)(larger ? index : (IVec)load(winner + n)));
       }
     }
   }
 }
 
-// Labels of a panel's images, -1 behind the last.
+// The labels of a panel's images, -1 past the last.
 inline void panel_labels(const ContrastiveParams& p, i64 first, i64 count, std::int32_t* to) {
   for (i64 i = 0; i < kPanel; ++i) {
     to[i] = i >= count ? -1 : (p.image_label != nullptr ? p.image_label[first + i] : (std::int32_t)(first + i));
   }
 }
-// Of a text; -2, which no image has, of hard ones.
+// The label of a text; of hard texts -2, which no image has.
 MMK_INLINE std::int32_t row_label(const ContrastiveParams& p, bool hard, i64 row) {
   return hard ? -2 : (p.text_label != nullptr ? p.text_label[row] : (std::int32_t)row);
 }
-// Whether any pair of a tile may share a label.
+// Whether any pair of a tile may have the same label.
 MMK_INLINE bool may_match(const ContrastiveParams& p, bool hard, i64 row, i64 rows, i64 first, i64 count) {
   return !hard && (p.image_label != nullptr || (row < first + count && first < row + rows));
 }
-// The low bits of the lanes from `at` on that stand for images.
+// The lanes from `at` on that hold images, as low bits.
 MMK_INLINE std::uint32_t live_bits(i64 at, i64 count) {
   return at >= count ? 0 : (count - at >= kLanes ? (std::uint32_t)((1ull << kLanes) - 1) : (1u << (count - at)) - 1);
 }
-// The bit of the image of a text's number in vector v of a panel, if it is there.
-MMK_INLINE std::uint32_t own_bit(i64 row, i64 lane, i64 v) {
+// The bit of the image with the text's index in vector v of a panel, if it is there.
+MMK_INLINE std::uint32_t diagonal_bit(i64 row, i64 lane, i64 v) {
   const i64 i = row - lane - v * kLanes;
   return i >= 0 && i < kLanes ? 1u << i : 0;
 }
-// Which images of vector v of a panel share a text's label, or are its positive: the low bits.
+// The images of vector v of a panel that have a text's label or are its positive, as low bits.
 MMK_INLINE std::uint32_t match_bits(const ContrastiveParams& p, bool hard, i64 row, i64 lane, i64 lanes,
                                     const std::int32_t* labels, i64 v) {
   const std::int32_t label = row_label(p, hard, row);
   std::uint32_t bits = bits_of((IVec)load(labels + v * kLanes) == label - IVec{});
   if (p.ignore && !hard) { // the positive's label may be another
-    bits |= own_bit(row, lane, v) & live_bits(v * kLanes, lanes);
+    bits |= diagonal_bit(row, lane, v) & live_bits(v * kLanes, lanes);
   }
   return bits;
 }

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmkernels.ops.attention.cross_attention import cuda
 from mmkernels.ops.attention.cross_attention.spec import SPEC, Arguments, reference
-from mmkernels.runtime import cuda
 
 pytestmark = pytest.mark.skipif(emulation.why_not() is not None, reason=str(emulation.why_not()))
 
@@ -332,7 +332,7 @@ def test_shared_memory_fits_every_gpu_from_sm_80_on(dim: int) -> None:
     assert RESIDENT[dim] * (shared_bytes(dim) + 1024) <= 228 << 10
 
 
-# What mmkernels.runtime.cuda says before it calls a kernel.
+# What the backend says before it calls a kernel.
 
 
 def arguments(**change: Any) -> Arguments:
@@ -341,9 +341,8 @@ def arguments(**change: Any) -> Arguments:
 
 
 @pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch) -> Any:
+def say() -> Any:
     """`why_not` of a call as on a GPU that has the extension."""
-    monkeypatch.setattr(cuda, "_why_not_device", lambda device: None)
     return lambda **change: cuda._why_not_call(arguments(**change))
 
 
@@ -384,7 +383,7 @@ def test_the_machine() -> None:
     if torch.version.cuda is None:
         assert cuda.why_not() == "this torch is built without CUDA"
         with pytest.raises(RuntimeError, match="built without CUDA"):
-            cuda.decode(arguments())
+            cuda.forward(arguments())
 
 
 def test_python_and_cpp_know_the_same_limits() -> None:
@@ -414,6 +413,6 @@ def test_on_a_gpu(batch: int, k_len: int, q_len: int, dim: int, dtype: torch.dty
     on_gpu = {name: None if (x := inputs.get(name)) is None else x.cuda() for name in NAMES}
     args = Arguments(**on_gpu, scale=dim**-0.5, dropout_p=0.0)
     assert cuda.why_not(args) is None
-    first, again = (cuda.decode(args) for _ in range(2))
+    first, again = (cuda.forward(args) for _ in range(2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     compare(inputs, tuple(x.cpu() for x in first))

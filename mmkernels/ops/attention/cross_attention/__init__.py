@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from mmkernels.masks import SpanMask
-from mmkernels.ops.attention.cross_attention import chunked
+from mmkernels.ops.attention.cross_attention import chunked, cuda
 from mmkernels.ops.attention.cross_attention.spec import Arguments, Results, reference, reference_backward
 from mmkernels.ops.attention.inputs import prepare
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.runtime import cuda
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import check_tensor
 from mmkernels.runtime.dispatch import Backend, define, resolve
@@ -167,7 +166,7 @@ OP = define(
     Results,
     fake=_fake,
     backends=[
-        Backend("cuda", cuda.decode, cuda.why_not),
+        Backend("cuda", cuda.forward, cuda.why_not),
         triton_kernel(f"{__name__}.triton.forward", "forward"),
         cpu_kernel("cross_attention_cpu"),
         Backend("chunked", chunked.forward),
