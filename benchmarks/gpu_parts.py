@@ -23,7 +23,8 @@ ROOT = FOLDER.parent
 _STDERR = 2  # where the commands' own output goes
 _PROCESSES = min(8, os.cpu_count() or 1)  # that compile at a time
 _COMPILING = 0.4  # of an op's time, after which it compiles no more beforehand
-_WIND_UP = 0.9  # of a part's time, after which nothing new begins in it
+_WIND_UP = 0.9  # of a part's time, after which no test begins in it
+_GRACE = 15.0  # seconds beyond its time, for a part to notice
 _ROW_SECONDS = 10.0  # of a benchmark
 
 Result = dict[str, Any]
@@ -37,6 +38,9 @@ class Turn(NamedTuple):
     seconds: float
     folder: Path
     device: str = "cuda"
+
+    def shorter(self, seconds: float) -> Turn:
+        return self._replace(seconds=max(0.0, seconds))
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def _bench_seconds(op: str) -> float:
 
 
 def build(turn: Turn) -> Result:
-    code = run_command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], turn.seconds)
+    code = run_command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], turn.seconds + _GRACE)
     package = ROOT / "mmkernels"
     reasons = [f"{path.stem}: {path.read_text().strip()}" for path in sorted(package.glob("*_why_not.txt"))]
     built = sorted(path.name.partition(".")[0] for path in package.glob("*.so"))
@@ -105,7 +109,7 @@ def measure_ceilings(turn: Turn) -> Result:
 
 
 def run_tests(turn: Turn) -> Result:
-    code, cases = run_pytest(["tests", "-m", "gpu", *_workers()], turn, _WIND_UP * turn.seconds)
+    code, cases = run_pytest(["tests", "-m", "gpu", *_workers()], turn)
     passed, skipped = (sum(case["state"] == state for case in cases) for state in ("passed", "skipped"))
     return {"summary": f"{passed} passed, {skipped} skipped", "tests": len(cases)} | _verdicts("tests", code, cases)
 
@@ -129,8 +133,7 @@ def measure_host(turn: Turn) -> Result:
 
 
 def _checks(name: str, turn: Turn, options: Sequence[str] = ()) -> tuple[int | None, list[dict[str, str]]]:
-    arguments = [str(FOLDER / "gpu_checks.py"), "--noconftest", "-k", name, *options]
-    return run_pytest(arguments, turn, _WIND_UP * turn.seconds)
+    return run_pytest([str(FOLDER / "gpu_checks.py"), "--noconftest", "-k", name, *options], turn)
 
 
 def measure_op(op: str, *options: str) -> Callable[[Turn], Result]:
@@ -140,10 +143,10 @@ def measure_op(op: str, *options: str) -> Callable[[Turn], Result]:
         end = time.monotonic() + turn.seconds
         if turn.device != "cpu" and _workers():
             bench = [str(FOLDER / f"bench_{op}.py"), "--dtypes", "bf16", "--device", turn.device, "--compile-only"]
-            run_pytest([*bench, *_workers()], turn, _COMPILING * turn.seconds)
+            run_pytest([*bench, *_workers()], turn.shorter(_COMPILING * turn.seconds))
         command = [sys.executable, "-m", "mmkernels.cli", "bench", op, "--dtype", "bf16", "--device", turn.device]
         command += ["--out", str(turn.folder), *options]
-        code, cases = _limited(command, turn, _WIND_UP * (end - time.monotonic()))
+        code, cases = _limited(command, turn.shorter(end - time.monotonic()))
         report = turn.folder / f"{op}.json"
         entries = json.loads(report.read_text())["benchmarks"] if report.exists() and report.stat().st_size else []
         rows = [entry["extra_info"] for entry in entries]
@@ -173,7 +176,7 @@ def flamingo(turn: Turn, size: str = "base", tokens: str = "64,1024", text_lengt
     """Prefill and a training step with 5 images: with the size's own 64 visual tokens an image, and with 1,024."""
     command = [sys.executable, "-m", "mmkernels.cli", "profile", "flamingo", "--size", size, "--tokens", tokens]
     command += ["--images", "5", "--text-length", str(text_length), "--dtype", dtype, "--device", turn.device]
-    code = run_command([*command, "--train", "--out", str(turn.folder)], turn.seconds)
+    code = run_command([*command, "--train", "--out", str(turn.folder)], turn.seconds + _GRACE)
     path = turn.folder / "profile.json"
     if not path.exists():
         return {"problems": _ended("flamingo", code)}
@@ -218,18 +221,18 @@ def run_command(command: Sequence[str], seconds: float, **environment: str) -> i
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_pytest(arguments: Sequence[str], turn: Turn, seconds: float) -> tuple[int | None, list[dict[str, str]]]:
+def run_pytest(arguments: Sequence[str], turn: Turn) -> tuple[int | None, list[dict[str, str]]]:
     """Returns pytest's exit code, and of each test its name, state, message and what it recorded."""
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:warnings"]
-    return _limited([*command, *arguments], turn, seconds)
+    return _limited([*command, *arguments], turn)
 
 
-def _limited(command: Sequence[str], turn: Turn, seconds: float) -> tuple[int | None, list[dict[str, str]]]:
-    """Runs a command that runs pytest, in which no test begins after so many seconds."""
+def _limited(command: Sequence[str], turn: Turn) -> tuple[int | None, list[dict[str, str]]]:
+    """Runs a command that runs pytest, in which no test begins when the part's time is nearly over."""
     junit = turn.folder / "junit.xml"
     junit.unlink(missing_ok=True)
-    options = ["-p", "time_limit", "--seconds", f"{seconds:.1f}", f"--junitxml={junit}"]
-    code = run_command(command, turn.seconds, PYTEST_ADDOPTS=shlex.join(options))
+    options = ["-p", "time_limit", "--seconds", f"{_WIND_UP * turn.seconds:.1f}", f"--junitxml={junit}"]
+    code = run_command(command, turn.seconds + _GRACE, PYTEST_ADDOPTS=shlex.join(options))
     root = ElementTree.parse(junit).getroot() if junit.exists() else ElementTree.Element("none")
     cases = []
     for case in root.iter("testcase"):
@@ -247,7 +250,7 @@ def _evaluate(turn: Turn, before: str, expression: str) -> Result:
     """Returns the value of a Python expression in a process of its own."""
     out = turn.folder / "value.json"
     code = f"import json, pathlib; {before}; pathlib.Path({str(out)!r}).write_text(json.dumps({expression}))"
-    ended = run_command([sys.executable, "-c", code], turn.seconds)
+    ended = run_command([sys.executable, "-c", code], turn.seconds + _GRACE)
     found: Result = json.loads(out.read_text()) if out.exists() else {"problems": _ended(expression, ended)}
     return found
 
