@@ -83,27 +83,30 @@ def load_pretrained(
     return model.to(device=device, dtype=dtype).eval()
 
 
-def renamed(name: str, table: Mapping[str, str]) -> str:
-    """Returns `name` with its start replaced, by a table as that of `Names`; the same name if no start matches."""
+def renamed(name: str, table: Mapping[str, str]) -> str | None:
+    """Returns `name` with its start replaced, by a table as that of `Names`; None if no start matches."""
     number = next(re.finditer(r"\.(\d+)\.", name), ["", "#"])[1]
     for start, new in table.items():
         start = start.replace("#", number)
         if name.startswith(start):
             return new.replace("#", number) + name[len(start) :]
-    return name
+    return None
 
 
 def _load_weights(model: nn.Module, folder: Path, names: Names) -> None:
     """Gives a model on the meta device the weights of a folder. Tensors that the model shares stay shared."""
     ours = {start: name for name, start in names.table.items()}
+    theirs = lambda name: renamed(name, names.table) or name
     weights: dict[str, Tensor] = {}  # by the model's names
     files: dict[str, Path] = {}
     for path in _weight_files(folder):
-        tensors = {renamed(name, ours): x for name, x in _read(path, names.ignored).items()}
-        for name in sorted(tensors.keys() & weights.keys()):
-            raise CheckpointError(f"{path}: must not hold {renamed(name, names.table)}, which {files[name]} holds too")
-        weights |= tensors
-        files |= dict.fromkeys(tensors, path)
+        for stored, x in _read(path, names.ignored).items():
+            name = renamed(stored, ours)
+            if name is None:
+                raise CheckpointError(f"{path}: must hold only the model's tensors, got {stored} {list(x.shape)}")
+            if name in weights:
+                raise CheckpointError(f"{path}: must not hold {stored}, which {files[name]} holds too")
+            weights[name], files[name] = x, path
     if names.convert is not None:
         names.convert(weights)
     state = model.state_dict(keep_vars=True)
@@ -111,17 +114,18 @@ def _load_weights(model: nn.Module, folder: Path, names: Names) -> None:
     tied = {name: first.setdefault(id(x), name) for name, x in state.items()}
     missing = [name for name in first.values() if name not in weights]
     if missing:
-        must = f"{renamed(missing[0], names.table)} {list(state[missing[0]].shape)}{_and_more(missing)}"
+        must = f"{theirs(missing[0])} {list(state[missing[0]].shape)}{_and_more(missing)}"
         raise CheckpointError(f"{folder}: the weights must hold {must}, got {len(weights)} tensors without it")
     for name in sorted(weights.keys() - state.keys()):
-        got = f"{renamed(name, names.table)} {list(weights[name].shape)}{_and_more(weights.keys() - state.keys())}"
+        got = f"{theirs(name)} {list(weights[name].shape)}{_and_more(weights.keys() - state.keys())}"
         raise CheckpointError(f"{files.get(name, folder)}: must hold only the model's tensors, got {got}")
     for name in first.values():
         x, must = weights[name], state[name]
         if [size for size in x.shape if size != 1] != [size for size in must.shape if size != 1]:
-            rule = f"{renamed(name, names.table)} must be {list(must.shape)} by config.json"
+            rule = f"{theirs(name)} must be {list(must.shape)} by config.json"
             raise CheckpointError(f"{files.get(name, folder)}: {rule}, got {list(x.shape)}")
-        weights[name] = nn.Parameter(x.reshape(must.shape), must.requires_grad)
+        x = x.reshape(must.shape)
+        weights[name] = nn.Parameter(x, must.requires_grad) if isinstance(must, nn.Parameter) else x
     model.load_state_dict({name: weights[tied[name]] for name in state}, assign=True)
 
 
