@@ -194,7 +194,7 @@ class CLIP(nn.Module):
             cls,
             folder,
             read_config=CLIPConfig.from_transformers,
-            names=lambda config: clip_weights.names(config.variant),
+            names=lambda config: clip_weights.NAMES[config.variant],
             dtype=dtype,
             device=device,
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-from mmkernels.models.blocks.checkpoint import Names, Source
+from torch import Tensor
+
+from mmkernels.models.blocks.checkpoint import Names
 
 ARCHITECTURES = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 """Model type, which is also `CLIPConfig.variant` -> architecture."""
@@ -30,11 +32,6 @@ FIELDS = {
     "text_length": "text_config.max_position_embeddings",
 }
 """Field of `CLIPConfig` -> field of transformers' configuration."""
-
-
-def names(variant: str) -> Names:
-    """Returns how the checkpoint of a variant names the tensors of a `CLIP`."""
-    return Names(_SIGLIP_NAMES if variant == "siglip" else _CLIP_NAMES, _IGNORED)
 
 
 _IGNORED = re.compile(r"\.position_ids$")  # a constant, which older versions of transformers saved
@@ -65,23 +62,33 @@ _BOTH = {
         )
     },
 }
-_CLIP_NAMES: dict[str, str | Source] = {
+_CLIP_TABLE = {
     **_BOTH,
     "image_projection.": "visual_projection.",
     "text_projection.": "text_projection.",
 }
-_SIGLIP_NAMES: dict[str, str | Source] = {
+_SIGLIP_TABLE = {
     **_BOTH,
     "logit_bias": "logit_bias",
     "image_pool.probe": _VISION + "head.probe",
-    # torch.nn.MultiheadAttention keeps the three projections in one tensor.
-    **{
-        f"image_pool.attention.{projection}.": Source((_VISION + "head.attention.in_proj_",), part, 3)
-        for part, projection in enumerate(("q_proj", "k_proj", "v_proj"))
-    },
+    "image_pool.attention.in_proj_": _VISION + "head.attention.in_proj_",
     "image_pool.attention.out_proj.": _VISION + "head.attention.out_proj.",
     "image_pool.norm.": _VISION + "head.layernorm.",
     "image_pool.mlp.0.": _VISION + "head.mlp.fc1.",
     "image_pool.mlp.2.": _VISION + "head.mlp.fc2.",
     "text_projection.": _TEXT + "head.",
 }
+
+
+def _split_projections(weights: dict[str, Tensor]) -> None:
+    """torch.nn.MultiheadAttention, which pools SigLIP's images, keeps its three projections in one tensor."""
+    for kind in ("weight", "bias"):
+        whole = weights.pop(f"image_pool.attention.in_proj_{kind}", None)
+        if whole is not None:
+            for projection, part in zip(("q_proj", "k_proj", "v_proj"), whole.tensor_split(3)):
+                # A copy: a view would keep the other parts in memory.
+                weights[f"image_pool.attention.{projection}.{kind}"] = part.clone()
+
+
+NAMES = {"clip": Names(_CLIP_TABLE, _IGNORED), "siglip": Names(_SIGLIP_TABLE, _IGNORED, _split_projections)}
+"""By variant."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mmkernels.models.blocks.checkpoint import CheckpointError, Names, Source, read_json
+import torch
+from torch import Tensor
+
+from mmkernels.models.blocks.checkpoint import CheckpointError, Names, read_json
 
 ARCHITECTURES = {"idefics": "IdeficsForVisionText2Text"}
 """Model type -> architecture."""
@@ -65,7 +68,7 @@ _CROSS = "model.gated_cross_attn_layers.#."
 _TEXT = "model.layers.#."
 
 # The start of a parameter's name in `Flamingo` -> in the checkpoint.
-_TABLE: dict[str, str | Source] = {
+_TABLE = {
     "vision.patch.": _VISION + "embeddings.patch_embedding.",
     "vision.class_token": _VISION + "embeddings.class_embedding",
     "vision.positions": _VISION + "embeddings.position_embedding.weight",
@@ -101,9 +104,17 @@ _TABLE: dict[str, str | Source] = {
     "text_blocks.#.mlp_norm.": _TEXT + "post_attention_layernorm.",
     "text_blocks.#.mlp.": _TEXT + "mlp.",
     "norm.": "model.norm.",
-    # The rows of tokens that were added to the vocabulary lie in a second tensor.
-    "embed.weight": Source(("model.embed_tokens.weight", "model.embed_tokens.additional_embedding.weight")),
-    "head.weight": Source(("lm_head.weight", "lm_head.additional_fc.weight")),
+    "embed.": "model.embed_tokens.",
+    "head.": "lm_head.",
 }
 
-NAMES = Names(_TABLE, _IGNORED)
+
+def _join_vocabulary(weights: dict[str, Tensor]) -> None:
+    """The rows of tokens that were added to the vocabulary lie in a second tensor."""
+    for name, more in (("embed", "additional_embedding"), ("head", "additional_fc")):
+        whole, added = weights.get(f"{name}.weight"), weights.pop(f"{name}.{more}.weight", None)
+        if whole is not None and added is not None and whole.shape[1:] == added.shape[1:]:
+            weights[f"{name}.weight"] = torch.cat([whole, added])
+
+
+NAMES = Names(_TABLE, _IGNORED, _join_vocabulary)
