@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from mmkernels import meters, ops
-from mmkernels.bench import benchmark
 from mmkernels.bench.rows import rows
 from mmkernels.ops.attention.cases import attention_inputs
 from mmkernels.ops.attention.cross_attention.spec import SPEC

@@ -112,7 +112,7 @@ def check_mmkernels(words: list[str]) -> None:
         find(options["families"] or ())
     if name == "bench":
         assert (ROOT / "benchmarks" / f"bench_{options['op']}.py").exists(), options["op"]
-        for dtype in options["dtype"].split(","):
+        for dtype in (options["dtype"] or "fp32,bf16").split(","):
             assert any(options["filter"] in row for row in rows(options["op"], dtype)), options
 
 

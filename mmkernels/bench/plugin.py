@@ -96,8 +96,8 @@ class RowsPlugin:
         assert self._bar is not None
         if report.failed:
             self._bar.result(f"FAILED: {call.excinfo.exconly() if call.excinfo else ''}")
-        elif report.when == "call" and report.passed:
-            stats = item.funcargs["benchmark"].stats.as_dict(include_data=True)  # type: ignore[attr-defined]
+        elif report.when == "call" and report.passed and (measured := _measured(item)) is not None:
+            stats = measured.as_dict(include_data=True)
             stats["params"] = {"row": _name(item)}
             self._bar.result(tables.line(stats["extra_info"]))
             self._save(self._result_of(item), stats, item.config)
@@ -118,6 +118,11 @@ class RowsPlugin:
             config.hook.pytest_benchmark_update_commit_info(config=config, commit_info=commit)
             self._machine = {"machine_info": machine, "commit_info": commit}
         return self._machine
+
+
+def _measured(item: pytest.Item) -> Any:
+    """Returns pytest-benchmark's statistics of a row; None: another plugin has left the row out."""
+    return getattr(item.funcargs.get("benchmark"), "stats", None)  # type: ignore[attr-defined]
 
 
 def _name(item: pytest.Item) -> str:

@@ -30,6 +30,8 @@ class Gradient:
         zeros_for: the outputs whose ``grad_`` must be a tensor: zeros where nothing flows back.
         contiguous: gradients are contiguous; else they lie in memory as their inputs do.
         around: wraps each backend, as in `define`.
+        prepared: the op's record -> for each differentiable input whether the forward pass has prepared its gradient,
+            which else is None; None: no gradient needs that.
     """
 
     saves: tuple[str, ...]
@@ -39,6 +41,7 @@ class Gradient:
     zeros_for: tuple[str, ...] = ()
     contiguous: bool = False
     around: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] | None = None
+    prepared: Callable[[Any], Sequence[bool]] | None = None
 
 
 class Link:
@@ -74,8 +77,10 @@ class Link:
         for flow, output in self._zeros:
             if flows[flow] is None:
                 flows[flow] = torch.zeros_like(saved[output])
-        needs = self._needs(ctx.needs_input_grad)
         inputs = self.inputs.restore(tensors, ctx.others)
+        needs = self._needs(ctx.needs_input_grad)
+        if self.gradient.prepared is not None:
+            needs = tuple(map(all, zip(needs, self.gradient.prepared(inputs), strict=True)))
         call = self.record.record(*inputs, *saved, *flows, *needs)
         given = self._run(call, ctx.backend)
         found = iter(x if need else None for x, need in zip(given, needs, strict=True))
