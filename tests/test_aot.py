@@ -36,7 +36,7 @@ def test_every_default_configuration_is_compiled() -> None:
         compiled = {(x.kernel.__name__, x.config) for _, x in distinct(target)}
         for kernel, name in (("contrastive", "info_nce_kernel"), ("contrastive_grad", "info_nce_gradient_kernel")):
             plan = tuning.default(kernel, target, torch.bfloat16, 768)
-            assert {(name, plan), (f"careful_{name}", plan)} <= compiled, (target, kernel)
+            assert {(name, plan), (f"exact_{name}", plan)} <= compiled, (target, kernel)
 
 
 def test_defaults_exist_for_everything() -> None:
@@ -61,12 +61,12 @@ def test_contrastive_launches() -> None:
         (variant,) = [x for x in variants(target) if str(x) == "bfloat16 D768 place" and x.what == "info_nce"]
         found = {x.kernel.__name__: x for x in launches(variant, target)}
         assert "best_positives_kernel" not in found
-        assert {found[name].constants["TMA"] for name in ("info_nce_kernel", "info_nce_gradient_kernel")} == {tma}
-        assert found["info_nce_kernel"].constants["FLAT"] == (target != "gfx942")
+        assert {found[name].constants["TILE"].TMA for name in ("info_nce_kernel", "info_nce_gradient_kernel")} == {tma}
+        assert found["info_nce_kernel"].constants["FLATTEN_LOOP"] == (target != "gfx942")
     (variant,) = [x for x in variants("sm_90") if str(x) == "bfloat16 D768 everything" and x.what == "info_nce"]
     names = [x.kernel.__name__ for x in launches(variant, "sm_90")]
     assert names.count("info_nce_kernel") == 2 and names.count("best_positives_kernel") == 1  # hard texts: one more
-    assert names.count("info_nce_gradient_kernel") == names.count("careful_info_nce_gradient_kernel") == 2
+    assert names.count("info_nce_gradient_kernel") == names.count("exact_info_nce_gradient_kernel") == 2
 
 
 def test_a_launch_is_specialised_by_alignment_ones_and_none() -> None:
@@ -99,7 +99,7 @@ def test_resources_of_a_small_kernel() -> None:
         ({"spilled_bytes": 8, "kernel": "ranks_kernel", "variant": "bfloat16 D768 none ranks"}, "spills 8 bytes"),
         ({"spilled_bytes": 8, "kernel": "info_nce_kernel", "variant": "bfloat16 D768 place info_nce"}, "spills 8"),
         ({"spilled_bytes": 8, "kernel": "info_nce_kernel", "variant": "bfloat16 D768 everything info_nce"}, None),
-        ({"spilled_bytes": 8, "kernel": "careful_info_nce_kernel", "variant": "bfloat16 D768 place info_nce"}, None),
+        ({"spilled_bytes": 8, "kernel": "exact_info_nce_kernel", "variant": "bfloat16 D768 place info_nce"}, None),
         ({"shared_bytes": 228 << 10}, "needs 233472 bytes of shared memory, there are 232448"),
         ({"shared_bytes": 65 << 10, "target": "gfx942"}, "there are 65536"),
         ({"shared_bytes": 228 << 10, "target": "sm_100a"}, "there are 232448"),

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.common.second import second_derivatives
-from mmkernels.ops.contrastive.formula import wide_dtype
 from mmkernels.ops.contrastive.info_nce import chunked
 from mmkernels.ops.contrastive.info_nce.reduction import POSITIVES, Arguments, reduced, with_reduction, with_upstream
 from mmkernels.ops.contrastive.info_nce.spec import reference, reference_backward

@@ -1,4 +1,4 @@
-"""What a retrieval rank is: the naive formula, its cases, the shapes that it is measured at."""
+"""The definition of retrieval ranks: the naive formula, its cases, its benchmark configurations."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ import torch
 from torch import Generator, Tensor
 
 from mmkernels.ops.contrastive.cases import features
-from mmkernels.ops.contrastive.formula import ranks
+from mmkernels.ops.contrastive.formula import count_before, ranks
 from mmkernels.runtime.checks import check_range
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec, Target
 
 
 def reference(query: Tensor, gallery: Tensor, target: Tensor) -> Tensor:
-    """[N] int64; what its arguments mean stands at `retrieval_ranks`."""
+    """Returns int64 [N], see `retrieval_ranks`."""
     check_range("target", target, 0, len(gallery) - 1)
     return ranks_of(query @ gallery.mT, target)
 
 
 def ranks_of(scores: Tensor, target: Tensor) -> Tensor:
-    """Of rows of scores [rows, M]; a NaN target stands behind everything, and NaN elsewhere before nothing.
+    """Returns the ranks of some queries, int64 [rows]. A NaN target ranks last, other NaN before nothing.
 
-    A target outside of the gallery gets the rank M, on devices where nobody has looked.
+    A target outside of the gallery has the rank M: on a GPU targets are not checked.
+
+    Args:
+        scores: [rows, M].
+        target: int64 [rows].
     """
     items = scores.shape[1]
-    there = target.clamp(0, items - 1)
-    best = scores.gather(1, there[:, None])[:, 0]
-    found = ranks(scores, best, there, torch.ones_like(scores, dtype=torch.bool))
-    found = torch.where(best.isnan(), items - 1, found)
-    return torch.where(there == target, found, items)
+    inside = target.clamp(0, items - 1)
+    best = scores.gather(1, inside[:, None])[:, 0]
+    before = count_before(scores, best, inside, torch.ones_like(scores, dtype=torch.bool))
+    return torch.where(inside == target, ranks(before, best, items - 1), items)
 
 
 def _case(id: str, n: int, m: int, dim: int) -> Case:
@@ -43,7 +46,7 @@ def _inputs(g: Generator, n: int, m: int, dim: int) -> Inputs:
 
 
 def _ties(g: Generator) -> Inputs:
-    """Small integers, whose products are exact in every dtype: most scores are shared by many."""
+    """Small integers, whose products are exact in every dtype: most scores occur many times."""
     query, gallery = (torch.randint(-2, 3, (n, 6), generator=g).double() for n in (40, 90))
     return {"query": query, "gallery": gallery, "target": torch.randint(90, (40,), generator=g)}
 

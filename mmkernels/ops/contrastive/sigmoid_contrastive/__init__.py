@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.common.second import second_derivatives
-from mmkernels.ops.contrastive.formula import scaled, wide_dtype
+from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_scalar
 from mmkernels.ops.contrastive.sigmoid_contrastive import chunked
 from mmkernels.ops.contrastive.sigmoid_contrastive.spec import formula, kept_dtype, reference

@@ -1,4 +1,4 @@
-"""The sigmoid loss in plain PyTorch: strips of rows, each against all texts, loss and gradients in one walk."""
+"""The sigmoid loss in plain PyTorch: bands of rows, each against all texts; loss and gradients in one pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.ops.contrastive.sigmoid_contrastive.spec import kept_dtype
-from mmkernels.ops.contrastive.strips import Strips, add_products
+from mmkernels.ops.contrastive.strips import LogitStrips, add_products
 
 
 def forward(
@@ -19,35 +19,36 @@ def forward(
     text_ids: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Loss, and its gradients by image, text, logit_scale and logit_bias, in `kept_dtype`."""
-    strips = Strips(image, text, logit_scale, image_ids, text_ids)
+    """Returns the loss, and its gradients by image, text, logit_scale and logit_bias, in `kept_dtype`."""
+    need_image, need_text, need_scale, need_bias = needs
+    strips = LogitStrips(image, text, logit_scale, image_ids, text_ids)
     bias, count = logit_bias.reshape(()).to(strips.dtype), image.shape[0]
-    loss, of_scale, of_bias = (torch.zeros((), dtype=strips.dtype, device=image.device) for _ in range(3))
+    loss, scale_grad, bias_grad = (torch.zeros((), dtype=strips.dtype, device=image.device) for _ in range(3))
     dtype = kept_dtype(image)
-    of_image = strips.image.new_empty(strips.image.shape, dtype=dtype) if needs[0] else None
-    of_text = torch.zeros_like(strips.text) if needs[1] else None
+    image_grad = strips.image.new_empty(strips.image.shape, dtype=dtype) if need_image else None
+    text_grad = torch.zeros_like(strips.text) if need_text else None
     for at in strips:
-        dots, query = strips.dots(at, strips.text)
+        dots, winner = strips.dots(at, strips.text)
         logits = dots * strips.scale + bias
-        positive, _ = strips.pairs(at)
-        logits = torch.where(positive, logits, -logits)  # what should be large
+        positive = strips.pairs(at).positive
+        logits = torch.where(positive, logits, -logits)  # each pair's loss is -logsigmoid of these
         loss -= F.logsigmoid(logits).sum()
         if not any(needs):
             continue
-        of_logits = torch.sigmoid(-logits)
-        of_logits = torch.where(positive, -of_logits, of_logits)
-        of_scale += (of_logits * dots).sum()
-        of_bias += of_logits.sum()
-        if needs[0] or needs[1]:
+        logits_grad = torch.sigmoid(-logits)
+        logits_grad = torch.where(positive, -logits_grad, logits_grad)
+        scale_grad += (logits_grad * dots).sum()
+        bias_grad += logits_grad.sum()
+        if need_image or need_text:
             rows = strips.image[at].to(strips.dtype)
-            mine = torch.zeros_like(rows)
-            add_products(of_logits, query, rows, strips.text, mine, of_text)
-            if of_image is not None:
-                of_image[at] = (mine * (strips.scale / count)).to(dtype)
-    given = (
-        None if of_image is None else of_image.reshape(image.shape),
-        None if of_text is None else (of_text * (strips.scale / count)).to(dtype),
-        (of_scale / count).to(kept_dtype(logit_scale)).reshape(logit_scale.shape) if needs[2] else None,
-        (of_bias / count).to(kept_dtype(logit_bias)).reshape(logit_bias.shape) if needs[3] else None,
+            row_grad = torch.zeros_like(rows)
+            add_products(logits_grad, winner, rows, strips.text, row_grad, text_grad)
+            if image_grad is not None:
+                image_grad[at] = (row_grad * (strips.scale / count)).to(dtype)
+    grads = (
+        None if image_grad is None else image_grad.reshape(image.shape),
+        None if text_grad is None else (text_grad * (strips.scale / count)).to(dtype),
+        (scale_grad / count).to(kept_dtype(logit_scale)).reshape(logit_scale.shape) if need_scale else None,
+        (bias_grad / count).to(kept_dtype(logit_bias)).reshape(logit_bias.shape) if need_bias else None,
     )
-    return (loss / count, *(image.new_empty(0) if x is None else x for x in given))
+    return (loss / count, *(image.new_empty(0) if x is None else x for x in grads))

@@ -1,4 +1,4 @@
-"""What the sigmoid loss is: the naive formula, its cases, the shapes that it is measured at."""
+"""The definition of the sigmoid loss: the naive formula, its cases, its benchmark configurations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.cases import contrastive_cost, features, two_towers
-from mmkernels.ops.contrastive.formula import best_scores, pairs, queries_of, wide_dtype
+from mmkernels.ops.contrastive.formula import best_scores, pairs, queries_of, score_gradients
 from mmkernels.spec import Benchmark, Case, Inputs, OpSpec, Target
 
 
@@ -21,17 +22,17 @@ def formula(
     image_ids: Tensor | None,
     text_ids: Tensor | None,
 ) -> Tensor:
-    """The naive formula, differentiable by PyTorch; what its arguments mean stands at `sigmoid_contrastive`."""
+    """Returns the loss by the naive formula, which PyTorch can differentiate; see `sigmoid_contrastive`."""
     logits = logit_scale.reshape(()).to(image.dtype) * best_scores(image, text) + logit_bias.reshape(()).to(image.dtype)
     loss = -F.logsigmoid(_signs(logits, image_ids, text_ids) * logits).sum() / image.shape[0]
     return loss.to(wide_dtype(image))
 
 
 def _signs(logits: Tensor, image_ids: Tensor | None, text_ids: Tensor | None) -> Tensor:
-    """[N, M]: 1 for positives, -1 for all other pairs."""
-    (rows, columns), device = logits.shape, logits.device
-    positive = pairs(image_ids, text_ids, False, (0, rows), (0, columns), device).positive
-    return 2 * positive.to(logits.dtype) - 1
+    """Returns [N, M]: 1 for positives, -1 for all other pairs."""
+    images, texts = (slice(0, n) for n in logits.shape)
+    found = pairs(image_ids, text_ids, ignore=False, images=images, texts=texts, device=logits.device)
+    return 2 * found.positive.to(logits.dtype) - 1
 
 
 def reference(
@@ -43,42 +44,36 @@ def reference(
     text_ids: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Loss, and the gradients of image, text, logit_scale and logit_bias, written out, in `kept_dtype`."""
+    """Returns the loss, and the gradients of image, text, logit_scale and logit_bias, written out, in `kept_dtype`."""
     loss = formula(image, text, logit_scale, logit_bias, image_ids, text_ids)
     inputs = (image, text, logit_scale, logit_bias)
     if not any(needs):
         return (loss, *(image.new_empty(0) for _ in inputs))
-    dots = queries_of(image) @ text.mT  # [N, Q, M]
-    best, query = dots.max(1)
+    best, winner = (queries_of(image) @ text.mT).max(1)  # [N, M]
     scale = logit_scale.reshape(()).to(image.dtype)
     logits = scale * best + logit_bias.reshape(()).to(image.dtype)
     signs = _signs(logits, image_ids, text_ids)
-    of_logits = -signs * torch.sigmoid(-signs * logits) / image.shape[0]
-    of_dots = torch.zeros_like(dots).scatter_(1, query[:, None], (scale * of_logits)[:, None])
+    logits_grad = -signs * torch.sigmoid(-signs * logits) / image.shape[0]
+    image_grad, text_grad = score_gradients(scale * logits_grad, winner, image, text)
     wide = wide_dtype(image)
-    grads = (
-        (of_dots @ text).reshape(image.shape),
-        torch.einsum("nqm,nqd->md", of_dots, queries_of(image)),
-        (of_logits * best).sum(dtype=wide).reshape(logit_scale.shape),
-        of_logits.sum(dtype=wide).reshape(logit_bias.shape),
-    )
-    return (loss, *kept(grads, inputs, needs))
+    scale_grad = (logits_grad * best).sum(dtype=wide).reshape(logit_scale.shape)
+    bias_grad = logits_grad.sum(dtype=wide).reshape(logit_bias.shape)
+    return (loss, *kept((image_grad, text_grad, scale_grad, bias_grad), inputs, needs))
 
 
-def kept_dtype(image: Tensor) -> torch.dtype:
-    """What gradients are kept in from the forward pass to the backward one.
+def kept_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype in which the gradient of x is kept between the forward and the backward pass.
 
-    float16 has no room for a loss scale above what is yet to be divided by it, nor below for what is yet to be
-    multiplied.
+    float16 has too little range: a loss scale in the upstream gradient multiplies the kept values only later.
     """
-    return torch.float32 if image.dtype == torch.float16 else image.dtype
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def kept(grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor]:
-    """The gradients that are wanted, as they are kept; nothing in place of the others."""
+    """Returns the needed gradients in `kept_dtype`, and empty tensors in place of the others."""
     return [
-        x.new_empty(x.shape, dtype=kept_dtype(x)).copy_(g) if need else x.new_empty(0)
-        for x, g, need in zip(inputs, grads, needs, strict=True)
+        x.new_empty(x.shape, dtype=kept_dtype(x)).copy_(grad) if need else x.new_empty(0)
+        for x, grad, need in zip(inputs, grads, needs, strict=True)
     ]
 
 
