@@ -229,12 +229,8 @@ def exact_info_nce_gradient_kernel(
 
 def backward(args: Any) -> tuple[Tensor, ...]:
     """Returns the gradients of image, text, logit_scale and hard_texts, empty where none is needed."""
-    image, logit_scale, hard_texts, label_smoothing = (
-        args.image,
-        args.logit_scale,
-        args.hard_texts,
-        args.label_smoothing,
-    )
+    image, logit_scale, hard_texts = args.image, args.logit_scale, args.hard_texts
+    label_smoothing = args.label_smoothing
     block = Block(OP, "contrastive_grad", image, args.text, pairing(args.image_ids, args.text_ids, args.ignore))
     blocks, need_texts = [block], [args.need_text]
     if hard_texts is not None and len(hard_texts):
