@@ -94,7 +94,7 @@ def test_every_default_configuration_is_compiled() -> None:
         compiled = configs_of("info_nce", target)
         for kernel, name in (("contrastive", "info_nce_kernel"), ("contrastive_grad", "info_nce_gradient_kernel")):
             config = tuning.default("info_nce", kernel, target, torch.bfloat16, 768)
-            assert {(name, config), (f"careful_{name}", config)} <= compiled, (target, kernel)
+            assert {(name, config), (f"exact_{name}", config)} <= compiled, (target, kernel)
 
 
 # Launches.
@@ -115,12 +115,12 @@ def test_contrastive_launches() -> None:
     for target, tma in (("sm_90", True), ("sm_80", False), ("gfx942", False)):
         found = {x.kernel.__name__: x for x in launches("info_nce", place, target)}
         assert "best_positives_kernel" not in found
-        assert {found[name].constants["TMA"] for name in ("info_nce_kernel", "info_nce_gradient_kernel")} == {tma}
-        assert found["info_nce_kernel"].constants["FLAT"] == (target != "gfx942")
+        assert {found[name].constants["TILE"].TMA for name in ("info_nce_kernel", "info_nce_gradient_kernel")} == {tma}
+        assert found["info_nce_kernel"].constants["FLATTEN_LOOP"] == (target != "gfx942")
     everything = variant_of("info_nce", "bfloat16 D768 everything info_nce")
     names = [x.kernel.__name__ for x in launches("info_nce", everything, "sm_90")]
     assert names.count("info_nce_kernel") == 2 and names.count("best_positives_kernel") == 1  # hard texts: one more
-    assert names.count("info_nce_gradient_kernel") == names.count("careful_info_nce_gradient_kernel") == 2
+    assert names.count("info_nce_gradient_kernel") == names.count("exact_info_nce_gradient_kernel") == 2
 
 
 def test_a_machine_without_a_gpu_is_refused_only_outside_a_recording() -> None:
@@ -319,7 +319,7 @@ def test_an_op_in_a_new_folder_is_compiled_tuned_and_judged(tmp_path: Path) -> N
                  variant="bfloat16 D768 place info_nce"), "spills 8 bytes"),
         (changed(spilled_bytes=8, op="info_nce", kernel="info_nce_kernel",
                  variant="bfloat16 D768 everything info_nce"), None),
-        (changed(spilled_bytes=8, op="info_nce", kernel="careful_info_nce_kernel",
+        (changed(spilled_bytes=8, op="info_nce", kernel="exact_info_nce_kernel",
                  variant="bfloat16 D768 place info_nce"), None),
         (changed(shared_bytes=228 << 10), "needs 233472 bytes of shared memory, there are 232448"),
         (changed(shared_bytes=65 << 10, target="gfx942"), "there are 65536"),

@@ -14,22 +14,22 @@ from mmkernels.spec import Cost, Inputs
 
 
 def features(g: Generator, *shape: int) -> Tensor:
-    """Random, normalised along the last dim."""
+    """Returns random float64 features, normalised along the last dim."""
     return F.normalize(normal(g, *shape), dim=-1)
 
 
 def two_towers(g: Generator, n: int, m: int, dim: int, queries: int = 0, scale: float = 20.0) -> Inputs:
-    """Features of images and texts, those of one number a little alike, and the scale as a tensor."""
+    """Returns image features, text features and the scale; image i is a little like text i (modulo m)."""
     text = features(g, m, dim)
     shape = (n, queries, dim) if queries else (n, dim)
     image = normal(g, *shape) * dim**-0.5
-    alike = text[torch.arange(n) % m]
-    image = F.normalize(image + 0.3 * (alike[:, None] if queries else alike), dim=-1)
+    partner = text[torch.arange(n) % m]
+    image = F.normalize(image + 0.3 * (partner[:, None] if queries else partner), dim=-1)
     return {"image": image, "text": text, "logit_scale": torch.tensor(scale, dtype=torch.float64)}
 
 
 def contrastive_cost(products_backward: int) -> Callable[[Inputs, bool], Cost]:
-    """Of an op with one matrix product forward, and so many more for its gradients."""
+    """Returns the cost of an op with one matrix product forward and `products_backward` more for its gradients."""
 
     def cost(inputs: Inputs, backward: bool) -> Cost:
         image, text = inputs["image"], inputs["text"]

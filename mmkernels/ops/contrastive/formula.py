@@ -1,79 +1,133 @@
-"""What the contrastive ops share: pairs, scores and ranks, as the definition has them."""
+"""What the contrastive ops share: pairs, scores and ranks, as their definitions have them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x * factor`` in `dtype`, factor a tensor of no dims that keeps its own."""
-    if x.device.type == "cpu":  # where such a factor is never rounded to x's dtype
+    """Returns ``x * factor`` in `dtype`. The factor is 0-D and keeps its dtype."""
+    if x.device.type == "cpu":  # a 0-D factor is never rounded to x's dtype there
         return torch.mul(x, factor).to(dtype)
     return torch.mul(x, factor.reshape([1] * x.dim()), out=x.new_empty(x.shape, dtype=dtype))
 
 
 def queries_of(image: Tensor) -> Tensor:
-    """``[N, Q, d]``: image features of one query each get a Q of 1."""
+    """Returns image features as [N, Q, d]; [N, d] get a Q of 1."""
     return image if image.dim() == 3 else image[:, None]
 
 
 class Pairs(NamedTuple):
-    """Which of some images and texts belong together.
+    """Which of some rows and columns belong together.
 
     Args:
         positive: bool [rows, columns].
-        hidden: bool [rows, columns], pairs that take no part; None: none.
+        hidden: bool [rows, columns], pairs that take no part; None: there are none.
     """
 
     positive: Tensor
     hidden: Tensor | None
 
-    def turned(self) -> Pairs:
-        """Rows as columns."""
+    def transposed(self) -> Pairs:
         return Pairs(self.positive.mT, None if self.hidden is None else self.hidden.mT)
+
+    def with_negatives(self, count: int) -> Pairs:
+        """Returns the pairs with `count` further columns of negatives."""
+        if count == 0:
+            return self
+        return Pairs(F.pad(self.positive, (0, count)), None if self.hidden is None else F.pad(self.hidden, (0, count)))
+
+    @property
+    def negative(self) -> Tensor:
+        """Bool [rows, columns]."""
+        return ~self.positive if self.hidden is None else ~(self.positive | self.hidden)
+
+    def visible(self, x: Tensor, fill: float) -> Tensor:
+        """Returns x [rows, columns] with `fill` in place of hidden pairs."""
+        return x if self.hidden is None else x.masked_fill(self.hidden, fill)
+
+    def classes(self) -> Tensor:
+        """Returns int64 [rows], how many columns each row's softmax compares."""
+        rows, columns = self.positive.shape
+        if self.hidden is None:
+            return torch.full((rows,), columns, device=self.positive.device)
+        return columns - self.hidden.sum(1)
 
 
 def pairs(
     image_ids: Tensor | None,
     text_ids: Tensor | None,
+    *,
     ignore: bool,
-    rows: tuple[int, int],
-    columns: tuple[int, int],
+    images: slice,
+    texts: slice,
     device: torch.device,
 ) -> Pairs:
-    """Of images ``rows[0] <= i < rows[1]`` and texts ``columns[0] <= j < columns[1]``.
+    """Returns how some images (rows) and texts (columns) belong together.
 
     Args:
-        ignore: text i is image i's positive, and other pairs of one id are hidden; else one id makes a pair positive.
+        image_ids, text_ids: [N] and [M], of all of them.
+        ignore: text i is image i's positive, and other pairs with equal ids are hidden; else all pairs with equal ids
+            are positive.
     """
-    place = torch.arange(*rows, device=device)[:, None] == torch.arange(*columns, device=device)
+    i, j = (torch.arange(x.start, x.stop, device=device) for x in (images, texts))
+    diagonal = i[:, None] == j
     if image_ids is None or text_ids is None:
-        return Pairs(place, None)
-    same = image_ids[rows[0] : rows[1], None] == text_ids[columns[0] : columns[1]]
-    return Pairs(place, same & ~place) if ignore else Pairs(same, None)
+        return Pairs(diagonal, None)
+    same = image_ids[images, None] == text_ids[texts]
+    return Pairs(diagonal, same & ~diagonal) if ignore else Pairs(same, None)
 
 
 def best_scores(image: Tensor, text: Tensor) -> Tensor:
-    """``[N, M]``: inner products, of an image's queries the largest; image [N, d] or [N, Q, d], text [M, d]."""
+    """Returns inner products [N, M], the largest over an image's queries; image [N, d] or [N, Q, d], text [M, d]."""
     if image.dim() == 2:
         return image @ text.mT
     return (image @ text.mT).max(1).values
 
 
-def ranks(scores: Tensor, best: Tensor, place: Tensor, counted: Tensor, first: int = 0) -> Tensor:
-    """How many of the `counted` columns stand before each row's right answer, in a stable descending sort.
+def score_gradients(scores_grad: Tensor, winner: Tensor, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of image and text from those of their best scores.
+
+    Args:
+        scores_grad: [N, M].
+        winner: int64 [N, M], the query of each image with the largest score.
+        image: [N, d] or [N, Q, d].
+        text: [M, d].
+    """
+    queries = queries_of(image)
+    dots_grad = scores_grad.new_zeros(queries.shape[0], queries.shape[1], text.shape[0])
+    dots_grad.scatter_(1, winner[:, None], scores_grad[:, None])
+    return (dots_grad @ text).reshape(image.shape), torch.einsum("nqm,nqd->md", dots_grad, queries)
+
+
+def count_before(scores: Tensor, best: Tensor, index: Tensor, counted: Tensor, first: int = 0) -> Tensor:
+    """Returns how many of the `counted` columns come before each row's right answer in a stable descending sort.
 
     Args:
         scores: [rows, columns].
-        best, place: [rows], the right answer's score and column.
+        best, index: [rows], the right answer's score and column.
         counted: bool [rows, columns].
         first: the first column's number.
     """
     column = torch.arange(first, first + scores.shape[1], device=scores.device)
-    before = (scores > best[:, None]) | ((scores == best[:, None]) & (column < place[:, None]))
+    before = (scores > best[:, None]) | ((scores == best[:, None]) & (column < index[:, None]))
     return (before & counted).sum(1)
+
+
+def ranks(before: Tensor, best: Tensor, negatives: Tensor | int, has_positive: Tensor | None = None) -> Tensor:
+    """Returns int64 [rows]: -1 without a positive, else `before`, or all negatives if the best positive is NaN.
+
+    Args:
+        before: [rows], the negatives that come before the best positive.
+        best: [rows], the best positive's score.
+        negatives: [rows], how many there are.
+        has_positive: bool [rows]; None: all rows have one.
+    """
+    rank = torch.where(best.isnan(), negatives, before)
+    return rank if has_positive is None else torch.where(has_positive, rank, -1)

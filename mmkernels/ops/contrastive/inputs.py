@@ -1,4 +1,4 @@
-"""What the contrastive ops share at their door."""
+"""Argument checks that the contrastive ops share."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.runtime.checks import DTYPES, autocast, autocast_dtype, check_tensor
+from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.runtime.checks import DTYPES, autocast_dtype, check_tensor
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_features(image: Tensor, text: Tensor, names: tuple[str, str] = ("image", "text")) -> None:
-    """Raise unless image is [N, d] or [N, Q, d] and text [M, d], of one dtype and device, and none of them is empty."""
+    """Raise unless image is [N, d] or [N, Q, d] and text [M, d], not empty, and of one dtype and device."""
     first, second = names
     check_tensor(first, image)
     if image.dim() not in (2, 3) or 0 in image.shape:
@@ -23,7 +24,11 @@ def check_features(image: Tensor, text: Tensor, names: tuple[str, str] = ("image
 
 
 def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", least: int = 1) -> None:
-    """Raise unless x is [M, d] as the image features are."""
+    """Raise unless x is [M, d] with M >= `least`, and has the channels, dtype and device of the image features.
+
+    Args:
+        of: the name of the image features.
+    """
     check_tensor(name, x)
     dim = image.shape[-1]
     if x.dim() != 2 or x.shape[1] != dim or x.shape[0] < least:
@@ -36,14 +41,13 @@ def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", 
 
 
 def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
-    """`x` as a tensor of one element: the image features' dtype, or float32, or float64 beside float64."""
+    """Returns x as a tensor of one element, in the image features' dtype or float32; a number becomes `wide_dtype`."""
     if isinstance(x, bool) or not isinstance(x, Tensor | int | float | np.floating | np.integer):
         raise TypeError(f"{name} must be a tensor of one element or a number, got {type(x).__name__}")
     if not isinstance(x, Tensor):
         if isinstance(x, int) and abs(x) >= 2**1023:
             raise ValueError(f"{name} must be a number that a float can hold, got an integer of {x.bit_length()} bits")
-        wide = torch.float64 if image.dtype == torch.float64 else torch.float32
-        return torch.full((), float(x), dtype=wide, device=image.device)
+        return torch.full((), float(x), dtype=wide_dtype(image), device=image.device)
     if x.numel() != 1 or x.dim() > 1:
         raise ValueError(f"{name} must have one element, got shape {tuple(x.shape)}")
     if x.dtype in (torch.float16, torch.bfloat16) and autocast_dtype(image) is not None:
@@ -59,7 +63,7 @@ def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
 def check_ids(
     image_ids: Tensor | None, text_ids: Tensor | None, image: Tensor, text: Tensor, paired: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both ids as int64, or neither. One alone serves for both sides; without a pair of ids N must be M.
+    """Returns both ids as int64, or None for both. If only one is given, it serves as both; without ids N must be M.
 
     Args:
         paired: text i is image i's positive, whatever the ids are.
@@ -82,6 +86,3 @@ def check_ids(
     if image_ids is None or text_ids is None:
         return None, None
     return image_ids.to(torch.int64), text_ids.to(torch.int64)
-
-
-__all__ = ["autocast", "check_features", "check_ids", "check_more_features", "check_scalar"]

@@ -1,4 +1,4 @@
-"""Strips of logits: some images against all texts, for the backends in plain PyTorch."""
+"""Bands of rows of the logits, each against all texts, for the backends in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.contrastive.formula import pairs, queries_of
+from mmkernels.ops.contrastive.formula import Pairs, pairs, queries_of
 
-STRIP_BYTES = 2**22  # of one strip; some six of them are alive at once
+STRIP_BYTES = 2**22  # of one band; about six of them are alive at once
 
 
-class Strips:
-    """The tensors of a call; iterating walks over its rows, strip by strip."""
+class LogitStrips:
+    """The tensors of a call. Iterating yields its rows, as many at a time as STRIP_BYTES allows.
+
+    Args:
+        image: [N, d] or [N, Q, d].
+        text: [M, d].
+        image_ids, text_ids, ignore: see `formula.pairs`.
+        hard_texts: [K, d]; None and K = 0 are the same.
+    """
 
     def __init__(
         self,
@@ -29,8 +36,8 @@ class Strips:
         self.image = queries_of(image)  # [N, Q, d]
         self.scale = logit_scale.reshape(()).to(self.dtype)
         self.text = text.to(self.dtype)
-        self.hard = None if hard_texts is None else hard_texts.to(self.dtype)
-        self.ids = image_ids, text_ids, ignore
+        self.hard = None if hard_texts is None or not len(hard_texts) else hard_texts.to(self.dtype)
+        self.image_ids, self.text_ids, self.ignore = image_ids, text_ids, ignore
 
     def __iter__(self) -> Iterator[slice]:
         rows, queries, _ = self.image.shape
@@ -40,23 +47,37 @@ class Strips:
         return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
     def dots(self, at: slice, texts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[rows, columns], and which query gave each; None: there is one."""
+        """Returns the largest dot products [rows, columns], and the winners; None: images have one query."""
         image = self.image[at].to(self.dtype)
         if image.shape[1] == 1:
             return image[:, 0] @ texts.mT, None
         return (image @ texts.mT).max(1)
 
-    def pairs(self, at: slice) -> tuple[Tensor, Tensor | None]:
-        columns = (0, self.text.shape[0])
-        return pairs(*self.ids, (at.start, at.stop), columns, self.image.device)
+    def logits(self, at: slice, texts: Tensor) -> Tensor:
+        """Returns [rows, columns]."""
+        return self.dots(at, texts)[0].mul_(self.scale)
+
+    def pairs(self, at: slice) -> Pairs:
+        """Returns how the images `at` and all texts belong together."""
+        return pairs(
+            self.image_ids, self.text_ids, ignore=self.ignore,
+            images=at, texts=slice(0, self.text.shape[0]), device=self.image.device,
+        )  # fmt: skip
 
 
 def add_products(
-    of_dots: Tensor, query: Tensor | None, rows: Tensor, texts: Tensor, of_rows: Tensor, of_texts: Tensor | None
+    dots_grad: Tensor, winner: Tensor | None, rows: Tensor, texts: Tensor, row_grad: Tensor, text_grad: Tensor | None
 ) -> None:
-    """Add what flows from a strip's products [rows, columns] to its rows [rows, Q, d] and the texts [columns, d]."""
+    """Add the gradients of a strip's features, from those of its dot products.
+
+    Args:
+        dots_grad: [rows, columns].
+        winner: [rows, columns] or None, see `LogitStrips.dots`.
+        rows, row_grad: [rows, Q, d].
+        texts, text_grad: [columns, d].
+    """
     for q in range(rows.shape[1]):
-        part = of_dots if query is None else of_dots.masked_fill(query != q, 0.0)
-        of_rows[:, q] += part @ texts
-        if of_texts is not None:
-            of_texts += part.mT @ rows[:, q]
+        of_query = dots_grad if winner is None else dots_grad.masked_fill(winner != q, 0.0)
+        row_grad[:, q] += of_query @ texts
+        if text_grad is not None:
+            text_grad += of_query.mT @ rows[:, q]

@@ -27,10 +27,11 @@ pytest.importorskip("triton")
 from triton_tiling import DEVICE, tiled
 
 from mmkernels.ops.contrastive.info_nce.triton import backward, forward
+from mmkernels.ops.contrastive.info_nce.triton.states import DirectionState, Fields
 from mmkernels.ops.contrastive.sigmoid_contrastive import triton as sigmoid
 from mmkernels.ops.contrastive.triton import call as triton_call
 from mmkernels.ops.contrastive.triton.call import Block, pairing
-from mmkernels.ops.contrastive.triton.states import Side
+from mmkernels.ops.contrastive.triton.tiles import Codes
 
 interpreted = pytest.mark.interpreted  # and else on a GPU, or not at all
 if not gpu.INTERPRETED:
@@ -74,7 +75,7 @@ ALL = ("image", "text", "logit_scale")
 @_each(_cases(1500))
 def test_small_tiles_groups_and_strips(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tile of rows at a time in the forward and in the backward pass."""
-    for name in ("PART_BYTES", "STRIP_BYTES"):
+    for name in ("PARTIAL_BYTES", "STRIP_BYTES"):
         monkeypatch.setattr(triton_call, name, 1)
     with tiled(16, 32):
         check(spec, case, torch.float32, "triton", DEVICE)
@@ -132,19 +133,19 @@ def test_blocks_of_texts_may_arrive_one_by_one(hidden: bool) -> None:
             same_id="ignore" if hidden else "positive",
         )  # fmt: skip
         products = image.new_full((40,), NAN)
-        images, text_losses, hides = Side(40, image, (0, 0, 0), products), [], []
+        images, text_losses, hides = DirectionState(40, image, Fields(), products), [], []
         for first, last in ((0, 17), (17, 40)):
             part, own = text[first:last], products[first:last]
             pairs = pairing(None, None, False)
             if hidden:  # what ids hide is counted, and coded, for each block
-                codes = (ids.int(), ids[first:last].int())
+                codes = Codes(ids.int(), ids[first:last].int())
                 other = ids[:, None] == ids[first:last]
                 other &= torch.arange(40, device=DEVICE)[:, None] != torch.arange(first, last, device=DEVICE)
                 pairs = pairs._replace(kind="hidden", codes=codes)
                 hides.append((other.sum(1), other.sum(0)))
-            block = Block("info_nce", "contrastive", image, part, pairs, shift=first)
-            texts = Side(last - first, image, (0, 0, 0), own)
-            forward.add_block(block, [images, texts], scale, products)
+            block = Block("info_nce", "contrastive", image, part, pairs, diagonal=first)
+            texts = DirectionState(last - first, image, Fields(), own)
+            forward.add_block(block, images, texts, scale, products)
             text_losses.append(texts.finish(scale, 0.0, None, hides[-1][1] if hidden else None, 40)[0])
         of_images = images.finish(scale, 0.0, None, sum(x for x, _ in hides) if hidden else None, 40)
     torch.testing.assert_close(of_images[0], want[0])
@@ -159,7 +160,7 @@ def _careless() -> Iterator[None]:
     """Without the kernels that compute tiles again."""
 
     def launch(kernel: Any, *args: Any, **constants: Any) -> None:
-        if not kernel.__name__.startswith("careful_"):
+        if not kernel.__name__.startswith("exact_"):
             gpu.launch(kernel, *args, **constants)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -220,17 +221,18 @@ def test_by_place_only_tiles_with_positives_are_computed_twice() -> None:
     inputs = cast(two_towers(torch.Generator().manual_seed(0), 64, 64, 16), torch.float32, DEVICE)
     sums = []
     with tiled(16, 16):
-        block = Block("info_nce", "contrastive", inputs["image"], inputs["text"], pairing(None, None, False))
+        image = inputs["image"]
+        block = Block("info_nce", "contrastive", image, inputs["text"], pairing(None, None, False))
         for care in (True, False):
             parts = []
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Side, "add", lambda self, part, *_: parts.append(part.clone()))  # noqa: B023
-                sides = [Side(64, inputs["image"], (0, 0, 0), inputs["image"].new_empty(64)) for _ in range(2)]
+                patch.setattr(DirectionState, "add", lambda self, part, *_: parts.append(part.clone()))  # noqa: B023
+                images, texts = (DirectionState(64, image, Fields(), image.new_empty(64)) for _ in range(2))
                 if care:
-                    forward.add_block(block, sides, inputs["logit_scale"], sides[0].sums[0])
+                    forward.add_block(block, images, texts, inputs["logit_scale"], images.sums.positive)
                 else:
                     with _careless():
-                        forward.add_block(block, sides, inputs["logit_scale"], sides[0].sums[0])
+                        forward.add_block(block, images, texts, inputs["logit_scale"], images.sums.positive)
             sums.append(parts[0][0])  # references [tiles across, rows]
     tiles = torch.eye(4, dtype=torch.bool, device=DEVICE).repeat_interleave(16, 1)
     same = sums[0] == sums[1]

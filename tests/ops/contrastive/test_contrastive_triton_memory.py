@@ -137,7 +137,7 @@ def test_the_copy_engines_path(queries: int, monkeypatch: pytest.MonkeyPatch) ->
             info_nce(**inputs, backend="triton")
         if tuning.architecture(torch.device(DEVICE)) in ("sm_90", "sm_100"):
             (first, *_) = [x for x in launches if x.kernel.__name__ == "info_nce_kernel"]
-            assert first.constants["TMA"] and first.args[0].block_shape == ([16, 1, 32] if queries else [16, 32])
+            assert first.constants["TILE"].TMA and first.args[0].block_shape == ([16, 1, 32] if queries else [16, 32])
             assert first.args[1].base.data_ptr() == inputs["text"].data_ptr()
         check(SPECS["info_nce"], Case("here", make, ALL), torch.float32, "triton", DEVICE)
         if not queries:
@@ -153,7 +153,7 @@ def test_where_a_descriptor_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(16, 64, device=DEVICE)
 
     def tma(image: Tensor, text: Tensor) -> bool:
-        return bool(Block("info_nce", "contrastive", image, text, None).constants["TMA"])
+        return bool(Block("info_nce", "contrastive", image, text, None).tile.TMA)
 
     with tuning.pretend("sm_90"):
         assert tma(x, x)
@@ -199,7 +199,7 @@ def test_equal_rows_of_a_gallery_have_equal_scores(block_q: int, block_k: int) -
 
 @interpreted
 def test_galleries_in_groups_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_call, "PART_BYTES", 1)
+    monkeypatch.setattr(triton_call, "PARTIAL_BYTES", 1)
     query, gallery = torch.randn(50, 24, device=DEVICE), torch.randn(70, 24, device=DEVICE)
     target = torch.randint(70, (50,), device=DEVICE)
     with tiled(16, 32):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -13,3 +16,19 @@ def ceil_div(a: int, b: int) -> int:
 def precision(dtype: torch.dtype) -> str:
     """How float32 tiles are multiplied: TF32 only where the user's PyTorch setting allows it."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def stride_unit(strides: Iterable[int]) -> int:
+    """Returns how many elements one unit of a kernel's strides stands for: 8 if 8 divides all strides, else 1.
+
+    Triton recognises an aligned stride only if 16 divides it, so a stride of 72 elements would prevent loads of 16
+    bytes. A kernel that multiplies the stride 9 by the constant 8 gets them.
+    """
+    return 8 if all(n % 8 == 0 for n in strides) else 1
+
+
+def has_tma_layout(x: Tensor) -> bool:
+    """Returns whether x lies in memory as tensor descriptors need it: contiguous rows that are 16-byte aligned."""
+    *strides, last = x.stride()
+    aligned = all(n * x.element_size() % 16 == 0 for n in strides) and x.data_ptr() % 16 == 0
+    return last == 1 and aligned

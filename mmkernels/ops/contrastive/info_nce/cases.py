@@ -55,7 +55,7 @@ CASES = (
     _case("several captions an image, some without", 10, 21, 24, **_CAPTIONS, **_BOTH),
     _case("several captions, smoothed", 10, 21, 24, label_smoothing=0.2, reduction="none", **_CAPTIONS),
     _case("few classes", 17, 17, 16, **_CLASSES, **_BOTH),
-    _case("nobody has a positive", 5, 7, 8, image_ids=_ids(*range(5)), text_ids=_ids(*range(10, 17)), reduction="sum"),
+    _case("no row has a positive", 5, 7, 8, image_ids=_ids(*range(5)), text_ids=_ids(*range(10, 17)), reduction="sum"),
     _case("false negatives left out", 17, 17, 16, same_id="ignore", **_CLASSES, **_BOTH),
     _case("false negatives left out, smoothed", 17, 17, 16, same_id="ignore", label_smoothing=0.1, **_CLASSES),
     _case("hard texts", 18, 18, 16, hard_texts=_hard(37, 16), **_BOTH),

@@ -1,4 +1,4 @@
-"""What the contrastive loss is: the naive formula, its cases, the shapes that it is measured at."""
+"""The definition of the contrastive loss: the naive formula, and its gradients written out."""
 
 from __future__ import annotations
 
@@ -11,142 +11,138 @@ from torch import Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive import parts
 from mmkernels.ops.contrastive.cases import contrastive_cost
-from mmkernels.ops.contrastive.formula import LOG2E, Pairs, best_scores, pairs, queries_of, ranks
+from mmkernels.ops.contrastive.formula import (
+    LOG2E,
+    Pairs,
+    best_scores,
+    count_before,
+    pairs,
+    queries_of,
+    ranks,
+    score_gradients,
+)
 from mmkernels.ops.contrastive.info_nce.cases import BENCHMARKS, CASES
 from mmkernels.ops.contrastive.info_nce.reduction import Arguments
 from mmkernels.spec import OpSpec
 
 
 def reference(args: Arguments, need_states: bool = True) -> tuple[Tensor, ...]:
-    """The naive formula's rows, differentiable by PyTorch."""
-    image, text, logit_scale, hard_texts = args.image, args.text, args.logit_scale, args.hard_texts
-    image_ids, text_ids, ignore, label_smoothing = args.image_ids, args.text_ids, args.ignore, args.label_smoothing
-    scores, of_hard = _logits(image, text, logit_scale, hard_texts)
-    rows = scores if of_hard is None else torch.cat([scores, of_hard], 1)
-    if image_ids is None:  # the usual formula, at its usual cost
-        target = torch.arange(scores.shape[0], device=scores.device)
-        losses = [
-            F.cross_entropy(x, target, reduction="none", label_smoothing=label_smoothing) for x in (rows, scores.mT)
-        ]
+    """Returns `Results` but for the loss, by the naive formula, which PyTorch can differentiate."""
+    image_logits, text_logits = _logits(args)
+    if args.image_ids is None:  # the usual formula, at its usual cost
+        target = torch.arange(len(args.image), device=args.image.device)
+        image_loss, text_loss = (
+            F.cross_entropy(x, target, reduction="none", label_smoothing=args.label_smoothing)
+            for x in (image_logits, text_logits)
+        )
     else:
-        both = pairs(image_ids, text_ids, ignore, (0, image.shape[0]), (0, text.shape[0]), image.device)
-        losses = [
-            _cross_entropy(rows, _of_rows(both, rows.shape[1]), label_smoothing),
-            _cross_entropy(scores.mT, both.turned(), label_smoothing),
-        ]
-    wide = wide_dtype(image)
-    outputs = [x.to(wide) for x in losses]
+        of_images, of_texts = _pairs(args)
+        image_loss = _cross_entropy(image_logits, of_images, args.label_smoothing)
+        text_loss = _cross_entropy(text_logits, of_texts, args.label_smoothing)
+    wide = wide_dtype(args.image)
+    losses = image_loss.to(wide), text_loss.to(wide)
     if not need_states and not args.stats:
-        return (*outputs, *(scores.new_empty(0) for _ in range(4)))
+        return *losses, *(image_logits.new_empty(0) for _ in range(4))
     with torch.no_grad():
-        both = pairs(image_ids, text_ids, ignore, (0, image.shape[0]), (0, text.shape[0]), image.device)
-        sides = (rows, _of_rows(both, rows.shape[1])), (scores.mT, both.turned())
-        states = [_state(x.to(wide), side) for x, side in sides]
-        none = torch.empty(0, dtype=torch.int64, device=image.device)
-        found = [_ranks(x, side) if args.stats else none.clone() for x, side in sides]
-    return (*outputs, *states, *found)
+        of_images, of_texts = _pairs(args)
+        states = _state(image_logits.to(wide), of_images), _state(text_logits.to(wide), of_texts)
+        if not args.stats:
+            return *losses, *states, *(image_logits.new_empty(0, dtype=torch.int64) for _ in range(2))
+        return *losses, *states, _ranks(image_logits, of_images), _ranks(text_logits, of_texts)
 
 
-def _logits(
-    image: Tensor, text: Tensor, logit_scale: Tensor, hard_texts: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """[N, M] and [N, K]."""
-    scale = logit_scale.reshape(()).to(image.dtype)
-    of_hard = None if hard_texts is None else scale * best_scores(image, hard_texts)
-    return scale * best_scores(image, text), of_hard
+def _logits(args: Any) -> tuple[Tensor, Tensor]:
+    """Returns the logits of images [N, M + K] and of texts [M, N]."""
+    scale = args.logit_scale.reshape(()).to(args.image.dtype)
+    logits = scale * best_scores(args.image, args.text)
+    if args.hard_texts is None:
+        return logits, logits.mT
+    return torch.cat([logits, scale * best_scores(args.image, args.hard_texts)], 1), logits.mT
 
 
-def _of_rows(both: Pairs, columns: int) -> Pairs:
-    """With hard texts as columns that are nobody's positive."""
-    more = columns - both.positive.shape[1]
-    if more == 0:
-        return both
-    return Pairs(F.pad(both.positive, (0, more)), None if both.hidden is None else F.pad(both.hidden, (0, more)))
+def _pairs(args: Any) -> tuple[Pairs, Pairs]:
+    """Returns the pairs of images [N, M + K] and of texts [M, N]."""
+    found = pairs(
+        args.image_ids, args.text_ids, ignore=args.ignore,
+        images=slice(0, len(args.image)), texts=slice(0, len(args.text)), device=args.image.device,
+    )  # fmt: skip
+    return found.with_negatives(0 if args.hard_texts is None else len(args.hard_texts)), found.transposed()
 
 
-def _cross_entropy(logits: Tensor, side: Pairs, label_smoothing: float) -> Tensor:
-    """[rows], 0 where a row has no positive."""
-    if side.hidden is not None:
-        logits = logits.masked_fill(side.hidden, -torch.inf)
-    log_p = logits.log_softmax(1)
-    count = side.positive.sum(1)
-    loss = -log_p.masked_fill(~side.positive, 0.0).sum(1) / count.clamp(min=1)
+def _cross_entropy(logits: Tensor, pairs: Pairs, label_smoothing: float) -> Tensor:
+    """Returns [rows], 0 where a row has no positive."""
+    log_p = pairs.visible(logits, -torch.inf).log_softmax(1)
+    count = pairs.positive.sum(1)
+    loss = -log_p.masked_fill(~pairs.positive, 0.0).sum(1) / count.clamp(min=1)
     if label_smoothing > 0.0:
-        if side.hidden is not None:
-            log_p = log_p.masked_fill(side.hidden, 0.0)
-        loss = (1.0 - label_smoothing) * loss - label_smoothing * log_p.sum(1) / _classes(side)
+        mean = pairs.visible(log_p, 0.0).sum(1) / pairs.classes()
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * mean
     return torch.where(count > 0, loss, 0.0)
 
 
-def _classes(side: Pairs) -> Tensor:
-    """[rows], how many columns each row's softmax compares."""
-    rows, columns = side.positive.shape
-    if side.hidden is None:
-        return torch.full((rows,), columns, device=side.positive.device)
-    return columns - side.hidden.sum(1)
-
-
-def _state(logits: Tensor, side: Pairs) -> Tensor:
-    if side.hidden is not None:
-        logits = logits.masked_fill(side.hidden, -torch.inf)
+def _state(logits: Tensor, pairs: Pairs) -> Tensor:
+    """Returns [4, rows], see `reduction.REFERENCE`."""
+    logits = pairs.visible(logits, -torch.inf)
     largest = logits.amax(1)
     total = (logits - largest[:, None]).exp().sum(1)
-    return torch.stack([largest * LOG2E, total, side.positive.sum(1).to(logits), _classes(side).to(logits)])
+    return torch.stack([largest * LOG2E, total, pairs.positive.sum(1).to(logits), pairs.classes().to(logits)])
 
 
-def _ranks(logits: Tensor, side: Pairs) -> Tensor:
-    """[rows], -1 where a row has no positive."""
-    only = logits.masked_fill(~side.positive, -torch.inf)
-    best, place = only.amax(1), only.argmax(1)
-    negative = ~side.positive if side.hidden is None else ~(side.positive | side.hidden)
-    found = torch.where(best.isnan(), negative.sum(1), ranks(logits, best, place, negative))
-    return torch.where(side.positive.any(1), found, -1)
+def _ranks(logits: Tensor, pairs: Pairs) -> Tensor:
+    """Returns int64 [rows], -1 where a row has no positive."""
+    positives = logits.masked_fill(~pairs.positive, -torch.inf)
+    best, negative = positives.amax(1), pairs.negative
+    before = count_before(logits, best, positives.argmax(1), negative)
+    return ranks(before, best, negative.sum(1), pairs.positive.any(1))
 
 
 def reference_backward(args: Any) -> tuple[Tensor, ...]:
-    """The gradients, written out: autograd does not record in an op boundary."""
-    image, text, logit_scale, hard_texts = args.image, args.text, args.logit_scale, args.hard_texts
-    image_ids, text_ids, ignore, label_smoothing = args.image_ids, args.text_ids, args.ignore, args.label_smoothing
-    grad_image_loss, grad_text_loss = args.grad_image_loss, args.grad_text_loss
+    """Returns the gradients, written out: autograd does not record inside of an op boundary."""
     needs = (args.need_image, args.need_text, args.need_logit_scale, args.need_hard_texts)
-    scores, of_hard = _logits(image, text, logit_scale, hard_texts)
-    rows = scores if of_hard is None else torch.cat([scores, of_hard], 1)
-    both = pairs(image_ids, text_ids, ignore, (0, image.shape[0]), (0, text.shape[0]), image.device)
-    of_logits = torch.zeros_like(rows)
-    if grad_image_loss is not None:
-        of_logits += logit_gradient(rows, _of_rows(both, rows.shape[1]), grad_image_loss, label_smoothing)
-    if grad_text_loss is not None:
-        side = both.turned()
-        of_logits[:, : text.shape[0]] += logit_gradient(scores.mT, side, grad_text_loss, label_smoothing).mT
-    texts = text if hard_texts is None else torch.cat([text, hard_texts])
-    dots = queries_of(image) @ texts.mT  # [N, Q, M + K]
-    best, query = dots.max(1)
-    scale = logit_scale.reshape(()).to(image.dtype)
-    of_dots = torch.zeros_like(dots).scatter_(1, query[:, None], (scale * of_logits)[:, None])
-    of_image = (of_dots @ texts).reshape(image.shape)
-    of_texts = torch.einsum("nqm,nqd->md", of_dots, queries_of(image))
-    of_scale = (of_logits * best).sum(dtype=wide_dtype(image)).reshape(logit_scale.shape)
-    of_text, of_more = of_texts[: text.shape[0]], of_texts[text.shape[0] :]
-    inputs, grads = (image, text, logit_scale, hard_texts), (of_image, of_text, of_scale, of_more)
+    texts = args.text if args.hard_texts is None else torch.cat([args.text, args.hard_texts])
+    best, winner = (queries_of(args.image) @ texts.mT).max(1)  # [N, M + K]
+    logits_grad = _logits_gradient(args)
+    scale = args.logit_scale.reshape(()).to(args.image.dtype)
+    image_grad, texts_grad = score_gradients(scale * logits_grad, winner, args.image, texts)
+    scale_grad = (logits_grad * best).sum(dtype=wide_dtype(args.image)).reshape(args.logit_scale.shape)
+    text_grad, hard_grad = texts_grad[: len(args.text)], texts_grad[len(args.text) :]
+    inputs = (args.image, args.text, args.logit_scale, args.hard_texts)
+    grads = (image_grad, text_grad, scale_grad, hard_grad)
     return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format).copy_(g)
+        torch.empty_like(x, memory_format=torch.contiguous_format).copy_(grad)
         if need and x is not None
-        else image.new_empty(0)
-        for x, g, need in zip(inputs, grads, needs, strict=True)
+        else args.image.new_empty(0)
+        for x, grad, need in zip(inputs, grads, needs, strict=True)
     )
 
 
-def logit_gradient(logits: Tensor, side: Pairs, grad: Tensor, label_smoothing: float) -> Tensor:
-    """[rows, columns], of the rows' losses times `grad` [rows]."""
-    if side.hidden is not None:
-        logits = logits.masked_fill(side.hidden, -torch.inf)
-    count = side.positive.sum(1, keepdim=True)
-    target = side.positive / count.clamp(min=1)
+def _logits_gradient(args: Any) -> Tensor:
+    """Returns the gradient of the images' logits [N, M + K], from both directions' losses."""
+    image_logits, text_logits = _logits(args)
+    of_images, of_texts = _pairs(args)
+    total = torch.zeros_like(image_logits)
+    if args.grad_image_loss is not None:
+        total += logit_gradient(image_logits, of_images, args.grad_image_loss, args.label_smoothing)
+    if args.grad_text_loss is not None:
+        of_direction = logit_gradient(text_logits, of_texts, args.grad_text_loss, args.label_smoothing)
+        total[:, : len(args.text)] += of_direction.mT
+    return total
+
+
+def logit_gradient(logits: Tensor, pairs: Pairs, grad: Tensor, label_smoothing: float) -> Tensor:
+    """Returns the gradient of one direction's losses by its logits [rows, columns].
+
+    Args:
+        grad: [rows], of the losses.
+    """
+    count = pairs.positive.sum(1, keepdim=True)
+    target = pairs.positive / count.clamp(min=1)
     if label_smoothing > 0.0:
-        even = torch.ones_like(target) if side.hidden is None else (~side.hidden).to(target)
-        target = (1.0 - label_smoothing) * target + label_smoothing * even / _classes(side)[:, None]
-    found = (logits.softmax(1) - target.to(logits.dtype)) * grad[:, None].to(logits.dtype)
-    return torch.where(count > 0, found, 0.0)
+        uniform = pairs.visible(torch.ones_like(target), 0.0) / pairs.classes()[:, None]
+        target = (1.0 - label_smoothing) * target + label_smoothing * uniform
+    p = pairs.visible(logits, -torch.inf).softmax(1)
+    gradient = (p - target.to(logits.dtype)) * grad[:, None].to(logits.dtype)
+    return torch.where(count > 0, gradient, 0.0)
 
 
 SPEC = OpSpec(

@@ -1,4 +1,4 @@
-"""What a retrieval rank is: the naive formula, its cases, the shapes that it is measured at."""
+"""The definition of retrieval ranks: the naive formula, its cases, its benchmark configurations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from mmkernels.ops.contrastive import parts
 from mmkernels.ops.contrastive.cases import features
-from mmkernels.ops.contrastive.formula import ranks
+from mmkernels.ops.contrastive.formula import count_before, ranks
 from mmkernels.runtime.checks import check_range
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
 from mmkernels.targets import ExtraMemory, PeakShare
@@ -31,22 +31,25 @@ class Results(NamedTuple):
 
 
 def reference(args: Arguments) -> Tensor:
-    """The naive formula."""
+    """Returns int64 [N] by the naive formula."""
     check_range("target", args.target, 0, len(args.gallery) - 1)
     return ranks_of(args.query @ args.gallery.mT, args.target)
 
 
 def ranks_of(scores: Tensor, target: Tensor) -> Tensor:
-    """Of rows of scores [rows, M]; a NaN target stands behind everything, and NaN elsewhere before nothing.
+    """Returns the ranks of some queries, int64 [rows]. A NaN target ranks last, other NaN before nothing.
 
-    A target outside of the gallery gets the rank M, on devices where nobody has looked.
+    A target outside of the gallery has the rank M: on a GPU targets are not checked.
+
+    Args:
+        scores: [rows, M].
+        target: int64 [rows].
     """
     items = scores.shape[1]
-    there = target.clamp(0, items - 1)
-    best = scores.gather(1, there[:, None])[:, 0]
-    found = ranks(scores, best, there, torch.ones_like(scores, dtype=torch.bool))
-    found = torch.where(best.isnan(), items - 1, found)
-    return torch.where(there == target, found, items)
+    inside = target.clamp(0, items - 1)
+    best = scores.gather(1, inside[:, None])[:, 0]
+    before = count_before(scores, best, inside, torch.ones_like(scores, dtype=torch.bool))
+    return torch.where(inside == target, ranks(before, best, items - 1), items)
 
 
 def _case(id: str, n: int, m: int, dim: int) -> Case:
@@ -60,7 +63,7 @@ def _inputs(g: Generator, n: int, m: int, dim: int) -> Inputs:
 
 
 def _ties(g: Generator) -> Inputs:
-    """Small integers, whose products are exact in every dtype: most scores are shared by many."""
+    """Small integers, whose products are exact in every dtype: most scores occur many times."""
     query, gallery = (torch.randint(-2, 3, (n, 6), generator=g).double() for n in (40, 90))
     return {"query": query, "gallery": gallery, "target": torch.randint(90, (40,), generator=g)}
 

@@ -1,4 +1,4 @@
-"""The sigmoid loss in plain PyTorch: strips of rows, each against all texts, loss and gradients in one walk."""
+"""The sigmoid loss in plain PyTorch: bands of rows, each against all texts; loss and gradients in one pass."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, kept, kept_dtype
-from mmkernels.ops.contrastive.strips import Strips, add_products
+from mmkernels.ops.contrastive.strips import LogitStrips, add_products
 
 
 def forward(args: Arguments) -> tuple[Tensor, ...]:
     """Returns the loss, and its gradients in `kept_dtype`."""
     image, text, logit_scale, logit_bias = args.image, args.text, args.logit_scale, args.logit_bias
-    strips = Strips(image, text, logit_scale, args.image_ids, args.text_ids)
+    strips = LogitStrips(image, text, logit_scale, args.image_ids, args.text_ids)
     bias, count = logit_bias.reshape(()).to(strips.dtype), image.shape[0]
-    loss, of_scale, of_bias = (torch.zeros((), dtype=strips.dtype, device=image.device) for _ in range(3))
+    loss, scale_grad, bias_grad = (torch.zeros((), dtype=strips.dtype, device=image.device) for _ in range(3))
     dtype = kept_dtype(image)
-    of_image = strips.image.new_empty(strips.image.shape, dtype=dtype) if args.keep_image else None
-    of_text = torch.zeros_like(strips.text) if args.keep_text else None
+    image_grad = strips.image.new_empty(strips.image.shape, dtype=dtype) if args.keep_image else None
+    text_grad = torch.zeros_like(strips.text) if args.keep_text else None
     for at in strips:
-        dots, query = strips.dots(at, strips.text)
+        dots, winner = strips.dots(at, strips.text)
         logits = dots * strips.scale + bias
-        positive, _ = strips.pairs(at)
-        logits = torch.where(positive, logits, -logits)  # what should be large
+        positive = strips.pairs(at).positive
+        logits = torch.where(positive, logits, -logits)  # each pair's loss is -logsigmoid of these
         loss -= F.logsigmoid(logits).sum()
         if not args.keep_any:
             continue
-        of_logits = torch.sigmoid(-logits)
-        of_logits = torch.where(positive, -of_logits, of_logits)
-        of_scale += (of_logits * dots).sum()
-        of_bias += of_logits.sum()
+        logits_grad = torch.sigmoid(-logits)
+        logits_grad = torch.where(positive, -logits_grad, logits_grad)
+        scale_grad += (logits_grad * dots).sum()
+        bias_grad += logits_grad.sum()
         if args.keep_image or args.keep_text:
             rows = strips.image[at].to(strips.dtype)
-            mine = torch.zeros_like(rows)
-            add_products(of_logits, query, rows, strips.text, mine, of_text)
-            if of_image is not None:
-                of_image[at] = (mine * (strips.scale / count)).to(dtype)
+            row_grad = torch.zeros_like(rows)
+            add_products(logits_grad, winner, rows, strips.text, row_grad, text_grad)
+            if image_grad is not None:
+                image_grad[at] = (row_grad * (strips.scale / count)).to(dtype)
     grads = (
-        of_image,
-        None if of_text is None else of_text * (strips.scale / count),
-        of_scale / count,
-        of_bias / count,
+        image_grad,
+        None if text_grad is None else text_grad * (strips.scale / count),
+        scale_grad / count,
+        bias_grad / count,
     )
     return (loss / count, *kept(grads, args))

@@ -1,4 +1,4 @@
-"""What the sigmoid loss is: the naive formula, its cases, the shapes that it is measured at."""
+"""The definition of the sigmoid loss: the naive formula, its cases, its benchmark configurations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive import parts
 from mmkernels.ops.contrastive.cases import contrastive_cost, features, two_towers
-from mmkernels.ops.contrastive.formula import best_scores, pairs, queries_of
+from mmkernels.ops.contrastive.formula import best_scores, pairs, queries_of, score_gradients
 from mmkernels.runtime.arguments import Differentiable
 from mmkernels.spec import Benchmark, Case, Inputs, OpSpec
 from mmkernels.targets import MemoryRatio, PeakShare, Target
@@ -49,7 +49,7 @@ class Results(NamedTuple):
 
 
 def formula(args: Arguments) -> Tensor:
-    """The naive formula, differentiable by PyTorch."""
+    """Returns the loss by the naive formula, which PyTorch can differentiate; see `sigmoid_contrastive`."""
     image = args.image
     scale, bias = (x.reshape(()).to(image.dtype) for x in (args.logit_scale, args.logit_bias))
     logits = scale * best_scores(image, args.text) + bias
@@ -58,42 +58,36 @@ def formula(args: Arguments) -> Tensor:
 
 
 def _signs(logits: Tensor, image_ids: Tensor | None, text_ids: Tensor | None) -> Tensor:
-    """[N, M]: 1 for positives, -1 for all other pairs."""
-    (rows, columns), device = logits.shape, logits.device
-    positive = pairs(image_ids, text_ids, False, (0, rows), (0, columns), device).positive
-    return 2 * positive.to(logits.dtype) - 1
+    """Returns [N, M]: 1 for positives, -1 for all other pairs."""
+    images, texts = (slice(0, n) for n in logits.shape)
+    found = pairs(image_ids, text_ids, ignore=False, images=images, texts=texts, device=logits.device)
+    return 2 * found.positive.to(logits.dtype) - 1
 
 
 def reference(args: Arguments) -> tuple[Tensor, ...]:
-    """Returns the loss, and its gradients written out."""
+    """Returns the loss, and its gradients written out, in `kept_dtype`."""
     image, text, logit_scale, logit_bias = args.image, args.text, args.logit_scale, args.logit_bias
     loss = formula(args)
     if not args.keep_any:
         return (loss, *kept((loss,) * 4, args))
-    dots = queries_of(image) @ text.mT  # [N, Q, M]
-    best, query = dots.max(1)
+    best, winner = (queries_of(image) @ text.mT).max(1)  # [N, M]
     scale = logit_scale.reshape(()).to(image.dtype)
     logits = scale * best + logit_bias.reshape(()).to(image.dtype)
     signs = _signs(logits, args.image_ids, args.text_ids)
-    of_logits = -signs * torch.sigmoid(-signs * logits) / image.shape[0]
-    of_dots = torch.zeros_like(dots).scatter_(1, query[:, None], (scale * of_logits)[:, None])
+    logits_grad = -signs * torch.sigmoid(-signs * logits) / image.shape[0]
+    image_grad, text_grad = score_gradients(scale * logits_grad, winner, image, text)
     wide = wide_dtype(image)
-    grads = (
-        (of_dots @ text).reshape(image.shape),
-        torch.einsum("nqm,nqd->md", of_dots, queries_of(image)),
-        (of_logits * best).sum(dtype=wide).reshape(logit_scale.shape),
-        of_logits.sum(dtype=wide).reshape(logit_bias.shape),
-    )
-    return (loss, *kept(grads, args))
+    scale_grad = (logits_grad * best).sum(dtype=wide).reshape(logit_scale.shape)
+    bias_grad = logits_grad.sum(dtype=wide).reshape(logit_bias.shape)
+    return (loss, *kept((image_grad, text_grad, scale_grad, bias_grad), args))
 
 
-def kept_dtype(image: Tensor) -> torch.dtype:
-    """What gradients are kept in from the forward pass to the backward one.
+def kept_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype in which the gradient of x is kept between the forward and the backward pass.
 
-    float16 has no room for a loss scale above what is yet to be divided by it, nor below for what is yet to be
-    multiplied.
+    float16 has too little range: a loss scale in the upstream gradient multiplies the kept values only later.
     """
-    return torch.float32 if image.dtype == torch.float16 else image.dtype
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def kept(grads: Sequence[Tensor | None], args: Arguments) -> list[Tensor]:

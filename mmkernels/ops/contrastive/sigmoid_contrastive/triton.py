@@ -1,4 +1,4 @@
-"""The pairwise sigmoid loss in Triton: loss and gradients of the logits from one product of features."""
+"""The pairwise sigmoid loss in Triton: loss and gradients of the logits from one matrix product of the features."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from torch import Tensor
 from mmkernels.ops.common.triton.constants import LN2, LOG2E
 from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, kept, kept_dtype
-from mmkernels.ops.contrastive.triton.call import Block, Strips, boost_of, pairing
+from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, loss_scale_of, pairing
 from mmkernels.ops.contrastive.triton.tiles import (
-    best_products,
-    halves,
-    hangs_over,
-    near_place,
-    near_positive,
-    positives,
+    Strip,
+    best_dots,
+    crosses_diagonal,
+    fold_sign,
+    is_ragged,
+    may_have_positives,
+    position,
+    positive_pairs,
+    split_columns,
     store_gradients,
-    taking_part,
-    tile_of,
-    turned,
+    tile_corner,
+    visible_pairs,
 )
 from mmkernels.runtime.triton import launch
 
@@ -30,9 +32,9 @@ OP = "sigmoid_contrastive"
 
 @triton.jit
 def minus_log_one_minus(p):
-    """-log(1 - p) for 0 <= p <= 0.5, relative to its size exact to 2e-7, where ``1 - p`` would lose a small p.
+    """-log(1 - p) for 0 <= p <= 0.5, with a relative error of 2e-7, where ``1 - p`` would lose a small p.
 
-    A polynomial of least relative error: beside a pair's exponential and division multiplications are free.
+    A polynomial of least relative error. Its multiplications cost nothing beside a pair's exponential and division.
     """
     x = tl.fma(p, 1.44110715, -1.69581056)
     x = tl.fma(p, x, 1.25766861)
@@ -45,117 +47,113 @@ def minus_log_one_minus(p):
 
 
 @triton.jit
-def sigmoid_part(
-    dots, winner, logit_scale, logit_bias, codes, strip, winners, strip_strides, sums, sizes, n, parts,
-    first_row, first_column, PAIRS: tl.constexpr, CAREFUL: tl.constexpr, GRADS: tl.constexpr, BOOST: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def sigmoid_tile(
+    dots, winner, logit_scale, logit_bias, codes, strip, partials, n, count, corner, sizes,
+    PAIRS: tl.constexpr, EXACT: tl.constexpr, GRADS: tl.constexpr, LOSS_SCALE: tl.constexpr, TILE: tl.constexpr,
+    COLUMNS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of the n-th part's logits, its loss, and sums: of gradients times products, of gradients."""
-    dots, scale = turned(dots, logit_scale)
+    """Store the gradients of a tile's logits, and the n-th of `count` partial sums; see `sigmoid_kernel`.
+
+    Takes the COLUMNS columns of the tile from its column FIRST on.
+    """
+    dots, scale = fold_sign(dots, logit_scale)
     bias = tl.load(logit_bias).to(tl.float32) * LOG2E
-    i, j = first_row + tl.arange(0, BLOCK_Q), first_column + tl.arange(0, BLOCK_K)
+    at = position(corner, TILE.BLOCK_Q, COLUMNS, FIRST)
     logits = tl.fma(dots, scale, bias)
-    # By place, tiles with positives are for the careful kernel.
-    if CAREFUL or PAIRS == "code":
-        near = near_positive(codes, i, j, first_row, first_column, sizes, PAIRS, BLOCK_Q, BLOCK_K)
+    # Without EXACT a tile on the diagonal is recomputed, so its positives are left out here.
+    if EXACT or PAIRS == "code":
+        near = may_have_positives(codes, at, sizes, PAIRS)
         if near:
-            logits = tl.where(positives(codes, i, j, sizes, PAIRS), -logits, logits)
-    # Of what should be small, x: sigmoid(x) is the gradient, and softplus(x) the loss: the larger of x and 0, and what
-    # follows from the sigmoid or its complement, whichever is less. Nothing else has to stay in registers.
+            logits = tl.where(positive_pairs(codes, at, sizes, PAIRS), -logits, logits)
+    # Now every logit x should be small: sigmoid(x) is the size of the gradient, softplus(x) the loss. softplus(x) is
+    # max(x, 0) plus a function of the sigmoid or its complement, whichever is smaller, so that registers hold no more.
     above = tl.maximum(logits, 0.0)
-    found = 1 / (1 + tl.exp2(-logits))
-    losses = tl.fma(above, LN2, minus_log_one_minus(tl.minimum(found, 1 - found)))
-    if CAREFUL:
-        losses = tl.where(taking_part(codes, i, j, sizes, PAIRS), losses, 0.0)
+    gradient = 1 / (1 + tl.exp2(-logits))
+    losses = tl.fma(above, LN2, minus_log_one_minus(tl.minimum(gradient, 1 - gradient)))
+    if EXACT:
+        losses = tl.where(visible_pairs(codes, at, sizes, PAIRS), losses, 0.0)
     loss = tl.sum(losses, 1)
     if GRADS:
-        if CAREFUL or PAIRS == "code":
+        if EXACT or PAIRS == "code":
             if near:
-                found = tl.where(positives(codes, i, j, sizes, PAIRS), -found, found)
-        if CAREFUL:
-            found = tl.where(taking_part(codes, i, j, sizes, PAIRS), found, 0.0)
-        total, every = tl.sum(found * dots, 1), tl.sum(found, 1)
-        total = tl.sum(total, 0)
-        tl.store(sums + parts + n, tl.where(tl.load(logit_scale).to(tl.float32) < 0, -total, total))
-        tl.store(sums + 2 * parts + n, tl.sum(every, 0))
-        if strip is not None:
-            if BOOST != 1:
-                found *= BOOST
-            store_gradients(strip, winners, strip_strides, found, winner, i, j, sizes)
-    tl.store(sums + n, tl.sum(loss, 0))
+                gradient = tl.where(positive_pairs(codes, at, sizes, PAIRS), -gradient, gradient)
+        if EXACT:
+            gradient = tl.where(visible_pairs(codes, at, sizes, PAIRS), gradient, 0.0)
+        of_scale, of_bias = tl.sum(gradient * dots, 1), tl.sum(gradient, 1)
+        of_scale = tl.sum(of_scale, 0)
+        tl.store(partials + count + n, tl.where(tl.load(logit_scale).to(tl.float32) < 0, -of_scale, of_scale))
+        tl.store(partials + 2 * count + n, tl.sum(of_bias, 0))
+        if strip.gradient is not None:
+            if LOSS_SCALE != 1:
+                gradient *= LOSS_SCALE
+            store_gradients(strip, gradient, winner, at, sizes)
+    tl.store(partials + n, tl.sum(loss, 0))
 
 
 @triton.jit
-def sigmoid_parts(
-    dots, winner, logit_scale, logit_bias, codes, strip, winners, strip_strides, sums, sizes, t, tiles, first_row,
-    first_column, PAIRS: tl.constexpr, CAREFUL: tl.constexpr, GRADS: tl.constexpr, BOOST: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def sigmoid_epilogue(
+    dots, winner, logit_scale, logit_bias, codes, strip, partials, t, corner, sizes,
+    PAIRS: tl.constexpr, EXACT: tl.constexpr, GRADS: tl.constexpr, LOSS_SCALE: tl.constexpr, HALVED: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """`sigmoid_part` of a whole tile, or of its halves."""
-    if PARTS == 1:
-        sigmoid_part(
-            dots, winner, logit_scale, logit_bias, codes, strip, winners, strip_strides, sums, sizes, t,
-            tiles[0] * tiles[1], first_row, first_column, PAIRS, CAREFUL, GRADS, BOOST, BLOCK_Q, BLOCK_K,
+    """`sigmoid_tile` of the t-th tile, or of its two halves."""
+    tiles = sizes.row_tiles * sizes.column_tiles
+    if HALVED:
+        HALF: tl.constexpr = TILE.BLOCK_K // 2
+        left, right = split_columns(dots, TILE.BLOCK_Q, TILE.BLOCK_K)
+        left_winner, right_winner = split_columns(winner, TILE.BLOCK_Q, TILE.BLOCK_K)
+        sigmoid_tile(
+            left, left_winner, logit_scale, logit_bias, codes, strip, partials, 2 * t, 2 * tiles, corner, sizes,
+            PAIRS=PAIRS, EXACT=EXACT, GRADS=GRADS, LOSS_SCALE=LOSS_SCALE, TILE=TILE, COLUMNS=HALF, FIRST=0,
+        )  # fmt: skip
+        sigmoid_tile(
+            right, right_winner, logit_scale, logit_bias, codes, strip, partials, 2 * t + 1, 2 * tiles, corner, sizes,
+            PAIRS=PAIRS, EXACT=EXACT, GRADS=GRADS, LOSS_SCALE=LOSS_SCALE, TILE=TILE, COLUMNS=HALF, FIRST=HALF,
         )  # fmt: skip
     else:
-        left, right = halves(dots, BLOCK_Q, BLOCK_K)
-        left_winner, right_winner = halves(winner, BLOCK_Q, BLOCK_K)
-        sigmoid_part(
-            left, left_winner, logit_scale, logit_bias, codes, strip, winners, strip_strides, sums, sizes, 2 * t,
-            2 * tiles[0] * tiles[1], first_row, first_column, PAIRS, CAREFUL, GRADS, BOOST, BLOCK_Q, BLOCK_K // 2,
-        )  # fmt: skip
-        sigmoid_part(
-            right, right_winner, logit_scale, logit_bias, codes, strip, winners, strip_strides, sums, sizes, 2 * t + 1,
-            2 * tiles[0] * tiles[1], first_row, first_column + BLOCK_K // 2, PAIRS, CAREFUL, GRADS, BOOST, BLOCK_Q,
-            BLOCK_K // 2,
+        sigmoid_tile(
+            dots, winner, logit_scale, logit_bias, codes, strip, partials, t, tiles, corner, sizes,
+            PAIRS=PAIRS, EXACT=EXACT, GRADS=GRADS, LOSS_SCALE=LOSS_SCALE, TILE=TILE, COLUMNS=TILE.BLOCK_K, FIRST=0,
         )  # fmt: skip
 
 
 @triton.jit
 def sigmoid_kernel(
-    image, text, logit_scale, logit_bias, codes, strip, winners, strip_strides, sums, strides, sizes, tiles,
-    PAIRS: tl.constexpr, GRADS: tl.constexpr, BOOST: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr, FLAT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    image, text, logit_scale, logit_bias, codes, strip, partials, strides, sizes,
+    PAIRS: tl.constexpr, GRADS: tl.constexpr, LOSS_SCALE: tl.constexpr, HALVED: tl.constexpr,
+    FLATTEN_LOOP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A strip's gradients of logits, and sums of each tile or half of one. Grid: (programs,).
+    """The gradients of a strip's logits times LOSS_SCALE, and partial sums. Grid: (programs,).
 
-    strip: [rows, columns] or None; winners: the same, which query each product is of, or None.
-    sums: float32 [3, parts], of losses, of gradients times products, of gradients; without GRADS [1, parts].
+    partials: float32 [3, tiles or halves of tiles], of losses, of gradients times dots, of gradients; without GRADS
+    only of losses.
     """
-    for t in tl.range(tl.program_id(0), tiles[0] * tiles[1], tl.num_programs(0), flatten=FLAT):
-        first_row, first_column, _, _ = tile_of(t, sizes, BLOCK_Q, BLOCK_K)
-        dots, winner = best_products(
-            image, text, first_row, first_column, strides, sizes,
-            QUERIES, PRECISION, UNIT, DIM, TMA, BLOCK_Q, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-        sigmoid_parts(
-            dots, winner, logit_scale, logit_bias, codes, strip, winners, strip_strides, sums, sizes, t, tiles,
-            first_row, first_column, PAIRS, False, GRADS, BOOST, PARTS, BLOCK_Q, BLOCK_K,
+    for t in tl.range(tl.program_id(0), sizes.row_tiles * sizes.column_tiles, tl.num_programs(0), flatten=FLATTEN_LOOP):
+        corner = tile_corner(t, sizes, TILE)
+        dots, winner = best_dots(image, text, corner, strides, sizes, TILE)
+        sigmoid_epilogue(
+            dots, winner, logit_scale, logit_bias, codes, strip, partials, t, corner, sizes,
+            PAIRS=PAIRS, EXACT=False, GRADS=GRADS, LOSS_SCALE=LOSS_SCALE, HALVED=HALVED, TILE=TILE,
         )  # fmt: skip
 
 
 @triton.jit
-def careful_sigmoid_kernel(
-    image, text, logit_scale, logit_bias, codes, strip, winners, strip_strides, sums, strides, sizes, tiles,
-    PAIRS: tl.constexpr, GRADS: tl.constexpr, BOOST: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+def exact_sigmoid_kernel(
+    image, text, logit_scale, logit_bias, codes, strip, partials, strides, sizes,
+    PAIRS: tl.constexpr, GRADS: tl.constexpr, LOSS_SCALE: tl.constexpr, HALVED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the tiles again of which not all takes part, and those with positives by place. Grid: (programs,)."""
-    for t in tl.range(tl.program_id(0), tiles[0] * tiles[1], tl.num_programs(0)):
-        first_row, first_column, _, _ = tile_of(t, sizes, BLOCK_Q, BLOCK_K)
-        again = hangs_over(first_row, first_column, sizes, BLOCK_Q, BLOCK_K)
-        if PAIRS == "place":
-            again = again | near_place(first_row, first_column, sizes, BLOCK_Q, BLOCK_K)
-        if again:
-            dots, winner = best_products(
-                image, text, first_row, first_column, strides, sizes,
-                QUERIES, PRECISION, UNIT, DIM, TMA, BLOCK_Q, BLOCK_K, BLOCK_D,
-            )  # fmt: skip
-            sigmoid_parts(
-                dots, winner, logit_scale, logit_bias, codes, strip, winners, strip_strides, sums, sizes, t, tiles,
-                first_row, first_column, PAIRS, True, GRADS, BOOST, PARTS, BLOCK_Q, BLOCK_K,
+    """Recompute the tiles of `sigmoid_kernel` with pairs past the end or on the diagonal. Grid: (programs,)."""
+    for t in tl.range(tl.program_id(0), sizes.row_tiles * sizes.column_tiles, tl.num_programs(0)):
+        corner = tile_corner(t, sizes, TILE)
+        at = position(corner, TILE.BLOCK_Q, TILE.BLOCK_K)
+        recompute = is_ragged(at, sizes)
+        if PAIRS == "diagonal":
+            recompute = recompute | crosses_diagonal(at, sizes)
+        if recompute:
+            dots, winner = best_dots(image, text, corner, strides, sizes, TILE)
+            sigmoid_epilogue(
+                dots, winner, logit_scale, logit_bias, codes, strip, partials, t, corner, sizes,
+                PAIRS=PAIRS, EXACT=True, GRADS=GRADS, LOSS_SCALE=LOSS_SCALE, HALVED=HALVED, TILE=TILE,
             )  # fmt: skip
 
 
@@ -163,32 +161,35 @@ def forward(args: Arguments) -> tuple[Tensor, ...]:
     """Returns the loss, and its gradients in `kept_dtype`."""
     image, text, logit_scale, logit_bias = args.image, args.text, args.logit_scale, args.logit_bias
     block = Block(OP, "sigmoid", image, text, pairing(args.image_ids, args.text_ids, False))
-    boost = boost_of(image.dtype)
+    loss_scale = loss_scale_of(image.dtype)
 
-    def fill(block: Block, at: slice, strip: Tensor | None, winners: Tensor | None) -> Tensor:
-        tiles = block.tiles(at)
-        sums = image.new_empty(3 if args.keep_any else 1, block.parts * tiles[0] * tiles[1], dtype=torch.float32)
+    def fill(block: Block, at: slice, strip: Strip) -> Tensor:
+        down, across = block.tiles(at)
+        partials = image.new_empty(
+            3 if args.keep_any else 1, (1 + block.halved) * down * across, dtype=torch.float32
+        )  # fmt: skip
         arguments = (
-            *block.operands, logit_scale, logit_bias, block.pairing.codes, strip, winners,
-            (0 if strip is None else strip.stride(0),), sums, block.strides, block.sizes(at), tiles,
+            *block.operands, logit_scale, logit_bias, block.pairing.codes, strip, partials,
+            block.strides, block.sizes(at),
         )  # fmt: skip
         constants = {
-            "PAIRS": block.pairs,
-            "GRADS": args.keep_any,
-            "BOOST": boost,
-            "PARTS": block.parts,
-            **block.constants,
-        }
-        launch(sigmoid_kernel, block.grid(at), block.config, *arguments, FLAT=block.flat, **constants)
-        launch(careful_sigmoid_kernel, block.grid(at), block.config, *arguments, **constants)
-        return sums
+            "PAIRS": block.pairs, "GRADS": args.keep_any, "LOSS_SCALE": loss_scale, "HALVED": block.halved,
+            "TILE": block.tile,
+        }  # fmt: skip
+        flatten = {"FLATTEN_LOOP": block.flatten_loop}
+        launch(sigmoid_kernel, block.grid(at), block.config, *arguments, **flatten, **constants)
+        launch(exact_sigmoid_kernel, block.grid(at), block.config, *arguments, **constants)
+        return partials
 
     unit = 1.0 / block.rows
-    factor = logit_scale.reshape(()).to(torch.float32) * (unit / boost)
+    factor = logit_scale.reshape(()).to(torch.float32) * (unit / loss_scale)
     dtype = kept_dtype(image)
-    strips = Strips([(block, args.keep_text)], args.keep_image, fill, dtype)
+    strips = GradientStrips([block], [args.keep_text], args.keep_image, fill, dtype)
     loss, *sums = strips.run(factor).unbind()
-    (of_text,) = strips.of_texts
-    none = (None, None) if not sums else (sums[0] * unit, sums[1] * unit)
-    grads = (strips.of_image, None if of_text is None else scaled(of_text, factor, dtype), *none)
+    (text_grad,) = strips.text_grads
+    grads = (
+        strips.image_grad,
+        None if text_grad is None else scaled(text_grad, factor, dtype),
+        *((x * unit for x in sums) if sums else (None, None)),
+    )
     return (loss / block.rows, *kept(grads, args))

@@ -1,12 +1,13 @@
 """The contrastive loss's backward pass in Triton: strips of the logits' gradients, which a library multiplies.
 
-A pair's exponential is taken once, relative to one reference for its tile, and brought to both directions' own by
-factors of rows and columns. Tiles whose references lie too far from each other for that are computed again, with two.
+A pair's exponential is computed once, relative to one reference for its tile; factors of its row and column turn it
+into the probabilities of both directions. Tiles whose references lie too far apart for that are recomputed with two
+exponentials for each pair.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,255 +15,274 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.contrastive.formula import scaled
-from mmkernels.ops.contrastive.triton.call import Block, Strips, boost_of, pairing
-from mmkernels.ops.contrastive.triton.states import softmax_factors
+from mmkernels.ops.contrastive.info_nce.triton.states import CLASS_FACTOR, POSITIVE_FACTOR, softmax_factors
+from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, loss_scale_of, pairing
 from mmkernels.ops.contrastive.triton.tiles import (
     LARGE,
-    best_products,
+    Strip,
+    best_dots,
+    crosses_diagonal,
     exponents,
-    halves,
-    hangs_over,
-    hides,
-    near_place,
-    near_positive,
-    positives,
+    fold_sign,
+    has_hidden_pairs,
+    is_ragged,
+    may_have_positives,
+    position,
+    positive_pairs,
+    split_columns,
     store_gradients,
-    taking_part,
-    tile_of,
-    turned,
+    tile_corner,
+    visible_pairs,
 )
 from mmkernels.runtime.triton import launch
 
 OP = "info_nce"
-_LEAST_GRADIENT = 1e-30  # what is smaller is not made larger
-_WIDEST = tl.constexpr(100.0)  # range of references that one exponential of a pair serves, between 2^-126 and 2^127
+_SMALLEST_GRADIENT = 1e-30  # smaller upstream gradients are not scaled up to the loss scale
+_WIDEST = tl.constexpr(100.0)  # range of references for one exponential a pair: it stays between 2^-126 and 2^127
+
+
+class Factors(NamedTuple):
+    """`softmax_factors` of both directions; text's are None for hard texts.
+
+    Args:
+        image, text: float32 [4, rows] and [4, columns].
+        image_ranges, text_ranges: float32 [tiles, 2].
+        rows: the number of images.
+    """
+
+    image: Any
+    text: Any
+    image_ranges: Any
+    text_ranges: Any
+    rows: Any
 
 
 @triton.jit
-def load_shares(factors, rows, field, i, j, sizes, PAIRS: tl.constexpr):
-    """One field of both directions' factors; of hard texts 0."""
-    row = tl.load(factors[0] + tl.cast(rows, tl.int64) * field + i, mask=i < sizes[1], other=0.0)
-    column = tl.zeros_like(j).to(tl.float32)
+def load_factors(factors, field, at, sizes, PAIRS: tl.constexpr):
+    """One field of a tile's rows [rows] and columns [columns]; of hard texts 0."""
+    row = tl.load(factors.image + tl.cast(factors.rows, tl.int64) * field + at.i, mask=at.i < sizes.end_row, other=0.0)
+    column = tl.zeros_like(at.j).to(tl.float32)
     if PAIRS != "none":
-        column = tl.load(factors[1] + tl.cast(sizes[2], tl.int64) * field + j, mask=j < sizes[2], other=0.0)
+        offset = tl.cast(sizes.columns, tl.int64) * field
+        column = tl.load(factors.text + offset + at.j, mask=at.j < sizes.columns, other=0.0)
     return row, column
 
 
 @triton.jit
-def weighed(x, shares):
-    """The sum of ``[rows, columns]``, each times its row's and column's share."""
-    return tl.sum(tl.sum(x * shares[0][:, None] + x * shares[1][None, :], 1), 0)
+def weighted_sum(x, row, column):
+    """The sum of x [rows, columns], each element once times its row's weight and once times its column's."""
+    return tl.sum(tl.sum(x * row[:, None] + x * column[None, :], 1), 0)
 
 
 @triton.jit
-def ranges_of(ranges, row_tile, column_tile, PAIRS: tl.constexpr):
-    """Least and largest reference of a tile's rows and columns."""
-    low, high = tl.load(ranges[0] + 2 * row_tile), tl.load(ranges[0] + 2 * row_tile + 1)
+def reference_range(factors, row_tile, column_tile, PAIRS: tl.constexpr):
+    """The smallest and the largest reference of a tile's rows and columns."""
+    low, high = tl.load(factors.image_ranges + 2 * row_tile), tl.load(factors.image_ranges + 2 * row_tile + 1)
     if PAIRS != "none":
-        low = tl.minimum(low, tl.load(ranges[1] + 2 * column_tile))
-        high = tl.maximum(high, tl.load(ranges[1] + 2 * column_tile + 1))
+        low = tl.minimum(low, tl.load(factors.text_ranges + 2 * column_tile))
+        high = tl.maximum(high, tl.load(factors.text_ranges + 2 * column_tile + 1))
     return low, high
 
 
 @triton.jit
-def softmax_gradients(dots, scale, factors, rows, base, i, j, sizes, PAIRS: tl.constexpr, CAREFUL: tl.constexpr):
-    """Probabilities times what their rows' and columns' losses weigh."""
-    live, live_column = i < sizes[1], j < sizes[2]
-    reference = tl.load(factors[0] + i, mask=live, other=0.0)
-    weight = tl.load(factors[0] + rows + i, mask=live, other=0.0)
+def softmax_gradients(dots, scale, factors, base, at, sizes, PAIRS: tl.constexpr, EXACT: tl.constexpr):
+    """[rows, columns]: each probability times the gradient of its line's loss, summed over both directions."""
+    live, live_column = at.i < sizes.end_row, at.j < sizes.columns
+    reference = tl.load(factors.image + at.i, mask=live, other=0.0)
+    weight = tl.load(factors.image + factors.rows + at.i, mask=live, other=0.0)
     if PAIRS != "none":
-        column_reference = tl.load(factors[1] + j, mask=live_column, other=0.0)
-        column_weight = tl.load(factors[1] + sizes[2] + j, mask=live_column, other=0.0)
-    if CAREFUL:
-        found = tl.exp2(exponents(dots, scale, reference[:, None])) * weight[:, None]
+        column_reference = tl.load(factors.text + at.j, mask=live_column, other=0.0)
+        column_weight = tl.load(factors.text + sizes.columns + at.j, mask=live_column, other=0.0)
+    if EXACT:
+        gradient = tl.exp2(exponents(dots, scale, reference[:, None])) * weight[:, None]
         if PAIRS != "none":
-            found += tl.exp2(exponents(dots, scale, column_reference[None, :])) * column_weight[None, :]
+            gradient += tl.exp2(exponents(dots, scale, column_reference[None, :])) * column_weight[None, :]
     else:
-        shares = (weight * tl.exp2(base - reference))[:, None]
+        weights = (weight * tl.exp2(base - reference))[:, None]
         if PAIRS != "none":
-            shares = shares + (column_weight * tl.exp2(base - column_reference))[None, :]
-        found = tl.exp2(tl.fma(dots, scale, -base)) * shares
-    return found
+            weights = weights + (column_weight * tl.exp2(base - column_reference))[None, :]
+        gradient = tl.exp2(tl.fma(dots, scale, -base)) * weights
+    return gradient
 
 
 @triton.jit
-def gradient_part(
-    dots, winner, logit_scale, codes, factors, rows, base, strip, winners, strip_strides, of_scale, sizes, n,
-    first_row, first_column, PAIRS: tl.constexpr, SMOOTH: tl.constexpr, CAREFUL: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+def gradient_tile(
+    dots, winner, logit_scale, codes, factors, base, strip, scale_partials, n, corner, sizes,
+    PAIRS: tl.constexpr, SMOOTH: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of the n-th part's logits, and their sum times the products.
+    """Store the gradients of a tile's logits, and as the n-th partial of the scale's gradient their sum times the dots.
 
-    What is subtracted comes to that sum first: later the gradients lie in the registers of the products.
+    Takes the COLUMNS columns of the tile from its column FIRST on.
+
+    The targets' share of that sum is computed first: later the gradients occupy the registers of the dots.
     """
-    dots, scale = turned(dots, logit_scale)
-    i, j = first_row + tl.arange(0, BLOCK_Q), first_column + tl.arange(0, BLOCK_K)
-    # By place, tiles with positives are for the careful kernel.
-    SUBTRACT: tl.constexpr = PAIRS == "code" or (CAREFUL and PAIRS != "none")
-    taken = tl.full([], 0.0, tl.float32)
+    dots, scale = fold_sign(dots, logit_scale)
+    at = position(corner, TILE.BLOCK_Q, COLUMNS, FIRST)
+    # Without EXACT a tile on the diagonal is recomputed, so its positives are left out here.
+    SUBTRACT: tl.constexpr = PAIRS == "code" or (EXACT and PAIRS != "none")
+    of_targets = tl.full([], 0.0, tl.float32)
     if SUBTRACT:
-        near = near_positive(codes, i, j, first_row, first_column, sizes, PAIRS, BLOCK_Q, BLOCK_K)
+        near = may_have_positives(codes, at, sizes, PAIRS)
         if near:
-            mine = tl.where(positives(codes, i, j, sizes, PAIRS), dots, 0.0)
-            taken += weighed(mine, load_shares(factors, rows, 2, i, j, sizes, PAIRS))
+            positive = tl.where(positive_pairs(codes, at, sizes, PAIRS), dots, 0.0)
+            row, column = load_factors(factors, POSITIVE_FACTOR, at, sizes, PAIRS)
+            of_targets += weighted_sum(positive, row, column)
     if SMOOTH:
-        every = dots
-        if CAREFUL:
-            every = tl.where(taking_part(codes, i, j, sizes, PAIRS), every, 0.0)
-        taken += weighed(every, load_shares(factors, rows, 3, i, j, sizes, PAIRS))
-    found = softmax_gradients(dots, scale, factors, rows, base, i, j, sizes, PAIRS, CAREFUL)
-    if CAREFUL:
-        found = tl.where(taking_part(codes, i, j, sizes, PAIRS), found, 0.0)
-    total = tl.sum(tl.sum(found * dots, 1), 0) - taken
-    tl.store(of_scale + n, tl.where(tl.load(logit_scale).to(tl.float32) < 0, -total, total))
+        visible = dots
+        if EXACT:
+            visible = tl.where(visible_pairs(codes, at, sizes, PAIRS), visible, 0.0)
+        row, column = load_factors(factors, CLASS_FACTOR, at, sizes, PAIRS)
+        of_targets += weighted_sum(visible, row, column)
+    gradient = softmax_gradients(dots, scale, factors, base, at, sizes, PAIRS=PAIRS, EXACT=EXACT)
+    if EXACT:
+        gradient = tl.where(visible_pairs(codes, at, sizes, PAIRS), gradient, 0.0)
+    total = tl.sum(tl.sum(gradient * dots, 1), 0) - of_targets
+    tl.store(scale_partials + n, tl.where(tl.load(logit_scale).to(tl.float32) < 0, -total, total))
     if SUBTRACT:
         if near:
-            row, column = load_shares(factors, rows, 2, i, j, sizes, PAIRS)
-            mine = positives(codes, i, j, sizes, PAIRS)
-            found = tl.where(mine, found - row[:, None] - column[None, :], found)
+            row, column = load_factors(factors, POSITIVE_FACTOR, at, sizes, PAIRS)
+            positive = positive_pairs(codes, at, sizes, PAIRS)
+            gradient = tl.where(positive, gradient - row[:, None] - column[None, :], gradient)
     if SMOOTH:
-        row, column = load_shares(factors, rows, 3, i, j, sizes, PAIRS)
-        less = found - row[:, None] - column[None, :]
-        if CAREFUL and PAIRS == "hidden":
-            less = tl.where(taking_part(codes, i, j, sizes, PAIRS), less, found)
-        found = less
-    if strip is not None:
-        store_gradients(strip, winners, strip_strides, found, winner, i, j, sizes)
+        row, column = load_factors(factors, CLASS_FACTOR, at, sizes, PAIRS)
+        smoothed = gradient - row[:, None] - column[None, :]
+        if EXACT and PAIRS == "hidden":
+            smoothed = tl.where(visible_pairs(codes, at, sizes, PAIRS), smoothed, gradient)
+        gradient = smoothed
+    if strip.gradient is not None:
+        store_gradients(strip, gradient, winner, at, sizes)
 
 
 @triton.jit
-def gradient_parts(
-    dots, winner, logit_scale, codes, factors, rows, base, strip, winners, strip_strides, of_scale, sizes, t,
-    first_row, first_column, PAIRS: tl.constexpr, SMOOTH: tl.constexpr, CAREFUL: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def gradient_epilogue(
+    dots, winner, logit_scale, codes, factors, base, strip, scale_partials, t, corner, sizes,
+    PAIRS: tl.constexpr, SMOOTH: tl.constexpr, EXACT: tl.constexpr, HALVED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`gradient_part` of a whole tile, or of its halves."""
-    if PARTS == 1:
-        gradient_part(
-            dots, winner, logit_scale, codes, factors, rows, base, strip, winners, strip_strides, of_scale, sizes, t,
-            first_row, first_column, PAIRS, SMOOTH, CAREFUL, BLOCK_Q, BLOCK_K,
+    """`gradient_tile` of the t-th tile, or of its two halves."""
+    if HALVED:
+        HALF: tl.constexpr = TILE.BLOCK_K // 2
+        left, right = split_columns(dots, TILE.BLOCK_Q, TILE.BLOCK_K)
+        left_winner, right_winner = split_columns(winner, TILE.BLOCK_Q, TILE.BLOCK_K)
+        gradient_tile(
+            left, left_winner, logit_scale, codes, factors, base, strip, scale_partials, 2 * t, corner, sizes,
+            PAIRS=PAIRS, SMOOTH=SMOOTH, EXACT=EXACT, TILE=TILE, COLUMNS=HALF, FIRST=0,
+        )  # fmt: skip
+        gradient_tile(
+            right, right_winner, logit_scale, codes, factors, base, strip, scale_partials, 2 * t + 1, corner, sizes,
+            PAIRS=PAIRS, SMOOTH=SMOOTH, EXACT=EXACT, TILE=TILE, COLUMNS=HALF, FIRST=HALF,
         )  # fmt: skip
     else:
-        left, right = halves(dots, BLOCK_Q, BLOCK_K)
-        left_winner, right_winner = halves(winner, BLOCK_Q, BLOCK_K)
-        gradient_part(
-            left, left_winner, logit_scale, codes, factors, rows, base, strip, winners, strip_strides, of_scale, sizes,
-            2 * t, first_row, first_column, PAIRS, SMOOTH, CAREFUL, BLOCK_Q, BLOCK_K // 2,
-        )  # fmt: skip
-        gradient_part(
-            right, right_winner, logit_scale, codes, factors, rows, base, strip, winners, strip_strides, of_scale,
-            sizes, 2 * t + 1, first_row, first_column + BLOCK_K // 2, PAIRS, SMOOTH, CAREFUL, BLOCK_Q, BLOCK_K // 2,
+        gradient_tile(
+            dots, winner, logit_scale, codes, factors, base, strip, scale_partials, t, corner, sizes,
+            PAIRS=PAIRS, SMOOTH=SMOOTH, EXACT=EXACT, TILE=TILE, COLUMNS=TILE.BLOCK_K, FIRST=0,
         )  # fmt: skip
 
 
 @triton.jit
 def info_nce_gradient_kernel(
-    image, text, logit_scale, codes, factors, ranges, rows, strip, winners, strip_strides, of_scale, strides, sizes,
-    tiles,
-    PAIRS: tl.constexpr, SMOOTH: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr, FLAT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    image, text, logit_scale, codes, factors, strip, scale_partials, strides, sizes,
+    PAIRS: tl.constexpr, SMOOTH: tl.constexpr, HALVED: tl.constexpr, FLATTEN_LOOP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a strip's logits, and the scale's share of each tile or half of one. Grid: (programs,).
+    """The gradients of a strip's logits, and partial sums of the scale's gradient. Grid: (programs,).
 
-    factors, ranges: of `softmax_factors`, of `rows` rows and of all columns (hard texts: None for these).
-    strip: [rows, columns] or None; winners: the same, which query each product is of, or None; of_scale: [parts].
+    scale_partials: float32, one for each tile, or for each half of one.
     """
-    for t in tl.range(tl.program_id(0), tiles[0] * tiles[1], tl.num_programs(0), flatten=FLAT):
-        first_row, first_column, _, column_tile = tile_of(t, sizes, BLOCK_Q, BLOCK_K)
-        dots, winner = best_products(
-            image, text, first_row, first_column, strides, sizes,
-            QUERIES, PRECISION, UNIT, DIM, TMA, BLOCK_Q, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-        low, high = ranges_of(ranges, first_row // BLOCK_Q, column_tile, PAIRS)
-        base = tl.floor(0.5 * (low + high))  # near all references: exponents of a few bits lose none
-        gradient_parts(
-            dots, winner, logit_scale, codes, factors, rows, base, strip, winners, strip_strides, of_scale, sizes, t,
-            first_row, first_column, PAIRS, SMOOTH, False, PARTS, BLOCK_Q, BLOCK_K,
+    for t in tl.range(tl.program_id(0), sizes.row_tiles * sizes.column_tiles, tl.num_programs(0), flatten=FLATTEN_LOOP):
+        corner = tile_corner(t, sizes, TILE)
+        dots, winner = best_dots(image, text, corner, strides, sizes, TILE)
+        low, high = reference_range(factors, corner.first_row // TILE.BLOCK_Q, corner.column_tile, PAIRS)
+        base = tl.floor(0.5 * (low + high))  # close to all references, so that the exponents lose no bits
+        gradient_epilogue(
+            dots, winner, logit_scale, codes, factors, base, strip, scale_partials, t, corner, sizes,
+            PAIRS=PAIRS, SMOOTH=SMOOTH, EXACT=False, HALVED=HALVED, TILE=TILE,
         )  # fmt: skip
 
 
 @triton.jit
-def careful_info_nce_gradient_kernel(
-    image, text, logit_scale, codes, factors, ranges, rows, strip, winners, strip_strides, of_scale, strides, sizes,
-    tiles,
-    PAIRS: tl.constexpr, SMOOTH: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+def exact_info_nce_gradient_kernel(
+    image, text, logit_scale, codes, factors, strip, scale_partials, strides, sizes,
+    PAIRS: tl.constexpr, SMOOTH: tl.constexpr, HALVED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Compute some of `info_nce_gradient_kernel`'s tiles again. Grid: (programs,).
+    """Recompute some tiles of `info_nce_gradient_kernel`. Grid: (programs,).
 
-    Those of which not all takes part, those with positives by place, and those whose references lie too far from each
-    other, or from 0, for one exponential a pair.
+    These are the tiles with hidden pairs or pairs past the end, those that cross the diagonal, and those whose
+    references lie too far from each other, or from 0, for one exponential a pair.
     """
-    for t in tl.range(tl.program_id(0), tiles[0] * tiles[1], tl.num_programs(0)):
-        first_row, first_column, _, column_tile = tile_of(t, sizes, BLOCK_Q, BLOCK_K)
-        low, high = ranges_of(ranges, first_row // BLOCK_Q, column_tile, PAIRS)
-        i, j = first_row + tl.arange(0, BLOCK_Q), first_column + tl.arange(0, BLOCK_K)
-        again = ((high - low <= _WIDEST) & (tl.maximum(high, -low) < LARGE)) == 0
-        again = again | hangs_over(first_row, first_column, sizes, BLOCK_Q, BLOCK_K)
+    for t in tl.range(tl.program_id(0), sizes.row_tiles * sizes.column_tiles, tl.num_programs(0)):
+        corner = tile_corner(t, sizes, TILE)
+        low, high = reference_range(factors, corner.first_row // TILE.BLOCK_Q, corner.column_tile, PAIRS)
+        at = position(corner, TILE.BLOCK_Q, TILE.BLOCK_K)
+        recompute = ((high - low <= _WIDEST) & (tl.maximum(high, -low) < LARGE)) == 0
+        recompute = recompute | is_ragged(at, sizes)
         if PAIRS == "hidden":
-            again = again | hides(codes, i, j, sizes)
-        if PAIRS == "place" or PAIRS == "hidden":
-            again = again | near_place(first_row, first_column, sizes, BLOCK_Q, BLOCK_K)
-        if again:
-            dots, winner = best_products(
-                image, text, first_row, first_column, strides, sizes,
-                QUERIES, PRECISION, UNIT, DIM, TMA, BLOCK_Q, BLOCK_K, BLOCK_D,
-            )  # fmt: skip
-            gradient_parts(
-                dots, winner, logit_scale, codes, factors, rows, 0.0, strip, winners, strip_strides, of_scale, sizes, t,
-                first_row, first_column, PAIRS, SMOOTH, True, PARTS, BLOCK_Q, BLOCK_K,
+            recompute = recompute | has_hidden_pairs(codes, at, sizes)
+        if PAIRS == "diagonal" or PAIRS == "hidden":
+            recompute = recompute | crosses_diagonal(at, sizes)
+        if recompute:
+            dots, winner = best_dots(image, text, corner, strides, sizes, TILE)
+            gradient_epilogue(
+                dots, winner, logit_scale, codes, factors, 0.0, strip, scale_partials, t, corner, sizes,
+                PAIRS=PAIRS, SMOOTH=SMOOTH, EXACT=True, HALVED=HALVED, TILE=TILE,
             )  # fmt: skip
 
 
 def backward(args: Any) -> tuple[Tensor, ...]:
-    """Returns the gradients of image, text, logit_scale and hard_texts."""
-    image, text, logit_scale, hard_texts = args.image, args.text, args.logit_scale, args.hard_texts
-    image_ids, text_ids, ignore, label_smoothing = args.image_ids, args.text_ids, args.ignore, args.label_smoothing
-    states, grads = (args.image_state, args.text_state), (args.grad_image_loss, args.grad_text_loss)
-    boost = boost_of(image.dtype)
-    largest = image.new_full((), _LEAST_GRADIENT, dtype=torch.float32)
+    """Returns the gradients of image, text, logit_scale and hard_texts, empty where none is needed."""
+    image, logit_scale, hard_texts = args.image, args.logit_scale, args.hard_texts
+    label_smoothing = args.label_smoothing
+    block = Block(OP, "contrastive_grad", image, args.text, pairing(args.image_ids, args.text_ids, args.ignore))
+    blocks, need_texts = [block], [args.need_text]
+    if hard_texts is not None and len(hard_texts):
+        blocks.append(Block(OP, "contrastive_grad", image, hard_texts, None))
+        need_texts.append(args.need_hard_texts)
+    loss_scale = loss_scale_of(image.dtype)
+    largest = _largest(image, args.grad_image_loss, args.grad_text_loss)
+    scales = (largest, loss_scale, label_smoothing)
+    of_image, image_ranges = softmax_factors(
+        args.image_state.contiguous(), args.grad_image_loss, *scales, block.config.block_q
+    )
+    of_text, text_ranges = softmax_factors(
+        args.text_state.contiguous(), args.grad_text_loss, *scales, block.config.block_k
+    )
+    factors = Factors(of_image, of_text, image_ranges, text_ranges, block.rows)
+
+    def fill(block: Block, at: slice, strip: Strip) -> Tensor:
+        down, across = block.tiles(at)
+        scale_partials = largest.new_empty((1 + block.halved) * down * across)
+        hard = block.pairs == "none"
+        arguments = (
+            *block.operands, logit_scale, block.pairing.codes,
+            factors._replace(text=None, text_ranges=None) if hard else factors,
+            strip, scale_partials, block.strides, block.sizes(at),
+        )  # fmt: skip
+        constants = {"PAIRS": block.pairs, "SMOOTH": label_smoothing > 0, "HALVED": block.halved, "TILE": block.tile}
+        flatten = {"FLATTEN_LOOP": block.flatten_loop}
+        launch(info_nce_gradient_kernel, block.grid(at), block.config, *arguments, **flatten, **constants)
+        launch(exact_info_nce_gradient_kernel, block.grid(at), block.config, *arguments, **constants)
+        return scale_partials
+
+    unit = largest / loss_scale
+    factor = logit_scale.reshape(()).to(torch.float32) * unit
+    strips = GradientStrips(blocks, need_texts, args.need_image, fill)
+    scale_grad = strips.run(factor)
+    text_grad, *hard_grads = (None if x is None else scaled(x, factor, image.dtype) for x in strips.text_grads)
+    hard_grad = hard_grads[0] if hard_grads else None
+    if args.need_hard_texts and hard_texts is not None and not hard_grads:
+        hard_grad = torch.zeros_like(hard_texts)  # [0, d]
+    grads = (
+        None if strips.image_grad is None else strips.image_grad.reshape(image.shape),
+        text_grad,
+        (scale_grad * unit).to(logit_scale.dtype).reshape(logit_scale.shape) if args.need_logit_scale else None,
+        hard_grad,
+    )
+    return tuple(image.new_empty(0) if x is None else x for x in grads)
+
+
+def _largest(like: Tensor, *grads: Tensor | None) -> Tensor:
+    """Returns the largest magnitude of the upstream gradients, float32, 0-D."""
+    largest = like.new_full((), _SMALLEST_GRADIENT, dtype=torch.float32)
     for grad in grads:
         if grad is not None:
             largest = torch.maximum(largest, grad.abs().amax())
-    block = Block(OP, "contrastive_grad", image, text, pairing(image_ids, text_ids, ignore))
-    plan, blocks = block.config, [(block, args.need_text)]
-    factors, ranges = zip(
-        *(
-            softmax_factors(state.contiguous(), grad, largest, boost, label_smoothing, size)
-            for state, grad, size in zip(states, grads, (plan.block_q, plan.block_k), strict=True)
-        ),
-        strict=True,
-    )
-    if hard_texts is not None and len(hard_texts):
-        blocks.append((Block(OP, "contrastive_grad", image, hard_texts, None), args.need_hard_texts))
-
-    def fill(block: Block, at: slice, strip: Tensor | None, winners: Tensor | None) -> Tensor:
-        tiles = block.tiles(at)
-        of_scale = largest.new_empty(block.parts * tiles[0] * tiles[1])
-        sides = slice(1 if block.pairs == "none" else 2)
-        arguments = (
-            *block.operands, logit_scale, block.pairing.codes, factors[sides], ranges[sides], block.rows, strip,
-            winners, (0 if strip is None else strip.stride(0),), of_scale, block.strides, block.sizes(at), tiles,
-        )  # fmt: skip
-        constants = {"PAIRS": block.pairs, "SMOOTH": label_smoothing > 0, "PARTS": block.parts, **block.constants}
-        launch(info_nce_gradient_kernel, block.grid(at), block.config, *arguments, FLAT=block.flat, **constants)
-        launch(careful_info_nce_gradient_kernel, block.grid(at), block.config, *arguments, **constants)
-        return of_scale
-
-    unit = largest / boost
-    factor = logit_scale.reshape(()).to(torch.float32) * unit
-    strips = Strips(blocks, args.need_image, fill)
-    of_scale = strips.run(factor)
-    of_text, *of_more = (None if x is None else scaled(x, factor, image.dtype) for x in strips.of_texts)
-    of_hard = of_more[0] if of_more else None
-    if args.need_hard_texts and hard_texts is not None and not of_more:
-        of_hard = torch.zeros_like(hard_texts)  # of which there are none
-    found = (
-        None if strips.of_image is None else strips.of_image.reshape(image.shape),
-        of_text,
-        (of_scale * unit).to(logit_scale.dtype).reshape(logit_scale.shape) if args.need_logit_scale else None,
-        of_hard,
-    )
-    return tuple(image.new_empty(0) if x is None else x for x in found)
+    return largest
