@@ -250,6 +250,13 @@ def test_without_ncu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
+@pytest.fixture
+def _no_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-benchmark measures nothing in a process that xdist's environment reaches."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
+@pytest.mark.usefixtures("_no_xdist")
 def test_bench_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = gpu_parts.measure_op("cross_attention", "--filter", "16x64 D64 none, bf16, forward + backward")
     found = part(turn(tmp_path))
