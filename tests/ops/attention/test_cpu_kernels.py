@@ -304,6 +304,7 @@ def test_offsets_past_two_to_the_31() -> None:
 # Threads and processes.
 
 
+@pytest.mark.alone
 def test_many_python_threads(threads: None) -> None:
     """Each thread's calls give what they give alone."""
     cases = [
@@ -333,6 +334,7 @@ def test_many_python_threads(threads: None) -> None:
     assert not wrong
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("id", ["panels and tiles", "splits of decode", "splits of the backward pass", "bias of all"])
 def test_any_number_of_threads(id: str) -> None:
     inputs = cast(TILES[id](Generator().manual_seed(2)), torch.float32)
@@ -347,6 +349,7 @@ def test_any_number_of_threads(id: str) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("before", ["cross_attention(q, k, k)", "torch.randn(200000).exp()"])
 def test_a_forked_process_goes_on_alone(before: str) -> None:
     """OpenMP's threads do not survive a fork, whoever started them: a parallel region in the child waits for ever."""

@@ -199,6 +199,7 @@ def test_again_the_same_bits(id: str, isa: str, dtype: torch.dtype) -> None:
             assert all(torch.equal(a, b) for a, b in zip(_step(TASKS[id], dtype), first, strict=True))
 
 
+@pytest.mark.alone
 def test_many_python_threads() -> None:
     """Calls of several sizes at once, each with two threads: each gives the bits that it gives alone."""
     problems = [TASKS[id] for id in ("strips, tasks and blocks", "a hard text, captions", "wide queries")]
@@ -222,6 +223,7 @@ def test_many_python_threads() -> None:
     assert not wrong
 
 
+@pytest.mark.alone
 def test_a_forked_process_goes_on_alone() -> None:
     """OpenMP's threads do not survive a fork: a parallel region in the child would wait for ever."""
     code = """
