@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup profile bench gpu test sanitize lint format clean
+.PHONY: help setup profile bench gpu test test-all sanitize lint format clean
 
 PYTHON ?= python3
 PROFILE_ARGS ?=
@@ -13,6 +13,8 @@ BENCH_ARGS ?=
 PART ?=
 GPU_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
+SEED := $(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d ' '))
 # The other end of what pyproject.toml allows: its language differs from that of the Triton that is installed.
 OLDEST_TRITON := triton==3.6.0
 SMOKE_ARGS := --size tiny --tokens 8,16 --out build/smoke
@@ -30,12 +32,18 @@ CSRC := $(shell find csrc -type f)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 
 START := $(shell date +%s)
+# $(call pytest,part,folder,tests): seconds of each file, seconds and runs of each op go to build/test-times/<part>.json.
+pytest = $(BIN)/python -m pytest $(2) -m "$(3)$(FAST)" --times build/test-times/$(1).json $(DRAWN) $(PYTEST_ARGS)
+# The tests' processes share the cores, so each computes with one thread.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+SHARED := -n $(WORKERS) --dist worksteal
 heading = @printf '\n== %s\n' "$(1)"
 finish = @printf '\n== make $@: done in %d s\n' $$(($$(date +%s) - $(START)))
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 	@echo '  PYTHON=python3.12 picks the Python; PROFILE_ARGS, BENCH_ARGS, GPU_ARGS, PYTEST_ARGS go to the commands.'
+	@echo '  WORKERS=4 runs tests in so many processes; SEED=1 repeats what make test-all draws.'
 
 setup: .venv/extension.stamp ## .venv with torch, all dependencies and the C++ extension; free the second time
 	$(finish)
@@ -65,20 +73,32 @@ gpu: ## build, test and measure all that needs a GPU, in eight minutes; PART=hel
 	@scripts/gpu.sh $(if $(PART),"$(PART)") $(GPU_ARGS)
 	$(finish)
 
-test: setup lint ## lint, types, C++ build, unit tests, GPU kernels interpreted and compiled, a smoke run
-	$(call heading,pytest tests)
-	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
-	$(call heading,pytest tests -m interpreted: the Triton kernels in an interpreter)
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops -m interpreted -n 2 $(PYTEST_ARGS)
-	$(call heading,python -m mmkernels.aot: the GPU kernels compiled ahead of time)
-	@$(BIN)/python -m mmkernels.aot
+define run_tests
+	$(call heading,python -m mmkernels.aot $(AOT_ARGS): the GPU kernels compiled ahead of time)
+	@$(BIN)/python -m mmkernels.aot $(AOT_ARGS)
 	$(call heading,python -m mmkernels.aot --frontend with $(OLDEST_TRITON))
 	@test -d .venv/$(OLDEST_TRITON) || $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps \
 		--target .venv/$(OLDEST_TRITON) $(OLDEST_TRITON)
 	@PYTHONPATH=$(abspath .venv)/$(OLDEST_TRITON) $(BIN)/python -m mmkernels.aot --frontend
+	$(call heading,pytest tests $(DRAWN): not alone$(FAST))
+	@$(ONE_THREAD) $(call pytest,main,tests,not alone) $(SHARED)
+	$(call heading,pytest tests $(DRAWN): alone$(FAST), with all threads)
+	@$(call pytest,alone,tests,alone)
+	$(call heading,pytest tests/ops $(DRAWN): interpreted$(FAST), the Triton kernels in an interpreter)
+	@TRITON_INTERPRET=1 $(ONE_THREAD) $(call pytest,interpreted,tests/ops,interpreted) $(SHARED)
 	$(call heading,smoke run: mmkernels profile flamingo)
 	@$(BIN)/mmkernels profile flamingo $(SMOKE_ARGS)
 	$(finish)
+endef
+
+test: FAST := $(empty) and not slow
+test: setup lint ## lint, types, C++ build, unit tests, GPU kernels interpreted and compiled, a smoke run
+	$(run_tests)
+
+test-all: DRAWN := --seed $(SEED)
+test-all: AOT_ARGS := --all
+test-all: setup lint ## the same in full: every combination, every GPU target, inputs drawn with a new SEED
+	$(run_tests)
 
 # Python itself is not instrumented, so the sanitizer's runtime comes first by hand, with the C++ runtime whose exceptions
 # it watches; what it can't know of (leaks at exit, memory meters, code that torch compiles) is left out.

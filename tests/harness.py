@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -212,6 +213,17 @@ def compare(
         unit = (units or {}).get(name, 1.0)
         problem = spec.over_budget(*(x.cpu() / unit if unit != 1.0 else x.cpu() for x in triple))
         assert problem is None, f"{spec.name} / {case.id} / {what} / {name}: {problem}"
+
+
+@contextmanager
+def no_old_graphs() -> Iterator[None]:
+    """Inductor's cache of graphs does not know an operator's schema: one of an older checkout would be run."""
+    from torch._functorch import config as functorch  # seconds, which most tests do without
+    from torch._inductor import config as inductor
+
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        torch._dynamo.reset()
+        yield
 
 
 def poison() -> None:

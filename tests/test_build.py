@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmkernels.runtime import host
+from mmkernels.runtime import cpu, host
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["CMakeLists.txt", "LICENSE", "README.md", "csrc", "mmkernels", "pyproject.toml", "setup.py"]
 
-pytestmark = pytest.mark.slow
 needs_compiler = pytest.mark.skipif(host.why_not is not None, reason=str(host.why_not))
 
 
@@ -124,3 +123,26 @@ except names["NotForThisMachine"] as error:
 """
     asked = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path), PATH=str(tmp_path))
     assert found in asked.stdout, asked.stderr
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_wheel_is_all_that_a_user_needs(checkout: Path, tmp_path: Path) -> None:
+    """With every kernel, for every instruction set; built, installed and asked outside of the checkout."""
+    target = tmp_path / "site"
+    options = ["-q", "--no-build-isolation", "--no-deps", "--no-index", "--target", target]
+    installed = run_python("-m", "pip", "install", *options, ".", cwd=checkout, MMKERNELS_REQUIRE_EXT="1")
+    assert installed.returncode == 0, installed.stderr
+    assert (target / "mmkernels" / "py.typed").is_file() and list((target / "mmkernels").glob("ops/**/tuned.json"))
+    code = """
+import mmkernels, torch
+from mmkernels.runtime import cpu
+print(mmkernels.__file__, *cpu.isas())
+q, x = torch.randn(1, 2, 3, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+mmkernels.cross_attention(q, q, q, backend="cpu").sum().backward()
+mmkernels.info_nce(x, x, 5.0, backend="cpu").backward()
+"""
+    asked = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    assert asked.returncode == 0, asked.stderr
+    file, *isas = asked.stdout.split()
+    assert Path(file).parent == target / "mmkernels" and isas == cpu.isas()

@@ -6,12 +6,16 @@ What this can't tell: speed, and whether the compiler and the GPU do what the PT
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from typing import Any
 
 import cuda_emulation as emulation
 import pytest
 import torch
+from harness import name_of
+from layouts import far_apart
+from pairwise import parametrize
 from torch import Tensor
 
 from mmkernels.ops.attention.cross_attention import cuda
@@ -65,12 +69,17 @@ def compare(inputs: Inputs, ours: tuple[Tensor, Tensor]) -> None:
         assert problem is None, f"{name}: {problem}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16"])
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("rows", [(2, 2, 1), (4, 1, 1), (4, 1, 5), (8, 1, 8)], ids=["1", "4", "20", "64"])
-def test_dims_and_rows(dtype: torch.dtype, dim: int, splits: int, rows: tuple[int, int, int]) -> None:
-    heads, key_heads, q_len = rows
+_ROWS = {"1": (2, 2, 1), "4": (4, 1, 1), "20": (4, 1, 5), "64": (8, 1, 8)}
+
+
+@parametrize(
+    "dtype, dim, splits, rows",
+    list(itertools.product(DTYPES, DIMS, (1, 3), _ROWS)),
+    ids=lambda row: f"{name_of(row[0])}-{row[1]}-{row[2]}-{row[3]}",
+    strength=3,
+)
+def test_dims_and_rows(dtype: torch.dtype, dim: int, splits: int, rows: str) -> None:
+    heads, key_heads, q_len = _ROWS[rows]
     check(draw(1, heads, key_heads, q_len, 200, dim, dtype=dtype), splits)
 
 
@@ -87,9 +96,11 @@ def test_key_lengths_and_splits(k_len: int, splits: int) -> None:
     check(draw(1, 2, 1, 1, k_len), splits)
 
 
-@pytest.mark.parametrize("schedule", emulation.SCHEDULES)
-@pytest.mark.parametrize("heads", [2, 12, 30], ids=["1 row tile", "2 row tiles", "4 row tiles"])
-@pytest.mark.parametrize("valid", [False, True], ids=["all", "valid"])
+@parametrize(
+    "schedule, heads, valid",
+    list(itertools.product(emulation.SCHEDULES[1:], (2, 12, 30), (False, True))),
+    ids=lambda row: f"schedule {row[0]}-{row[1]} heads-{'valid' if row[2] else 'all'}",
+)
 def test_any_order_of_threads_and_copies(schedule: int, heads: int, valid: bool) -> None:
     """Bit for bit the same: a race would show."""
     torch.manual_seed(3)
@@ -258,18 +269,9 @@ def test_no_keys() -> None:
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_offsets_past_two_to_the_31(name: str, dim: int) -> None:
-    """Batches, heads or rows far apart, in memory that is reserved but never touched between them."""
+    """Batches, heads or rows far apart."""
     near = draw(2, 2, 2, 2, 40)
-    x = near[name]
-    strides = list(x.stride())
-    strides[dim] = 2**31 // (x.shape[dim] - 1) // 8 * 8 + 8
-    if dim == 2:  # heads and batches between the rows
-        strides[0], strides[1] = 128, 64
-    elif dim == 1:
-        strides[0] = x[0, 0].numel()
-    buffer = torch.empty(1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides)), dtype=x.dtype)
-    far = buffer.as_strided(x.shape, strides)
-    far.copy_(x)
+    far = far_apart(near[name], dim)
     assert torch.equal(emulation.decode(**(near | {name: far}))[0], emulation.decode(**near)[0])
 
 

@@ -5,13 +5,11 @@ As test_triton.py, under Triton's interpreter or on a GPU.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from layouts import embedded, far_apart, guarded
 from torch import Tensor
 
 from mmkernels import SpanMask, cross_attention
@@ -30,39 +28,6 @@ from mmkernels.ops.attention.triton import call as triton_call
 interpreted = pytest.mark.interpreted  # and else on a GPU, or not at all
 if not gpu.INTERPRETED:
     pytestmark = pytest.mark.gpu
-
-NAN = math.nan
-
-
-@contextmanager
-def guarded() -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Every tensor that the launchers make lies, full of NaN, between guards; yields (whole, its own elements)."""
-    made: list[tuple[Tensor, Tensor]] = []
-
-    def make(*size: int, dtype: torch.dtype, device: Any) -> Tensor:
-        count, guard = math.prod(size), 512
-        fill = NAN if dtype.is_floating_point else -77
-        whole = torch.full((count + 2 * guard,), fill, dtype=dtype, device=device)
-        inside = whole[guard : guard + count]
-        made.append((whole, inside))
-        return inside.view(size)
-
-    def new_empty(x: Tensor, *size: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
-        size = tuple(size[0]) if size and not isinstance(size[0], int) else size
-        return make(*size, dtype=dtype or x.dtype, device=x.device)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "new_empty", new_empty)
-        patch.setattr(torch, "empty", lambda *size, dtype, device: make(*size, dtype=dtype, device=device))
-        patch.setattr(torch, "empty_like", lambda x: make(*x.shape, dtype=x.dtype, device=x.device))
-        yield made
-
-
-def _embedded(x: Tensor) -> Tensor:
-    """x as a view into a buffer of NaN, with other strides than its own."""
-    buffer = torch.full([n + 3 for n in x.shape], NAN, dtype=x.dtype, device=x.device)
-    view = buffer[tuple(slice(1, 1 + n) for n in x.shape)]
-    return view.copy_(x)
 
 
 @interpreted
@@ -96,37 +61,25 @@ def test_nothing_outside_is_read_or_written_and_all_inside_is(kind: str) -> None
     with tiled(16, 32, listed=0):
         want = [x.clone() for x in run(lambda x: x)]
         with guarded() as made:
-            got = run(_embedded)
+            got = run(embedded)
             assert made
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
-    for whole, inside in made:
-        guards = torch.cat([whole[:512], whole[len(whole) - 512 :]])
-        untouched = guards.isnan() if whole.is_floating_point() else guards == -77
-        assert bool(untouched.all())
-        assert len(inside) == len(whole) - 1024
+    assert all(tensor.intact() for tensor in made)
 
 
 @interpreted
 def test_offsets_past_2_to_the_31() -> None:
     """Rows and keys that lie 2^31 elements and more from where their tensor begins."""
-    far = 2**31 + 64
-    storage = torch.empty(2 * far, dtype=torch.float16, device=DEVICE)  # of which almost nothing is ever touched
-
-    def spread(x: Tensor, dim: int) -> Tensor:
-        strides = list(x.stride())
-        strides[dim] = far
-        return storage.as_strided(x.shape, strides).copy_(x)
-
     g = torch.Generator().manual_seed(0)
     query, key = (normal(g, 1, 1, 2, 16).to(DEVICE, torch.float16) for _ in range(2))
     want = cross_attention(query, key, key, backend="triton")
     for dim in (1, 2):
         x = torch.cat([query, query], dim) if dim == 1 else query
         y = torch.cat([key, key], dim) if dim == 1 else key
-        out = cross_attention(x, spread(y, dim), spread(y, dim), backend="triton")
+        out = cross_attention(x, far_apart(y, dim), far_apart(y, dim), backend="triton")
         torch.testing.assert_close(out[:, :1], want)
-        out = cross_attention(spread(x, dim), y, y, backend="triton")
+        out = cross_attention(far_apart(x, dim), y, y, backend="triton")
         torch.testing.assert_close(out[:, :1], want)
 
 

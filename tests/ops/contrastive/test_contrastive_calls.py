@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from harness import SPECS, backends, dtype_of
+from harness import SPECS, backends, dtype_of, no_old_graphs
 from ops.contrastive.tools import (
     BIAS,
     LOSSES,
@@ -96,7 +96,7 @@ def test_differentiating_by_torch_func_is_refused_or_right(op: str) -> None:
     torch.testing.assert_close(3.0 * got, step(op, inputs, ("image",))[1])
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_cross_attention.py has one in `make test`
 @pytest.mark.parametrize("op", LOSSES)
 def test_compiled_by_inductor_with_gradients(op: str) -> None:
     """With what a training loop has around it: normalising, and a scale that is the exponential of a parameter."""
@@ -111,10 +111,10 @@ def test_compiled_by_inductor_with_gradients(op: str) -> None:
 
     leaves[2] = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     want = call(*leaves, ids)
-    torch._dynamo.reset()
-    got = torch.compile(call, fullgraph=True)(*leaves, ids)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves))
+    with no_old_graphs():
+        got = torch.compile(call, fullgraph=True)(*leaves, ids)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves))
 
 
 @pytest.mark.parametrize("op", LOSSES)
@@ -125,6 +125,7 @@ def test_a_compiled_function_serves_other_batch_sizes(op: str) -> None:
         torch.testing.assert_close(call(inputs), LOSSES[op](**inputs))
 
 
+@pytest.mark.alone
 @each_loss_and_backend  # Triton's interpreter is for one thread
 def test_calls_from_several_threads_at_once(op: str, backend: str) -> None:
     many = [inputs_of(op, backend, n=20 + n, seed=n) for n in range(4)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import draw, name_of, poison
+from layouts import far_apart
 from ops.contrastive.cpu_tools import WAYS, WIDE, case_of, check_kernel, each_way
 from ops.contrastive.tools import features
 from ops.cpu_tools import each_dtype, each_isa, needs_kernels, python
@@ -199,6 +200,7 @@ def test_again_the_same_bits(id: str, isa: str, dtype: torch.dtype) -> None:
             assert all(torch.equal(a, b) for a, b in zip(_step(TASKS[id], dtype), first, strict=True))
 
 
+@pytest.mark.alone
 def test_many_python_threads() -> None:
     """Calls of several sizes at once, each with two threads: each gives the bits that it gives alone."""
     problems = [TASKS[id] for id in ("strips, tasks and blocks", "a hard text, captions", "wide queries")]
@@ -222,6 +224,7 @@ def test_many_python_threads() -> None:
     assert not wrong
 
 
+@pytest.mark.alone
 def test_a_forked_process_goes_on_alone() -> None:
     """OpenMP's threads do not survive a fork: a parallel region in the child would wait for ever."""
     code = """
@@ -301,11 +304,8 @@ def test_expanded(isa: str, dtype: torch.dtype) -> None:
 
 
 def test_offsets_beyond_int32() -> None:
-    """Rows that lie 2^31 elements apart, of memory that is hardly touched."""
-    apart = 2**31 + 64
-    far = torch.empty(apart + 48, dtype=torch.bfloat16).as_strided((2, 3, 16), (apart, 16, 1))
     near = torch.randn(2, 3, 16).bfloat16()
-    far.copy_(near)
+    far = far_apart(near, 0)
     y = torch.randn(2, 16).bfloat16()
     for x, z in ((near, far), (near[:, 0], far[:, 0])):
         for f in (info_nce, lambda *xs, **more: sigmoid_contrastive(*xs, -2.0, **more)):

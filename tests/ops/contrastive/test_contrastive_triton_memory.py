@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import SPECS, check, run
+from layouts import embedded, far_apart, guarded
 from torch import Tensor
 
 from mmkernels import info_nce, retrieval_ranks
@@ -46,12 +47,6 @@ def _step(op: str, inputs: Inputs, *grads: str) -> tuple[Tensor, ...]:
 # Layouts.
 
 
-def _embedded(x: Tensor) -> Tensor:
-    """x as a view into a buffer of NaN, with other strides than its own."""
-    buffer = torch.full([n + 3 for n in x.shape], NAN, dtype=x.dtype, device=x.device)
-    return buffer[tuple(slice(1, 1 + n) for n in x.shape)].copy_(x)
-
-
 @interpreted
 @pytest.mark.parametrize("queries", [0, 3])
 @pytest.mark.parametrize("dim", [13, 40])
@@ -59,19 +54,6 @@ def test_nothing_outside_is_read_or_written(queries: int, dim: int) -> None:
     inputs = cast(two_towers(torch.Generator().manual_seed(0), 21, 37, dim, queries), torch.float32, DEVICE)
     ids = {"image_ids": torch.arange(21, device=DEVICE), "text_ids": torch.arange(37, device=DEVICE) // 2}
     bias = {"logit_bias": torch.tensor(-3.0, device=DEVICE)}
-    guards: list[tuple[Tensor, int]] = []
-
-    plain = Tensor.new_empty
-
-    def new_empty(x: Tensor, *size: Any, dtype: torch.dtype | None = None, **more: Any) -> Tensor:
-        if more:  # the interpreter's own
-            return plain(x, *size, dtype=dtype, **more)
-        shape = tuple(size[0]) if size and not isinstance(size[0], int) else size
-        dtype, count = dtype or x.dtype, math.prod(shape)
-        fill = NAN if dtype.is_floating_point else -77
-        whole = torch.full((count + 256,), fill, dtype=dtype, device=x.device)
-        guards.append((whole, count))
-        return whole[128 : 128 + count].view(shape)
 
     def all_calls(wrap: Any) -> list[Tensor]:
         given = {name: wrap(x) if x.dim() else x for name, x in inputs.items()}
@@ -84,37 +66,25 @@ def test_nothing_outside_is_read_or_written(queries: int, dim: int) -> None:
 
     with tiled(16, 32):
         want = all_calls(lambda x: x)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Tensor, "new_empty", new_empty)
-            got = all_calls(_embedded)
+        with guarded() as made:
+            got = all_calls(embedded)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, equal_nan=False)
-    assert len(guards) > 20
-    for whole, count in guards:
-        edges = torch.cat([whole[:128], whole[128 + count :]])
-        assert bool((edges.isnan() if edges.is_floating_point() else edges == -77).all())
+    assert len(made) > 20 and all(tensor.intact() for tensor in made)
 
 
 @interpreted
 def test_rows_past_2_to_the_31() -> None:
     """Images, queries and texts that lie 2^31 elements and more from where their tensor begins."""
-    far = 2**31 + 64
-    storage = torch.empty(2 * far + 64, dtype=torch.float16, device=DEVICE)  # almost nothing is ever touched
-
-    def spread(x: Tensor, dim: int) -> Tensor:
-        strides = list(x.stride())
-        strides[dim] = far
-        return storage.as_strided(x.shape, strides).copy_(x)
-
     g = torch.Generator().manual_seed(0)
     image, text = (normal(g, 2, 16).to(DEVICE, torch.float16) for _ in range(2))
     queries = normal(g, 2, 2, 16).to(DEVICE, torch.float16)
     with tiled(16, 16):
         want = [info_nce(x, text, 5.0, backend="triton") for x in (image, queries)]
-        torch.testing.assert_close(info_nce(spread(image, 0), text, 5.0, backend="triton"), want[0])
-        torch.testing.assert_close(info_nce(image, spread(text, 0), 5.0, backend="triton"), want[0])
+        torch.testing.assert_close(info_nce(far_apart(image, 0), text, 5.0, backend="triton"), want[0])
+        torch.testing.assert_close(info_nce(image, far_apart(text, 0), 5.0, backend="triton"), want[0])
         for dim in (0, 1):
-            torch.testing.assert_close(info_nce(spread(queries, dim), text, 5.0, backend="triton"), want[1])
+            torch.testing.assert_close(info_nce(far_apart(queries, dim), text, 5.0, backend="triton"), want[1])
 
 
 @interpreted
