@@ -76,7 +76,8 @@ def check_frontend(launch: Launch, target: str) -> None:
 
 def _type_of(value: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: Any) -> Any:
     if isinstance(value, tuple):
-        return tuple(_type_of(x, (*path, n), constants, attributes) for n, x in enumerate(value))
+        kinds = [_type_of(x, (*path, n), constants, attributes) for n, x in enumerate(value)]
+        return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)  # kernels read fields by name
     if value is None or (type(value) is int and value == 1):
         constants[path] = value
         return "constexpr"
