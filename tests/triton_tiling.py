@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from mmkernels.ops import specs
-from mmkernels.ops.attention.attention_received import triton as received
-from mmkernels.ops.attention.cross_attention.triton import backward, forward
+from mmkernels.ops.attention.triton import call
 from mmkernels.runtime import triton as gpu
 from mmkernels.runtime import tuning
 from mmkernels.runtime.tuning import KERNELS, Config
@@ -21,12 +20,11 @@ SPECS = specs()
 
 
 @contextmanager
-def tiled(queries: int, keys: int, listed: int = forward.LISTED) -> Iterator[None]:
+def tiled(queries: int, keys: int, listed: int = call.LISTED) -> Iterator[None]:
     """All kernels with tiles of this size; masks of `listed` scores or more with lists of tiles."""
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         for op, kernel in itertools.product(SPECS, KERNELS):
             if kernel != "decode":
                 stack.enter_context(tuning.use_config(op, kernel, Config(queries, keys, 4, 1)))
-        for module in (forward, backward, received):
-            patch.setattr(module, "LISTED", listed)
+        patch.setattr(call, "LISTED", listed)
         yield

@@ -59,7 +59,8 @@ def received_kernel(
 ):  # fmt: skip
     """One tile of keys of one query head. Grid: (key tiles x batch x query heads,)."""
     key_tiles = tl.cdiv(sizes.k_len, BLOCK_K)
-    problem, tile = problem_at(tl.program_id(0) // key_tiles, sizes, LAYOUT), tl.program_id(0) % key_tiles
+    number, tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
+    problem = problem_at(number, sizes, LAYOUT)
     first_key = tile * BLOCK_K
     k = load_key_halves(key, problem, first_key, key_strides, sizes.k_len, DIM, UNIT, BLOCK_K, False, False)
     total = tl.zeros([BLOCK_K], tl.float32)

@@ -34,10 +34,11 @@ def weights_kernel(
     key_tiles = tl.cdiv(k_len, BLOCK_K)
     first = (tl.program_id(0) % key_tiles) * BLOCK_K
     line = tl.program_id(0) // key_tiles
-    problem = problem_at(line // row_tiles, sizes, LAYOUT)
-    rows = rows_at((line % row_tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q), problem, sizes, LAYOUT)
+    number, tile = line // row_tiles, line % row_tiles
+    n = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    problem = problem_at(number, sizes, LAYOUT)
+    rows = rows_at(n, problem, sizes, LAYOUT)
     spans = load_spans(masks, rows, k_len)
-    places = row_places(rows, sizes)
     j = first + tl.arange(0, BLOCK_K)
     weights = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     if (tl.min(spans.start, 0) < first + BLOCK_K) & (tl.max(spans.end, 0) > first):
@@ -47,9 +48,10 @@ def weights_kernel(
         if NEGATE:
             dots = -dots
         scores, visible = masked_scores(dots, masks, rows, spans, j, scale, 0)
-        weights = tl.where(visible, tl.exp2(scores - load_lse(lse, places, rows.live)[:, None]), 0.0)
-    inside = rows.live[:, None] & (j < k_len)[None, :]
-    tl.store(result + (places * k_len)[:, None] + j[None, :], weights, mask=inside)
+        row_lse = load_lse(lse, row_places(rows, sizes), rows.live)
+        weights = tl.where(visible, tl.exp2(scores - row_lse[:, None]), 0.0)
+    places = result + (row_places(rows, sizes) * k_len)[:, None] + j[None, :]
+    tl.store(places, weights, mask=rows.live[:, None] & (j < k_len)[None, :])
 
 
 def forward(

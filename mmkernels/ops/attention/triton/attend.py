@@ -118,11 +118,10 @@ def finish_rows(state, acc, factor, DIM: tl.constexpr, PART: tl.constexpr):
     lse = tl.where(state.total == 0, -INFINITY, state.top + tl.log2(some))
     if not PART:
         lowest = (state.top > -INFINITY) & (state.top <= LOWEST)
-        lse = tl.where(lowest, float("nan"), lse)
         first, second = tl.where(lowest[:, None], float("nan"), out.first), out.second
         if DIM.second > 0:
             second = tl.where(lowest[:, None], float("nan"), second)
-        out = Halves(first, second)
+        out, lse = Halves(first, second), tl.where(lowest, float("nan"), lse)
     return out, lse
 
 
@@ -172,9 +171,10 @@ def forward_kernel(
     Grid: (row tiles x problems, splits). `out` and `lse` are the op's, or with SPLIT float32 [splits, problem, row, Dv]
     and [splits, problem, row] (base 2). Without a value (None) only the log-sum-exp.
     """
-    problem, tile = program_of_rows(sizes, LAYOUT)
+    number, tile = program_of_rows(sizes, LAYOUT)
     split = tl.program_id(1)
     n = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    problem = problem_at(number, sizes, LAYOUT)
     rows = rows_at(n, problem, sizes, LAYOUT)
     q = load_halves(query, row_offsets(rows, strides.query, UNIT), rows.live, strides.query.column, DIM)
     if NEGATE:
@@ -195,7 +195,8 @@ def forward_kernel(
         )  # fmt: skip
     if walk.full > 0:  # every row has seen something, if only scores of -inf (or NaN, which makes its total NaN)
         lowest = (state.top == -INFINITY) & (state.total == 0)
-        state = State(tl.where(lowest, LOWEST, state.top), tl.where(lowest, 1.0, state.total))
+        total = tl.where(lowest, 1.0, state.total)
+        state = State(tl.where(lowest, LOWEST, state.top), total)
     for m in range(0, walk.partial):
         state, acc, non_finite = attend_tile(
             state, acc, non_finite, q, key, value, masks, dropout, strides, rows, spans, problem,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.triton.arguments import Halves, Spans
+from mmkernels.ops.attention.triton.arguments import Halves, Rows, Spans
 from mmkernels.ops.attention.triton.tiles import row_offsets
 from mmkernels.ops.common.triton.constants import INFINITY, LOG2E
 
@@ -30,9 +30,10 @@ def load_spans(masks, rows, k_len):
     if masks.start is not None:
         batch, query = rows.batch.to(tl.int64), rows.query.to(tl.int64)
         strides = masks.strides
-        starts = masks.start + batch * strides.start.batch + query * strides.start.row
-        ends = masks.end + batch * strides.end.batch + query * strides.end.row
-        start, end = tl.load(starts, mask=rows.live, other=0), tl.load(ends, mask=rows.live, other=0)
+        places = masks.start + batch * strides.start.batch + query * strides.start.row
+        start = tl.load(places, mask=rows.live, other=0)
+        places = masks.end + batch * strides.end.batch + query * strides.end.row
+        end = tl.load(places, mask=rows.live, other=0)
         start, end = tl.maximum(start, 0), tl.minimum(end, k_len)
     sees = rows.live & (start < end)
     spans = Spans(tl.where(sees, start, k_len), tl.where(sees, end, 0))
@@ -51,16 +52,20 @@ def visible_pairs(masks, rows, spans, j, ROW_AXIS: tl.constexpr):
         places = masks.key_valid + batch * strides.batch + key.to(tl.int64) * strides.key
         visible = visible & (tl.load(places, mask=visible, other=0) != 0)
     if masks.dense is not None:
-        places = masks.dense + pair_offsets(rows, j, masks.strides.dense, ROW_AXIS)
+        places = masks.dense + line_offsets(rows, masks.strides.dense, ROW_AXIS)
+        places += key.to(tl.int64) * masks.strides.dense.column
         visible = visible & (tl.load(places, mask=visible, other=0) != 0)
     return visible
 
 
 @triton.jit
-def pair_offsets(rows, j, strides, ROW_AXIS: tl.constexpr):
-    """Returns where each pair of a row and a key stands in a tensor [B, Hq, Lq, Lk]."""
-    keys = tl.expand_dims(j, ROW_AXIS).to(tl.int64) * strides.column
-    return tl.expand_dims(row_offsets(rows, strides), 1 - ROW_AXIS) + keys
+def line_offsets(rows, strides, ROW_AXIS: tl.constexpr):
+    """Returns where each row's line of a tensor [B, Hq, Lq, Lk] begins, to be broadcast over keys."""
+    rows = Rows(
+        tl.expand_dims(rows.batch, 1 - ROW_AXIS), tl.expand_dims(rows.head, 1 - ROW_AXIS),
+        tl.expand_dims(rows.query, 1 - ROW_AXIS), None,
+    )  # fmt: skip
+    return row_offsets(rows, strides)
 
 
 @triton.jit
@@ -69,8 +74,9 @@ def masked_scores(dots, masks, rows, spans, j, scale, ROW_AXIS: tl.constexpr):
     visible = visible_pairs(masks, rows, spans, j, ROW_AXIS)
     scores = dots * scale
     if masks.bias is not None:
-        places = masks.bias + pair_offsets(rows, j, masks.strides.bias, ROW_AXIS)
-        bias = tl.load(places, mask=visible, other=-INFINITY).to(tl.float32)
+        offsets = line_offsets(rows, masks.strides.bias, ROW_AXIS)
+        offsets += tl.expand_dims(j, ROW_AXIS).to(tl.int64) * masks.strides.bias.column
+        bias = tl.load(masks.bias + offsets, mask=visible, other=-INFINITY).to(tl.float32)
         visible = visible & (bias != -INFINITY)
         scores += tl.where(bias < LOWEST_BIAS, LOWEST_BIAS, bias) * LOG2E
     return tl.where(visible, tl.where(scores == -INFINITY, LOWEST, scores), -INFINITY), visible

@@ -35,9 +35,10 @@ def problem_count(sizes, LAYOUT: tl.constexpr):
 @triton.jit
 def program_of_rows(sizes, LAYOUT: tl.constexpr):
     """Returns the problem and the tile of rows of this program, in a grid (row tiles x problems, ...)."""
-    row_tiles = tl.num_programs(0) // problem_count(sizes, LAYOUT)
-    problem = problem_at(tl.program_id(0) // row_tiles, sizes, LAYOUT)
-    return problem, tl.program_id(0) % row_tiles
+    row_tiles = tl.num_programs(0) // (sizes.key_heads if LAYOUT.packed else sizes.heads)
+    if not LAYOUT.shared:
+        row_tiles = row_tiles // sizes.batch
+    return tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
 
 
 @triton.jit

@@ -54,8 +54,9 @@ def walk_over_rows(
 @triton.jit
 def walk_along_list(lists, problem, line, length):
     place = (problem.batch * lists.batch + problem.head * lists.head).to(tl.int64) + line
+    listed = lists.tiles + place * length
     partial, full = tl.load(lists.counts + 2 * place), tl.load(lists.counts + 2 * place + 1)
-    walk = Walk(partial, full, 0, 0, 0, lists.tiles + place * length, length)
+    walk = Walk(partial, full, 0, 0, 0, listed, length)
     return walk
 
 
@@ -92,9 +93,10 @@ def tile_status(
     tile = tl.program_id(0) % (row_tiles * key_tiles)
     entry = tl.program_id(0) // (row_tiles * key_tiles)
     heads = sizes.key_heads if LAYOUT.packed else sizes.heads
-    problem = problem_at((entry // map_heads) * heads + entry % map_heads, sizes, LAYOUT)
+    number = (entry // map_heads) * heads + entry % map_heads
+    n = (tile // key_tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     first = (tile % key_tiles) * BLOCK_K
-    rows = rows_at((tile // key_tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q), problem, sizes, LAYOUT)
+    rows = rows_at(n, problem_at(number, sizes, LAYOUT), sizes, LAYOUT)
     spans = load_spans(masks, rows, sizes.k_len)
     touched = (spans.start < first + BLOCK_K) & (spans.end > first)
     covered = ((spans.start <= first) & (spans.end >= first + BLOCK_K)) | (rows.live == 0)

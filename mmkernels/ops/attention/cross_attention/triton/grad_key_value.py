@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.triton.arguments import Halves, SplitStrides, Strides
+from mmkernels.ops.attention.triton.arguments import Halves, Rows, SplitStrides, Strides
 from mmkernels.ops.attention.triton.scores import (
     keep_pairs,
     load_gate,
@@ -143,8 +143,8 @@ def restore_values(
 @triton.jit
 def key_offsets(split, problem, j, strides):
     """Returns where keys begin in a gradient in parts."""
-    start = split.to(tl.int64) * strides.split + problem.batch.to(tl.int64) * strides.batch
-    return start + problem.key_head.to(tl.int64) * strides.head + j.to(tl.int64) * strides.row
+    offsets = row_offsets(Rows(problem.batch + j * 0, problem.key_head + j * 0, j, None), strides)
+    return split.to(tl.int64) * strides.split + offsets
 
 
 @triton.jit
@@ -160,8 +160,9 @@ def grad_key_value_kernel(
     """
     k_len = sizes.k_len
     key_tiles = tl.cdiv(k_len, BLOCK_K)
-    problem, tile = problem_at(tl.program_id(0) // key_tiles, sizes, LAYOUT), tl.program_id(0) % key_tiles
+    number, tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
     split = tl.program_id(1)
+    problem = problem_at(number, sizes, LAYOUT)
     first_key = tile * BLOCK_K
     k = load_key_halves(key, problem, first_key, strides.key, k_len, DIM, UNIT, BLOCK_K, False, False)
     v = load_key_halves(value, problem, first_key, strides.value, k_len, VALUE_DIM, UNIT, BLOCK_K, False, False)

@@ -18,7 +18,6 @@ from mmkernels.ops.attention.triton.scores import (
     load_lse,
     load_spans,
     masked_scores,
-    pair_offsets,
     zero_non_finite,
 )
 from mmkernels.ops.attention.triton.tiles import (
@@ -26,6 +25,7 @@ from mmkernels.ops.attention.triton.tiles import (
     dot_halves,
     load_halves,
     load_key_halves,
+    problem_at,
     program_of_rows,
     row_offsets,
     row_places,
@@ -96,7 +96,8 @@ def query_tile(
         grad = tl.where(weights == 0, 0.0, grad)  # a hidden key's may be NaN
         k = zero_non_finite(k, DIM)
     if grad_bias is not None:
-        places = grad_bias + pair_offsets(rows, j, strides.grad_bias, 0)
+        places = grad_bias + row_offsets(rows, strides.grad_bias)[:, None]
+        places += j.to(tl.int64)[None, :] * strides.grad_bias.column
         tl.store(places, grad.to(grad_bias.dtype.element_ty), mask=rows.live[:, None] & (j < k_len)[None, :])
     if NEED_BIAS:
         bias_sums += tl.sum(grad, 1)
@@ -125,14 +126,16 @@ def grad_query_kernel(
 
     delta: ``sum_j P_ij dP_ij = grad_out_i . out_i``, less the log-sum-exp's gradient, whose derivative by a score is P.
     """
-    problem, tile = program_of_rows(sizes, LAYOUT)
-    rows = rows_at(tile * BLOCK_Q + tl.arange(0, BLOCK_Q), problem, sizes, LAYOUT)
-    live, places = rows.live, row_places(rows, sizes)
-    do = load_halves(
-        grad_out, row_offsets(rows, strides.grad_out, UNIT), live, strides.grad_out.column, VALUE_DIM
-    )  # fmt: skip
-    o = load_halves(out, row_offsets(rows, strides.out, UNIT), live, strides.out.column, VALUE_DIM)
+    number, tile = program_of_rows(sizes, LAYOUT)
+    n = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    problem = problem_at(number, sizes, LAYOUT)
+    rows = rows_at(n, problem, sizes, LAYOUT)
+    live = rows.live
+    offsets, out_offsets = row_offsets(rows, strides.grad_out, UNIT), row_offsets(rows, strides.out, UNIT)
+    do = load_halves(grad_out, offsets, live, strides.grad_out.column, VALUE_DIM)
+    o = load_halves(out, out_offsets, live, strides.out.column, VALUE_DIM)
     deltas = sum_of_products(do, o, VALUE_DIM)
+    places = row_places(rows, sizes)
     if grad_lse is not None:
         deltas -= tl.load(grad_lse + places, mask=live, other=0.0)
     tl.store(delta + places, deltas, mask=live)
@@ -163,6 +166,6 @@ def grad_query_kernel(
         if bias_sums is not None:
             tl.store(bias_sums + places, grads.bias, mask=live)
         if grad_query is not None:
-            total = scale_halves(grads.query, true_scale, DIM)
             offsets = row_offsets(rows, strides.grad_query)
+            total = scale_halves(grads.query, true_scale, DIM)
             store_halves(grad_query, offsets, live, total, strides.grad_query.column, DIM)
