@@ -26,6 +26,7 @@ from triton_tiling import DEVICE, tiled
 from mmkernels.ops.attention.attention_received import triton as received
 from mmkernels.ops.attention.cross_attention.triton import backward, forward
 from mmkernels.ops.attention.triton import call as triton_call
+from mmkernels.ops.attention.triton.arguments import Layout
 
 interpreted = pytest.mark.interpreted  # and else on a GPU, or not at all
 if not gpu.INTERPRETED:
@@ -144,7 +145,7 @@ def test_shared_and_grouped_keys_are_not_copied() -> None:
     assert len(launches) == 3
     for launch in launches:
         assert launch.args[1] is key and launch.args[2] is value
-        assert launch.constants["SHARED"] and launch.constants["PACKED"] and launch.constants["GROUP"] == 2
+        assert launch.constants["LAYOUT"] == Layout(group=2, packed=True, shared=True)
     assert launches[0].grid == (2, 1)  # two key heads; 3 batches x 2 heads x 5 queries fill one tile
 
 
@@ -161,7 +162,7 @@ def test_grids(batch: int, heads: int, key_heads: int, key_batch: int, q_len: in
     assert call.row_tiles(plan) == -(-rows // 128) and call.key_tiles(plan) == 2
     alone = triton_call.Call(query, key, None, None, None, None, None, 1.0, packed=False, shared=False)
     assert (alone.problems, alone.rows) == (batch * heads, q_len)
-    assert alone.key_strides[0] == (0 if key_batch == 1 else key.stride(0))
+    assert triton_call.strides_of(key).batch == (0 if key_batch == 1 else key.stride(0))
 
 
 @interpreted
@@ -170,4 +171,4 @@ def test_strides_of_broadcast_masks_are_0() -> None:
     mask, bias = torch.ones(1, 4, 1, 7, dtype=torch.bool), torch.empty(2, 1, 5, 1)
     start, end, valid = torch.zeros(1, 5).int(), torch.zeros(2, 1).int(), torch.ones(1, 7).bool()
     call = triton_call.Call(query, key, start, end, valid, mask, bias, 1.0)
-    assert call.mask_strides == (0, 1, 1, 0, 0, 1, 0, 7, 0, 1, 5, 0, 1, 0)
+    assert call.masks.strides == ((0, 1), (1, 0), (0, 1), (0, 7, 0, 1), (5, 0, 1, 0))
