@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pairwise import parametrize, traits
 
 from mmkernels import BackendError, SpanMask, attention_received, attention_weights, cross_attention
+from mmkernels.ops.attention.attention_weights.spec import Arguments
 from mmkernels.ops.attention.cases import attention_inputs
 from mmkernels.ops.common.cases import normal
 from mmkernels.runtime import triton as gpu
@@ -116,7 +117,7 @@ def test_spans_by_lists_and_by_ranges(mask: SpanMask, listed: int) -> None:
 def test_lists_say_which_tiles_are_seen() -> None:
     query, key = torch.empty(2, 2, 40, 16, device=DEVICE), torch.empty(2, 1, 56, 16, device=DEVICE)
     dense = _blocks(torch.Generator().manual_seed(0), heads=2)["mask"].to(DEVICE)
-    call = triton_call.Call(query, key, None, None, None, dense, None, 1.0, packed=False)
+    call = triton_call.Call(Arguments(query, key, None, None, None, dense, None, 1.0), packed=False)
     for of_rows in (True, False):
         tiles, counts, *strides = call.make_lists(Config(16, 16, 4, 1), of_rows=of_rows)
         assert strides == [2 * tiles.shape[1], tiles.shape[1]] and tiles.shape == (4, *((3, 4) if of_rows else (4, 3)))
