@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 
-from mmkernels.ops.attention.attention_received import triton as received
-from mmkernels.ops.attention.cross_attention.triton import backward, forward
+from mmkernels.ops.attention.triton import call
 from mmkernels.runtime import triton as gpu
 from mmkernels.runtime import tuning
 from mmkernels.runtime.tuning import Config
@@ -18,13 +17,12 @@ DEVICE = "cpu" if gpu.INTERPRETED or not torch.cuda.is_available() else "cuda"
 
 
 @contextmanager
-def tiled(queries: int, keys: int, listed: int = forward.LISTED) -> Iterator[None]:
+def tiled(queries: int, keys: int, listed: int = call.LISTED) -> Iterator[None]:
     """All kernels with tiles of this size; masks of `listed` scores or more with lists of tiles."""
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         for op, plan in tuning.plans().items():
             for kernel in plan.kernels:
                 if kernel != "decode":
                     stack.enter_context(tuning.use_config(op, kernel, Config(queries, keys, 4, 1)))
-        for module in (forward, backward, received):
-            patch.setattr(module, "LISTED", listed)
+        patch.setattr(call, "LISTED", listed)
         yield

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pairwise import parametrize, traits
 
 from mmkernels import BackendError, SpanMask, attention_received, attention_weights, cross_attention
+from mmkernels.ops.attention.attention_weights.spec import Arguments
 from mmkernels.ops.attention.cases import attention_inputs
 from mmkernels.ops.common.cases import normal
 from mmkernels.runtime import triton as gpu
@@ -28,7 +29,8 @@ pytest.importorskip("triton")
 
 from triton_tiling import DEVICE, tiled
 
-from mmkernels.ops.attention.cross_attention.triton import backward, forward
+from mmkernels.ops.attention.cross_attention.triton import backward
+from mmkernels.ops.attention.triton import attend
 from mmkernels.ops.attention.triton import call as triton_call
 
 interpreted = pytest.mark.interpreted  # and else on a GPU, or not at all
@@ -115,10 +117,10 @@ def test_spans_by_lists_and_by_ranges(mask: SpanMask, listed: int) -> None:
 def test_lists_say_which_tiles_are_seen() -> None:
     query, key = torch.empty(2, 2, 40, 16, device=DEVICE), torch.empty(2, 1, 56, 16, device=DEVICE)
     dense = _blocks(torch.Generator().manual_seed(0), heads=2)["mask"].to(DEVICE)
-    call = triton_call.Call(query, key, None, None, None, dense, None, 1.0, packed=False)
+    call = triton_call.Call(Arguments(query, key, None, None, None, dense, None, 1.0), packed=False)
     for of_rows in (True, False):
-        (tiles, counts), strides = call.lists(Config(16, 16, 4, 1), of_rows=of_rows)
-        assert strides == (2 * tiles.shape[1], tiles.shape[1]) and tiles.shape == (4, *((3, 4) if of_rows else (4, 3)))
+        tiles, counts, *strides = call.make_lists(Config(16, 16, 4, 1), of_rows=of_rows)
+        assert strides == [2 * tiles.shape[1], tiles.shape[1]] and tiles.shape == (4, *((3, 4) if of_rows else (4, 3)))
         for entry, line in itertools.product(range(4), range(tiles.shape[1])):
             mask = dense[entry // 2, entry % 2]
             status = {"partial": set(), "full": set()}
@@ -143,7 +145,7 @@ KEYS = 180
 @pytest.mark.parametrize("kind", ["none", "spans", "valid", "dense", "bias"])
 def test_decoding_splits_the_keys(shape: tuple[int, int, int, int], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, heads, key_heads, q_len = shape
-    monkeypatch.setattr(forward, "multiprocessors", lambda device: 100)
+    monkeypatch.setattr(attend, "multiprocessors", lambda device: 100)
 
     def make(g: torch.Generator) -> dict[str, Any]:
         inputs = attention_inputs(g, batch, heads, q_len, KEYS, 16, key_heads=key_heads) | {"return_lse": True}
@@ -216,8 +218,8 @@ def test_head_dims_that_are_no_powers_of_two(dim: int, value_dim: int) -> None:
      (96, (64, 32)), (112, (128, 0)), (128, (128, 0)), (160, (128, 32)), (256, (256, 0))],
 )  # fmt: skip
 @interpreted
-def test_pieces_of_head_dims(dim: int, widths: tuple[int, int]) -> None:
-    assert triton_call.pieces(dim) == widths
+def test_the_widths_of_head_dims(dim: int, widths: tuple[int, int]) -> None:
+    assert triton_call.head_dim(dim) == (dim, *widths)
     assert sum(widths) >= dim and sum(widths) <= max(16, 1.34 * dim)
 
 
@@ -267,7 +269,7 @@ def test_where_a_descriptor_cannot_be() -> None:
 def test_whole_tiles_of_nan_keys_make_a_row_nan(
     k_len: int, bad: int, mask: SpanMask | None, listed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "multiprocessors", lambda device: 100)
+    monkeypatch.setattr(attend, "multiprocessors", lambda device: 100)
     query, key = torch.randn(1, 1, 5, 8, device=DEVICE), torch.randn(1, 1, k_len, 8, device=DEVICE)
     key[:, :, :bad] = NAN
     mask = None if mask is None else mask.to(DEVICE)

@@ -13,8 +13,12 @@ from layouts import embedded, far_apart, guarded
 from torch import Tensor
 
 from mmkernels import SpanMask, cross_attention
+from mmkernels.ops.attention.attention_received.spec import Arguments as ReceivedArguments
+from mmkernels.ops.attention.attention_weights.spec import Arguments as Scores
+from mmkernels.ops.attention.cross_attention.spec import Arguments, Results
 from mmkernels.ops.common.cases import normal
 from mmkernels.runtime import triton as gpu
+from mmkernels.runtime.arguments import lay_out, lay_out_backward
 from mmkernels.runtime.tuning import Config
 
 pytest.importorskip("triton")
@@ -24,6 +28,9 @@ from triton_tiling import DEVICE, tiled
 from mmkernels.ops.attention.attention_received import triton as received
 from mmkernels.ops.attention.cross_attention.triton import backward, forward
 from mmkernels.ops.attention.triton import call as triton_call
+from mmkernels.ops.attention.triton.arguments import Layout
+
+BACKWARD = lay_out_backward("cross_attention", lay_out(Arguments), lay_out(Results), ("out", "lse")).record
 
 interpreted = pytest.mark.interpreted  # and else on a GPU, or not at all
 if not gpu.INTERPRETED:
@@ -51,11 +58,11 @@ def test_nothing_outside_is_read_or_written_and_all_inside_is(kind: str) -> None
             masks = (mask.start.to(DEVICE), mask.end.to(DEVICE), None, None)
         elif mask is not None:
             masks = (None, None, None, mask.to(DEVICE))
-        rest = (*masks, *wrapped, seed)
-        out, lse = forward.forward(query, key, value, *rest, 0.3, 0.25)
+        args = Arguments(query, key, value, *masks, *wrapped, seed, scale=0.3, dropout_p=0.25)
+        out, lse = forward.forward(args)
         needs = [True, True, True, bias is not None, gate is not None]
-        grads = backward.backward(grad_out, None, query, key, value, *rest, out, lse, 0.3, 0.25, needs)
-        extra = received.forward(query, key, *masks, wrapped[0], None, 0.3)
+        grads = backward.backward(BACKWARD(*args, out, lse, grad_out, None, *needs))
+        extra = received.forward(ReceivedArguments(query, key, *masks, wrapped[0], None, 0.3))
         return [out, lse, *(x for x, need in zip(grads, needs, strict=True) if need), extra]
 
     with tiled(16, 32, listed=0):
@@ -91,13 +98,12 @@ def test_shared_and_grouped_keys_are_not_copied() -> None:
         cross_attention(query, key, value, backend="triton")
         out = torch.empty(3, 5, 4, 16, device=DEVICE).transpose(1, 2)
         lse = torch.empty(3, 4, 5, device=DEVICE)
-        backward.backward(
-            out, None, query, key, value, *(None,) * 7, out, lse, 0.5, 0.0, [True, True, True, False, False]
-        )
+        args = Arguments(query, key, value, *(None,) * 7, scale=0.5, dropout_p=0.0)
+        backward.backward(BACKWARD(*args, out, lse, out, None, True, True, True, False, False))
     assert len(launches) == 3
     for launch in launches:
         assert launch.args[1] is key and launch.args[2] is value
-        assert launch.constants["SHARED"] and launch.constants["PACKED"] and launch.constants["GROUP"] == 2
+        assert launch.constants["LAYOUT"] == Layout(group=2, packed=True, shared=True)
     assert launches[0].grid == (2, 1)  # two key heads; 3 batches x 2 heads x 5 queries fill one tile
 
 
@@ -108,13 +114,14 @@ def test_shared_and_grouped_keys_are_not_copied() -> None:
 )
 def test_grids(batch: int, heads: int, key_heads: int, key_batch: int, q_len: int, problems: int, rows: int) -> None:
     query, key = torch.empty(batch, heads, q_len, 16), torch.empty(key_batch, key_heads, 70, 16)
-    call = triton_call.Call(query, key, None, None, None, None, None, 1.0)
+    args = Scores(query, key, None, None, None, None, None, 1.0)
+    call = triton_call.Call(args)
     assert (call.problems, call.rows) == (problems, rows)
     plan = Config(128, 64, 4, 1)
     assert call.row_tiles(plan) == -(-rows // 128) and call.key_tiles(plan) == 2
-    alone = triton_call.Call(query, key, None, None, None, None, None, 1.0, packed=False, shared=False)
+    alone = triton_call.Call(args, packed=False, shared=False)
     assert (alone.problems, alone.rows) == (batch * heads, q_len)
-    assert alone.key_strides[0] == (0 if key_batch == 1 else key.stride(0))
+    assert triton_call.strides_of(key).batch == (0 if key_batch == 1 else key.stride(0))
 
 
 @interpreted
@@ -122,5 +129,5 @@ def test_strides_of_broadcast_masks_are_0() -> None:
     query, key = torch.empty(2, 4, 5, 16), torch.empty(2, 4, 7, 16)
     mask, bias = torch.ones(1, 4, 1, 7, dtype=torch.bool), torch.empty(2, 1, 5, 1)
     start, end, valid = torch.zeros(1, 5).int(), torch.zeros(2, 1).int(), torch.ones(1, 7).bool()
-    call = triton_call.Call(query, key, start, end, valid, mask, bias, 1.0)
-    assert call.mask_strides == (0, 1, 1, 0, 0, 1, 0, 7, 0, 1, 5, 0, 1, 0)
+    call = triton_call.Call(Scores(query, key, start, end, valid, mask, bias, 1.0))
+    assert call.masks.strides == ((0, 1), (1, 0), (0, 1), (0, 7, 0, 1), (5, 0, 1, 0))

@@ -1,4 +1,4 @@
-"""What every launcher of the Triton attention kernels prepares: strides, flags, pieces of head dims, lists of tiles."""
+"""What every launcher of the Triton attention kernels prepares: named tuples of arguments, lists of tiles."""
 
 from __future__ import annotations
 
@@ -10,33 +10,51 @@ import triton
 from torch import Tensor
 
 from mmkernels.ops.attention.inputs import Scores
-from mmkernels.ops.attention.triton import tiles
+from mmkernels.ops.attention.philox import keep_scale
+from mmkernels.ops.attention.triton.arguments import (
+    NO_LISTS,
+    NO_STRIDES,
+    Dropout,
+    Gate,
+    HeadDim,
+    KeyStrides,
+    Layout,
+    Lists,
+    Masks,
+    MaskStrides,
+    Sizes,
+    SpanStrides,
+    Strides,
+)
+from mmkernels.ops.attention.triton.walks import list_tiles, tile_status
 from mmkernels.ops.common.triton.constants import LOG2E
-from mmkernels.ops.common.triton.launch import ceil_div, precision
+from mmkernels.ops.common.triton.launch import ceil_div, has_tma_layout, precision, stride_unit
 from mmkernels.runtime.triton import launch
-from mmkernels.runtime.tuning import Config, architecture
+from mmkernels.runtime.tuning import Config
 
+LISTED = 2**14  # scores of a problem from which on the tiles that a mask leaves are listed first
 _LIST_BLOCK = 256
 _SMALL = Config(0, 0, 4, 1)
+_TMA_KEYS = 1024  # from which on a descriptor's 5 us on the host are little beside the kernel
 
 
 @cache
-def pieces(dim: int) -> tuple[int, int]:
-    """Two powers of two, of at least 16 channels or 0, that cover a head dim with the least to spare.
+def head_dim(size: int) -> HeadDim:
+    """Returns the widths, powers of two of at least 16, that cover a head dim with the least to spare.
 
-    Tile widths must be powers of two: 72 channels would take 128, twice the work, and take 64 + 16.
+    72 channels would take one tile of 128, twice the work, and take 64 + 16.
     """
-    whole = max(16, triton.next_power_of_2(dim))
-    first = whole // 2
-    if first < 16 or dim <= first:
-        return whole, 0
-    second = max(16, triton.next_power_of_2(dim - first))
-    return (first, second) if first + second < whole else (whole, 0)
+    whole = one_tile(size)
+    first = whole.first // 2
+    if first < 16 or size <= first:
+        return whole
+    second = one_tile(size - first).first
+    return HeadDim(size, first, second) if first + second < whole.first else whole
 
 
-def strides_of(x: Tensor, *dims: int) -> tuple[int, ...]:
-    """Strides, 0 where a dim of size 1 is broadcast."""
-    return tuple(0 if x.shape[dim] == 1 else x.stride(dim) for dim in dims)
+def one_tile(size: int) -> HeadDim:
+    """Returns a head dim that one tile covers."""
+    return HeadDim(size, max(16, triton.next_power_of_2(size)), 0)
 
 
 class Call:
@@ -56,33 +74,25 @@ class Call:
     ) -> None:
         query, key = args.query, args.key
         self.query, self.key, self.scale = query, key, args.scale
-        self.batch, self.heads, self.q_len, self.dim = query.shape
+        self.batch, self.heads, self.q_len, dim = query.shape
         self.key_heads, self.k_len = key.shape[1], key.shape[2]
-        self.group = self.heads // self.key_heads
-        self.packed = packed
-        self.shared = shared and key.shape[0] == 1 and self.batch > 1
-        self.sizes = (self.batch, self.heads, self.key_heads, self.q_len, self.k_len)
+        self.dim = head_dim(dim)
+        shared = shared and key.shape[0] == 1 and self.batch > 1
+        self.layout = Layout(self.heads // self.key_heads, packed, shared)
+        self.sizes = Sizes(self.batch, self.heads, self.key_heads, self.q_len, self.k_len)
         self.problem_heads = self.key_heads if packed else self.heads
-        self.problem_batch = 1 if self.shared else self.batch
-        self.problems = self.problem_batch * self.problem_heads
-        self.rows = self.q_len * (self.group if packed else 1) * (self.batch if self.shared else 1)
+        self.problems = self.problem_heads * (1 if shared else self.batch)
+        self.rows = self.q_len * (self.layout.group if packed else 1) * (self.batch if shared else 1)
         start, end, key_valid, dense, bias = args.start, args.end, args.key_valid, args.dense, args.bias
-        self.masks = (start, end, _bytes(key_valid), _bytes(dense), bias)
-        self.mask_strides = _mask_strides(start, end, key_valid, dense, bias)
-        self.key_strides = key_strides(key)
+        strides = _mask_strides(start, end, key_valid, dense, bias)
+        self.masks = Masks(start, end, _bytes(key_valid), _bytes(dense), bias, strides)
         self.hides = any(x is not None for x in (start, key_valid, dense, bias))
-        # Within its spans every key may be hidden all the same.
-        self.all_partial = any(x is not None for x in (key_valid, dense, bias))
         self.constants: dict[str, Any] = {
-            "GROUP": self.group,
-            "PACKED": packed,
-            "SHARED": self.shared,
-            "ALL_PARTIAL": self.all_partial,
+            "LAYOUT": self.layout,
+            "ALL_PARTIAL": any(x is not None for x in (key_valid, dense, bias)),  # also within its spans
             "NEGATE": args.scale < 0,
-            "PRECISION": precision(query.dtype),
             "DIM": self.dim,
-            "D0": pieces(self.dim)[0],
-            "D1": pieces(self.dim)[1],
+            "PRECISION": precision(query.dtype),
         }
 
     @property
@@ -96,55 +106,74 @@ class Call:
     def key_tiles(self, config: Config) -> int:
         return ceil_div(self.k_len, config.block_k)
 
-    def lists(self, config: Config, *, of_rows: bool) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        """For each tile of keys (`of_rows`: of rows) the tiles of the other kind that meet it, see `list_tiles`."""
-        start, end, key_valid, dense, _ = self.masks
+    def lists(self, config: Config, *, of_rows: bool) -> Lists:
+        """Returns the lists of the tiles that the mask leaves, or `NO_LISTS` where they are not worth making.
+
+        Spans are a range of keys for each tile of rows, which needs no list.
+        """
+        masks = self.masks
+        listed = masks.dense is not None or (not of_rows and (masks.start is not None or masks.key_valid is not None))
+        return self.make_lists(config, of_rows=of_rows) if listed and self.rows * self.k_len >= LISTED else NO_LISTS
+
+    def make_lists(self, config: Config, *, of_rows: bool) -> Lists:
+        """Returns for each tile of rows (else: of keys) the tiles of keys (rows) that meet it, see `list_tiles`."""
+        dense = self.masks.dense
+        masked = [x for x in (self.masks.start, self.masks.end, self.masks.key_valid, dense) if x is not None]
         rows, keys = self.row_tiles(config), self.key_tiles(config)
-        masked = [x for x in (start, end, key_valid, dense) if x is not None]
-        map_batch = self.batch if not self.shared and any(x.shape[0] > 1 for x in masked) else 1
+        map_batch = self.batch if not self.layout.shared and any(x.shape[0] > 1 for x in masked) else 1
         map_heads = self.problem_heads if dense is not None and dense.shape[1] > 1 else 1
         entries = map_batch * map_heads
         device = self.query.device
         status = torch.empty(entries, rows, keys, dtype=torch.int8, device=device)
         lines, length = (rows, keys) if of_rows else (keys, rows)
-        found = torch.empty(entries, lines, length, dtype=torch.int32, device=device)
+        tiles = torch.empty(entries, lines, length, dtype=torch.int32, device=device)
         counts = torch.empty(entries, lines, 2, dtype=torch.int32, device=device)
         launch(
-            tiles.tile_status, (rows * keys * entries,), _SMALL,
-            self.masks, self.mask_strides, status, self.sizes, map_heads, rows, keys,
-            GROUP=self.group, PACKED=self.packed, SHARED=self.shared, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
+            tile_status, (rows * keys * entries,), _SMALL,
+            self.masks, status, self.sizes, map_heads, rows, keys,
+            LAYOUT=self.layout, BLOCK_Q=config.block_q, BLOCK_K=config.block_k,
         )  # fmt: skip
         steps = (keys, 1) if of_rows else (1, keys)
-        launch(tiles.list_tiles, (lines * entries,), _SMALL, status, found, counts, lines, length, *steps,
-               BLOCK=_LIST_BLOCK)  # fmt: skip
-        strides = (map_heads * lines if map_batch > 1 else 0, lines if map_heads > 1 else 0)
-        return (found, counts), strides
+        launch(list_tiles, (lines * entries,), _SMALL, status, tiles, counts, lines, length, *steps, BLOCK=_LIST_BLOCK)
+        return Lists(tiles, counts, map_heads * lines if map_batch > 1 else 0, lines if map_heads > 1 else 0)
 
 
 def unit_of(*tensors: Tensor) -> int:
-    """8 where all strides of batch, head and row divide by it, else 1: see tiles.py."""
-    return 8 if all(n % 8 == 0 for x in tensors for n in x.stride()[:3]) else 1
+    """Returns the `stride_unit` of the strides of batch, head and row."""
+    return stride_unit(n for x in tensors for n in x.stride()[:3])
 
 
-def in_units(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
-    return (strides[0] // unit, strides[1] // unit, strides[2] // unit, strides[3])
+def strides_of(x: Tensor, unit: int = 1) -> Strides:
+    """Returns the strides in units; a batch of 1 serves all."""
+    batch, head, row, channel = x.stride()
+    return Strides(0 if x.shape[0] == 1 else batch // unit, head // unit, row // unit, channel)
 
 
-NO_LISTS: tuple[Any, tuple[int, int]] = ((None, None), (0, 0))
+def broadcast_strides(x: Tensor) -> tuple[int, ...]:
+    """Returns strides, 0 where a dimension of size 1 is broadcast."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def key_strides(x: Tensor) -> tuple[int, ...]:
-    """Of key or value: a batch of 1 serves all."""
-    return (0 if x.shape[0] == 1 else x.stride(0), *x.stride()[1:])
+def gate_of(gate: Tensor | None) -> Gate:
+    return Gate(gate, 0 if gate is None or gate.numel() == 1 else gate.stride(0))
+
+
+def dropout_of(seed: Tensor | None, dropout_p: float) -> Dropout:
+    """Words of Philox below the threshold are dropped; all of them at 2^32."""
+    return Dropout(seed, round(dropout_p * 2**32), 1.0 if seed is None else keep_scale(dropout_p))
+
+
+def tma_sources(call: Call, value: Tensor | None, config: Config) -> tuple[object, object]:
+    """Returns key and value, as tensor descriptors where the copy engine can fetch both."""
+    if value is None or call.k_len < _TMA_KEYS or call.rows <= config.block_q:
+        return call.key, value
+    sources = tma_descriptor(call.key, config.block_k), tma_descriptor(value, config.block_k)
+    return (call.key, value) if None in sources else sources
 
 
 def tma_descriptor(x: Tensor, block: int) -> Any:
-    """A tensor descriptor of key or value for the copy engine of Hopper and later; None where that can't be."""
-    if architecture(x.device) not in ("sm_90", "sm_100"):
-        return None
-    size = x.element_size()
-    aligned = x.stride(3) == 1 and all(n * size % 16 == 0 for n in x.stride()[:3]) and x.data_ptr() % 16 == 0
-    if not aligned or pieces(x.shape[3]) != (x.shape[3], 0) or 0 in x.stride():
+    """Returns a tensor descriptor of key or value for the copy engine, or None where that cannot be."""
+    if not has_tma_layout(x) or head_dim(x.shape[3]).first != x.shape[3]:
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -157,8 +186,11 @@ def _bytes(x: Tensor | None) -> Tensor | None:
 
 def _mask_strides(
     start: Tensor | None, end: Tensor | None, key_valid: Tensor | None, dense: Tensor | None, bias: Tensor | None
-) -> tuple[int, ...]:
-    found: tuple[int, ...] = ()
-    for x, dims in ((start, 2), (end, 2), (key_valid, 2), (dense, 4), (bias, 4)):
-        found += (0,) * dims if x is None else strides_of(x, *range(dims))
-    return found
+) -> MaskStrides:
+    return MaskStrides(
+        SpanStrides(0, 0) if start is None else SpanStrides(*broadcast_strides(start)),
+        SpanStrides(0, 0) if end is None else SpanStrides(*broadcast_strides(end)),
+        KeyStrides(0, 0) if key_valid is None else KeyStrides(*broadcast_strides(key_valid)),
+        NO_STRIDES if dense is None else Strides(*broadcast_strides(dense)),
+        NO_STRIDES if bias is None else Strides(*broadcast_strides(bias)),
+    )

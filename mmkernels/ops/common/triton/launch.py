@@ -7,14 +7,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mmkernels.runtime.tuning import architecture
+
 
 def ceil_div(a: int, b: int) -> int:
-    """Returns a / b, rounded up. ``triton.cdiv`` is for kernels to call too, and costs 4 us on the host."""
+    """Returns a / b, rounded up. ``triton.cdiv`` serves kernels too, and costs 4 us on the host."""
     return -(-a // b)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 tiles are multiplied: TF32 only where the user's PyTorch setting allows it."""
+    """Returns how float32 tiles are multiplied: as TF32 only where the user's PyTorch setting allows it."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
@@ -28,7 +30,12 @@ def stride_unit(strides: Iterable[int]) -> int:
 
 
 def has_tma_layout(x: Tensor) -> bool:
-    """Returns whether x lies in memory as tensor descriptors need it: contiguous rows that are 16-byte aligned."""
-    *strides, last = x.stride()
-    aligned = all(n * x.element_size() % 16 == 0 for n in strides) and x.data_ptr() % 16 == 0
-    return last == 1 and aligned
+    """Returns whether the copy engine (TMA) of Hopper and later can fetch tiles of x.
+
+    It takes contiguous channels, and starts and strides that are multiples of 16 bytes; no dimension may be broadcast.
+    """
+    if architecture(x.device) not in ("sm_90", "sm_100"):
+        return False
+    *outer, last = x.stride()
+    aligned = all(n * x.element_size() % 16 == 0 for n in outer) and x.data_ptr() % 16 == 0
+    return last == 1 and aligned and 0 not in outer

@@ -107,8 +107,6 @@ class Block:
     def _set_descriptors(self, step: int) -> bool:
         """Make the operands descriptors for the copy engine of Hopper and later; returns whether that is possible."""
         image = self.image[:, 0] if self.queries == 1 else self.image
-        if architecture(image.device) not in ("sm_90", "sm_100"):
-            return False
         for x in (image, self.text):
             rows, dim = x.shape[0], x.shape[-1]
             if not has_tma_layout(x) or min(x.stride()[:-1]) < dim or dim < step or rows < _TMA_ROWS:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.cross_attention.triton.forward import LISTED, OP, threshold
-from mmkernels.ops.attention.cross_attention.triton.grad_bias import grad_bias_kernel
-from mmkernels.ops.attention.cross_attention.triton.grad_key_value import grad_key_value_kernel
-from mmkernels.ops.attention.cross_attention.triton.grad_query import grad_query_kernel
-from mmkernels.ops.attention.philox import keep_scale
-from mmkernels.ops.attention.triton.call import NO_LISTS, Call, in_units, key_strides, pieces, unit_of
+from mmkernels.ops.attention.cross_attention.triton.grad_bias import BiasSums, GradBiasStrides, grad_bias_kernel
+from mmkernels.ops.attention.cross_attention.triton.grad_key_value import GradKeyValueStrides, grad_key_value_kernel
+from mmkernels.ops.attention.cross_attention.triton.grad_query import GradQueryStrides, grad_query_kernel
+from mmkernels.ops.attention.triton.arguments import NO_STRIDES, SplitStrides, Strides
+from mmkernels.ops.attention.triton.attend import OP
+from mmkernels.ops.attention.triton.call import Call, dropout_of, gate_of, head_dim, strides_of, unit_of
 from mmkernels.ops.common.triton.launch import ceil_div
 from mmkernels.runtime.triton import launch, multiprocessors
 from mmkernels.runtime.tuning import Config, config
@@ -37,16 +37,12 @@ class _Backward:
         self.grad_out, self.lse = grad_out, args.lse.contiguous()
         self.grad_lse = None if args.grad_lse is None else args.grad_lse.contiguous()
         self.delta = torch.empty_like(self.lse)
-        self.gate_stride = 0 if gate is None or gate.numel() == 1 else gate.stride(0)
-        self.dropout = (threshold(args.dropout_p), keep_scale(args.dropout_p) if seed is not None else 1.0)
-        v0, v1 = pieces(value.shape[3])
+        self.gates, self.dropout = gate_of(gate), dropout_of(seed, args.dropout_p)
+        self.value_dim = head_dim(value.shape[3])
         unit = unit_of(call.query, call.key, value, grad_out, out)
-        self.constants: dict[str, Any] = call.constants | {"UNIT": unit, "DV": value.shape[3], "V0": v0, "V1": v1}
-        # Of query, key, value, grad_out.
-        self.strides = tuple(
-            in_units(x, unit) for x in (call.query.stride(), call.key_strides, key_strides(value), grad_out.stride())
-        )
-        self.out_strides = in_units(out.stride(), unit)
+        self.constants: dict[str, Any] = call.constants | {"UNIT": unit, "VALUE_DIM": self.value_dim}
+        self.input_strides = tuple(strides_of(x, unit) for x in (call.query, call.key, value, grad_out))
+        self.out_strides = strides_of(out, unit)
 
     def run(self) -> tuple[Tensor, ...]:
         args, call, bias = self.args, self.call, self.args.bias
@@ -58,7 +54,7 @@ class _Backward:
         grad_bias = torch.zeros_like(bias) if need_bias and bias is not None and bias.shape == whole else None
         bias_sums = gate_sums = None
         if need_bias and bias is not None and grad_bias is None and bias.shape[3] == 1:
-            bias_sums = torch.empty_like(self.delta)  # all keys share the bias: what matters is a row's sum
+            bias_sums = torch.empty_like(self.delta)  # all keys share the bias: a row's sum is its gradient
         if need_gate:
             gate_sums = torch.empty_like(self.delta)
         if need_query or need_key or need_bias or need_gate:
@@ -75,29 +71,23 @@ class _Backward:
 
     def _config(self, kernel: str) -> Config:
         query = self.call.query
-        return config(OP, kernel, query.device, query.dtype, max(self.call.dim, self.value.shape[3]))
-
-    def _lists(self, plan: Config, *, of_rows: bool) -> Any:
-        """Of the tiles that a mask leaves: a dense one's for rows, any mask's for keys (spans belong to rows)."""
-        call = self.call
-        masked = call.masks[3] is not None if of_rows else any(x is not None for x in call.masks[:4])
-        worth = masked and call.rows * call.k_len >= LISTED
-        return call.lists(plan, of_rows=of_rows) if worth else NO_LISTS
+        return config(OP, kernel, query.device, query.dtype, max(self.call.dim.size, self.value_dim.size))
 
     def _query(
         self, grad_query: Tensor | None, grad_bias: Tensor | None, gate_sums: Tensor | None, bias_sums: Tensor | None
     ) -> None:
         call, out = self.call, self.out
         plan = self._config("grad_query" if self.seed is None else "grad_query_dropout")
-        lists, list_strides = self._lists(plan, of_rows=True)
         launch(
             grad_query_kernel, (call.row_tiles(plan) * call.problems,), plan,
             call.query, call.key, self.value, self.grad_out, out, self.lse, self.grad_lse, self.delta, grad_query,
-            grad_bias, gate_sums, bias_sums, call.masks, call.mask_strides, lists, list_strides,
-            self.gate, self.gate_stride, self.seed, *self.strides, self.out_strides,
-            (0,) * 4 if grad_query is None else grad_query.stride(),
-            (0,) * 4 if grad_bias is None else grad_bias.stride(), call.sizes, call.scale_log2, call.scale,
-            *self.dropout, **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
+            grad_bias, gate_sums, bias_sums, call.masks, call.lists(plan, of_rows=True), self.gates, self.dropout,
+            GradQueryStrides(
+                *self.input_strides, self.out_strides,
+                NO_STRIDES if grad_query is None else Strides(*grad_query.stride()),
+                NO_STRIDES if grad_bias is None else Strides(*grad_bias.stride()),
+            ), call.sizes, call.scale_log2, call.scale,
+            **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
         )  # fmt: skip
 
     def _key_value(self, need_key: bool, need_value: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -107,7 +97,6 @@ class _Backward:
         plan = self._config(
             "grad_key_value" + ("_dropout" if self.seed is not None else "_masked" if call.hides else "")
         )
-        lists, list_strides = self._lists(plan, of_rows=False)
         programs = call.key_tiles(plan) * call.problems
         splits = max(1, min(multiprocessors(call.query.device) // max(1, programs), call.row_tiles(plan) // 4))
         inputs = (call.key if need_key else None, self.value if need_value else None)
@@ -119,9 +108,10 @@ class _Backward:
         launch(
             grad_key_value_kernel, (programs, splits), plan,
             call.query, call.key, self.value, self.grad_out, self.lse, self.delta, *targets,
-            call.masks, call.mask_strides, lists, list_strides, self.gate, self.gate_stride, self.seed,
-            *self.strides, *((0,) * 5 if x is None else x.stride() for x in targets), call.sizes, call.scale_log2,
-            abs(call.scale), *self.dropout, splits,
+            call.masks, call.lists(plan, of_rows=False), self.gates, self.dropout,
+            GradKeyValueStrides(
+                *self.input_strides, *(SplitStrides(*((0,) * 5 if x is None else x.stride())) for x in targets)
+            ), call.sizes, call.scale_log2, abs(call.scale), splits,
             **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, HIDES=call.hides,
         )  # fmt: skip
         grad_key, grad_value = (
@@ -134,28 +124,30 @@ class _Backward:
         call, plan = self.call, self._config("grad_bias")
         tiles = ceil_div(call.q_len, plan.block_q)
         sum_rows = bias.shape[2] == 1
-        sums = (
-            call.batch if bias.shape[0] == 1 else 1, call.heads if bias.shape[1] == 1 else 1, tiles if sum_rows else 1,
-        )  # fmt: skip
-        bias_tiles = 1 if sum_rows else tiles
-        programs = call.key_tiles(plan) * bias_tiles * bias.shape[0] * bias.shape[1]
-        summed = sums[0] * sums[1] * sums[2]
+        sums = BiasSums(
+            heads_of_bias=bias.shape[1],
+            tiles_of_bias=1 if sum_rows else tiles,
+            batch=call.batch if bias.shape[0] == 1 else 1,
+            heads=call.heads if bias.shape[1] == 1 else 1,
+            tiles=tiles if sum_rows else 1,
+        )
+        programs = call.key_tiles(plan) * sums.tiles_of_bias * bias.shape[0] * bias.shape[1]
+        summed = sums.batch * sums.heads * sums.tiles
         splits = max(1, min(2 * multiprocessors(bias.device) // max(1, programs), summed // 4))
         parts = (
             torch.zeros_like(bias)[None] if splits == 1 else bias.new_zeros(splits, *bias.shape, dtype=torch.float32)
         )
-        used = ("GROUP", "NEGATE", "PRECISION", "UNIT", "DIM", "D0", "D1", "DV", "V0", "V1")
+        constants = {name: x for name, x in self.constants.items() if name not in ("LAYOUT", "ALL_PARTIAL")}
         launch(
             grad_bias_kernel, (programs, splits), plan,
-            call.query, call.key, self.value, self.grad_out, self.lse, self.delta, parts, call.masks,
-            call.mask_strides, self.gate, self.gate_stride, self.seed, *self.strides, parts.stride(), call.sizes,
-            bias.shape[1], bias_tiles, *sums,
-            call.scale_log2, *self.dropout, splits, **{name: self.constants[name] for name in used},
-            BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, SUM_ROWS=sum_rows,
+            call.query, call.key, self.value, self.grad_out, self.lse, self.delta, parts, call.masks, self.gates,
+            self.dropout, GradBiasStrides(*self.input_strides, SplitStrides(*parts.stride())), call.sizes, sums,
+            call.scale_log2, splits, **constants, GROUP=call.layout.group, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
+            SUM_ROWS=sum_rows,
         )  # fmt: skip
         return parts[0] if splits == 1 else like(parts.sum(0), bias)
 
 
 def like(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad` summed to x's shape, in its dtype and memory layout."""
+    """Returns `grad` summed to x's shape, in x's dtype and memory layout."""
     return torch.empty_like(x).copy_(grad.sum_to_size(x.shape or (1,)).view(x.shape))

@@ -1,234 +1,202 @@
-"""The gradients of cross-attention's key and value, by tiles of keys."""
+"""The gradients of cross-attention's key and value, by tiles of keys; tiles of scores are [keys, rows] here."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.cross_attention.triton.forward import gate_of
-from mmkernels.ops.attention.triton.tiles import (
-    add_rows,
-    has_non_finite,
+from mmkernels.ops.attention.triton.arguments import Halves, Rows, SplitStrides, Strides
+from mmkernels.ops.attention.triton.scores import (
     keep_pairs,
-    list_start,
-    load_keys,
+    load_gate,
     load_lse,
-    load_rows,
     load_spans,
     masked_scores,
-    row_offsets,
-    split_problem,
-    split_rows,
-    store_rows,
-    taint,
-    unknown_zero,
+    note_non_finite,
+    opaque_zero,
+    restore_non_finite,
     zero_non_finite,
 )
+from mmkernels.ops.attention.triton.tiles import (
+    add_halves,
+    add_product,
+    dot_halves,
+    load_halves,
+    load_key_halves,
+    problem_at,
+    row_offsets,
+    row_places,
+    rows_at,
+    scale_halves,
+    store_halves,
+    zero_halves,
+    zero_tile,
+)
+from mmkernels.ops.attention.triton.walks import full_tile, partial_tile, walk_over_rows
 from mmkernels.ops.common.triton.constants import INFINITY
+
+
+class GradKeyValueStrides(NamedTuple):
+    query: Strides
+    key: Strides
+    value: Strides
+    grad_out: Strides
+    grad_key: SplitStrides
+    grad_value: SplitStrides
+
+
+class KeyGradients(NamedTuple):
+    """The gradients of a tile of keys and values, each in `Halves`."""
+
+    key: Any
+    value: Any
 
 
 @triton.jit
 def key_value_tile(
-    dk0, dk1, dv0, dv1, bad, k0, k1, v0, v1, query, grad_out, lse, delta, masks, mask_strides, gate, gate_stride, seed,
-    query_strides, grad_out_strides, problem, first_row, first_key, sizes, scale, threshold, kept,
-    MASKED: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    DV: tl.constexpr, V0: tl.constexpr,
-    V1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    grads, non_finite, k, v, query, grad_out, lse, delta, masks, gate, dropout, strides, problem, first_row, first_key,
+    sizes, scale,
+    MASKED: tl.constexpr, NEED_KEY: tl.constexpr, NEED_VALUE: tl.constexpr, LAYOUT: tl.constexpr, NEGATE: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of rows to the gradients of the keys and values; scores are [keys, rows] here.
+    """Adds one tile of rows to the gradients of the keys and values.
 
-    Rows past the last are 0 in query and gradient, and add nothing.
+    Rows past the last are 0 in query and gradient, and add nothing. `non_finite` notes rows whose dO is not finite.
     """
-    rows = first_row + tl.arange(0, BLOCK_Q)
-    b, h, i, live = split_rows(rows, problem, sizes, GROUP, PACKED, SHARED)
-    place = (b.to(tl.int64) * sizes[1] + h) * sizes[3] + i
-    offsets = row_offsets(b, h, i, query_strides, UNIT)
-    q0 = load_rows(query, offsets, live, query_strides[3], 0, D0, DIM)
+    rows = rows_at(first_row + tl.arange(0, BLOCK_Q), problem, sizes, LAYOUT)
+    places = row_places(rows, sizes)
+    q = load_halves(query, row_offsets(rows, strides.query, UNIT), rows.live, strides.query.column, DIM)
     if NEGATE:
-        q0 = -q0
-    if MASKED:  # the log-sum-exp of a row that is not finite is NaN, and says so to all that it sees
-        q0 = zero_non_finite(q0)
-    dots = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
-    q1 = q0
-    if D1 > 0:
-        q1 = load_rows(query, offsets, live, query_strides[3], D0, D1, DIM)
-        if NEGATE:
-            q1 = -q1
-        if MASKED:
-            q1 = zero_non_finite(q1)
-        dots = tl.dot(k1, tl.trans(q1), dots, input_precision=PRECISION)
-    row_lse = load_lse(lse, place, live)
+        q = Halves(-q.first, -q.second)
+    if MASKED:  # the log-sum-exp of a row that is not finite is NaN, and reaches all keys that the row sees
+        q = zero_non_finite(q, DIM)
+    dots = dot_halves(k, q, DIM, PRECISION)
+    row_lse = load_lse(lse, places, rows.live)
     if MASKED:
-        j = first_key + tl.arange(0, BLOCK_K)
-        lo, hi = load_spans(masks, mask_strides, b, i, live, sizes[4])
-        scores, _ = masked_scores(
-            dots, masks, mask_strides, b[None, :], h[None, :], i[None, :], lo[None, :], hi[None, :], j[:, None], scale
-        )
+        spans = load_spans(masks, rows, sizes.k_len)
+        scores, _ = masked_scores(dots, masks, rows, spans, first_key + tl.arange(0, BLOCK_K), scale, 1)
         weights = tl.where(scores == -INFINITY, 0.0, tl.exp2(scores - row_lse[None, :]))
     else:
         weights = tl.exp2(dots * scale - row_lse[None, :])
-    offsets = row_offsets(b, h, i, grad_out_strides, UNIT)
-    do0 = load_rows(grad_out, offsets, live, grad_out_strides[3], 0, V0, DV)
-    do1 = do0
-    if V1 > 0:
-        do1 = load_rows(grad_out, offsets, live, grad_out_strides[3], V0, V1, DV)
-    if MASKED:  # as does delta; the values get it from `taint_values`
-        bad = tl.maximum(bad, has_non_finite(do0))
-        do0 = zero_non_finite(do0)
-        if V1 > 0:
-            bad = tl.maximum(bad, has_non_finite(do1))
-            do1 = zero_non_finite(do1)
-    if gate is not None:
-        factor = gate_of(gate, h, live, gate_stride)
-        do0 = (do0.to(tl.float32) * factor[:, None]).to(do0.dtype)
-        do1 = do0 if V1 == 0 else (do1.to(tl.float32) * factor[:, None]).to(do1.dtype)
-    if seed is not None:
-        keep = tl.trans(keep_pairs(seed, threshold, b, h, i, first_key, BLOCK_K))
-    if NEED_V:
+    do = load_halves(
+        grad_out, row_offsets(rows, strides.grad_out, UNIT), rows.live, strides.grad_out.column, VALUE_DIM
+    )  # fmt: skip
+    if MASKED:  # delta carries a dO that is not finite to the keys that see it, `restore_values` to their values
+        non_finite = note_non_finite(non_finite, do, VALUE_DIM)
+        do = zero_non_finite(do, VALUE_DIM)
+    if gate.data is not None:
+        do = gated(do, load_gate(gate, rows), VALUE_DIM)
+    if dropout.seed is not None:
+        keep = tl.trans(keep_pairs(dropout, rows, first_key, BLOCK_K))
+    grad_key, grad_value = grads.key, grads.value
+    if NEED_VALUE:
         dropped = weights
-        if seed is not None:
-            dropped = tl.where(keep, weights * kept, 0.0)
-        dropped = dropped.to(do0.dtype)
-        dv0 = tl.dot(dropped, do0, dv0, input_precision=PRECISION)
-        if V1 > 0:
-            dv1 = tl.dot(dropped, do1, dv1, input_precision=PRECISION)
-    if NEED_K:
-        grad = tl.dot(v0, tl.trans(do0), input_precision=PRECISION)
-        if V1 > 0:
-            grad = tl.dot(v1, tl.trans(do1), grad, input_precision=PRECISION)
-        if seed is not None:
-            grad = tl.where(keep, grad * kept, 0.0)
-        grad = weights * (grad - tl.load(delta + place, mask=live, other=0.0)[None, :])
+        if dropout.seed is not None:
+            dropped = tl.where(keep, weights * dropout.scale, 0.0)
+        grad_value = add_product(grad_value, dropped.to(do.first.dtype), do, VALUE_DIM, PRECISION)
+    if NEED_KEY:
+        grad = dot_halves(v, do, VALUE_DIM, PRECISION)
+        if dropout.seed is not None:
+            grad = tl.where(keep, grad * dropout.scale, 0.0)
+        grad = weights * (grad - tl.load(delta + places, mask=rows.live, other=0.0)[None, :])
         if MASKED:
             grad = tl.where(weights == 0, 0.0, grad)  # a hidden key's may be NaN
-        grad = grad.to(q0.dtype)
-        dk0 = tl.dot(grad, q0, dk0, input_precision=PRECISION)
-        if D1 > 0:
-            dk1 = tl.dot(grad, q1, dk1, input_precision=PRECISION)
-    return dk0, dk1, dv0, dv1, bad
+        grad_key = add_product(grad_key, grad.to(q.first.dtype), q, DIM, PRECISION)
+    grads = KeyGradients(grad_key, grad_value)
+    return grads, non_finite
 
 
 @triton.jit
-def taint_values(
-    grad_value, grad_value_strides, grad_out, masks, mask_strides, grad_out_strides, listed, split, partial_tiles,
-    share, problem, key_batch, key_head, tile, sizes, readable,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, UNIT: tl.constexpr, DV: tl.constexpr,
-    V0: tl.constexpr, V1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def gated(x, factor, DIM: tl.constexpr):
+    """Returns the halves x times the factor of each row, rounded to x's dtype."""
+    first = (x.first.to(tl.float32) * factor[:, None]).to(x.first.dtype)
+    second = first
+    if DIM.second > 0:
+        second = (x.second.to(tl.float32) * factor[:, None]).to(x.second.dtype)
+    halves = Halves(first, second)
+    return halves
+
+
+@triton.jit
+def restore_values(
+    grad_value, query, grad_out, masks, lists, strides, walk, split, share, problem, tile, sizes,
+    LAYOUT: tl.constexpr, VALUE_DIM: tl.constexpr, UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Bring what is not finite in the output's gradient to the stored rows of the value's; see `taint_rows`."""
-    j = tile * BLOCK_K + tl.arange(0, BLOCK_K) + unknown_zero(readable)
-    dv0 = tl.zeros([BLOCK_K, V0], tl.float32)
-    dv1 = tl.zeros([BLOCK_K, V1 if V1 > 0 else 16], tl.float32)
-    nothing = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
-    for n in tl.range(split * share, tl.minimum((split + 1) * share, partial_tiles), num_stages=1):
-        at = n if listed is None else tl.load(listed + n)
-        rows = at * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        b, h, i, live = split_rows(rows, problem, sizes, GROUP, PACKED, SHARED)
-        lo, hi = load_spans(masks, mask_strides, b, i, live, sizes[4])
-        _, visible = masked_scores(
-            nothing, masks, mask_strides, b[None, :], h[None, :], i[None, :], lo[None, :], hi[None, :], j[:, None], 1.0
-        )
-        offsets = row_offsets(b, h, i, grad_out_strides, UNIT)
-        dv0 = taint(dv0, load_rows(grad_out, offsets, live, grad_out_strides[3], 0, V0, DV), visible)
-        if V1 > 0:
-            dv1 = taint(dv1, load_rows(grad_out, offsets, live, grad_out_strides[3], V0, V1, DV), visible)
-    offsets = key_offsets(split, key_batch, key_head, j, grad_value_strides)
-    add_rows(grad_value, offsets, j < sizes[4], dv0, grad_value_strides[4], 0, V0, DV)
-    if V1 > 0:
-        add_rows(grad_value, offsets, j < sizes[4], dv1, grad_value_strides[4], V0, V1, DV)
+    """Adds what is not finite in dO to the stored gradients of the values that see it; see scores.py."""
+    j = tile * BLOCK_K + tl.arange(0, BLOCK_K) + opaque_zero(query)
+    total = zero_halves(BLOCK_K, VALUE_DIM)
+    for n in tl.range(split * share, tl.minimum((split + 1) * share, walk.partial), num_stages=1):
+        first = partial_tile(walk, lists, n) * BLOCK_Q
+        rows = rows_at(first + tl.arange(0, BLOCK_Q), problem, sizes, LAYOUT)
+        spans = load_spans(masks, rows, sizes.k_len)
+        _, visible = masked_scores(zero_tile(BLOCK_K, BLOCK_Q), masks, rows, spans, j, 1.0, 1)
+        offsets = row_offsets(rows, strides.grad_out, UNIT)
+        do = load_halves(grad_out, offsets, rows.live, strides.grad_out.column, VALUE_DIM)
+        total = restore_non_finite(total, do, visible, VALUE_DIM)
+    offsets = key_offsets(split, problem, j, strides.grad_value)
+    add_halves(grad_value, offsets, j < sizes.k_len, total, strides.grad_value.column, VALUE_DIM)
 
 
 @triton.jit
-def key_offsets(split, key_batch, key_head, j, strides):
-    """Where keys begin in a gradient of strides (split, batch, head, key, channel)."""
-    rows = row_offsets(key_batch + j * 0, key_head + j * 0, j, (strides[1], strides[2], strides[3]))
-    return split.to(tl.int64) * strides[0] + rows
+def key_offsets(split, problem, j, strides):
+    """Returns where keys begin in a gradient in parts."""
+    offsets = row_offsets(Rows(problem.batch + j * 0, problem.key_head + j * 0, j, None), strides)
+    return split.to(tl.int64) * strides.split + offsets
 
 
 @triton.jit
 def grad_key_value_kernel(
-    query, key, value, grad_out, lse, delta, grad_key, grad_value, masks, mask_strides, lists, list_strides,
-    gate, gate_stride, seed, query_strides, key_strides, value_strides, grad_out_strides, grad_key_strides,
-    grad_value_strides, sizes, scale, abs_scale, threshold, kept, splits,
-    GROUP: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr, ALL_PARTIAL: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    HIDES: tl.constexpr,
+    query, key, value, grad_out, lse, delta, grad_key, grad_value, masks, lists, gate, dropout, strides, sizes,
+    scale, abs_scale, splits,
+    LAYOUT: tl.constexpr, ALL_PARTIAL: tl.constexpr, HIDES: tl.constexpr, NEGATE: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tile of keys and values from one of `splits` parts of the rows.
 
-    Grid: (key tiles x problems, splits). The gradients have strides (split, batch, head, key, channel).
+    Gradients that are None are not wanted. Grid: (key tiles x problems, splits).
     """
-    k_len = sizes[4]
-    key_tiles_ = tl.cdiv(k_len, BLOCK_K)
-    problem, tile = tl.program_id(0) // key_tiles_, tl.program_id(0) % key_tiles_
+    k_len = sizes.k_len
+    key_tiles = tl.cdiv(k_len, BLOCK_K)
+    number, tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
     split = tl.program_id(1)
-    key_batch, _, key_head = split_problem(problem, sizes, GROUP, PACKED)
+    problem = problem_at(number, sizes, LAYOUT)
     first_key = tile * BLOCK_K
-    k0 = load_keys(key, key_batch, key_head, first_key, key_strides, k_len, 0, D0, DIM, UNIT, BLOCK_K, False, False)
-    v0 = load_keys(value, key_batch, key_head, first_key, value_strides, k_len, 0, V0, DV, UNIT, BLOCK_K, False, False)
-    k1, v1 = k0, v0
-    if D1 > 0:
-        k1 = load_keys(
-            key, key_batch, key_head, first_key, key_strides, k_len, D0, D1, DIM, UNIT, BLOCK_K, False, False
-        )
-    if V1 > 0:
-        v1 = load_keys(
-            value, key_batch, key_head, first_key, value_strides, k_len, V0, V1, DV, UNIT, BLOCK_K, False, False
-        )
-    dk0 = tl.zeros([BLOCK_K, D0], tl.float32)
-    dk1 = tl.zeros([BLOCK_K, D1 if D1 > 0 else 16], tl.float32)
-    dv0 = tl.zeros([BLOCK_K, V0], tl.float32)
-    dv1 = tl.zeros([BLOCK_K, V1 if V1 > 0 else 16], tl.float32)
-    bad = tl.zeros([BLOCK_Q], tl.int32)
-
-    count = sizes[3] * (GROUP if PACKED else 1) * (sizes[0] if SHARED else 1)
-    row_tiles = tl.cdiv(count, BLOCK_Q)
-    if lists[0] is None:
-        listed, full_tiles, partial_tiles = None, row_tiles, 0
-        if ALL_PARTIAL or masks[0] is not None:
-            full_tiles, partial_tiles = 0, row_tiles
-    else:
-        listed, partial_tiles, full_tiles = list_start(
-            lists, list_strides, problem, tile, row_tiles, sizes, GROUP, PACKED
-        )
-    share = tl.cdiv(full_tiles, splits)
-    for n in range(split * share, tl.minimum((split + 1) * share, full_tiles)):
-        at = n if listed is None else tl.load(listed + row_tiles - 1 - n)
-        dk0, dk1, dv0, dv1, bad = key_value_tile(
-            dk0, dk1, dv0, dv1, bad, k0, k1, v0, v1, query, grad_out, lse, delta, masks, mask_strides, gate,
-            gate_stride, seed, query_strides, grad_out_strides, problem, at * BLOCK_Q, first_key, sizes, scale,
-            threshold, kept, False, GROUP, PACKED, SHARED, NEGATE, PRECISION, UNIT, DIM, D0, D1, DV, V0, V1, BLOCK_Q,
-            BLOCK_K,
-            grad_key is not None, grad_value is not None,
+    k = load_key_halves(key, problem, first_key, strides.key, k_len, DIM, UNIT, BLOCK_K, False, False)
+    v = load_key_halves(value, problem, first_key, strides.value, k_len, VALUE_DIM, UNIT, BLOCK_K, False, False)
+    grads = KeyGradients(zero_halves(BLOCK_K, DIM), zero_halves(BLOCK_K, VALUE_DIM))
+    non_finite = tl.zeros([BLOCK_Q], tl.int32)
+    walk = walk_over_rows(lists, masks, problem, tile, sizes, LAYOUT, BLOCK_Q, ALL_PARTIAL)
+    share = tl.cdiv(walk.full, splits)
+    for n in range(split * share, tl.minimum((split + 1) * share, walk.full)):
+        grads, non_finite = key_value_tile(
+            grads, non_finite, k, v, query, grad_out, lse, delta, masks, gate, dropout, strides, problem,
+            full_tile(walk, lists, n) * BLOCK_Q, first_key, sizes, scale,
+            False, grad_key is not None, grad_value is not None, LAYOUT, NEGATE, DIM, VALUE_DIM, BLOCK_Q, BLOCK_K,
+            PRECISION, UNIT,
         )  # fmt: skip
-    share = tl.cdiv(partial_tiles, splits)
-    for n in range(split * share, tl.minimum((split + 1) * share, partial_tiles)):
-        at = n if listed is None else tl.load(listed + n)
-        dk0, dk1, dv0, dv1, bad = key_value_tile(
-            dk0, dk1, dv0, dv1, bad, k0, k1, v0, v1, query, grad_out, lse, delta, masks, mask_strides, gate,
-            gate_stride, seed, query_strides, grad_out_strides, problem, at * BLOCK_Q, first_key, sizes, scale,
-            threshold, kept, True, GROUP, PACKED, SHARED, NEGATE, PRECISION, UNIT, DIM, D0, D1, DV, V0, V1, BLOCK_Q,
-            BLOCK_K,
-            grad_key is not None, grad_value is not None,
+    share = tl.cdiv(walk.partial, splits)
+    for n in range(split * share, tl.minimum((split + 1) * share, walk.partial)):
+        grads, non_finite = key_value_tile(
+            grads, non_finite, k, v, query, grad_out, lse, delta, masks, gate, dropout, strides, problem,
+            partial_tile(walk, lists, n) * BLOCK_Q, first_key, sizes, scale,
+            True, grad_key is not None, grad_value is not None, LAYOUT, NEGATE, DIM, VALUE_DIM, BLOCK_Q, BLOCK_K,
+            PRECISION, UNIT,
         )  # fmt: skip
     j = first_key + tl.arange(0, BLOCK_K)
     live = j < k_len
     if grad_key is not None:
-        offsets = key_offsets(split, key_batch, key_head, j, grad_key_strides)
-        store_rows(grad_key, offsets, live, dk0 * abs_scale, grad_key_strides[4], 0, D0, DIM)
-        if D1 > 0:
-            store_rows(grad_key, offsets, live, dk1 * abs_scale, grad_key_strides[4], D0, D1, DIM)
+        offsets = key_offsets(split, problem, j, strides.grad_key)
+        total = scale_halves(grads.key, abs_scale, DIM)
+        store_halves(grad_key, offsets, live, total, strides.grad_key.column, DIM)
     if grad_value is not None:
-        offsets = key_offsets(split, key_batch, key_head, j, grad_value_strides)
-        store_rows(grad_value, offsets, live, dv0, grad_value_strides[4], 0, V0, DV)
-        if V1 > 0:
-            store_rows(grad_value, offsets, live, dv1, grad_value_strides[4], V0, V1, DV)
+        offsets = key_offsets(split, problem, j, strides.grad_value)
+        store_halves(grad_value, offsets, live, grads.value, strides.grad_value.column, VALUE_DIM)
         if HIDES:
-            if tl.max(bad, 0) > 0:
-                taint_values(
-                    grad_value, grad_value_strides, grad_out, masks, mask_strides, grad_out_strides, listed, split,
-                    partial_tiles, share, problem, key_batch, key_head, tile, sizes, query,
-                    GROUP, PACKED, SHARED, UNIT, DV, V0, V1, BLOCK_Q, BLOCK_K,
+            if tl.max(non_finite, 0) > 0:
+                restore_values(
+                    grad_value, query, grad_out, masks, lists, strides, walk, split, share, problem, tile, sizes,
+                    LAYOUT, VALUE_DIM, UNIT, BLOCK_Q, BLOCK_K,
                 )  # fmt: skip

@@ -1,0 +1,301 @@
+"""Online softmax over the key tiles that a tile of rows sees: log-sum-exps, and with values the attention's output.
+
+Few rows over many keys (decoding) leave most of a GPU idle. There the keys are split over programs, whose partial
+results `merge_splits` puts together. Sources: Dao, "FlashAttention-2", 2023, algorithm 1; Dao et al., "Flash-Decoding",
+2023.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmkernels.ops.attention.triton.arguments import NO_LISTS, NO_STRIDES, Halves, Rows, State, Strides
+from mmkernels.ops.attention.triton.call import (
+    Call,
+    dropout_of,
+    gate_of,
+    head_dim,
+    one_tile,
+    strides_of,
+    tma_sources,
+    unit_of,
+)
+from mmkernels.ops.attention.triton.scores import (
+    LOWEST,
+    keep_pairs,
+    load_gate,
+    load_spans,
+    masked_scores,
+    note_non_finite,
+    opaque_zero,
+    restore_non_finite,
+    zero_non_finite,
+)
+from mmkernels.ops.attention.triton.tiles import (
+    add_halves,
+    add_product,
+    dot_halves,
+    load_halves,
+    load_key_halves,
+    load_rows,
+    output_places,
+    problem_at,
+    problem_count,
+    program_of_rows,
+    row_count,
+    row_offsets,
+    row_places,
+    rows_at,
+    scale_halves,
+    store_halves,
+    zero_halves,
+    zero_tile,
+)
+from mmkernels.ops.attention.triton.walks import full_tile, partial_tile, walk_over_keys
+from mmkernels.ops.common.triton.constants import INFINITY, LN2
+from mmkernels.ops.common.triton.launch import ceil_div
+from mmkernels.runtime.triton import launch, multiprocessors
+from mmkernels.runtime.tuning import Config, config
+
+OP = "cross_attention"
+_MERGE = Config(16, 1, 4, 1)
+
+
+class ForwardStrides(NamedTuple):
+    query: Strides
+    key: Strides
+    value: Strides
+
+
+@triton.jit
+def attend_tile(
+    state, acc, non_finite, q, key, value, masks, dropout, strides, rows, spans, problem, first, k_len, scale,
+    MASKED: tl.constexpr, HIDES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Adds one tile of keys to the `State` and the weighted values of the rows.
+
+    `non_finite` notes where a value that not every row sees is not finite.
+    """
+    k = load_key_halves(key, problem, first, strides.key, k_len, DIM, UNIT, BLOCK_K, not MASKED, TMA)
+    scores = dot_halves(q, k, DIM, PRECISION)
+    if MASKED:
+        scores, _ = masked_scores(scores, masks, rows, spans, first + tl.arange(0, BLOCK_K), scale, 0)
+        top = tl.maximum(state.top, tl.max(scores, 1))
+        base = tl.where(top == -INFINITY, 0.0, top)
+        weights = tl.exp2(scores - base[:, None])
+    else:
+        top = tl.maximum(state.top, tl.max(scores, 1) * scale)
+        base = tl.where(top == -INFINITY, 0.0, top)
+        weights = tl.exp2(scores * scale - base[:, None])
+    shrink = tl.exp2(state.top - base)
+    state = State(top, state.total * shrink + tl.sum(weights, 1))
+    if value is not None:
+        if dropout.seed is not None:
+            weights = tl.where(keep_pairs(dropout, rows, first, BLOCK_K), weights, 0.0)
+        v = load_key_halves(value, problem, first, strides.value, k_len, VALUE_DIM, UNIT, BLOCK_K, not MASKED, TMA)
+        weights = weights.to(v.first.dtype)
+        if MASKED and HIDES:
+            non_finite = note_non_finite(non_finite, v, VALUE_DIM)
+            v = zero_non_finite(v, VALUE_DIM)
+        acc = add_product(scale_halves(acc, shrink[:, None], VALUE_DIM), weights, v, VALUE_DIM, PRECISION)
+    return state, acc, non_finite
+
+
+@triton.jit
+def finish_rows(state, acc, factor, DIM: tl.constexpr, PART: tl.constexpr):
+    """Returns the output and the log2-sum-exp of rows: 0 and -inf for one that saw nothing, NaN where only -inf.
+
+    PART: other keys follow, so that the state of a row that saw only -inf stays at LOWEST.
+    """
+    some = tl.where(state.total == 0, 1.0, state.total)
+    out = scale_halves(acc, (factor / some)[:, None], DIM)
+    lse = tl.where(state.total == 0, -INFINITY, state.top + tl.log2(some))
+    if not PART:
+        lowest = (state.top > -INFINITY) & (state.top <= LOWEST)
+        first, second = tl.where(lowest[:, None], float("nan"), out.first), out.second
+        if DIM.second > 0:
+            second = tl.where(lowest[:, None], float("nan"), second)
+        out, lse = Halves(first, second), tl.where(lowest, float("nan"), lse)
+    return out, lse
+
+
+@triton.jit
+def places_of(n, split, problem, rows, sizes, LAYOUT: tl.constexpr, SPLIT: tl.constexpr):
+    """Returns where each row's log-sum-exp and output stand, counted in rows."""
+    if SPLIT:
+        places = (split * problem_count(sizes, LAYOUT) + problem.number).to(tl.int64) * row_count(sizes, LAYOUT) + n
+        out_places = places
+    else:
+        places, out_places = row_places(rows, sizes), output_places(rows, sizes)
+    return places, out_places
+
+
+@triton.jit
+def restore_rows(
+    out, query, value, masks, lists, gate, strides, walk, split, problem, tile, sizes,
+    LAYOUT: tl.constexpr, VALUE_DIM: tl.constexpr, UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Adds what is not finite in the values to the stored rows that see it; see scores.py."""
+    n = tile * BLOCK_Q + tl.arange(0, BLOCK_Q) + opaque_zero(query)
+    rows = rows_at(n, problem, sizes, LAYOUT)
+    spans = load_spans(masks, rows, sizes.k_len)
+    acc = zero_halves(BLOCK_Q, VALUE_DIM)
+    for m in tl.range(0, walk.partial, num_stages=1):
+        first = partial_tile(walk, lists, m) * BLOCK_K
+        j = first + tl.arange(0, BLOCK_K)
+        _, visible = masked_scores(zero_tile(BLOCK_Q, BLOCK_K), masks, rows, spans, j, 1.0, 0)
+        v = load_key_halves(value, problem, first, strides, sizes.k_len, VALUE_DIM, UNIT, BLOCK_K, False, TMA)
+        acc = restore_non_finite(acc, v, visible, VALUE_DIM)
+    if not SPLIT:
+        acc = scale_halves(acc, load_gate(gate, rows)[:, None], VALUE_DIM)
+    _, places = places_of(n, split, problem, rows, sizes, LAYOUT, SPLIT)
+    add_halves(out, places * VALUE_DIM.size, rows.live, acc, 1, VALUE_DIM)
+
+
+@triton.jit
+def forward_kernel(
+    query, key, value, out, lse, masks, lists, gate, dropout, strides, sizes, scale, splits,
+    LAYOUT: tl.constexpr, ALL_PARTIAL: tl.constexpr, HIDES: tl.constexpr, NEGATE: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows of one problem; with SPLIT one of `splits` parts of its keys.
+
+    Grid: (row tiles x problems, splits). `out` and `lse` are the op's, or with SPLIT float32 [splits, problem, row, Dv]
+    and [splits, problem, row] (base 2). Without a value (None) only the log-sum-exp.
+    """
+    number, tile = program_of_rows(sizes, LAYOUT)
+    split = tl.program_id(1)
+    n = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    problem = problem_at(number, sizes, LAYOUT)
+    rows = rows_at(n, problem, sizes, LAYOUT)
+    q = load_halves(query, row_offsets(rows, strides.query, UNIT), rows.live, strides.query.column, DIM)
+    if NEGATE:
+        q = Halves(-q.first, -q.second)
+    spans = load_spans(masks, rows, sizes.k_len)
+
+    state = State(tl.full([BLOCK_Q], -INFINITY, tl.float32), tl.zeros([BLOCK_Q], tl.float32))
+    acc = zero_halves(BLOCK_Q, VALUE_DIM)
+    non_finite = tl.zeros([BLOCK_K], tl.int32)
+    walk = walk_over_keys(
+        lists, spans, rows.live, problem, tile, sizes.k_len, split, splits, BLOCK_K, ALL_PARTIAL
+    )  # fmt: skip
+    for m in range(0, walk.full):
+        state, acc, non_finite = attend_tile(
+            state, acc, non_finite, q, key, value, masks, dropout, strides, rows, spans, problem,
+            full_tile(walk, lists, m) * BLOCK_K, sizes.k_len, scale,
+            False, HIDES, DIM, VALUE_DIM, BLOCK_K, PRECISION, UNIT, TMA,
+        )  # fmt: skip
+    if walk.full > 0:  # every row has seen something, if only scores of -inf (or NaN, which makes its total NaN)
+        lowest = (state.top == -INFINITY) & (state.total == 0)
+        total = tl.where(lowest, 1.0, state.total)
+        state = State(tl.where(lowest, LOWEST, state.top), total)
+    for m in range(0, walk.partial):
+        state, acc, non_finite = attend_tile(
+            state, acc, non_finite, q, key, value, masks, dropout, strides, rows, spans, problem,
+            partial_tile(walk, lists, m) * BLOCK_K, sizes.k_len, scale,
+            True, HIDES, DIM, VALUE_DIM, BLOCK_K, PRECISION, UNIT, TMA,
+        )  # fmt: skip
+
+    places, out_places = places_of(n, split, problem, rows, sizes, LAYOUT, SPLIT)
+    factor = tl.zeros([BLOCK_Q], tl.float32) + dropout.scale
+    if not SPLIT:
+        factor = factor * load_gate(gate, rows)
+    done, log2 = finish_rows(state, acc, factor, VALUE_DIM, SPLIT)
+    tl.store(lse + places, log2 if SPLIT else log2 * LN2, mask=rows.live)
+    if value is not None:
+        store_halves(out, out_places * VALUE_DIM.size, rows.live, done, 1, VALUE_DIM)
+        if HIDES:
+            # Values that are not finite are rare: patch the rows now, so that the loops hold no registers for it.
+            if tl.max(non_finite, 0) > 0:
+                restore_rows(
+                    out, query, value, masks, lists, gate, strides.value, walk, split, problem, tile, sizes,
+                    LAYOUT, VALUE_DIM, UNIT, BLOCK_Q, BLOCK_K, SPLIT, TMA,
+                )  # fmt: skip
+
+
+@triton.jit
+def merge_splits(
+    part_out, part_lse, out, lse, gate, sizes, splits, count, total_rows,
+    LAYOUT: tl.constexpr, VALUE: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Merges the results of `splits` parts of the keys. DIM: one tile. Grid: (tiles of all problems' rows,)."""
+    n = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    live = n < total_rows
+    rows = rows_at(n % count, problem_at(n // count, sizes, LAYOUT), sizes, LAYOUT)
+    rows = Rows(rows.batch, rows.head, rows.query, live)
+    state = State(tl.full([BLOCK_Q], -INFINITY, tl.float32), tl.zeros([BLOCK_Q], tl.float32))
+    acc = zero_halves(BLOCK_Q, DIM)
+    for split in range(0, splits):
+        places = (tl.zeros([BLOCK_Q], tl.int64) + split) * total_rows + n
+        part = tl.load(part_lse + places, mask=live, other=-INFINITY)
+        top = tl.maximum(state.top, part)
+        base = tl.where(top == -INFINITY, 0.0, top)
+        shrink, weight = tl.exp2(state.top - base), tl.exp2(part - base)
+        state = State(top, state.total * shrink + weight)
+        if VALUE:
+            x = load_rows(part_out, places * DIM.size, live, 1, 0, DIM.first, DIM.size)
+            acc = Halves(acc.first * shrink[:, None] + x * weight[:, None], acc.second)
+    done, log2 = finish_rows(state, acc, load_gate(gate, rows), DIM, False)
+    tl.store(lse + row_places(rows, sizes), log2 * LN2, mask=live)
+    if VALUE:
+        store_halves(out, output_places(rows, sizes) * DIM.size, live, done, 1, DIM)
+
+
+def log_sum_exp(call: Call) -> Tensor:
+    """Returns the log-sum-exp [B, Hq, Lq], without values."""
+    return attend(call, None, None, None, None, 0.0)
+
+
+def attend(
+    call: Call, value: Tensor | None, out: Tensor | None, gate: Tensor | None, seed: Tensor | None, dropout_p: float
+) -> Tensor:
+    """Writes `out` and returns the log-sum-exp [B, Hq, Lq]."""
+    query, key = call.query, call.key
+    lse = query.new_empty(call.batch, call.heads, call.q_len, dtype=torch.float32)
+    value_dim = head_dim(16 if value is None else value.shape[3])
+    plan = config(OP, "forward", query.device, query.dtype, max(call.dim.size, value_dim.size))
+    splits = 1
+    if call.rows <= plan.block_q // 2:
+        plan = config(OP, "decode", query.device, query.dtype, max(call.dim.size, value_dim.size))
+        splits = count_splits(call, plan)
+    key_source, value_source = tma_sources(call, value, plan)
+    part_out, part_lse = out, lse
+    if splits > 1:
+        part_lse = lse.new_empty(splits, call.problems, call.rows)
+        part_out = None if value is None else lse.new_empty(splits, call.problems, call.rows, value_dim.size)
+    unit = unit_of(query, key, *(() if value is None else (value,)))
+    gates = gate_of(gate)
+    launch(
+        forward_kernel, (call.row_tiles(plan) * call.problems, splits), plan,
+        query, key_source, value_source, part_out, part_lse, call.masks,
+        call.lists(plan, of_rows=True) if splits == 1 else NO_LISTS, gates, dropout_of(seed, dropout_p),
+        ForwardStrides(
+            strides_of(query, unit), strides_of(key, unit), NO_STRIDES if value is None else strides_of(value, unit)
+        ), call.sizes, call.scale_log2, splits,
+        **call.constants, HIDES=call.hides, VALUE_DIM=value_dim, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, UNIT=unit,
+        SPLIT=splits > 1, TMA=key_source is not key,
+    )  # fmt: skip
+    if splits > 1:
+        rows = call.problems * call.rows
+        launch(
+            merge_splits, (ceil_div(rows, _MERGE.block_q),), _MERGE,
+            part_out, part_lse, out, lse, gates, call.sizes, splits, call.rows, rows,
+            LAYOUT=call.layout, VALUE=value is not None, DIM=one_tile(value_dim.size), BLOCK_Q=_MERGE.block_q,
+        )  # fmt: skip
+    return lse
+
+
+def count_splits(call: Call, plan: Config) -> int:
+    """Returns into how many parts to split the keys: about four programs for each multiprocessor; 1 is no split."""
+    programs = call.problems * call.row_tiles(plan)
+    wanted = ceil_div(4 * multiprocessors(call.query.device), max(1, programs))
+    # A part of fewer than two tiles costs more to merge than it saves.
+    return max(1, min(wanted, call.key_tiles(plan) // 2))
