@@ -41,7 +41,10 @@ class _Backward:
         self.value_dim = head_dim(value.shape[3])
         unit = unit_of(call.query, call.key, value, grad_out, out)
         self.constants: dict[str, Any] = call.constants | {"UNIT": unit, "VALUE_DIM": self.value_dim}
-        self.input_strides = tuple(strides_of(x, unit) for x in (call.query, call.key, value, grad_out))
+        self.strides = {
+            name: strides_of(x, unit)
+            for name, x in (("query", call.query), ("key", call.key), ("value", value), ("grad_out", grad_out))
+        }
         self.out_strides = strides_of(out, unit)
 
     def run(self) -> tuple[Tensor, ...]:
@@ -83,9 +86,9 @@ class _Backward:
             call.query, call.key, self.value, self.grad_out, out, self.lse, self.grad_lse, self.delta, grad_query,
             grad_bias, gate_sums, bias_sums, call.masks, call.lists(plan, of_rows=True), self.gates, self.dropout,
             GradQueryStrides(
-                *self.input_strides, self.out_strides,
-                NO_STRIDES if grad_query is None else Strides(*grad_query.stride()),
-                NO_STRIDES if grad_bias is None else Strides(*grad_bias.stride()),
+                **self.strides, out=self.out_strides,
+                grad_query=NO_STRIDES if grad_query is None else Strides(*grad_query.stride()),
+                grad_bias=NO_STRIDES if grad_bias is None else Strides(*grad_bias.stride()),
             ), call.sizes, call.scale_log2, call.scale,
             **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
         )  # fmt: skip
@@ -100,25 +103,25 @@ class _Backward:
         programs = call.key_tiles(plan) * call.problems
         splits = max(1, min(multiprocessors(call.query.device) // max(1, programs), call.row_tiles(plan) // 4))
         inputs = (call.key if need_key else None, self.value if need_value else None)
-        targets = [
+        grad_key, grad_value = (
             None if x is None else
             torch.empty_like(x)[None] if splits == 1 else x.new_empty(splits, *x.shape, dtype=torch.float32)
             for x in inputs
-        ]  # fmt: skip
+        )  # fmt: skip
         launch(
             grad_key_value_kernel, (programs, splits), plan,
-            call.query, call.key, self.value, self.grad_out, self.lse, self.delta, *targets,
+            call.query, call.key, self.value, self.grad_out, self.lse, self.delta, grad_key, grad_value,
             call.masks, call.lists(plan, of_rows=False), self.gates, self.dropout,
             GradKeyValueStrides(
-                *self.input_strides, *(SplitStrides(*((0,) * 5 if x is None else x.stride())) for x in targets)
+                **self.strides, grad_key=_split_strides(grad_key), grad_value=_split_strides(grad_value)
             ), call.sizes, call.scale_log2, abs(call.scale), splits,
             **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, HIDES=call.hides,
         )  # fmt: skip
-        grad_key, grad_value = (
+        of_key, of_value = (
             None if x is None or parts is None else parts[0] if splits == 1 else like(parts.sum(0), x)
-            for x, parts in zip(inputs, targets, strict=True)
+            for x, parts in zip(inputs, (grad_key, grad_value), strict=True)
         )
-        return grad_key, grad_value
+        return of_key, of_value
 
     def _shared_bias(self, bias: Tensor) -> Tensor:
         call, plan = self.call, self._config("grad_bias")
@@ -141,11 +144,15 @@ class _Backward:
         launch(
             grad_bias_kernel, (programs, splits), plan,
             call.query, call.key, self.value, self.grad_out, self.lse, self.delta, parts, call.masks, self.gates,
-            self.dropout, GradBiasStrides(*self.input_strides, SplitStrides(*parts.stride())), call.sizes, sums,
+            self.dropout, GradBiasStrides(**self.strides, grad_bias=_split_strides(parts)), call.sizes, sums,
             call.scale_log2, splits, **constants, GROUP=call.layout.group, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
             SUM_ROWS=sum_rows,
         )  # fmt: skip
         return parts[0] if splits == 1 else like(parts.sum(0), bias)
+
+
+def _split_strides(parts: Tensor | None) -> SplitStrides:
+    return SplitStrides(*((0,) * 5 if parts is None else parts.stride()))
 
 
 def like(grad: Tensor, x: Tensor) -> Tensor:
