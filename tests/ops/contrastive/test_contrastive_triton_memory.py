@@ -27,6 +27,7 @@ pytest.importorskip("triton")
 from triton_tiling import DEVICE, tiled
 
 from mmkernels.ops.contrastive.retrieval_ranks import triton as ranks
+from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments
 from mmkernels.ops.contrastive.triton import call as triton_call
 from mmkernels.ops.contrastive.triton.call import Block
 
@@ -143,7 +144,7 @@ def test_targets_outside_of_the_gallery_have_rank_m() -> None:
     query, gallery = torch.randn(6, 8, device=DEVICE), torch.randn(20, 8, device=DEVICE)
     target = torch.tensor([0, -1, 20, 2**40, -(2**40), 19], device=DEVICE)
     with tiled(16, 16):
-        found = ranks.forward(query, gallery, target)
+        found = ranks.forward(Arguments(query, gallery, target))
     inside = [0, 5]
     want = retrieval_ranks(query[inside].double(), gallery.double(), target[inside], backend="reference")
     assert torch.equal(found[inside], want) and found[1:5].tolist() == [20] * 4
