@@ -249,13 +249,13 @@ def test_without_ncu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert gpu_parts.measure_kernels(turn(tmp_path)) == {"summary": "not run: there is no ncu here"}
 
 
-@pytest.mark.slow
 @pytest.fixture
 def _no_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
     """pytest-benchmark measures nothing in a process that xdist's environment reaches."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_xdist")
 def test_bench_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = gpu_parts.measure_op("cross_attention", "--filter", "16x64 D64 none, bf16, forward + backward")
