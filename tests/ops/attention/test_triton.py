@@ -287,14 +287,15 @@ def test_whole_tiles_of_nan_keys_make_a_row_nan(
 @interpreted
 def test_why_not() -> None:
     x = torch.zeros(1, 1, 1, 8, device=DEVICE)
+    why_not = gpu.why_not_of("attention_weights")
     for bad, message in (
         (x.double(), "float64 is not computed"),
         (torch.zeros(1, 1, 1, 264, device=DEVICE), "head dims above 256 do not fit"),
         (x.to("meta"), "the tensors are on meta"),
     ):
-        reason = gpu.why_not(bad, bad, bad)
+        reason = why_not(Arguments(bad, bad, *(None,) * 5, scale=1.0))
         assert reason is not None and message in reason
-    assert gpu.why_not(x, x, x) is None and gpu.why_not() is None
+    assert why_not(Arguments(x, x, *(None,) * 5, scale=1.0)) is None and why_not() is None
     with pytest.raises(BackendError, match=r"triton: torch\.float64 is not computed"):
         cross_attention(x.double(), x.double(), x.double(), backend="triton")
 
