@@ -217,8 +217,7 @@ struct WeightArrays {
     even = padded_array(smoothing > 0.0 ? count : 0);
     for (i64 i = 0; i < count; ++i) {
       // A single class has the probability 1, whatever its logit.
-      const double weight =
-          positives[i] > 0.0f && classes[i] > 1.0f ? each + (grads == nullptr ? 0.0 : grads[i]) : 0.0;
+      const double weight = positives[i] > 0.0f && classes[i] > 1.0f ? each + (grads == nullptr ? 0.0 : grads[i]) : 0.0;
       // Kernels need a whole reference; another backend's state may have another.
       reference[i] = std::nearbyint(references[i]);
       softmax[i] = static_cast<float>(weight / sums[i] * std::exp2(static_cast<double>(reference[i]) - references[i]));
