@@ -14,7 +14,8 @@ def cpu_kernel(name: str, results: int | None = None) -> Backend:
     Args:
         results: how many tensors it returns; None: as many as the op.
     """
-    return Backend("cpu", cpu.Kernel(name, results), cpu.why_not)
+    kernel = cpu.Kernel(name, results)
+    return Backend("cpu", kernel, kernel.why_not)
 
 
 def triton_kernel(module: str, launcher: str) -> Backend:

@@ -242,3 +242,9 @@ def test_every_folder_is_discovered() -> None:
         places = [BACKENDS.index(entry.name) for entry in table]
         assert places == sorted(places), f"{name}'s backends must stand in the order of BACKENDS"
         assert table[-1].name == "reference"
+
+
+@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+def test_the_extension_has_every_kernel() -> None:
+    entries = {name: entry for name, table in TABLES.items() for entry in table if entry.name == "cpu"}
+    assert {name: entry.why_not() for name, entry in entries.items() if entry.why_not() is not None} == {}
