@@ -99,6 +99,15 @@ def sam(**more: Any) -> Config:
     return vision(image=64, output_channels=16, window_size=4, global_attn_indexes=[1], mlp_dim=64, **more)
 
 
+def reads_images(encoder: Config, text: Config, *, marker: str = "image_token_id", **more: Any) -> Config:
+    """An image encoder and a language model that reads its tokens.
+
+    Args:
+        marker: the name that the configuration has for the id of an image's tokens.
+    """
+    return {"vision_config": encoder, "text_config": text, marker: IMAGE} | more
+
+
 def qwen_vl(text: Config, vision: Config, sections: Sequence[int], **rotary: Any) -> Config:
     """Qwen's models of images and text; `sections`: how many frequencies count time, rows and columns."""
     patches = {"spatial_merge_size": 2, "temporal_patch_size": 2}
