@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -36,10 +37,10 @@ def build(variant: str) -> Any:
 
 def config(variant: str) -> dict[str, Any]:
     """Returns the arguments of transformers' configuration."""
-    values = {**FAMILIES["idefics"].config, "freeze_text_layers": False, "freeze_vision_layers": False}
+    values = copy.deepcopy(FAMILIES["idefics"].config) | {"freeze_text_layers": False, "freeze_vision_layers": False}
     for key, value in VARIANTS[variant].items():
         if key.startswith("perceiver__"):
-            values["perceiver_config"] = values["perceiver_config"] | {key.removeprefix("perceiver__"): value}
+            values["perceiver_config"][key.removeprefix("perceiver__")] = value
         elif key != "shard":
             values[key] = value
     return values

@@ -101,6 +101,10 @@ def model() -> Flamingo:
     return prompted(1)[0]
 
 
+SEES = r"image_attention_mask must be \[1, 5, 2\], got shape \(1, 5, 3\)"
+FLOATING = r"pixel_values must be floating \[B, N, 3, 32, 32\], got "
+
+
 @pytest.mark.parametrize(
     ("given", "match"),
     [
@@ -108,15 +112,9 @@ def model() -> Flamingo:
         ({"pixel_values": None}, "as many image markers as images, 0, got 2"),
         ({"input_ids": IDS[:, :3]}, "2, got 1; give media_index"),
         ({"media_index": torch.tensor([[-1, 0, 0, 2, 1]])}, r"media_index must be from -1 \(none\) to 1, got -1 to 2"),
-        ({"media_index": torch.zeros(1, 4).long()}, r"media_index must be integers \[1, 5\] as input_ids"),
-        (
-            {"image_attention_mask": torch.zeros(1, 5, 3)},
-            r"image_attention_mask must be \[1, 5, 2\], got shape \(1, 5, 3\)",
-        ),
-        (
-            {"media_index": torch.zeros_like(IDS), "image_attention_mask": torch.zeros(1, 5, 2)},
-            "media_index or image_attention_mask, not both",
-        ),
+        ({"media_index": IDS[:, :4]}, r"media_index must be integers \[1, 5\] as input_ids"),
+        ({"image_attention_mask": torch.zeros(1, 5, 3)}, SEES),
+        ({"media_index": IDS, "image_attention_mask": IDS}, "media_index or image_attention_mask, not both"),
         ({"input_ids": torch.where(IDS == 7, 128, IDS)}, "input_ids must be from 0 to 127, got 5 to 128"),
         ({"input_ids": IDS.float()}, r"input_ids must be integers \[B, L\], got torch.float32"),
         ({"input_ids": IDS[:, :0], "pixel_values": None}, "input_ids must have at least one token"),
@@ -125,20 +123,11 @@ def model() -> Flamingo:
         ({"labels": IDS, "last_logits_only": True}, "labels need the logits of every token"),
         ({"labels": IDS.float()}, r"labels must be integers, got torch\.float32"),
         ({"labels": torch.full_like(IDS, 10**6)}, "labels other than -100 must be from 0 to"),
-        (
-            {"pixel_values": PIXELS[..., :16, :16]},
-            r"pixel_values must be floating \[B, N, 3, 32, 32\], got .*\(1, 2, 3, 16, 16\)",
-        ),
-        ({"pixel_values": PIXELS.to(torch.uint8)}, r"pixel_values must be floating .* got torch.uint8"),
-        (
-            {"pixel_values": PIXELS.expand(2, -1, -1, -1, -1)},
-            "pixel_values must have batch 1 or input_ids' 1, got 2",
-        ),
+        ({"pixel_values": PIXELS[..., :16, :16]}, FLOATING + r".*\(1, 2, 3, 16, 16\)"),
+        ({"pixel_values": PIXELS.to(torch.uint8)}, FLOATING + "torch.uint8"),
+        ({"pixel_values": PIXELS.expand(2, -1, -1, -1, -1)}, "pixel_values must have batch 1 or input_ids' 1, got 2"),
         ({"visual_cache": VisualCache(7)}, r"visual_cache must have \d+ layers, got 7"),
-        (
-            {"visual_cache": VisualCache(2, max_tokens=7)},
-            "max_tokens must hold the largest image, of 8 tokens, got 7",
-        ),
+        ({"visual_cache": VisualCache(2, max_tokens=7)}, "max_tokens must hold the largest image, of 8 tokens, got 7"),
     ],
 )
 def test_bad_prompts(model: Flamingo, given: dict[str, Any], match: str) -> None:
@@ -162,22 +151,17 @@ def test_bad_ways_to_generate(model: Flamingo, given: dict[str, Any], match: str
 
 def test_bad_caches(model: Flamingo) -> None:
     out = model(IDS, PIXELS)
-    caches = {"kv_cache": out.kv_cache, "visual_cache": out.visual_cache}
-    length, both = len(out.kv_cache), model.cache_images(torch.randn(2, 1, 8, 32))
-    for given, match in (
-        ({"input_ids": torch.tensor([[5], [6]]), **caches}, "input_ids must be for kv_cache's batch 1, got 2"),
-        (
-            {"input_ids": torch.tensor([[5]]), "kv_cache": out.kv_cache},
-            "visual_cache must have the 2 images of kv_cache's text, got 0",
-        ),
-        (
-            {"input_ids": torch.full((3, 2), 5), "visual_cache": both},
-            "visual_cache must have batch 1 or 3, got 2",
-        ),
-        ({"input_ids": IDS, "pixel_values": PIXELS[:, :1], **caches}, "as many image markers"),
+    both = {"kv_cache": out.kv_cache, "visual_cache": out.visual_cache}
+    two_rows = model.cache_images(torch.randn(2, 1, 8, 32))
+    length = len(out.kv_cache)
+    for ids, given, match in (
+        ([[5], [6]], both, "input_ids must be for kv_cache's batch 1, got 2"),
+        ([[5]], {"kv_cache": out.kv_cache}, "visual_cache must have the 2 images of kv_cache's text, got 0"),
+        ([[5, 5]] * 3, {"visual_cache": two_rows}, "visual_cache must have batch 1 or 3, got 2"),
+        (IDS.tolist(), both | {"pixel_values": PIXELS[:, :1]}, "as many image markers"),
     ):
         with pytest.raises(ValueError, match=match):
-            model(**given)
+            model(torch.tensor(ids), **given)
     # An error before the model runs leaves the caches as they were.
     assert (len(out.kv_cache), out.visual_cache.image_ids) == (length, [0, 1])
 
