@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from mmkernels.integrations.transformers.support_compare import (
     NotOffered,
     one_line,
     one_pass,
-    set_attention,
 )
 from mmkernels.testing.models import Family, Inputs
 
@@ -89,7 +88,7 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
         compare = compare or Comparison(family)
         model, inputs = compare.model, compare.inputs
         row = Support(family.name, type(model).__name__)
-        set_attention(model, NAME)
+        model.set_attn_implementation(NAME)
         try:
             calls, inside, outside = _trace(model, inputs)
         except NotImplementedError as error:
@@ -130,13 +129,11 @@ def _uncalled(row: Support, family: Family, model: Any, inputs: Inputs) -> Suppo
 def _trace(model: Any, inputs: Inputs) -> tuple[Calls, Counter[str], Counter[str]]:
     """Returns the calls of one forward pass, and the classes of the attention modules that made a call or made none."""
     called: dict[nn.Module, bool] = {}
-    with torch.no_grad(), torch.random.fork_rng(devices=()), counting() as calls:
-        hooks = [hook for module in _attention_modules(model) for hook in _watch(module, calls, called)]
-        try:
-            model(**inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with torch.no_grad(), torch.random.fork_rng(devices=()), counting() as calls, ExitStack() as hooks:
+        for module in _attention_modules(model):
+            for hook in _watch(module, calls, called):
+                hooks.callback(hook.remove)
+        model(**inputs)
     inside, outside = Counter[str](), Counter[str]()
     for module, did_call in called.items():
         (inside if did_call else outside)[type(module).__name__] += 1

@@ -180,17 +180,7 @@ class Distance(_Symbol):
             return Distance(self.key, self.query).against(_FLIP[compare], -limit)
         return _compare(self.key, compare, self.query + limit)
 
-    def __le__(self, limit: Any) -> Visible:
-        return self.against("le", limit)
-
-    def __lt__(self, limit: Any) -> Visible:
-        return self.against("lt", limit)
-
-    def __ge__(self, limit: Any) -> Visible:
-        return self.against("ge", limit)
-
-    def __gt__(self, limit: Any) -> Visible:
-        return self.against("gt", limit)
+    __le__, __lt__, __ge__, __gt__ = map(_comparison, ("le", "lt", "ge", "gt"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,28 +291,27 @@ def _number(x: Any) -> int | None:
 
 
 def _arithmetic(name: str, a: Any, b: Any) -> Any:
-    apply = _ARITHMETIC[name]
-    for x in (a, b):
-        if isinstance(x, Index) and x.axis == "head":
-            raise UnreadableError("the mask differs by head")
-    if isinstance(a, Index) and isinstance(b, Index):
-        if {a.axis, b.axis} == {"key", "query"}:
-            if name != "sub":
-                raise UnreadableError(f"the mask function combines a query's and a key's index by {name}")
-            return Distance(a, b) if a.axis == "key" else Distance(b, a, sign=-1)
+    indices = [x for x in (a, b) if isinstance(x, Index)]
+    axes = [x.axis for x in indices]
+    if "head" in axes:
+        raise UnreadableError("the mask differs by head")
+    if {"key", "query"} <= set(axes):
+        if name != "sub":
+            raise UnreadableError(f"the mask function combines a query's and a key's index by {name}")
+        return Distance(a, b) if a.axis == "key" else Distance(b, a, sign=-1)
+    numbers = [x.values if isinstance(x, Index) else _number(x) for x in (a, b)]
+    for x, number in zip((a, b), numbers):
+        if number is None:
+            raise UnreadableError(f"the mask function combines an index with {type(x).__name__}")
+    if len(indices) == 2:
         axis = a.axis if b.axis == "batch" else b.axis
         ascending = name in ("add", "sub") and b.axis == "batch" and a.ascending
-        return Index(axis, apply(a.values, b.values), ascending)
-    if isinstance(a, Index):
-        number = _number(b)
-        if number is None:
-            raise UnreadableError(f"the mask function combines an index with {type(b).__name__}")
-        ascending = a.ascending and (name in ("add", "sub") or (name in ("mul", "floordiv") and number > 0))
-        return Index(a.axis, apply(a.values, number), ascending)
-    number = _number(a)
-    if number is None:
-        raise UnreadableError(f"the mask function combines an index with {type(a).__name__}")
-    return Index(b.axis, apply(number, b.values), b.ascending and name == "add")
+    else:
+        (index,) = indices
+        axis = index.axis
+        positive = name in ("mul", "floordiv") and (_number(b) or 0) > 0
+        ascending = index.ascending and (name == "add" or (index is a and (name == "sub" or positive)))
+    return Index(axis, _ARITHMETIC[name](*numbers), ascending)
 
 
 def _compare(a: Any, compare: str, b: Any) -> Visible:
