@@ -46,7 +46,7 @@ def rope(theta: float = 10000.0, **more: Any) -> Config:
 
 
 def encoder(*, vocabulary: int = 100, positions: int = 64, **more: Any) -> Config:
-    """A text encoder, alone or in a two-tower model."""
+    """A text encoder, by itself or in a two-tower model."""
     return layers(vocab_size=vocabulary, max_position_embeddings=positions, **SPECIAL, **more)
 
 

@@ -93,7 +93,7 @@ def test_generation(model: Any, mode: str) -> None:
 
 
 def test_packed_sequences(model: Any) -> None:
-    """Several sequences in one row, separated by their positions: each equals itself alone."""
+    """Several sequences in one row, separated by their positions: each gives the same as in a row of its own."""
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
     run = lambda model: model(IDS[:1], position_ids=positions, use_cache=False).logits.detach()
     ours, theirs, _ = both(model, run)

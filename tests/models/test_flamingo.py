@@ -115,9 +115,9 @@ def test_greedy_generation(
 
 def count_images(model: Flamingo) -> list[int]:
     """Counts the images that pass through the encoder, from now on."""
-    seen: list[int] = []
-    model.vision.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    return seen
+    counts: list[int] = []
+    model.vision.register_forward_hook(lambda module, args, out: counts.append(len(args[0])))
+    return counts
 
 
 @pytest.mark.parametrize("variant", ["resampler", "patches"])
@@ -126,7 +126,7 @@ def test_turns(saved: Checkpoints, variant: str) -> None:
     model, theirs = load(saved(variant).folder), saved(variant).theirs
     encoded = count_images(model)
     ids, mask, pixels = prompts(2, "left")
-    said: list[list[int]] = [[], []]  # by each row
+    texts: list[list[int]] = [[], []]  # of each row so far
     images, caches = pixels[:, :0], {}
 
     def turn(ids: Tensor, mask: Tensor | None, new: Tensor | None, count: int) -> None:
@@ -135,9 +135,9 @@ def test_turns(saved: Checkpoints, variant: str) -> None:
         caches = {"kv_cache": out.kv_cache, "visual_cache": out.visual_cache}
         images = images if new is None else torch.cat([images, new], dim=1)
         for row, text in enumerate(rows_of(ids, torch.ones_like(ids) if mask is None else mask)):
-            said[row] += text
-            assert out.tokens[row].tolist() == greedy(theirs, said[row], images[row], count)
-            said[row] += out.tokens[row].tolist()
+            texts[row] += text
+            assert out.tokens[row].tolist() == greedy(theirs, texts[row], images[row], count)
+            texts[row] += out.tokens[row].tolist()
 
     turn(ids, mask, pixels, 4)
     assert encoded == [4]
@@ -163,16 +163,16 @@ def test_rows_that_end_early(saved: Checkpoints, ours: Ours, padding: str | None
     turn = torch.tensor([[7, 8], [9, 10]])
     with torch.no_grad():
         logits = model(turn, kv_cache=out.kv_cache, visual_cache=out.visual_cache).logits
-    said = [rows[0] + free[0][:cut] + [7, 8], rows[1] + free[1] + [9, 10]]
-    for row, text in enumerate(said):
+    texts = [rows[0] + free[0][:cut] + [7, 8], rows[1] + free[1] + [9, 10]]
+    for row, text in enumerate(texts):
         sees = image_attention_mask(torch.tensor([text]), 2)
         with torch.no_grad():
             given = {"pixel_values": pixels[row : row + 1], "image_attention_mask": sees}
             expected = theirs(input_ids=torch.tensor([text]), **given).logits
         assert distance(logits[row], expected[0, -2:]) < TOLERANCE
 
-    alone = model.generate(ids[:1], pixels[:1], attention_mask=mask[:1], max_new_tokens=6, eos_token_id=[end])
-    assert alone.tokens.tolist() == [free[0][:cut]]
+    single = model.generate(ids[:1], pixels[:1], attention_mask=mask[:1], max_new_tokens=6, eos_token_id=[end])
+    assert single.tokens.tolist() == [free[0][:cut]]
 
 
 def test_many_questions_on_one_image(saved: Checkpoints) -> None:
@@ -204,10 +204,10 @@ def test_tokens_that_see_several_images(saved: Checkpoints, ours: Ours, hole: bo
     sees[:, 6:, 1] = 1
     sees[0, 8:] = torch.tensor([1, 0, 1]) if hole else torch.tensor([1, 1, 1])
     with torch.no_grad(), mmkernels.use_backend(backend):
-        wanted = theirs(input_ids=ids, pixel_values=pixels, image_attention_mask=sees).logits
+        their_logits = theirs(input_ids=ids, pixel_values=pixels, image_attention_mask=sees).logits
         logits = model(ids, pixels, image_attention_mask=sees).logits
         out = model.generate(ids, pixels, image_attention_mask=sees, max_new_tokens=4, eos_token_id=())
-    assert distance(logits, wanted) < TOLERANCE
+    assert distance(logits, their_logits) < TOLERANCE
     expected = [greedy(theirs, ids[r].tolist(), pixels[r], 4, sees[r : r + 1]) for r in range(2)]
     assert out.tokens.tolist() == expected
 

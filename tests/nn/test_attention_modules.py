@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -124,8 +123,8 @@ def test_gated_cross_attention(gate: str, backend: str) -> None:
     x, context = torch.randn(2, 4, 12, dtype=F64), torch.randn(2, 6, 10, dtype=F64)
     sees = torch.tensor([[-1, 0, 0, 1], [0, 1, -1, -1]])
     visible = sees[..., None] == torch.arange(6) // 3
-    seen = attention(block.attention, block.attention_norm(x), context, visible)
-    expected = x + torch.tanh(block.attention_gate) * seen
+    attended = attention(block.attention, block.attention_norm(x), context, visible)
+    expected = x + torch.tanh(block.attention_gate) * attended
     fed = block.feed_forward(block.feed_forward_norm(expected))
     expected = expected + torch.tanh(block.feed_forward_gate) * fed
     with mmkernels.use_backend(backend):
@@ -178,24 +177,6 @@ def test_resampler(qk_norm: type[nn.Module] | None, backend: str) -> None:
             torch.testing.assert_close(out[b, n], resampled(module, media[b, n], 7))
             torch.testing.assert_close(ragged[b, n], resampled(module, media[b, n], int(lengths[b, n])))
     torch.testing.assert_close(module(media[0, 0]), out[0, 0])
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: CrossAttention(12, 10, 4, num_kv_heads=2, bias=True, qk_norm=nn.RMSNorm),
-        lambda: GatedCrossAttention(12, 10, 4, gate="vector"),
-        lambda: PerceiverResampler(12, depth=2, num_latents=3, num_heads=4),
-    ],
-    ids=["CrossAttention", "GatedCrossAttention", "PerceiverResampler"],
-)
-def test_state_dict_round_trip(make: Callable[[], nn.Module]) -> None:
-    first, second = randomised(make()), randomised(make())
-    x, context = torch.randn(2, 5, 12, dtype=F64), torch.randn(2, 6, 10, dtype=F64)
-    args = (x,) if isinstance(first, PerceiverResampler) else (x, context)
-    assert not torch.allclose(first(*args), second(*args))
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert torch.equal(first(*args), second(*args))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -27,18 +27,6 @@ def filled(lengths: list[int], **options: int) -> tuple[VisualCache, list[tuple[
     return cache, tensors
 
 
-def test_append_keeps_order_and_ids() -> None:
-    cache, first = filled([3, 5])
-    second = visual([2])
-    assert cache.append(second, [2]) == [2]
-    assert (cache.image_ids, cache.lengths, cache.num_tokens, cache.next_id) == ([0, 1, 2], [3, 5, 2], 10, 3)
-    for layer in range(2):
-        for place in range(2):
-            expected = torch.cat([first[layer][place], second[layer][place]], dim=2)
-            assert torch.equal(cache[layer][place], expected)
-    assert len(list(cache)) == len(cache) == 2
-
-
 def test_drop_forgets_one_image_and_keeps_ids() -> None:
     cache, tensors = filled([3, 5, 2])
     cache.drop([1])
@@ -106,24 +94,29 @@ def test_the_oldest_are_evicted_under_a_budget() -> None:
 def test_any_history_equals_a_plain_list(
     appends: list[list[int]], max_tokens: int | None, reserve: int, drops: list[int]
 ) -> None:
-    cache = VisualCache(1, max_tokens=max_tokens, reserve=reserve)
+    cache = VisualCache(2, max_tokens=max_tokens, reserve=reserve)
     held: dict[int, tuple[Tensor, Tensor]] = {}
     next_id = 0
     for step, lengths in enumerate(appends):
         key, value = visual(lengths, layers=1)[0]
+        layers = [(key, value), (value, key)]
         for image in zip(key.split(lengths, 2), value.split(lengths, 2)):
             held[next_id] = image
             next_id += 1
-        assert cache.append([(key, value)], lengths) == list(range(next_id - len(lengths), next_id))
+        assert cache.append(layers, lengths) == list(range(next_id - len(lengths), next_id))
         while max_tokens is not None and sum(k.shape[2] for k, _ in held.values()) > max_tokens:
             del held[min(held)]
         if step < len(drops) and drops[step] in held:
             cache.drop([drops[step]])
             del held[drops[step]]
-        assert cache.image_ids == list(held)
+        assert (cache.image_ids, cache.next_id) == (list(held), next_id)
+        assert cache.lengths == [k.shape[2] for k, _ in held.values()] and cache.num_tokens == sum(cache.lengths)
         if held:
-            assert torch.equal(cache[0][0], torch.cat([k for k, _ in held.values()], 2))
-            assert torch.equal(cache[0][1], torch.cat([v for _, v in held.values()], 2))
+            keys, values = (torch.cat(tokens, 2) for tokens in zip(*held.values()))
+            for actual, expected in zip(
+                [x for layer in cache for x in layer], [keys, values, values, keys], strict=True
+            ):
+                assert torch.equal(actual, expected)
         visible = cache.mask(torch.arange(-1, next_id)[None]).to_dense(cache.num_tokens)[0, 0]
         owner = torch.tensor([i for i, (k, _) in held.items() for _ in range(k.shape[2])])
         assert torch.equal(visible, torch.arange(-1, next_id)[:, None] == owner)

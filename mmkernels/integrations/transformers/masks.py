@@ -80,7 +80,7 @@ class ModelMask:
     __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("spans", "shape"):  # `copy` asks for these before they exist
+        if name.startswith("__") or name in ("spans", "shape"):  # `copy` reads these before they exist
             raise AttributeError(name)
         return getattr(self.dense(), name)
 
@@ -123,7 +123,7 @@ def make_mask(
         NotImplementedError: the model does not use transformers' attention interface, and would misread the mask.
         ValueError: `attention_mask` is not ``[B, Lk]``.
     """
-    if isinstance(attention_mask, ModelMask):  # a model may ask for a mask twice
+    if isinstance(attention_mask, ModelMask):  # a model may request a mask twice
         return attention_mask
     if not torch.compiler.is_compiling():
         _check_interface(type(kwargs.get("config")).__module__)

@@ -1,4 +1,4 @@
-"""Finds out which model families run on ``"mmkernels"`` by running them: `check` serves the table and the tests."""
+"""Runs a model family to find out whether ``"mmkernels"`` supports it: `check`, for the table and the tests."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Support:
 def check(family: Family, compare: Comparison | None = None, ways: Collection[str] = WAYS) -> Support:
     """Runs a family on ``"mmkernels"`` and on transformers' own attention, and compares.
 
-    A family is refused if the attention function says that it lacks something, or if no module calls the function. In
+    A family is refused if the attention function lacks something that it needs, or if no module calls the function. In
     the second case the model is also built with the implementation in its configuration before it is refused.
 
     Args:
@@ -107,7 +107,7 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
 
 
 def _uncalled(row: Support, family: Family, model: Any, inputs: Inputs) -> Support:
-    """Returns the row of a model that did not call ``"mmkernels"`` after it was set: does it if it is built with it?"""
+    """Returns the row of a model that does not call ``"mmkernels"`` after it was set, by building the model with it."""
     own = f"transformers keeps its own attention, {model.config._attn_implementation}, where it is set"
     config = copy.deepcopy(model.config)
     config._attn_implementation = NAME
@@ -160,7 +160,7 @@ def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool]) -> li
 
 
 def _outcome(compare: Callable[..., None], *args: Any) -> str:
-    """Returns the cell of a comparison; an exception fills the cell too, so that the table goes on after it."""
+    """Returns the cell of a comparison. An exception becomes a cell too, so that the table is completed."""
     try:
         compare(*args)
     except NotEqual as error:

@@ -44,7 +44,7 @@ consist of rounding errors."""
 
 
 class NotEqual(Exception):
-    """A result on ``"mmkernels"`` is not within its budget; the message says which and by how much."""
+    """A result on ``"mmkernels"`` is not within its budget; the message names the result and the error."""
 
 
 class NotOffered(Exception):
@@ -210,7 +210,7 @@ def _widened(x: Any) -> Any:
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """Computes in float64 inside the ``with`` block, also where transformers asks for float32."""
+    """Computes in float64 inside the ``with`` block, also where transformers requests float32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -34,7 +34,7 @@ To extend it. A new operator: `_ARITHMETIC` and a method of `Index`. A new funct
 needs a row in `FUNCTIONS` of tests/integrations/test_mask_functions.py, which compares every mask with transformers'
 evaluation of all pairs.
 
-docs/adr/0007-reading-mask-functions.md says why masks are read like this, and what it costs.
+docs/adr/0007-reading-mask-functions.md explains why masks are read like this, and what it costs.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ class _Symbol:
         raise UnreadableError("the mask function branches on a comparison")
 
     def __eq__(self, other: object) -> Any:  # Python's default compares identities and returns False
-        raise UnreadableError("the mask function asks whether conditions or distances are equal")
+        raise UnreadableError("the mask function tests whether conditions or distances are equal")
 
     def __ne__(self, other: object) -> Any:
-        raise UnreadableError("the mask function asks whether two things differ")
+        raise UnreadableError("the mask function tests whether two things differ")
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -268,12 +268,12 @@ def read(function: Callable[..., Any], batch: Tensor, query: Tensor, key: Tensor
 
 def _constant(value: bool, size: Any, dtype: torch.dtype | None) -> Visible:
     if dtype is not torch.bool or tuple(size) != ():
-        raise UnreadableError("the mask function makes a tensor of its own")
+        raise UnreadableError("the mask function creates a tensor")
     return Visible(nothing=not value)
 
 
 def _visible(x: Any) -> Visible:
-    """Returns the value of a mask function, or of a part of it, as a condition."""
+    """Returns the result of a mask function, or of a part of it, as a condition."""
     if isinstance(x, Visible):
         return x
     if isinstance(x, Tensor) and not isinstance(x, _Symbol) and x.dtype == torch.bool and x.numel() == 1:
