@@ -19,7 +19,7 @@ from mmkernels.integrations.transformers.masks import make_mask
 
 B, H, L, D = 2, 4, 6, 8
 MODULE: Any = SimpleNamespace(is_causal=False)
-CAUSAL: Any = SimpleNamespace()  # transformers' default for a module without the attribute
+CAUSAL: Any = SimpleNamespace()  # causal, which transformers assumes of a module without the attribute
 LOWEST = torch.finfo(torch.float64).min
 
 

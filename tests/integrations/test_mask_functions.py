@@ -116,7 +116,7 @@ def test_spans_equal_the_function(name: str, padded: str) -> None:
 
 @pytest.mark.parametrize("padded", ["none", "left", "holes"])
 @pytest.mark.parametrize("name", NO_SPANS)
-def test_what_is_no_span_goes_dense_and_says_why(name: str, padded: str) -> None:
+def test_masks_without_spans_become_dense_with_a_reason(name: str, padded: str) -> None:
     function, reason = NO_SPANS[name]
     ours, truth, calls = both(
         batch_size=B, q_length=L, kv_length=L, mask_function=function, attention_mask=padding(padded)
@@ -198,7 +198,7 @@ def functions(draw: st.DrawFn) -> Callable[..., Any]:
 @settings(deadline=None, max_examples=300)
 @given(functions(), st.sampled_from(["none", "left", "right", "holes"]))
 def test_any_composition_is_right(function: Callable[..., Any], padded: str) -> None:
-    """Spans or dense: the mask is the function's."""
+    """As spans or dense, the mask equals the function."""
     ours, truth, calls = both(
         batch_size=B, q_length=L, kv_length=L, mask_function=function, attention_mask=padding(padded)
     )
@@ -246,7 +246,7 @@ def test_a_mask_of_another_rank_is_refused() -> None:
 
 
 class TestModelMask:
-    """What models do with a mask between making it and handing it to their attention."""
+    """What models do with a mask before they pass it to their attention."""
 
     mask = ModelMask(SpanMask.causal(3, 4), (2, 1, 3, 4))
     truth = SpanMask.causal(3, 4).to_dense(4).expand(2, 1, 3, 4)
@@ -284,7 +284,7 @@ class TestModelMask:
             with pytest.raises(NotImplementedError, match="no attention interface"):
                 add()
 
-    def test_a_model_that_asks_again_gets_it_back(self) -> None:
+    def test_a_mask_that_is_requested_twice_is_made_once(self) -> None:
         assert make_mask(2, 3, 4, attention_mask=self.mask) is self.mask
 
 

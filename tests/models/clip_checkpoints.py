@@ -12,7 +12,7 @@ from mmkernels.testing.models import build as build_model
 from mmkernels.testing.models import randomise
 from mmkernels.testing.parts import encoder, vision
 
-EOS = 90  # not the highest id of the texts here, so that finding the one isn't finding the other
+EOS = 90  # not the highest id of the texts, which a "clip_early" looks for
 VOCAB = 100
 LENGTH = 12
 

@@ -81,7 +81,7 @@ SIZE = "must be an integer from 1 to"
 @pytest.mark.parametrize(
     ("variant", "values", "match"),
     [
-        # What transformers refuses.
+        # Refused by transformers.
         ("resampler", {"hidden_size": "64"}, "'hidden_size' expected int, got str"),
         ("resampler", {"vision_config": 3}, "'vision_config' with value 3"),
         ("resampler", {"eos_token_id": "</s>"}, "'eos_token_id' with value '</s>'"),
@@ -91,7 +91,7 @@ SIZE = "must be an integer from 1 to"
         ("clip", {"text_config_dict": [1]}, "CLIPTextConfig.* must be a mapping, not list"),
         ("siglip", {"vision_config__num_attention_heads": True}, "vision_config: .*'num_attention_heads' expected int"),
         ("clip", {"text_config__per_layer_config": {"0": {"hidden_act": "gelu"}}}, "hidden_act.* may vary"),
-        # What it accepts.
+        # Accepted by transformers.
         ("resampler", {"hidden_size": -64}, f"hidden_size: text_width {SIZE} .*, got -64"),
         ("resampler", {"hidden_size": 66}, "hidden_size: text_width must be a multiple of text_heads = 4, got 66"),
         ("resampler", {"hidden_size": 4}, "text_width / text_heads must be even, got 1"),
@@ -228,7 +228,7 @@ def test_rotary_positions_of_older_versions(copy: Copy) -> None:
 
 
 def test_labels_of_a_classifier_are_ignored(copy: Copy) -> None:
-    """transformers would write out a name for each of them."""
+    """transformers would create a name for each of them."""
     folder = copy("clip")
     configure(folder, num_labels=10**12, text_config__num_labels=10**12)
     load(folder)
@@ -312,14 +312,14 @@ def test_shards(copy: Copy) -> None:
 
 
 def test_an_index_that_an_earlier_save_left(copy: Copy) -> None:
-    """As in transformers: the whole file counts."""
+    """The whole file is read, as in transformers."""
     folder = copy("clip")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"logit_scale": "gone.safetensors"}}')
     load(folder)
 
 
 def test_a_tied_tensor_may_be_on_disk(copy: Copy) -> None:
-    """Older versions saved it twice; as in transformers, the embedding counts."""
+    """Older versions saved it twice; the embedding is used, as in transformers."""
     folder = copy("tied")
     whole = load(folder)
     assert whole.head.weight is whole.embed.weight
@@ -355,7 +355,7 @@ def test_the_image_token_is_that_of_the_tokenizer(copy: Copy) -> None:
     assert token() is None
 
 
-def test_what_a_file_leaves_out_has_transformers_defaults() -> None:
+def test_missing_fields_have_transformers_defaults() -> None:
     for variant, size, changes in (
         ("siglip", "siglip_base", {}),
         ("clip", "base", {"patch_size": 32, "eos_token_id": 49407}),

@@ -106,7 +106,7 @@ def test_gradients(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_inputs_matter(saved: Checkpoints, ours: Ours, variant: str) -> None:
-    """Else parity would prove little."""
+    """If the inputs changed little, parity would prove little."""
     model = ours(variant)
     ids, mask, pixels = inputs(saved(variant).theirs)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_inputs_matter(saved: Checkpoints, ours: Ours, variant: str) -> None:
 
 
 def test_which_token_a_text_ends_with(saved: Checkpoints, ours: Ours) -> None:
-    """In a CLIP what stands after the first end-of-text token changes nothing; in a SigLIP the last token counts."""
+    """In a CLIP the first end-of-text token, in a SigLIP the last token; in an early CLIP the highest id."""
     ids, _, _ = inputs(saved("clip").theirs)
     after = ids.clone()
     after[:, -1] = 5
@@ -151,7 +151,7 @@ def test_texts_without_an_end(saved: Checkpoints, ours: Ours) -> None:
 
 
 def test_early_configurations(saved: Checkpoints, copy: Callable[[str], Path]) -> None:
-    """Where ``text_config_dict`` is there it counts, with the defaults of what it leaves out, as in transformers."""
+    """``text_config_dict`` replaces ``text_config``, with defaults for what it leaves out, as in transformers."""
     folder = copy("clip_gelu")
     ids, _, pixels = inputs(saved("clip_gelu").theirs)
     text, vision = (saved("clip_gelu").theirs.config.to_dict()[f"{tower}_config"] for tower in ("text", "vision"))
@@ -168,7 +168,7 @@ def test_early_configurations(saved: Checkpoints, copy: Callable[[str], Path]) -
 
 
 def test_ids_of_several_captions(saved: Checkpoints, ours: Ours) -> None:
-    """Ids reach the losses; more texts than images."""
+    """The losses get the ids; there are more texts than images."""
     for variant in ("clip", "siglip"):
         model = ours(variant, torch.float64)
         ids, _, pixels = inputs(saved(variant).theirs)
@@ -256,6 +256,6 @@ def test_bad_texts(ours: Ours, ids: Any, mask: Any, error: type[Exception], matc
 
 
 def test_texts_of_padding_alone(ours: Ours) -> None:
-    """Attention sees nothing, and the result is finite."""
+    """Attention sees nothing, but the result is finite."""
     for variant in ("clip", "siglip"):
         assert torch.isfinite(ours(variant).encode_text(IDS, torch.zeros_like(IDS))).all()

@@ -114,7 +114,7 @@ def test_greedy_generation(
 
 
 def count_images(model: Flamingo) -> list[int]:
-    """Counts the images that pass through the encoder, from now on."""
+    """Returns a list that gets the number of images of each later call of the encoder."""
     counts: list[int] = []
     model.vision.register_forward_hook(lambda module, args, out: counts.append(len(args[0])))
     return counts
@@ -150,7 +150,7 @@ def test_turns(saved: Checkpoints, variant: str) -> None:
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 def test_rows_that_end_early(saved: Checkpoints, ours: Ours, padding: str | None) -> None:
-    """A row ends at its end-of-text token, the others go on; the next turn sees no padding between."""
+    """A row ends at its end-of-text token, the others continue; the next turn sees no padding between them."""
     model, theirs = ours("resampler"), saved("resampler").theirs
     ids, mask, pixels = prompts(2, padding)
     rows = rows_of(ids, mask)
@@ -196,7 +196,10 @@ def test_many_questions_on_one_image(saved: Checkpoints) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("hole", [False, True])
 def test_tokens_that_see_several_images(saved: Checkpoints, ours: Ours, hole: bool, backend: str) -> None:
-    """A run of images is a span, a hole that not all share needs a dense mask. New tokens see what the last one did."""
+    """A run of images is a span; a hole that only some tokens have needs a dense mask.
+
+    Generated tokens see what the last token of the prompt sees.
+    """
     model, theirs = ours("resampler"), saved("resampler").theirs
     ids, _, pixels = prompts(3, None)
     sees = torch.zeros(2, ids.shape[1], 3, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Flamingo by itself: sizes, caches, sampling, training, and prompts that aren't what they must be."""
+"""Flamingo without transformers: caches, sampling, training, and what it refuses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_decoding_step_by_step_equals_one_pass() -> None:
 
 
 def test_visual_budget_evicts_the_oldest_image() -> None:
-    """With room for two images of three, tokens that ask for the first see nothing, the others what they did."""
+    """With room for two images of three, tokens of the first image see nothing, the others see their image."""
     model, ids, _, pixels = prompted(3)
     cache = VisualCache(len(model.cross_blocks), max_tokens=17)  # 8 an image
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_a_model_without_an_image_token_needs_media_index(model: Flamingo) -> No
 
 
 def test_nothing_of_a_later_image_reaches_an_earlier_token(model: Flamingo) -> None:
-    """NaN in the second image stays there: tokens that see the first are as they were."""
+    """NaN in the second image does not change the tokens that see the first image."""
     broken = PIXELS.clone()
     broken[:, 1] = torch.nan
     with torch.no_grad():

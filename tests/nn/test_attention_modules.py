@@ -18,7 +18,7 @@ F64 = torch.float64
 
 
 def attention(module: CrossAttention, x: Tensor, context: Tensor, visible: Tensor | None = None) -> Tensor:
-    """``[B, Lq, dim]`` by the textbook; `visible`: bool ``[B or 1, Lq, Lk]``."""
+    """Returns ``[B, Lq, dim]`` by the definition; `visible`: bool ``[B or 1, Lq, Lk]``."""
     groups = module.num_heads // module.num_kv_heads
     q = module.q_norm(module.q_proj(x).unflatten(-1, (module.num_heads, -1)))
     k = module.k_norm(module.k_proj(context).unflatten(-1, (module.num_kv_heads, -1))).repeat_interleave(groups, 2)
@@ -91,7 +91,7 @@ VISIBLE = SpanMask.media(torch.tensor([[-1, 0, 1], [1, 1, 0]]), 2)  # of two ima
     ids=["CrossAttention", "scalar gate", "vector gate", "PerceiverResampler"],
 )
 def test_gradients(make: Callable[[], nn.Module], shapes: list[tuple[int, ...]], options: dict[str, Any]) -> None:
-    """Also with a gate at 0, where it starts: a gate must still learn."""
+    """Also for a gate at 0, its initial value: it must get a gradient."""
     module = randomised(make())
     if isinstance(module, GatedCrossAttention):
         module.attention_gate.data.zero_()
@@ -153,7 +153,7 @@ def test_gated_cross_attention_compiles_whole() -> None:
 
 
 def resampled(module: PerceiverResampler, media: Tensor, count: int) -> Tensor:
-    """One image's visual tokens by Flamingo's figure 5, of its first `count` features."""
+    """Returns one image's visual tokens by Flamingo's figure 5, of its first `count` features."""
     latents, media = module.latents[None], media[None, :count]
     for block in module.blocks:
         normed = block.latent_norm(latents)
