@@ -227,12 +227,8 @@ def test_weights_are_the_probabilities(grad: bool) -> None:
     assert ours[1].requires_grad == grad
     if grad:
         check(ours, truth, [query, key, value])
-
-
-def test_weights_have_the_querys_dtype() -> None:
-    query, key, value = (x.bfloat16() for x in inputs())
-    _, weights = attention(MODULE, query, key, value, None, output_attentions=True)
-    assert weights is not None and weights.dtype == torch.bfloat16
+    narrow = (x.bfloat16() for x in (query, key, value))
+    assert attention(MODULE, *narrow, None, output_attentions=True)[1].dtype == torch.bfloat16
 
 
 def test_dropout_drops() -> None:
