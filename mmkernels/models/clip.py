@@ -25,6 +25,8 @@ from mmkernels.ops.contrastive.info_nce import info_nce
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
 from mmkernels.runtime.checks import can_look
 
+_SIGLIP: dict[str, Any] = {"variant": "siglip", "vision_eps": 1e-6, "text_eps": 1e-6}
+_SIGLIP |= {"vision_activation": "gelu_pytorch_tanh", "text_activation": "gelu_pytorch_tanh"}
 SIZES = {
     # For tests.
     "tiny": CLIPConfig(
@@ -45,19 +47,15 @@ SIZES = {
         embed_dim=512,
     ),
     "siglip_tiny": CLIPConfig(
-        variant="siglip",
         vision_width=32, vision_layers=2, vision_heads=4, vision_mlp=64, image_size=32, patch_size=8,
         text_width=48, text_layers=2, text_heads=4, text_mlp=96, text_length=16, vocab_size=128,
-        embed_dim=32, vision_activation="gelu_pytorch_tanh", text_activation="gelu_pytorch_tanh",
-        vision_eps=1e-6, text_eps=1e-6,
+        embed_dim=32, **_SIGLIP,
     ),
     # SigLIP B/16 (Zhai et al., 2023, section 4: both towers of ViT-B's size, texts of 64 tokens).
     "siglip_base": CLIPConfig(
-        variant="siglip",
         vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, image_size=224, patch_size=16,
         text_width=768, text_layers=12, text_heads=12, text_mlp=3072, text_length=64, vocab_size=32000,
-        embed_dim=768, vision_activation="gelu_pytorch_tanh", text_activation="gelu_pytorch_tanh",
-        vision_eps=1e-6, text_eps=1e-6,
+        embed_dim=768, **_SIGLIP,
     ),
 }  # fmt: skip
 """The sizes that `CLIP.from_size` accepts."""
@@ -134,9 +132,9 @@ class CLIP(Model):
         self.text_projection = nn.Linear(c.text_width, c.embed_dim, bias=not clip)
         self.logit_scale = nn.Parameter(torch.empty(()))  # the logarithm of the multiplier
         self.logit_bias = None if clip else nn.Parameter(torch.empty(()))
-        self.set_constants()
+        self._set_constants()
 
-    def set_constants(self) -> None:
+    def _set_constants(self) -> None:
         """Sets the multiplier and the bias of the logits to where training starts."""
         scale, bias = _START[self.config.variant]
         nn.init.constant_(self.logit_scale, math.log(scale))
@@ -144,11 +142,11 @@ class CLIP(Model):
             nn.init.constant_(self.logit_bias, bias)
 
     @classmethod
-    def read_config(cls, values: dict[str, Any], path: Path) -> CLIPConfig:
+    def _read_config(cls, values: dict[str, Any], path: Path) -> CLIPConfig:
         return CLIPConfig.from_transformers(values, str(path))
 
     @classmethod
-    def names(cls, config: CLIPConfig) -> Names:
+    def _names(cls, config: CLIPConfig) -> Names:
         return clip_weights.NAMES[config.variant]
 
     # The towers.

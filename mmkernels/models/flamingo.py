@@ -167,14 +167,14 @@ class Flamingo(Model):
             self.head.weight = self.embed.weight
 
     @classmethod
-    def read_config(cls, values: dict[str, Any], path: Path) -> FlamingoConfig:
+    def _read_config(cls, values: dict[str, Any], path: Path) -> FlamingoConfig:
         config = FlamingoConfig.from_idefics(values, str(path))
         if config.image_token_id is None:
             config = replace(config, image_token_id=idefics.image_token_id(path.parent, config.vocab_size))
         return config
 
     @classmethod
-    def names(cls, config: FlamingoConfig) -> Names:
+    def _names(cls, config: FlamingoConfig) -> Names:
         return idefics.NAMES
 
     # The stages.

@@ -68,7 +68,7 @@ class Model(nn.Module):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(_draw(name, parameter, generator))
-            model.set_constants()
+            model._set_constants()
         return model
 
     @classmethod
@@ -99,14 +99,14 @@ class Model(nn.Module):
         if not folder.is_dir():
             raise FileNotFoundError(f"folder must be a checkpoint's folder, got {folder}, which is no folder")
         path = existing(folder / "config.json")
-        config = cls.read_config(read_json(path), path)
+        config = cls._read_config(read_json(path), path)
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, folder, cls.names(config))
+        load_weights(model, folder, cls._names(config))
         return model.to(device=device, dtype=dtype).eval()
 
     @classmethod
-    def read_config(cls, values: dict[str, Any], path: Path) -> Any:
+    def _read_config(cls, values: dict[str, Any], path: Path) -> Any:
         """Returns the configuration that a ``config.json`` describes.
 
         Args:
@@ -116,11 +116,11 @@ class Model(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def names(cls, config: Any) -> Names:
+    def _names(cls, config: Any) -> Names:
         """Returns how a checkpoint names the tensors of a model with this configuration."""
         raise NotImplementedError
 
-    def set_constants(self) -> None:
+    def _set_constants(self) -> None:
         """Gives the parameters that have a fixed first value this value."""
 
 
