@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -28,8 +29,8 @@ _GRACE = 15.0  # seconds beyond its time, for a part to notice
 _ROW_SECONDS = 10.0  # of a benchmark
 
 Result = dict[str, Any]
-"""What a part found: "summary" and "lines" for people; "problems", each a failure; "left_out" for want of time;
-"targets", each with "what", "than", "least" or "most", and "found"; and figures of its own."""
+"""What a part found: "summary" and "lines" for people; "problems", each a failure; "left_out" for want of time; "rows"
+with their "targets", as result files of `mmkernels bench` have them; and figures of its own."""
 
 
 class Turn(NamedTuple):
@@ -39,16 +40,15 @@ class Turn(NamedTuple):
     folder: Path
     device: str = "cuda"
 
-    def shorter(self, seconds: float) -> Turn:
-        return self._replace(seconds=max(0.0, seconds))
-
 
 @dataclass(frozen=True)
 class Part:
-    """Args:
-    name: what PART= takes.
-    about: for people.
-    seconds: its share of the time; what it does not use goes to the parts after it.
+    """A part of the run.
+
+    Args:
+        name: what PART= takes.
+        about: for people.
+        seconds: its share of the time; what it does not use goes to the parts after it.
     """
 
     name: str
@@ -95,9 +95,9 @@ def build(turn: Turn) -> Result:
 
 
 def describe(turn: Turn) -> Result:
-    names = "describe_machine, device_name, device_slug"
-    machine = "{'device': device_name(d), 'slug': device_slug(d), 'machine': describe_machine(d)}"
-    return _evaluate(turn, f"from mmkernels.machine import {names}; d = {turn.device!r}", machine)
+    d = repr(turn.device)
+    found = f"{{'device': m.device_name({d}), 'slug': m.device_slug({d}), 'machine': m.describe_machine({d})}}"
+    return _evaluate(turn, "import mmkernels.machine as m", found)
 
 
 def measure_ceilings(turn: Turn) -> Result:
@@ -143,58 +143,49 @@ def measure_op(op: str, *options: str) -> Callable[[Turn], Result]:
         end = time.monotonic() + turn.seconds
         if turn.device != "cpu" and _workers():
             bench = [str(FOLDER / f"bench_{op}.py"), "--dtypes", "bf16", "--device", turn.device, "--compile-only"]
-            run_pytest([*bench, *_workers()], turn.shorter(_COMPILING * turn.seconds))
-        command = [sys.executable, "-m", "mmkernels.cli", "bench", op, "--dtype", "bf16", "--device", turn.device]
-        command += ["--out", str(turn.folder), *options]
-        code, cases = _limited(command, turn.shorter(end - time.monotonic()))
+            run_pytest([*bench, *_workers()], turn._replace(seconds=_COMPILING * turn.seconds))
+        command = _mmkernels("bench", op, "--dtype", "bf16", "--device", turn.device, "--out", str(turn.folder))
+        code, cases = _limited([*command, *options], turn._replace(seconds=max(0.0, end - time.monotonic())))
         report = turn.folder / f"{op}.json"
-        entries = json.loads(report.read_text())["benchmarks"] if report.exists() and report.stat().st_size else []
+        entries = json.loads(report.read_text())["benchmarks"] if report.exists() else []
         rows = [entry["extra_info"] for entry in entries]
-        targets = [
-            {"what": f"{row['configuration']}, {row['pass']}", **target} for row in rows for target in row["targets"]
-        ]
-        found = {"summary": f"{len(rows)} rows", "lines": list(map(_line, rows)), "rows": rows, "targets": targets}
-        return found | _verdicts(op, code, cases)
+        return {"summary": f"{len(rows)} rows", "lines": _lines(rows), "rows": rows} | _verdicts(op, code, cases)
 
     return run
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    """Such as "media, fwd: 0.350 ms, 420 TFLOP/s; sdpa 12.1x flex 1.4x"."""
-    backward = "backward_flops_per_second" in row
-    rate = row["backward_flops_per_second" if backward else "flops_per_second"]
-    speed = f"{rate / 1e12:,.0f} TFLOP/s{' backward' if backward else ''}"
-    if row["share_of_compute_peak"] <= row["share_of_bandwidth_peak"]:
-        speed = f"{row['bytes_per_second'] / 1e12:.2f} TB/s"
-    ratios = [f"{name} {peer['ratio']:.1f}x" for name, peer in row["peers"].items() if "ratio" in peer]
-    passes = row["pass"].replace("forward + backward", "fwd+bwd").replace("forward", "fwd")
-    return f"{row['configuration']}, {passes}: {row['seconds'] * 1e3:.3f} ms, {speed}; {' '.join(ratios)}"
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    from mmkernels.bench.tables import line
+
+    return [f"{row['configuration']}, {row['pass']}: {line(row)}" for row in rows]
 
 
 def flamingo(turn: Turn, size: str = "base", tokens: str = "64,1024", text_length: int = 2048,
              dtype: str = "bf16") -> Result:  # fmt: skip
     """Prefill and a training step with 5 images: with the size's own 64 visual tokens an image, and with 1,024."""
-    command = [sys.executable, "-m", "mmkernels.cli", "profile", "flamingo", "--size", size, "--tokens", tokens]
-    command += ["--images", "5", "--text-length", str(text_length), "--dtype", dtype, "--device", turn.device]
-    code = run_command([*command, "--train", "--out", str(turn.folder)], turn.seconds + _GRACE)
+    command = _mmkernels("profile", "flamingo", "--size", size, "--tokens", tokens, "--images", "5", "--train")
+    command += ["--text-length", str(text_length), "--dtype", dtype, "--device", turn.device]
+    code = run_command([*command, "--out", str(turn.folder)], turn.seconds + _GRACE)
     path = turn.folder / "profile.json"
     if not path.exists():
         return {"problems": _ended("flamingo", code)}
     report = json.loads(path.read_text())
     naive = {cell["tokens_per_image"]: cell for cell in report["cells"] if cell["backend"] == "reference"}
-    targets, lines = [], []
+    fused = [cell for cell in report["cells"] if cell["backend"] == "fused"]
     stages = (("prefill", "prefill", "peak_memory_bytes"), ("train_step", "training step", "train_peak_memory_bytes"))
-    for cell in report["cells"]:
-        count = cell["tokens_per_image"]
-        for stage, title, memory in stages if cell["backend"] == "fused" else ():
-            what, bound = f"Flamingo {size}, 5 x {count} visual tokens, {title}", cell["amdahl"].get(stage)
-            ours, other = cell[memory], naive[count][memory]
-            ratio = other / ours if ours and other else None
-            targets.append({"what": what, "than": "cap", "least": 0.85, "found": bound and bound["share_of_cap"]})
-            targets.append({"what": f"{what}, memory", "than": "naive", "least": 3.0, "found": ratio})
-            if bound:
-                lines.append(f"{what}: {bound['speedup']:.2f}x of at most {bound['cap']:.2f}x")
-    found = {"summary": f"{len(report['cells'])} cells", "lines": lines, "targets": targets, "profile": report}
+    rows, lines = [], []
+    for cell, (stage, title, memory) in itertools.product(fused, stages):
+        what, bound = f"Flamingo {size}, 5 x {cell['tokens_per_image']} visual tokens", cell["amdahl"].get(stage)
+        ours, theirs = cell[memory], naive[cell["tokens_per_image"]][memory]
+        ratio = theirs / ours if ours and theirs else None
+        targets = [
+            {"than": "cap", "unit": "share", "least": 0.85, "found": bound and bound["share_of_cap"]},
+            {"than": "memory of naive", "unit": "ratio", "least": 3.0, "found": ratio},
+        ]
+        rows.append({"configuration": what, "dtype": dtype, "pass": title, "targets": targets})
+        if bound:
+            lines.append(f"{what}, {title}: {bound['speedup']:.2f}x of at most {bound['cap']:.2f}x")
+    found = {"summary": f"{len(report['cells'])} cells", "lines": lines, "rows": rows, "profile": report}
     return found | {"problems": _ended("flamingo", code)}
 
 
@@ -205,6 +196,10 @@ def measure_kernels(turn: Turn) -> Result:
 
 
 # Running commands.
+
+
+def _mmkernels(*words: str) -> list[str]:
+    return [sys.executable, "-m", "mmkernels.cli", *words]
 
 
 def run_command(command: Sequence[str], seconds: float, **environment: str) -> int | None:
