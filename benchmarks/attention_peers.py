@@ -156,16 +156,13 @@ def _query_key_value(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return inputs["query"], inputs["key"], inputs["value"]
 
 
-PEERS = (Peer("sdpa", sdpa), Peer("flex", flex, slow=True), Peer("loop", loop_over_images))
-GPU_PEERS = (
-    Peer("cudnn", sdpa_by(SDPBackend.CUDNN_ATTENTION)),
-    Peer("flash", sdpa_by(SDPBackend.FLASH_ATTENTION)),
-    Peer("efficient", sdpa_by(SDPBackend.EFFICIENT_ATTENTION)),
-    Peer("flash-attn", flash_attn),
-    Peer("triton", ours_by_triton),
+PEERS = (
+    Peer("sdpa", sdpa),
+    Peer("flex", flex, slow=True),
+    Peer("loop", loop_over_images),
+    Peer("cudnn", sdpa_by(SDPBackend.CUDNN_ATTENTION), device="cuda"),
+    Peer("flash", sdpa_by(SDPBackend.FLASH_ATTENTION), device="cuda"),
+    Peer("efficient", sdpa_by(SDPBackend.EFFICIENT_ATTENTION), device="cuda"),
+    Peer("flash-attn", flash_attn, device="cuda"),
+    Peer("triton", ours_by_triton, device="cuda"),
 )
-
-
-def peers(device: str) -> tuple[Peer, ...]:
-    """Returns the peers for this kind of device."""
-    return PEERS + GPU_PEERS if torch.device(device).type == "cuda" else PEERS

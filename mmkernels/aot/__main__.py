@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from mmkernels.aot import cache, cuda
 from mmkernels.aot.resources import Row, Usage
 from mmkernels.plan import SHARED_BYTES, TARGETS
+from mmkernels.report import console, table
 from mmkernels.runtime import tuning
 
 QUICK = ("sm_90", "gfx942")
@@ -23,6 +24,7 @@ QUICK = ("sm_90", "gfx942")
 the most (another compiler back end, no copy engine) and has the least shared memory. The choice does not rotate: a
 failure comes again, and a second run compiles nothing."""
 
+_WIDTH = 190  # columns of the table
 _LAST = "last"  # the cached rows of the last run
 
 
@@ -145,17 +147,18 @@ def _difference(before: Sequence[int], now: Sequence[int]) -> str:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Print a line for each kernel and variant, with its `Usage` by target."""
-    columns = sorted({row.target for row in rows}, key=lambda name: (len(name.rstrip("a")), name))
+    """Prints a line for each kernel and variant, with its `Usage` by target."""
+    targets = sorted({row.target for row in rows}, key=lambda name: (len(name.rstrip("a")), name))
     for op in dict.fromkeys(row.op for row in rows):
-        cells: dict[tuple[str, ...], dict[str, str]] = {}
+        usages: dict[tuple[str, ...], dict[str, str]] = {}
         for (_, kernel, variant, target, number), row in _numbered([row for row in rows if row.op == op]):
-            cells.setdefault((kernel, variant, number), {})[target] = str(row.usage)
-        title = f"{op}: registers/spilled bytes/KiB shared/KiB code"
-        print(f"\n{title:70}" + "".join(f"{target:>18}" for target in columns))
-        for (kernel, variant, _), by_target in cells.items():
-            print(f"{kernel:34}{variant:36}" + "".join(f"{by_target.get(target, '-'):>18}" for target in columns))
-    print()
+            usages.setdefault((kernel, variant, number), {})[target] = str(row.usage)
+        cells = [
+            [kernel, variant, *(usage.get(target, "-") for target in targets)]
+            for (kernel, variant, _), usage in usages.items()
+        ]
+        print(f"{op}: registers/spilled bytes/KiB shared/KiB code")
+        console(_WIDTH).print(table(cells, ["kernel", "variant", *targets], texts=2))
 
 
 if __name__ == "__main__":

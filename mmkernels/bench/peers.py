@@ -31,11 +31,13 @@ class Peer:
             time. What a user does once for many calls, such as building a mask or compiling, is done here, untimed.
             Raises `CantRunError`.
         slow: it takes many seconds to prepare or to run: left out of quick rows.
+        device: the only type of device that it is measured on; "": any.
     """
 
     name: str
     prepare: Callable[[Inputs], Call]
     slow: bool = False
+    device: str = ""
 
 
 def memory_of(device: torch.device) -> int:
