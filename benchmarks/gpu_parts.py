@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ _COMPILING = 0.4  # of an op's time, after which it compiles no more beforehand
 _WIND_UP = 0.9  # of a part's time, after which no test begins in it
 _GRACE = 15.0  # seconds beyond its time, for a part to notice
 _ROW_SECONDS = 10.0  # of a benchmark
+_NOTHING_COLLECTED = 5  # pytest's exit code
 
 Result = dict[str, Any]
 """What a part found: "summary" and "lines" for people; "problems", each a failure; "left_out" for want of time; "rows"
@@ -61,14 +63,16 @@ def all_parts() -> list[Part]:
     """Returns the parts in the order in which they run; an op's bench file is a part."""
     benches = (path.stem.removeprefix("bench_") for path in sorted(FOLDER.glob("bench_*.py")))
     ops = {op: _bench_seconds(op) for op in benches if list(ROOT.glob(f"mmkernels/ops/*/{op}/spec.py"))}
+    checks = [str(FOLDER / "gpu_checks.py"), "--noconftest", "-k"]
+    nan, host = run_tests(*checks, "test_attention", *_workers()), run_tests(*checks, "test_host_time")
     return [
         Part("build", "the extensions, in place, against the torch that is there", 50, build),
         Part("ceilings", "what the GPU gives at best: copy, bfloat16 matrix product", 12, measure_ceilings),
-        Part("tests", "every test marked gpu", 90, run_tests),
-        Part("nan", "forward and backward on lengths with L % 128 == 64, every kind of mask", 35, check_nan),
+        Part("tests", "every test marked gpu", 90, run_tests("tests", "-m", "gpu", *_workers())),
+        Part("nan", "forward and backward on lengths with L % 128 == 64, every kind of mask", 35, nan),
         *(Part(op, f"mmkernels bench {op}", ops[op], measure_op(op)) for op in sorted(ops, key=lambda op: -ops[op])),
         Part("flamingo", "Flamingo base, 5 images: prefill and training step beside the Amdahl cap", 40, flamingo),
-        Part("host", "CPU time of a call, eager and compiled, beside SDPA and FlexAttention", 35, measure_host),
+        Part("host", "CPU time of a call, eager and compiled, beside SDPA and FlexAttention", 35, host),
         Part("ncu", "occupancy and tensor-pipe use of each tuned kernel, by Nsight Compute", 25, measure_kernels),
     ]
 
@@ -83,57 +87,57 @@ def _bench_seconds(op: str) -> float:
     return _ROW_SECONDS * max(1, rows)
 
 
+def _workers() -> list[str]:
+    """Returns pytest's options for several processes: what takes long is compiling, on one core each."""
+    return ["-n", str(_PROCESSES)] if importlib.util.find_spec("xdist") else []
+
+
 # The parts.
 
 
 def build(turn: Turn) -> Result:
-    code = run_command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], turn.seconds + _GRACE)
+    _, verdicts = run_python(turn, "setup.py", "-q", "build_ext", "--inplace")
     package = ROOT / "mmkernels"
     reasons = [f"{path.stem}: {path.read_text().strip()}" for path in sorted(package.glob("*_why_not.txt"))]
     built = sorted(path.name.partition(".")[0] for path in package.glob("*.so"))
-    return {"summary": ", ".join(built) or "nothing built", "lines": reasons, "problems": _ended("build", code)}
+    return {"summary": ", ".join(built) or "nothing built", "lines": reasons} | verdicts
 
 
 def describe(turn: Turn) -> Result:
     d = repr(turn.device)
-    found = f"{{'device': m.device_name({d}), 'slug': m.device_slug({d}), 'machine': m.describe_machine({d})}}"
-    return _evaluate(turn, "import mmkernels.machine as m", found)
+    return _evaluate(turn, f"dict(device=m.device_name({d}), slug=m.device_slug({d}), machine=m.describe_machine({d}))")
 
 
 def measure_ceilings(turn: Turn) -> Result:
-    rates = _evaluate(turn, "from mmkernels.machine import ceilings", f"ceilings({turn.device!r}, ('bf16',))")
+    rates = _evaluate(turn, f"m.ceilings({turn.device!r}, ['bf16'])")
     if "problems" in rates:
         return rates
     copy, matmul = rates["copy_bytes_per_second"] / 1e12, rates["bf16_flops_per_second"] / 1e12
     return {"summary": f"copy {copy:.2f} TB/s, bf16 matmul {matmul:,.1f} TFLOP/s", "ceilings": rates}
 
 
-def run_tests(turn: Turn) -> Result:
-    code, cases = run_pytest(["tests", "-m", "gpu", *_workers()], turn)
-    passed, skipped = (sum(case["state"] == state for case in cases) for state in ("passed", "skipped"))
-    return {"summary": f"{passed} passed, {skipped} skipped", "tests": len(cases)} | _verdicts("tests", code, cases)
+def _evaluate(turn: Turn, expression: str) -> Result:
+    """Returns what an expression says about `mmkernels.machine`, called m."""
+    out = turn.folder / "value.json"
+    code = f"import json, pathlib, mmkernels.machine as m; text = json.dumps({expression})"
+    _, verdicts = run_python(turn, "-c", f"{code}; pathlib.Path({str(out)!r}).write_text(text)")
+    return dict(json.loads(out.read_text())) if out.exists() else verdicts
 
 
-def check_nan(turn: Turn) -> Result:
-    code, cases = _checks("test_attention", turn, _workers())
-    found = {"checks": len(cases), "summary": f"{len(cases)} calls, forward and backward"}
-    return found | _verdicts("nan", code, cases)
+def run_tests(*words: str) -> Callable[[Turn], Result]:
+    """Returns the part that runs tests; a test may record a "line" for people and a "row" of figures."""
 
+    def run(turn: Turn) -> Result:
+        cases, verdicts = run_python(turn, *PYTEST, *words)
+        states = Counter(case["state"] for case in cases)
+        found = {"summary": ", ".join(f"{count} {state}" for state, count in states.items()), "tests": len(cases)}
+        recorded = [case for case in cases if "row" in case]
+        if recorded:
+            rows = [json.loads(case["row"]) for case in recorded]
+            found |= {"lines": [case["line"] for case in recorded], "figures": rows}
+        return found | verdicts
 
-def measure_host(turn: Turn) -> Result:
-    code, cases = _checks("test_host_time", turn)
-    rows = [json.loads(case["row"]) for case in cases if "row" in case]
-    lines = [
-        f"{row['size']}, {row['mode']}: "
-        + ", ".join(f"{name} {value:.0f} us" for name, value in row["microseconds"].items())
-        for row in rows
-    ]
-    found = {"summary": "CPU time of one call (flex is compiled in every mode)", "lines": lines, "host": rows}
-    return found | _verdicts("host", code, cases)
-
-
-def _checks(name: str, turn: Turn, options: Sequence[str] = ()) -> tuple[int | None, list[dict[str, str]]]:
-    return run_pytest([str(FOLDER / "gpu_checks.py"), "--noconftest", "-k", name, *options], turn)
+    return run
 
 
 def measure_op(op: str, *options: str) -> Callable[[Turn], Result]:
@@ -143,13 +147,14 @@ def measure_op(op: str, *options: str) -> Callable[[Turn], Result]:
         end = time.monotonic() + turn.seconds
         if turn.device != "cpu" and _workers():
             bench = [str(FOLDER / f"bench_{op}.py"), "--dtypes", "bf16", "--device", turn.device, "--compile-only"]
-            run_pytest([*bench, *_workers()], turn._replace(seconds=_COMPILING * turn.seconds))
-        command = _mmkernels("bench", op, "--dtype", "bf16", "--device", turn.device, "--out", str(turn.folder))
-        code, cases = _limited([*command, *options], turn._replace(seconds=max(0.0, end - time.monotonic())))
+            run_python(turn._replace(seconds=_COMPILING * turn.seconds), *PYTEST, *bench, *_workers())
+        command = [*MMKERNELS, "bench", op, "--dtype", "bf16", "--device", turn.device, "--out", str(turn.folder)]
+        left = turn._replace(seconds=max(0.0, end - time.monotonic()))
+        _, verdicts = run_python(left, *command, *options)
         report = turn.folder / f"{op}.json"
         entries = json.loads(report.read_text())["benchmarks"] if report.exists() else []
         rows = [entry["extra_info"] for entry in entries]
-        return {"summary": f"{len(rows)} rows", "lines": _lines(rows), "rows": rows} | _verdicts(op, code, cases)
+        return {"summary": f"{len(rows)} rows", "lines": _lines(rows), "rows": rows} | verdicts
 
     return run
 
@@ -157,18 +162,18 @@ def measure_op(op: str, *options: str) -> Callable[[Turn], Result]:
 def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     from mmkernels.bench.tables import line
 
-    return [f"{row['configuration']}, {row['pass']}: {line(row)}" for row in rows]
+    return [f"{row['configuration']}, {row['pass']}: {line(dict(row))}" for row in rows]
 
 
 def flamingo(turn: Turn, size: str = "base", tokens: str = "64,1024", text_length: int = 2048,
              dtype: str = "bf16") -> Result:  # fmt: skip
     """Prefill and a training step with 5 images: with the size's own 64 visual tokens an image, and with 1,024."""
-    command = _mmkernels("profile", "flamingo", "--size", size, "--tokens", tokens, "--images", "5", "--train")
+    command = [*MMKERNELS, "profile", "flamingo", "--size", size, "--tokens", tokens, "--images", "5", "--train"]
     command += ["--text-length", str(text_length), "--dtype", dtype, "--device", turn.device]
-    code = run_command([*command, "--out", str(turn.folder)], turn.seconds + _GRACE)
+    _, verdicts = run_python(turn, *command, "--out", str(turn.folder))
     path = turn.folder / "profile.json"
     if not path.exists():
-        return {"problems": _ended("flamingo", code)}
+        return verdicts
     report = json.loads(path.read_text())
     naive = {cell["tokens_per_image"]: cell for cell in report["cells"] if cell["backend"] == "reference"}
     fused = [cell for cell in report["cells"] if cell["backend"] == "fused"]
@@ -186,7 +191,7 @@ def flamingo(turn: Turn, size: str = "base", tokens: str = "64,1024", text_lengt
         if bound:
             lines.append(f"{what}, {title}: {bound['speedup']:.2f}x of at most {bound['cap']:.2f}x")
     found = {"summary": f"{len(report['cells'])} cells", "lines": lines, "rows": rows, "profile": report}
-    return found | {"problems": _ended("flamingo", code)}
+    return found | verdicts
 
 
 def measure_kernels(turn: Turn) -> Result:
@@ -197,9 +202,8 @@ def measure_kernels(turn: Turn) -> Result:
 
 # Running commands.
 
-
-def _mmkernels(*words: str) -> list[str]:
-    return [sys.executable, "-m", "mmkernels.cli", *words]
+MMKERNELS = ("-m", "mmkernels.cli")
+PYTEST = ("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:warnings")
 
 
 def run_command(command: Sequence[str], seconds: float, **environment: str) -> int | None:
@@ -216,55 +220,29 @@ def run_command(command: Sequence[str], seconds: float, **environment: str) -> i
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_pytest(arguments: Sequence[str], turn: Turn) -> tuple[int | None, list[dict[str, str]]]:
-    """Returns pytest's exit code, and of each test its name, state, message and what it recorded."""
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:warnings"]
-    return _limited([*command, *arguments], turn)
+def run_python(turn: Turn, *words: str) -> tuple[list[dict[str, str]], Result]:
+    """Runs Python with these arguments for a part. Where it runs pytest, no test begins when the time is nearly over.
 
-
-def _limited(command: Sequence[str], turn: Turn) -> tuple[int | None, list[dict[str, str]]]:
-    """Runs a command that runs pytest, in which no test begins when the part's time is nearly over."""
+    Returns:
+        Of each test its name, state, message and what it recorded; and the part's "problems" and "left_out".
+    """
     junit = turn.folder / "junit.xml"
     junit.unlink(missing_ok=True)
     options = ["-p", "time_limit", "--seconds", f"{_WIND_UP * turn.seconds:.1f}", f"--junitxml={junit}"]
-    code = run_command(command, turn.seconds + _GRACE, PYTEST_ADDOPTS=shlex.join(options))
-    root = ElementTree.parse(junit).getroot() if junit.exists() else ElementTree.Element("none")
-    cases = []
-    for case in root.iter("testcase"):
-        found = {"name": case.get("name", "?"), "state": "passed", "message": ""}
-        for child in case:
-            if child.tag in ("failure", "error", "skipped"):
-                found["state"] = "skipped" if child.tag == "skipped" else "failed"
-                found["message"] = child.get("message") or ""
-        found |= {entry.get("name", "?"): entry.get("value", "") for entry in case.iter("property")}
-        cases.append(found)
-    return code, cases
-
-
-def _evaluate(turn: Turn, before: str, expression: str) -> Result:
-    """Returns the value of a Python expression in a process of its own."""
-    out = turn.folder / "value.json"
-    code = f"import json, pathlib; {before}; pathlib.Path({str(out)!r}).write_text(json.dumps({expression}))"
-    ended = run_command([sys.executable, "-c", code], turn.seconds + _GRACE)
-    found: Result = json.loads(out.read_text()) if out.exists() else {"problems": _ended(expression, ended)}
-    return found
-
-
-def _workers() -> list[str]:
-    """Returns pytest's options for several processes: what takes long is compiling, on one core each."""
-    return ["-n", str(_PROCESSES)] if importlib.util.find_spec("xdist") else []
-
-
-def _verdicts(part: str, code: int | None, cases: Sequence[Mapping[str, str]]) -> Result:
-    problems = [
-        f"{case['name']}: {next(iter(case['message'].splitlines()), '')}" for case in cases if case["state"] == "failed"
-    ]
+    code = run_command([sys.executable, *words], turn.seconds + _GRACE, PYTEST_ADDOPTS=shlex.join(options))
+    cases = [_case(case) for case in ElementTree.parse(junit).iter("testcase")] if junit.exists() else []
+    problems = [f"{x['name']}: {(x['message'].splitlines() or [''])[0]}" for x in cases if x["state"] == "failed"]
     left_out = [case["name"] for case in cases if LEFT_OUT in case["message"]]
-    nothing_to_do = code == 5 or left_out  # 5: pytest collected nothing
-    return {"problems": problems or ([] if nothing_to_do else _ended(part, code)), "left_out": left_out}
+    if not problems and not left_out and code not in (0, _NOTHING_COLLECTED):
+        ended = "took too long, and was ended" if code is None else f"ended with exit code {code}, see above"
+        problems = [ended]
+    return cases, {"problems": problems, "left_out": left_out}
 
 
-def _ended(part: str, code: int | None) -> list[str]:
-    if code is None:
-        return [f"{part}: took too long, and was ended"]
-    return [f"{part}: ended with exit code {code}, see above"] if code else []
+def _case(case: ElementTree.Element) -> dict[str, str]:
+    found = {"name": case.get("name", "?"), "state": "passed", "message": ""}
+    for child in case:
+        if child.tag in ("failure", "error", "skipped"):
+            found["state"] = "skipped" if child.tag == "skipped" else "failed"
+            found["message"] = child.get("message") or ""
+    return found | {entry.get("name", "?"): entry.get("value", "") for entry in case.iter("property")}

@@ -1,7 +1,6 @@
 """`make gpu` as far as it goes without a GPU: plan, time, results, and each part on the CPU at tiny sizes."""
 
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -127,17 +126,18 @@ def test_checks_without_time_are_a_failure(name: str, tmp_path: Path) -> None:
     assert ended({name: {"left_out": ["a test"]}}, [name], tmp_path).code == 1
 
 
-def test_a_command_that_hangs_is_ended() -> None:
+def test_a_command_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_parts, "_GRACE", 0.0)
     begin = time.monotonic()
-    code = gpu_parts.run_command([sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
-    assert code is None and time.monotonic() - begin < 30
-    assert gpu_parts._verdicts("nan", None, []) == {"problems": ["nan: took too long, and was ended"], "left_out": []}
+    _, verdicts = gpu_parts.run_python(turn(tmp_path, 0.5), "-c", "import time; time.sleep(60)")
+    assert verdicts == {"problems": ["took too long, and was ended"], "left_out": []}
+    assert time.monotonic() - begin < 30
 
 
 def test_a_command_that_crashes_is_a_problem(tmp_path: Path) -> None:
-    found = gpu_parts._evaluate(turn(tmp_path), "import os", "os.abort()")
-    (problem,) = found["problems"]
-    assert "ended with exit code -6" in problem
+    assert gpu_parts._evaluate(turn(tmp_path), "__import__('os').abort()")["problems"] == [
+        "ended with exit code -6, see above"
+    ]
 
 
 def test_pytest_s_verdicts(tmp_path: Path) -> None:
@@ -145,17 +145,19 @@ def test_pytest_s_verdicts(tmp_path: Path) -> None:
     file = tmp_path / "check_it.py"
     file.write_text(
         "import time\n"
-        "def test_right(record_property): record_property('row', '[1]')\n"
+        "def test_right(record_property): record_property('row', '[1]'), record_property('line', 'one')\n"
         "def test_wrong(): assert 1 == 2, 'not so'\n"
         "def test_slow(): time.sleep(2)\n"
         "def test_late(): pass\n"
     )
-    code, cases = gpu_parts.run_pytest([str(file), "--noconftest"], turn(tmp_path, 1.5))
-    states = {case["name"]: case["state"] for case in cases}
-    assert states == {"test_right": "passed", "test_wrong": "failed", "test_slow": "passed", "test_late": "skipped"}
-    assert cases[0]["row"] == "[1]"
-    verdicts = gpu_parts._verdicts("tests", code, cases)
-    assert verdicts == {"problems": ["test_wrong: AssertionError: not so"], "left_out": ["test_late"]}
+    assert gpu_parts.run_tests(str(file), "--noconftest")(turn(tmp_path, 1.5)) == {
+        "summary": "2 passed, 1 failed, 1 skipped",
+        "tests": 4,
+        "lines": ["one"],
+        "figures": [[1]],
+        "problems": ["test_wrong: AssertionError: not so"],
+        "left_out": ["test_late"],
+    }
 
 
 # The parts themselves, on the CPU.
@@ -183,9 +185,10 @@ def test_attention_checks_see_what_is_wrong(
 
 @no_gpu
 def test_checks_are_run_by_pytest(tmp_path: Path) -> None:
-    code, cases = gpu_parts._checks("test_host_time and eager and 16x64 and not backward", turn(tmp_path))
-    assert code == 1 and [case["state"] for case in cases] == ["failed"]  # as there is no GPU
-    assert [case["name"] for case in cases] == ["test_host_time[B1 H4 16x64 D64-eager]"]
+    name = "test_host_time and eager and 16x64 and not backward"
+    found = gpu_parts.run_tests(str(gpu_parts.FOLDER / "gpu_checks.py"), "--noconftest", "-k", name)(turn(tmp_path))
+    assert found["summary"] == "1 failed"  # as there is no GPU
+    assert found["problems"][0].startswith("test_host_time[B1 H4 16x64 D64-eager]: ")
 
 
 def test_host_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.bench.first_run import FirstRun
-from mmkernels.bench.gate import Gate, draw_cotangents, flat, with_gradients
+from mmkernels.bench.gate import Gate, draw_cotangents, draw_inputs, flat, with_gradients
 from mmkernels.bench.peers import MOST_MEMORY, Call, CantRunError, Peer, check_room, first_line, memory_of
 from mmkernels.bench.rounds import Peaks, alternate
 from mmkernels.bench.rows import Row, kind
@@ -120,10 +120,7 @@ class _Problem:
     def __init__(self, row: Row) -> None:
         self.row, self.device = row, torch.device(row.device)
         _make_room(self.device)
-        with self.device:
-            drawn = row.config.make(torch.Generator(self.device).manual_seed(0))
-        inputs = cast(drawn, DTYPES[row.dtype], self.device, row.spec.always_wide)
-        self.inputs = {name: x.detach().requires_grad_() if name in row.grads else x for name, x in inputs.items()}
+        self.inputs = draw_inputs(row.spec, row.config.make, DTYPES[row.dtype], self.device, row.grads)
         self.leaves = [self.inputs[name] for name in row.grads]
         self.ours: Call = partial(row.spec.function, **self.inputs)
         flops = row.spec.cost(self.inputs, row.backward).flops

@@ -98,6 +98,20 @@ class Gate:
         return worst
 
 
+def draw_inputs(
+    spec: OpSpec,
+    make: Callable[[torch.Generator], Inputs],
+    dtype: torch.dtype,
+    device: torch.device,
+    grads: Sequence[str],
+) -> Inputs:
+    """Returns the op's arguments, the same at each call; those to differentiate by are leaves."""
+    with device:
+        drawn = make(torch.Generator(device).manual_seed(0))
+    inputs = cast(drawn, dtype, device, spec.always_wide)
+    return {name: x.detach().requires_grad_() if name in grads else x for name, x in inputs.items()}
+
+
 def with_gradients(call: Call, leaves: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Call:
     """Returns `call`, or `call` and the gradients by `leaves`, if there are any."""
     if not leaves:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -55,6 +56,26 @@ def check_room(least: float, device: torch.device | str) -> None:
     device = torch.device(device)
     if device.type == "cpu" and least > MOST_MEMORY * memory_of(device):
         raise CantRunError(f"would take {least / 1e9:.0f} GB or more of {memory_of(device) / 1e9:.0f} GB: left out")
+
+
+def compiled(function: Callable[..., Any], *args: Any, **options: Any) -> Call:
+    """Returns the call of a function by ``torch.compile``, compiled for these arguments.
+
+    Raises:
+        CantRunError: it does not compile here.
+    """
+    try:
+        call = partial(_compile(function), *args, **options)
+        call()
+    except Exception as error:  # of any kind: no compiler, no support for a dtype or a shape
+        raise CantRunError(f"does not compile here: {type(error).__name__}: {first_line(error)}") from error
+    return call
+
+
+@cache
+def _compile(function: Callable[..., Any]) -> Any:
+    torch._dynamo.config.recompile_limit = 256  # one for each configuration and dtype
+    return torch.compile(function, dynamic=False)
 
 
 def first_line(error: Exception) -> str:

@@ -230,22 +230,23 @@ class _Point:
         return True
 
     def _amdahl(self, cell: Cell, removed_seconds: Mapping[str, float]) -> dict[str, dict[str, float]]:
-        """Returns by stage the speed-up over the reference, its cap with the ops removed, and the share reached."""
+        """Returns `amdahl` by stage."""
         naive = self.cells.get("reference")
-        if naive is None or naive["failed"] or cell is naive or cell["failed"]:
+        if naive is None or cell is naive:
             return {}
-        bounds = {}
-        for name, gone in removed_seconds.items():
-            if name not in naive["seconds"] or name not in cell["seconds"]:
-                continue
-            reference, seconds = naive["seconds"][name], cell["seconds"][name]
-            bounds[name] = {
-                "removed_seconds": gone,
-                "speedup": reference / seconds,
-                "cap": reference / gone,
-                "share_of_cap": gone / seconds,
-            }
-        return bounds
+        before, after = naive["seconds"], cell["seconds"]  # empty where it has failed
+        timed = (name for name in removed_seconds if name in before and name in after)
+        return {name: amdahl(before[name], after[name], removed_seconds[name]) for name in timed}
+
+
+def amdahl(reference: float, seconds: float, removed: float) -> dict[str, float]:
+    """Returns the speed-up over the reference, its cap with the ops removed, and the share of the cap reached."""
+    return {
+        "removed_seconds": removed,
+        "speedup": reference / seconds,
+        "cap": reference / removed,
+        "share_of_cap": removed / seconds,
+    }
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
