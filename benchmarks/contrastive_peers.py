@@ -138,7 +138,7 @@ def argsort(inputs: Inputs) -> Call:
 
 
 def blocks(inputs: Inputs) -> Call:
-    """Counts the scores above the target's, for some queries at a time, as a careful user would write it.
+    """Counts the scores above the target's, for some queries at a time, as a user would write it to save memory.
 
     Ties are ignored, which the op counts.
     """

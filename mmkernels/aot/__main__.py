@@ -7,7 +7,6 @@ allows. Prints what changed since the last run, which ``build/aot`` keeps.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = list(entries(targets))
     if options.frontend:
         count = translate_entries(wanted)
-        print(f"Triton {triton_version()} accepts {len(wanted)} kernels ({count} not seen before){_since(begin)}")
+        print(f"Triton {triton_version()} accepts {len(wanted)} kernels ({count} for the first time){_since(begin)}")
         return 0
     compilers = versions()
     print(", ".join(f"{name} {version}" for name, version in compilers.items()))
@@ -72,8 +71,7 @@ def versions() -> dict[str, str]:
     found = {"triton": triton_version()}
     reason = cuda.why_not()
     if reason is None:
-        output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-        found["nvcc"] = output.partition("release ")[2].partition(",")[0]
+        found["nvcc"] = cuda.nvcc_version().partition("release ")[2].partition(",")[0]
     else:
         print(f"skipped: the CUDA C++ kernels are not compiled: {reason}")
     return found
@@ -133,11 +131,11 @@ def changes(rows: Sequence[Row], compilers: dict[str, str]) -> list[str]:
 
 def _numbered(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, ...], Row]]:
     """Each row with a name that no other has: a variant may launch one kernel with several signatures."""
-    seen: Counter[tuple[str, ...]] = Counter()
+    numbers: Counter[tuple[str, ...]] = Counter()
     for row in rows:
         name = (row.op, row.kernel, row.variant, row.target)
-        seen[name] += 1
-        yield (*name, str(seen[name])), row
+        numbers[name] += 1
+        yield (*name, str(numbers[name])), row
 
 
 def _difference(before: Sequence[int], now: Sequence[int]) -> str:

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from mmkernels.bench.first_run import FirstRun
 from mmkernels.bench.gate import Gate, draw_cotangents, draw_inputs, flat, with_gradients
-from mmkernels.bench.peers import MOST_MEMORY, Call, CantRunError, Peer, check_room, first_line, memory_of
+from mmkernels.bench.peers import MOST_MEMORY, Call, CantRunError, Peer, check_room, first_line
 from mmkernels.bench.rounds import Peaks, alternate
 from mmkernels.bench.rows import Row, kind
-from mmkernels.machine import matmul_rate
+from mmkernels.machine import matmul_rate, memory_of
 from mmkernels.meters import memory_why_not
 from mmkernels.options import DTYPES
 from mmkernels.spec import Inputs, OpSpec, cast

@@ -38,9 +38,9 @@ def count(run: Run, *, pytorch: bool = True) -> Counted:
     if not pytorch:
         result = run()
         return Counted(result, _total(cpu.multiplied() - before, launched))
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as recorded:
         result = run()
-    flops = sum(event.flops or 0 for event in seen.events() or () if event.name in _PRODUCTS)
+    flops = sum(event.flops or 0 for event in recorded.events() or () if event.name in _PRODUCTS)
     return Counted(result, _total(cpu.multiplied() - before + flops, launched))
 
 

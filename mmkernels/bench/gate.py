@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.bench.peers import Call as Call
-from mmkernels.bench.peers import memory_of
+from mmkernels.machine import memory_of
 from mmkernels.spec import Expected, Inputs, OpSpec, Shard, cast, flatten
 
 _TENSORS = 8  # of the scores' size in float64, which the naive formula and its gradients keep at once

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mmkernels.machine import memory_of
 from mmkernels.spec import Inputs
 
 Call = Callable[[], Any]
@@ -39,13 +39,6 @@ class Peer:
     prepare: Callable[[Inputs], Call]
     slow: bool = False
     device: str = ""
-
-
-def memory_of(device: torch.device) -> int:
-    """Returns the bytes of memory that the device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_room(least: float, device: torch.device | str) -> None:
