@@ -93,12 +93,10 @@ class Run:
         out: folder; None: ``benchmarks/results/<device>``.
         commit: noted where the checkout does not have its own.
         whole: these are all parts.
-        describe: returns "device", "slug" and "machine".
     """
 
-    def __init__(self, chosen: Sequence[Part], out: Path | None, *, commit: str = "", whole: bool = True,
-                 describe: Any = describe) -> None:  # fmt: skip
-        self.chosen, self.out, self._commit, self._whole, self._machine = list(chosen), out, commit, whole, describe
+    def __init__(self, chosen: Sequence[Part], out: Path | None, *, commit: str = "", whole: bool = True) -> None:
+        self.chosen, self._out, self._commit = list(chosen), out, commit
         self.parts: dict[str, Result] = {}
         self.report: dict[str, Any] = {
             "kind": "mmkernels gpu",
@@ -107,11 +105,14 @@ class Run:
             "parts": self.parts,
             "left_out": [],
         }
-        self.path: Path | None = None
+        names = [] if whole else [part.name.replace("_", "-") for part in chosen]
+        self._name = "-".join([self.report["created"][:10], *names])
 
     def all(self, seconds: float) -> None:
         """Runs the parts within some seconds, and writes the results after each."""
         end = time.monotonic() + seconds - _RESERVE
+        self._describe()
+        self.report["gpu_at_the_start"] = self.report["machine"].get("gpu")  # its clocks
         for place, part in enumerate(self.chosen):
             allowed = allowance(self.chosen[place:], end - time.monotonic())
             if allowed < _LEAST:
@@ -123,32 +124,26 @@ class Run:
             self.parts[part.name] = result | {"seconds": round(time.monotonic() - begin, 1)}
             for problem in result.get("problems", ()):
                 print(f"   FAILED {problem}", file=sys.stderr, flush=True)
-            if "machine" not in self.report and part.name != "build":
-                self._describe()
             self.write()
         self._describe()
         self.write()
 
     def _describe(self) -> None:
-        """Describes the machine, with the clocks early in the run, and the clocks once more."""
-        found = take_turn(Part("describe", "", 60.0, self._machine), 60.0)
+        found = take_turn(Part("describe", "", 60.0, describe), 60.0)
         machine = found.get("machine") or {}
-        if "machine" not in self.report:
-            commit = machine.get("commit") or self._commit or None
-            self.report |= {"device": found.get("device"), "slug": found.get("slug")}
-            self.report["machine"] = machine | {"commit": commit}
-        self.report["gpu_at_the_end"] = machine.get("gpu")
+        machine["commit"] = machine.get("commit") or self._commit or None
+        self.report |= {"device": found.get("device"), "slug": found.get("slug"), "machine": machine}
+
+    @property
+    def path(self) -> Path:
+        """Of the file that is written."""
+        return (self._out or FOLDER / "results" / (self.report["slug"] or "unknown-gpu")) / f"{self._name}.json"
 
     def write(self) -> None:
         """Writes the report as far as it goes."""
-        if "machine" not in self.report and self.out is None:
-            return  # it is described after the first part
         from mmkernels.report import write_json
 
-        folder = self.out or FOLDER / "results" / (self.report["slug"] or "unknown-gpu")
-        folder.mkdir(parents=True, exist_ok=True)
-        names = "" if self._whole else "-" + "-".join(part.name.replace("_", "-") for part in self.chosen)
-        self.path = folder / f"{self.report['created'][:10]}{names}.json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.report)
 
     @property
@@ -163,14 +158,11 @@ class Run:
         from mmkernels.report import console, table
 
         output = console(_WIDTH)
-        output.print(f"\n{self.report.get('device') or 'GPU'}, {self.report['created']}", markup=False)
+        output.print(f"\n{self.report['device'] or 'GPU'}, {self.report['created']}", markup=False)
         output.print(table(map(self._cells, self.chosen), ["part", "state", "found", "s"], texts=3))
-        rows = [row for result in self.parts.values() for row in result.get("rows", ()) if row.get("targets")]
-        if rows:
-            output.print(targets(rows))
-        if self.path is not None:
-            shown = self.path.relative_to(ROOT) if self.path.is_relative_to(ROOT) else self.path.name
-            output.print(f"Written: {shown} (all numbers)", soft_wrap=True)
+        output.print(targets(row for result in self.parts.values() for row in result.get("rows", ())))
+        shown = self.path.relative_to(ROOT) if self.path.is_relative_to(ROOT) else self.path.name
+        output.print(f"Written: {shown} (all numbers)", soft_wrap=True)
 
     def _cells(self, part: Part) -> list[Any]:
         from rich.text import Text

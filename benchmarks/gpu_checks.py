@@ -26,7 +26,7 @@ _LONGEST = 16448
 
 
 def _dense(q_len: int, k_len: int, dtype: torch.dtype, every: int = 0) -> Inputs:
-    """A dense mask; `every` so many rows one sees nothing."""
+    """A dense mask that hides everything from one row of `every` so many; 0: from none on purpose."""
     mask = torch.rand(_BATCH, 1, q_len, k_len) < 0.5
     if every:
         mask[:, :, ::every] = False
@@ -44,7 +44,7 @@ def _ragged(q_len: int, k_len: int, dtype: torch.dtype) -> Inputs:
 
 
 def _media(q_len: int, k_len: int, dtype: torch.dtype) -> Inputs:
-    index = (torch.arange(q_len) * 5 // q_len - 1)[None].expand(_BATCH, -1)  # the first fifth sees no image
+    index = (torch.arange(q_len) * 5 // q_len - 1)[None].expand(_BATCH, -1)  # no image is visible to the first fifth
     return {"mask": SpanMask.media(index, k_len // 4)}
 
 
@@ -58,7 +58,7 @@ KINDS: dict[str, Kind] = {
     "media": _media,
     "holes": lambda q, k, dtype: {"mask": SpanMask.from_key_mask(torch.rand(_BATCH, k) < 0.6)},
     "dense": _dense,
-    "dense, blind rows": partial(_dense, every=3),
+    "dense, hidden rows": partial(_dense, every=3),
     "bias": _bias,
     "bias that hides": partial(_bias, hidden=0.3),
     "padding, bias, gate": lambda q, k, dtype: (

@@ -108,9 +108,7 @@ class Trial:
         _open_gates(self.net)
         self.net.to(self._device)
         self._inputs = self._draw(DTYPES[row.dtype])
-        self._cached: list[tuple[Tensor, Tensor]] = []
-        if row.model.cached:
-            self._cached = self._draw_cache(DTYPES[row.dtype])
+        self._cached = self._draw_cache(DTYPES[row.dtype]) if row.model.cached else []
         self.to(DTYPES[row.dtype])
 
     def _draw(self, dtype: torch.dtype) -> Inputs:

@@ -84,8 +84,10 @@ def ended(results: dict[str, Any], names: list[str], out: Path, seconds: float =
         return found
 
     chosen = [replace(part, run=lambda turn, name=part.name: find(name)) for part in PARTS if part.name in names]
-    run = gpu.Run(chosen, out, describe=lambda turn: MACHINE, **options)
-    run.all(seconds)
+    run = gpu.Run(chosen, out, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "describe", lambda turn: json.loads(json.dumps(MACHINE)))
+        run.all(seconds)
     run.print_table()
     return run
 
@@ -102,7 +104,7 @@ def test_a_failing_part_loses_nothing_of_the_others(tmp_path: Path, capsys: Any)
     assert path.stem == report["created"][:10]
     assert set(report["parts"]) == set(ALL)
     assert report["parts"]["nan"]["problems"] == ["nan: ValueError: no such thing"]
-    assert report["machine"]["commit"] == "abc" and report["gpu_at_the_end"]["clocks_sm"] == "1980"
+    assert report["machine"]["commit"] == "abc" and report["gpu_at_the_start"]["clocks_sm"] == "1980"
     table = capsys.readouterr().out
     assert "FAILED test_a[1]: broken" in table and "left out for time: 1, such as the last row" in table
     assert table.count("met") == 1 and "460" in table
@@ -253,7 +255,7 @@ def test_flamingo_part(tmp_path: Path) -> None:
 # What the harness does on a GPU alone.
 
 
-def test_the_issue_s_configurations_are_rows_of_a_gpu() -> None:
+def test_a_gpu_has_rows_and_targets_of_its_own() -> None:
     on_gpu = rows(SPEC, ["bf16"], device="cuda")
     ids = {row.config.id for row in on_gpu}
     assert ids.isdisjoint({"B2 H16 256x2048 D64 none", "decode"}) and "B1 H4 16x64 D64 none" in ids
