@@ -160,7 +160,9 @@ class Run:
         output = console(_WIDTH)
         output.print(f"\n{self.report['device'] or 'GPU'}, {self.report['created']}", markup=False)
         output.print(table(map(self._cells, self.chosen), ["part", "state", "found", "s"], texts=3))
-        output.print(targets(row for result in self.parts.values() for row in result.get("rows", ())))
+        rows = [row for result in self.parts.values() for row in result.get("rows", ())]
+        if rows:
+            output.print(targets(rows))
         shown = self.path.relative_to(ROOT) if self.path.is_relative_to(ROOT) else self.path.name
         output.print(f"Written: {shown} (all numbers)", soft_wrap=True)
 

@@ -31,11 +31,13 @@ _COUNTED = "\nGEMMs: matrix products that ours made, counted as it ran; the op's
 def line(row: Row) -> str:
     """Returns the figures of one row in one line."""
     ratios = [f"{name} {peer['ratio']:.2f}x" for name, peer in row["peers"].items() if "ratio" in peer]
-    figures = [f"{milliseconds(row['seconds'])} ms", *ratios]
-    if "backward_flops_per_second" in row:
-        figures.insert(1, f"{row['backward_flops_per_second'] / 1e12:,.0f} TFLOP/s backward")
+    figures = [f"{milliseconds(row['seconds'])} ms"]
+    if "backward_flops_per_second" in row:  # the rate of the backward pass alone, as its target has it
+        figures.append(f"{row['backward_flops_per_second'] / 1e12:,.0f} TFLOP/s backward")
     elif "flops_per_second" in row:
-        figures.insert(1, f"{row['flops_per_second'] / 1e9:,.0f} GFLOP/s")
+        rate = row["flops_per_second"]
+        figures.append(f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s")
+    figures += ratios
     if "share_of_compute_peak" in row:
         figures.append(f"{_share(row).strip()} of peak")
     if row.get("peak_memory_bytes") is not None:
