@@ -1,7 +1,6 @@
 """The meters measure what is known beforehand. No test depends on how long anything takes."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,26 +44,25 @@ def test_nothing_needs_no_memory() -> None:
     assert peak_memory(lambda: None) < 10**6
 
 
-@pytest.fixture
-def clear_refs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A file in place of the one that resets the counter."""
-    monkeypatch.setattr(meters, "_CLEAR_REFS", tmp_path / "clear_refs")
+def test_memory_that_cannot_be_measured_is_none_with_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(meters, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
     memory_why_not.cache_clear()
-    yield tmp_path / "clear_refs"
-    memory_why_not.cache_clear()
+    try:
+        assert "can't be measured" in memory_why_not()
+        assert peak_memory(lambda: None) is None
+    finally:
+        memory_why_not.cache_clear()
 
 
-def test_memory_that_cannot_be_measured_is_none_with_a_reason(clear_refs: Path) -> None:
-    clear_refs.mkdir()
-    assert "can't be measured" in memory_why_not()
-    assert peak_memory(lambda: None) is None
-
-
-def test_a_counter_that_does_not_reset_is_found_out(clear_refs: Path) -> None:
-    clear_refs.touch()  # takes what is written, and does nothing
+def test_a_counter_that_does_not_reset_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(meters, "_CLEAR_REFS", tmp_path / "clear_refs")  # takes what is written, and does nothing
     kept = bytearray(b"\1") * 2**26
     del kept  # the process' highest mark now lies 64 MiB above what it holds
-    assert "resets VmHWM" in memory_why_not()
+    memory_why_not.cache_clear()
+    try:
+        assert "resets VmHWM" in memory_why_not()
+    finally:
+        memory_why_not.cache_clear()
 
 
 def test_candidates_take_turns_and_each_goes_first_in_its_turn() -> None:

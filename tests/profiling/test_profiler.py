@@ -160,19 +160,15 @@ def linear(monkeypatch: pytest.MonkeyPatch) -> Linear:
     return adapter
 
 
-def profile_linear(tokens: tuple[int, ...], *, train: bool = False) -> dict[str, Any]:
-    return profiler.profile(Options("linear", default_photo(), tokens=tokens, size="one", train=train), PHOTO)
-
-
 def test_another_model_is_one_adapter(linear: Linear, tmp_path: Path) -> None:
-    report = profile_linear((4, 8), train=True)
+    report = profiler.profile(Options("linear", default_photo(), tokens=(4, 8), size="one", train=True), PHOTO)
     assert report["cells"][0]["seconds"]["total"] == report["cells"][0]["seconds"]["multiply"]
     plot.draw(report, PHOTO, tmp_path / "profile.png")
 
 
 def test_a_backend_that_runs_out_of_memory_leaves_the_others(linear: Linear, tmp_path: Path) -> None:
     linear.fails = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
-    report = profile_linear((4,), train=True)
+    report = profiler.profile(Options("linear", default_photo(), tokens=(4,), size="one", train=True), PHOTO)
     fused, naive = report["cells"]
     assert naive["failed"] == "out of memory" and naive["seconds"] == {}
     assert fused["seconds"]["train_step"] > 0 and fused["amdahl"] == {}
@@ -187,7 +183,7 @@ def test_a_training_step_that_runs_out_of_memory_is_left_out(linear: Linear, tmp
         return model(inputs).sum()
 
     linear.loss = loss  # type: ignore[method-assign]
-    report = profile_linear((4, 8), train=True)
+    report = profiler.profile(Options("linear", default_photo(), tokens=(4, 8), size="one", train=True), PHOTO)
     fused, naive = report["cells"][:2]
     assert "train_step" in fused["seconds"] and "train_step" not in naive["seconds"]
     assert set(fused["amdahl"]) == {"multiply", "total"} and naive["failed"] is None
@@ -198,7 +194,7 @@ def test_a_training_step_that_runs_out_of_memory_is_left_out(linear: Linear, tmp
 def test_choices_are_restored_after_an_error(linear: Linear) -> None:
     linear.fails = "something else"
     with pytest.raises(RuntimeError, match="something else"):
-        profile_linear((4,))
+        profiler.profile(Options("linear", default_photo(), tokens=(4,), size="one"), PHOTO)
     for candidate in ("reference", point.REMOVED):
         with pytest.raises(KeyError), point.running_as(candidate):
             raise KeyError
