@@ -141,7 +141,7 @@ def _prepared(peer: Peer, inputs: Inputs) -> Any:
 @pytest.mark.parametrize(("op", "peer"), [(op, x) for op in OPS for x in OPS[op]], ids=lambda x: getattr(x, "name", x))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_peer_computes_the_same(op: str, peer: Peer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive_peers, "_compile", lambda function: function)  # what it compiles is what is tested
+    monkeypatch.setattr(peers, "_compile", lambda function: function)  # what it compiles is what is tested
     spec, inputs, leaves = problem(op, dtype)
     judge, passes = make_gate(op, inputs, spec, leaves, parts=False)
     distance = judge.distance(flat(passes(_prepared(peer, inputs))()))
