@@ -17,6 +17,7 @@ import torch
 from op_runs import one_run
 from torch import Tensor
 
+from mmkernels import SpanMask
 from mmkernels.ops import MODULES, specs
 from mmkernels.runtime import triton as gpu
 from mmkernels.runtime.dispatch import TABLES
@@ -40,6 +41,16 @@ class Settings:
 
 
 settings = Settings()
+
+
+def generator(number: int = 0) -> torch.Generator:
+    """Returns a source of random inputs: other inputs for another `number`, and for another ``--seed``."""
+    return torch.Generator().manual_seed(number + settings.seed)
+
+
+def reseed() -> None:
+    """Start PyTorch's own generator anew, as each test finds it."""
+    torch.manual_seed(settings.seed)
 
 
 def examples(count: int, interpreted: int | None = None) -> hypothesis.settings:
@@ -106,24 +117,57 @@ def name_of(dtype: torch.dtype) -> str:
 
 def draw(case: Case) -> Inputs:
     """The case's inputs in float64, the same each time."""
-    return case.make(torch.Generator().manual_seed(zlib.crc32(case.id.encode()) + settings.seed))
+    return case.make(generator(zlib.crc32(case.id.encode())))
+
+
+def inputs_in(spec: OpSpec, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
+    """The case's inputs in `dtype`, but for those that stay wide."""
+    return cast(draw(case), dtype, device, spec.always_wide)
+
+
+def largest(spec: OpSpec, count: int) -> list[Case]:
+    """The cases with the most to compute, without dropout."""
+    size = lambda case: sum(x.numel() for x in tensors_of(draw(case)))
+    return sorted((case for case in spec.cases if not case.seeded), key=size)[-count:]
+
+
+def leaves_of(case: Case, inputs: Inputs) -> Inputs:
+    """The inputs, of which those that the case differentiates by need a gradient."""
+    return {name: x.detach().requires_grad_() if name in case.grads else x for name, x in inputs.items()}
 
 
 def cotangent(x: Tensor) -> Tensor:
-    """A fixed direction for a gradient."""
-    generator = torch.Generator().manual_seed(x.numel())
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
+    """A direction for a gradient, the same for each tensor of this size."""
+    weights = torch.randn(x.shape, generator=generator(x.numel()), dtype=torch.float64)
+    return weights.to(x.device, x.dtype)
 
 
-def run(spec: OpSpec, case: Case, inputs: Inputs, backend: str, **more: Any) -> Result:
-    """Outputs, and the gradients of `case.grads` for fixed cotangents."""
-    inputs = {name: x.detach().requires_grad_() if name in case.grads else x for name, x in inputs.items()}
+def call(
+    spec: OpSpec, case: Case, inputs: Inputs, backend: str | None, function: Callable[..., Any] | None = None
+) -> tuple[Tensor, ...]:
+    """Outputs, always of the same dropout.
+
+    Args:
+        function: that stands for the op's public function, as what it compiles to.
+    """
     if case.seeded:
-        torch.manual_seed(7)
+        reseed()
     with one_run(spec.name):
-        outputs = flatten(spec.function(**inputs, backend=backend, **more))
-    leaves = [inputs[name] for name in case.grads]
-    return Result(tuple(x.detach() for x in outputs), dict(zip(case.grads, gradients(outputs, leaves), strict=True)))
+        return flatten((function or spec.function)(**inputs, backend=backend))
+
+
+def run(spec: OpSpec, case: Case, inputs: Inputs, backend: str, function: Callable[..., Any] | None = None) -> Result:
+    """Outputs, and the gradients of `case.grads` for fixed cotangents."""
+    inputs = leaves_of(case, inputs)
+    outputs = call(spec, case, inputs, backend, function)
+    grads = gradients(outputs, [inputs[name] for name in case.grads])
+    return Result(tuple(x.detach() for x in outputs), dict(zip(case.grads, grads, strict=True)))
+
+
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """All tensors, those of masks too."""
+    parts = [(x.start, x.end, x.key_valid) if isinstance(x, SpanMask) else (x,) for x in inputs.values()]
+    return [x for part in parts for x in part if isinstance(x, Tensor)]
 
 
 def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> tuple[Tensor, ...]:
@@ -151,7 +195,7 @@ def expected(spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu") 
     if key in _kept:
         _kept.move_to_end(key)
         return _kept[key]
-    inputs = cast(draw(case), dtype, device, spec.always_wide)
+    inputs = inputs_in(spec, case, dtype, device)
     baseline = run(spec, case, inputs, "reference")
     truth = baseline if dtype == torch.float64 else run(spec, case, cast(inputs, torch.float64), "reference")
     _kept[key] = baseline, truth
@@ -174,14 +218,15 @@ def check(
     threads: int = 1,
     units: Mapping[str, float] | None = None,
 ) -> int:
-    """Assert the op's error budget for one case; returns how many tensors were compared.
+    """Assert the op's error budget for one case, and that no input is written; returns how many tensors were compared.
 
     Args:
         threads: for the backend; what is right is computed by one.
         units: what the gradients named are measured in, as in `compare`.
     """
     baseline, truth = expected(spec, case, dtype, device)
-    inputs = cast(draw(case), dtype, device, spec.always_wide)
+    inputs = inputs_in(spec, case, dtype, device)
+    kept = [x.clone() for x in tensors_of(inputs)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -189,6 +234,7 @@ def check(
         ours = run(spec, case, inputs, backend)
     finally:
         torch.set_num_threads(before)
+    torch.testing.assert_close(tensors_of(inputs), kept, rtol=0, atol=0, equal_nan=True)
     compare(spec, case, ours, baseline, truth, f"{backend} / {dtype}", units)
     return len(ours.tensors)
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from harness import SPECS, check, name_of
-from layouts import far_apart
+from harness import SPECS, check, generator, name_of
 from ops.cpu_tools import DTYPES, ISAS, each_dtype, each_isa, needs_kernels, python
 from pairwise import parametrize, traits
 from torch import Generator, Tensor
@@ -137,7 +135,7 @@ _SCORES = ("query", "key", "mask", "bias", "scale")
 
 def _cases(id: str) -> list[tuple[str, Case]]:
     """An op and a case: cross-attention, and the ops that compute its scores alone."""
-    drawn = TILES[id](Generator().manual_seed(0))
+    drawn = TILES[id](generator())
     grads = tuple(name for name in ("query", "key", "value", "bias", "gate") if name in drawn)
     scores = Case(id, lambda g: {name: x for name, x in TILES[id](g).items() if name in _SCORES})
     of_cross = Case(id, TILES[id], grads, seeded="dropout_p" in drawn)
@@ -145,7 +143,7 @@ def _cases(id: str) -> list[tuple[str, Case]]:
 
 
 CASES = {id: _cases(id) for id in TILES}
-_TRAITS = {id: traits(make(Generator().manual_seed(0))) for id, make in TILES.items()}
+_TRAITS = {id: traits(make(generator())) for id, make in TILES.items()}
 
 
 @parametrize(
@@ -165,7 +163,7 @@ def test_second_derivatives() -> None:
     """Of a first derivative by the kernels: the reference formula's, to float32's accuracy."""
 
     def second(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
-        g = Generator().manual_seed(3)
+        g = generator(3)
         leaves = [normal(g, 1, 2, n, 8).to(dtype).requires_grad_() for n in (20, 30, 30)]
         out, lse = cross_attention(*leaves, SpanMask.key_padding([23]), return_lse=True, backend=backend)
         first = torch.autograd.grad(out.pow(2).sum() + lse.sin().sum(), leaves, create_graph=True)
@@ -174,17 +172,6 @@ def test_second_derivatives() -> None:
     for mine, true in zip(second(torch.float32, "cpu"), second(torch.float64, "reference"), strict=True):
         assert bool(true.any())
         torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4 * float(true.abs().max()))
-
-
-def test_twice_the_same_bits(threads: None) -> None:
-    inputs = cast(TILES["bias of all"](Generator().manual_seed(0)), torch.float32)
-    leaves = [inputs[name].requires_grad_() for name in ("query", "key", "value", "bias")]
-    results = []
-    for _ in range(3):
-        out, lse = cross_attention(**inputs, backend="cpu")
-        results.append((out, lse, *torch.autograd.grad(out.sum() + lse.sum(), leaves)))
-    for again in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 
 
 _NON_FINITE = itertools.product(
@@ -290,54 +277,13 @@ def test_any_byte_but_zero_is_true(q_len: int) -> None:
         assert torch.equal(cross_attention(q, k, k, a, backend="cpu"), cross_attention(q, k, k, b, backend="cpu"))
 
 
-def test_offsets_past_two_to_the_31() -> None:
-    """Two sequences, and the rows of one."""
-    k_len, dim = 100, 16
-    near = torch.randn(2, 1, k_len, dim).bfloat16()
-    for q_len in (3, 20):
-        q = torch.randn(2, 2, q_len, dim).bfloat16()
-        for far in (far_apart(near, 0), far_apart(near, 2)):
-            want = cross_attention(q, near, near, backend="cpu")
-            assert torch.equal(cross_attention(q, far, far, backend="cpu"), want)
-
-
 # Threads and processes.
-
-
-@pytest.mark.alone
-def test_many_python_threads(threads: None) -> None:
-    """Each thread's calls give what they give alone."""
-    cases = [
-        cast(TILES[id](Generator().manual_seed(1)), torch.float32) for id in ("panels and tiles", "splits of decode")
-    ]
-
-    def step(inputs: Inputs) -> tuple[Tensor, ...]:
-        leaves = [inputs[name].detach().requires_grad_() for name in ("query", "key", "value")]
-        out, lse = cross_attention(*leaves, inputs["mask"], return_lse=True, backend="cpu")
-        return (out.detach(), *torch.autograd.grad(out.sum() + lse.sum(), leaves))
-
-    alone = [step(inputs) for inputs in cases]
-    wrong: list[str] = []
-
-    def work(number: int) -> None:
-        for turn in range(10):
-            which = (number + turn) % len(cases)
-            for a, b in zip(step(cases[which]), alone[which], strict=True):
-                if not torch.allclose(a, b, rtol=1e-5, atol=1e-5):
-                    wrong.append(f"thread {number}, turn {turn}")
-
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("id", ["panels and tiles", "splits of decode", "splits of the backward pass", "bias of all"])
 def test_any_number_of_threads(id: str) -> None:
-    inputs = cast(TILES[id](Generator().manual_seed(2)), torch.float32)
+    inputs = cast(TILES[id](generator(2)), torch.float32)
     results = []
     for count in (1, 2, 3, 7):
         torch.set_num_threads(count)
@@ -347,29 +293,6 @@ def test_any_number_of_threads(id: str) -> None:
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             torch.testing.assert_close(a, b)
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("before", ["cross_attention(q, k, k)", "torch.randn(200000).exp()"])
-def test_a_forked_process_goes_on_alone(before: str) -> None:
-    """OpenMP's threads do not survive a fork, whoever started them: a parallel region in the child waits for ever."""
-    code = f"""
-import os, torch
-from mmkernels import attention_received, cross_attention
-torch.set_num_threads(2)
-q, k = torch.randn(1, 4, 100, 32), torch.randn(1, 4, 200, 32)
-with torch.no_grad():
-    want = cross_attention(q, k, k, backend="reference")
-{before}
-child = os.fork()
-if child == 0:
-    out = cross_attention(q, k, k, backend="cpu")
-    attention_received(q, k, backend="cpu")
-    os._exit(0 if torch.allclose(out, want, atol=1e-5) else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    ended = python(code)
-    assert ended.stdout.strip() == "0", ended.stderr
 
 
 # Memory, and what the kernels refuse.

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
-from harness import SPECS, backends, dtype_of, no_old_graphs
+from harness import SPECS, backends, dtype_of
 from ops.contrastive.tools import (
     BIAS,
     LOSSES,
     each_exact_backend,
     each_loss,
-    each_loss_and_backend,
     features,
     inputs_of,
     step,
 )
-from torch import Tensor
 
-from mmkernels import BackendError, retrieval_ranks, use_backend
+from mmkernels import retrieval_ranks
 from mmkernels.meters import memory_why_not, peak_memory
 from mmkernels.ops.contrastive import strips
 from mmkernels.ops.contrastive.retrieval_ranks import chunked as ranks_chunked
@@ -48,23 +44,6 @@ def test_autocast(op: str, backend: str) -> None:
             assert LOSSES[op](**inputs_of(op), backend=backend).dtype == torch.float64
 
 
-@pytest.mark.parametrize("op", [*LOSSES, "retrieval_ranks"])
-def test_use_backend_and_the_argument(op: str) -> None:
-    function = LOSSES.get(op, retrieval_ranks)
-    image, text, _ = features(7).values()
-    inputs = inputs_of(op) if op in LOSSES else {"query": image, "gallery": text, "target": torch.arange(7)}
-    with use_backend("reference"):
-        inside = function(**inputs)
-        overruled = function(**inputs, backend="chunked")
-    assert torch.equal(inside, function(**inputs, backend="reference"))
-    assert torch.equal(overruled, function(**inputs, backend="chunked"))
-    assert torch.equal(overruled, function(**inputs))  # what float64 is computed by
-    with pytest.raises(BackendError, match=f"{op} has no backend 'cuda'; it has .*chunked, reference"):
-        function(**inputs, backend="cuda")
-    with pytest.raises(ValueError, match=r"backend must be one of .* got 'fast'"):
-        function(**inputs, backend="fast")
-
-
 @each_exact_backend
 @pytest.mark.parametrize("op", LOSSES)
 def test_vmap_over_batches_that_share_ids_and_scale(op: str, backend: str) -> None:
@@ -84,79 +63,6 @@ def test_vmap_over_batches_that_share_ids_and_scale(op: str, backend: str) -> No
     torch.testing.assert_close(got, want)
     shared = torch.func.vmap(call, in_dims=(1, None))(leaves[0], batches[0]["text"])  # one side alone is batched
     assert bool(torch.autograd.grad(shared.sum(), leaves[0])[0].any())
-
-
-@pytest.mark.parametrize("op", LOSSES)
-def test_differentiating_by_torch_func_is_refused_or_right(op: str) -> None:
-    inputs = inputs_of(op)
-    loss = lambda image, backend: LOSSES[op](**{**inputs, "image": image}, backend=backend)
-    with pytest.raises(NotImplementedError, match=f"{op} can.t be differentiated by torch.func"):
-        torch.func.grad(loss)(inputs["image"], "chunked")
-    got = torch.func.grad(loss)(inputs["image"], "reference")
-    torch.testing.assert_close(3.0 * got, step(op, inputs, ("image",))[1])
-
-
-@pytest.mark.slow  # test_cross_attention.py has one in `make test`
-@pytest.mark.parametrize("op", LOSSES)
-def test_compiled_by_inductor_with_gradients(op: str) -> None:
-    """With what a training loop has around it: normalising, and a scale that is the exponential of a parameter."""
-    inputs = inputs_of(op)
-    leaves = [x.requires_grad_() for x in inputs.values()]
-    ids = torch.arange(7) % 4
-
-    def call(image: Tensor, text: Tensor, scale: Tensor, more: Tensor, ids: Tensor) -> Tensor:
-        image, text = (torch.nn.functional.normalize(x + 1.0, dim=-1) for x in (image, text))
-        tensors = dict(zip(inputs, (image, text, scale.exp(), more), strict=True))
-        return 2 * LOSSES[op](**tensors, image_ids=ids, text_ids=ids)
-
-    leaves[2] = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
-    want = call(*leaves, ids)
-    with no_old_graphs():
-        got = torch.compile(call, fullgraph=True)(*leaves, ids)
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves))
-
-
-@pytest.mark.parametrize("op", LOSSES)
-def test_a_compiled_function_serves_other_batch_sizes(op: str) -> None:
-    call = torch.compile(lambda x: LOSSES[op](**x), fullgraph=True, backend="aot_eager", dynamic=True)
-    for n in (3, 9, 17):
-        inputs = inputs_of(op, n=n)
-        torch.testing.assert_close(call(inputs), LOSSES[op](**inputs))
-
-
-@pytest.mark.alone
-@each_loss_and_backend  # Triton's interpreter is for one thread
-def test_calls_from_several_threads_at_once(op: str, backend: str) -> None:
-    many = [inputs_of(op, backend, n=20 + n, seed=n) for n in range(4)]
-    want = [step(op, inputs, backend=backend) for inputs in many]
-    found: list[tuple[Tensor, ...] | None] = [None] * len(many)
-
-    def work(place: int) -> None:
-        torch.set_num_threads(1)
-        with use_backend(backend):
-            for _ in range(3):
-                found[place] = step(op, many[place])
-
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(many))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    torch.testing.assert_close(found, want, rtol=0, atol=0)
-
-
-@each_loss
-def test_threads_of_one_call_agree(op: str, backend: str) -> None:
-    """However many cores share a call, twice the same is exactly the same."""
-    inputs = cast(features(90, dim=24) | (BIAS if op != "info_nce" else {}), dtype_of(op, backend))
-    one = step(op, inputs, backend=backend)
-    torch.set_num_threads(3)
-    several = [step(op, inputs, backend=backend) for _ in range(3)]
-    torch.testing.assert_close(several[0], one)
-    for other in several[1:]:
-        torch.testing.assert_close(other, several[0], rtol=0, atol=0)
 
 
 # Memory.

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SPECS, draw, expected, name_of, run
+from harness import SPECS, draw, expected, generator, name_of, run
 from ops.contrastive.cpu_tools import WAYS, WIDE, case_of, check_kernel, each_way
 from ops.contrastive.tools import features
 from ops.cpu_tools import each_isa, needs_kernels
 from pairwise import parametrize
-from torch import Generator, Tensor
+from torch import Tensor
 
 from mmkernels import info_nce
 from mmkernels.runtime import cpu
@@ -43,7 +43,7 @@ def _far_apart(kind: str, distance: int) -> Case:
 
     Where the distance is 85, some exponentials relative to a tile's largest logit are nothing, from 100 on whole sums.
     """
-    g, hidden = Generator().manual_seed(0), kind == "a hidden pair above"
+    g, hidden = generator(), kind == "a hidden pair above"
     n, m = 70, 70 if hidden else 140
     logits, hard = (torch.randn(n, k, generator=g, dtype=torch.float64) - 100 for k in (m, 5))
     ids = {"image_ids": torch.arange(n), "text_ids": torch.arange(m) % n}
@@ -100,7 +100,7 @@ def test_logits_far_apart_in_a_tile(isa: str, dtype: torch.dtype, kind: str, dis
 
 
 def _thousands(smoothing: float) -> Case:
-    g = Generator().manual_seed(0)
+    g = generator()
     logits, hard = (1e4 * torch.rand(150, k, generator=g, dtype=torch.float64) - 5e3 for k in (150, 20))
     return case_of(f"thousands, smoothed by {smoothing}", _of_logits(logits, hard, label_smoothing=smoothing))
 

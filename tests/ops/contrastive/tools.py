@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SPECS, backends, cotangent, dtype_of
+from harness import SPECS, backends, cotangent, dtype_of, generator
 from torch import Tensor
 
 from mmkernels import info_nce, sigmoid_contrastive
@@ -108,10 +108,10 @@ def features(
     n: int = 7, m: int | None = None, dim: int = 5, queries: int = 0, scale: float = 4.0, seed: int = 0
 ) -> Inputs:
     """Random images and texts, and a scale, in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    g = generator(seed)
 
     def draw(*shape: int) -> Tensor:
-        return F.normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1)
+        return F.normalize(torch.randn(shape, generator=g, dtype=torch.float64), dim=-1)
 
     image = draw(n, queries, dim) if queries else draw(n, dim)
     text = draw(n if m is None else m, dim)
