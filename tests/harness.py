@@ -18,6 +18,7 @@ from op_runs import one_run
 from torch import Tensor
 
 from mmkernels import SpanMask
+from mmkernels.meters import memory_why_not, peak_memory
 from mmkernels.ops import MODULES, specs
 from mmkernels.runtime import triton as gpu
 from mmkernels.runtime.dispatch import TABLES
@@ -94,11 +95,16 @@ def needed(names: list[str]) -> list[str]:
     return names
 
 
-def each_backend(op: str) -> Callable[..., Any]:
-    """A decorator: the test runs on each of the op's backends, under Triton's interpreter too."""
+def each_backend(op: str, *, interpreted: bool = True) -> Callable[..., Any]:
+    """A decorator: the test runs on each of the op's backends.
+
+    Args:
+        interpreted: under Triton's interpreter too; not what happens before or after a kernel.
+    """
 
     def mark(test: Callable[..., None]) -> Callable[..., None]:
-        return pytest.mark.interpreted(pytest.mark.parametrize("backend", backends(SPECS[op]))(test))
+        each = pytest.mark.parametrize("backend", backends(SPECS[op]))(test)
+        return pytest.mark.interpreted(each) if interpreted else each
 
     return mark
 
@@ -263,13 +269,27 @@ def compare(
 
 @contextmanager
 def no_old_graphs() -> Iterator[None]:
-    """Inductor's cache of graphs does not know an operator's schema: one of an older checkout would be run."""
+    """Inductor's cache of graphs ignores an operator's schema: a graph of an older checkout would be run."""
     from torch._functorch import config as functorch  # seconds, which most tests do without
     from torch._inductor import config as inductor
 
     with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         torch._dynamo.reset()
         yield
+
+
+def peak_of(run: Callable[[], Any], first: Callable[[], Any] | None = None) -> int:
+    """The bytes that a call takes at its peak above what was there.
+
+    Args:
+        first: what is run before, not measured; None: the call itself.
+    """
+    if (why_not := memory_why_not()) is not None:  # it depends on the allocator: sanitizers bring their own
+        pytest.skip(why_not)
+    (first or run)()
+    peak = peak_memory(run)
+    assert peak is not None
+    return peak
 
 
 def poison() -> None:

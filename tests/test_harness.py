@@ -117,7 +117,9 @@ def test_seconds_of_files_and_ops_are_written(tmp_path: Path) -> None:
     account.pytest_sessionfinish(SimpleNamespace(config=SimpleNamespace(), exitstatus=pytest.ExitCode.OK))  # type: ignore[arg-type]
     written = json.loads((tmp_path / "new" / "main.json").read_text())
     assert written["files"] == {"a.py": {"seconds": 8.0, "tests": 1}, "b.py": {"seconds": 2.0, "tests": 1}}
-    assert written["ops"]["info_nce"] == {"seconds": 6.0, "tests": 1, "runs": 3}
+    assert written["ops"]["info_nce"] == {
+        "seconds": 6.0, "tests": 1, "runs": 3, "most runs": {"a.py::test_one": 3},
+    }  # fmt: skip
     assert (written["tests"], written["test_seconds"]) == (2, 10.0)
 
 

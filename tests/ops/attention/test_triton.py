@@ -114,7 +114,7 @@ def test_spans_by_lists_and_by_ranges(mask: SpanMask, listed: int) -> None:
 
 
 @interpreted
-def test_lists_say_which_tiles_are_seen() -> None:
+def test_lists_say_which_tiles_are_visible() -> None:
     query, key = torch.empty(2, 2, 40, 16, device=DEVICE), torch.empty(2, 1, 56, 16, device=DEVICE)
     dense = _blocks(generator(), heads=2)["mask"].to(DEVICE)
     call = triton_call.Call(Arguments(query, key, None, None, None, dense, None, 1.0), packed=False)
@@ -185,7 +185,6 @@ def test_the_backward_pass_splits_the_rows(shared: bool, monkeypatch: pytest.Mon
     "batch, heads, q_len, k_len",
     list(itertools.product((1, 2), (1, 4), (1, 70), (1, 40))),
     ids=lambda row: "x".join(map(str, row)),
-    strength=3,
 )
 def test_the_bias_gradient_for_every_way_to_share_it(batch: int, heads: int, q_len: int, k_len: int) -> None:
     shape = (batch, heads, q_len, k_len)

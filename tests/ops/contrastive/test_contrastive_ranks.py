@@ -125,7 +125,7 @@ def test_nan_stands_last(backend: str) -> None:
     assert [float(x) for x in stats] == pytest.approx([0.8, 0.8, 7 / 5, 4 / 5, 0, 0])
 
 
-@each_backend("info_nce")
+@each_backend("info_nce", interpreted=False)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_statistics_change_no_loss(backend: str, reduction: str) -> None:
     inputs = cast(features(9), dtype_of("info_nce", backend))
@@ -152,7 +152,7 @@ def _ranks(query: Tensor, gallery: Tensor, target: Tensor) -> Tensor:
 @some_examples
 @given(data=st.data())
 def test_any_sizes(backend: str, data: st.DataObject) -> None:
-    n, m, dim = (data.draw(st.integers(1, most)) for most in (20, 150, 9))
+    n, m, dim = (data.draw(st.integers(*ends)) for ends in ((0, 20), (1, 150), (1, 9)))
     dtype = data.draw(st.sampled_from([x for x in DTYPES if backend in backends(SPECS["retrieval_ranks"], x)]))
     query, gallery = whole(n, dim, seed=n).to(dtype), whole(m, dim, seed=m + 1).to(dtype)
     target = torch.tensor(data.draw(st.lists(st.integers(0, m - 1), min_size=n, max_size=n)))
@@ -170,12 +170,6 @@ def test_retrieval_of_nan_and_infinity(backend: str) -> None:
         assert torch.equal(got, _ranks(query, gallery, target)), answer
     assert got[3] == 29  # a query of NaN
     assert retrieval_ranks(query[:1], gallery, torch.tensor([9]), backend=backend).item() == 0
-
-
-@each_backend("retrieval_ranks")
-def test_no_query_has_no_rank(backend: str) -> None:
-    got = retrieval_ranks(torch.zeros(0, 4), torch.zeros(5, 4), torch.zeros(0, dtype=torch.int64), backend=backend)
-    assert got.shape == (0,) and got.dtype == torch.int64
 
 
 @each_backend("retrieval_ranks")

@@ -1,4 +1,4 @@
-"""The Triton contrastive kernels beyond the specs' cases: tiles, groups of rows, strips, what is computed with care.
+"""The Triton contrastive kernels beyond the specs' cases: tiles, groups of rows, strips, tiles that are computed again.
 
 They run under Triton's interpreter (``TRITON_INTERPRET=1``), or on a GPU where there is one.
 """
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SPECS, check, generator, run
-from torch import Tensor
+from harness import SPECS, check, generator
+from ops.contrastive.tools import kernel_step
 
 from mmkernels import info_nce, sigmoid_contrastive
 from mmkernels.ops.contrastive.cases import features, two_towers
@@ -58,12 +58,6 @@ def _each(cases: list[tuple[OpSpec, Case]]) -> Any:
 
 def _check(op: str, make: Any, *grads: str) -> None:
     check(SPECS[op], Case("here", make, grads), torch.float32, "triton", DEVICE)
-
-
-def _step(op: str, inputs: Inputs, *grads: str) -> tuple[Tensor, ...]:
-    """Outputs and gradients."""
-    found = run(SPECS[op], Case("here", lambda g: inputs, grads), inputs, "triton")
-    return (*found.outputs, *found.grads.values())
 
 
 ALL = ("image", "text", "logit_scale")
@@ -116,7 +110,7 @@ def test_the_same_bits_from_any_number_of_programs(op: str, monkeypatch: pytest.
     for programs in (1, 7):
         monkeypatch.setattr(triton_call, "multiprocessors", lambda device, programs=programs: programs)
         with tiled(16, 16):
-            found.append(_step(op, inputs, *ALL))
+            found.append(kernel_step(op, inputs, *ALL))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -152,12 +146,12 @@ def test_blocks_of_texts_may_arrive_one_by_one(hidden: bool) -> None:
     torch.testing.assert_close(torch.cat(text_losses), want[1])
 
 
-# What is computed with care.
+# Tiles that are computed again, exactly.
 
 
 @contextmanager
-def _careless() -> Iterator[None]:
-    """Without the kernels that compute tiles again."""
+def _without_exact_kernels() -> Iterator[None]:
+    """Tiles are not computed again."""
 
     def launch(kernel: Any, *args: Any, **constants: Any) -> None:
         if not kernel.__name__.startswith("exact_"):
@@ -194,14 +188,14 @@ def test_logits_far_apart_in_a_tile(kind: str) -> None:
     with tiled(16, 32):
         _check("info_nce", make, *grads)
         inputs = cast(make(generator()), torch.float32, DEVICE)
-        right = _step("info_nce", inputs, *grads)
-        with _careless():
-            wrong = _step("info_nce", inputs, *grads)
+        right = kernel_step("info_nce", inputs, *grads)
+        with _without_exact_kernels():
+            wrong = kernel_step("info_nce", inputs, *grads)
     assert not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(right, wrong, strict=True))
 
 
 @interpreted
-def test_what_needs_no_care_is_right_without() -> None:
+def test_tiles_of_close_logits_are_computed_once() -> None:
     """Positives by id, tiles that nothing hangs over, logits within a few: nothing is computed twice."""
     inputs = cast(two_towers(generator(), 32, 64, 16), torch.float32, DEVICE)
     inputs |= {"image_ids": torch.arange(32, device=DEVICE), "text_ids": torch.arange(64, device=DEVICE) // 2}
@@ -210,9 +204,9 @@ def test_what_needs_no_care_is_right_without() -> None:
     calls = [("info_nce", inputs | more, (*ALL, "hard_texts")), ("sigmoid_contrastive", inputs | bias, ALL)]
     with tiled(16, 32):
         for op, given, grads in calls:
-            right = _step(op, given, *grads)
-            with _careless():
-                again = _step(op, given, *grads)
+            right = kernel_step(op, given, *grads)
+            with _without_exact_kernels():
+                again = kernel_step(op, given, *grads)
             assert all(torch.equal(a, b) for a, b in zip(right, again, strict=True)), op
 
 
@@ -223,15 +217,15 @@ def test_by_place_only_tiles_with_positives_are_computed_twice() -> None:
     with tiled(16, 16):
         image = inputs["image"]
         block = Block("info_nce", "contrastive", image, inputs["text"], pairing(None, None, False))
-        for care in (True, False):
+        for exact in (True, False):
             parts = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(DirectionState, "add", lambda self, part, *_: parts.append(part.clone()))  # noqa: B023
                 images, texts = (DirectionState(64, image, Fields(), image.new_empty(64)) for _ in range(2))
-                if care:
+                if exact:
                     forward.add_block(block, images, texts, inputs["logit_scale"], images.sums.positive)
                 else:
-                    with _careless():
+                    with _without_exact_kernels():
                         forward.add_block(block, images, texts, inputs["logit_scale"], images.sums.positive)
             sums.append(parts[0][0])  # references [tiles across, rows]
     tiles = torch.eye(4, dtype=torch.bool, device=DEVICE).repeat_interleave(16, 1)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SPECS, check, generator, run
+from harness import SPECS, check, generator
 from layouts import embedded, guarded
+from ops.contrastive.tools import kernel_step
 from torch import Tensor
 
 from mmkernels import info_nce, retrieval_ranks
@@ -39,12 +40,6 @@ NAN = math.nan
 ALL = ("image", "text", "logit_scale")
 
 
-def _step(op: str, inputs: Inputs, *grads: str) -> tuple[Tensor, ...]:
-    """Outputs and gradients."""
-    found = run(SPECS[op], Case("here", lambda g: inputs, grads), inputs, "triton")
-    return (*found.outputs, *found.grads.values())
-
-
 # Layouts.
 
 
@@ -58,8 +53,8 @@ def test_nothing_outside_is_read_or_written(queries: int, dim: int) -> None:
 
     def all_calls(wrap: Any) -> list[Tensor]:
         given = {name: wrap(x) if x.dim() else x for name, x in inputs.items()}
-        found = [*_step("info_nce", given | ids | {"return_stats": True, "hard_texts": given["text"]}, *ALL)]
-        found += _step("sigmoid_contrastive", given | ids | bias, *ALL)
+        found = [*kernel_step("info_nce", given | ids | {"return_stats": True, "hard_texts": given["text"]}, *ALL)]
+        found += kernel_step("sigmoid_contrastive", given | ids | bias, *ALL)
         if not queries:
             target = torch.arange(21, device=DEVICE)
             found.append(retrieval_ranks(given["image"], given["text"], target, backend="triton"))
@@ -196,7 +191,7 @@ def test_thousands_of_pairs(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["info_nce", "sigmoid_contrastive"])
-def test_a_cuda_graph_captures_a_step(op: str) -> None:
+def test_a_cuda_graph_captures_akernel_step(op: str) -> None:
     inputs = cast(two_towers(generator(), 2000, 2000, 256), torch.bfloat16, "cuda")
     inputs["logit_scale"] = inputs["logit_scale"].float()
     ids = torch.randint(1000, (2000,), device="cuda")

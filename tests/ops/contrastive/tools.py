@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SPECS, backends, cotangent, dtype_of, generator
+from harness import SPECS, backends, cotangent, dtype_of, generator, run
 from torch import Tensor
 
 from mmkernels import info_nce, sigmoid_contrastive
-from mmkernels.spec import Inputs, cast
+from mmkernels.spec import Case, Inputs, cast
 
 POSITIVE, NEGATIVE, HIDDEN = "positive", "negative", "hidden"
 
@@ -55,19 +55,19 @@ def scores_of(image: Tensor, text: Tensor) -> Tensor:
 
 def row_of(scores: Tensor, kinds: list[str], label_smoothing: float) -> tuple[Tensor, int | None]:
     """Loss and rank of one row, from its scores [columns] and what each column is."""
-    seen = [column for column, kind in enumerate(kinds) if kind != HIDDEN]
-    positives = [column for column in seen if kinds[column] == POSITIVE]
+    visible = [column for column, kind in enumerate(kinds) if kind != HIDDEN]
+    positives = [column for column in visible if kinds[column] == POSITIVE]
     if not positives:
         return scores.new_zeros(()), None
     target = torch.zeros_like(scores)
-    target[seen] += label_smoothing / len(seen)
+    target[visible] += label_smoothing / len(visible)
     target[positives] += (1 - label_smoothing) / len(positives)
-    loss = -(target[seen] * (scores[seen] - scores[seen].logsumexp(0))).sum()
+    loss = -(target[visible] * (scores[visible] - scores[visible].logsumexp(0))).sum()
     values = scores.nan_to_num(-math.inf, math.inf, -math.inf).tolist()
-    order = sorted(seen, key=lambda column: (-values[column], column))
+    order = sorted(visible, key=lambda column: (-values[column], column))
     rank = [kinds[column] for column in order].index(POSITIVE)
     if bool(scores[order[rank]].isnan()):
-        rank = len(seen) - len(positives)
+        rank = len(visible) - len(positives)
     return loss, rank
 
 
@@ -184,6 +184,11 @@ def inputs_of(op: str, backend: str | None = None, n: int = 7, **more: Any) -> I
     """Floating tensors by name, in the widest dtype that the backend computes in."""
     inputs = features(n, **more) | (HARD if op == "info_nce" else BIAS)
     return inputs if backend is None else cast(inputs, dtype_of(op, backend))
+
+
+def kernel_step(op: str, inputs: Inputs, *grads: str) -> tuple[Tensor, ...]:
+    """The Triton kernels' outputs and gradients."""
+    return run(SPECS[op], Case("here", lambda g: inputs, grads), inputs, "triton").tensors
 
 
 def step(op: str, inputs: Inputs, wanted: tuple[str, ...] | None = None, **options: Any) -> tuple[Tensor, ...]:
