@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SPECS, check, generator
+from harness import SPECS, check, draw, generator
 from ops.contrastive.tools import kernel_step
+from pairwise import parametrize, traits
 
 from mmkernels import info_nce, sigmoid_contrastive
 from mmkernels.ops.contrastive.cases import features, two_towers
@@ -45,15 +46,19 @@ def _cases(most: int) -> list[tuple[OpSpec, Case]]:
     """The specs' cases with few enough pairs of queries and texts for the interpreter."""
 
     def pairs(case: Case) -> int:
-        first, second, *_ = case.make(generator()).values()
+        first, second, *_ = draw(case).values()
         return int(first.numel() // first.shape[-1] * second.shape[0])
 
     return [(spec, case) for spec in OPS for case in spec.cases if pairs(case) <= most]
 
 
 def _each(cases: list[tuple[OpSpec, Case]]) -> Any:
-    ids = [f"{spec.name}-{case.id}".replace(" ", "_") for spec, case in cases]
-    return pytest.mark.parametrize(("spec", "case"), cases, ids=ids)
+    return parametrize(
+        "spec, case",
+        cases,
+        lambda row: {"op": row[0].name} | traits(draw(row[1])),
+        ids=lambda row: f"{row[0].name}-{row[1].id}".replace(" ", "_"),
+    )
 
 
 def _check(op: str, make: Any, *grads: str) -> None:
