@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,10 +131,10 @@ def inputs_in(spec: OpSpec, case: Case, dtype: torch.dtype = torch.float32, devi
     return cast(draw(case), dtype, device, spec.always_wide)
 
 
-def largest(spec: OpSpec, count: int) -> list[Case]:
-    """The cases with the most to compute, without dropout."""
+def largest(cases: Iterable[Case], count: int) -> list[Case]:
+    """The cases with the most elements, without dropout."""
     size = lambda case: sum(x.numel() for x in tensors_of(draw(case)))
-    return sorted((case for case in spec.cases if not case.seeded), key=size)[-count:]
+    return sorted((case for case in cases if not case.seeded), key=size)[-count:]
 
 
 def leaves_of(case: Case, inputs: Inputs) -> Inputs:

@@ -155,7 +155,7 @@ def test_any_sizes(backend: str, data: st.DataObject) -> None:
     n, m, dim = (data.draw(st.integers(*ends)) for ends in ((0, 20), (1, 150), (1, 9)))
     dtype = data.draw(st.sampled_from([x for x in DTYPES if backend in backends(SPECS["retrieval_ranks"], x)]))
     query, gallery = whole(n, dim, seed=n).to(dtype), whole(m, dim, seed=m + 1).to(dtype)
-    target = torch.tensor(data.draw(st.lists(st.integers(0, m - 1), min_size=n, max_size=n)))
+    target = torch.tensor(data.draw(st.lists(st.integers(0, m - 1), min_size=n, max_size=n)), dtype=torch.int64)
     got = retrieval_ranks(query, gallery, target, backend=backend)
     assert got.dtype == torch.int64 and torch.equal(got, _ranks(query, gallery, target))
 
