@@ -55,7 +55,7 @@ def reseed() -> None:
 
 
 def examples(count: int, interpreted: int | None = None) -> hypothesis.settings:
-    """So many examples of Hypothesis; others under Triton's interpreter, where one may take a second."""
+    """Returns settings for `count` examples of Hypothesis; for another number under Triton's interpreter, where one may take a second."""
     count = interpreted if interpreted is not None and gpu.INTERPRETED else count
     return hypothesis.settings(max_examples=count * (10 if settings.thorough else 1))
 
@@ -78,7 +78,7 @@ class Result:
 
 
 def backends(spec: OpSpec, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
-    """The op's backends that this machine can run, and that compute any case in `dtype` on `device`."""
+    """Returns the op's backends that this machine can run, and that compute any case in `dtype` on `device`."""
     layout = importlib.import_module(MODULES[spec.name]).OP.layout
     probe = torch.empty(0, 0, 0, 0, dtype=dtype, device=device)
     args = layout.record._make([probe if field.is_tensor else None for field in layout.fields])
@@ -89,14 +89,14 @@ def backends(spec: OpSpec, dtype: torch.dtype = torch.float32, device: str = "cp
 
 
 def needed(names: list[str]) -> list[str]:
-    """`names`, or the test is skipped, and counted: a loop over nothing would pass."""
+    """Returns `names`; where there are none the test is skipped and counted, as a loop over nothing would pass."""
     if not names:
         pytest.skip("no backend that is tested here computes this")
     return names
 
 
 def each_backend(op: str, *, interpreted: bool = True) -> Callable[..., Any]:
-    """A decorator: the test runs on each of the op's backends.
+    """Returns a decorator that runs a test on each of the op's backends.
 
     Args:
         interpreted: under Triton's interpreter too; not what happens before or after a kernel.
@@ -110,7 +110,7 @@ def each_backend(op: str, *, interpreted: bool = True) -> Callable[..., Any]:
 
 
 def dtype_of(op: str, backend: str) -> torch.dtype:
-    """The widest dtype that a backend computes in."""
+    """Returns the widest dtype that a backend computes in."""
     return torch.float64 if backend in backends(SPECS[op], torch.float64) else torch.float32
 
 
@@ -122,28 +122,28 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def draw(case: Case) -> Inputs:
-    """The case's inputs in float64, the same each time."""
+    """Returns the case's inputs in float64, the same each time."""
     return case.make(generator(zlib.crc32(case.id.encode())))
 
 
 def inputs_in(spec: OpSpec, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
-    """The case's inputs in `dtype`, but for those that stay wide."""
+    """Returns the case's inputs in `dtype`, but for those that stay wide."""
     return cast(draw(case), dtype, device, spec.always_wide)
 
 
 def largest(cases: Iterable[Case], count: int) -> list[Case]:
-    """The cases with the most elements, without dropout."""
+    """Returns the cases with the most elements, of those without dropout."""
     size = lambda case: sum(x.numel() for x in tensors_of(draw(case)))
     return sorted((case for case in cases if not case.seeded), key=size)[-count:]
 
 
 def leaves_of(case: Case, inputs: Inputs) -> Inputs:
-    """The inputs, of which those that the case differentiates by need a gradient."""
+    """Returns the inputs; those that the case differentiates by require a gradient."""
     return {name: x.detach().requires_grad_() if name in case.grads else x for name, x in inputs.items()}
 
 
 def cotangent(x: Tensor) -> Tensor:
-    """A direction for a gradient, the same for each tensor of this size."""
+    """Returns a direction for a gradient, the same for each tensor of this size."""
     weights = torch.randn(x.shape, generator=generator(x.numel()), dtype=torch.float64)
     return weights.to(x.device, x.dtype)
 
@@ -151,10 +151,10 @@ def cotangent(x: Tensor) -> Tensor:
 def call(
     spec: OpSpec, case: Case, inputs: Inputs, backend: str | None, function: Callable[..., Any] | None = None
 ) -> tuple[Tensor, ...]:
-    """Outputs, always of the same dropout.
+    """Returns the outputs; each call draws the same dropout.
 
     Args:
-        function: that stands for the op's public function, as what it compiles to.
+        function: stands for the op's public function, for example compiled.
     """
     if case.seeded:
         reseed()
@@ -163,7 +163,7 @@ def call(
 
 
 def run(spec: OpSpec, case: Case, inputs: Inputs, backend: str, function: Callable[..., Any] | None = None) -> Result:
-    """Outputs, and the gradients of `case.grads` for fixed cotangents."""
+    """Returns the outputs, and the gradients of `case.grads` for fixed cotangents."""
     inputs = leaves_of(case, inputs)
     outputs = call(spec, case, inputs, backend, function)
     grads = gradients(outputs, [inputs[name] for name in case.grads])
@@ -171,13 +171,13 @@ def run(spec: OpSpec, case: Case, inputs: Inputs, backend: str, function: Callab
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
-    """All tensors, those of masks too."""
+    """Returns all tensors among the inputs, those of masks too."""
     parts = [(x.start, x.end, x.key_valid) if isinstance(x, SpanMask) else (x,) for x in inputs.values()]
     return [x for part in parts for x in part if isinstance(x, Tensor)]
 
 
 def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """By `leaves`, of those outputs that have a gradient, for fixed cotangents."""
+    """Returns the gradients by `leaves` of those outputs that have one, for fixed cotangents."""
     if not leaves:
         return ()
     outputs = tuple(x for x in outputs if x.requires_grad)
@@ -193,7 +193,7 @@ _kept: OrderedDict[Any, tuple[Result, Result]] = OrderedDict()
 
 
 def expected(spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Result, Result]:
-    """The reference's result in `dtype` and in float64, on the inputs as `dtype` rounds them.
+    """Returns the reference's results in `dtype` and in float64, on the inputs as `dtype` rounds them.
 
     Both are computed once for all backends, instruction sets and tile sizes; the last 64 MiB of them are kept.
     """
@@ -279,7 +279,7 @@ def no_old_graphs() -> Iterator[None]:
 
 
 def peak_of(run: Callable[[], Any], first: Callable[[], Any] | None = None) -> int:
-    """The bytes that a call takes at its peak above what was there.
+    """Returns the bytes that a call takes at its peak above what was there.
 
     Args:
         first: what is run before, not measured; None: the call itself.

@@ -73,7 +73,7 @@ class OpRuns:
                 self.runs_of[op][report.nodeid.partition("[")[0]] += runs
 
     def over_budget(self) -> list[str]:
-        """A line for each op that the tests run too often."""
+        """Returns a line for each op that the tests run too often."""
         lines = []
         for op, runs in sorted(self.runs.items()):
             budget = BUDGET.get(op, DEFAULT)
@@ -101,7 +101,7 @@ class OpRuns:
                 terminalreporter.write_line(line)
 
     def summary(self) -> dict[str, Any]:
-        """Seconds and tests of each file; of each op its runs, and the tests' seconds in proportion to them.
+        """Returns seconds and tests of each file; of each op its runs, and the tests' seconds in proportion to them.
 
         Beside these the functions that run an op most often: where a budget can be saved.
         """

@@ -81,7 +81,7 @@ def parametrize(
 
 
 def traits(inputs: Inputs) -> dict[str, Hashable]:
-    """What kernels tell apart in a call: the kind of each argument, sizes that tiles do not divide, what is shared."""
+    """Returns what kernels tell apart in a call: the kind of each argument, sizes that tiles do not divide, what is shared."""
     found = {name: _kind(x) for name, x in inputs.items() if x is not None}
     tensors = [x for x in inputs.values() if isinstance(x, Tensor) and x.dim() > 1]
     if tensors:
@@ -105,7 +105,7 @@ def _kind(x: Any) -> Hashable:
 
 
 def kinds(case: Case) -> dict[str, str]:
-    """What tracing depends on: the kind of each argument, not its sizes or values."""
+    """Returns what tracing depends on: the kind of each argument, not its sizes or values."""
     return {name: _kind_of_argument(x) for name, x in draw(case).items()}
 
 

@@ -21,7 +21,7 @@ each_backend = harness.each_backend(OP)
 
 
 def dtype_of(backend: str) -> torch.dtype:
-    """The widest dtype that a backend computes in."""
+    """Returns the widest dtype that a backend computes in."""
     return harness.dtype_of(OP, backend)
 
 

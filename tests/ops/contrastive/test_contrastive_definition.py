@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import dtype_of, each_backend
-from ops.contrastive.tools import BIAS, check_gradients, features, scores_of
+from ops.contrastive.tools import BIAS, check_gradients, features, open_clip, open_clip_sigmoid, scores_of
 from torch import Tensor
 
 from mmkernels import info_nce, sigmoid_contrastive
@@ -21,14 +21,6 @@ from mmkernels.spec import Inputs
 
 def naive_logits(inputs: Inputs) -> Tensor:
     return inputs["logit_scale"] * scores_of(inputs["image"], inputs["text"])
-
-
-def open_clip(inputs: Inputs) -> Tensor:
-    """open_clip's ClipLoss: two matrix products, two cross-entropies, the mean of both."""
-    image, text, scale = inputs["image"], inputs["text"], inputs["logit_scale"]
-    labels = torch.arange(len(image))
-    logits_per_image, logits_per_text = scale * image @ text.T, scale * text @ image.T
-    return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
 
 def transformers_clip(inputs: Inputs) -> Tensor:
@@ -97,10 +89,10 @@ def blip2(inputs: Inputs) -> Tensor:
 IDS = {"image_ids": torch.tensor([4, 9, 4, -1, 7, 9]), "text_ids": torch.tensor([9, 4, 7, -1, 7, 9, 4, 4, -1])}
 SAME = {"image_ids": torch.tensor([4, 9, 4, 4, 7, 9, 0]), "text_ids": torch.tensor([4, 9, 4, 4, 7, 9, 0])}
 PUBLISHED: dict[str, tuple[Callable[[Inputs], Tensor], Inputs]] = {
-    "open_clip": (open_clip, features(11)),
+    "open_clip": (lambda inputs: open_clip(**inputs), features(11)),
     "transformers": (transformers_clip, features(11)),
-    "one pair": (open_clip, features(1)),
-    "one channel": (open_clip, features(6, dim=1)),
+    "one pair": (lambda inputs: open_clip(**inputs), features(1)),
+    "one channel": (lambda inputs: open_clip(**inputs), features(6, dim=1)),
     "SupCon": (supervised, features(6, 9) | IDS),
     "probabilities": (probabilities, features(6, 9) | IDS | {"label_smoothing": 0.0}),
     "probabilities, smoothed": (probabilities, features(6, 9) | IDS | {"label_smoothing": 0.3}),
@@ -136,13 +128,6 @@ def compare(
     check_gradients((loss,), list(ours.values()), (want,), list(true.values()))
 
 
-def open_clip_sigmoid(inputs: Inputs) -> Tensor:
-    """open_clip's SigLipLoss: labels of 1 on the diagonal and -1 beside it, the sum divided by the batch."""
-    image, text = inputs["image"], inputs["text"]
-    labels = 2 * torch.eye(len(image), dtype=image.dtype) - torch.ones(len(image), len(text))
-    return -F.logsigmoid(labels * (inputs["logit_scale"] * image @ text.T + inputs["logit_bias"])).sum() / len(image)
-
-
 def transformers_siglip(inputs: Inputs) -> Tensor:
     """What `transformers.SiglipModel` computes, row by row of logits_per_text."""
     logits = (naive_logits(inputs) + inputs["logit_bias"]).T
@@ -158,9 +143,9 @@ def binary(inputs: Inputs) -> Tensor:
 
 
 PUBLISHED_SIGMOID: dict[str, tuple[Callable[[Inputs], Tensor], Inputs]] = {
-    "open_clip": (open_clip_sigmoid, features(11) | BIAS),
+    "open_clip": (lambda inputs: open_clip_sigmoid(**inputs), features(11) | BIAS),
     "transformers": (transformers_siglip, features(11) | BIAS),
-    "one pair": (open_clip_sigmoid, features(1) | BIAS),
+    "one pair": (lambda inputs: open_clip_sigmoid(**inputs), features(1) | BIAS),
     "binary": (binary, features(6, 9) | BIAS | IDS),
     "binary, nothing shared": (binary, features(6, 9) | BIAS | {**IDS, "text_ids": torch.arange(100, 109)}),
     "binary, queries": (binary, features(6, 9, queries=3) | BIAS | IDS),

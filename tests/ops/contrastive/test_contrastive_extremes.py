@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import SPECS, backends, each_backend
-from ops.contrastive.tools import by_loops, features
+from ops.contrastive.tools import by_loops, features, open_clip, open_clip_sigmoid
 from pairwise import parametrize
 from torch import Tensor
 
@@ -33,18 +33,6 @@ def _step(function: Any, inputs: Inputs, **options: Any) -> tuple[Tensor, dict[s
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     loss = function(**leaves, **options)
     return loss.detach(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-
-
-def _truth(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """CLIP's loss; in float64 it has no trouble with any of the numbers here."""
-    logits = logit_scale * image @ text.T
-    labels = torch.arange(len(image))
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def _sigmoid_truth(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-    logits = logit_scale * image @ text.T + logit_bias
-    return -F.logsigmoid((2 * torch.eye(len(image)) - 1) * logits).sum() / len(image)
 
 
 # Scales and sizes.
@@ -83,7 +71,7 @@ def test_any_scale(backend: str, scale: float) -> None:
     """Rounding in a product of d channels moves a logit by no more than d * eps * scale."""
     inputs = _float32(features(PAIRS, dim=8, scale=scale))
     loss, grads = _step(info_nce, inputs, backend=backend)
-    want, truth = _step(_truth, cast(inputs, torch.float64))
+    want, truth = _step(open_clip, cast(inputs, torch.float64))
     rounding = 8 * torch.finfo(torch.float32).eps
     assert abs(float(loss) - float(want)) <= 2 * rounding * max(abs(scale), float(want))
     for name, true in truth.items():
@@ -111,7 +99,7 @@ def test_features_that_are_not_normalised(backend: str) -> None:
     inputs = _float32(features(PAIRS, dim=8, scale=100.0))
     inputs |= {name: 1e3 * inputs[name] for name in ("image", "text")}
     loss, grads = _step(info_nce, inputs, backend=backend)
-    want, truth = _step(_truth, cast(inputs, torch.float64))
+    want, truth = _step(open_clip, cast(inputs, torch.float64))
     assert abs(float(loss) - float(want)) <= 2 * 8 * torch.finfo(torch.float32).eps * 1e8
     for name, true in truth.items():
         unit = float(true.abs().max())
@@ -140,7 +128,7 @@ def test_any_scale_and_bias_of_the_sigmoid_loss(backend: str, scale: float, bias
     pairs = 48 if gpu.INTERPRETED else 512
     inputs = _float32(features(pairs, dim=16, scale=scale) | {"logit_bias": torch.tensor(bias)})
     loss, grads = _step(sigmoid_contrastive, inputs, backend=backend)
-    want, truth = _step(_sigmoid_truth, cast(inputs, torch.float64))
+    want, truth = _step(open_clip_sigmoid, cast(inputs, torch.float64))
     assert abs(float(loss) - float(want)) <= 1e-6 * float(want)
     for name, true in truth.items():
         assert bool(grads[name].isfinite().all())
@@ -258,7 +246,7 @@ def test_16_bit_features_overflow_no_sum(backend: str) -> None:
     inputs = {name: (200 * x).half() for name, x in features(PAIRS, dim=32, seed=3).items()}
     inputs["logit_scale"] = torch.tensor(2.0)
     loss, grads = _step(info_nce, inputs, backend=backend)
-    want, truth = _step(_truth, cast(inputs, torch.float64))
+    want, truth = _step(open_clip, cast(inputs, torch.float64))
     assert abs(float(loss) - float(want)) <= 2 * 32 * torch.finfo(torch.float32).eps * 2 * 200**2
     for name in ("image", "text"):  # their sums are rounded once, to the inputs' dtype
         torch.testing.assert_close(grads[name].double(), truth[name], rtol=torch.finfo(torch.float16).eps, atol=0.1)
