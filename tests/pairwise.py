@@ -81,7 +81,7 @@ def parametrize(
 
 
 def traits(inputs: Inputs) -> dict[str, Hashable]:
-    """Returns what kernels tell apart in a call: the kind of each argument, sizes that tiles do not divide, what is shared."""
+    """Returns what kernels tell apart in a call: kinds of arguments, sizes that tiles do not divide, what is shared."""
     found = {name: _kind(x) for name, x in inputs.items() if x is not None}
     tensors = [x for x in inputs.values() if isinstance(x, Tensor) and x.dim() > 1]
     if tensors:
