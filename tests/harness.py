@@ -55,7 +55,7 @@ def reseed() -> None:
 
 
 def examples(count: int, interpreted: int | None = None) -> hypothesis.settings:
-    """Returns settings for `count` examples of Hypothesis; others under Triton's interpreter, which takes a second each."""
+    """Returns settings for `count` examples of Hypothesis; others under Triton's interpreter, which is slow."""
     count = interpreted if interpreted is not None and gpu.INTERPRETED else count
     return hypothesis.settings(max_examples=count * (10 if settings.thorough else 1))
 
