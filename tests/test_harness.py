@@ -12,7 +12,7 @@ import harness
 import op_runs
 import pytest
 import torch
-from budget import BUDGET, DEFAULT
+from budget import BUDGET, DEFAULT, FIXED_SECONDS
 from harness import SPECS, backends, check, expected
 from layouts import embedded, far_apart, guarded
 from op_runs import OpRuns
@@ -130,6 +130,12 @@ def test_seconds_of_files_and_ops_are_written(tmp_path: Path) -> None:
 
 def test_only_ops_that_exist_have_a_budget() -> None:
     assert set(BUDGET) <= set(NAMES)
+
+
+def test_twenty_ops_fit_into_fifteen_minutes() -> None:
+    budgets = [BUDGET.get(op, DEFAULT) for op in NAMES]
+    budgets += [DEFAULT] * (20 - len(budgets))
+    assert FIXED_SECONDS + sum(budget.seconds for budget in budgets) / 2 < 900
 
 
 # Truth.

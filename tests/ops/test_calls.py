@@ -50,6 +50,8 @@ RICHEST = {spec.name: _richest(list(spec.cases)) for spec in SPECS.values()}
 UNSEEDED = {spec.name: _richest([case for case in spec.cases if not case.seeded]) for spec in SPECS.values()}
 DIFFERENTIABLE = [spec for spec in SPECS.values() if RICHEST[spec.name].grads]
 
+EXACTLY: dict[str, Any] = {"rtol": 0, "atol": 0}
+
 each_op = pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 each_differentiable_op = pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
 each_differentiable_backend = pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def _inputs(spec: OpSpec, case: Case, backend: str) -> Inputs:
 def _same(found: Result, want: Result, exactly: bool = False) -> None:
     """The same bits, or the same but for rounding."""
     assert found.grads.keys() <= want.grads.keys()
-    bounds: Any = {"rtol": 0, "atol": 0} if exactly else {}
+    bounds = EXACTLY if exactly else {}
     torch.testing.assert_close(found.outputs, want.outputs, equal_nan=True, **bounds)
     torch.testing.assert_close(found.grads, {name: want.grads[name] for name in found.grads}, **bounds)
 
@@ -80,13 +82,12 @@ def test_a_block_or_an_argument_chooses_the_backend(spec: OpSpec) -> None:
     inputs = draw(case)
     found = lambda backend=None: call(spec, case, inputs, backend)
     naive, chunked = found("reference"), found("chunked")
-    bounds: Any = {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(found(), chunked, **bounds)  # the first that computes float64
+    torch.testing.assert_close(found(), chunked, **EXACTLY)  # the first that computes float64
     with use_backend("reference"):
-        torch.testing.assert_close(found(), naive, **bounds)
-        torch.testing.assert_close(found("chunked"), chunked, **bounds)
+        torch.testing.assert_close(found(), naive, **EXACTLY)
+        torch.testing.assert_close(found("chunked"), chunked, **EXACTLY)
         with use_backend("chunked"):
-            torch.testing.assert_close(found(), chunked, **bounds)
+            torch.testing.assert_close(found(), chunked, **EXACTLY)
     for absent in ("triton", "cuda"):
         with pytest.raises(BackendError, match=f"^{spec.name} (can't run this call|has no backend)"):
             found(absent)
@@ -138,7 +139,7 @@ def test_a_graph_is_made_where_one_is_wanted_and_may_be_walked_twice(spec: OpSpe
     first, again = (
         torch.autograd.grad([x.sum() for x in outputs], leaves, retain_graph=more) for more in (True, False)
     )
-    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    torch.testing.assert_close(first, again, **EXACTLY)
     assert all(bool(x.any()) for x in first)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
@@ -315,16 +316,18 @@ _WAYS += [("triton", torch.float32, "")]
 
 
 def _probes(spec: OpSpec) -> list[Case]:
-    """Cases with many arguments, and one of an odd width."""
-    odd = [case for case in spec.cases if any(x.shape[-1] % 2 for x in _viewed(draw(case)).values())]
-    return list({case.id: case for case in (RICHEST[spec.name], UNSEEDED[spec.name], *largest(odd, 1))}.values())
+    """Cases with many arguments, and one of each other number of dims."""
+    dims = lambda case: max(x.dim() for x in _viewed(draw(case)).values())
+    cases = {dims(case): case for case in (*spec.cases, RICHEST[spec.name])}
+    return list({case.id: case for case in (*cases.values(), UNSEEDED[spec.name])}.values())
 
 
 def _layouts() -> list[tuple[Any, ...]]:
+    odd = lambda case: any(x.shape[-1] % 2 for x in _viewed(draw(case)).values())
     return [
         (spec, case, layout, *way)
         for spec in SPECS.values()
-        for case in _probes(spec)
+        for case in {x.id: x for x in (*_probes(spec), *largest(filter(odd, spec.cases), 1))}.values()
         for layout in LAYOUTS
         for way in _WAYS
         if way[0] in backends(spec, way[1])
@@ -357,7 +360,8 @@ def test_strides_change_no_result(
     """No bit of a kernel's result; its gradients lie in memory as the fake says."""
     inputs = inputs_in(spec, case, dtype)
     views = inputs | {name: LAYOUTS[layout](x) for name, x in _viewed(inputs).items()}
-    copies = views | {name: x.clone(memory_format=torch.contiguous_format) for name, x in _viewed(views).items()}
+    views |= {name: x.repeat_interleave(2)[::2] for name, x in inputs.items() if isinstance(x, Tensor) and x.dim() == 1}
+    copies = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in views.items()}
     with cpu.use_isa(isa or cpu.isas()[0]):
         found, want = (run(spec, case, x, backend) for x in (views, copies))
     _same(found, want, exactly=backend != "chunked")
@@ -384,10 +388,7 @@ def _strides(x: Tensor) -> list[int]:
 )
 def test_offsets_past_two_to_the_31(spec: OpSpec, backend: str) -> None:
     """Batches, heads and rows that lie 2^31 elements and more from where their tensor begins."""
-    cases = {RICHEST[spec.name].id: RICHEST[spec.name], UNSEEDED[spec.name].id: UNSEEDED[spec.name]}
-    if not gpu.INTERPRETED:
-        cases |= {case.id: case for case in largest(spec.cases, 1)}
-    for case in cases.values():
+    for case in _probes(spec) + ([] if gpu.INTERPRETED else largest(spec.cases, 1)):
         inputs = inputs_in(spec, case, torch.float16)
         want = run(spec, case, inputs, backend)
         for dim in range(max(x.dim() for x in _viewed(inputs).values()) - 1):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SPECS, check, generator, name_of, peak_of
+from harness import SPECS, check, generator, name_of, peak_of, run
 from ops.attention.tools import Hidden, check_hidden
 from ops.cpu_tools import DTYPES, ISAS, each_dtype, each_isa, needs_kernels, python
 from pairwise import parametrize, traits
@@ -19,7 +19,7 @@ from mmkernels import SpanMask, attention_received, cross_attention
 from mmkernels.ops.attention.cases import attention_inputs
 from mmkernels.ops.common.cases import normal
 from mmkernels.runtime import cpu
-from mmkernels.spec import Case, Inputs
+from mmkernels.spec import Case, Inputs, cast
 
 pytestmark = needs_kernels
 
@@ -173,6 +173,13 @@ def test_second_derivatives() -> None:
     for mine, true in zip(second(torch.float32, "cpu"), second(torch.float64, "reference"), strict=True):
         assert bool(true.any())
         torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4 * float(true.abs().max()))
+
+
+def test_again_the_same_bits(threads: None) -> None:
+    inputs = cast(TILES["bias of all"](generator()), torch.float32)
+    case = Case("bias of all", lambda g: inputs, ("query", "key", "value", "bias"))
+    first, *others = (run(SPECS["cross_attention"], case, inputs, "cpu") for _ in range(3))
+    assert all(torch.equal(a, b) for again in others for a, b in zip(again.tensors, first.tensors, strict=True))
 
 
 _NON_FINITE = itertools.product(
