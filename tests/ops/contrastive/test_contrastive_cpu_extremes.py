@@ -45,7 +45,8 @@ def _far_apart(kind: str, distance: int) -> Case:
     """
     g, hidden = generator(), kind == "a hidden pair above"
     n, m = 70, 70 if hidden else 140
-    logits, hard = (4 * torch.rand(n, k, generator=g, dtype=torch.float64) - 102 for k in (m, 5))
+    # Within 2 of -100, and 1 where a row has five only: each row and column has one near the largest.
+    logits, hard = (w * (2 * torch.rand(n, k, generator=g, dtype=torch.float64) - 1) - 100 for k, w in ((m, 2), (5, 1)))
     ids = {"image_ids": torch.arange(n), "text_ids": torch.arange(m) % n}
     options: Inputs = {}
     if hidden:
