@@ -59,7 +59,7 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
         return op.choose(backend, inputs).run(inputs)
     if wanted and op.recorded is not None:
         return op.recorded(*inputs, backend)
-    if _in_grad_transform() or _has_tangent(tensors):
+    if op.recorded is not None and (_in_grad_transform() or _has_tangent(tensors)):
         raise NotImplementedError(
             f"{op.name} can't be differentiated by torch.func (grad, vjp, jvp, jacrev, ...) or in forward mode, which "
             'PyTorch does not offer to custom operators; use torch.autograd, or backend="reference"'

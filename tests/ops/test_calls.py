@@ -197,6 +197,18 @@ def test_differentiating_by_transforms_is_refused_or_right(spec: OpSpec) -> None
         torch.testing.assert_close(torch.func.grad(loss)(inputs[name], "reference"), want)
 
 
+@pytest.mark.parametrize("spec", [x for x in SPECS.values() if x not in DIFFERENTIABLE], ids=lambda spec: spec.name)
+def test_an_op_without_a_gradient_runs_within_a_transform(spec: OpSpec) -> None:
+    case = UNSEEDED[spec.name]
+
+    def total(x: Tensor) -> Tensor:
+        found = call(spec, case, draw(case), None)
+        return x * sum(y.sum() for y in found)
+
+    want = sum(y.sum() for y in call(spec, case, draw(case), None))
+    torch.testing.assert_close(torch.func.grad(total)(torch.ones((), dtype=torch.float64)).to(want), want)
+
+
 # Compiled code.
 
 
@@ -298,6 +310,7 @@ def _odd_offset(x: Tensor) -> Tensor:
     return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
 
 
+_EQUAL = "one query or head for all"
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "columns first": lambda x: x.mT.contiguous().mT,
     "every other column": lambda x: x.repeat_interleave(2, -1)[..., 1::2],
@@ -307,7 +320,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
     "second dim first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "one row for all": lambda x: x[:1].expand(x.shape),
-    "one query or head for all": lambda x: x[:, :1].expand(x.shape),
+    _EQUAL: lambda x: x[:, :1].expand(x.shape),
     "one channel for all": lambda x: x[..., :1].expand(x.shape),
 }
 _WAYS = [("chunked", torch.float64, "")]
@@ -323,6 +336,8 @@ def _probes(spec: OpSpec) -> list[Case]:
 
 
 def _layouts() -> list[tuple[Any, ...]]:
+    # PyTorch's products may round equal queries of an image apart, and then another of them wins.
+    queries = lambda case: any(x.dim() == 3 for x in _viewed(draw(case)).values())
     odd = lambda case: any(x.shape[-1] % 2 for x in _viewed(draw(case)).values())
     return [
         (spec, case, layout, *way)
@@ -330,7 +345,7 @@ def _layouts() -> list[tuple[Any, ...]]:
         for case in {x.id: x for x in (*_probes(spec), *largest(filter(odd, spec.cases), 1))}.values()
         for layout in LAYOUTS
         for way in _WAYS
-        if way[0] in backends(spec, way[1])
+        if way[0] in backends(spec, way[1]) and not (way[0] == "chunked" and layout == _EQUAL and queries(case))
     ]
 
 
@@ -365,9 +380,8 @@ def test_strides_change_no_result(
     with cpu.use_isa(isa or cpu.isas()[0]):
         found, want = (run(spec, case, x, backend) for x in (views, copies))
     _same(found, want, exactly=backend != "chunked")
-    if backend != "chunked":
-        fake = run(spec, case, {name: _on_meta(x) for name, x in views.items()}, backend)
-        assert [_strides(x) for x in found.grads.values()] == [_strides(x) for x in fake.grads.values()]
+    fake = run(spec, case, {name: _on_meta(x) for name, x in views.items()}, backend)
+    assert [_strides(x) for x in found.grads.values()] == [_strides(x) for x in fake.grads.values()]
 
 
 def _on_meta(x: Any) -> Any:
