@@ -35,7 +35,7 @@ from mmkernels.runtime.tuning import Config
 LISTED = 2**14  # scores of a problem from which on the tiles that a mask leaves are listed first
 _LIST_BLOCK = 256
 _SMALL = Config(0, 0, 4, 1)
-_TMA_KEYS = 1024  # from which on a descriptor's 5 us on the host are little beside the kernel
+_TMA_KEYS = 1024  # with fewer keys, the 5 us that a descriptor takes on the host are not small beside the kernel
 
 
 @cache
@@ -61,7 +61,7 @@ class Call:
     """One attention call as the kernels take it.
 
     Args:
-        packed: a problem is a key head with all its query heads; else each query head is its own.
+        packed: a problem is a key head with all its query heads; else each query head is one.
         shared: where all batch entries have one key, they are rows of one problem.
     """
 
@@ -155,11 +155,12 @@ def broadcast_strides(x: Tensor) -> tuple[int, ...]:
 
 
 def gate_of(gate: Tensor | None) -> Gate:
+    """Returns the `Gate` of a call."""
     return Gate(gate, 0 if gate is None or gate.numel() == 1 else gate.stride(0))
 
 
 def dropout_of(seed: Tensor | None, dropout_p: float) -> Dropout:
-    """Words of Philox below the threshold are dropped; all of them at 2^32."""
+    """Returns the `Dropout` of a call. Words of Philox below the threshold are dropped; all of them at 2^32."""
     return Dropout(seed, round(dropout_p * 2**32), 1.0 if seed is None else keep_scale(dropout_p))
 
 

@@ -95,12 +95,24 @@ def load_lse(lse, places, live):
 
 
 @triton.jit
+def finite_or_zero(x):
+    """Returns x with 0 for NaN and inf."""
+    return tl.where(tl.abs(x.to(tl.float32)) < INFINITY, x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def rows_non_finite(x):
+    """Returns 1 for each row of x that holds NaN or inf, else 0."""
+    return tl.max(tl.where(tl.abs(x.to(tl.float32)) < INFINITY, 0, 1), 1)
+
+
+@triton.jit
 def zero_non_finite(x, DIM: tl.constexpr):
     """Returns the halves x with 0 for NaN and inf."""
-    first = tl.where(tl.abs(x.first.to(tl.float32)) < INFINITY, x.first, 0.0).to(x.first.dtype)
+    first = finite_or_zero(x.first)
     second = first
     if DIM.second > 0:
-        second = tl.where(tl.abs(x.second.to(tl.float32)) < INFINITY, x.second, 0.0).to(x.second.dtype)
+        second = finite_or_zero(x.second)
     halves = Halves(first, second)
     return halves
 
@@ -108,31 +120,31 @@ def zero_non_finite(x, DIM: tl.constexpr):
 @triton.jit
 def note_non_finite(noted, x, DIM: tl.constexpr):
     """Returns `noted`, with 1 for each row of the halves x that holds NaN or inf."""
-    noted = tl.maximum(noted, tl.max(tl.where(tl.abs(x.first.to(tl.float32)) < INFINITY, 0, 1), 1))
+    noted = tl.maximum(noted, rows_non_finite(x.first))
     if DIM.second > 0:
-        noted = tl.maximum(noted, tl.max(tl.where(tl.abs(x.second.to(tl.float32)) < INFINITY, 0, 1), 1))
+        noted = tl.maximum(noted, rows_non_finite(x.second))
     return noted
 
 
 @triton.jit
-def seen_non_finite(total, x, visible):
-    """Returns `total` plus the NaN and inf of x that each row sees."""
+def add_non_finite(total, x, visible):
+    """Returns `total` plus the NaN and inf of x that are visible to each row."""
     wide = x.to(tl.float32)
-    # One product counts what each row sees in each channel: +inf by 1, -inf by 2^-12, NaN by 2^12.
+    # One product counts what is visible to each row in each channel: +inf by 1, -inf by 2^-12, NaN by 2^12.
     kind = tl.where(wide == INFINITY, 1.0, tl.where(wide == -INFINITY, 1 / 4096, 0.0))
-    seen = tl.dot(visible.to(x.dtype), tl.where(wide == wide, kind, 4096.0).to(x.dtype))
-    above = tl.floor(seen)
+    counts = tl.dot(visible.to(x.dtype), tl.where(wide == wide, kind, 4096.0).to(x.dtype))
+    above = tl.floor(counts)
     up = tl.where(above > 0, INFINITY, 0.0)
-    return total + up + tl.where((seen > above) | (seen >= 4096.0), -INFINITY, 0.0)
+    return total + up + tl.where((counts > above) | (counts >= 4096.0), -INFINITY, 0.0)
 
 
 @triton.jit
 def restore_non_finite(total, x, visible, DIM: tl.constexpr):
     """Returns the halves `total` plus the NaN and inf of x that each row sees, which `zero_non_finite` removed."""
-    first = seen_non_finite(total.first, x.first, visible)
+    first = add_non_finite(total.first, x.first, visible)
     second = total.second
     if DIM.second > 0:
-        second = seen_non_finite(second, x.second, visible)
+        second = add_non_finite(second, x.second, visible)
     halves = Halves(first, second)
     return halves
 
@@ -165,7 +177,7 @@ def keep_pairs(dropout, rows, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Near 0, where ``1 - 2 / (1 + exp(2 x))`` would cancel, by its series."""
+    """Returns the tanh, near 0 by its series: ``1 - 2 / (1 + exp(2 x))`` would cancel there."""
     y = x * x
     near = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
     return tl.where(tl.abs(x) < 0.35, near, 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E))))

@@ -16,7 +16,8 @@ from torch import Tensor
 from mmkernels.ops.common.triton.constants import INFINITY, LN2, LOG2E
 from mmkernels.ops.common.triton.launch import ceil_div
 from mmkernels.ops.contrastive.info_nce import reduction
-from mmkernels.ops.contrastive.triton.tiles import Lines, exponents, load_partial
+from mmkernels.ops.contrastive.triton.arguments import Lines
+from mmkernels.ops.contrastive.triton.tiles import exponents, load_partial
 from mmkernels.runtime.triton import launch
 from mmkernels.runtime.tuning import Config
 
