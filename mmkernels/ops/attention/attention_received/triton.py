@@ -88,7 +88,7 @@ def forward(args: Arguments) -> Tensor:
     launch(
         received_kernel, (call.key_tiles(plan) * call.problems,), plan,
         query, key, lse, query_weights, received, call.masks, call.lists(plan, of_rows=False), strides_of(query, unit),
-        strides_of(key, unit), RowStrides(*((0,) * 3 if query_weights is None else broadcast_strides(query_weights))),
+        strides_of(key, unit), None if query_weights is None else RowStrides(*broadcast_strides(query_weights)),
         call.sizes, call.scale_log2, **call.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, UNIT=unit,
     )  # fmt: skip
     return received

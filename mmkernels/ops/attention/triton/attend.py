@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.triton.arguments import NO_LISTS, NO_STRIDES, Halves, Rows, State, Strides
+from mmkernels.ops.attention.triton.arguments import Halves, Rows, State, Strides
 from mmkernels.ops.attention.triton.call import (
     Call,
     dropout_of,
@@ -69,7 +69,7 @@ _MERGE = Config(16, 1, 4, 1)
 class ForwardStrides(NamedTuple):
     query: Strides
     key: Strides
-    value: Strides
+    value: Strides | None
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def attend_tile(
     shrink = tl.exp2(state.top - base)
     state = State(top, state.total * shrink + tl.sum(weights, 1))
     if value is not None:
-        if dropout.seed is not None:
+        if dropout is not None:
             weights = tl.where(keep_pairs(dropout, rows, first, BLOCK_K), weights, 0.0)
         out, non_finite = add_values(
             acc.first, non_finite, weights, shrink, value, problem, first, strides.value, k_len,
@@ -220,7 +220,9 @@ def forward_kernel(
                 state = State(tl.where(lowest, LOWEST, state.top), total)
 
     places, out_places = places_of(n, split, problem, rows, sizes, LAYOUT, SPLIT)
-    factor = tl.zeros([BLOCK_Q], tl.float32) + dropout.scale
+    factor = tl.full([BLOCK_Q], 1.0, tl.float32)
+    if dropout is not None:
+        factor = factor * dropout.scale
     if not SPLIT:
         factor = factor * load_gate(gate, rows)
     done, log2 = finish_rows(state, acc, factor, VALUE_DIM, SPLIT)
@@ -291,9 +293,9 @@ def attend(
     launch(
         forward_kernel, (call.row_tiles(plan) * call.problems, splits), plan,
         query, key_source, value_source, part_out, part_lse, call.masks,
-        call.lists(plan, of_rows=True) if splits == 1 else NO_LISTS, gates, dropout_of(seed, dropout_p),
+        call.lists(plan, of_rows=True) if splits == 1 else None, gates, dropout_of(seed, dropout_p),
         ForwardStrides(
-            strides_of(query, unit), strides_of(key, unit), NO_STRIDES if value is None else strides_of(value, unit)
+            strides_of(query, unit), strides_of(key, unit), None if value is None else strides_of(value, unit)
         ), call.sizes, call.scale_log2, splits,
         **call.constants, HIDES=call.hides, VALUE_DIM=value_dim, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, UNIT=unit,
         SPLIT=splits > 1, TMA=key_source is not key,

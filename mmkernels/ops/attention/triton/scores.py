@@ -29,10 +29,10 @@ def load_spans(masks, rows, k_len):
     end = start + k_len
     if masks.start is not None:
         batch, query = rows.batch.to(tl.int64), rows.query.to(tl.int64)
-        strides = masks.strides
-        places = masks.start + batch * strides.start.batch + query * strides.start.row
+        strides = masks.span_strides
+        places = masks.start + batch * strides.start_batch + query * strides.start_row
         start = tl.load(places, mask=rows.live, other=0)
-        places = masks.end + batch * strides.end.batch + query * strides.end.row
+        places = masks.end + batch * strides.end_batch + query * strides.end_row
         end = tl.load(places, mask=rows.live, other=0)
         start, end = tl.maximum(start, 0), tl.minimum(end, k_len)
     sees = rows.live & (start < end)
@@ -47,13 +47,13 @@ def visible_pairs(masks, rows, spans, j, ROW_AXIS: tl.constexpr):
     key = tl.expand_dims(j, ROW_AXIS)
     visible = (key >= start) & (key < end)
     if masks.key_valid is not None:
-        strides = masks.strides.key_valid
+        strides = masks.key_valid_strides
         batch = tl.expand_dims(rows.batch, 1 - ROW_AXIS).to(tl.int64)
         places = masks.key_valid + batch * strides.batch + key.to(tl.int64) * strides.key
         visible = visible & (tl.load(places, mask=visible, other=0) != 0)
     if masks.dense is not None:
-        places = masks.dense + line_offsets(rows, masks.strides.dense, ROW_AXIS)
-        places += key.to(tl.int64) * masks.strides.dense.column
+        places = masks.dense + line_offsets(rows, masks.dense_strides, ROW_AXIS)
+        places += key.to(tl.int64) * masks.dense_strides.column
         visible = visible & (tl.load(places, mask=visible, other=0) != 0)
     return visible
 
@@ -74,8 +74,8 @@ def masked_scores(dots, masks, rows, spans, j, scale, ROW_AXIS: tl.constexpr):
     visible = visible_pairs(masks, rows, spans, j, ROW_AXIS)
     scores = dots * scale
     if masks.bias is not None:
-        offsets = line_offsets(rows, masks.strides.bias, ROW_AXIS)
-        offsets += tl.expand_dims(j, ROW_AXIS).to(tl.int64) * masks.strides.bias.column
+        offsets = line_offsets(rows, masks.bias_strides, ROW_AXIS)
+        offsets += tl.expand_dims(j, ROW_AXIS).to(tl.int64) * masks.bias_strides.column
         bias = tl.load(masks.bias + offsets, mask=visible, other=-INFINITY).to(tl.float32)
         visible = visible & (bias != -INFINITY)
         scores += tl.where(bias < LOWEST_BIAS, LOWEST_BIAS, bias) * LOG2E
@@ -187,6 +187,6 @@ def tanh(x):
 def load_gate(gate, rows):
     """Returns tanh(gate) of each row's head; 1 without a gate."""
     factor = rows.head * 0.0 + 1.0
-    if gate.data is not None:
+    if gate is not None:
         factor = tanh(tl.load(gate.data + rows.head * gate.stride, mask=rows.live, other=0.0).to(tl.float32))
     return factor

@@ -35,13 +35,13 @@ class Sizes(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """int32 codes of the images and of the texts, equal where their ids are; None without ids.
+    """int32 codes of the images and of the texts, equal where their ids are.
 
     The code of an image whose id no text has is -1.
     """
 
-    image: Any = None
-    text: Any = None
+    image: Any
+    text: Any
 
 
 class Strip(NamedTuple):

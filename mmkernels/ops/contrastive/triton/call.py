@@ -34,12 +34,12 @@ class Pairing(NamedTuple):
 
     Args:
         kind: the kernels' PAIRS, see pairs.py.
-        codes: int32 [N] and [M].
+        codes: int32 [N] and [M]; None without ids.
         positives, hidden: of images and of texts, int64, how many pairs each row has; None: one, and none.
     """
 
     kind: str
-    codes: Codes = Codes()
+    codes: Codes | None = None
     positives: tuple[Tensor | None, Tensor | None] = (None, None)
     hidden: tuple[Tensor | None, Tensor | None] = (None, None)
 

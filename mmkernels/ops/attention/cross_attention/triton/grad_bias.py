@@ -78,7 +78,7 @@ def grad_bias_kernel(
             grad, _ = dot_keys(
                 do, value, problem, first, strides.value, k_len, VALUE_DIM, UNIT, BLOCK_K, False, False, PRECISION
             )
-            if dropout.seed is not None:
+            if dropout is not None:
                 grad = tl.where(keep_pairs(dropout, rows, first, BLOCK_K), grad * dropout.scale, 0.0)
             row_delta = tl.load(delta + places, mask=rows.live, other=0.0)
             grad = weights * (grad * load_gate(gate, rows)[:, None] - row_delta[:, None])

@@ -43,8 +43,8 @@ class GradKeyValueStrides(NamedTuple):
     key: Strides
     value: Strides
     grad_out: Strides
-    grad_key: SplitStrides
-    grad_value: SplitStrides
+    grad_key: SplitStrides | None
+    grad_value: SplitStrides | None
 
 
 class KeyGradients(NamedTuple):
@@ -87,19 +87,19 @@ def key_value_tile(
     if MASKED:  # delta carries a dO that is not finite to the keys that see it, `restore_values` to their values
         non_finite = note_non_finite(non_finite, do, VALUE_DIM)
         do = zero_non_finite(do, VALUE_DIM)
-    if gate.data is not None:
+    if gate is not None:
         do = gated(do, load_gate(gate, rows), VALUE_DIM)
-    if dropout.seed is not None:
+    if dropout is not None:
         keep = tl.trans(keep_pairs(dropout, rows, first_key, BLOCK_K))
     grad_key, grad_value = grads.key, grads.value
     if NEED_VALUE:
         dropped = weights
-        if dropout.seed is not None:
+        if dropout is not None:
             dropped = tl.where(keep, weights * dropout.scale, 0.0)
         grad_value = add_product(grad_value, dropped.to(do.first.dtype), do, VALUE_DIM, PRECISION)
     if NEED_KEY:
         grad = dot_halves(v, do, VALUE_DIM, PRECISION)
-        if dropout.seed is not None:
+        if dropout is not None:
             grad = tl.where(keep, grad * dropout.scale, 0.0)
         grad = weights * (grad - tl.load(delta + places, mask=rows.live, other=0.0)[None, :])
         if MASKED:

@@ -43,8 +43,8 @@ class GradQueryStrides(NamedTuple):
     value: Strides
     grad_out: Strides
     out: Strides
-    grad_query: Strides
-    grad_bias: Strides
+    grad_query: Strides | None
+    grad_bias: Strides | None
 
 
 class RowGradients(NamedTuple):
@@ -85,7 +85,7 @@ def query_tile(
         inputs.grad_out, value, problem, first, strides.value, k_len, VALUE_DIM, UNIT, BLOCK_K, not MASKED, False,
         PRECISION,
     )  # fmt: skip
-    if dropout.seed is not None:
+    if dropout is not None:
         grad = tl.where(keep_pairs(dropout, rows, first, BLOCK_K), grad * dropout.scale, 0.0)
     gate_sums, bias_sums = grads.gate, grads.bias
     if NEED_GATE:
