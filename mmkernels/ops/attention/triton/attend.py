@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.triton.arguments import Halves, Rows, State, Strides
+from mmkernels.ops.attention.triton.arguments import NO_STRIDES, Halves, Rows, State, Strides
 from mmkernels.ops.attention.triton.call import (
     Call,
     dropout_of,
@@ -69,7 +69,7 @@ _MERGE = Config(16, 1, 4, 1)
 class ForwardStrides(NamedTuple):
     query: Strides
     key: Strides
-    value: Strides | None
+    value: Strides
 
 
 @triton.jit
@@ -295,7 +295,7 @@ def attend(
         query, key_source, value_source, part_out, part_lse, call.masks,
         call.lists(plan, of_rows=True) if splits == 1 else None, gates, dropout_of(seed, dropout_p),
         ForwardStrides(
-            strides_of(query, unit), strides_of(key, unit), None if value is None else strides_of(value, unit)
+            strides_of(query, unit), strides_of(key, unit), NO_STRIDES if value is None else strides_of(value, unit)
         ), call.sizes, call.scale_log2, splits,
         **call.constants, HIDES=call.hides, VALUE_DIM=value_dim, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, UNIT=unit,
         SPLIT=splits > 1, TMA=key_source is not key,

@@ -15,12 +15,10 @@ from mmkernels.ops.attention.triton.arguments import (
     Dropout,
     Gate,
     HeadDim,
-    KeyStrides,
     Layout,
     Lists,
     Masks,
     Sizes,
-    SpanStrides,
     Strides,
 )
 from mmkernels.ops.attention.triton.walks import list_tiles, tile_status
@@ -83,10 +81,8 @@ class Call:
         start, end, key_valid, dense, bias = args.start, args.end, args.key_valid, args.dense, args.bias
         self.masks = Masks(
             start, end, _bytes(key_valid), _bytes(dense), bias,
-            None if start is None or end is None else SpanStrides(*broadcast_strides(start), *broadcast_strides(end)),
-            None if key_valid is None else KeyStrides(*broadcast_strides(key_valid)),
-            None if dense is None else Strides(*broadcast_strides(dense)),
-            None if bias is None else Strides(*broadcast_strides(bias)),
+            *mask_strides(start, 2), *mask_strides(end, 2), *mask_strides(key_valid, 2), *mask_strides(dense, 4),
+            *mask_strides(bias, 4),
         )  # fmt: skip
         self.hides = any(x is not None for x in (start, key_valid, dense, bias))
         self.constants: dict[str, Any] = {
@@ -154,6 +150,11 @@ def strides_of(x: Tensor, unit: int = 1) -> Strides:
 def broadcast_strides(x: Tensor) -> tuple[int, ...]:
     """Returns strides, 0 where a dimension of size 1 is broadcast."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def mask_strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    """Returns `broadcast_strides`, 0 for a tensor that the call does not have."""
+    return (0,) * dims if x is None else broadcast_strides(x)
 
 
 def gate_of(gate: Tensor | None) -> Gate | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.triton.arguments import Halves, Rows, Spans
+from mmkernels.ops.attention.triton.arguments import Halves, Rows, Spans, Strides
 from mmkernels.ops.attention.triton.tiles import row_offsets
 from mmkernels.ops.common.triton.constants import INFINITY, LOG2E
 
@@ -29,10 +29,9 @@ def load_spans(masks, rows, k_len):
     end = start + k_len
     if masks.start is not None:
         batch, query = rows.batch.to(tl.int64), rows.query.to(tl.int64)
-        strides = masks.span_strides
-        places = masks.start + batch * strides.start_batch + query * strides.start_row
+        places = masks.start + batch * masks.start_batch + query * masks.start_row
         start = tl.load(places, mask=rows.live, other=0)
-        places = masks.end + batch * strides.end_batch + query * strides.end_row
+        places = masks.end + batch * masks.end_batch + query * masks.end_row
         end = tl.load(places, mask=rows.live, other=0)
         start, end = tl.maximum(start, 0), tl.minimum(end, k_len)
     sees = rows.live & (start < end)
@@ -47,13 +46,12 @@ def visible_pairs(masks, rows, spans, j, ROW_AXIS: tl.constexpr):
     key = tl.expand_dims(j, ROW_AXIS)
     visible = (key >= start) & (key < end)
     if masks.key_valid is not None:
-        strides = masks.key_valid_strides
         batch = tl.expand_dims(rows.batch, 1 - ROW_AXIS).to(tl.int64)
-        places = masks.key_valid + batch * strides.batch + key.to(tl.int64) * strides.key
+        places = masks.key_valid + batch * masks.key_valid_batch + key.to(tl.int64) * masks.key_valid_key
         visible = visible & (tl.load(places, mask=visible, other=0) != 0)
     if masks.dense is not None:
-        places = masks.dense + line_offsets(rows, masks.dense_strides, ROW_AXIS)
-        places += key.to(tl.int64) * masks.dense_strides.column
+        strides = Strides(masks.dense_batch, masks.dense_head, masks.dense_row, masks.dense_column)
+        places = masks.dense + line_offsets(rows, strides, ROW_AXIS) + key.to(tl.int64) * masks.dense_column
         visible = visible & (tl.load(places, mask=visible, other=0) != 0)
     return visible
 
@@ -74,8 +72,9 @@ def masked_scores(dots, masks, rows, spans, j, scale, ROW_AXIS: tl.constexpr):
     visible = visible_pairs(masks, rows, spans, j, ROW_AXIS)
     scores = dots * scale
     if masks.bias is not None:
-        offsets = line_offsets(rows, masks.bias_strides, ROW_AXIS)
-        offsets += tl.expand_dims(j, ROW_AXIS).to(tl.int64) * masks.bias_strides.column
+        strides = Strides(masks.bias_batch, masks.bias_head, masks.bias_row, masks.bias_column)
+        offsets = line_offsets(rows, strides, ROW_AXIS)
+        offsets += tl.expand_dims(j, ROW_AXIS).to(tl.int64) * masks.bias_column
         bias = tl.load(masks.bias + offsets, mask=visible, other=-INFINITY).to(tl.float32)
         visible = visible & (bias != -INFINITY)
         scores += tl.where(bias < LOWEST_BIAS, LOWEST_BIAS, bias) * LOG2E

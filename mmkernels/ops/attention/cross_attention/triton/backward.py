@@ -15,7 +15,7 @@ from torch import Tensor
 from mmkernels.ops.attention.cross_attention.triton.grad_bias import BiasSums, GradBiasStrides, grad_bias_kernel
 from mmkernels.ops.attention.cross_attention.triton.grad_key_value import GradKeyValueStrides, grad_key_value_kernel
 from mmkernels.ops.attention.cross_attention.triton.grad_query import GradQueryStrides, grad_query_kernel
-from mmkernels.ops.attention.triton.arguments import SplitStrides, Strides
+from mmkernels.ops.attention.triton.arguments import NO_STRIDES, SplitStrides, Strides
 from mmkernels.ops.attention.triton.attend import OP
 from mmkernels.ops.attention.triton.call import Call, dropout_of, gate_of, head_dim, strides_of, unit_of
 from mmkernels.ops.common.triton.launch import ceil_div
@@ -87,8 +87,8 @@ class _Backward:
             grad_bias, gate_sums, bias_sums, call.masks, call.lists(plan, of_rows=True), self.gates, self.dropout,
             GradQueryStrides(
                 **self.strides, out=self.out_strides,
-                grad_query=None if grad_query is None else Strides(*grad_query.stride()),
-                grad_bias=None if grad_bias is None else Strides(*grad_bias.stride()),
+                grad_query=NO_STRIDES if grad_query is None else Strides(*grad_query.stride()),
+                grad_bias=NO_STRIDES if grad_bias is None else Strides(*grad_bias.stride()),
             ), call.sizes, call.scale_log2, call.scale,
             **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
         )  # fmt: skip
@@ -144,15 +144,15 @@ class _Backward:
         launch(
             grad_bias_kernel, (programs, splits), plan,
             call.query, call.key, self.value, self.grad_out, self.lse, self.delta, parts, call.masks, self.gates,
-            self.dropout, GradBiasStrides(**self.strides, grad_bias=SplitStrides(*parts.stride())), call.sizes, sums,
+            self.dropout, GradBiasStrides(**self.strides, grad_bias=_split_strides(parts)), call.sizes, sums,
             call.scale_log2, splits, **constants, GROUP=call.layout.group, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
             SUM_ROWS=sum_rows,
         )  # fmt: skip
         return parts[0] if splits == 1 else like(parts.sum(0), bias)
 
 
-def _split_strides(parts: Tensor | None) -> SplitStrides | None:
-    return None if parts is None else SplitStrides(*parts.stride())
+def _split_strides(parts: Tensor | None) -> SplitStrides:
+    return SplitStrides(*((0,) * 5 if parts is None else parts.stride()))
 
 
 def like(grad: Tensor, x: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class GradKeyValueStrides(NamedTuple):
     key: Strides
     value: Strides
     grad_out: Strides
-    grad_key: SplitStrides | None
-    grad_value: SplitStrides | None
+    grad_key: SplitStrides
+    grad_value: SplitStrides
 
 
 class KeyGradients(NamedTuple):

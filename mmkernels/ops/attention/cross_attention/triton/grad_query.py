@@ -43,8 +43,8 @@ class GradQueryStrides(NamedTuple):
     value: Strides
     grad_out: Strides
     out: Strides
-    grad_query: Strides | None
-    grad_bias: Strides | None
+    grad_query: Strides
+    grad_bias: Strides
 
 
 class RowGradients(NamedTuple):
