@@ -119,10 +119,11 @@ def add_values(
 ):  # fmt: skip
     """Returns acc, of WIDTH channels, times `shrink` plus the weighted values; see `attend_tile`."""
     v = load_keys(value, problem, first, strides, k_len, FROM, WIDTH, SIZE, UNIT, BLOCK_K, not MASKED, TMA)
+    weights = weights.to(v.dtype)  # before the check below, which takes registers
     if MASKED and HIDES:
         non_finite = tl.maximum(non_finite, rows_non_finite(v))
         v = finite_or_zero(v)
-    return tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION), non_finite
+    return tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION), non_finite
 
 
 @triton.jit
