@@ -31,8 +31,8 @@ from mmkernels.ops.contrastive.info_nce.triton import backward, forward
 from mmkernels.ops.contrastive.info_nce.triton.states import DirectionState, Fields
 from mmkernels.ops.contrastive.sigmoid_contrastive import triton as sigmoid
 from mmkernels.ops.contrastive.triton import call as triton_call
+from mmkernels.ops.contrastive.triton.arguments import Codes
 from mmkernels.ops.contrastive.triton.call import Block, pairing
-from mmkernels.ops.contrastive.triton.tiles import Codes
 
 interpreted = pytest.mark.interpreted  # and else on a GPU, or not at all
 if not gpu.INTERPRETED:
