@@ -111,18 +111,16 @@ inline void load_lse_and_delta(const Panel& panel, Rows grad, const BackwardScra
 }
 
 // Prepares a panel's rows for the products.
-inline void begin_backward(BackwardRows& r, const BackwardScratch& s) {
+MMK_OUTLINE void begin_backward(BackwardRows& r, const BackwardScratch& s) {
   const AttentionParams& p = s.p;
   const Panel& panel = r.panel;
   const bool is_dot = s.is_dot;
-  const auto rows_of = [&](const View& x, i64 cols, char* copy, float* transposed) {
-    const Source source = source_of(x, panel.b, panel.h, panel.i0);
-    const Rows rows = fetch(source, panel.count, cols, is_dot, copy, !is_dot);
-    transpose_rows(rows, panel.count, depth_of(is_dot, cols), panel.lanes, transposed);
-    return rows;
+  const auto rows_of = [&](const View& x, i64 cols, char* copy) {
+    return fetch(source_of(x, panel.b, panel.h, panel.i0), panel.count, cols, is_dot, copy, !is_dot);
   };
-  const Rows query = rows_of(p.query, p.dim, s.query_copy, s.query);
-  const Rows grad = rows_of(p.grad_out, p.value_dim, s.grad_copy, s.grad);
+  const Rows query = rows_of(p.query, p.dim, s.query_copy), grad = rows_of(p.grad_out, p.value_dim, s.grad_copy);
+  transpose_rows(query, panel.count, depth_of(is_dot, p.dim), panel.lanes, s.query);
+  transpose_rows(grad, panel.count, depth_of(is_dot, p.value_dim), panel.lanes, s.grad);
   load_lse_and_delta(panel, grad, s);
 
   // Non-finite rows must not reach keys that they do not see: the products use a copy with zeros in their place. dK of
@@ -304,12 +302,8 @@ inline void write_query_grads(const AttentionParams& p, i64 kv, i64 first, i64 c
                               const BackwardScratch& s) {
   View to = p.grad_query;
   if (p.splits > 1) {
-    to = {(char*)(p.query_parts + split * p.batch * p.heads * p.q_len * p.dim),
-          Type::f32,
-          p.heads * p.q_len * p.dim,
-          p.q_len * p.dim,
-          p.dim,
-          1};
+    const i64 of_head = p.q_len * p.dim, of_batch = p.heads * of_head;
+    to = {(char*)(p.query_parts + split * p.batch * of_batch), Type::f32, of_batch, of_head, p.dim, 1};
   }
   for (i64 q = 0; q < kPanel; ++q) {
     s.scale[q] = p.scale;

@@ -101,7 +101,8 @@ void add_rows(const char* a, i64 a_row, i64 rows, const char* b, i64 b_step, i64
 }
 
 template <bool kDot>
-void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, float* scores, i64 scores_row) {
+MMK_INLINE void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, float* scores,
+                         i64 scores_row) {
   i64 r = 0;
   const auto run = [&](auto height) {
     constexpr int kRows = decltype(height)::value, kKeys = kLanes / kRows;
@@ -293,8 +294,11 @@ inline bool weigh_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 
   const Source source = at_keys(source_of(p.key, kv / p.key_heads, kv % p.key_heads), list, a, n);
   const Rows keys = fetch(source, n, p.dim, is_dot, s.key_copy);
   const i64 query_row = row_bytes(is_dot, p.dim), depth = depth_of(is_dot, p.dim), padded = pad_lanes(p.value_dim);
-  with_pairs(is_dot,
-             [&](auto pairs) { dot_rows<pairs()>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys); });
+  if (kHasDot && is_dot) {
+    dot_rows<kHasDot>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
+  } else {
+    dot_rows<false>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
+  }
   bool all = true;
   for (i64 r = 0; r < rows; ++r) {
     float* scores = s.scores + r * kDecodeKeys;

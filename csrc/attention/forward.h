@@ -217,8 +217,8 @@ inline void finish(const AttentionParams& p, const RowState& s, float* factor) {
 }
 
 // Begins the state of panel `index` of kv.
-inline void begin_rows(const AttentionParams& p, const KeyList& list, i64 kv, i64 index, RowState& s,
-                       ForwardScratch& scratch) {
+MMK_OUTLINE void begin_rows(const AttentionParams& p, const KeyList& list, i64 kv, i64 index, RowState& s,
+                            ForwardScratch& scratch) {
   s.panel = panel_at(p, kv, index);
   spans_of_panel(p, s.panel, list, s.spans);
   const bool is_dot = scratch.is_dot;

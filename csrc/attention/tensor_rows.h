@@ -43,11 +43,12 @@ MMK_INLINE void store_columns(const View& x, char* row, i64 c, i64 cols, Vec v) 
 }
 
 // Writes the sums of the places from `first` on to their keys' rows.
-inline void write_key_rows(const float* from, i64 cols, float scale, const View x, const KeyList& list, i64 kv,
-                           i64 key_heads, i64 first, i64 count) {
+MMK_OUTLINE void write_key_rows(const float* from, i64 cols, float scale, const View x, const KeyList& list, i64 kv,
+                                i64 key_heads, i64 first, i64 count) {
   const i64 padded = pad_lanes(cols);
+  char* base = row_at(x, kv / key_heads, kv % key_heads, 0);
   for (i64 r = 0; r < count; ++r) {
-    char* row = row_at(x, kv / key_heads, kv % key_heads, key_at(list, first + r));
+    char* row = base + key_at(list, first + r) * x.l * bytes_of(x.type);
     for (i64 c = 0; c < cols; c += kLanes) {
       store_columns(x, row, c, cols, load(from + r * padded + c) * scale);
     }

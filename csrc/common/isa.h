@@ -33,7 +33,7 @@ void choose_isa(Isa isa);
   MMK_TABLE(Table, name, avx2)                                                                                         \
   MMK_TABLE(Table, name, plain)                                                                                        \
   inline const Table& name() {                                                                                         \
-    constexpr const Table* tables[] = {&avx512_bf16::name, &avx512::name, &avx2::name, &plain::name};                  \
+    static constexpr const Table* tables[] = {&avx512_bf16::name, &avx512::name, &avx2::name, &plain::name};           \
     return *tables[static_cast<int>(chosen_isa())];                                                                    \
   }
 #else

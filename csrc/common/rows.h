@@ -173,7 +173,7 @@ inline Rows fetch(const Source& x, i64 count, i64 cols, bool is_dot, char* to, b
 
 // Transposes [count, depth] 32-bit elements to [depth, lanes]; lanes from `count` on are 0. `lanes` is a multiple of
 // kLanes.
-inline void transpose_rows(Rows rows, i64 count, i64 depth, i64 lanes, float* to) {
+MMK_INLINE void transpose_rows(Rows rows, i64 count, i64 depth, i64 lanes, float* to) {
   for (i64 q = 0; q < lanes; q += kLanes) {
     for (i64 k = 0; k < depth; k += kLanes) {
       Vec block[kLanes];

@@ -14,6 +14,8 @@
 #endif
 
 #define MMK_INLINE inline __attribute__((always_inline))
+// Compiled on its own: inside of a large caller, GCC specialises loops for common strides and types less.
+#define MMK_OUTLINE inline __attribute__((noinline))
 
 namespace mmkernels::MMK_ISA {
 

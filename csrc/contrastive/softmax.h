@@ -68,8 +68,9 @@ struct SoftmaxTile : LogitTile {
   // Adds the positives' dots to their sums, and hides the other pairs of the same label.
   void add_positives(float* text_positives) const {
     for (i64 r = 0; r < rows; ++r) {
+      const std::int32_t label_of_text = label(r);
       for (int v = 0; v < kVectors; ++v) {
-        for (std::uint32_t bits = matches(r, v); bits != 0; bits &= bits - 1) {
+        for (std::uint32_t bits = matches(r, v, label_of_text); bits != 0; bits &= bits - 1) {
           const i64 i = v * kLanes + __builtin_ctz(bits);
           float& x = dots[r * kPanel + i];
           if (!p.ignore || row + r == lane + i) {

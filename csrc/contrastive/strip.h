@@ -109,7 +109,7 @@ inline void group_columns(const ContrastiveParams& p, Rows rows, i64 count, i64 
 }
 
 // Transposes one panel of one query; returns its rows in the working format.
-inline Rows pack_panel(const ContrastiveParams& p, i64 first, i64 count, i64 query, float* to, char* copy) {
+MMK_OUTLINE Rows pack_panel(const ContrastiveParams& p, i64 first, i64 count, i64 query, float* to, char* copy) {
   const Rows rows = fetch(source_of(p.image, first, query), count, p.dim, is_dot(p), copy);
   transpose_rows(rows, count, depth_of(p), kPanel, to);
   return rows;
@@ -210,9 +210,15 @@ struct LogitTile {
     const i64 i = row + r - lane - v * kLanes;
     return i >= 0 && i < kLanes ? 1u << i : 0;
   }
-  // The images of vector v that have text r's label or are its positive. Hard texts have a label that no image has.
+  // Text r's label; that of a hard text is one that no image has.
+  MMK_INLINE std::int32_t label(i64 r) const {
+    return hard ? -2 : (p.text_label != nullptr ? p.text_label[row + r] : (std::int32_t)(row + r));
+  }
+  // The images of vector v that have text r's label or are its positive.
   MMK_INLINE std::uint32_t matches(i64 r, i64 v) const {
-    const std::int32_t label = hard ? -2 : (p.text_label != nullptr ? p.text_label[row + r] : (std::int32_t)(row + r));
+    return matches(r, v, label(r));
+  }
+  MMK_INLINE std::uint32_t matches(i64 r, i64 v, std::int32_t label) const {
     std::uint32_t bits = bits_of((IVec)load(labels + v * kLanes) == label - IVec{});
     if (p.ignore && !hard) { // the positive's label may be another
       bits |= diagonal(r, v) & live(v);
