@@ -43,8 +43,11 @@ def test_schemas_follow_from_the_record() -> None:
 def test_a_record_is_restored_from_its_tensors_and_numbers() -> None:
     layout, x = lay_out(Arguments), torch.zeros(1)
     args = Arguments(x, None, x, 2.0, True, "a")
-    assert layout.restore(layout.take_tensors(args), layout.take_others(args)) is not args
-    assert layout.restore(layout.take_tensors(args), layout.take_others(args)) == args
+    restored = layout.restore((*layout.tensors, *layout.others))(
+        (*layout.take_tensors(args), *layout.take_others(args))
+    )
+    assert restored is not args and type(restored) is Arguments
+    assert restored == args
 
 
 @pytest.mark.parametrize("hint", [list[int], Tensor | float, dict, complex])

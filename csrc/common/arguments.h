@@ -6,6 +6,7 @@
 #include <ATen/core/stack.h>
 #include <torch/library.h>
 
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -27,6 +28,9 @@ public:
   }
   double number(std::string_view name) const {
     return value(name).toDouble();
+  }
+  const std::string& text(std::string_view name) const {
+    return value(name).toStringRef();
   }
   bool flag(std::string_view name) const {
     return value(name).toBool();

@@ -1,5 +1,5 @@
-// info_nce on the CPU: rows' losses and states, and from the rows' gradients the features'. The public function has
-// checked the arguments and reduces the losses.
+// info_nce on the CPU: the rows' losses and states, and the features' gradients; both with the reduction to one number,
+// as ops/contrastive/info_nce/reduction.py defines it. The public function has checked the arguments.
 #include <ATen/EmptyTensor.h>
 #include <ATen/TensorOperators.h>
 
@@ -14,18 +14,20 @@ namespace {
 struct Inputs {
   Tensor image, text, logit_scale;
   OptionalTensor image_ids, text_ids, hard_texts;
-  bool ignore, swapped;
-  double label_smoothing;
+  bool ignore, swapped, reduced, mean;
+  double label_smoothing, image_weight;
 
   explicit Inputs(const Arguments& args)
       : image(args.tensor("image")), text(args.tensor("text")), logit_scale(args.tensor("logit_scale")),
         image_ids(args.optional_tensor("image_ids")), text_ids(args.optional_tensor("text_ids")),
         hard_texts(args.optional_tensor("hard_texts")), ignore(args.flag("ignore")),
-        swapped(!hard_texts.has_value() && better_swapped(image, text)),
-        label_smoothing(args.number("label_smoothing")) {
+        swapped(!hard_texts.has_value() && better_swapped(image, text)), reduced(args.text("reduction") != "none"),
+        mean(args.text("reduction") == "mean"), label_smoothing(args.number("label_smoothing")),
+        image_weight(args.number("image_weight")) {
     if (swapped) {
       std::swap(image, text);
       std::swap(image_ids, text_ids);
+      image_weight = 1.0 - image_weight;
     }
   }
 
@@ -35,6 +37,16 @@ struct Inputs {
     launch.set_hard(hard_texts);
     launch.set_ids(image_ids, text_ids, ignore);
     return launch;
+  }
+
+  // What each row's loss is multiplied by in the reduced loss. Of a mean only rows that have a positive count.
+  double row_weight(const ContrastiveLaunch& launch, Direction direction) const {
+    if (!reduced) {
+      return 0.0;
+    }
+    const bool of_images = direction == Direction::image_to_text;
+    const double weight = of_images ? image_weight : 1.0 - image_weight;
+    return mean ? weight / std::max<i64>(launch.rows_with_positive(direction), 1) : weight;
   }
 };
 
@@ -88,9 +100,10 @@ double logit_of(const ContrastiveLaunch& launch, double dot) {
   return std::abs(rounded) > (1 << 22) && std::abs(rest) > 0.75 ? rounded : dot * launch.scale_log2;
 }
 
-// What the op returns for one direction: loss [count], state [4, count], ranks [count] or [0].
+// What the op returns for one direction: loss [count], state [4, count], ranks [count] or [0]; and the sum of losses.
 struct Rows {
   Tensor loss, state, ranks;
+  double total;
 };
 
 // A row without a positive has the rank -1; one whose best positive is NaN ranks behind all its negatives.
@@ -108,6 +121,7 @@ Rows rows_of(const ContrastiveLaunch& launch, const DirectionState& rows, Direct
              double smoothing) {
   const Tensor loss = at::detail::empty_cpu({count}, at::kFloat), state = at::detail::empty_cpu({4, count}, at::kFloat);
   float *to_loss = loss.mutable_data_ptr<float>(), *to_state = state.mutable_data_ptr<float>();
+  double total = 0.0;
   for (i64 i = 0; i < count; ++i) {
     const i64 positives = launch.positives(direction, i), classes = launch.classes(direction, i);
     // In double: both terms may be near 100 and their difference near 0.
@@ -120,12 +134,13 @@ Rows rows_of(const ContrastiveLaunch& launch, const DirectionState& rows, Direct
     // A cross-entropy is at least 0, and 0 for a single class: anything else is rounding, but NaN stays.
     const double cross_entropy = kLnOf2 * (lse - target) * (classes == 1 ? 0.0 : 1.0);
     to_loss[i] = positives > 0 && !(cross_entropy <= 0.0) ? static_cast<float>(cross_entropy) : 0.0f;
+    total += to_loss[i];
     to_state[i] = rows.reference[i];
     to_state[count + i] = rows.sum[i];
     to_state[2 * count + i] = static_cast<float>(positives);
     to_state[3 * count + i] = static_cast<float>(classes);
   }
-  return {loss, state, ranks_of(launch, rows, direction, count)};
+  return {loss, state, ranks_of(launch, rows, direction, count), total};
 }
 
 // The best positive of each image, found by all tasks, in each task's state; of each text in `p.text_ranks`.
@@ -142,7 +157,7 @@ void find_best_positives(const ContrastiveLaunch& launch, std::vector<DirectionS
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Arguments& args) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Arguments& args) {
   const Inputs inputs(args);
   const bool ranks = args.flag("stats"), smooth = inputs.label_smoothing > 0.0;
   ContrastiveLaunch launch = inputs.launch();
@@ -165,36 +180,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Argume
   }
   Rows of_images = rows_of(launch, images[0], Direction::image_to_text, n, inputs.label_smoothing);
   Rows of_texts = rows_of(launch, texts, Direction::text_to_image, m, inputs.label_smoothing);
+  const Tensor loss = at::detail::empty_cpu({}, at::kFloat);
+  *loss.mutable_data_ptr<float>() =
+      inputs.reduced ? static_cast<float>(inputs.row_weight(launch, Direction::image_to_text) * of_images.total +
+                                          inputs.row_weight(launch, Direction::text_to_image) * of_texts.total)
+                     : 0.0f;
   if (inputs.swapped) {
     std::swap(of_images, of_texts);
   }
-  return {of_images.loss, of_texts.loss, of_images.state, of_texts.state, of_images.ranks, of_texts.ranks};
+  return {loss, of_images.loss, of_texts.loss, of_images.state, of_texts.state, of_images.ranks, of_texts.ranks};
 }
 
 // The weights of one direction's gradients by its logits; empty where no gradient flows to it.
 struct LogitGradientArrays {
   std::vector<float> reference, of_softmax, of_positive, of_class;
 
-  // grad: of each row's loss, [count]; state: the forward pass's, [4, count].
-  LogitGradientArrays(const OptionalTensor& grad, const Tensor& state, i64 count, double smoothing) {
+  // grad: of each row's loss, [count], to which `each` is added; state: the forward pass's, [4, count].
+  LogitGradientArrays(const OptionalTensor& grad, double each, const Tensor& state, i64 count, double smoothing) {
     check_sizes("state", state, {4, count});
-    if (!grad.has_value()) {
+    if (!grad.has_value() && each == 0.0) {
       return;
     }
-    check_sizes("the losses' gradient", *grad, {count});
     const Tensor wide_state = state.to(at::kFloat).contiguous();
-    const Tensor wide_grad = grad->to(at::kFloat); // often one number, expanded
     const float* of = wide_state.const_data_ptr<float>();
     const float *references = of, *sums = of + count, *positives = of + 2 * count, *classes = of + 3 * count;
-    const float* grads = wide_grad.const_data_ptr<float>();
-    const i64 grad_stride = wide_grad.stride(0);
+    Tensor wide_grad;
+    const float* grads = nullptr;
+    if (grad.has_value()) {
+      check_sizes("the losses' gradient", *grad, {count});
+      wide_grad = grad->to(at::kFloat).contiguous();
+      grads = wide_grad.const_data_ptr<float>();
+    }
     reference = padded_array(count);
     of_softmax = padded_array(count);
     of_positive = padded_array(count);
     of_class = padded_array(smoothing > 0.0 ? count : 0);
     for (i64 i = 0; i < count; ++i) {
       // A single class has the probability 1, whatever its logit.
-      const double weight = positives[i] > 0.0f && classes[i] > 1.0f ? grads[i * grad_stride] : 0.0;
+      const double weight = positives[i] > 0.0f && classes[i] > 1.0f ? each + (grads == nullptr ? 0.0 : grads[i]) : 0.0;
       // Kernels need a whole reference; another backend's state may have another.
       reference[i] = std::nearbyint(references[i]);
       of_softmax[i] =
@@ -241,14 +264,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(const Arguments& ar
   }
   ContrastiveLaunch launch = inputs.launch();
   ContrastiveParams& p = launch.p;
-  const LogitGradientArrays of_images(grad_image_loss, image_state, p.image.count, inputs.label_smoothing);
-  const LogitGradientArrays of_texts(grad_text_loss, text_state, p.text.count, inputs.label_smoothing);
+  const OptionalTensor grad_loss = args.optional_tensor("grad_loss");
+  const double grad_reduced = grad_loss.has_value() ? grad_loss->item().toDouble() : 0.0;
+  const LogitGradientArrays of_images(grad_image_loss,
+                                      grad_reduced * inputs.row_weight(launch, Direction::image_to_text), image_state,
+                                      p.image.count, inputs.label_smoothing);
+  const LogitGradientArrays of_texts(grad_text_loss, grad_reduced * inputs.row_weight(launch, Direction::text_to_image),
+                                     text_state, p.text.count, inputs.label_smoothing);
   p.of_images = of_images.pointers();
   p.of_texts = of_texts.pointers();
   p.factor = p.scale;
-  if (grad_image_loss.has_value()) {
+  if (!of_images.reference.empty()) {
     p.middle = middle_dot(launch, of_images, image_state);
-  } else if (grad_text_loss.has_value()) {
+  } else if (!of_texts.reference.empty()) {
     p.middle = middle_dot(launch, of_texts, text_state);
   }
   Gradients gradients(launch, inputs.image, inputs.text, inputs.hard_texts,

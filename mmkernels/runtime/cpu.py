@@ -127,17 +127,16 @@ class Kernel:
 
     Args:
         name: of ``torch.ops.mmkernels.<name>``, which exists once `bind` has given it the record's schema.
-        results: how many tensors it returns; None: as many as the op.
     """
 
-    def __init__(self, name: str, results: int | None = None) -> None:
-        self._name, self._results = name, results
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def bind(self, schema: str, results: int) -> Callable[[Any], Any]:
-        """Returns a function from records of this schema to the kernel's results."""
+        """Returns a function from records of this schema to the kernel's results, which are so many tensors."""
         if extension is None:
             return self
-        _LIBRARY.define(f"{self._name}({schema}) -> {result_types(self._results or results)}")
+        _LIBRARY.define(f"{self._name}({schema}) -> {result_types(results)}")
         overload = getattr(torch.ops.mmkernels, self._name).default
         kernel = getattr(overload, "_op", overload)  # what the overload calls, without a Python function between
         return lambda args: kernel(*args)
@@ -151,7 +150,7 @@ def why_not(args: Any = None) -> str | None:
     if _unusable is not None or args is None:
         return _unusable
     x = leading(args)
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the tensors are on {x.device}"
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is not computed: sums are kept in float32"
