@@ -266,7 +266,7 @@ MMK_INLINE float* partial_at(const AttentionParams& p, i64 kv, i64 split, i64 ro
 }
 
 // Begins `rows` rows of kv, from row `first` on, and copies their queries. Returns the places that any of them sees.
-inline Span begin_decode(const DecodeScratch& s, const KeyList& list, i64 kv, i64 first, i64 rows) {
+MMK_INLINE Span begin_decode(const DecodeScratch& s, const KeyList& list, i64 kv, i64 first, i64 rows) {
   const AttentionParams& p = s.p;
   const i64 query_row = row_bytes(s.is_dot, p.dim);
   Span hull{list.count, 0};
@@ -288,7 +288,7 @@ inline Span begin_decode(const DecodeScratch& s, const KeyList& list, i64 kv, i6
 
 // Multiplies the queries with the keys of places [a, a + n), replaces the scores by weights, and rescales earlier sums.
 // Returns whether every row sees all of these keys.
-inline bool weigh_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows) {
+MMK_INLINE bool weigh_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows) {
   const AttentionParams& p = s.p;
   const bool is_dot = s.is_dot;
   const Source source = at_keys(source_of(p.key, kv / p.key_heads, kv % p.key_heads), list, a, n);

@@ -168,7 +168,7 @@ template <bool kToWrite> MMK_INLINE void prefetch_rows(const View& x, const Pane
 }
 
 // Writes [channels, lanes] to a panel's rows of a tensor, each lane times its factor.
-MMK_OUTLINE void write_rows(const float* tile, i64 channels, const float* factor, const View x, const Panel& panel) {
+inline void write_rows(const float* tile, i64 channels, const float* factor, const View x, const Panel& panel) {
   char* base = row_at(x, panel.b, panel.h, panel.i0);
   for (i64 q = 0; q < panel.count; q += kLanes) {
     const Vec scale = load(factor + q);

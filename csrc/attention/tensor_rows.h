@@ -30,21 +30,25 @@ MMK_INLINE Source at_keys(Source x, const KeyList& list, i64 first, i64 count) {
   return x;
 }
 
+// Stores the first `count` lanes, `stride` bytes apart. Not inlined: GCC would unroll it inside of its callers' loops.
+MMK_OUTLINE void store_strided(char* to, i64 stride, Type type, Vec v, i64 count) {
+  for (i64 i = 0; i < least<i64>(kLanes, count); ++i) {
+    store_one(to + i * stride, type, v[i]);
+  }
+}
 // Stores a vector to the columns of a row from column `c` on, as far as there are `cols` of them.
 MMK_INLINE void store_columns(const View& x, char* row, i64 c, i64 cols, Vec v) {
   const i64 size = bytes_of(x.type);
   if (x.d == 1) {
     store_from_f32(row + c * size, x.type, v, cols - c);
-    return;
-  }
-  for (i64 i = 0; i < least<i64>(kLanes, cols - c); ++i) {
-    store_one(row + (c + i) * x.d * size, x.type, v[i]);
+  } else {
+    store_strided(row + c * x.d * size, x.d * size, x.type, v, cols - c);
   }
 }
 
 // Writes the sums of the places from `first` on to their keys' rows.
-MMK_OUTLINE void write_key_rows(const float* from, i64 cols, float scale, const View x, const KeyList& list, i64 kv,
-                                i64 key_heads, i64 first, i64 count) {
+inline void write_key_rows(const float* from, i64 cols, float scale, const View x, const KeyList& list, i64 kv,
+                           i64 key_heads, i64 first, i64 count) {
   const i64 padded = pad_lanes(cols);
   char* base = row_at(x, kv / key_heads, kv % key_heads, 0);
   for (i64 r = 0; r < count; ++r) {
