@@ -379,6 +379,20 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert asked == [gate.QUICK, TARGETS]
 
 
+def test_one_op_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its Triton kernels are compiled; nothing is compared with the last run of all."""
+    ops = ("retrieval_ranks", "info_nce")
+    asked = []
+    monkeypatch.setattr("mmkernels.aot.launches.entries", lambda targets: [Entry(op, "", None) for op in ops])
+    monkeypatch.setattr(build, "compile_entries", lambda wanted: asked.extend(x.op for x in wanted) or ([GOOD], 1))
+    monkeypatch.setattr(gate.cuda, "compile_all", lambda targets: pytest.fail("compiled CUDA C++"))
+    assert gate.main(["--op", "retrieval_ranks"]) == 0
+    assert asked == ["retrieval_ranks"] and cache.read("last") is None
+    with pytest.raises(SystemExit):
+        gate.main(["--op", "merge_attention"])
+    assert "invalid choice: 'merge_attention'" in capsys.readouterr().err
+
+
 def test_cuda_kernels_are_compiled_for_the_same_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("mmkernels.aot.launches.entries", lambda targets: [])

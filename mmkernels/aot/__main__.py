@@ -1,7 +1,7 @@
 """``python -m mmkernels.aot``: compile every GPU kernel with no GPU there, and check what each takes.
 
 Fails where a kernel does not compile, needs more shared memory than its target has, or takes more than its op's plan
-allows. Prints what changed since the last run, which ``build/aot`` keeps.
+allows. Prints what changed since the last run, which ``build/aot`` keeps. ``--op`` compiles those of one op.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help=f"all of {', '.join(TARGETS)}; default: {', '.join(QUICK)}")
     parser.add_argument("--table", action="store_true", help="print what every kernel takes")
     parser.add_argument("--frontend", action="store_true", help="only see whether Triton accepts its kernels")
+    parser.add_argument("--op", choices=sorted(tuning.plans()), help="only its Triton kernels")
     options = parser.parse_args(arguments)
     targets = TARGETS if options.all else QUICK
     begin = time.perf_counter()
     from mmkernels.aot.build import compile_entries, translate_entries
     from mmkernels.aot.launches import entries
 
-    wanted = list(entries(targets))
+    wanted = [entry for entry in entries(targets) if options.op in (None, entry.op)]
     if options.frontend:
         count = translate_entries(wanted)
         print(f"Triton {triton_version()} accepts {len(wanted)} kernels ({count} not seen before){_since(begin)}")
         return 0
-    compilers = versions()
+    compilers = versions() if options.op is None else {"triton": triton_version()}
     print(", ".join(f"{name} {version}" for name, version in compilers.items()))
     rows, compiled = compile_entries(wanted)
     if "nvcc" in compilers:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows, compiled = rows + by_hand, compiled + more
     if options.table:
         print_table(rows)
-    for line in changes(rows, compilers):
+    for line in changes(rows, compilers) if options.op is None else ():
         print(line)
     problems = check(rows)
     for problem in problems:

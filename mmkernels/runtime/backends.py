@@ -12,7 +12,8 @@ __all__ = ["cpu_kernel", "triton_kernel"]
 
 def cpu_kernel(name: str) -> Backend:
     """Returns the backend "cpu": a kernel that ``csrc`` registers as ``torch.ops.mmkernels.<name>``."""
-    return Backend("cpu", cpu.Kernel(name), cpu.why_not)
+    kernel = cpu.Kernel(name)
+    return Backend("cpu", kernel, kernel.why_not)
 
 
 def triton_kernel(module: str, launcher: str, around: Callable[[Run], Run] = lambda run: run) -> Backend:

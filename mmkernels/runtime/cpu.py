@@ -131,10 +131,18 @@ class Kernel:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._missing: str | None = None
+        if extension is not None and not _is_registered(f"mmkernels::{name}"):
+            self._missing = f"the CPU extension has no kernel {name}; build it again: make setup"
+
+    @property
+    def why_not(self) -> Callable[..., str | None]:
+        """`why_not` of calls of this kernel, which an extension that is older than the sources does not have."""
+        return why_not if self._missing is None else lambda args=None: self._missing
 
     def bind(self, schema: str, results: int) -> Callable[[Any], Any]:
         """Returns a function from records of this schema to the kernel's results, which are so many tensors."""
-        if extension is None:
+        if extension is None or self._missing is not None:
             return self
         _LIBRARY.define(f"{self._name}({schema}) -> {result_types(results)}")
         overload = getattr(torch.ops.mmkernels, self._name).default
@@ -142,7 +150,14 @@ class Kernel:
         return lambda args: kernel(*args)
 
     def __call__(self, args: Any) -> Any:
-        raise RuntimeError(_unusable or f"{self._name} has no schema yet")
+        raise RuntimeError(_unusable or self._missing or f"{self._name} has no schema yet")
+
+
+def _is_registered(qualified: str) -> bool:
+    found: bool = torch._C._dispatch_has_kernel(qualified) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        qualified, "CPU"
+    )
+    return found
 
 
 def why_not(args: Any = None) -> str | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -150,7 +151,8 @@ class Op:
         link: Link | None,
         falls_back: bool = False,
     ) -> None:
-        self.name, self.layout, self.fake, self.falls_back = name, layout, fake, falls_back
+        self.name, self.layout, self.fake = name, layout, fake
+        self.choose = partial(choose, name, forced_may_fall_back=falls_back)
         TABLES[name] = tuple(self._bound(entry, results) for entry in backends)
         LIBRARY.define(f"{name}({layout.schema}, str backend) -> {result_types(results)}")
         qualified = f"mmkernels::{name}"
@@ -169,16 +171,12 @@ class Op:
 
     __call__ = eager.call
 
-    def run(self, inputs: Any, backend: str) -> Any:
-        """Returns the outputs of the backend that is chosen for this call."""
-        return choose(self.name, backend, inputs, forced_may_fall_back=self.falls_back).run(inputs)
-
     def _body(self, *values: Any) -> Any:
         inputs = self.layout.record._make(values[:-1])
         if eager.stubbed():
             return _map_tensors(Tensor.zero_, self.fake(inputs))
         with torch._C._DisableAutocast():  # the public function has cast what is to be cast
-            return self.run(inputs, values[-1])
+            return self.choose(values[-1], inputs).run(inputs)
 
     def _loop(self, info: Any, in_dims: tuple[int | None, ...], *values: Any) -> tuple[Any, Any]:
         """A vmap rule for any op: one call for each slice. Right for every argument; fast where slices are large."""

@@ -56,7 +56,7 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
     tensors = op.layout.take_tensors(inputs)
     wanted = None if _stubbed or transform_active() else _gradient_wanted(tensors)
     if wanted is False:
-        return op.run(inputs, backend)
+        return op.choose(backend, inputs).run(inputs)
     if wanted and op.recorded is not None:
         return op.recorded(*inputs, backend)
     if _in_grad_transform() or _has_tangent(tensors):
@@ -76,7 +76,8 @@ def record(op: Op, link: Link) -> Any:
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *values: Any) -> Any:
-            outputs = op.run(op.layout.record._make(values[:-1]), values[-1])
+            inputs = op.layout.record._make(values[:-1])
+            outputs = op.choose(values[-1], inputs).run(inputs)
             link.setup_context(ctx, values, outputs)
             return outputs
 

@@ -120,7 +120,12 @@ def test_deterministic(spec: OpSpec, case: Case) -> None:
             assert torch.equal(x, y)
 
 
-# The op boundary, which is the same for every backend: `chunked` stands for all.
+# The op boundary, which is the same for every backend: one in plain PyTorch stands for all.
+
+
+def _stand_in(spec: OpSpec) -> str:
+    """The fastest backend in plain PyTorch: `chunked`, or `reference` where an op has nothing else."""
+    return next(entry.name for entry in TABLES[spec.name] if entry.name not in NATIVE)
 
 
 def _boundary_calls(spec: OpSpec, case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
@@ -153,13 +158,13 @@ def _opcheck(spec: OpSpec, case: Case, backend: str, utils: tuple[str, ...], mon
 @pytest.mark.parametrize(("spec", "case"), DISTINCT, ids=map(_id, DISTINCT))
 def test_opcheck(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
-    _opcheck(spec, case, "chunked", utils if case.grads else utils[:2], monkeypatch)
+    _opcheck(spec, case, _stand_in(spec), utils if case.grads else utils[:2], monkeypatch)
 
 
 @each_compiled_case
 def test_traced_with_sizes_that_are_symbols(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fourth part of opcheck, which takes nearly all of its time."""
-    _opcheck(spec, case, "chunked", ("test_aot_dispatch_dynamic",), monkeypatch)
+    _opcheck(spec, case, _stand_in(spec), ("test_aot_dispatch_dynamic",), monkeypatch)
 
 
 @pytest.mark.interpreted
@@ -167,7 +172,7 @@ def test_traced_with_sizes_that_are_symbols(spec: OpSpec, case: Case, monkeypatc
 def test_every_backend_returns_what_the_fake_says_and_writes_no_input(
     spec: OpSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for backend in needed([name for name in backends(spec) if name != "chunked"]):
+    for backend in needed([name for name in backends(spec) if name != _stand_in(spec)]):
         _opcheck(spec, _compiled(spec)[-1], backend, ("test_schema", "test_faketensor"), monkeypatch)
 
 
@@ -175,12 +180,12 @@ def test_every_backend_returns_what_the_fake_says_and_writes_no_input(
 def test_compiles_to_one_graph(spec: OpSpec, case: Case) -> None:
     inputs = cast(draw(case), torch.float32, always_wide=spec.always_wide)
     torch._dynamo.reset()
-    plain = run(spec, case, inputs, "chunked")
+    plain = run(spec, case, inputs, _stand_in(spec))
     compiled = torch.compile(spec.function, fullgraph=True, backend="aot_eager", dynamic=False)
     leaves = {n: x.detach().requires_grad_() if n in case.grads else x for n, x in inputs.items()}
     if case.seeded:
         torch.manual_seed(7)
-    outputs = flatten(compiled(**leaves, backend="chunked"))
+    outputs = flatten(compiled(**leaves, backend=_stand_in(spec)))
     for a, b in zip(outputs, plain.outputs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, equal_nan=True)
     grads = gradients(outputs, [leaves[n] for n in case.grads])
@@ -242,3 +247,15 @@ def test_every_folder_is_discovered() -> None:
         places = [BACKENDS.index(entry.name) for entry in table]
         assert places == sorted(places), f"{name}'s backends must stand in the order of BACKENDS"
         assert table[-1].name == "reference"
+
+
+@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+def test_the_extension_has_every_kernel() -> None:
+    entries = {name: entry for name, table in TABLES.items() for entry in table if entry.name == "cpu"}
+    assert {name: entry.why_not() for name, entry in entries.items() if entry.why_not() is not None} == {}
+
+
+def test_every_family_is_a_package() -> None:
+    """Else `pkgutil` does not find its ops, and no example in their docstrings is run."""
+    families = {ops.folder(name).parent for name in NAMES}
+    assert [family.name for family in families if not (family / "__init__.py").exists()] == []
