@@ -77,9 +77,15 @@ MMK_INLINE std::uint16_t to_f16(float x) {
 }
 // Loads kLanes 16-bit floats as float32; stores them back.
 MMK_INLINE Vec load_bf16(const std::uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__) // GCC 12 translates the conversion below to more than one instruction
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   Halves x;
   std::memcpy(&x, p, sizeof x);
   return (Vec)(__builtin_convertvector(x, UVec) << 16);
+#endif
 }
 MMK_INLINE Vec load_f16(const std::uint16_t* p) {
 #if defined(__AVX512F__)
@@ -97,6 +103,13 @@ MMK_INLINE Vec load_f16(const std::uint16_t* p) {
 MMK_INLINE void store_bf16(std::uint16_t* p, Vec v) {
 #if defined(__AVX512BF16__)
   const __m256bh y = _mm512_cvtneps_pbh((__m512)v);
+#elif defined(__AVX512F__)
+  const __m512i bits = (__m512i)v;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_or_epi32(even, nan, bits, _mm512_set1_epi32(0x400000));
+  const __m256i y = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 #else
   const UVec bits = (UVec)v, rounded = bits + ((bits >> 16 & 1) + 0x7fff);
   const Halves y = __builtin_convertvector((v != v ? bits | 0x400000 : rounded) >> 16, Halves);
