@@ -53,18 +53,18 @@ struct Inputs {
 // Running state of one direction's rows: of all texts, or of all images for one task.
 struct DirectionState {
   std::vector<float> reference, sum, positives, all, best;
-  std::vector<std::int32_t> place, before;
+  std::vector<std::int32_t> index, before;
 
   DirectionState(i64 count, bool smooth, bool ranks)
       : reference(padded_array(count, -INFINITY)), sum(padded_array(count)), positives(padded_array(count)),
-        all(padded_array(smooth ? count : 0)), best(padded_array(ranks ? count : 0, -INFINITY)), place(best.size()),
+        all(padded_array(smooth ? count : 0)), best(padded_array(ranks ? count : 0, -INFINITY)), index(best.size()),
         before(best.size()) {}
 
   Sums sums() {
     return {reference.data(), sum.data(), positives.data(), all.empty() ? nullptr : all.data()};
   }
   Ranks ranks() {
-    return best.empty() ? Ranks{} : Ranks{best.data(), place.data(), before.data()};
+    return best.empty() ? Ranks{} : Ranks{best.data(), index.data(), before.data()};
   }
 
   // Adds another task's state of the same images.
@@ -87,7 +87,7 @@ struct DirectionState {
     for (std::size_t i = 0; i < best.size(); ++i) {
       if (other.best[i] > best[i] || std::isnan(other.best[i])) {
         best[i] = other.best[i];
-        place[i] = other.place[i];
+        index[i] = other.index[i];
       }
     }
   }
@@ -153,7 +153,7 @@ void find_best_positives(const ContrastiveLaunch& launch, std::vector<DirectionS
   }
   for (std::size_t i = 1; i < images.size(); ++i) {
     images[i].best = images[0].best;
-    images[i].place = images[0].place;
+    images[i].index = images[0].index;
   }
 }
 
@@ -192,11 +192,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
 }
 
 // The weights of one direction's gradients by its logits; empty where no gradient flows to it.
-struct WeightArrays {
-  std::vector<float> reference, softmax, positive, even;
+struct LogitGradientArrays {
+  std::vector<float> reference, of_softmax, of_positive, of_class;
 
   // grad: of each row's loss, [count], to which `each` is added; state: the forward pass's, [4, count].
-  WeightArrays(const OptionalTensor& grad, double each, const Tensor& state, i64 count, double smoothing) {
+  LogitGradientArrays(const OptionalTensor& grad, double each, const Tensor& state, i64 count, double smoothing) {
     check_sizes("state", state, {4, count});
     if (!grad.has_value() && each == 0.0) {
       return;
@@ -212,36 +212,37 @@ struct WeightArrays {
       grads = wide_grad.const_data_ptr<float>();
     }
     reference = padded_array(count);
-    softmax = padded_array(count);
-    positive = padded_array(count);
-    even = padded_array(smoothing > 0.0 ? count : 0);
+    of_softmax = padded_array(count);
+    of_positive = padded_array(count);
+    of_class = padded_array(smoothing > 0.0 ? count : 0);
     for (i64 i = 0; i < count; ++i) {
       // A single class has the probability 1, whatever its logit.
       const double weight = positives[i] > 0.0f && classes[i] > 1.0f ? each + (grads == nullptr ? 0.0 : grads[i]) : 0.0;
       // Kernels need a whole reference; another backend's state may have another.
       reference[i] = std::nearbyint(references[i]);
-      softmax[i] = static_cast<float>(weight / sums[i] * std::exp2(static_cast<double>(reference[i]) - references[i]));
-      positive[i] = static_cast<float>((1.0 - smoothing) * weight / std::max(positives[i], 1.0f));
+      of_softmax[i] =
+          static_cast<float>(weight / sums[i] * std::exp2(static_cast<double>(reference[i]) - references[i]));
+      of_positive[i] = static_cast<float>((1.0 - smoothing) * weight / std::max(positives[i], 1.0f));
       if (smoothing > 0.0) {
-        even[i] = static_cast<float>(smoothing * weight / classes[i]);
+        of_class[i] = static_cast<float>(smoothing * weight / classes[i]);
       }
     }
   }
-  Weights weights() const {
+  LogitGradient pointers() const {
     const auto data = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
-    return {data(reference), data(softmax), data(positive), data(even)};
+    return {data(reference), data(of_softmax), data(of_positive), data(of_class)};
   }
 };
 
 // A typical dot. Each row's gradients by its logits sum to 0, so that the scale's gradient may measure dots from any
 // point; this one lies between the mean of a row's dots and the largest.
-float middle_dot(const ContrastiveLaunch& launch, const WeightArrays& weights, const Tensor& state) {
+float middle_dot(const ContrastiveLaunch& launch, const LogitGradientArrays& gradient, const Tensor& state) {
   const i64 count = state.size(1);
   const Tensor wide_state = state.to(at::kFloat).contiguous();
   const float* of = wide_state.const_data_ptr<float>();
   double total = 0.0, counted = 0.0;
   for (i64 i = 0; i < count; ++i) {
-    if (weights.softmax[i] != 0.0f) {
+    if (gradient.of_softmax[i] != 0.0f) {
       total += of[i] + std::log2(static_cast<double>(of[count + i]) / of[3 * count + i]);
       counted += 1.0;
     }
@@ -265,12 +266,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(const Arguments& ar
   ContrastiveParams& p = launch.p;
   const OptionalTensor grad_loss = args.optional_tensor("grad_loss");
   const double grad_reduced = grad_loss.has_value() ? grad_loss->item().toDouble() : 0.0;
-  const WeightArrays of_images(grad_image_loss, grad_reduced * inputs.row_weight(launch, Direction::image_to_text),
-                               image_state, p.image.count, inputs.label_smoothing);
-  const WeightArrays of_texts(grad_text_loss, grad_reduced * inputs.row_weight(launch, Direction::text_to_image),
-                              text_state, p.text.count, inputs.label_smoothing);
-  p.of_images = of_images.weights();
-  p.of_texts = of_texts.weights();
+  const LogitGradientArrays of_images(grad_image_loss,
+                                      grad_reduced * inputs.row_weight(launch, Direction::image_to_text), image_state,
+                                      p.image.count, inputs.label_smoothing);
+  const LogitGradientArrays of_texts(grad_text_loss, grad_reduced * inputs.row_weight(launch, Direction::text_to_image),
+                                     text_state, p.text.count, inputs.label_smoothing);
+  p.of_images = of_images.pointers();
+  p.of_texts = of_texts.pointers();
   p.factor = p.scale;
   if (!of_images.reference.empty()) {
     p.middle = middle_dot(launch, of_images, image_state);
