@@ -62,7 +62,8 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
     if op.recorded is not None and (_in_grad_transform() or _has_tangent(tensors)):
         raise NotImplementedError(
             f"{op.name} can't be differentiated by torch.func (grad, vjp, jvp, jacrev, ...) or in forward mode, which "
-            'PyTorch does not offer to custom operators; use torch.autograd, or backend="reference"'
+            'PyTorch does not offer to custom operators; use torch.autograd, or backend="reference" where the op has a '
+            "naive formula outside of its boundary"
         )
     return op.boundary(*inputs, backend)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DTYPES, SPECS, backends, check, draw, inputs_in, leaves_of, name_of, needed, run
+from harness import DTYPES, SPECS, backends, check, draw, inputs_in, leaves_of, name_of, needed, run, stand_in
 from pairwise import cover, kinds, parametrize, traits
 from torch import Tensor
 
@@ -118,11 +118,6 @@ def test_deterministic(spec: OpSpec, case: Case) -> None:
 # The op boundary, which is the same for every backend: one in plain PyTorch stands for all.
 
 
-def _stand_in(spec: OpSpec) -> str:
-    """The fastest backend in plain PyTorch: `chunked`, or `reference` where an op has nothing else."""
-    return next(entry.name for entry in TABLES[spec.name] if entry.name not in NATIVE)
-
-
 def _boundary_calls(spec: OpSpec, case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The arguments that the public function hands to its op boundary."""
     module = importlib.import_module(ops.MODULES[spec.name])
@@ -150,13 +145,13 @@ def _opcheck(spec: OpSpec, case: Case, backend: str, utils: tuple[str, ...], mon
 @pytest.mark.parametrize(("spec", "case"), DISTINCT, ids=map(_id, DISTINCT))
 def test_opcheck(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
-    _opcheck(spec, case, _stand_in(spec), utils if case.grads else utils[:2], monkeypatch)
+    _opcheck(spec, case, stand_in(spec), utils if case.grads else utils[:2], monkeypatch)
 
 
 @each_compiled_case
 def test_traced_with_sizes_that_are_symbols(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fourth part of opcheck, which takes nearly all of its time."""
-    _opcheck(spec, case, _stand_in(spec), ("test_aot_dispatch_dynamic",), monkeypatch)
+    _opcheck(spec, case, stand_in(spec), ("test_aot_dispatch_dynamic",), monkeypatch)
 
 
 @pytest.mark.interpreted
@@ -164,7 +159,7 @@ def test_traced_with_sizes_that_are_symbols(spec: OpSpec, case: Case, monkeypatc
 def test_every_backend_returns_what_the_fake_says_and_writes_no_input(
     spec: OpSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for backend in needed([name for name in backends(spec) if name != _stand_in(spec)]):
+    for backend in needed([name for name in backends(spec) if name != stand_in(spec)]):
         _opcheck(spec, _compiled(spec)[-1], backend, ("test_schema", "test_faketensor"), monkeypatch)
 
 
@@ -172,7 +167,7 @@ def test_every_backend_returns_what_the_fake_says_and_writes_no_input(
 def test_compiles_to_one_graph(spec: OpSpec, case: Case) -> None:
     inputs = inputs_in(spec, case)
     torch._dynamo.reset()
-    backend = _stand_in(spec)
+    backend = stand_in(spec)
     compiled = torch.compile(spec.function, fullgraph=True, backend="aot_eager", dynamic=False)
     found, plain = run(spec, case, inputs, backend, compiled), run(spec, case, inputs, backend)
     for a, b in zip(found.tensors, plain.tensors, strict=True):
