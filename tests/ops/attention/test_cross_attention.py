@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import examples, no_old_graphs
+from harness import SPECS, check, examples, no_old_graphs
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.attention.tools import BACKENDS, EXACT, INF, dtype_of, each_backend, qkv
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmkernels import BackendError, SpanMask, cross_attention, merge_attention, use_backend
 from mmkernels.meters import peak_memory
+from mmkernels.ops.attention import tiles
 from mmkernels.ops.attention.philox import keep_mask
 
 each_exact_backend = pytest.mark.parametrize("backend", EXACT)
@@ -353,6 +354,15 @@ def test_memory_is_linear(backend: str) -> None:
         run()
         peak = peak_memory(run)
         assert peak is not None and peak < 0.1 * 128 * 2**20
+
+
+@pytest.mark.parametrize("id", ["bias of keys", "bias shared by the batch", "dropout, gate, bias", "holes"])
+def test_gradients_are_summed_over_tiles(id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("TILE_QUERIES", 2), ("TILE_KEYS", 3), ("TILE_SCORES", 12)):
+        monkeypatch.setattr(tiles, name, size)
+    spec = SPECS["cross_attention"]
+    (case,) = (case for case in spec.cases if case.id == id)
+    check(spec, case, torch.float64, "chunked")
 
 
 @each_backend
