@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from mmkernels import SpanMask, cross_attention
-from mmkernels.bench.peers import Call, CantRunError, Peer, first_line
+from mmkernels.bench.peers import Call, CantRunError, Peer, compiled, first_line
 from mmkernels.spec import Inputs
 
 _CUDA_ROWS = 8  # queries up to which there are kernels for decoding
@@ -116,13 +116,8 @@ def flex(inputs: Inputs) -> Call:
     if "bias" in inputs:
         bias = inputs["bias"].expand(query.shape[0], *inputs["bias"].shape[1:])
         options["score_mod"] = lambda score, b, h, i, j: score + bias[b, h, i, j]
-    try:
-        options["block_mask"] = _block_mask(inputs.get("mask"), query, key)
-        compiled = _compiled_flex()
-        compiled(query, key, value, **options)
-    except Exception as error:  # of any kind: no compiler, no support for a shape
-        raise CantRunError(f"does not compile here: {type(error).__name__}: {first_line(error)}") from error
-    return lambda: compiled(query, key, value, **options)
+    options["block_mask"] = _block_mask(inputs.get("mask"), query, key)
+    return compiled(flex_attention, query, key, value, **options)
 
 
 def _block_mask(mask: SpanMask | Tensor | None, query: Tensor, key: Tensor) -> Any:
@@ -146,26 +141,17 @@ def _block_mask(mask: SpanMask | Tensor | None, query: Tensor, key: Tensor) -> A
     return create_block_mask(visible, batch, None, q_len, k_len, device=str(query.device))
 
 
-@cache
-def _compiled_flex() -> Any:
-    torch._dynamo.config.recompile_limit = 256  # one for each configuration and dtype
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def _query_key_value(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return inputs["query"], inputs["key"], inputs["value"]
 
 
-PEERS = (Peer("sdpa", sdpa), Peer("flex", flex, slow=True), Peer("loop", loop_over_images))
-GPU_PEERS = (
-    Peer("cudnn", sdpa_by(SDPBackend.CUDNN_ATTENTION)),
-    Peer("flash", sdpa_by(SDPBackend.FLASH_ATTENTION)),
-    Peer("efficient", sdpa_by(SDPBackend.EFFICIENT_ATTENTION)),
-    Peer("flash-attn", flash_attn),
-    Peer("triton", ours_by_triton),
+PEERS = (
+    Peer("sdpa", sdpa),
+    Peer("flex", flex, slow=True),
+    Peer("loop", loop_over_images),
+    Peer("cudnn", sdpa_by(SDPBackend.CUDNN_ATTENTION), device="cuda"),
+    Peer("flash", sdpa_by(SDPBackend.FLASH_ATTENTION), device="cuda"),
+    Peer("efficient", sdpa_by(SDPBackend.EFFICIENT_ATTENTION), device="cuda"),
+    Peer("flash-attn", flash_attn, device="cuda"),
+    Peer("triton", ours_by_triton, device="cuda"),
 )
-
-
-def peers(device: str) -> tuple[Peer, ...]:
-    """Returns the peers for this kind of device."""
-    return PEERS + GPU_PEERS if torch.device(device).type == "cuda" else PEERS

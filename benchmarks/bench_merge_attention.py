@@ -1,16 +1,6 @@
 """`merge_attention` beside the naive formula."""
 
-from __future__ import annotations
-
-from typing import Any
-
-import pytest
-
-from mmkernels.bench.benchmark import measure
-from mmkernels.bench.rows import Row
+from mmkernels.bench.benchmark import rows_of
 from mmkernels.ops.attention.merge_attention.spec import SPEC
 
-
-@pytest.mark.rows_of(SPEC)
-def test_merge_attention(benchmark: Any, row: Row) -> None:
-    measure(benchmark, row, ())
+test_merge_attention = rows_of(SPEC)

@@ -1,17 +1,8 @@
 """`sigmoid_contrastive` beside the peers of contrastive_peers.py."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import contrastive_peers
-import pytest
 
-from mmkernels.bench.benchmark import measure
-from mmkernels.bench.rows import Row
+from mmkernels.bench.benchmark import rows_of
 from mmkernels.ops.contrastive.sigmoid_contrastive.spec import SPEC
 
-
-@pytest.mark.rows_of(SPEC)
-def test_sigmoid_contrastive(benchmark: Any, row: Row) -> None:
-    measure(benchmark, row, contrastive_peers.SIGMOID, counts_products=True)
+test_sigmoid_contrastive = rows_of(SPEC, contrastive_peers.SIGMOID, counts_products=True)

@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     device, compile_only = option("device"), option("compile_only")
     rows = [Row(model, dtype, device, compile_only) for dtype in option("dtypes").split(",") for model in MODELS]
-    metafunc.parametrize("row", [row for row in rows if option("filter") in str(row)], ids=str)
+    metafunc.parametrize("row", rows, ids=str)
 
 
 def test_transformers(benchmark: Any, row: Row) -> None:

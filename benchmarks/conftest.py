@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from mmkernels.bench.rows import rows, select
+from mmkernels.bench.rows import rows
 from mmkernels.machine import ceilings, describe_machine, device_name
-from mmkernels.options import BadInput
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,7 +17,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu", help="cpu, cuda, ...")
     group.addoption("--compile-only", action="store_true", help="run everything once and measure nothing")
     group.addoption("--quick", action="store_true", help="only headline rows, in few rounds, beside the quick peers")
-    group.addoption("--filter", default="", help="only rows whose name contains one of these, comma-separated")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,15 +30,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         made = rows(marker.args[0], option("dtypes").split(","), option("device"), quick=option("quick"))
         compile_only = option("compile_only")
         metafunc.parametrize("row", [replace(row, compile_only=compile_only) for row in made], ids=str)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    names = [str(item.callspec.params["row"]) for item in items]  # type: ignore[attr-defined]
-    try:
-        selected = select(names, config.getoption("filter"))
-    except BadInput as error:
-        raise pytest.UsageError(str(error)) from None
-    items[:] = [item for item, keep in zip(items, selected, strict=True) if keep]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ All are written from the formulas; only the cached loss is another package: ``pi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.bench.peers import Call, CantRunError, Peer, check_room, first_line
+from mmkernels.bench.peers import Call, CantRunError, Peer, check_room, compiled, first_line
 from mmkernels.machine import matmul_rate
 from mmkernels.spec import Inputs
 
@@ -43,11 +42,10 @@ def naive_loss(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor) -> Te
     return _wide(F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def compiled(inputs: Inputs) -> Call:
+def compiled_loss(inputs: Inputs) -> Call:
     """`naive_loss` by ``torch.compile``."""
     image, text, scale = _losses_tensors(inputs, tensors=2)
-    labels = torch.arange(len(image), device=image.device)
-    return _compiled(naive_loss, image, text, scale, labels)
+    return compiled(naive_loss, image, text, scale, torch.arange(len(image), device=image.device))
 
 
 def cached(inputs: Inputs, mini_batch: int = 32) -> Call:
@@ -121,7 +119,7 @@ def naive_sigmoid_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor)
 
 def compiled_sigmoid(inputs: Inputs) -> Call:
     """`naive_sigmoid_loss` by ``torch.compile``."""
-    return _compiled(naive_sigmoid_loss, *_losses_tensors(inputs, tensors=2), inputs["logit_bias"])
+    return compiled(naive_sigmoid_loss, *_losses_tensors(inputs, tensors=2), inputs["logit_bias"])
 
 
 # Ranks.
@@ -140,7 +138,7 @@ def argsort(inputs: Inputs) -> Call:
 
 
 def blocks(inputs: Inputs) -> Call:
-    """Counts the scores above the target's, for some queries at a time, as a careful user would write it.
+    """Counts the scores above the target's, for some queries at a time, as a user would write it to save memory.
 
     Ties are ignored, which the op counts.
     """
@@ -169,24 +167,9 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _compiled(function: Callable[..., Tensor], *inputs: Tensor) -> Call:
-    try:
-        fast = _compile(function)
-        fast(*inputs)
-    except Exception as error:  # of any kind: no compiler, no support for a dtype
-        raise CantRunError(f"does not compile here: {type(error).__name__}: {first_line(error)}") from error
-    return partial(fast, *inputs)
-
-
-@cache
-def _compile(function: Callable[..., Tensor]) -> Any:
-    torch._dynamo.config.recompile_limit = 256  # one for each configuration and dtype
-    return torch.compile(function, dynamic=False)
-
-
 INFO_NCE = (
     Peer("open_clip", open_clip),
-    Peer("compiled", compiled, slow=True),
+    Peer("compiled", compiled_loss, slow=True),
     Peer("cached", cached, slow=True),
     Peer("cached 512", partial(cached, mini_batch=512), slow=True),
 )

@@ -2,6 +2,8 @@
 
 python benchmarks/gpu.py [PART,...] [--seconds 480] [--out FOLDER]
 
+(With ``PYTHONPATH=.`` before it, where mmkernels is not installed.)
+
 The parts (gpu_parts.py) run pytest, `mmkernels bench` and a few checks in processes of their own, so that one that
 crashes, hangs or breaks the GPU's context loses nothing of the others. Results are written after each part to
 ``benchmarks/results/<device>/<date>.json`` (chosen parts alone: ``<date>-<parts>.json``); a short table comes last.
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import re
 import sys
 import tempfile
@@ -28,6 +29,8 @@ from gpu_parts import FOLDER, ROOT, Part, Result, Turn, all_parts, describe
 _SECONDS = 480.0
 _RESERVE = 15.0  # for the start, the description of the machine and the table
 _LEAST = 5.0  # below this a part is not begun
+_WIDTH = 130  # columns of the table
+_MOST_PROBLEMS = 8  # of a part in the table; the JSON has all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"make gpu: nothing was run: {reason}. On a machine with a GPU it would run:\n{_list_of(chosen)}")
         return 2
-    run = Run(chosen, options.seconds, options.out, commit=options.commit, whole=len(chosen) == len(known))
-    run.all()
-    print(run.table())
+    run = Run(chosen, options.out, commit=options.commit, whole=len(chosen) == len(known))
+    run.all(options.seconds)
+    run.print_table()
     return run.code
 
 
@@ -65,16 +68,17 @@ def _named(name: str, known: Sequence[Part]) -> list[Part]:
 
 
 def _list_of(chosen: Sequence[Part]) -> str:
-    lines = [f"  {part.name:<22} {part.about}" for part in chosen]
-    return "\n".join(lines)
+    return "\n".join(f"  {part.name:<22} {part.about}" for part in chosen)
 
 
 def gpu_why_not() -> str | None:
     """Returns why there is no GPU to use, or None; without starting one up."""
     try:
         import torch
+
+        import mmkernels.report  # noqa: F401  # which the table at the end needs
     except ImportError as error:
-        return f"{Path(sys.executable).name} has no torch ({error})"
+        return f"{Path(sys.executable).name} can't run it ({error})"
     if torch.cuda.is_available():
         return None
     if torch.version.cuda is None and torch.version.hip is None:
@@ -86,97 +90,95 @@ class Run:
     """One run of some parts.
 
     Args:
-        seconds: for all of them.
         out: folder; None: ``benchmarks/results/<device>``.
-        commit: noted where the checkout does not know its own.
+        commit: noted where the checkout does not have its own.
         whole: these are all parts.
-        describe: returns "device", "slug" and "machine".
     """
 
-    def __init__(self, chosen: Sequence[Part], seconds: float, out: Path | None, *, commit: str = "",
-                 whole: bool = True, describe: Any = describe) -> None:  # fmt: skip
-        self.chosen, self.out, self._commit, self._whole, self._machine = list(chosen), out, commit, whole, describe
-        self._end = time.monotonic() + max(0.0, seconds - _RESERVE)
+    def __init__(self, chosen: Sequence[Part], out: Path | None, *, commit: str = "", whole: bool = True) -> None:
+        self.chosen, self._out, self._commit = list(chosen), out, commit
+        self.parts: dict[str, Result] = {}
         self.report: dict[str, Any] = {
             "kind": "mmkernels gpu",
-            "schema": 1,
+            "schema": 2,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "parts": {},
+            "parts": self.parts,
             "left_out": [],
         }
-        self.path: Path | None = None
+        names = [] if whole else [part.name.replace("_", "-") for part in chosen]
+        self._name = "-".join([self.report["created"][:10], *names])
 
-    def all(self) -> None:
-        """Run the parts, and write what is known after each."""
+    def all(self, seconds: float) -> None:
+        """Runs the parts within some seconds, and writes the results after each."""
+        end = time.monotonic() + seconds - _RESERVE
+        self._describe()
+        self.report["gpu_at_the_start"] = self.report["machine"].get("gpu")  # its clocks
         for place, part in enumerate(self.chosen):
-            seconds = allowance(self.chosen[place:], self._end - time.monotonic())
-            if seconds < _LEAST:
+            allowed = allowance(self.chosen[place:], end - time.monotonic())
+            if allowed < _LEAST:
                 self.report["left_out"].append(part.name)
                 continue
-            print(f"== {part.name}: {part.about} (up to {seconds:.0f} s)", file=sys.stderr, flush=True)
+            print(f"== {part.name}: {part.about} (up to {allowed:.0f} s)", file=sys.stderr, flush=True)
             begin = time.monotonic()
-            result = take_turn(part, seconds)
-            result["seconds"] = round(time.monotonic() - begin, 1)
-            self.report["parts"][part.name] = result
+            result = take_turn(part, allowed)
+            self.parts[part.name] = result | {"seconds": round(time.monotonic() - begin, 1)}
             for problem in result.get("problems", ()):
                 print(f"   FAILED {problem}", file=sys.stderr, flush=True)
-            if "machine" not in self.report and part.name != "build":
-                self._describe()
             self.write()
-        self._describe(again=True)
+        self._describe()
         self.write()
 
-    def _describe(self, again: bool = False) -> None:
-        """The machine, with the clocks early in the run, and once more at its end."""
-        found = take_turn(Part("describe", "", 60.0, self._machine), 60.0)
-        if not again or "machine" not in self.report:
-            self.report |= {name: found.get(name) for name in ("device", "slug", "machine")}
-            machine = self.report["machine"]
-            if machine is not None and machine.get("commit") is None:
-                machine["commit"] = self._commit or None
-        if again:
-            self.report["gpu_at_the_end"] = (found.get("machine") or {}).get("gpu")
+    def _describe(self) -> None:
+        found = take_turn(Part("describe", "", 60.0, describe), 60.0)
+        machine = found.get("machine") or {}
+        machine["commit"] = machine.get("commit") or self._commit or None
+        self.report |= {"device": found.get("device"), "slug": found.get("slug"), "machine": machine}
+
+    @property
+    def path(self) -> Path:
+        """Of the file that is written."""
+        return (self._out or FOLDER / "results" / (self.report["slug"] or "unknown-gpu")) / f"{self._name}.json"
 
     def write(self) -> None:
-        """Write the report as far as it goes."""
-        if "machine" not in self.report and self.out is None:
-            return  # it is described after the first part
-        folder = self.out or FOLDER / "results" / (self.report["slug"] or "unknown-gpu")
-        folder.mkdir(parents=True, exist_ok=True)
-        names = "" if self._whole else "-" + "-".join(part.name.replace("_", "-") for part in self.chosen)
-        self.path = folder / f"{self.report['created'][:10]}{names}.json"
-        self.path.write_text(json.dumps(self.report, indent=1) + "\n")
+        """Writes the report as far as it goes."""
+        from mmkernels.report import write_json
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.report)
 
     @property
     def code(self) -> int:
-        results = self.report["parts"]
-        failed = any(result.get("problems") for result in results.values())
-        unchecked = any(results.get(name, {}).get("left_out") for name in ("tests", "nan"))
+        failed = any(result.get("problems") for result in self.parts.values())
+        unchecked = any(self.parts.get(name, {}).get("left_out") for name in ("tests", "nan"))
         return int(failed or unchecked or bool(self.report["left_out"]))
 
-    def table(self) -> str:
-        """Returns the short table: a line for each part, then each target beside its figure."""
-        lines = [f"\n{self.report.get('device') or 'GPU'}, {self.report['created']}"]
-        for part in self.chosen:
-            result = self.report["parts"].get(part.name)
-            if result is None:
-                lines.append(f"  {part.name:<20}      left out: the time was up")
-                continue
-            state = "FAILED" if result.get("problems") else "ok"
-            lines.append(f"  {part.name:<20} {result['seconds']:4.0f} s  {state:<6} {result.get('summary', '')}")
-            lines += [f"      {line}" for line in result.get("lines", ())]
-            lines += [f"      FAILED {problem}" for problem in result.get("problems", ())][:8]
-            left_out = result.get("left_out", ())
-            if left_out:
-                lines.append(f"      left out for time: {len(left_out)}, such as {left_out[0]}")
-        targets = [target for result in self.report["parts"].values() for target in result.get("targets", ())]
-        if targets:
-            lines.append(f"  {'target':<58} {'than':<10} {'target':>7} {'found':>7}")
-            lines += map(target_line, targets)
-        if self.path is not None:
-            shown = self.path.relative_to(ROOT) if self.path.is_relative_to(ROOT) else self.path.name
-            lines.append(f"Written: {shown} (all numbers)")
-        return "\n".join(lines)
+    def print_table(self) -> None:
+        """Prints a line for each part, what it says, and each target beside what was found."""
+        from mmkernels.bench.tables import targets
+        from mmkernels.report import console, table
+
+        output = console(_WIDTH)
+        output.print(f"\n{self.report['device'] or 'GPU'}, {self.report['created']}", markup=False)
+        output.print(table(map(self._cells, self.chosen), ["part", "state", "found", "s"], texts=3))
+        rows = [row for result in self.parts.values() for row in result.get("rows", ())]
+        if rows:
+            output.print(targets(rows))
+        shown = self.path.relative_to(ROOT) if self.path.is_relative_to(ROOT) else self.path.name
+        output.print(f"Written: {shown} (all numbers)", soft_wrap=True)
+
+    def _cells(self, part: Part) -> list[Any]:
+        from rich.text import Text
+
+        result = self.parts.get(part.name)
+        if result is None:
+            return [part.name, "", "left out: the time was up", ""]
+        problems, left_out = result.get("problems", ()), result.get("left_out", ())
+        lines = [result.get("summary", ""), *result.get("lines", ())]
+        lines += [f"FAILED {problem}" for problem in problems[:_MOST_PROBLEMS]]
+        if left_out:
+            lines.append(f"left out for time: {len(left_out)}, such as {left_out[0]}")
+        found = Text("\n".join(filter(None, lines)))  # not as markup
+        return [part.name, "FAILED" if problems else "ok", found, f"{result['seconds']:.0f}"]
 
 
 def take_turn(part: Part, seconds: float) -> Result:
@@ -192,21 +194,6 @@ def take_turn(part: Part, seconds: float) -> Result:
 def allowance(left: Sequence[Part], seconds: float) -> float:
     """Returns the seconds of the first of the parts that are left: all there is, by shares."""
     return max(0.0, seconds) * left[0].seconds / sum(part.seconds for part in left)
-
-
-def target_line(target: dict[str, Any]) -> str:
-    """Returns the line of the table for a target."""
-    found, at_most = target["found"], "most" in target
-    bound = target["most"] if at_most else target["least"]
-    reached = found is not None and (found <= bound if at_most else found >= bound)
-    shown = "n/a" if found is None else _number(found)
-    limit = ("<= " if at_most else "") + _number(bound)
-    verdict = "" if found is None else "met" if reached else "missed"
-    return f"  {target['what']:<58} {target['than']:<10} {limit:>7} {shown:>7} {verdict}"
-
-
-def _number(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.2f}"
 
 
 if __name__ == "__main__":

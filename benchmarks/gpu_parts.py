@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,11 @@ _COMPILING = 0.4  # of an op's time, after which it compiles no more beforehand
 _WIND_UP = 0.9  # of a part's time, after which no test begins in it
 _GRACE = 15.0  # seconds beyond its time, for a part to notice
 _ROW_SECONDS = 10.0  # of a benchmark
+_NOTHING_COLLECTED = 5  # pytest's exit code
 
 Result = dict[str, Any]
-"""What a part found: "summary" and "lines" for people; "problems", each a failure; "left_out" for want of time;
-"targets", each with "what", "than", "least" or "most", and "found"; and figures of its own."""
+"""What a part found: "summary" and "lines" for people; "problems", each a failure; "left_out" for want of time; "rows"
+with their "targets", as result files of `mmkernels bench` have them; and figures of its own."""
 
 
 class Turn(NamedTuple):
@@ -39,16 +42,15 @@ class Turn(NamedTuple):
     folder: Path
     device: str = "cuda"
 
-    def shorter(self, seconds: float) -> Turn:
-        return self._replace(seconds=max(0.0, seconds))
-
 
 @dataclass(frozen=True)
 class Part:
-    """Args:
-    name: what PART= takes.
-    about: for people.
-    seconds: its share of the time; what it does not use goes to the parts after it.
+    """A part of the run.
+
+    Args:
+        name: what PART= takes.
+        about: for people.
+        seconds: its share of the time; what it does not use goes to the parts after it.
     """
 
     name: str
@@ -61,14 +63,16 @@ def all_parts() -> list[Part]:
     """Returns the parts in the order in which they run; an op's bench file is a part."""
     benches = (path.stem.removeprefix("bench_") for path in sorted(FOLDER.glob("bench_*.py")))
     ops = {op: _bench_seconds(op) for op in benches if list(ROOT.glob(f"mmkernels/ops/*/{op}/spec.py"))}
+    checks = [str(FOLDER / "gpu_checks.py"), "--noconftest", "-k"]
+    nan, host = run_tests(*checks, "test_attention", *_workers()), run_tests(*checks, "test_host_time")
     return [
         Part("build", "the extensions, in place, against the torch that is there", 50, build),
         Part("ceilings", "what the GPU gives at best: copy, bfloat16 matrix product", 12, measure_ceilings),
-        Part("tests", "every test marked gpu", 90, run_tests),
-        Part("nan", "forward and backward on lengths with L % 128 == 64, every kind of mask", 35, check_nan),
+        Part("tests", "every test marked gpu", 90, run_tests("tests", "-m", "gpu", *_workers())),
+        Part("nan", "forward and backward on lengths with L % 128 == 64, every kind of mask", 35, nan),
         *(Part(op, f"mmkernels bench {op}", ops[op], measure_op(op)) for op in sorted(ops, key=lambda op: -ops[op])),
         Part("flamingo", "Flamingo base, 5 images: prefill and training step beside the Amdahl cap", 40, flamingo),
-        Part("host", "CPU time of a call, eager and compiled, beside SDPA and FlexAttention", 35, measure_host),
+        Part("host", "CPU time of a call, eager and compiled, beside SDPA and FlexAttention", 35, host),
         Part("ncu", "occupancy and tensor-pipe use of each tuned kernel, by Nsight Compute", 25, measure_kernels),
     ]
 
@@ -83,57 +87,57 @@ def _bench_seconds(op: str) -> float:
     return _ROW_SECONDS * max(1, rows)
 
 
+def _workers() -> list[str]:
+    """Returns pytest's options for several processes: what takes long is compiling, on one core each."""
+    return ["-n", str(_PROCESSES)] if importlib.util.find_spec("xdist") else []
+
+
 # The parts.
 
 
 def build(turn: Turn) -> Result:
-    code = run_command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], turn.seconds + _GRACE)
+    _, verdicts = run_python(turn, "setup.py", "-q", "build_ext", "--inplace")
     package = ROOT / "mmkernels"
     reasons = [f"{path.stem}: {path.read_text().strip()}" for path in sorted(package.glob("*_why_not.txt"))]
     built = sorted(path.name.partition(".")[0] for path in package.glob("*.so"))
-    return {"summary": ", ".join(built) or "nothing built", "lines": reasons, "problems": _ended("build", code)}
+    return {"summary": ", ".join(built) or "nothing built", "lines": reasons} | verdicts
 
 
 def describe(turn: Turn) -> Result:
-    names = "describe_machine, device_name, device_slug"
-    machine = "{'device': device_name(d), 'slug': device_slug(d), 'machine': describe_machine(d)}"
-    return _evaluate(turn, f"from mmkernels.machine import {names}; d = {turn.device!r}", machine)
+    d = repr(turn.device)
+    return _evaluate(turn, f"dict(device=m.device_name({d}), slug=m.device_slug({d}), machine=m.describe_machine({d}))")
 
 
 def measure_ceilings(turn: Turn) -> Result:
-    rates = _evaluate(turn, "from mmkernels.machine import ceilings", f"ceilings({turn.device!r}, ('bf16',))")
+    rates = _evaluate(turn, f"m.ceilings({turn.device!r}, ['bf16'])")
     if "problems" in rates:
         return rates
     copy, matmul = rates["copy_bytes_per_second"] / 1e12, rates["bf16_flops_per_second"] / 1e12
     return {"summary": f"copy {copy:.2f} TB/s, bf16 matmul {matmul:,.1f} TFLOP/s", "ceilings": rates}
 
 
-def run_tests(turn: Turn) -> Result:
-    code, cases = run_pytest(["tests", "-m", "gpu", *_workers()], turn)
-    passed, skipped = (sum(case["state"] == state for case in cases) for state in ("passed", "skipped"))
-    return {"summary": f"{passed} passed, {skipped} skipped", "tests": len(cases)} | _verdicts("tests", code, cases)
+def _evaluate(turn: Turn, expression: str) -> Result:
+    """Returns what an expression says about `mmkernels.machine`, called m."""
+    out = turn.folder / "value.json"
+    code = f"import json, pathlib, mmkernels.machine as m; text = json.dumps({expression})"
+    _, verdicts = run_python(turn, "-c", f"{code}; pathlib.Path({str(out)!r}).write_text(text)")
+    return dict(json.loads(out.read_text())) if out.exists() else verdicts
 
 
-def check_nan(turn: Turn) -> Result:
-    code, cases = _checks("test_attention", turn, _workers())
-    found = {"checks": len(cases), "summary": f"{len(cases)} calls, forward and backward"}
-    return found | _verdicts("nan", code, cases)
+def run_tests(*words: str) -> Callable[[Turn], Result]:
+    """Returns the part that runs tests; a test may record a "line" for people and a "row" of figures."""
 
+    def run(turn: Turn) -> Result:
+        cases, verdicts = run_python(turn, *PYTEST, *words)
+        states = Counter(case["state"] for case in cases)
+        found = {"summary": ", ".join(f"{count} {state}" for state, count in states.items()), "tests": len(cases)}
+        recorded = [case for case in cases if "row" in case]
+        if recorded:
+            rows = [json.loads(case["row"]) for case in recorded]
+            found |= {"lines": [case["line"] for case in recorded], "figures": rows}
+        return found | verdicts
 
-def measure_host(turn: Turn) -> Result:
-    code, cases = _checks("test_host_time", turn)
-    rows = [json.loads(case["row"]) for case in cases if "row" in case]
-    lines = [
-        f"{row['size']}, {row['mode']}: "
-        + ", ".join(f"{name} {value:.0f} us" for name, value in row["microseconds"].items())
-        for row in rows
-    ]
-    found = {"summary": "CPU time of one call (flex is compiled in every mode)", "lines": lines, "host": rows}
-    return found | _verdicts("host", code, cases)
-
-
-def _checks(name: str, turn: Turn, options: Sequence[str] = ()) -> tuple[int | None, list[dict[str, str]]]:
-    return run_pytest([str(FOLDER / "gpu_checks.py"), "--noconftest", "-k", name, *options], turn)
+    return run
 
 
 def measure_op(op: str, *options: str) -> Callable[[Turn], Result]:
@@ -143,59 +147,51 @@ def measure_op(op: str, *options: str) -> Callable[[Turn], Result]:
         end = time.monotonic() + turn.seconds
         if turn.device != "cpu" and _workers():
             bench = [str(FOLDER / f"bench_{op}.py"), "--dtypes", "bf16", "--device", turn.device, "--compile-only"]
-            run_pytest([*bench, *_workers()], turn.shorter(_COMPILING * turn.seconds))
-        command = [sys.executable, "-m", "mmkernels.cli", "bench", op, "--dtype", "bf16", "--device", turn.device]
-        command += ["--out", str(turn.folder), *options]
-        code, cases = _limited(command, turn.shorter(end - time.monotonic()))
+            run_python(turn._replace(seconds=_COMPILING * turn.seconds), *PYTEST, *bench, *_workers())
+        command = [*MMKERNELS, "bench", op, "--dtype", "bf16", "--device", turn.device, "--out", str(turn.folder)]
+        left = turn._replace(seconds=max(0.0, end - time.monotonic()))
+        _, verdicts = run_python(left, *command, *options)
         report = turn.folder / f"{op}.json"
-        entries = json.loads(report.read_text())["benchmarks"] if report.exists() and report.stat().st_size else []
+        entries = json.loads(report.read_text())["benchmarks"] if report.exists() else []
         rows = [entry["extra_info"] for entry in entries]
-        targets = [
-            {"what": f"{row['configuration']}, {row['pass']}", **target} for row in rows for target in row["targets"]
-        ]
-        found = {"summary": f"{len(rows)} rows", "lines": list(map(_line, rows)), "rows": rows, "targets": targets}
-        return found | _verdicts(op, code, cases)
+        return {"summary": f"{len(rows)} rows", "lines": _lines(rows), "rows": rows} | verdicts
 
     return run
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    """Such as "media, fwd: 0.350 ms, 420 TFLOP/s; sdpa 12.1x flex 1.4x"."""
-    backward = "backward_flops_per_second" in row
-    rate = row["backward_flops_per_second" if backward else "flops_per_second"]
-    speed = f"{rate / 1e12:,.0f} TFLOP/s{' backward' if backward else ''}"
-    if row["share_of_compute_peak"] <= row["share_of_bandwidth_peak"]:
-        speed = f"{row['bytes_per_second'] / 1e12:.2f} TB/s"
-    ratios = [f"{name} {peer['ratio']:.1f}x" for name, peer in row["peers"].items() if "ratio" in peer]
-    passes = row["pass"].replace("forward + backward", "fwd+bwd").replace("forward", "fwd")
-    return f"{row['configuration']}, {passes}: {row['seconds'] * 1e3:.3f} ms, {speed}; {' '.join(ratios)}"
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    from mmkernels.bench.tables import line
+
+    return [f"{row['configuration']}, {row['pass']}: {line(dict(row))}" for row in rows]
 
 
 def flamingo(turn: Turn, size: str = "base", tokens: str = "64,1024", text_length: int = 2048,
              dtype: str = "bf16") -> Result:  # fmt: skip
     """Prefill and a training step with 5 images: with the size's own 64 visual tokens an image, and with 1,024."""
-    command = [sys.executable, "-m", "mmkernels.cli", "profile", "flamingo", "--size", size, "--tokens", tokens]
-    command += ["--images", "5", "--text-length", str(text_length), "--dtype", dtype, "--device", turn.device]
-    code = run_command([*command, "--train", "--out", str(turn.folder)], turn.seconds + _GRACE)
+    command = [*MMKERNELS, "profile", "flamingo", "--size", size, "--tokens", tokens, "--images", "5", "--train"]
+    command += ["--text-length", str(text_length), "--dtype", dtype, "--device", turn.device]
+    _, verdicts = run_python(turn, *command, "--out", str(turn.folder))
     path = turn.folder / "profile.json"
     if not path.exists():
-        return {"problems": _ended("flamingo", code)}
+        return verdicts
     report = json.loads(path.read_text())
     naive = {cell["tokens_per_image"]: cell for cell in report["cells"] if cell["backend"] == "reference"}
-    targets, lines = [], []
+    fused = [cell for cell in report["cells"] if cell["backend"] == "fused"]
     stages = (("prefill", "prefill", "peak_memory_bytes"), ("train_step", "training step", "train_peak_memory_bytes"))
-    for cell in report["cells"]:
-        count = cell["tokens_per_image"]
-        for stage, title, memory in stages if cell["backend"] == "fused" else ():
-            what, bound = f"Flamingo {size}, 5 x {count} visual tokens, {title}", cell["amdahl"].get(stage)
-            ours, other = cell[memory], naive[count][memory]
-            ratio = other / ours if ours and other else None
-            targets.append({"what": what, "than": "cap", "least": 0.85, "found": bound and bound["share_of_cap"]})
-            targets.append({"what": f"{what}, memory", "than": "naive", "least": 3.0, "found": ratio})
-            if bound:
-                lines.append(f"{what}: {bound['speedup']:.2f}x of at most {bound['cap']:.2f}x")
-    found = {"summary": f"{len(report['cells'])} cells", "lines": lines, "targets": targets, "profile": report}
-    return found | {"problems": _ended("flamingo", code)}
+    rows, lines = [], []
+    for cell, (stage, title, memory) in itertools.product(fused, stages):
+        what, bound = f"Flamingo {size}, 5 x {cell['tokens_per_image']} visual tokens", cell["amdahl"].get(stage)
+        ours, theirs = cell[memory], naive[cell["tokens_per_image"]][memory]
+        ratio = theirs / ours if ours and theirs else None
+        targets = [
+            {"than": "cap", "unit": "share", "least": 0.85, "found": bound and bound["share_of_cap"]},
+            {"than": "memory of naive", "unit": "ratio", "least": 3.0, "found": ratio},
+        ]
+        rows.append({"configuration": what, "dtype": dtype, "pass": title, "targets": targets})
+        if bound:
+            lines.append(f"{what}, {title}: {bound['speedup']:.2f}x of at most {bound['cap']:.2f}x")
+    found = {"summary": f"{len(report['cells'])} cells", "lines": lines, "rows": rows, "profile": report}
+    return found | verdicts
 
 
 def measure_kernels(turn: Turn) -> Result:
@@ -205,6 +201,9 @@ def measure_kernels(turn: Turn) -> Result:
 
 
 # Running commands.
+
+MMKERNELS = ("-m", "mmkernels.cli")
+PYTEST = ("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:warnings")
 
 
 def run_command(command: Sequence[str], seconds: float, **environment: str) -> int | None:
@@ -221,55 +220,29 @@ def run_command(command: Sequence[str], seconds: float, **environment: str) -> i
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_pytest(arguments: Sequence[str], turn: Turn) -> tuple[int | None, list[dict[str, str]]]:
-    """Returns pytest's exit code, and of each test its name, state, message and what it recorded."""
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:warnings"]
-    return _limited([*command, *arguments], turn)
+def run_python(turn: Turn, *words: str) -> tuple[list[dict[str, str]], Result]:
+    """Runs Python with these arguments for a part. Where it runs pytest, no test begins when the time is nearly over.
 
-
-def _limited(command: Sequence[str], turn: Turn) -> tuple[int | None, list[dict[str, str]]]:
-    """Runs a command that runs pytest, in which no test begins when the part's time is nearly over."""
+    Returns:
+        Of each test its name, state, message and what it recorded; and the part's "problems" and "left_out".
+    """
     junit = turn.folder / "junit.xml"
     junit.unlink(missing_ok=True)
     options = ["-p", "time_limit", "--seconds", f"{_WIND_UP * turn.seconds:.1f}", f"--junitxml={junit}"]
-    code = run_command(command, turn.seconds + _GRACE, PYTEST_ADDOPTS=shlex.join(options))
-    root = ElementTree.parse(junit).getroot() if junit.exists() else ElementTree.Element("none")
-    cases = []
-    for case in root.iter("testcase"):
-        found = {"name": case.get("name", "?"), "state": "passed", "message": ""}
-        for child in case:
-            if child.tag in ("failure", "error", "skipped"):
-                found["state"] = "skipped" if child.tag == "skipped" else "failed"
-                found["message"] = child.get("message") or ""
-        found |= {entry.get("name", "?"): entry.get("value", "") for entry in case.iter("property")}
-        cases.append(found)
-    return code, cases
-
-
-def _evaluate(turn: Turn, before: str, expression: str) -> Result:
-    """Returns the value of a Python expression in a process of its own."""
-    out = turn.folder / "value.json"
-    code = f"import json, pathlib; {before}; pathlib.Path({str(out)!r}).write_text(json.dumps({expression}))"
-    ended = run_command([sys.executable, "-c", code], turn.seconds + _GRACE)
-    found: Result = json.loads(out.read_text()) if out.exists() else {"problems": _ended(expression, ended)}
-    return found
-
-
-def _workers() -> list[str]:
-    """Returns pytest's options for several processes: what takes long is compiling, on one core each."""
-    return ["-n", str(_PROCESSES)] if importlib.util.find_spec("xdist") else []
-
-
-def _verdicts(part: str, code: int | None, cases: Sequence[Mapping[str, str]]) -> Result:
-    problems = [
-        f"{case['name']}: {next(iter(case['message'].splitlines()), '')}" for case in cases if case["state"] == "failed"
-    ]
+    code = run_command([sys.executable, *words], turn.seconds + _GRACE, PYTEST_ADDOPTS=shlex.join(options))
+    cases = [_case(case) for case in ElementTree.parse(junit).iter("testcase")] if junit.exists() else []
+    problems = [f"{x['name']}: {(x['message'].splitlines() or [''])[0]}" for x in cases if x["state"] == "failed"]
     left_out = [case["name"] for case in cases if LEFT_OUT in case["message"]]
-    nothing_to_do = code == 5 or left_out  # 5: pytest collected nothing
-    return {"problems": problems or ([] if nothing_to_do else _ended(part, code)), "left_out": left_out}
+    if not problems and not left_out and code not in (0, _NOTHING_COLLECTED):
+        ended = "took too long, and was ended" if code is None else f"ended with exit code {code}, see above"
+        problems = [ended]
+    return cases, {"problems": problems, "left_out": left_out}
 
 
-def _ended(part: str, code: int | None) -> list[str]:
-    if code is None:
-        return [f"{part}: took too long, and was ended"]
-    return [f"{part}: ended with exit code {code}, see above"] if code else []
+def _case(case: ElementTree.Element) -> dict[str, str]:
+    found = {"name": case.get("name", "?"), "state": "passed", "message": ""}
+    for child in case:
+        if child.tag in ("failure", "error", "skipped"):
+            found["state"] = "skipped" if child.tag == "skipped" else "failed"
+            found["message"] = child.get("message") or ""
+    return found | {entry.get("name", "?"): entry.get("value", "") for entry in case.iter("property")}

@@ -20,10 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers_models import Model
 
 from mmkernels.integrations.transformers import NAME, counting, register
-from mmkernels.meters import Run, Timing, memory_why_not, peak_memory, time_alternating, time_once
+from mmkernels.meters import Timing, memory_why_not, peak_memory, time_alternating, time_once
 from mmkernels.ops.attention.cross_attention.spec import SPEC
 from mmkernels.options import DTYPES
-from mmkernels.profiling.point import REMOVED, running_as
+from mmkernels.profiling.point import REMOVED, amdahl, running_as
 from mmkernels.testing.models import Inputs, seeded
 
 SDPA = "sdpa"
@@ -108,9 +108,7 @@ class Trial:
         _open_gates(self.net)
         self.net.to(self._device)
         self._inputs = self._draw(DTYPES[row.dtype])
-        self._cached: list[tuple[Tensor, Tensor]] = []
-        if row.model.cached:
-            self._cached = self._draw_cache(DTYPES[row.dtype])
+        self._cached = self._draw_cache(DTYPES[row.dtype]) if row.model.cached else []
         self.to(DTYPES[row.dtype])
 
     def _draw(self, dtype: torch.dtype) -> Inputs:
@@ -187,10 +185,11 @@ def measure(benchmark: Any, row: Row) -> None:
         trial.results(NAME)
         return
     masks = _check(trial, row)
-    memory = {name: _peak(trial, name, row) for name in (SDPA, NAME)} if row.model.least else {}
-    timings, inside, calls = _time(trial, row)
+    memory = {name: _peak(trial, name, row) if row.model.least else None for name in (SDPA, NAME)}
+    timings, inside = _time(trial, row)
+    inside[_MASKS] |= masks
     benchmark.group = f"transformers, {row.dtype}, forward"
-    benchmark.extra_info.update(_Figures(row, timings, inside, calls).description(memory, masks))
+    benchmark.extra_info.update(_description(row, timings, inside, memory))
     trial.prepare(NAME)
     benchmark.pedantic(trial.run, rounds=1, iterations=1)  # one more pass: the fixture reports only what it has timed
 
@@ -219,11 +218,11 @@ def _peak(trial: Trial, name: str, row: Row) -> int | None:
     return peak_memory(trial.run, row.device)
 
 
-def _time(trial: Trial, row: Row) -> tuple[dict[str, Timing], dict[str, list[dict[str, float]]], dict[str, int]]:
-    """Returns the times of forward passes by candidate, the seconds inside each by kind, and the numbers of calls."""
+def _time(trial: Trial, row: Row) -> tuple[dict[str, Timing], dict[str, dict[str, Any]]]:
+    """Returns the times of forward passes by candidate, and those of the calls inside them by kind."""
     clock = Clock(row.model.counts, row.device)
     candidates = [name for name in CANDIDATES if name != REMOVED or row.model.most_overhead is None]
-    inside: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
 
     def before(name: str) -> None:
         trial.prepare(CANDIDATES[name])
@@ -232,12 +231,11 @@ def _time(trial: Trial, row: Row) -> tuple[dict[str, Timing], dict[str, list[dic
     def run(name: str) -> None:
         with running_as(name if name == REMOVED else "fused"):
             trial.run()
-        inside[name].append(clock.seconds)
+        samples[name].append(clock.seconds)
 
-    runs: dict[str, Run] = {name: functools.partial(run, name) for name in candidates}
     with clock.around((SDPA, NAME)):
         timings = time_alternating(
-            runs,
+            {name: functools.partial(run, name) for name in candidates},
             before={name: functools.partial(before, name) for name in candidates},
             budget=_BUDGET,
             least=_ROUNDS[0],
@@ -245,93 +243,59 @@ def _time(trial: Trial, row: Row) -> tuple[dict[str, Timing], dict[str, list[dic
             warm=True,  # the check ran both attentions; without the ops nothing new runs
             device=row.device,
         )
-    return timings, inside, clock.calls
+    return timings, {kind: _beside(kind, calls, samples) for kind, calls in clock.calls.items()}
 
 
-class _Figures:
-    """The JSON of a row; the names contain the units."""
+def _beside(kind: str, calls: int, samples: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Returns the seconds of all calls of one kind in a forward pass, without a ratio if one side made no calls."""
+    ours, theirs = (median(sample[kind] for sample in samples[name]) for name in (NAME, SDPA))
+    ratio = {"ratio": theirs / ours} if ours and theirs else {}
+    return {"calls": calls, "seconds": ours, "sdpa_seconds": theirs, **ratio}
 
-    def __init__(
-        self,
-        row: Row,
-        timings: dict[str, Timing],
-        inside: dict[str, list[dict[str, float]]],
-        calls: dict[str, int],
-    ) -> None:
-        self.row, self.calls, self.rounds = row, calls, len(timings[NAME].samples)
-        self.seconds = {name: timing.seconds for name, timing in timings.items()}
-        self.spread = {name: timing.spread for name, timing in timings.items()}
-        self.inside = {
-            kind: {name: median(sample[kind] for sample in inside[name]) for name in (SDPA, NAME)} for kind in calls
-        }
 
-    def description(self, memory: dict[str, int | None], masks: dict[str, Any]) -> dict[str, Any]:
-        counted = self._beside(_COUNTED)
-        peers = {
-            SDPA: {
-                "seconds": self.seconds[SDPA],
-                "ratio": self.speedup,
-                "peak_memory_bytes": memory.get(SDPA),
-            },
+def _description(
+    row: Row, timings: dict[str, Timing], inside: dict[str, dict[str, Any]], memory: dict[str, int | None]
+) -> dict[str, Any]:
+    """Returns the JSON of a row; the names contain the units."""
+    seconds = {name: timing.seconds for name, timing in timings.items()}
+    bound = amdahl(seconds[SDPA], seconds[NAME], seconds[REMOVED]) if REMOVED in seconds else {}
+    speedup, counted = seconds[SDPA] / seconds[NAME], inside[_COUNTED]
+    # By how much an attention call of ours is slower than sdpa's; negative if it is faster.
+    overhead = (seconds[NAME] - seconds[SDPA]) / inside[_ATTENTION]["calls"]
+    return {
+        "op": "transformers",
+        "configuration": row.model.id,
+        "dtype": row.dtype,
+        "pass": "forward",
+        "device": row.device,
+        "seconds": seconds[NAME],
+        "peers": {
+            SDPA: {"seconds": seconds[SDPA], "ratio": speedup, "peak_memory_bytes": memory[SDPA]},
             "sdpa's attention calls": {"seconds": counted["sdpa_seconds"], "ratio": counted["ratio"]},
-        }
-        return {
-            "op": "transformers",
-            "configuration": self.row.model.id,
-            "dtype": self.row.dtype,
-            "pass": "forward",
-            "device": self.row.device,
-            "seconds": self.seconds[NAME],
-            "peers": peers,
-            "peak_memory_bytes": memory.get(NAME),
-            "memory_why_not": memory_why_not(self.row.device),
-            "amdahl": self._amdahl(),
-            "attention": self._beside(_ATTENTION),
-            "counted": counted | {"called": self.row.model.called},
-            "masks": self._beside(_MASKS) | masks,
-            "overhead_seconds_per_call": self.overhead,
-            "rounds": self.rounds,
-            "spread": self.spread,
-            "targets": self._targets(),
-        }
+        },
+        "peak_memory_bytes": memory[NAME],
+        "memory_why_not": memory_why_not(row.device),
+        "amdahl": bound,
+        "attention": inside[_ATTENTION],
+        "counted": counted | {"called": row.model.called},
+        "masks": inside[_MASKS],
+        "overhead_seconds_per_call": overhead,
+        "rounds": len(timings[NAME].samples),
+        "spread": {name: timing.spread for name, timing in timings.items()},
+        "targets": list(_targets(row, speedup, overhead, counted["ratio"], bound)),
+    }
 
-    @property
-    def speedup(self) -> float:
-        return self.seconds[SDPA] / self.seconds[NAME]
 
-    @property
-    def overhead(self) -> float:
-        """Seconds by which an attention call of ours is slower than sdpa's; negative if it is faster."""
-        return (self.seconds[NAME] - self.seconds[SDPA]) / self.calls[_ATTENTION]
-
-    def _amdahl(self) -> dict[str, float]:
-        """Returns the speed-up over sdpa, its cap, and the share of the cap that is reached; empty: not measured."""
-        removed = self.seconds.get(REMOVED)
-        if removed is None:
-            return {}
-        return {
-            "removed_seconds": removed,
-            "speedup": self.speedup,
-            "cap": self.seconds[SDPA] / removed,
-            "share_of_cap": removed / self.seconds[NAME],
-        }
-
-    def _beside(self, kind: str) -> dict[str, Any]:
-        """Returns the seconds of all calls of one kind in a forward pass, without a ratio if one side made no calls."""
-        ours, theirs = self.inside[kind][NAME], self.inside[kind][SDPA]
-        ratio = {"ratio": theirs / ours} if ours and theirs else {}
-        return {"calls": self.calls[kind], "seconds": ours, "sdpa_seconds": theirs, **ratio}
-
-    def _targets(self) -> list[dict[str, Any]]:
-        """Returns the targets, which exist for CPUs only."""
-        model = self.row.model
-        if torch.device(self.row.device).type != "cpu":
-            return []
-        if model.most_overhead is not None:
-            return [{"than": "overhead", "most": model.most_overhead, "found": self.overhead}]
-        targets = [{"than": "forward", "least": LEAST_SPEED, "found": self.speedup}]
-        least = model.least.get(self.row.dtype)
-        if least is not None:
-            targets.append({"than": "attention", "least": least, "found": self._beside(_COUNTED)["ratio"]})
-            targets.append({"than": "share of cap", "least": LEAST_SHARE, "found": self._amdahl()["share_of_cap"]})
-        return targets
+def _targets(
+    row: Row, speedup: float, overhead: float, attention: float, bound: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    """Returns the targets, which exist for CPUs only."""
+    if torch.device(row.device).type != "cpu":
+        return
+    if row.model.most_overhead is not None:
+        yield {"than": "overhead", "most": row.model.most_overhead, "found": overhead}
+        return
+    yield {"than": "forward", "least": LEAST_SPEED, "found": speedup}
+    if row.dtype in row.model.least:
+        yield {"than": "attention", "least": row.model.least[row.dtype], "found": attention}
+        yield {"than": "share of cap", "least": LEAST_SHARE, "found": bound["share_of_cap"]}

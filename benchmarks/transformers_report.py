@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mmkernels.report import console, megabytes, met, microseconds, milliseconds, ratio
+from mmkernels.report import console, megabytes, met, microseconds, milliseconds, percent, ratio, table, unique, verdict
 
 _WIDTH = 130
 
@@ -32,44 +31,38 @@ def render(report: dict[str, Any]) -> RenderableType:
     """Returns a table for each dtype, and one of the targets."""
     rows = [entry["extra_info"] for entry in report["benchmarks"]]
     parts: list[RenderableType] = [_heading(report["machine_info"])]
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+    for dtype in unique(rows, "dtype"):
         parts += [Text(dtype, style="bold"), _table([row for row in rows if row["dtype"] == dtype])]
     return Group(*parts, *_targets(rows), Text(_LEGEND, style="dim"))
 
 
 def _heading(machine: dict[str, Any]) -> Text:
-    title = Text("transformers", style="bold")
     versions = machine["versions"]
-    title.append(
-        f" {versions['transformers']}, torch {versions['torch']}, on {machine['device']}: "
-        'attn_implementation="mmkernels" beside "sdpa"\n',
-        style="not bold",
-    )
-    return title
+    rest = f" {versions['transformers']}, torch {versions['torch']}, on {machine['device']}: "
+    return Text.assemble(("transformers", "bold"), rest, 'attn_implementation="mmkernels" beside "sdpa"\n')
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("model")
     titles = ["forward\nms", "vs\nsdpa", "at\nmost", "share", "attention\nms", "vs\nsdpa", "to images\nvs sdpa"]
-    for title in (*titles, "masks\nms", "sdpa's\nms", "MB", "sdpa's\nMB"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        bound, attention, counted, masks = (row[name] for name in ("amdahl", "attention", "counted", "masks"))
-        table.add_row(
-            row["configuration"],
-            milliseconds(row["seconds"]),
-            ratio(row["peers"]["sdpa"]["ratio"]),
-            ratio(bound["cap"]) if bound else "",
-            f"{bound['share_of_cap']:.0%}" if bound else "",
-            milliseconds(attention["seconds"]),
-            ratio(attention.get("ratio")),
-            ratio(counted.get("ratio")) if counted["called"] != "all" else "",
-            milliseconds(masks["seconds"]),
-            milliseconds(masks["sdpa_seconds"]),
-            *(_memory(size) for size in (row["peak_memory_bytes"], row["peers"]["sdpa"]["peak_memory_bytes"])),
-        )
-    return table
+    titles += ["masks\nms", "sdpa's\nms", "MB", "sdpa's\nMB"]
+    return table(map(_cells, rows), ["model", *titles])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    bound, attention, counted, masks = (row[name] for name in ("amdahl", "attention", "counted", "masks"))
+    return [
+        row["configuration"],
+        milliseconds(row["seconds"]),
+        ratio(row["peers"]["sdpa"]["ratio"]),
+        ratio(bound["cap"]) if bound else "",
+        percent(bound["share_of_cap"]) if bound else "",
+        milliseconds(attention["seconds"]),
+        ratio(attention.get("ratio")),
+        ratio(counted.get("ratio")) if counted["called"] != "all" else "",
+        milliseconds(masks["seconds"]),
+        milliseconds(masks["sdpa_seconds"]),
+        *(_memory(size) for size in (row["peak_memory_bytes"], row["peers"]["sdpa"]["peak_memory_bytes"])),
+    ]
 
 
 def _memory(size: int | None) -> str:
@@ -78,27 +71,20 @@ def _memory(size: int | None) -> str:
 
 def _targets(rows: list[dict[str, Any]]) -> list[RenderableType]:
     """Returns the targets without those of forward passes that are met; of these only the slowest is named."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for title in ("targets", "dtype", "of"):
-        table.add_column(title)
-    for title in ("target", "found", ""):
-        table.add_column(title, justify="right")
-    forwards = []
-    for row in rows:
-        for target in row["targets"]:
-            if target["than"] == "forward":
-                forwards.append((target["found"], row, target))
-                if met(target):
-                    continue
-            mark = Text("met", style="green") if met(target) else Text("missed", style="yellow")
-            table.add_row(row["configuration"], row["dtype"], target["than"], *_numbers(target), mark)
-    parts: list[RenderableType] = [table] if table.row_count else []
+    every = [(row, target) for row in rows for target in row["targets"]]
+    forwards = [(row, target) for row, target in every if target["than"] == "forward"]
+    cells = [
+        [row["configuration"], row["dtype"], target["than"], *_numbers(target), verdict(target)]
+        for row, target in every
+        if target["than"] != "forward" or not met(target)
+    ]
+    parts: list[RenderableType] = []
+    if cells:
+        parts.append(table(cells, ["targets", "dtype", "of", "target", "found", ""], texts=3))
     if forwards:
-        ratio_to_sdpa, row, target = min(forwards, key=lambda entry: entry[0])
-        name = f"{row['configuration']}, {row['dtype']}"
-        parts.append(
-            Text(f"slowest forward: {ratio_to_sdpa:.2f}x sdpa's speed ({name}); none may be below {target['least']}x\n")
-        )
+        row, target = min(forwards, key=lambda entry: entry[1]["found"])
+        slowest = f"{ratio(target['found'])} sdpa's speed ({row['configuration']}, {row['dtype']})"
+        parts.append(Text(f"slowest forward: {slowest}; none may be below {target['least']}x\n"))
     return parts
 
 

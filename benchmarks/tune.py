@@ -32,12 +32,11 @@ from typing import Any
 import torch
 
 from mmkernels import ops
-from mmkernels.bench.gate import Call, Gate, draw_cotangents, flat
+from mmkernels.bench.gate import Call, Gate, draw_cotangents, draw_inputs, flat
 from mmkernels.machine import versions
 from mmkernels.options import DTYPES, parse_list
 from mmkernels.plan import SHARED_BYTES, Config, Problem
 from mmkernels.runtime import tuning
-from mmkernels.spec import cast
 
 Clock = Callable[[Call], float]  # milliseconds of a call
 
@@ -63,12 +62,7 @@ class Timed:
 
     def __init__(self, op: str, problem: Problem, dtype: torch.dtype, dim: int, device: torch.device, backend: str):
         self.spec, self.grads = ops.specs()[op], problem.grads
-        with device:
-            drawn = problem.make(torch.Generator(device).manual_seed(0), dim)
-        self.inputs = {
-            name: x.requires_grad_() if name in problem.grads else x
-            for name, x in cast(drawn, dtype, device, self.spec.always_wide).items()
-        }
+        self.inputs = draw_inputs(self.spec, lambda g: problem.make(g, dim), dtype, device, problem.grads)
         forward: Call = partial(self.spec.function, **self.inputs, backend=backend)
         self.call, self.outputs, self.cotangents = forward, [], []
         if problem.grads:

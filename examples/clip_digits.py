@@ -267,8 +267,9 @@ class Recall(NamedTuple):
         any_right: of queries with a correct item among the first k: recall@k as usual for queries with several correct
             items, such as the five captions of a photo in COCO.
         chance: the same for a gallery in random order.
-        each_right: of pairs of a query and a correct item with fewer than k wrong items before it: recall@k if this
-            item were the only correct one. This is much harder: an unusual seven that comes after a one counts too.
+        each_right: of pairs of a query and a correct item, the share with fewer than k wrong items before it: recall@k
+            if this item were the only correct one. This is much harder: an unusual seven that comes after a one counts
+            too.
     """
 
     any_right: list[float]
@@ -301,10 +302,10 @@ def report(model: DigitClip, pixels: Tensor, digits: Tensor, path: Path) -> None
     prompts, known = encode_prompts(model, PROMPTS), encode_prompts(model, TRAINING_CAPTIONS)
     guesses = classify(images, prompts)
     accuracy, of_known = ((guess == digits).double().mean() for guess in (guesses, classify(images, known)))
-    print(f"zero-shot accuracy{percent(accuracy)} by prompts never read,{percent(of_known)} by training's captions")
+    print(f"zero-shot accuracy{percent(accuracy)} by new prompts,{percent(of_known)} by training's captions")
 
     texts, text_digits = prompts.flatten(0, 1), torch.arange(10).repeat_interleave(prompts.shape[1])
-    print(f"retrieval, {len(texts)} prompts never read, {len(images)} images never seen; right is the same digit:")
+    print(f"retrieval, {len(texts)} prompts and {len(images)} images, none in training; right: the same digit")
     print("                 some right one among            each right one with fewer")
     print("                 the first k (by chance)         than k wrong ones before it")
     print("  recall@k       k = 1           k = 5           k = 1      k = 5")
@@ -327,8 +328,7 @@ def percent(share: float | Tensor) -> str:
 
 
 def load(samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns pixels [N, 8, 8] from 0 to 1 and digits [N] for training, then those held out, the last fifth of the
-    file.
+    """Returns pixels [N, 8, 8] from 0 to 1 and digits [N]: for training, then held out, the last fifth of the file.
 
     The file is not shuffled, which makes the task harder: a support vector machine classifies 98.3 % of the images
     correctly if every fifth is held out, 95.5 % if the last fifth is.

@@ -36,7 +36,7 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cores": host.physical_cores(),
         "isa": host.isa(),
         "caches_bytes": host.cache_sizes(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_of("cpu"),
         "torch_threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions(),
@@ -45,6 +45,13 @@ def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     if torch.device(device).type == "cuda":
         described["gpu"] = describe_gpu(device)
     return described
+
+
+def memory_of(device: torch.device | str) -> int:
+    """Returns the bytes of memory that the device has."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def versions() -> dict[str, str | None]:

@@ -106,17 +106,7 @@ def time_once(run: Run, device: torch.device | str = "cpu") -> float:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        if torch.device(device).type != "cuda":
-            begin = time.perf_counter()
-            run()
-            return time.perf_counter() - begin
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        torch.cuda.synchronize(device)
-        events[0].record()
-        run()
-        events[1].record()
-        torch.cuda.synchronize(device)
-        return float(events[0].elapsed_time(events[1])) / 1e3
+        return _mean_seconds(run, 1, device)
     finally:
         if collecting:
             gc.enable()
@@ -130,18 +120,25 @@ def time_calls(run: Run, calls: int, device: torch.device | str = "cpu") -> floa
     other layers. Overwriting takes longer than most launches, so launches count only where they take longer still;
     `host_seconds` measures them.
     """
+    cuda = torch.device(device).type == "cuda"
+    return _mean_seconds(run, calls, device, before=_larger_than_l2(device).zero_ if cuda else None)
+
+
+def _mean_seconds(run: Run, calls: int, device: torch.device | str, before: Run | None = None) -> float:
+    """Returns the mean seconds of a call; on a CUDA device `before`, which is not timed, runs before each."""
     if torch.device(device).type != "cuda":
         begin = time.perf_counter()
         for _ in range(calls):
             run()
         return (time.perf_counter() - begin) / calls
-    overwrite = _larger_than_l2(device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
-    for begin_event, end_event in events:
-        overwrite.zero_()
-        begin_event.record()
+    torch.cuda.synchronize(device)
+    for first, last in events:
+        if before is not None:
+            before()
+        first.record()
         run()
-        end_event.record()
+        last.record()
     torch.cuda.synchronize(device)
     return sum(float(first.elapsed_time(last)) for first, last in events) / 1e3 / calls
 
@@ -158,14 +155,12 @@ def host_seconds(run: Run, device: torch.device | str = "cpu", *, calls: int = 1
     """
     samples = []
     for _ in range(rounds + 1):
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
         begin = time.perf_counter()
         for _ in range(calls):
             run()
         samples.append((time.perf_counter() - begin) / calls)
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
     return Timing(tuple(samples[1:]))
 
 

@@ -1,4 +1,4 @@
-"""`Plan`: what tools know about an op's GPU kernels, defined once in ``ops/<family>/<op>/plan.py`` as ``PLAN``."""
+"""`Plan`: an op's GPU kernels as tools see them, defined once in ``ops/<family>/<op>/plan.py`` as ``PLAN``."""
 
 from __future__ import annotations
 

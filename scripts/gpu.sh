@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 venv=.venv/bin/python
 
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # mmkernels need not be installed
+
 able() {
     "$1" -c 'import pytest, pytest_benchmark, rich, torch, transformers; assert torch.cuda.is_available()' 2>/dev/null
 }

@@ -51,8 +51,8 @@ install_torch() {
         venv_pip install -qq "$torch"
         return
     fi
-    # Without a GPU plain torch would bring gigabytes of CUDA packages. Only PyTorch's own index has the CPU build: pip
-    # may be configured with it, and uv knows it.
+    # Without a GPU plain torch would bring gigabytes of CUDA packages. Only PyTorch's index has the CPU build: pip
+    # may be configured with it, and uv is.
     heading "$torch, CPU build: about 200 MB the first time"
     if venv_pip install -qq "$torch+cpu" 2>/dev/null; then
         return

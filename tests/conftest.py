@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import hypothesis
 import pytest
 import torch
-from harness import settings
+from harness import reseed, settings
 from op_runs import OpRuns
 
 from mmkernels.runtime import triton as gpu
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(settings.seed)
+    reseed()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +17,8 @@ import torch
 from op_runs import one_run
 from torch import Tensor
 
+from mmkernels import SpanMask
+from mmkernels.meters import memory_why_not, peak_memory
 from mmkernels.ops import MODULES, specs
 from mmkernels.runtime import triton as gpu
 from mmkernels.runtime.dispatch import TABLES
@@ -42,8 +44,18 @@ class Settings:
 settings = Settings()
 
 
+def generator(number: int = 0) -> torch.Generator:
+    """Returns a source of random inputs: other inputs for another `number`, and for another ``--seed``."""
+    return torch.Generator().manual_seed(number + settings.seed)
+
+
+def reseed() -> None:
+    """Start PyTorch's own generator anew, as each test finds it."""
+    torch.manual_seed(settings.seed)
+
+
 def examples(count: int, interpreted: int | None = None) -> hypothesis.settings:
-    """So many examples of Hypothesis; others under Triton's interpreter, where one may take a second."""
+    """Returns settings for `count` examples of Hypothesis; others under Triton's interpreter, which is slow."""
     count = interpreted if interpreted is not None and gpu.INTERPRETED else count
     return hypothesis.settings(max_examples=count * (10 if settings.thorough else 1))
 
@@ -66,7 +78,7 @@ class Result:
 
 
 def backends(spec: OpSpec, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
-    """The op's backends that this machine can run, and that compute any case in `dtype` on `device`."""
+    """Returns the op's backends that this machine can run, and that compute any case in `dtype` on `device`."""
     layout = importlib.import_module(MODULES[spec.name]).OP.layout
     probe = torch.empty(0, 0, 0, 0, dtype=dtype, device=device)
     args = layout.record._make([probe if field.is_tensor else None for field in layout.fields])
@@ -77,23 +89,28 @@ def backends(spec: OpSpec, dtype: torch.dtype = torch.float32, device: str = "cp
 
 
 def needed(names: list[str]) -> list[str]:
-    """`names`, or the test is skipped, and counted: a loop over nothing would pass."""
+    """Returns `names`; where there are none the test is skipped and counted, as a loop over nothing would pass."""
     if not names:
         pytest.skip("no backend that is tested here computes this")
     return names
 
 
-def each_backend(op: str) -> Callable[..., Any]:
-    """A decorator: the test runs on each of the op's backends, under Triton's interpreter too."""
+def each_backend(op: str, *, interpreted: bool = True) -> Callable[..., Any]:
+    """Returns a decorator that runs a test on each of the op's backends.
+
+    Args:
+        interpreted: under Triton's interpreter too; not what happens before or after a kernel.
+    """
 
     def mark(test: Callable[..., None]) -> Callable[..., None]:
-        return pytest.mark.interpreted(pytest.mark.parametrize("backend", backends(SPECS[op]))(test))
+        each = pytest.mark.parametrize("backend", backends(SPECS[op]))(test)
+        return pytest.mark.interpreted(each) if interpreted else each
 
     return mark
 
 
 def dtype_of(op: str, backend: str) -> torch.dtype:
-    """The widest dtype that a backend computes in."""
+    """Returns the widest dtype that a backend computes in."""
     return torch.float64 if backend in backends(SPECS[op], torch.float64) else torch.float32
 
 
@@ -105,29 +122,62 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def draw(case: Case) -> Inputs:
-    """The case's inputs in float64, the same each time."""
-    return case.make(torch.Generator().manual_seed(zlib.crc32(case.id.encode()) + settings.seed))
+    """Returns the case's inputs in float64, the same each time."""
+    return case.make(generator(zlib.crc32(case.id.encode())))
+
+
+def inputs_in(spec: OpSpec, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
+    """Returns the case's inputs in `dtype`, but for those that stay wide."""
+    return cast(draw(case), dtype, device, spec.always_wide)
+
+
+def largest(cases: Iterable[Case], count: int) -> list[Case]:
+    """Returns the cases with the most elements, of those without dropout."""
+    size = lambda case: sum(x.numel() for x in tensors_of(draw(case)))
+    return sorted((case for case in cases if not case.seeded), key=size)[-count:]
+
+
+def leaves_of(case: Case, inputs: Inputs) -> Inputs:
+    """Returns the inputs; those that the case differentiates by require a gradient."""
+    return {name: x.detach().requires_grad_() if name in case.grads else x for name, x in inputs.items()}
 
 
 def cotangent(x: Tensor) -> Tensor:
-    """A fixed direction for a gradient."""
-    generator = torch.Generator().manual_seed(x.numel())
-    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
+    """Returns a direction for a gradient, the same for each tensor of this size."""
+    weights = torch.randn(x.shape, generator=generator(x.numel()), dtype=torch.float64)
+    return weights.to(x.device, x.dtype)
 
 
-def run(spec: OpSpec, case: Case, inputs: Inputs, backend: str, **more: Any) -> Result:
-    """Outputs, and the gradients of `case.grads` for fixed cotangents."""
-    inputs = {name: x.detach().requires_grad_() if name in case.grads else x for name, x in inputs.items()}
+def call(
+    spec: OpSpec, case: Case, inputs: Inputs, backend: str | None, function: Callable[..., Any] | None = None
+) -> tuple[Tensor, ...]:
+    """Returns the outputs; each call draws the same dropout.
+
+    Args:
+        function: stands for the op's public function, for example compiled.
+    """
     if case.seeded:
-        torch.manual_seed(7)
+        reseed()
     with one_run(spec.name):
-        outputs = flatten(spec.function(**inputs, backend=backend, **more))
-    leaves = [inputs[name] for name in case.grads]
-    return Result(tuple(x.detach() for x in outputs), dict(zip(case.grads, gradients(outputs, leaves), strict=True)))
+        return flatten((function or spec.function)(**inputs, backend=backend))
+
+
+def run(spec: OpSpec, case: Case, inputs: Inputs, backend: str, function: Callable[..., Any] | None = None) -> Result:
+    """Returns the outputs, and the gradients of `case.grads` for fixed cotangents."""
+    inputs = leaves_of(case, inputs)
+    outputs = call(spec, case, inputs, backend, function)
+    grads = gradients(outputs, [inputs[name] for name in case.grads])
+    return Result(tuple(x.detach() for x in outputs), dict(zip(case.grads, grads, strict=True)))
+
+
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """Returns all tensors among the inputs, those of masks too."""
+    parts = [(x.start, x.end, x.key_valid) if isinstance(x, SpanMask) else (x,) for x in inputs.values()]
+    return [x for part in parts for x in part if isinstance(x, Tensor)]
 
 
 def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """By `leaves`, of those outputs that have a gradient, for fixed cotangents."""
+    """Returns the gradients by `leaves` of those outputs that have one, for fixed cotangents."""
     if not leaves:
         return ()
     outputs = tuple(x for x in outputs if x.requires_grad)
@@ -143,7 +193,7 @@ _kept: OrderedDict[Any, tuple[Result, Result]] = OrderedDict()
 
 
 def expected(spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Result, Result]:
-    """The reference's result in `dtype` and in float64, on the inputs as `dtype` rounds them.
+    """Returns the reference's results in `dtype` and in float64, on the inputs as `dtype` rounds them.
 
     Both are computed once for all backends, instruction sets and tile sizes; the last 64 MiB of them are kept.
     """
@@ -151,7 +201,7 @@ def expected(spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu") 
     if key in _kept:
         _kept.move_to_end(key)
         return _kept[key]
-    inputs = cast(draw(case), dtype, device, spec.always_wide)
+    inputs = inputs_in(spec, case, dtype, device)
     baseline = run(spec, case, inputs, "reference")
     truth = baseline if dtype == torch.float64 else run(spec, case, cast(inputs, torch.float64), "reference")
     _kept[key] = baseline, truth
@@ -174,14 +224,15 @@ def check(
     threads: int = 1,
     units: Mapping[str, float] | None = None,
 ) -> int:
-    """Assert the op's error budget for one case; returns how many tensors were compared.
+    """Assert the op's error budget for one case, and that no input is written; returns how many tensors were compared.
 
     Args:
         threads: for the backend; what is right is computed by one.
         units: what the gradients named are measured in, as in `compare`.
     """
     baseline, truth = expected(spec, case, dtype, device)
-    inputs = cast(draw(case), dtype, device, spec.always_wide)
+    inputs = inputs_in(spec, case, dtype, device)
+    kept = [x.clone() for x in tensors_of(inputs)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -189,6 +240,7 @@ def check(
         ours = run(spec, case, inputs, backend)
     finally:
         torch.set_num_threads(before)
+    torch.testing.assert_close(tensors_of(inputs), kept, rtol=0, atol=0, equal_nan=True)
     compare(spec, case, ours, baseline, truth, f"{backend} / {dtype}", units)
     return len(ours.tensors)
 
@@ -217,13 +269,27 @@ def compare(
 
 @contextmanager
 def no_old_graphs() -> Iterator[None]:
-    """Inductor's cache of graphs does not know an operator's schema: one of an older checkout would be run."""
+    """Inductor's cache of graphs ignores an operator's schema: a graph of an older checkout would be run."""
     from torch._functorch import config as functorch  # seconds, which most tests do without
     from torch._inductor import config as inductor
 
     with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         torch._dynamo.reset()
         yield
+
+
+def peak_of(run: Callable[[], Any], first: Callable[[], Any] | None = None) -> int:
+    """Returns the bytes that a call takes at its peak above what was there.
+
+    Args:
+        first: what is run before, not measured; None: the call itself.
+    """
+    if (why_not := memory_why_not()) is not None:  # it depends on the allocator: sanitizers bring their own
+        pytest.skip(why_not)
+    (first or run)()
+    peak = peak_memory(run)
+    assert peak is not None
+    return peak
 
 
 def poison() -> None:

@@ -15,13 +15,13 @@ _GUARD = 512  # elements on either side
 
 
 def embedded(x: Tensor) -> Tensor:
-    """x as a view into a buffer of NaN, with other strides."""
+    """Returns x as a view into a buffer of NaN, with other strides."""
     buffer = torch.full([n + 3 for n in x.shape], math.nan, dtype=x.dtype, device=x.device)
     return buffer[tuple(slice(1, 1 + n) for n in x.shape)].copy_(x)
 
 
 def far_apart(x: Tensor, dim: int) -> Tensor:
-    """x with its first and last slice along `dim` more than 2^31 elements apart.
+    """Returns x with its first and last slice along `dim` more than 2^31 elements apart.
 
     The memory between is reserved, but never touched.
     """
@@ -41,7 +41,7 @@ class Guarded(NamedTuple):
     whole: Tensor
 
     def intact(self) -> bool:
-        """Whether nothing was written outside."""
+        """Returns whether nothing was written outside."""
         guards = torch.cat([self.whole[:_GUARD], self.whole[-_GUARD:]])
         return bool((guards.isnan() if guards.is_floating_point() else guards == -77).all())
 

@@ -73,7 +73,7 @@ class OpRuns:
                 self.runs_of[op][report.nodeid.partition("[")[0]] += runs
 
     def over_budget(self) -> list[str]:
-        """A line for each op that the tests run too often."""
+        """Returns a line for each op that the tests run too often."""
         lines = []
         for op, runs in sorted(self.runs.items()):
             budget = BUDGET.get(op, DEFAULT)
@@ -101,9 +101,12 @@ class OpRuns:
                 terminalreporter.write_line(line)
 
     def summary(self) -> dict[str, Any]:
-        """Seconds and tests of each file; of each op its runs, and the tests' seconds in proportion to them."""
-        files: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "tests": 0})
-        ops: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "tests": 0, "runs": 0})
+        """Returns seconds and tests of each file; of each op its runs, and the tests' seconds in proportion to them.
+
+        Beside these the functions that run an op most often: where a budget can be saved.
+        """
+        files: dict[str, dict[str, Any]] = defaultdict(lambda: {"seconds": 0.0, "tests": 0})
+        ops: dict[str, dict[str, Any]] = defaultdict(lambda: {"seconds": 0.0, "tests": 0, "runs": 0})
         for test, seconds in self.seconds.items():
             file = files[test.partition("::")[0]]
             file["seconds"] += seconds
@@ -113,8 +116,10 @@ class OpRuns:
                 ops[op]["runs"] += runs
                 ops[op]["tests"] += 1
                 ops[op]["seconds"] += seconds * runs / sum(shares.values())
+        for op, functions in self.runs_of.items():
+            ops[op]["most runs"] = dict(functions.most_common(15))
 
-        def sort(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        def sort(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             rows = sorted(table.items(), key=lambda row: -row[1]["seconds"])
             return {name: row | {"seconds": round(row["seconds"], 2)} for name, row in rows}
 

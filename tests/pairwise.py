@@ -13,11 +13,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pytest
-from harness import settings
+from harness import draw, settings
 from torch import Tensor
 
 from mmkernels import SpanMask
-from mmkernels.spec import Inputs
+from mmkernels.spec import Case, Inputs
 
 Row = TypeVar("Row")
 Axes = Mapping[str, Hashable]
@@ -81,7 +81,7 @@ def parametrize(
 
 
 def traits(inputs: Inputs) -> dict[str, Hashable]:
-    """What kernels tell apart in a call: the kind of each argument, sizes that tiles do not divide, what is shared."""
+    """Returns what kernels tell apart in a call: kinds of arguments, sizes that tiles do not divide, what is shared."""
     found = {name: _kind(x) for name, x in inputs.items() if x is not None}
     tensors = [x for x in inputs.values() if isinstance(x, Tensor) and x.dim() > 1]
     if tensors:
@@ -102,3 +102,14 @@ def _kind(x: Any) -> Hashable:
         ones = tuple(n if n < 2 else 2 for n in x.shape)
         return str(x.dtype), ones, x.is_contiguous()
     return (x > 0, x < 0, x >= 1) if isinstance(x, float) else repr(x)
+
+
+def kinds(case: Case) -> dict[str, str]:
+    """Returns what tracing depends on: the kind of each argument, not its sizes or values."""
+    return {name: _kind_of_argument(x) for name, x in draw(case).items()}
+
+
+def _kind_of_argument(x: Any) -> str:
+    if isinstance(x, SpanMask):
+        return "spans" if x.key_valid is None else "spans and key_valid"
+    return f"{x.dim()}-D {x.dtype}" if isinstance(x, Tensor) else type(x).__name__

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,7 +184,7 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     entry, made = small_entry(), []
-    monkeypatch.setattr(build, "ProcessPoolExecutor", InProcess)
+    monkeypatch.setattr(build, "ProcessPoolExecutor", lambda *args, **options: ThreadPoolExecutor(1))
     monkeypatch.setattr(build.triton, "measure", lambda job: made.append(job) or Usage(1, 2, 3, 4))
     first, second = build.compile_entries([entry, entry]), build.compile_entries([entry])
     assert first[1] == 1 and second[1] == 0 and len(made) == 1
@@ -194,32 +196,18 @@ def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.translate_entries([entry]) == 1 and build.translate_entries([entry]) == 0
 
 
-class InProcess:
-    """A pool that is none."""
-
-    def __init__(self, *args: Any, **options: Any) -> None: ...
-
-    def __enter__(self) -> InProcess:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
-
-    map = staticmethod(map)
-
-
 def test_two_processes_write_one_name_at_once() -> None:
-    code = f"""
-import importlib.util, pathlib, sys
-spec = importlib.util.spec_from_file_location("cache", {cache.__file__!r})
-cache = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cache)
-cache.FOLDER = pathlib.Path(sys.argv[1])
-for n in range(300):
-    cache.write("name", [n] * 2000)
-    assert len(cache.read("name")) == 2000
-"""
-    both = [subprocess.Popen([sys.executable, "-c", code, str(cache.FOLDER)]) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
+    def write() -> None:
+        for n in range(300):
+            cache.write("name", [n] * 2000)
+            assert len(cache.read("name")) == 2000
+
+    both = [multiprocessing.get_context("fork").Process(target=write) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
     assert [path.name for path in cache.FOLDER.iterdir()] == ["name.json"]
 
 
@@ -298,38 +286,40 @@ def test_an_op_in_a_new_folder_is_compiled_tuned_and_judged(tmp_path: Path) -> N
 # The gate.
 
 
+PLACE, EVERYTHING = "bfloat16 D768 place info_nce", "bfloat16 D768 everything info_nce"
+
+
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("op", "kernel", "variant", "target", "is_error"),
     [
-        (GOOD, None),
-        (changed(spilled_bytes=8), "spills 8 bytes"),
-        (changed(spilled_bytes=8, variant="bfloat16 D128 none training"), "spills 8 bytes"),
-        (changed(spilled_bytes=8, variant="bfloat16 D256 none training"), None),
-        (changed(spilled_bytes=8, target="sm_80"), None),
-        (changed(spilled_bytes=8, op="attention_received", kernel="received_kernel"), "spills 8 bytes"),
-        (changed(spilled_bytes=8, op="attention_weights", kernel="weights_kernel"), "spills 8 bytes"),
-        (changed(spilled_bytes=8, kernel="decode_kernel", target="sm_80", variant="float16 D80 1 row tile"), "spills"),
-        (changed(spilled_bytes=8, op="retrieval_ranks", kernel="ranks_kernel", variant="bfloat16 D768 none ranks"),
-         "spills 8 bytes"),
-        (changed(spilled_bytes=8, op="sigmoid_contrastive", kernel="sigmoid_kernel",
-                 variant="bfloat16 D768 place sigmoid"), "spills 8 bytes"),
-        (changed(spilled_bytes=8, op="info_nce", kernel="info_nce_kernel", variant="bfloat16 D768 place info_nce"),
-         "spills 8 bytes"),
-        (changed(spilled_bytes=8, op="info_nce", kernel="info_nce_gradient_kernel",
-                 variant="bfloat16 D768 place info_nce"), "spills 8 bytes"),
-        (changed(spilled_bytes=8, op="info_nce", kernel="info_nce_kernel",
-                 variant="bfloat16 D768 everything info_nce"), None),
-        (changed(spilled_bytes=8, op="info_nce", kernel="exact_info_nce_kernel",
-                 variant="bfloat16 D768 place info_nce"), None),
-        (changed(shared_bytes=228 << 10), "needs 233472 bytes of shared memory, there are 232448"),
-        (changed(shared_bytes=65 << 10, target="gfx942"), "there are 65536"),
-        (changed(shared_bytes=228 << 10, target="sm_100a"), "there are 232448"),
+        (GOOD.op, GOOD.kernel, GOOD.variant, "sm_90", True),
+        (GOOD.op, GOOD.kernel, GOOD.variant, "sm_80", False),
+        (GOOD.op, GOOD.kernel, "bfloat16 D128 none training", "sm_90", True),
+        (GOOD.op, GOOD.kernel, "bfloat16 D256 none training", "sm_90", False),
+        (GOOD.op, "decode_kernel", "float16 D80 1 row tile", "sm_80", True),
+        ("attention_received", "received_kernel", GOOD.variant, "sm_90", True),
+        ("attention_weights", "weights_kernel", GOOD.variant, "sm_90", True),
+        ("retrieval_ranks", "ranks_kernel", "bfloat16 D768 none ranks", "sm_90", True),
+        ("sigmoid_contrastive", "sigmoid_kernel", "bfloat16 D768 place sigmoid", "sm_90", True),
+        ("info_nce", "info_nce_kernel", PLACE, "sm_90", True),
+        ("info_nce", "info_nce_gradient_kernel", PLACE, "sm_90", True),
+        ("info_nce", "info_nce_kernel", EVERYTHING, "sm_90", False),
+        ("info_nce", "exact_info_nce_kernel", PLACE, "sm_90", False),
     ],
-)  # fmt: skip
-def test_what_is_wrong(row: Row, message: str | None) -> None:
-    problems = gate.check([row])
-    assert len(problems) == (message is not None)
-    assert message is None or message in problems[0]
+)
+def test_where_spilling_is_an_error(op: str, kernel: str, variant: str, target: str, is_error: bool) -> None:
+    assert gate.check([Row(op, kernel, variant, target, GOOD.usage)]) == []
+    problems = gate.check([Row(op, kernel, variant, target, GOOD.usage._replace(spilled_bytes=8))])
+    assert len(problems) == is_error and all("spills 8 bytes" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("shared", "target", "there_are"),
+    [(228 << 10, "sm_90", 232448), (65 << 10, "gfx942", 65536), (228 << 10, "sm_100a", 232448)],
+)
+def test_more_shared_memory_than_there_is(shared: int, target: str, there_are: int) -> None:
+    (problem,) = gate.check([changed(shared_bytes=shared, target=target)])
+    assert problem.endswith(f"needs {shared} bytes of shared memory, there are {there_are}")
 
 
 def test_limits_on_registers_and_allowed_spills(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,19 +349,24 @@ def test_what_changed_since_the_last_run_is_told() -> None:
     assert gate.changes([grown], {"triton": "3"})[0].startswith("changed: ")
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is compiled, without compiling it: `GOOD`, and nothing of CUDA C++."""
+    targets: list[Any] = []
+    monkeypatch.setattr("mmkernels.aot.launches.entries", lambda wanted: targets.append(wanted) or [])
+    monkeypatch.setattr(build, "compile_entries", lambda wanted: ([GOOD], 1))
+    monkeypatch.setattr(gate.cuda, "compile_all", lambda wanted: targets.append(wanted) or ([], 0))
+    return targets
+
+
+def test_the_command(asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Without nvcc its part is skipped, and says so; what is wrong is an error, and the exit code."""
-    asked = []
-    rows = [GOOD]
-    monkeypatch.setattr("mmkernels.aot.launches.entries", lambda targets: asked.append(targets) or [])
-    monkeypatch.setattr(build, "compile_entries", lambda wanted: (rows, 1))
     monkeypatch.setattr(gate.cuda, "why_not", lambda: "nvcc not found")
-    monkeypatch.setattr(gate.cuda, "compile_all", lambda targets: pytest.fail("compiled without nvcc"))
     assert gate.main(["--table"]) == 0
     said = capsys.readouterr()
     assert "skipped: the CUDA C++ kernels are not compiled: nvcc not found" in said.out
     assert "forward_kernel" in said.out and "200/0/1/5" in said.out and "1 of them compiled now" in said.out
-    rows[0] = changed(spilled_bytes=16)
+    monkeypatch.setattr(build, "compile_entries", lambda wanted: ([changed(spilled_bytes=16)], 1))
     assert gate.main(["--all"]) == 1
     said = capsys.readouterr()
     assert "error: forward_kernel, bfloat16 D64 spans training, sm_90 spills 16 bytes" in said.err
@@ -379,11 +374,21 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert asked == [gate.QUICK, TARGETS]
 
 
-def test_cuda_kernels_are_compiled_for_the_same_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_op_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its Triton kernels are compiled; nothing is compared with the last run of all."""
+    ops = ("retrieval_ranks", "info_nce")
     asked = []
-    monkeypatch.setattr("mmkernels.aot.launches.entries", lambda targets: [])
-    monkeypatch.setattr(build, "compile_entries", lambda wanted: ([], 0))
+    monkeypatch.setattr("mmkernels.aot.launches.entries", lambda targets: [Entry(op, "", None) for op in ops])
+    monkeypatch.setattr(build, "compile_entries", lambda wanted: asked.extend(x.op for x in wanted) or ([GOOD], 1))
+    monkeypatch.setattr(gate.cuda, "compile_all", lambda targets: pytest.fail("compiled CUDA C++"))
+    assert gate.main(["--op", "retrieval_ranks"]) == 0
+    assert asked == ["retrieval_ranks"] and cache.read("last") is None
+    with pytest.raises(SystemExit):
+        gate.main(["--op", "merge_attention"])
+    assert "invalid choice: 'merge_attention'" in capsys.readouterr().err
+
+
+def test_cuda_kernels_are_compiled_for_the_same_targets(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "versions", lambda: COMPILERS)
-    monkeypatch.setattr(gate.cuda, "compile_all", lambda targets: asked.append(targets) or ([], 0))
     assert gate.main([]) == gate.main(["--all"]) == 0
-    assert asked == [["sm_90a"], list(gate.cuda.TARGETS)]
+    assert asked == [gate.QUICK, ["sm_90a"], TARGETS, list(gate.cuda.TARGETS)]

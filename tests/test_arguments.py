@@ -12,7 +12,8 @@ from torch import Tensor
 from mmkernels import ops
 from mmkernels.runtime import cpu
 from mmkernels.runtime.arguments import Differentiable, lay_out, lay_out_backward
-from mmkernels.runtime.dispatch import Backend, define
+from mmkernels.runtime.backends import cpu_kernel
+from mmkernels.runtime.dispatch import TABLES, Backend, BackendError, define
 from mmkernels.runtime.gradient import Gradient
 
 
@@ -43,8 +44,11 @@ def test_schemas_follow_from_the_record() -> None:
 def test_a_record_is_restored_from_its_tensors_and_numbers() -> None:
     layout, x = lay_out(Arguments), torch.zeros(1)
     args = Arguments(x, None, x, 2.0, True, "a")
-    assert layout.restore(layout.take_tensors(args), layout.take_others(args)) is not args
-    assert layout.restore(layout.take_tensors(args), layout.take_others(args)) == args
+    restored = layout.restore((*layout.tensors, *layout.others))(
+        (*layout.take_tensors(args), *layout.take_others(args))
+    )
+    assert restored is not args and type(restored) is Arguments
+    assert restored == args
 
 
 @pytest.mark.parametrize("hint", [list[int], Tensor | float, dict, complex])
@@ -98,3 +102,15 @@ def test_cpp_kernels_have_the_schemas_of_the_records(op: str) -> None:
             continue
         ours, kernel = (getattr(torch.ops.mmkernels, n).default._schema for n in (name, f"{name}_cpu"))
         assert [(x.name, x.type) for x in ours.arguments[:-1]] == [(x.name, x.type) for x in kernel.arguments]
+
+
+@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+def test_a_kernel_that_the_extension_lacks_is_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extension that is older than the op's C++ sources."""
+    monkeypatch.setattr("mmkernels.runtime.dispatch.TABLES", dict(TABLES))
+    backends = [cpu_kernel("toy_newer_cpu"), Backend("reference", lambda args: args.x * args.factor)]
+    op = define("toy_newer", Cube, Cubed, fake=lambda args: torch.empty_like(args.x), backends=backends)
+    reason = "the CPU extension has no kernel toy_newer_cpu; build it again: make setup"
+    assert op(Cube(torch.ones(2), 3.0), "").tolist() == [3.0, 3.0]
+    with pytest.raises(BackendError, match=reason):
+        op(Cube(torch.ones(2), 3.0), "cpu")

@@ -63,6 +63,15 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds.machine, "memory", lambda device: lambda: 2e9)
 
 
+def measured(
+    *beside: Peer, config: Benchmark = CONFIG, dtype: str = "fp32", backward: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Returns what the harness says about a row."""
+    fixture = Fixture()
+    benchmark.measure(fixture, Row(SPEC, config, dtype, backward), beside, **options)
+    return fixture.extra_info
+
+
 def sdpa(given: dict[str, Any]) -> Callable[[], Any]:
     mask = given["mask"].to_dense(given["key"].shape[2])
     return lambda: F.scaled_dot_product_attention(given["query"], given["key"], given["value"], mask)
@@ -76,22 +85,48 @@ def mistaken(given: dict[str, Any]) -> Callable[[], Any]:
     return lambda: F.scaled_dot_product_attention(given["query"], given["key"], given["value"])
 
 
+def broken(given: dict[str, Any]) -> Callable[[], Any]:
+    return lambda: given["query"] @ given["key"]
+
+
+def rough(given: dict[str, Any]) -> Callable[[], Any]:
+    """Attention as SDPA's, of what has a bit or two of each number left in 16 bits."""
+
+    def call() -> Tensor:
+        out = sdpa(given)()
+        return out if out.dtype == torch.float32 else out * 1.5
+
+    return call
+
+
+def noted(runs: list[str]) -> Callable[[dict[str, Any]], Callable[[], Any]]:
+    """Returns a peer that notes each of its runs."""
+
+    def prepare(given: dict[str, Any]) -> Callable[[], Any]:
+        call = sdpa(given)
+        return lambda: (runs.append("peer"), call())[1]
+
+    return prepare
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_row_has_times_ratios_memory_and_shares(dtype: str, backward: bool) -> None:
-    fixture = Fixture()
-    beside = (Peer("sdpa", sdpa), Peer("unable", unable), Peer("mistaken", mistaken))
-    benchmark.measure(fixture, Row(SPEC, CONFIG, dtype, backward), beside)
-    info = json.loads(json.dumps(fixture.extra_info))
+    """A peer need not be as exact as the op; one that can't run, fails or computes something else has a reason."""
+    beside = (Peer(function.__name__, function) for function in (sdpa, unable, mistaken, broken, rough))
+    absent = Peer("absent", sdpa, device="cuda")
+    info = json.loads(json.dumps(measured(*beside, absent, dtype=dtype, backward=backward)))
     assert info["seconds"] == 0.5 and info["rounds"] == 5
     assert info["pass"] == ("forward + backward" if backward else "forward")
     at_peak = max(info["flops"] / 1e9, info["bytes"] / 2e9)
-    for name in ("naive", "sdpa"):
+    for name in ("naive", "sdpa", "rough"):
         seconds = info["peers"][name]["seconds"]
         assert info["peers"][name]["ratio"] == seconds / 0.5
         assert info["peers"][name]["ratio_at_peak"] == pytest.approx(seconds / at_peak)
     assert info["peers"]["unable"] == {"why_not": "there is no such thing here"}
     assert "computes something else" in info["peers"]["mistaken"]["why_not"]
+    assert info["peers"]["broken"]["why_not"].startswith("fails: RuntimeError: ")
+    assert "absent" not in info["peers"]
     assert info["flops_per_second"] == info["flops"] / 0.5
     assert info["peak_flops_per_second"] == 1e9 and info["peak_bytes_per_second"] == 2e9
     assert info["share_of_compute_peak"] == pytest.approx(info["flops"] / 0.5 / 1e9)
@@ -102,16 +137,12 @@ def test_a_row_has_times_ratios_memory_and_shares(dtype: str, backward: bool) ->
 def test_peers_and_ours_take_turns() -> None:
     order: list[str] = []
 
-    def watched(given: dict[str, Any]) -> Callable[[], Any]:
-        call = sdpa(given)
-        return lambda: (order.append("peer"), call())[1]
-
     class Watch(Fixture):
         def pedantic(self, target: Callable[[], Any], **more: Any) -> None:
             order.clear()
             super().pedantic(lambda: (order.append("ours"), target()), **more)
 
-    benchmark.measure(Watch(), Row(SPEC, CONFIG, "fp32", False), (Peer("sdpa", watched),))
+    benchmark.measure(Watch(), Row(SPEC, CONFIG, "fp32", False), (Peer("sdpa", noted(order)),))
     assert order == ["peer", "ours"] * 6  # a warm-up and five rounds
 
 
@@ -126,15 +157,6 @@ def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match=r"cross_attention is wrong at tiny padding, .*, output 0: .* error"):
         benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False), ())
     assert not fixture.extra_info
-
-
-def test_a_peer_that_fails_has_a_reason() -> None:
-    def broken(given: dict[str, Any]) -> Callable[[], Any]:
-        return lambda: given["query"] @ given["key"]
-
-    fixture = Fixture()
-    benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False), (Peer("broken", broken),))
-    assert fixture.extra_info["peers"]["broken"]["why_not"].startswith("fails: RuntimeError: ")
 
 
 def grouped(g: torch.Generator) -> dict[str, Any]:
@@ -160,15 +182,12 @@ PARTED = [Benchmark(make.__name__, make, {}, _QKVB) for make in (grouped, shared
 def test_what_does_not_fit_is_checked_on_parts(
     config: Benchmark, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Fixture()
-    benchmark.measure(whole, Row(SPEC, config, "fp32", backward), (Peer("sdpa", mistaken),))
-    assert whole.extra_info["checked"] == "everything"
+    beside = Peer("mistaken", mistaken)
+    assert measured(beside, config=config, backward=backward)["checked"] == "everything"
     monkeypatch.setattr(gate, "room", lambda device: 0.0)
-    fixture = Fixture()
-    benchmark.measure(fixture, Row(SPEC, config, "fp32", backward), (Peer("sdpa", mistaken),))
-    assert fixture.extra_info["checked"].startswith("parts at full length")
-    assert fixture.extra_info["peers"]["naive"]["ratio"] > 0
-    assert "why_not" in fixture.extra_info["peers"]["sdpa"]
+    info = measured(beside, config=config, backward=backward)
+    assert info["checked"].startswith("parts at full length")
+    assert info["peers"]["naive"]["ratio"] > 0 and "why_not" in info["peers"]["mistaken"]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, 1.0])
@@ -195,9 +214,7 @@ def test_a_gpu_s_row_has_its_backward_pass_alone_and_its_yardstick(monkeypatch: 
         *(Speedup("fp32", True, 0.5, peer, device="gpu") for peer in ("sdpa", "nowhere")),
     )
     config = Benchmark("tiny", inputs, {}, ("query", "key", "value"), targets=targets, yardstick=CONFIG)
-    fixture = Fixture()
-    benchmark.measure(fixture, Row(SPEC, config, "fp32", True), (Peer("sdpa", sdpa),))
-    info = fixture.extra_info
+    info = measured(Peer("sdpa", sdpa), config=config, backward=True)
     assert 0 < info["backward_seconds"] < 0.5 and info["peers"]["sdpa"]["backward_flops_per_second"] > 0
     assert info["backward_flops_per_second"] * info["backward_seconds"] == pytest.approx(info["flops"] * 5 / 7)
     found = {target["than"]: target["found"] for target in info["targets"]}
@@ -205,26 +222,6 @@ def test_a_gpu_s_row_has_its_backward_pass_alone_and_its_yardstick(monkeypatch: 
     assert found["yardstick"] == pytest.approx(info["flops_per_second"] / info["yardstick_flops_per_second"])
     assert found["nowhere"] is None and found["sdpa"] > 0
     assert [str(report.verdict(target)) for target in info["targets"]].count("can't run") == 1
-
-
-def rough(given: dict[str, Any]) -> Callable[[], Any]:
-    """Attention as SDPA's, of what has a bit or two of each number left in 16 bits."""
-
-    def call() -> Tensor:
-        out = sdpa(given)()
-        return out if out.dtype == torch.float32 else out * 1.5
-
-    return call
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_peer_s_rounding_is_its_own_affair(backward: bool) -> None:
-    for dtype in ("bf16", "fp32"):
-        fixture = Fixture()
-        beside = (Peer("rough", rough), Peer("mistaken", mistaken))
-        benchmark.measure(fixture, Row(SPEC, CONFIG, dtype, backward), beside)
-        assert fixture.extra_info["peers"]["rough"]["ratio"] > 0
-        assert "computes something else" in fixture.extra_info["peers"]["mistaken"]["why_not"]
 
 
 def test_targets_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,17 +239,16 @@ def test_targets_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         call = sdpa(given)
         return lambda: (torch.zeros(2**20).sum(), call())[1]
 
-    fixture = Fixture()
-    benchmark.measure(fixture, Row(SPEC, config, "fp32", True), (Peer("hungry", hungry),))
-    ratio, missing, extra = fixture.extra_info["targets"]
+    info = measured(Peer("hungry", hungry), config=config, backward=True)
+    ratio, missing, extra = info["targets"]
     assert ratio["found"] > 3.0 and ratio["at_peak"] is None and report.met(ratio)
     assert missing["found"] is None and str(report.verdict(missing)) == "can't run"
     assert "least" not in extra and extra["most"] == 1.0 and 0.0 < extra["found"] < 1.0 and report.met(extra)
     grads = sum(inputs(torch.Generator().manual_seed(0))[name].numel() * 4 for name in config.grads)
-    ours, theirs = fixture.extra_info["peak_memory_bytes"], fixture.extra_info["peers"]["hungry"]["peak_memory_bytes"]
+    ours, theirs = info["peak_memory_bytes"], info["peers"]["hungry"]["peak_memory_bytes"]
     assert extra["found"] * 1e6 == pytest.approx(max(ours - grads, 1))
     assert ratio["found"] == pytest.approx((theirs - grads) / max(ours - grads, 1))
-    text = rendered(fixture.extra_info)
+    text = rendered(info)
     assert "extra MB" in text and "<= 1" in text and "memory of hungry" in text
 
 
@@ -261,15 +257,8 @@ def test_a_long_row_wastes_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "_LONG", -1.0)
     monkeypatch.setattr(benchmark, "_LONG_BUDGET", 0.0)
     runs: list[str] = []
-
-    def watched(given: dict[str, Any]) -> Callable[[], Any]:
-        call = sdpa(given)
-        return lambda: (runs.append("peer"), call())[1]
-
-    fixture = Fixture()
-    benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", True), (Peer("sdpa", watched),), counts_products=True)
+    info = measured(Peer("sdpa", noted(runs)), backward=True, counts_products=True)
     assert len(runs) == 2
-    info = fixture.extra_info
     assert info["rounds"] == 1 and info["calls_per_round"] == 1 and info["peers"]["sdpa"]["ratio"] > 0
     assert info["memory_why_not"] or info["peers"]["sdpa"]["peak_memory_bytes"] >= 0
     assert "gemms" not in info["peers"]["sdpa"]  # PyTorch's products in a long run are not counted
@@ -278,25 +267,20 @@ def test_a_long_row_wastes_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_products_are_counted_where_that_is_asked_for() -> None:
     """In units of the forward pass, which has two; the naive one multiplies the 5 of 18 keys that are hidden too."""
     for asked in (False, True):
-        fixture = Fixture()
-        benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", True), (Peer("sdpa", sdpa),), counts_products=asked)
-        naive = fixture.extra_info["peers"]["naive"]
+        naive = measured(backward=True, counts_products=asked)["peers"]["naive"]
         assert ("gemms" in naive) == asked
     assert naive["gemms"] == pytest.approx(6 / 2 * 18 / 13)
 
 
 def test_a_naive_formula_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "memory_of", lambda device: 1000)
-    fixture = Fixture()
-    benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", False), (Peer("sdpa", sdpa),))
-    assert fixture.extra_info["peers"]["naive"] == {"why_not": "would take 0 GB or more of 0 GB: left out"}
-    assert fixture.extra_info["peers"]["sdpa"]["ratio"] > 0
+    peers_of_row = measured(Peer("sdpa", sdpa))["peers"]
+    assert peers_of_row["naive"] == {"why_not": "would take 0 GB or more of 0 GB: left out"}
+    assert peers_of_row["sdpa"]["ratio"] > 0
 
 
 def test_the_table_has_a_column_for_products_that_were_counted() -> None:
-    fixture = Fixture()
-    benchmark.measure(fixture, Row(SPEC, CONFIG, "fp32", True), (Peer("two words", sdpa),), counts_products=True)
-    row = fixture.extra_info | {"gemms": 4.25}
+    row = measured(Peer("two words", sdpa), backward=True, counts_products=True) | {"gemms": 4.25}
     without = {name: x for name, x in row.items() if name != "gemms"}
     for infos, shown in (([row], True), ([without, row], True), ([without], False)):
         text = rendered(*infos)

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from mmkernels import cli, machine
-from mmkernels.bench import command, picture, tables
+from mmkernels.bench import command, picture, rounds, tables
 from mmkernels.bench.rows import select
 from mmkernels.options import BadInput
 
@@ -84,7 +84,7 @@ import pytest
 @pytest.mark.parametrize("row", ["one, fp32, forward", "two, fp32, forward", "three, fp32, forward"])
 def test_fake(benchmark, row):
     if "two" in row and os.environ.get("AT_TWO") == "wait":
-        time.sleep(60)
+        time.sleep(300)
     benchmark.pedantic(lambda: None, rounds=1)
     assert "two" not in row or os.environ.get("AT_TWO") != "fail", "fake is wrong"
     benchmark.extra_info |= {
@@ -114,6 +114,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(command, "find_benchmarks", lambda: benchmarks)
+    monkeypatch.setattr(command.picture, "draw", lambda report, path: path.touch())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -142,21 +143,15 @@ def test_each_row_is_printed_and_all_are_saved_by_op(
     out, err = capfd.readouterr()
     assert max(map(len, out.splitlines())) <= 100
     assert err.rstrip().splitlines() == [
-        "[1/4] fake: one, fp32, forward",
-        "    2.00 ms, naive 2.00x, 60% of peak",
-        "[2/4] fake: three, fp32, forward",
-        "    2.00 ms, naive 2.00x, 60% of peak",
-        "[3/4] other: one, fp32, forward",
-        "    2.00 ms, naive 2.00x, 60% of peak",
-        "[4/4] other: three, fp32, forward",
-        "    2.00 ms, naive 2.00x, 60% of peak",
+        line
+        for number, row in enumerate(("fake: one", "fake: three", "other: one", "other: three"), 1)
+        for line in (f"[{number}/4] {row}, fp32, forward", "    2.00 ms, 1 GFLOP/s, naive 2.00x, 60% of peak")
     ]
     assert "fake on a CPU" in out and "other on a CPU" in out and "met" in out and "not measured" not in out
     for op in ("fake", "other"):
         assert configurations(folder / "out" / f"{op}.json") == ["one", "three"]
         assert results(folder / "out" / f"{op}.json")["machine_info"]["device"] == "a CPU"
-        with Image.open(folder / "out" / f"{op}.png") as drawn:
-            assert len(drawn.convert("RGB").getcolors(2**24) or ()) > 50
+        assert (folder / "out" / f"{op}.png").exists()
 
 
 def test_a_row_that_fails_leaves_the_others(
@@ -170,31 +165,24 @@ def test_a_row_that_fails_leaves_the_others(
     assert configurations(folder / "out" / "fake.json") == ["one", "three"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_interrupted_keeps_what_it_measured(folder: Path, how: signal.Signals) -> None:
+def test_a_run_that_is_interrupted_keeps_what_it_measured(folder: Path) -> None:
+    """What it has measured is on the disk before the signal comes, so that any other end leaves it there too."""
     code = "import sys; from pathlib import Path; from mmkernels import cli; from mmkernels.bench import command\n"
     code += "command.find_benchmarks = lambda: Path('benchmarks')\n"
     code += "sys.argv = ['mmkernels', 'bench', 'fake', '--device', 'cpu', '--out', 'out']; cli.main()"
     environment = os.environ | {"AT_TWO": "wait", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, **pipes)
     saved = folder / "out" / "fake.json"
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not saved.exists() and time.monotonic() < end and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(how)
-    out, err = process.communicate(timeout=60)
-    assert configurations(saved) == ["one"] and results(saved)["expected_rows"] == 3, err
-    if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert "2 of 3 rows were not measured" in out and "interrupted" in err
-        assert (folder / "out" / "fake.png").exists()
+    assert configurations(saved) == ["one"] and results(saved)["expected_rows"] == 3
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert configurations(saved) == ["one"] and (folder / "out" / "fake.png").exists()
+    assert "2 of 3 rows were not measured" in out and "interrupted" in err
 
 
 def test_a_bar_on_a_terminal_names_the_row_and_what_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +198,7 @@ def test_a_bar_on_a_terminal_names_the_row_and_what_is_left(folder: Path, monkey
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", os.read(ours, 2**20).decode())
     os.close(ours)
     assert "2/3" in shown and re.search(r"\d:\d\d:\d\d left fake: three, fp32", shown)
-    assert "fake: three, fp32, forward: 2.00 ms, naive 2.00x, 60% of peak" in shown
+    assert "fake: three, fp32, forward: 2.00 ms, 1 GFLOP/s, naive 2.00x, 60% of peak" in shown
 
 
 def test_a_filter_that_selects_nothing(
@@ -230,24 +218,22 @@ def test_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cap
     assert "run this in a checkout" in capsys.readouterr().err
 
 
-def test_results_are_saved_by_device() -> None:
-    assert machine.device_slug("cpu")
-
-
 # The true benchmarks.
 
 
-def test_the_smallest_row(tmp_path: Path) -> None:
+def test_the_smallest_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Forward + backward, for which FlexAttention need not be compiled."""
-    arguments = ["-m", "mmkernels.cli", "bench", "cross_attention", "--device", "cpu", "--dtype", "fp32"]
-    arguments += ["--filter", "16x64 D64 none, fp32, forward + backward", "--out", str(tmp_path)]
-    ended = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 0, ended.stderr
-    assert "sdpa" in ended.stdout and "B1 H4 16x64 D64 none" in ended.stdout
-    assert "[1] flex: has no backward pass on a CPU" in ended.stdout
+    monkeypatch.setattr(rounds, "BUDGET", 0.0)
+    monkeypatch.setattr(machine, "BURST", 1e-3)
+    row = "16x64 D64 none, fp32, forward + backward"
+    arguments = ("cross_attention", "--device", "cpu", "--dtype", "fp32", "--filter", row, "--out", str(tmp_path))
+    assert run_cli(monkeypatch, "bench", *arguments) == 0
+    printed = capfd.readouterr().out
+    assert "sdpa" in printed and "B1 H4 16x64 D64 none" in printed
+    assert "[1] flex: has no backward pass on a CPU" in printed
     report = results(tmp_path / "cross_attention.json")
-    (row,) = (entry["extra_info"] for entry in report["benchmarks"])
-    assert row["peers"]["sdpa"]["ratio"] > 0
+    (entry,) = report["benchmarks"]
+    assert entry["extra_info"]["peers"]["sdpa"]["ratio"] > 0
     assert report["machine_info"]["ceilings"]["copy_bytes_per_second"] > 1e8
     assert "node" not in report["machine_info"] and set(report["commit_info"]) <= {"id", "dirty"}
 

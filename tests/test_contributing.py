@@ -42,6 +42,8 @@ def test_the_op_of_contributing_works(tmp_path: Path) -> None:
         r"```python\n# (mmkernels/\S+):[^\n]*\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL
     )
     assert len(blocks) == 2
+    (package / "ops" / "demo").mkdir()
+    (package / "ops" / "demo" / "__init__.py").touch()
     for name, code in blocks:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +51,14 @@ def test_the_op_of_contributing_works(tmp_path: Path) -> None:
     code = CHECK.format(tests=str(ROOT / "tests"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip().endswith("it works"), done.stderr
+
+    with (package / "__init__.py").open("a") as exports:
+        exports.write("\nfrom mmkernels.ops.demo.double import double as double\n")
+    # From the copy's folder, which Python then finds the package in.
+    options = ["-q", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-k", "double", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, ROOT / "tests" / "ops" / "test_specs.py"]
+    tested = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert tested.returncode == 0 and " passed" in tested.stdout, tested.stdout
 
 
 def test_the_glossary_is_short() -> None:

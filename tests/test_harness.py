@@ -12,7 +12,7 @@ import harness
 import op_runs
 import pytest
 import torch
-from budget import BUDGET, DEFAULT
+from budget import BUDGET, DEFAULT, FIXED_SECONDS
 from harness import SPECS, backends, check, expected
 from layouts import embedded, far_apart, guarded
 from op_runs import OpRuns
@@ -48,9 +48,14 @@ def test_an_axis_may_be_there_once_in_each_value() -> None:
     assert combinations(others, 2) == combinations([row[:4] for row in PRODUCT], 2) and len(rows) < 20
 
 
-def test_another_seed_draws_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_seed_draws_other_rows_and_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     first, again = cover(PRODUCT, by_place), cover(PRODUCT, by_place)
-    monkeypatch.setattr(harness.settings, "seed", 1)
+    case = SPECS["merge_attention"].cases[0]
+    draw = lambda: (harness.draw(case)["out_a"], harness.cotangent(torch.zeros(3)), harness.reseed() or torch.randn(3))
+    drawn = draw()
+    torch.testing.assert_close(draw(), drawn, rtol=0, atol=0)
+    monkeypatch.setattr(harness.settings, "seed", harness.settings.seed + 1)
+    assert not any(torch.equal(x, y) for x, y in zip(draw(), drawn, strict=True))
     other = cover(PRODUCT, by_place)
     assert first == again != other and combinations(other, 2) == combinations(first, 2)
 
@@ -117,12 +122,20 @@ def test_seconds_of_files_and_ops_are_written(tmp_path: Path) -> None:
     account.pytest_sessionfinish(SimpleNamespace(config=SimpleNamespace(), exitstatus=pytest.ExitCode.OK))  # type: ignore[arg-type]
     written = json.loads((tmp_path / "new" / "main.json").read_text())
     assert written["files"] == {"a.py": {"seconds": 8.0, "tests": 1}, "b.py": {"seconds": 2.0, "tests": 1}}
-    assert written["ops"]["info_nce"] == {"seconds": 6.0, "tests": 1, "runs": 3}
+    assert written["ops"]["info_nce"] == {
+        "seconds": 6.0, "tests": 1, "runs": 3, "most runs": {"a.py::test_one": 3},
+    }  # fmt: skip
     assert (written["tests"], written["test_seconds"]) == (2, 10.0)
 
 
 def test_only_ops_that_exist_have_a_budget() -> None:
     assert set(BUDGET) <= set(NAMES)
+
+
+def test_twenty_ops_fit_into_fifteen_minutes() -> None:
+    budgets = [BUDGET.get(op, DEFAULT) for op in NAMES]
+    budgets += [DEFAULT] * (20 - len(budgets))
+    assert FIXED_SECONDS + sum(budget.seconds for budget in budgets) / 2 < 900
 
 
 # Truth.
@@ -157,6 +170,19 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "run", wrong)
     with pytest.raises(AssertionError, match=r"merge_attention / plain / chunked / torch.float32 / out_a"):
         check(spec, case, torch.float32, "chunked")
+
+
+def test_a_written_input_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, real = SPECS["merge_attention"], harness.run
+
+    def writes(spec: Any, case: Case, inputs: Any, backend: str) -> harness.Result:
+        found = real(spec, case, inputs, backend)
+        inputs["lse_b"].zero_()
+        return found
+
+    monkeypatch.setattr(harness, "run", writes)
+    with pytest.raises(AssertionError, match="Tensor-likes are not equal"):
+        check(spec, spec.cases[0], torch.float32, "chunked")
 
 
 # Memory.

@@ -30,7 +30,7 @@ LAYERS = (
     ("doctor",),
     ("cli",),
 )
-"""Modules and packages of `mmkernels`; each imports from its own entry and from layers above it in this list."""
+"""Modules and packages of `mmkernels`; each imports from its own entry and from those before it."""
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -71,7 +71,7 @@ def test_nothing_points_up_or_to_a_sister(module: str) -> None:
             if there[0] == "ops" and len(there) > 1 and len(here) > 1 and there[1] != here[1]:
                 assert there[1] == "common", f"mmkernels.{module} imports from another family: mmkernels.{target}"
             continue
-        assert layer(target) < layer(module), f"mmkernels.{module} imports mmkernels.{target}, which lies above it"
+        assert layer(target) < layer(module), f"mmkernels.{module} imports mmkernels.{target}, of a later layer"
 
 
 @pytest.mark.parametrize("module", MODULES)

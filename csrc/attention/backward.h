@@ -8,24 +8,8 @@
 #pragma once
 
 #include "forward.h"
-#include "write_gradients.h"
 
-namespace mmkernels {
-namespace MMK_ISA {
-
-struct BackwardScratch {
-  float *scores, *grads, *plain_grads; // plain_grads: dS in float32, where `grads` is overwritten by pairs
-  char* grad_rows;                     // dS as bfloat16 [keys, lanes]
-  Word *words, *kept;
-  char *query_copy, *grad_copy, *query_zeroed, *grad_zeroed; // rows in the working format
-  float *query, *grad;                                       // transposed
-  char *query_pairs, *grad_pairs;
-  float *lse, *delta, *gate, *scale;
-  char *key_copy, *key_pairs, *value_copy, *zeroed, *zeroed_pairs;
-  float *grad_key, *grad_value; // [places of a chunk, channels padded]
-  float* grad_query;            // transposed, for each panel [dim, kPanel]
-  bool* begun;                  // for each panel: whether grad_query has been written
-};
+namespace mmkernels::MMK_ISA {
 
 // The panels of one row split of a key head.
 MMK_INLINE i64 panels_of_split(const AttentionParams& p) {
@@ -43,46 +27,43 @@ MMK_INLINE i64 chunk_places(const AttentionParams& p) {
   return least(most<i64>(tiles, 1) * kTileKeys, split_places(p));
 }
 
-inline BackwardScratch take_backward(const AttentionParams& p, Arena& arena) {
+// Scratch of one task. Members are taken in the order of their declaration.
+struct BackwardScratch : Arena {
+  const AttentionParams& p;
   const bool is_dot = uses_dot(p.query.type);
   const i64 tile = kTileKeys * kPanel, dim = p.dim, value_dim = p.value_dim;
-  BackwardScratch s;
-  s.scores = arena.take<float>(tile);
-  s.grads = arena.take<float>(tile);
-  s.plain_grads = is_dot && p.grad_bias.data != nullptr ? arena.take<float>(tile) : nullptr;
-  s.grad_rows = arena.take<char>(is_dot ? tile * 2 : 0);
-  s.words = arena.take<Word>(kTileKeys + 1, 1);
-  s.kept = arena.take<Word>(kTileKeys);
-  s.query_copy = arena.take<char>(kPanel * row_bytes(is_dot, dim));
-  s.grad_copy = arena.take<char>(kPanel * row_bytes(is_dot, value_dim));
-  s.query_zeroed = arena.take<char>(kPanel * row_bytes(is_dot, dim));
-  s.grad_zeroed = arena.take<char>(kPanel * row_bytes(is_dot, value_dim));
-  s.query = arena.take<float>(depth_of(is_dot, dim) * kPanel);
-  s.grad = arena.take<float>(depth_of(is_dot, value_dim) * kPanel);
-  s.query_pairs = arena.take<char>(is_dot ? kPanel / 2 * pad_lanes(dim) * 4 : 0);
-  s.grad_pairs = arena.take<char>(is_dot ? kPanel / 2 * pad_lanes(value_dim) * 4 : 0);
-  s.lse = arena.take<float>(kPanel);
-  s.delta = arena.take<float>(kPanel);
-  s.gate = arena.take<float>(kPanel);
-  s.scale = arena.take<float>(kPanel);
-  s.key_copy = arena.take<char>(Tile::copy_bytes(is_dot, dim));
-  s.key_pairs = arena.take<char>(Tile::pairs_bytes(is_dot, dim));
-  s.value_copy = arena.take<char>(Tile::copy_bytes(is_dot, value_dim));
-  s.zeroed = arena.take<char>(Tile::copy_bytes(is_dot, dim));
-  s.zeroed_pairs = arena.take<char>(Tile::pairs_bytes(is_dot, dim));
+  float* scores = take<float>(tile);
+  float* grads = take<float>(tile);
+  // dS in float32, where `grads` is overwritten by pairs.
+  float* plain_grads = is_dot && p.grad_bias.data != nullptr ? take<float>(tile) : nullptr;
+  char* grad_rows = take<char>(is_dot ? tile * 2 : 0); // dS as bfloat16 [keys, lanes]
+  Word* words = take<Word>(kTileKeys + 1, 1);
+  Word* kept = take<Word>(kTileKeys);
+  // A panel's rows in the working format.
+  char* query_copy = take<char>(kPanel * row_bytes(is_dot, dim));
+  char* grad_copy = take<char>(kPanel * row_bytes(is_dot, value_dim));
+  char* query_zeroed = take<char>(kPanel * row_bytes(is_dot, dim));
+  char* grad_zeroed = take<char>(kPanel * row_bytes(is_dot, value_dim));
+  // The same transposed, and as pairs of rows.
+  float* query = take<float>(depth_of(is_dot, dim) * kPanel);
+  float* grad = take<float>(depth_of(is_dot, value_dim) * kPanel);
+  char* query_pairs = take<char>(is_dot ? kPanel / 2 * pad_lanes(dim) * 4 : 0);
+  char* grad_pairs = take<char>(is_dot ? kPanel / 2 * pad_lanes(value_dim) * 4 : 0);
+  float* lse = take<float>(kPanel);
+  float* delta = take<float>(kPanel);
+  float* gate = take<float>(kPanel);
+  float* scale = take<float>(kPanel);
+  const Tile::Scratch keys = {take<char>(Tile::copy_bytes(is_dot, dim)), take<char>(Tile::pairs_bytes(is_dot, dim)),
+                              take<char>(Tile::copy_bytes(is_dot, dim)), take<char>(Tile::pairs_bytes(is_dot, dim))};
+  const Tile::Scratch values = {take<char>(Tile::copy_bytes(is_dot, value_dim))};
+  // Of a chunk: [places, channels padded].
   const i64 places = chunk_places(p), panels = panels_of_split(p);
-  s.grad_key = arena.take<float>(p.grad_key.data != nullptr ? places * pad_lanes(dim) : 0);
-  s.grad_value = arena.take<float>(p.grad_value.data != nullptr ? places * pad_lanes(value_dim) : 0);
-  s.grad_query = arena.take<float>(p.grad_query.data != nullptr ? panels * dim * kPanel : 0);
-  s.begun = arena.take<bool>(panels);
-  return s;
-}
-
-inline i64 backward_scratch(const AttentionParams& p) {
-  Arena arena{nullptr};
-  take_backward(p, arena);
-  return arena.used;
-}
+  float* grad_key = take<float>(p.grad_key.data != nullptr ? places * pad_lanes(dim) : 0);
+  float* grad_value = take<float>(p.grad_value.data != nullptr ? places * pad_lanes(value_dim) : 0);
+  // For each panel: dQ transposed, [dim, kPanel], and whether it has been written.
+  float* grad_query = take<float>(p.grad_query.data != nullptr ? panels * dim * kPanel : 0);
+  bool* begun = take<bool>(panels);
+};
 
 // The right operand of a product that sums over queries: rows, or pairs of rows.
 struct Summed {
@@ -102,24 +83,13 @@ struct BackwardRows {
 };
 
 MMK_INLINE bool hides_anything(const AttentionParams& p) {
-  return p.start != nullptr || p.words != nullptr || p.key_valid != nullptr || p.bias.data != nullptr;
+  return p.start.data != nullptr || p.words != nullptr || p.key_valid.data != nullptr || p.bias.data != nullptr;
 }
 
-// Prepares a panel's rows for the products.
-inline void begin_backward(const AttentionParams& p, BackwardRows& r, const BackwardScratch& s) {
-  const Panel& panel = r.panel;
-  const bool is_dot = uses_dot(p.query.type);
-  const auto rows_of = [&](const View& x, i64 cols, char* copy) {
-    Source source = source_of(x, panel.b, panel.h);
-    source.data += panel.i0 * source.l * bytes_of(source.type);
-    return fetch(source, panel.count, cols, is_dot, copy, !is_dot);
-  };
-  const Rows query = rows_of(p.query, p.dim, s.query_copy), grad = rows_of(p.grad_out, p.value_dim, s.grad_copy);
-  transpose_rows(query, panel.count, depth_of(is_dot, p.dim), panel.lanes, s.query);
-  transpose_rows(grad, panel.count, depth_of(is_dot, p.value_dim), panel.lanes, s.grad);
-
-  const View& out = p.out;
-  const Type type = is_dot ? Type::bf16 : Type::f32;
+// Loads each row's log-sum-exp in base 2 and delta; `grad` holds the rows of dO. Begins the sums of dgate.
+inline void load_lse_and_delta(const Panel& panel, Rows grad, const BackwardScratch& s) {
+  const AttentionParams& p = s.p;
+  const Type type = s.is_dot ? Type::bf16 : Type::f32;
   const i64 first = (panel.b * p.heads + panel.h) * p.q_len + panel.i0;
   for (i64 q = 0; q < panel.lanes; ++q) {
     s.lse[q] = 0.0f;
@@ -128,34 +98,47 @@ inline void begin_backward(const AttentionParams& p, BackwardRows& r, const Back
     if (q >= panel.count) {
       continue;
     }
-    const char* row = out.data + (panel.b * out.b + panel.h * out.h + (panel.i0 + q) * out.l) * bytes_of(out.type);
+    const char* row = row_at(p.out, panel.b, panel.h, panel.i0 + q);
     Vec product = zero();
     for (i64 c = 0; c < p.value_dim; c += kLanes) {
-      product = fma(load_as_f32(row + c * bytes_of(out.type), out.type, p.value_dim - c),
+      product = fma(load_as_f32(row + c * bytes_of(p.out.type), p.out.type, p.value_dim - c),
                     load_as_f32(grad.data + q * grad.stride + c * bytes_of(type), type, p.value_dim - c), product);
     }
     s.delta[q] = sum(product) - (p.grad_lse != nullptr ? p.grad_lse[first + q] : 0.0f);
     const float lse = p.lse[first + q];
     s.lse[q] = lse == -kInf ? 0.0f : lse * kLog2e;
   }
+}
+
+// Prepares a panel's rows for the products.
+MMK_OUTLINE void begin_backward(BackwardRows& r, const BackwardScratch& s) {
+  const AttentionParams& p = s.p;
+  const Panel& panel = r.panel;
+  const bool is_dot = s.is_dot;
+  const auto rows_of = [&](const View& x, i64 cols, char* copy) {
+    return fetch(source_of(x, panel.b, panel.h, panel.i0), panel.count, cols, is_dot, copy, !is_dot);
+  };
+  const Rows query = rows_of(p.query, p.dim, s.query_copy), grad = rows_of(p.grad_out, p.value_dim, s.grad_copy);
+  transpose_rows(query, panel.count, depth_of(is_dot, p.dim), panel.lanes, s.query);
+  transpose_rows(grad, panel.count, depth_of(is_dot, p.value_dim), panel.lanes, s.grad);
+  load_lse_and_delta(panel, grad, s);
 
   // Non-finite rows must not reach keys that they do not see: the products use a copy with zeros in their place. dK of
   // a visible key is NaN anyway, through its scores; for dV see `add_value_grads`.
   const bool may_hide = hides_anything(p);
+  const auto summed = [&](Rows rows, i64 cols, bool finite, char* zeroed, char* pairs) -> Summed {
+    const Rows used = finite ? rows : zero_non_finite(rows, panel.count, cols, is_dot, zeroed);
+    if (!is_dot) {
+      return {used.data, used.stride};
+    }
+    interleave_rows(used, panel.count, cols, pairs);
+    return {pairs, pad_lanes(cols) * 4};
+  };
+  const bool query_finite = !may_hide || all_finite(query, panel.count, p.dim, is_dot);
   r.grad_finite = !may_hide || all_finite(grad, panel.count, p.value_dim, is_dot);
   r.grad_rows = grad;
-  const bool query_finite = !may_hide || all_finite(query, panel.count, p.dim, is_dot);
-  const Rows zeroed_query = query_finite ? query : zero_non_finite(query, panel.count, p.dim, is_dot, s.query_zeroed);
-  const Rows zeroed_grad =
-      r.grad_finite ? grad : zero_non_finite(grad, panel.count, p.value_dim, is_dot, s.grad_zeroed);
-  r.query = {zeroed_query.data, zeroed_query.stride};
-  r.grad = {zeroed_grad.data, zeroed_grad.stride};
-  if (is_dot) {
-    interleave_rows(zeroed_query, panel.count, p.dim, s.query_pairs);
-    interleave_rows(zeroed_grad, panel.count, p.value_dim, s.grad_pairs);
-    r.query = {s.query_pairs, pad_lanes(p.dim) * 4};
-    r.grad = {s.grad_pairs, pad_lanes(p.value_dim) * 4};
-  }
+  r.query = summed(query, p.dim, query_finite, s.query_zeroed, s.query_pairs);
+  r.grad = summed(grad, p.value_dim, r.grad_finite, s.grad_zeroed, s.grad_pairs);
 }
 
 // Replaces scores and dP of a tile by the products' operands: f K o P (kPairs: rows of bfloat16) and dS (kPairs: pairs
@@ -262,18 +245,7 @@ inline void add_query_grads(const AttentionParams& p, BackwardRows& rows, Tile& 
                             const BackwardScratch& s) {
   const bool is_dot = keys.dot();
   const i64 n = visible.b - visible.a, lanes = rows.panel.lanes;
-  Operand columns;
-  const bool plain = visible.words == nullptr && !(is_dot && n % 2 != 0); // see `add_values`
-  if (plain || keys.finite()) {
-    columns = keys.columns_from(visible.a);
-  } else {
-    const Rows zeroed = zero_non_finite(keys.rows_from(visible.a), n, p.dim, is_dot, s.zeroed);
-    columns = {zeroed.data, 4, zeroed.stride};
-    if (is_dot) {
-      interleave_rows(zeroed, n, p.dim, s.zeroed_pairs);
-      columns = {s.zeroed_pairs, 4, pad_lanes(p.dim) * 4};
-    }
-  }
+  const Operand columns = keys.is_safe(visible) ? keys.columns_from(visible.a) : keys.zeroed_columns_from(visible.a, n);
   gemm(is_dot, columns, s.grads, lanes * 4, rows.grad_query, lanes, p.dim, lanes / kLanes, is_dot ? (n + 1) / 2 : n,
        *rows.begun);
   *rows.begun = true;
@@ -305,17 +277,9 @@ inline void backward_panel(const AttentionParams& p, const KeyList& list, Backwa
     } else {
       std::memset(s.grads, 0, n * lanes * 4);
     }
-    const Word* kept = nullptr;
-    if (p.dropout) {
-      kept_words(p, panel, list, visible.a, visible.b, s.kept);
-      kept = s.kept;
-    }
+    const Word* kept = kept_words(p, panel, list, visible, s.kept);
     float* plain = p.grad_bias.data == nullptr ? nullptr : (is_dot ? s.plain_grads : s.grads);
-    if (is_dot) {
-      differentiate<true>(p, panel, n, factor, visible.words, kept, s);
-    } else {
-      differentiate<false>(p, panel, n, factor, visible.words, kept, s);
-    }
+    with_pairs(is_dot, [&](auto pairs) { differentiate<pairs()>(p, panel, n, factor, visible.words, kept, s); });
     if (plain != nullptr) {
       add_bias_grads(p, panel, list, split, visible.a, n, plain);
     }
@@ -338,12 +302,8 @@ inline void write_query_grads(const AttentionParams& p, i64 kv, i64 first, i64 c
                               const BackwardScratch& s) {
   View to = p.grad_query;
   if (p.splits > 1) {
-    to = {(char*)(p.query_parts + split * p.batch * p.heads * p.q_len * p.dim),
-          Type::f32,
-          p.heads * p.q_len * p.dim,
-          p.q_len * p.dim,
-          p.dim,
-          1};
+    const i64 of_head = p.q_len * p.dim, of_batch = p.heads * of_head;
+    to = {(char*)(p.query_parts + split * p.batch * of_batch), Type::f32, of_batch, of_head, p.dim, 1};
   }
   for (i64 q = 0; q < kPanel; ++q) {
     s.scale[q] = p.scale;
@@ -354,17 +314,47 @@ inline void write_query_grads(const AttentionParams& p, i64 kv, i64 first, i64 c
     if (!s.begun[i]) {
       std::memset(sums, 0, p.dim * panel.lanes * 4);
     }
-    write_rows(sums, panel.lanes, p.dim, s.scale, to, panel.b, panel.h, panel.i0, panel.count);
+    write_rows(sums, p.dim, s.scale, to, panel);
+  }
+}
+
+// All panels of a row split, from `first_panel` on, against the places [first, last) of a chunk.
+inline void backward_chunk(const BackwardScratch& s, const KeyList& list, i64 kv, i64 first_panel, i64 panels,
+                           Tile& keys, Tile& values, i64 split, i64 first, i64 last) {
+  const AttentionParams& p = s.p;
+  if (p.grad_key.data != nullptr) {
+    std::memset(s.grad_key, 0, (last - first) * pad_lanes(p.dim) * 4);
+  }
+  if (p.grad_value.data != nullptr) {
+    std::memset(s.grad_value, 0, (last - first) * pad_lanes(p.value_dim) * 4);
+  }
+  for (i64 i = 0; i < panels; ++i) {
+    BackwardRows rows;
+    rows.panel = panel_at(p, kv, first_panel + i);
+    rows.grad_query = s.grad_query + i * p.dim * kPanel;
+    rows.begun = s.begun + i;
+    const Panel& panel = rows.panel;
+    spans_of_panel(p, panel, list, rows.spans);
+    if (rows.spans.first >= last || rows.spans.last <= first) {
+      continue;
+    }
+    begin_backward(rows, s);
+    backward_panel(p, list, rows, keys, values, split, first, last, s);
+    if (p.gate_rows != nullptr) {
+      float* sums = p.gate_rows + ((split * p.batch + panel.b) * p.heads + panel.h) * p.q_len + panel.i0;
+      for (i64 q = 0; q < panel.count; ++q) {
+        sums[q] += s.gate[q];
+      }
+    }
   }
 }
 
 inline void backward(const AttentionParams& p, i64 kv, i64 row_split, i64 split, char* memory) {
-  Arena arena{memory};
-  const BackwardScratch s = take_backward(p, arena);
+  const BackwardScratch s{{memory}, p};
   const KeyList list = list_of(p, kv);
   const i64 begin = least(split * split_places(p), list.count), end = least(begin + split_places(p), list.count);
-  const i64 first_panel = row_split * panels_of_split(p);
-  const i64 panels = least(panels_of_split(p), batches_sharing_keys(p) * group_of(p) * panels_of(p) - first_panel);
+  const i64 first_panel = row_split * s.panels;
+  const i64 panels = least(s.panels, batches_sharing_keys(p) * group_of(p) * panels_of(p) - first_panel);
   if (panels <= 0) {
     return;
   }
@@ -373,36 +363,12 @@ inline void backward(const AttentionParams& p, i64 kv, i64 row_split, i64 split,
     grad_key.data += grad_key.data != nullptr ? row_split * p.key_part * 4 : 0;
     grad_value.data += grad_value.data != nullptr ? row_split * p.value_part * 4 : 0;
   }
-  Tile keys(p, p.key, list, kv, p.dim, s.key_copy, s.key_pairs);
-  Tile values(p, p.value, list, kv, p.value_dim, s.value_copy, nullptr);
+  Tile keys(p, p.key, list, kv, p.dim, s.keys);
+  Tile values(p, p.value, list, kv, p.value_dim, s.values);
   std::memset(s.begun, 0, panels * sizeof(bool));
-  for (i64 first = begin; first < end; first += chunk_places(p)) {
-    const i64 last = least(first + chunk_places(p), end);
-    if (p.grad_key.data != nullptr) {
-      std::memset(s.grad_key, 0, (last - first) * pad_lanes(p.dim) * 4);
-    }
-    if (p.grad_value.data != nullptr) {
-      std::memset(s.grad_value, 0, (last - first) * pad_lanes(p.value_dim) * 4);
-    }
-    for (i64 i = 0; i < panels; ++i) {
-      BackwardRows rows;
-      rows.panel = panel_at(p, kv, first_panel + i);
-      rows.grad_query = s.grad_query + i * p.dim * kPanel;
-      rows.begun = s.begun + i;
-      const Panel& panel = rows.panel;
-      spans_of_panel(p, panel, list, rows.spans);
-      if (rows.spans.first >= last || rows.spans.last <= first) {
-        continue;
-      }
-      begin_backward(p, rows, s);
-      backward_panel(p, list, rows, keys, values, split, first, last, s);
-      if (p.gate_rows != nullptr) {
-        float* sums = p.gate_rows + ((split * p.batch + panel.b) * p.heads + panel.h) * p.q_len + panel.i0;
-        for (i64 q = 0; q < panel.count; ++q) {
-          sums[q] += s.gate[q];
-        }
-      }
-    }
+  for (i64 first = begin; first < end; first += s.places) {
+    const i64 last = least(first + s.places, end);
+    backward_chunk(s, list, kv, first_panel, panels, keys, values, split, first, last);
     if (p.grad_key.data != nullptr) {
       write_key_rows(s.grad_key, p.dim, p.scale, grad_key, list, kv, p.key_heads, first, last - first);
     }
@@ -415,5 +381,20 @@ inline void backward(const AttentionParams& p, i64 kv, i64 row_split, i64 split,
   }
 }
 
-} // namespace MMK_ISA
-} // namespace mmkernels
+// Rows [begin, end) of dQ [B, Hq, Lq]: the sum over the splits, in their order.
+inline void backward_merge(const AttentionParams& p, i64 begin, i64 end) {
+  const View grad = p.grad_query;
+  const i64 rows = p.batch * p.heads * p.q_len;
+  for (i64 r = begin; r < end; ++r) {
+    char* to = row_at(grad, r / (p.heads * p.q_len), r / p.q_len % p.heads, r % p.q_len);
+    for (i64 c = 0; c < p.dim; c += kLanes) {
+      Vec total = zero();
+      for (i64 s = 0; s < p.splits; ++s) {
+        total += load_part(p.query_parts + (s * rows + r) * p.dim + c, p.dim - c);
+      }
+      store_columns(grad, to, c, p.dim, total);
+    }
+  }
+}
+
+} // namespace mmkernels::MMK_ISA

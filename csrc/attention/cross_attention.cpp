@@ -64,14 +64,13 @@ std::tuple<Tensor, Tensor> cross_attention(const Arguments& args) {
   launch.set_value(args);
   // Not through the dispatcher, whose time a small call would notice.
   const i64 row = p.heads * p.value_dim;
-  const Tensor out =
-      at::detail::empty_strided_cpu({p.batch, p.heads, p.q_len, p.value_dim}, {p.q_len * row, p.value_dim, row, 1},
-                                    args.tensor("query").scalar_type());
+  const Tensor out = expect_writes(at::detail::empty_strided_cpu({p.batch, p.heads, p.q_len, p.value_dim},
+                                                                 {p.q_len * row, p.value_dim, row, 1},
+                                                                 args.tensor("query").scalar_type()));
   const Tensor lse = at::detail::empty_cpu({p.batch, p.heads, p.q_len}, at::kFloat);
   if (out.numel() == 0) {
     return {out, lse};
   }
-  expect_writes(out.mutable_data_ptr(), static_cast<i64>(out.nbytes()));
   p.out = view_of(out);
   p.lse = lse.mutable_data_ptr<float>();
   launch.set_mask(args);

@@ -24,8 +24,7 @@ Tensor grad_like(const Tensor& x, bool need, bool zeroed) {
   if (!need) {
     return Tensor();
   }
-  Tensor grad = at::empty_like(x);
-  expect_writes(grad.mutable_data_ptr(), static_cast<i64>(grad.nbytes()));
+  const Tensor grad = expect_writes(at::empty_like(x));
   return zeroed ? grad.zero_() : grad;
 }
 
@@ -96,8 +95,8 @@ private:
       grad_gate_ = at::zeros_like(*gate_);
     }
     for (const auto& [tensor, view] : {std::pair<const Tensor&, View&>(grad_query_, p_.grad_query),
-                                       std::pair<const Tensor&, View&>(grad_key_, p_.grad_key),
-                                       std::pair<const Tensor&, View&>(grad_value_, p_.grad_value)}) {
+                                       {grad_key_, p_.grad_key},
+                                       {grad_value_, p_.grad_value}}) {
       if (tensor.defined()) {
         view = view_of(tensor);
       }
@@ -140,11 +139,9 @@ private:
     if (grad_bias_.defined()) {
       const bool by_split = bias_->size(3) == 1 && p_.splits > 1; // splits of the keys add to the same elements
       if (by_split || grad_bias_.scalar_type() != at::kFloat) {
-        bias_sums_ = stacked_like(*bias_, by_split ? p_.splits : 1);
-        expect_writes(bias_sums_.mutable_data_ptr(), static_cast<i64>(bias_sums_.nbytes()));
-        bias_sums_.zero_();
+        bias_sums_ = expect_writes(stacked_like(*bias_, by_split ? p_.splits : 1)).zero_();
       }
-      p_.grad_bias = bias_view_of(bias_sums_.defined() ? bias_sums_.select(0, 0) : grad_bias_);
+      p_.grad_bias = view_of(bias_sums_.defined() ? bias_sums_.select(0, 0) : grad_bias_, true);
       p_.grad_bias_split = by_split ? bias_sums_.stride(0) : 0;
     }
     if (grad_gate_.defined()) {
@@ -168,19 +165,16 @@ private:
   }
 
   void reduce_sums() {
-    if (key_sums_.defined()) {
-      grad_key_.copy_(key_sums_.sum(0));
-    }
-    if (value_sums_.defined()) {
-      grad_value_.copy_(value_sums_.sum(0));
+    for (const auto& [grad, sums] :
+         {std::pair<Tensor&, Tensor&>(grad_key_, key_sums_), {grad_value_, value_sums_}, {grad_bias_, bias_sums_}}) {
+      if (sums.defined()) {
+        grad.copy_(sums.size(0) == 1 ? sums.select(0, 0) : sums.sum(0));
+      }
     }
     if (query_sums_.defined()) {
       const i64 rows = p_.batch * p_.heads * p_.q_len, share = (rows + 4 * threads_ - 1) / (4 * threads_);
       parallel_tasks((rows + share - 1) / share, threads_, 0,
                      [&](i64 i, char*) { launch_.k.backward_merge(p_, i * share, std::min(rows, (i + 1) * share)); });
-    }
-    if (bias_sums_.defined()) {
-      grad_bias_.copy_(bias_sums_.size(0) == 1 ? bias_sums_.select(0, 0) : bias_sums_.sum(0));
     }
     if (grad_gate_.defined()) { // the derivative of tanh is 1 - tanh^2
       const Tensor& tanh_gate = launch_.tanh_gate();

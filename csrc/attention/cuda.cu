@@ -11,6 +11,7 @@
 
 #include <array>
 #include <atomic>
+#include <mutex>
 #include <optional>
 #include <tuple>
 
@@ -60,20 +61,19 @@ struct DeviceLimits {
 
 constexpr int kDevices = 64;
 
-DeviceLimits limits_of(int device) {
-  static std::array<std::atomic<i64>, kDevices> known{}; // 0: not queried yet
+const DeviceLimits& limits_of(int device) {
+  static std::array<DeviceLimits, kDevices> limits;
+  static std::array<std::once_flag, kDevices> queried;
   STD_TORCH_CHECK(device >= 0 && device < kDevices, "no more than ", kDevices, " devices");
-  i64 packed = known[device].load(std::memory_order_relaxed);
-  if (packed == 0) {
-    int sms = 0, per_sm = 0, per_block = 0;
-    check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-    check_cuda(cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "shared memory");
-    check_cuda(cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-    packed = static_cast<i64>(sms) << 48 | static_cast<i64>(per_sm) << 24 | per_block;
-    known[device].store(packed, std::memory_order_relaxed);
-  }
-  return {static_cast<int>(packed >> 48), static_cast<int>(packed >> 24 & 0xffffff),
-          static_cast<int>(packed & 0xffffff)};
+  std::call_once(queried[device], [device] {
+    DeviceLimits& x = limits[device];
+    check_cuda(cudaDeviceGetAttribute(&x.sms, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+    check_cuda(cudaDeviceGetAttribute(&x.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+               "shared memory");
+    check_cuda(cudaDeviceGetAttribute(&x.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "shared memory");
+  });
+  return limits[device];
 }
 
 template <class T, int D, int kRowTiles>
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor> decode(Tensor query, Tensor key, Tensor value, Option
   if (out.numel() == 0) {
     return result;
   }
-  const DeviceLimits limits = limits_of(device);
+  const DeviceLimits& limits = limits_of(device);
   STD_TORCH_CHECK(decode_shared_bytes(dim) <= limits.shared_per_block, "this GPU has too little shared memory");
   const DecodePlan plan =
       plan_decode(p.batch, p.heads, p.key_heads, p.q_len, p.k_len, dim, limits.sms, limits.shared_per_sm);

@@ -5,8 +5,7 @@
 
 #include "forward.h"
 
-namespace mmkernels {
-namespace MMK_ISA {
+namespace mmkernels::MMK_ISA {
 
 constexpr i64 kDecodeKeys = 128;
 constexpr i64 kValueKeys = 32;
@@ -102,7 +101,8 @@ void add_rows(const char* a, i64 a_row, i64 rows, const char* b, i64 b_step, i64
 }
 
 template <bool kDot>
-void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, float* scores, i64 scores_row) {
+MMK_INLINE void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, float* scores,
+                         i64 scores_row) {
   i64 r = 0;
   const auto run = [&](auto height) {
     constexpr int kRows = decltype(height)::value, kKeys = kLanes / kRows;
@@ -118,6 +118,43 @@ void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, f
   run(std::integral_constant<int, 1>());
 }
 
+// Adds the bias to one row's scores of `n` places from `a` on, and hides those that the row does not see: of its span
+// [first, last), counted from a. Returns whether all are visible.
+inline bool hide_places(const AttentionParams& p, const KeyList& list, DecodeRow& row, i64 a, i64 n, i64 first,
+                        i64 last, float* scores) {
+  bool visible[kDecodeKeys];
+  for (i64 j = 0; j < n; ++j) {
+    visible[j] = j >= first && j < last;
+  }
+  if (p.dense != nullptr) {
+    const std::uint8_t* dense = p.dense + row.b * p.dense_b + row.h * p.dense_h + row.i * p.dense_i;
+    for (i64 j = 0; j < n; ++j) {
+      visible[j] &= dense[key_at(list, a + j) * p.dense_j] != 0;
+    }
+  }
+  if (p.key_valid.data != nullptr) {
+    for (i64 j = 0; j < n; ++j) {
+      visible[j] &= p.key_valid.data[row.b * p.key_valid.b + key_at(list, a + j) * p.key_valid.i] != 0;
+    }
+  }
+  if (p.bias.data != nullptr) {
+    const View& x = p.bias;
+    const char* bias = row_at(x, row.b, row.h, row.i);
+    for (i64 j = 0; j < n; ++j) {
+      const float y = load_one(bias + key_at(list, a + j) * x.d * bytes_of(x.type), x.type);
+      scores[j] += (y < kLowestBias ? kLowestBias : y) * kLog2e;
+      visible[j] &= y != -kInf;
+    }
+  }
+  bool all = true;
+  for (i64 j = 0; j < n; ++j) {
+    all &= visible[j];
+    row.sees |= visible[j];
+    scores[j] = visible[j] ? scores[j] : -kInf;
+  }
+  return all;
+}
+
 // Replaces one row's scores of places [a, b) by logarithms in base 2, -inf where hidden. Returns whether all are
 // visible.
 inline bool mask_row(const AttentionParams& p, const KeyList& list, DecodeRow& row, i64 a, i64 b, float* scores) {
@@ -131,36 +168,8 @@ inline bool mask_row(const AttentionParams& p, const KeyList& list, DecodeRow& r
   }
   bool all = true;
   const i64 first = most(a, row.span.first) - a, last = most(least(b, row.span.last) - a, first);
-  if (first > 0 || last < n || p.dense != nullptr || p.key_valid != nullptr || p.bias.data != nullptr) {
-    bool seen[kDecodeKeys];
-    for (i64 j = 0; j < n; ++j) {
-      seen[j] = j >= first && j < last;
-    }
-    if (p.dense != nullptr) {
-      const std::uint8_t* dense = p.dense + row.b * p.dense_b + row.h * p.dense_h + row.i * p.dense_i;
-      for (i64 j = 0; j < n; ++j) {
-        seen[j] &= dense[key_at(list, a + j) * p.dense_j] != 0;
-      }
-    }
-    if (p.key_valid != nullptr) {
-      for (i64 j = 0; j < n; ++j) {
-        seen[j] &= p.key_valid[row.b * p.valid_b + key_at(list, a + j) * p.valid_j] != 0;
-      }
-    }
-    if (p.bias.data != nullptr) {
-      const View& x = p.bias;
-      const char* bias = x.data + (row.b * x.b + row.h * x.h + row.i * x.l) * bytes_of(x.type);
-      for (i64 j = 0; j < n; ++j) {
-        const float y = load_one(bias + key_at(list, a + j) * x.d * bytes_of(x.type), x.type);
-        scores[j] += (y < kLowestBias ? kLowestBias : y) * kLog2e;
-        seen[j] &= y != -kInf;
-      }
-    }
-    for (i64 j = 0; j < n; ++j) {
-      all &= seen[j];
-      row.sees |= seen[j];
-      scores[j] = seen[j] ? scores[j] : -kInf;
-    }
+  if (first > 0 || last < n || p.dense != nullptr || p.key_valid.data != nullptr || p.bias.data != nullptr) {
+    all = hide_places(p, list, row, a, n, first, last, scores);
   } else {
     row.sees = true;
   }
@@ -184,11 +193,7 @@ inline float exponentiate_row(DecodeRow& row, i64 count, float* scores, bool is_
   for (i64 j = 0; j < padded; j += kLanes) {
     const Vec w = exp2(load(scores + j) - point);
     total += w;
-    if (is_dot) {
-      store_bf16((std::uint16_t*)scores + j, w); // overwrites only what has been read
-    } else {
-      store(scores + j, w);
-    }
+    store_working((char*)scores + j * (is_dot ? 2 : 4), is_dot, w); // overwrites only what has been read
   }
   rescale = exp2(rescale);
   row.maximum = now;
@@ -196,47 +201,30 @@ inline float exponentiate_row(DecodeRow& row, i64 count, float* scores, bool is_
   return rescale[0];
 }
 
-struct DecodeScratch {
-  float *scores, *out;
-  char *query, *key_copy, *value_copy, *value_pairs, *zeroed;
-  DecodeRow* rows;
+// Scratch of one task. Members are taken in the order of their declaration.
+struct DecodeScratch : Arena {
+  const AttentionParams& p;
+  const bool is_dot = uses_dot(p.query.type);
+  const i64 count = least(decode_rows(p), kDecodeRows);
+  float* scores = take<float>(count * kDecodeKeys);
+  float* out = take<float>(count * pad_lanes(p.value_dim));
+  char* query = take<char>(count * row_bytes(is_dot, p.dim));
+  char* key_copy = take<char>(kDecodeKeys * row_bytes(is_dot, p.dim));
+  char* value_copy = take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
+  char* value_pairs = take<char>(is_dot ? kValueKeys / 2 * pad_lanes(p.value_dim) * 4 : 0);
+  char* zeroed = take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
+  DecodeRow* rows = take<DecodeRow>(count);
 };
 
-inline DecodeScratch take_decode(const AttentionParams& p, Arena& arena) {
-  const bool is_dot = uses_dot(p.query.type);
-  const i64 rows = least(decode_rows(p), kDecodeRows);
-  DecodeScratch s;
-  s.scores = arena.take<float>(rows * kDecodeKeys);
-  s.out = arena.take<float>(rows * pad_lanes(p.value_dim));
-  s.query = arena.take<char>(rows * row_bytes(is_dot, p.dim));
-  s.key_copy = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.dim));
-  s.value_copy = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
-  s.value_pairs = arena.take<char>(is_dot ? kValueKeys / 2 * pad_lanes(p.value_dim) * 4 : 0);
-  s.zeroed = arena.take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
-  s.rows = arena.take<DecodeRow>(rows);
-  return s;
-}
-
-inline i64 decode_scratch(const AttentionParams& p) {
-  Arena arena{nullptr};
-  take_decode(p, arena);
-  return arena.used;
-}
-
 // out += weights values, for all rows of the task. non_finite: a value may be NaN or inf, and hidden from some row.
-inline void add_decoded(const AttentionParams& p, const DecodeScratch& s, i64 rows, Rows values, i64 count,
-                        bool non_finite) {
-  const bool is_dot = uses_dot(p.value.type);
-  const i64 cols = p.value_dim, padded = pad_lanes(cols);
-  Rows used = values;
-  if (non_finite) {
-    used = zero_non_finite(values, count, cols, is_dot, s.zeroed);
-  }
+inline void add_decoded(const DecodeScratch& s, i64 rows, Rows values, i64 count, bool non_finite) {
+  const i64 cols = s.p.value_dim, padded = pad_lanes(cols);
+  const Rows used = non_finite ? zero_non_finite(values, count, cols, s.is_dot, s.zeroed) : values;
   const char* weights = (const char*)s.scores;
   for (i64 k = 0; k < count; k += kValueKeys) { // few enough to stay in the first-level cache for all rows
     const i64 n = least(kValueKeys, count - k);
     const Rows part{used.data + k * used.stride, used.stride};
-    if (is_dot) {
+    if (s.is_dot) {
       interleave_rows(part, n, cols, s.value_pairs);
       add_rows<kHasDot>(weights + k * 2, kDecodeKeys * 4, rows, s.value_pairs, padded * 4, (n + 1) / 2, s.out,
                         padded / kLanes);
@@ -247,10 +235,10 @@ inline void add_decoded(const AttentionParams& p, const DecodeScratch& s, i64 ro
   if (!non_finite) {
     return;
   }
-  each_non_finite(values, count, cols, is_dot, [&](i64 j, i64 c, float x) {
+  each_non_finite(values, count, cols, s.is_dot, [&](i64 j, i64 c, float x) {
     for (i64 r = 0; r < rows; ++r) {
-      const char* w = (const char*)(s.scores + r * kDecodeKeys) + j * (is_dot ? 2 : 4);
-      if (load_one(w, is_dot ? Type::bf16 : Type::f32) != 0.0f) {
+      const char* w = (const char*)(s.scores + r * kDecodeKeys) + j * (s.is_dot ? 2 : 4);
+      if (load_one(w, s.is_dot ? Type::bf16 : Type::f32) != 0.0f) {
         s.out[r * padded + c] += x;
       }
     }
@@ -258,17 +246,14 @@ inline void add_decoded(const AttentionParams& p, const DecodeScratch& s, i64 ro
 }
 
 inline void write_decoded(const AttentionParams& p, const DecodeRow& row, const float* out) {
-  float factor = p.gate != nullptr ? p.gate[row.h] : 1.0f;
-  float lse = -kInf;
+  const float gate = p.gate != nullptr ? p.gate[row.h] : 1.0f, nan = __builtin_nanf("");
+  float factor = row.sees ? nan : 0.0f, lse = row.sees ? nan : -kInf;
   if (row.total != 0.0f) {
-    factor /= row.total;
+    factor = gate / row.total;
     lse = (row.maximum + __builtin_log2f(row.total)) * kLn2;
-  } else {
-    factor = row.sees ? __builtin_nanf("") : 0.0f;
-    lse = row.sees ? __builtin_nanf("") : -kInf;
   }
   p.lse[(row.b * p.heads + row.h) * p.q_len + row.i] = lse;
-  char* to = p.out.data + (row.b * p.out.b + row.h * p.out.h + row.i * p.out.l) * bytes_of(p.out.type);
+  char* to = row_at(p.out, row.b, row.h, row.i);
   for (i64 c = 0; c < p.value_dim; c += kLanes) {
     const i64 n = least<i64>(kLanes, p.value_dim - c);
     store_from_f32(to + c * bytes_of(p.out.type), p.out.type, load_part(out + c, n) * factor, n);
@@ -280,67 +265,81 @@ MMK_INLINE float* partial_at(const AttentionParams& p, i64 kv, i64 split, i64 ro
   return p.partial + ((kv * p.splits + split) * decode_rows(p) + row) * (p.value_dim + 3);
 }
 
-inline void decode(const AttentionParams& p, i64 kv, i64 block, i64 split, char* memory) {
-  Arena arena{memory};
-  const DecodeScratch s = take_decode(p, arena);
-  const KeyList list = list_of(p, kv);
-  const bool is_dot = uses_dot(p.query.type);
-  const i64 first_row = block * kDecodeRows, rows = least(kDecodeRows, decode_rows(p) - first_row);
-  const i64 padded = pad_lanes(p.value_dim), query_row = row_bytes(is_dot, p.dim);
-  i64 begin = list.count, end = 0;
+// Begins `rows` rows of kv, from row `first` on, and copies their queries. Returns the places that any of them sees.
+MMK_INLINE Span begin_decode(const DecodeScratch& s, const KeyList& list, i64 kv, i64 first, i64 rows) {
+  const AttentionParams& p = s.p;
+  const i64 query_row = row_bytes(s.is_dot, p.dim);
+  Span hull{list.count, 0};
   for (i64 r = 0; r < rows; ++r) {
-    s.rows[r] = decode_row(p, list, kv, first_row + r);
+    s.rows[r] = decode_row(p, list, kv, first + r);
     const DecodeRow& row = s.rows[r];
     if (row.span.first < row.span.last) {
-      begin = least(begin, row.span.first);
-      end = most(end, row.span.last);
+      hull = {least(hull.first, row.span.first), most(hull.last, row.span.last)};
     }
-    Source source = source_of(p.query, row.b, row.h);
-    source.data += row.i * source.l * bytes_of(source.type);
-    const Rows one = fetch(source, 1, p.dim, is_dot, s.query + r * query_row, true);
-    if (one.data != s.query + r * query_row) {
-      std::memcpy(s.query + r * query_row, one.data, query_row);
+    char* to = s.query + r * query_row;
+    const Rows query = fetch(source_of(p.query, row.b, row.h, row.i), 1, p.dim, s.is_dot, to, true);
+    if (query.data != to) {
+      std::memcpy(to, query.data, query_row);
     }
   }
-  std::memset(s.out, 0, rows * padded * 4);
-  const i64 share = most<i64>(0, end - begin + p.splits - 1) / p.splits;
-  const i64 first = begin + split * share, last = least(end, first + share);
-  for (i64 a = first; a < last; a += kDecodeKeys) {
-    const i64 n = least(kDecodeKeys, last - a);
-    const Rows keys =
-        fetch(at_keys(source_of(p.key, kv / p.key_heads, kv % p.key_heads), list, a, n), n, p.dim, is_dot, s.key_copy);
-    const i64 depth = depth_of(is_dot, p.dim);
-    if (kHasDot && is_dot) {
-      dot_rows<kHasDot>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
-    } else {
-      dot_rows<false>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
-    }
-    bool all = true;
-    for (i64 r = 0; r < rows; ++r) {
-      float* scores = s.scores + r * kDecodeKeys;
-      all &= mask_row(p, list, s.rows[r], a, a + n, scores);
-      const float rescale = exponentiate_row(s.rows[r], n, scores, is_dot);
-      if (rescale != 1.0f) {
-        for (i64 c = 0; c < padded; c += kLanes) {
-          float* at = s.out + r * padded + c;
-          store(at, load(at) * rescale);
-        }
+  std::memset(s.out, 0, rows * pad_lanes(p.value_dim) * 4);
+  return hull;
+}
+
+// Multiplies the queries with the keys of places [a, a + n), replaces the scores by weights, and rescales earlier sums.
+// Returns whether every row sees all of these keys.
+MMK_INLINE bool weigh_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows) {
+  const AttentionParams& p = s.p;
+  const bool is_dot = s.is_dot;
+  const Source source = at_keys(source_of(p.key, kv / p.key_heads, kv % p.key_heads), list, a, n);
+  const Rows keys = fetch(source, n, p.dim, is_dot, s.key_copy);
+  const i64 query_row = row_bytes(is_dot, p.dim), depth = depth_of(is_dot, p.dim), padded = pad_lanes(p.value_dim);
+  if (kHasDot && is_dot) {
+    dot_rows<kHasDot>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
+  } else {
+    dot_rows<false>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
+  }
+  bool all = true;
+  for (i64 r = 0; r < rows; ++r) {
+    float* scores = s.scores + r * kDecodeKeys;
+    all &= mask_row(p, list, s.rows[r], a, a + n, scores);
+    const float rescale = exponentiate_row(s.rows[r], n, scores, is_dot);
+    if (rescale != 1.0f) {
+      for (i64 c = 0; c < padded; c += kLanes) {
+        float* at = s.out + r * padded + c;
+        store(at, load(at) * rescale);
       }
     }
+  }
+  return all;
+}
+
+inline void decode(const AttentionParams& p, i64 kv, i64 block, i64 split, char* memory) {
+  const DecodeScratch s{{memory}, p};
+  const KeyList list = list_of(p, kv);
+  const i64 first_row = block * kDecodeRows, rows = least(kDecodeRows, decode_rows(p) - first_row);
+  const Span hull = begin_decode(s, list, kv, first_row, rows);
+  const i64 share = most<i64>(0, hull.last - hull.first + p.splits - 1) / p.splits;
+  const i64 first = hull.first + split * share, last = least(hull.last, first + share);
+  for (i64 a = first; a < last; a += kDecodeKeys) {
+    const i64 n = least(kDecodeKeys, last - a);
+    const bool all = weigh_keys(s, list, kv, a, n, rows);
     const Source source = at_keys(source_of(p.value, kv / p.key_heads, kv % p.key_heads), list, a, n);
-    const Rows values = fetch(source, n, p.value_dim, is_dot, s.value_copy, !is_dot);
-    add_decoded(p, s, rows, values, n, !all && !all_finite(values, n, p.value_dim, is_dot));
+    const Rows values = fetch(source, n, p.value_dim, s.is_dot, s.value_copy, !s.is_dot);
+    add_decoded(s, rows, values, n, !all && !all_finite(values, n, p.value_dim, s.is_dot));
   }
   for (i64 r = 0; r < rows; ++r) {
+    const DecodeRow& row = s.rows[r];
+    const float* out = s.out + r * pad_lanes(p.value_dim);
     if (p.splits == 1) {
-      write_decoded(p, s.rows[r], s.out + r * padded);
+      write_decoded(p, row, out);
       continue;
     }
     float* to = partial_at(p, kv, split, first_row + r);
-    std::memcpy(to, s.out + r * padded, p.value_dim * 4);
-    to[p.value_dim] = s.rows[r].maximum;
-    to[p.value_dim + 1] = s.rows[r].total;
-    to[p.value_dim + 2] = s.rows[r].sees ? 1.0f : 0.0f;
+    std::memcpy(to, out, p.value_dim * 4);
+    to[p.value_dim] = row.maximum;
+    to[p.value_dim + 1] = row.total;
+    to[p.value_dim + 2] = row.sees ? 1.0f : 0.0f;
   }
 }
 
@@ -370,5 +369,4 @@ inline void decode_merge(const AttentionParams& p, i64 kv) {
   }
 }
 
-} // namespace MMK_ISA
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

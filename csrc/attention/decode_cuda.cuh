@@ -64,15 +64,63 @@ MMK_DEVICE void write_row(const DecodeProblem& p, int b, int h, int i, int dim, 
   }
 }
 
-// The keys of the slice from `first` on that exist and that any row may see, as bits. `valid`: whether key
-// first + lane % 16 is valid.
-MMK_DEVICE std::uint32_t existing_keys(bool valid, int first, const BlockSpan& all, int lane) {
-  return vote(lane < kSliceKeys && valid && first + lane < all.last);
-}
-MMK_DEVICE bool key_valid(const DecodeProblem& p, int b, int first, const BlockSpan& all, int lane) {
-  const int j = first + lane % kSliceKeys;
-  return p.key_valid == nullptr || (j < all.last && load_global(p.key_valid + b * p.valid_b + j * p.valid_j) != 0);
-}
+// A warp's slices of keys and values on their way to shared memory: in each tile of the block's split the warp loads
+// one, `kStages - 1` tiles ahead of the products.
+template <class T, int D> struct SlicePipeline {
+  static constexpr int kSliceBytes = kSliceKeys * D * 2, kStageBytes = 2 * kDecodeWarps * kSliceBytes;
+
+  const DecodeProblem& p;
+  int b, warp, lane;
+  BlockSpan all;
+  int first_tile, last_tile;
+  const T *key, *value;
+  std::uint32_t stages, slices; // addresses in shared memory
+  bool valid;                   // key lane % 16 of the slice that is loaded next
+
+  MMK_DEVICE SlicePipeline(const DecodeProblem& p, int b, int kv, int split, std::uint32_t shared)
+      : p(p), b(b), warp(threadIdx.x / 32), lane(threadIdx.x % 32), all(block_span(p, b)),
+        key(static_cast<const T*>(p.key) + b * p.key_b + kv * p.key_h),
+        value(static_cast<const T*>(p.value) + b * p.value_b + kv * p.value_h), stages(shared),
+        slices(shared + decode_slices_offset(D)) {
+    const std::int64_t tiles = (all.last - all.first + kStageKeys - 1) / kStageKeys;
+    first_tile = static_cast<int>(tiles * split / p.splits);
+    last_tile = static_cast<int>(tiles * (split + 1) / p.splits);
+    valid = key_valid(slice_key(first_tile, warp));
+  }
+
+  MMK_DEVICE int slice_key(int tile, int slice) const {
+    return all.first + tile * kStageKeys + slice * kSliceKeys;
+  }
+  MMK_DEVICE std::uint32_t keys_at(int stage, int slice) const { // their values follow
+    return stages + stage * kStageBytes + slice * 2 * kSliceBytes;
+  }
+  // The keys of a slice that are read, as bits.
+  MMK_DEVICE std::uint32_t existing_keys(int stage, int slice) const {
+    return load_shared(slices + (stage * kDecodeWarps + slice) * 4);
+  }
+
+  // Starts the copies of the warp's slice of a tile as one group, an empty one past the end.
+  MMK_DEVICE void start_load(int tile) {
+    if (tile < last_tile) {
+      const int stage = (tile - first_tile) % kStages, first = slice_key(tile, warp);
+      const std::uint32_t existing = vote(lane < kSliceKeys && valid && first + lane < all.last);
+      const std::uint32_t keys = keys_at(stage, warp);
+      valid = key_valid(first + kStageKeys);
+      load_slice<D>(keys, keys + kSliceBytes, key, value, p, first, existing, lane);
+      if (lane == 0) {
+        store_shared(slices + (stage * kDecodeWarps + warp) * 4, existing);
+      }
+    }
+    copy_commit();
+  }
+
+private:
+  // Whether key first + lane % 16 is valid.
+  MMK_DEVICE bool key_valid(int first) const {
+    const int j = first + lane % kSliceKeys;
+    return p.key_valid == nullptr || (j < all.last && load_global(p.key_valid + b * p.valid_b + j * p.valid_j) != 0);
+  }
+};
 
 // Merges the warps' results in shared memory, to the output, or to the workspace where keys are split over blocks.
 template <class T, int D, int kRowTiles>
@@ -117,53 +165,28 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_resident(D))
   const int split = static_cast<int>(blockIdx.x % p.splits);
   const std::int64_t head = blockIdx.x / p.splits;
   const int b = static_cast<int>(head / p.key_heads), kv = static_cast<int>(head % p.key_heads);
-  const T* key = static_cast<const T*>(p.key) + b * p.key_b + kv * p.key_h;
-  const T* value = static_cast<const T*>(p.value) + b * p.value_b + kv * p.value_h;
-
-  const BlockSpan all = block_span(p, b);
-  const std::int64_t tiles = (all.last - all.first + kStageKeys - 1) / kStageKeys;
-  const int first_tile = static_cast<int>(tiles * split / p.splits);
-  const int last_tile = static_cast<int>(tiles * (split + 1) / p.splits);
-  const auto slice_key = [&](int tile, int slice) { return all.first + tile * kStageKeys + slice * kSliceKeys; };
-
   char* const shared = dynamic_shared();
-  constexpr int slice_bytes = kSliceKeys * D * 2, stage_bytes = 2 * kDecodeWarps * slice_bytes;
-  const std::uint32_t stages = shared_address(shared), slices = stages + decode_slices_offset(D);
-  const auto keys_at = [&](int stage, int slice) { return stages + stage * stage_bytes + slice * 2 * slice_bytes; };
-
-  bool valid = key_valid(p, b, slice_key(first_tile, warp), all, lane); // of the tile that is loaded next
-  const auto start_load = [&](int tile) { // one group of copies, an empty one past the end
-    if (tile < last_tile) {
-      const int stage = (tile - first_tile) % kStages, first = slice_key(tile, warp);
-      const std::uint32_t existing = existing_keys(valid, first, all, lane), keys = keys_at(stage, warp);
-      valid = key_valid(p, b, first + kStageKeys, all, lane);
-      load_slice<D>(keys, keys + slice_bytes, key, value, p, first, existing, lane);
-      if (lane == 0) {
-        store_shared(slices + (stage * kDecodeWarps + warp) * 4, existing);
-      }
-    }
-    copy_commit();
-  };
+  SlicePipeline<T, D> pipeline(p, b, kv, split, shared_address(shared));
   const auto sync_team = [] { kRowTiles == 1 ? sync_warp() : __syncthreads(); };
 
 #pragma unroll 1
   for (int n = 0; n < kStages - 1; ++n) {
-    start_load(first_tile + n);
+    pipeline.start_load(pipeline.first_tile + n);
   }
   RowTile<T, D> rows;
   rows.load(p, b, kv, warp % kRowTiles * kTileRows, lane);
 #pragma unroll 1
-  for (int tile = first_tile; tile < last_tile; ++tile) {
+  for (int tile = pipeline.first_tile; tile < pipeline.last_tile; ++tile) {
     copy_wait<kStages - 2>();
     sync_team(); // all copies of the tile have landed, and no warp still reads the stage that is filled next
-    start_load(tile + kStages - 1);
-    const int stage = (tile - first_tile) % kStages;
+    pipeline.start_load(tile + kStages - 1);
+    const int stage = (tile - pipeline.first_tile) % kStages;
 #pragma unroll 1
     for (int n = 0; n < kRowTiles; ++n) {
       const int slice = team * kRowTiles + n;
-      const std::uint32_t keys = keys_at(stage, slice),
-                          existing = load_shared(slices + (stage * kDecodeWarps + slice) * 4);
-      rows.take(keys, keys + slice_bytes, slice_key(tile, slice), existing, all, p.scale, lane);
+      const std::uint32_t keys = pipeline.keys_at(stage, slice), existing = pipeline.existing_keys(stage, slice);
+      rows.attend_slice(keys, keys + pipeline.kSliceBytes, pipeline.slice_key(tile, slice), existing, pipeline.all,
+                        p.scale, lane);
     }
   }
   copy_wait<0>();

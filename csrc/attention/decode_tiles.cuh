@@ -152,7 +152,7 @@ template <class T, int D> struct RowTile {
 
   // Scores to probabilities relative to the largest score so far; earlier sums are made relative to it too. Where the
   // largest is infinite nothing is subtracted: exp2 gives 0 or inf, which is right for the sums.
-  MMK_DEVICE void soften(float (&s)[2][4]) {
+  MMK_DEVICE void update_softmax(float (&s)[2][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float most = fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]), fmaxf(s[1][2 * half], s[1][2 * half + 1]));
@@ -194,8 +194,8 @@ template <class T, int D> struct RowTile {
 
   // The non-finite path: a value that is not finite is hidden from some row, and a matrix instruction would compute
   // 0 * NaN.
-  MMK_DEVICE void multiply_values_seen(const float (&s)[2][4], std::uint32_t values, const std::uint32_t (&seen)[2],
-                                       int lane) {
+  MMK_DEVICE void multiply_visible_values(const float (&s)[2][4], std::uint32_t values,
+                                          const std::uint32_t (&visible)[2], int lane) {
 #pragma unroll 1
     for (int place = 0; place < kSliceKeys; ++place) {
       const int holder = lane / 4 * 4 + place % 8 / 2;
@@ -212,35 +212,35 @@ template <class T, int D> struct RowTile {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float x = widen(T{static_cast<std::uint16_t>(pair >> 16 * e)});
-          sums[n][e] += seen[0] >> place & 1 ? weight[0] * x : 0.0f;
-          sums[n][2 + e] += seen[1] >> place & 1 ? weight[1] * x : 0.0f;
+          sums[n][e] += visible[0] >> place & 1 ? weight[0] * x : 0.0f;
+          sums[n][2 + e] += visible[1] >> place & 1 ? weight[1] * x : 0.0f;
         }
       }
     }
   }
 
   // Processes a slice of 16 keys from `first` on. Rows see the keys of their span that are in `existing`.
-  MMK_DEVICE void take(std::uint32_t keys, std::uint32_t values, int first, std::uint32_t existing,
-                       const BlockSpan& all, float scale, int lane) {
+  MMK_DEVICE void attend_slice(std::uint32_t keys, std::uint32_t values, int first, std::uint32_t existing,
+                               const BlockSpan& all, float scale, int lane) {
     float s[2][4] = {};
     multiply_keys(s, keys, lane);
-    const std::uint32_t seen[2] = {keys_of(span[0], first) & existing, keys_of(span[1], first) & existing};
+    const std::uint32_t visible[2] = {keys_of(span[0], first) & existing, keys_of(span[1], first) & existing};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      sees[half] |= seen[half] != 0;
-      const std::uint32_t seen_by_lane = seen[half] >> 2 * (lane % 4);
+      sees[half] |= visible[half] != 0;
+      const std::uint32_t visible_to_lane = visible[half] >> 2 * (lane % 4);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        s[0][2 * half + e] = seen_by_lane >> e & 1 ? s[0][2 * half + e] * scale : -kInfinity;
-        s[1][2 * half + e] = seen_by_lane >> (8 + e) & 1 ? s[1][2 * half + e] * scale : -kInfinity;
+        s[0][2 * half + e] = visible_to_lane >> e & 1 ? s[0][2 * half + e] * scale : -kInfinity;
+        s[1][2 * half + e] = visible_to_lane >> (8 + e) & 1 ? s[1][2 * half + e] * scale : -kInfinity;
       }
     }
-    soften(s);
+    update_softmax(s);
     const int last = first + kSliceKeys < all.last ? first + kSliceKeys : all.last;
     // Then a row sees all keys of the slice, or its output is 0 whatever the values are.
     const bool all_alike = first >= all.shared_first && last <= all.shared_last;
     if (!all_alike && has_non_finite<D, T>(values, lane)) {
-      multiply_values_seen(s, values, seen, lane);
+      multiply_visible_values(s, values, visible, lane);
     } else {
       multiply_values(s, values, lane);
     }

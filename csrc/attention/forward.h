@@ -5,8 +5,7 @@
 
 #include "tile.h"
 
-namespace mmkernels {
-namespace MMK_ISA {
+namespace mmkernels::MMK_ISA {
 
 constexpr float kSlack = 8.0f; // log2 of the largest weight: by so much a score may exceed the stored maximum
 
@@ -46,11 +45,11 @@ inline bool update_maximum(const float* scores, i64 count, i64 lanes, bool natur
     for (int i = 1; i < 4; ++i) {
       maxima[0] = max_skip_nan(maxima[0], maxima[i]);
     }
-    const Vec seen = maxima[0] * factor, old = load(maximum + n);
-    const IVec grows = seen > old + kSlack;
+    const Vec largest = maxima[0] * factor, old = load(maximum + n);
+    const IVec grows = largest > old + kSlack;
     if (bits_of(grows) != 0) {
       moved = true;
-      const Vec now = grows != 0 ? seen : old;
+      const Vec now = grows != 0 ? largest : old;
       const Vec by = grows != 0 ? exp2((old - now) * unit) : set1(1.0f);
       store(maximum + n, now);
       store(total + n, load(total + n) * by);
@@ -110,35 +109,35 @@ MMK_INLINE void exponentiate(float* scores, i64 count, i64 lanes, bool natural, 
   }
 }
 
-struct ForwardScratch {
-  float *scores, *rescale;
-  Word *words, *kept;
-  char *row_copy, *key_copy, *value_copy, *value_pairs, *zeroed, *zeroed_pairs;
+// Scratch of one task, beside its rows' state. Members are taken in the order of their declaration.
+struct ForwardScratch : Arena {
+  const AttentionParams& p;
+  const bool with_values;
+  const bool is_dot = uses_dot(p.query.type);
+  float* scores = take<float>(kTileKeys * kPanel);
+  float* rescale = take<float>(kPanel);
+  Word* words = take<Word>(kTileKeys + 1, 1);
+  Word* kept = take<Word>(kTileKeys);
+  char* row_copy = take<char>(kPanel * row_bytes(is_dot, p.dim));
+  char* key_copy = take<char>(Tile::copy_bytes(is_dot, p.dim));
+  const i64 value_copy = with_values ? Tile::copy_bytes(is_dot, p.value_dim) : 0;
+  const i64 value_pairs = with_values ? Tile::pairs_bytes(is_dot, p.value_dim) : 0;
+  const Tile::Scratch values = {take<char>(value_copy), take<char>(value_pairs), take<char>(value_copy),
+                                take<char>(value_pairs)};
 };
 
-// Adds the tile's weighted values to the output. A hidden value that is not finite must not reach the output: on the
-// non-finite path it is multiplied as 0, and then added to the rows that see it.
-inline void add_values(const RowState& s, Tile& values, const VisibleKeys& visible, const float* weights, i64 value_dim,
-                       const ForwardScratch& scratch) {
+// Adds the tile's weighted values to the output. On the non-finite path a value that is not finite is multiplied as 0,
+// and then added to the rows that see it.
+inline void add_values(const RowState& s, Tile& values, const VisibleKeys& visible, const float* weights,
+                       i64 value_dim) {
   const i64 n = visible.b - visible.a, lanes = s.panel.lanes;
-  const bool is_dot = values.dot();
-  const i64 depth = is_dot ? (n + 1) / 2 : n;
-  // No key is hidden; but the last of an odd number of rows is paired with one that may be.
-  const bool plain = visible.words == nullptr && !(is_dot && n % 2 != 0);
-  if (plain || values.finite()) {
-    gemm(is_dot, values.columns_from(visible.a), weights, lanes * 4, s.out, lanes, value_dim, lanes / kLanes, depth,
-         s.begun);
+  const bool is_dot = values.dot(), safe = values.is_safe(visible);
+  const Operand columns = safe ? values.columns_from(visible.a) : values.zeroed_columns_from(visible.a, n);
+  gemm(is_dot, columns, weights, lanes * 4, s.out, lanes, value_dim, lanes / kLanes, is_dot ? (n + 1) / 2 : n, s.begun);
+  if (safe) {
     return;
   }
-  const Rows rows = values.rows_from(visible.a);
-  const Rows zeroed = zero_non_finite(rows, n, value_dim, is_dot, scratch.zeroed);
-  Operand columns{zeroed.data, 4, zeroed.stride};
-  if (is_dot) {
-    interleave_rows(zeroed, n, value_dim, scratch.zeroed_pairs);
-    columns = {scratch.zeroed_pairs, 4, pad_lanes(value_dim) * 4};
-  }
-  gemm(is_dot, columns, weights, lanes * 4, s.out, lanes, value_dim, lanes / kLanes, depth, s.begun);
-  each_non_finite(rows, n, value_dim, is_dot, [&](i64 r, i64 c, float x) {
+  each_non_finite(values.rows_from(visible.a), n, value_dim, is_dot, [&](i64 r, i64 c, float x) {
     for (i64 q = 0; q < s.panel.count; ++q) {
       if (visible.words == nullptr || (visible.words[r] >> q & 1)) {
         s.out[c * lanes + q] += x;
@@ -183,17 +182,11 @@ inline void attend(const AttentionParams& p, const KeyList& list, RowState& s, T
       }
     }
   }
-  const Word* kept = nullptr;
-  if (p.dropout) {
-    kept_words(p, s.panel, list, visible.a, visible.b, scratch.kept);
-    kept = scratch.kept;
-  }
-  if (values.dot()) {
-    exponentiate<true>(scratch.scores, n, lanes, natural, factor, s.maximum, s.total, kept, p.keep_scale);
-  } else {
-    exponentiate<false>(scratch.scores, n, lanes, natural, factor, s.maximum, s.total, kept, p.keep_scale);
-  }
-  add_values(s, values, visible, scratch.scores, p.value_dim, scratch);
+  const Word* kept = kept_words(p, s.panel, list, visible, scratch.kept);
+  with_pairs(values.dot(), [&](auto pairs) {
+    exponentiate<pairs()>(scratch.scores, n, lanes, natural, factor, s.maximum, s.total, kept, p.keep_scale);
+  });
+  add_values(s, values, visible, scratch.scores, p.value_dim);
   s.begun = true;
 }
 
@@ -202,9 +195,9 @@ inline void attend(const AttentionParams& p, const KeyList& list, RowState& s, T
 inline void write_lse(const AttentionParams& p, const RowState& s) {
   float* lse = p.lse + (s.panel.b * p.heads + s.panel.h) * p.q_len + s.panel.i0;
   for (i64 q = 0; q < s.panel.count; ++q) {
-    const bool seen = s.sees >> q & 1;
+    const bool sees = s.sees >> q & 1;
     const float maximum = is_natural(p) ? s.maximum[q] : s.maximum[q] * kLn2;
-    lse[q] = s.total[q] != 0.0f ? maximum + __builtin_log2f(s.total[q]) * kLn2 : (seen ? __builtin_nanf("") : -kInf);
+    lse[q] = s.total[q] != 0.0f ? maximum + __builtin_log2f(s.total[q]) * kLn2 : (sees ? __builtin_nanf("") : -kInf);
   }
 }
 
@@ -213,52 +206,36 @@ inline void finish(const AttentionParams& p, const RowState& s, float* factor) {
   const Panel& panel = s.panel;
   const float gate = p.gate != nullptr ? p.gate[panel.h] : 1.0f;
   for (i64 q = 0; q < panel.lanes; ++q) {
-    const bool seen = s.sees >> q & 1;
-    factor[q] = s.total[q] != 0.0f ? gate / s.total[q] : (seen ? __builtin_nanf("") : 0.0f);
+    const bool sees = s.sees >> q & 1;
+    factor[q] = s.total[q] != 0.0f ? gate / s.total[q] : (sees ? __builtin_nanf("") : 0.0f);
   }
   if (!s.begun) {
     std::memset(s.out, 0, p.value_dim * panel.lanes * 4);
   }
-  write_rows(s.out, panel.lanes, p.value_dim, factor, p.out, panel.b, panel.h, panel.i0, panel.count);
+  write_rows(s.out, p.value_dim, factor, p.out, panel);
   write_lse(p, s);
 }
 
-inline void begin_rows(const AttentionParams& p, const KeyList& list, i64 kv, i64 index, RowState& s, Arena& arena,
-                       char* copy, i64 out_rows) {
+// Begins the state of panel `index` of kv.
+MMK_OUTLINE void begin_rows(const AttentionParams& p, const KeyList& list, i64 kv, i64 index, RowState& s,
+                            ForwardScratch& scratch) {
   s.panel = panel_at(p, kv, index);
   spans_of_panel(p, s.panel, list, s.spans);
-  const bool is_dot = uses_dot(p.query.type);
+  const bool is_dot = scratch.is_dot;
   const i64 depth = depth_of(is_dot, p.dim), lanes = s.panel.lanes;
-  s.query = arena.take<float>(depth * lanes);
-  s.out = arena.take<float>(out_rows * lanes);
-  s.maximum = arena.take<float>(lanes);
-  s.total = arena.take<float>(lanes);
+  s.query = scratch.take<float>(depth * lanes);
+  s.out = scratch.take<float>(scratch.with_values ? p.value_dim * lanes : 0);
+  s.maximum = scratch.take<float>(lanes);
+  s.total = scratch.take<float>(lanes);
   s.sees = 0;
   s.begun = false;
   for (i64 q = 0; q < lanes; ++q) {
     s.maximum[q] = -kInf;
     s.total[q] = 0.0f;
   }
-  Source source = source_of(p.query, s.panel.b, s.panel.h);
-  source.data += s.panel.i0 * source.l * bytes_of(source.type);
-  transpose_rows(fetch(source, s.panel.count, p.dim, is_dot, copy), s.panel.count, depth, lanes, s.query);
-}
-
-inline ForwardScratch take_scratch(const AttentionParams& p, Arena& arena, bool with_values) {
-  const bool is_dot = uses_dot(p.query.type);
-  const i64 copied = Tile::copy_bytes(is_dot, p.value_dim), paired = Tile::pairs_bytes(is_dot, p.value_dim);
-  ForwardScratch s;
-  s.scores = arena.take<float>(kTileKeys * kPanel);
-  s.rescale = arena.take<float>(kPanel);
-  s.words = arena.take<Word>(kTileKeys + 1, 1);
-  s.kept = arena.take<Word>(kTileKeys);
-  s.row_copy = arena.take<char>(kPanel * row_bytes(is_dot, p.dim));
-  s.key_copy = arena.take<char>(Tile::copy_bytes(is_dot, p.dim));
-  s.value_copy = with_values ? arena.take<char>(copied) : nullptr;
-  s.value_pairs = with_values ? arena.take<char>(paired) : nullptr;
-  s.zeroed = with_values ? arena.take<char>(copied) : nullptr;
-  s.zeroed_pairs = with_values ? arena.take<char>(paired) : nullptr;
-  return s;
+  const Source source = source_of(p.query, s.panel.b, s.panel.h, s.panel.i0);
+  const Rows query = fetch(source, s.panel.count, p.dim, is_dot, scratch.row_copy);
+  transpose_rows(query, s.panel.count, depth, lanes, s.query);
 }
 
 inline i64 panel_bytes(const AttentionParams& p, i64 out_rows) {
@@ -266,34 +243,28 @@ inline i64 panel_bytes(const AttentionParams& p, i64 out_rows) {
 }
 
 inline i64 forward_scratch(const AttentionParams& p, i64 panels) {
-  Arena arena{nullptr};
-  take_scratch(p, arena, true);
-  return arena.used + panels * panel_bytes(p, p.value_dim);
+  return ForwardScratch{{nullptr}, p, true}.used + panels * panel_bytes(p, p.value_dim);
 }
 
 inline void forward(const AttentionParams& p, i64 kv, i64 first, i64 last, char* memory) {
-  Arena arena{memory};
-  const ForwardScratch scratch = take_scratch(p, arena, true);
+  ForwardScratch scratch{{memory}, p, true};
   const KeyList list = list_of(p, kv);
   const i64 count = last - first;
-  RowState* rows = arena.take<RowState>(count);
+  RowState* rows = scratch.take<RowState>(count);
   i64 begin = list.count, end = 0;
-  const auto prefetch_query = [&](i64 index) {
-    const Panel panel = panel_at(p, kv, index);
-    prefetch_rows<false>(p.query, panel.b, panel.h, panel.i0, panel.count, p.dim);
-  };
+  const auto prefetch_query = [&](i64 index) { prefetch_rows<false>(p.query, panel_at(p, kv, index), p.dim); };
   prefetch_query(first);
   for (i64 i = 0; i < count; ++i) {
     if (i + 1 < count) {
       prefetch_query(first + i + 1);
     }
-    begin_rows(p, list, kv, first + i, rows[i], arena, scratch.row_copy, p.value_dim);
-    prefetch_rows<true>(p.out, rows[i].panel.b, rows[i].panel.h, rows[i].panel.i0, rows[i].panel.count, p.value_dim);
+    begin_rows(p, list, kv, first + i, rows[i], scratch);
+    prefetch_rows<true>(p.out, rows[i].panel, p.value_dim);
     begin = least(begin, rows[i].spans.first);
     end = most(end, rows[i].spans.last);
   }
-  Tile keys(p, p.key, list, kv, p.dim, scratch.key_copy, nullptr);
-  Tile values(p, p.value, list, kv, p.value_dim, scratch.value_copy, scratch.value_pairs);
+  Tile keys(p, p.key, list, kv, p.dim, {scratch.key_copy});
+  Tile values(p, p.value, list, kv, p.value_dim, scratch.values);
   for (i64 a = begin, b = 0; a < end; a = b) {
     b = least(a + kTileKeys, end);
     for (i64 i = 0; i < count; ++i) { // a panel that sees at most two tiles gets tiles that begin where its span does
@@ -319,5 +290,4 @@ inline void forward(const AttentionParams& p, i64 kv, i64 first, i64 last, char*
   }
 }
 
-} // namespace MMK_ISA
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

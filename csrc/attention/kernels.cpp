@@ -5,27 +5,27 @@
 #include "forward.h"
 #include "scores.h"
 
-namespace mmkernels {
+namespace mmkernels::MMK_ISA {
 
-extern const AttentionKernels MMK_OF_ISA(attention_kernels);
-const AttentionKernels MMK_OF_ISA(attention_kernels) = {
-    .panel = MMK_ISA::kPanel,
-    .word_bytes = sizeof(MMK_ISA::Word),
-    .mask_words = MMK_ISA::mask_words,
-    .plan_panels = MMK_ISA::plan_panels,
-    .forward_scratch = MMK_ISA::forward_scratch,
-    .forward = MMK_ISA::forward,
-    .decode_rows = MMK_ISA::kDecodeRows,
-    .decode_scratch = MMK_ISA::decode_scratch,
-    .decode = MMK_ISA::decode,
-    .decode_merge = MMK_ISA::decode_merge,
-    .backward_scratch = MMK_ISA::backward_scratch,
-    .backward = MMK_ISA::backward,
-    .backward_merge = MMK_ISA::backward_merge,
-    .scores_scratch = MMK_ISA::scores_scratch,
-    .scores_lse = MMK_ISA::scores_lse,
-    .received = MMK_ISA::received,
-    .weights = MMK_ISA::weights,
+extern const AttentionKernels attention_kernels;
+const AttentionKernels attention_kernels = {
+    .panel = kPanel,
+    .word_bytes = sizeof(Word),
+    .mask_words = mask_words,
+    .plan_panels = plan_panels,
+    .forward_scratch = forward_scratch,
+    .forward = forward,
+    .decode_rows = kDecodeRows,
+    .decode_scratch = scratch_bytes<DecodeScratch>,
+    .decode = decode,
+    .decode_merge = decode_merge,
+    .backward_scratch = scratch_bytes<BackwardScratch>,
+    .backward = backward,
+    .backward_merge = backward_merge,
+    .scores_scratch = scores_scratch,
+    .scores_lse = scores_lse,
+    .received = received,
+    .weights = weights,
 };
 
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

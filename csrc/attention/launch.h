@@ -17,21 +17,20 @@ namespace mmkernels {
 
 MMK_TABLES(AttentionKernels, attention_kernels)
 
-// A 4-D tensor; a dim of size 1 gets stride 0.
-inline View view_of(const Tensor& x) {
+// A 4-D tensor; a dim of size 1 gets stride 0, the last one only where columns may be shared.
+inline View view_of(const Tensor& x, bool shared_columns = false) {
   View v;
   v.data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
   v.type = type_of(x);
   v.b = shared_stride(x, 0);
   v.h = shared_stride(x, 1);
   v.l = shared_stride(x, 2);
-  v.d = x.size(3) == 1 ? 1 : x.stride(3);
+  v.d = x.size(3) == 1 ? (shared_columns ? 0 : 1) : x.stride(3);
   return v;
 }
-inline View bias_view_of(const Tensor& x) {
-  View v = view_of(x);
-  v.d = shared_stride(x, 3);
-  return v;
+
+template <typename T> Lines<T> lines_of(const Tensor& x, const T* data) {
+  return {data, shared_stride(x, 0), shared_stride(x, 1)};
 }
 
 // The arguments that every attention op has, and the memory that the params point to. The tensors of the call outlive
@@ -76,10 +75,8 @@ public:
     if (start.has_value() && end.has_value()) {
       check_sizes("start", *start, {p.batch, p.q_len}, true);
       check_sizes("end", *end, {p.batch, p.q_len}, true);
-      p.start = start->const_data_ptr<std::int32_t>();
-      p.end = end->const_data_ptr<std::int32_t>();
-      p.start_b = shared_stride(*start, 0), p.start_i = shared_stride(*start, 1);
-      p.end_b = shared_stride(*end, 0), p.end_i = shared_stride(*end, 1);
+      p.start = lines_of(*start, start->const_data_ptr<std::int32_t>());
+      p.end = lines_of(*end, end->const_data_ptr<std::int32_t>());
     }
     if (key_valid.has_value()) {
       check_sizes("key_valid", *key_valid, {key_valid->size(0) == 1 ? 1 : p.batch, p.k_len});
@@ -100,7 +97,7 @@ public:
   void set_bias(const OptionalTensor& bias) {
     if (bias.has_value()) {
       check_sizes("bias", *bias, {p.batch, p.heads, p.q_len, p.k_len}, true);
-      p.bias = bias_view_of(*bias);
+      p.bias = view_of(*bias, true);
     }
   }
 
@@ -132,7 +129,7 @@ public:
   void plan_panels() {
     if (p.dense != nullptr) {
       pack_dense_mask();
-    } else if (p.start_i != 0 || p.end_i != 0) {
+    } else if (p.start.i != 0 || p.end.i != 0) {
       group_queries();
     }
   }
@@ -159,19 +156,18 @@ private:
   // The valid keys of each batch entry of the keys. Keys that the batch shares: those that are valid for any query
   // batch entry.
   void list_keys(const Tensor& valid) {
-    const auto* data = static_cast<const std::uint8_t*>(valid.const_data_ptr()); // any byte but 0 is true
-    const i64 b_stride = shared_stride(valid, 0), j_stride = valid.stride(1);
+    const auto bytes = lines_of(valid, static_cast<const std::uint8_t*>(valid.const_data_ptr())); // not 0: true
     const i64 sharing = p.key_batch < p.batch && valid.size(0) > 1 ? p.batch : 1;
     index_.resize(p.key_batch);
     for (i64 b = 0; b < p.key_batch; ++b) {
-      if (b > 0 && b_stride == 0) {
+      if (b > 0 && bytes.b == 0) {
         lists_.push_back(lists_[0]);
         continue;
       }
       for (i64 j = 0; j < p.k_len; ++j) {
         bool any = false;
         for (i64 query_b = b; query_b < b + sharing; ++query_b) {
-          any |= data[query_b * b_stride + j * j_stride] != 0;
+          any |= bytes.data[query_b * bytes.b + j * bytes.i] != 0;
         }
         if (any) {
           index_[b].push_back(static_cast<std::int32_t>(j));
@@ -182,13 +178,12 @@ private:
     }
     p.lists = lists_.data();
     if (sharing > 1) {
-      p.key_valid = data;
-      p.valid_b = b_stride, p.valid_j = j_stride;
+      p.key_valid = bytes;
     }
   }
 
   void group_queries() {
-    const bool shared = p.start_b == 0 && p.end_b == 0;
+    const bool shared = p.start.b == 0 && p.end.b == 0;
     std::vector<std::vector<PanelRange>> ranges(shared ? 1 : p.batch, std::vector<PanelRange>(p.q_len));
     for (std::size_t b = 0; b < ranges.size(); ++b) {
       ranges[b].resize(k.plan_panels(p, static_cast<i64>(b), ranges[b].data()));

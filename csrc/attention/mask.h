@@ -2,165 +2,9 @@
 // bit for each query. A tile of keys whose words are all 0 is skipped; one whose words are all ones needs no mask.
 #pragma once
 
-#include <type_traits>
+#include "panel.h"
 
-#include "tensor_rows.h"
-
-namespace mmkernels {
-namespace MMK_ISA {
-
-using Word =
-    std::conditional_t<kPanel == 64, std::uint64_t, std::conditional_t<kPanel == 16, std::uint16_t, std::uint8_t>>;
-static_assert(sizeof(Word) * 8 == kPanel);
-
-// The queries i0 to i0 + count of one (b, h).
-struct Panel {
-  i64 b, h, i0, count, number; // number: its index among the panels of (b, h)
-  i64 vectors, lanes;
-  Word real; // a bit for each query
-};
-
-MMK_INLINE i64 panels_of(const AttentionParams& p) { // of one (b, h)
-  return p.panels != nullptr ? p.panel_count : (p.q_len + kPanel - 1) / kPanel;
-}
-MMK_INLINE i64 batches_sharing_keys(const AttentionParams& p) { // how many share one batch entry of the keys
-  return p.key_batch == p.batch ? 1 : p.batch;
-}
-MMK_INLINE i64 group_of(const AttentionParams& p) {
-  return p.heads / p.key_heads;
-}
-// Panel `index` of those that attend to key head `kv`, which are ordered by batch entry, query head, panel.
-inline Panel panel_at(const AttentionParams& p, i64 kv, i64 index) {
-  const i64 of_head = panels_of(p), group = group_of(p);
-  Panel panel;
-  panel.number = index % of_head;
-  const i64 row = index / of_head;
-  panel.b = kv / p.key_heads + row / group;
-  panel.h = kv % p.key_heads * group + row % group;
-  if (p.panels != nullptr) {
-    const PanelRange range = p.panels[panel.b * p.panel_count + panel.number];
-    panel.i0 = range.first;
-    panel.count = range.count;
-  } else {
-    panel.i0 = panel.number * kPanel;
-    panel.count = least<i64>(kPanel, p.q_len - panel.i0);
-  }
-  panel.vectors = (panel.count + kLanes - 1) / kLanes;
-  panel.lanes = panel.vectors * kLanes;
-  panel.real = panel.count == 0 ? (Word)0 : (Word)((Word) ~(Word)0 >> (kPanel - panel.count));
-  return panel;
-}
-
-MMK_INLINE KeyList list_of(const AttentionParams& p, i64 kv) {
-  return p.lists != nullptr ? p.lists[kv / p.key_heads] : KeyList{nullptr, p.k_len};
-}
-MMK_INLINE i64 key_at(const KeyList& list, i64 place) {
-  return list.index != nullptr ? list.index[place] : place;
-}
-// The first place whose key is not below `key`.
-MMK_INLINE i64 place_of(const KeyList& list, i64 key) {
-  if (list.index == nullptr) {
-    return key < 0 ? 0 : least(key, list.count);
-  }
-  i64 low = 0, high = list.count;
-  while (low < high) {
-    const i64 middle = (low + high) / 2;
-    if (list.index[middle] < key) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
-// The span of one query, in places of the key list.
-struct Span {
-  i64 first, last;
-};
-MMK_INLINE Span span_of(const AttentionParams& p, const KeyList& list, i64 b, i64 i) {
-  if (p.start == nullptr) {
-    return {0, list.count};
-  }
-  const i64 start = p.start[b * p.start_b + i * p.start_i], end = p.end[b * p.end_b + i * p.end_i];
-  const Span span{place_of(list, start), place_of(list, end)};
-  return span.first < span.last ? span : Span{0, 0};
-}
-
-// Cuts the queries of one batch entry into panels: a query joins the panel before it unless two panels are less work.
-// The work of a panel: the keys that any of its queries sees, times its vectors of queries plus one for the panel's
-// cost.
-inline i64 plan_panels(const AttentionParams& p, i64 b, PanelRange* ranges) {
-  const KeyList all{nullptr, p.k_len};
-  const auto work = [](i64 queries, i64 keys) { return ((queries + kLanes - 1) / kLanes + 1) * keys; };
-  const auto length = [](const Span& r) { return r.last - r.first; };
-  i64 panels = 0;
-  Span hull{0, 0};
-  i64 seen = 0; // keys that the panel sees
-  for (i64 i = 0; i < p.q_len;) {
-    const Span span = span_of(p, all, b, i);
-    i64 same = 1; // queries with the same span
-    while (i + same < p.q_len && same < kPanel) {
-      const Span next = span_of(p, all, b, i + same);
-      if (next.first != span.first || next.last != span.last) {
-        break;
-      }
-      ++same;
-    }
-    bool joins = false;
-    i64 taken = same;
-    if (panels > 0 && ranges[panels - 1].count < kPanel) {
-      PanelRange* last = ranges + panels - 1;
-      taken = least<i64>(same, kPanel - last->count);
-      const i64 shared = most<i64>(0, least(hull.last, span.last) - most(hull.first, span.first));
-      const i64 together = seen + length(span) - least(shared, seen);
-      joins = work(last->count + taken, together) <= work(last->count, seen) + work(taken, length(span));
-      if (joins) {
-        last->count += (std::int32_t)taken;
-        seen = together;
-        if (length(span) > 0) {
-          hull = length(hull) == 0 ? span : Span{least(hull.first, span.first), most(hull.last, span.last)};
-        }
-      }
-    }
-    if (!joins) {
-      taken = same;
-      ranges[panels++] = {(std::int32_t)i, (std::int32_t)taken};
-      hull = span;
-      seen = length(span);
-    }
-    i += taken;
-  }
-  return panels;
-}
-
-struct PanelSpans {
-  std::int32_t start[kPanel], end[kPanel];
-  i64 first, last;           // no query sees a place outside [first, last)
-  i64 full_first, full_last; // every query's span holds [full_first, full_last)
-};
-
-inline void spans_of_panel(const AttentionParams& p, const Panel& panel, const KeyList& list, PanelSpans& spans) {
-  spans.first = list.count;
-  spans.last = 0;
-  spans.full_first = 0;
-  spans.full_last = list.count;
-  const bool same = p.start == nullptr || (p.start_i == 0 && p.end_i == 0);
-  Span span{0, 0};
-  for (i64 q = 0; q < panel.count; ++q) {
-    if (q == 0 || !same) {
-      span = span_of(p, list, panel.b, panel.i0 + q);
-    }
-    spans.start[q] = (std::int32_t)span.first;
-    spans.end[q] = (std::int32_t)span.last;
-    if (span.first < span.last) {
-      spans.first = least(spans.first, span.first);
-      spans.last = most(spans.last, span.last);
-    }
-    spans.full_first = most(spans.full_first, span.first);
-    spans.full_last = least(spans.full_last, span.last);
-  }
-}
+namespace mmkernels::MMK_ISA {
 
 // The part [a, b) of a tile that at least one query of the panel sees. `words` is null where every query sees all of
 // it.
@@ -169,6 +13,47 @@ struct VisibleKeys {
   Word* words; // of the places a, a + 1, ...
   Word any;    // the queries that see any of them
 };
+
+// The words of the places from `a` on: the queries whose span holds each.
+inline void write_span_words(const Panel& panel, const PanelSpans& spans, i64 a, i64 count, Word* words) {
+  std::memset(words, 0, (count + 1) * sizeof(Word));
+  for (i64 q = 0; q < panel.count; ++q) { // a bit turns on where its span starts and off where it ends
+    const i64 from = most<i64>(spans.start[q] - a, 0), to = least<i64>(spans.end[q] - a, count);
+    if (from < to) {
+      words[from] ^= (Word)((Word)1 << q);
+      words[to] ^= (Word)((Word)1 << q);
+    }
+  }
+  Word on = 0;
+  for (i64 r = 0; r < count; ++r) {
+    on ^= words[r];
+    words[r] = on;
+  }
+}
+
+// Clears the bits of the places from `a` on that the dense mask or `key_valid` hides.
+inline void apply_masks(const AttentionParams& p, const Panel& panel, const KeyList& list, i64 a, i64 count,
+                        Word* words) {
+  if (p.words != nullptr) {
+    const Word* dense = (const Word*)p.words + panel.b * p.words_b + panel.h * p.words_h + panel.number * p.words_panel;
+    if (list.index == nullptr) {
+      for (i64 r = 0; r < count; ++r) {
+        words[r] &= dense[a + r];
+      }
+    } else {
+      for (i64 r = 0; r < count; ++r) {
+        words[r] &= dense[list.index[a + r]];
+      }
+    }
+  }
+  if (p.key_valid.data != nullptr) {
+    for (i64 r = 0; r < count; ++r) {
+      if (!p.key_valid.data[panel.b * p.key_valid.b + key_at(list, a + r) * p.key_valid.i]) {
+        words[r] = 0;
+      }
+    }
+  }
+}
 
 // words: room for b - a + 1 words; `align_to_pairs` may write one word in front of it.
 inline VisibleKeys find_visible(const AttentionParams& p, const Panel& panel, const KeyList& list,
@@ -179,46 +64,16 @@ inline VisibleKeys find_visible(const AttentionParams& p, const Panel& panel, co
     return {a, a, nullptr, 0};
   }
   const bool partial = a < spans.full_first || b > spans.full_last;
-  if (!partial && p.words == nullptr && p.key_valid == nullptr) {
+  if (!partial && p.words == nullptr && p.key_valid.data == nullptr) {
     return {a, b, nullptr, panel.real};
   }
   const i64 n = b - a;
-  if (partial) { // a bit turns on where its span starts and off where it ends
-    std::memset(words, 0, (n + 1) * sizeof(Word));
-    for (i64 q = 0; q < panel.count; ++q) {
-      const i64 from = most<i64>(spans.start[q] - a, 0), to = least<i64>(spans.end[q] - a, n);
-      if (from < to) {
-        words[from] ^= (Word)((Word)1 << q);
-        words[to] ^= (Word)((Word)1 << q);
-      }
-    }
-    Word on = 0;
-    for (i64 r = 0; r < n; ++r) {
-      on ^= words[r];
-      words[r] = on;
-    }
+  if (partial) {
+    write_span_words(panel, spans, a, n, words);
   } else {
     std::memset(words, 0xff, n * sizeof(Word));
   }
-  if (p.words != nullptr) {
-    const Word* dense = (const Word*)p.words + panel.b * p.words_b + panel.h * p.words_h + panel.number * p.words_panel;
-    if (list.index == nullptr) {
-      for (i64 r = 0; r < n; ++r) {
-        words[r] &= dense[a + r];
-      }
-    } else {
-      for (i64 r = 0; r < n; ++r) {
-        words[r] &= dense[list.index[a + r]];
-      }
-    }
-  }
-  if (p.key_valid != nullptr) {
-    for (i64 r = 0; r < n; ++r) {
-      if (!p.key_valid[panel.b * p.valid_b + key_at(list, a + r) * p.valid_j]) {
-        words[r] = 0;
-      }
-    }
-  }
+  apply_masks(p, panel, list, a, n, words);
   Word all = panel.real, any = 0;
   for (i64 r = 0; r < n; ++r) {
     words[r] &= panel.real;
@@ -293,5 +148,4 @@ inline void mask_words(const AttentionParams& p, i64 b, i64 h, i64 number) {
   }
 }
 
-} // namespace MMK_ISA
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

@@ -15,6 +15,12 @@ struct View {
   std::int64_t b = 0, h = 0, l = 0, d = 0;
 };
 
+// A [B, L] array; strides in elements, 0 where shared.
+template <typename T> struct Lines {
+  const T* data = nullptr;
+  std::int64_t b = 0, i = 0;
+};
+
 // The valid keys of one batch entry, in rising order. Kernels count keys by their places in this list.
 struct KeyList {
   const std::int32_t* index; // null: place r is key r
@@ -34,12 +40,10 @@ struct AttentionParams {
   View query, key, value, bias; // bias.data may be null
   const float* gate = nullptr;  // tanh(gate) [heads], or null
 
-  // The mask. Spans are int32 with their strides; `lists` has one entry for each batch entry of the keys.
-  const std::int32_t *start = nullptr, *end = nullptr;
-  std::int64_t start_b = 0, start_i = 0, end_b = 0, end_i = 0;
+  // The mask. `lists` has one entry for each batch entry of the keys.
+  Lines<std::int32_t> start, end;
   const KeyList* lists = nullptr;
-  const std::uint8_t* key_valid = nullptr; // only where batch entries with different masks share one list
-  std::int64_t valid_b = 0, valid_j = 0;
+  Lines<std::uint8_t> key_valid; // only where batch entries with different masks share one list
   const std::uint8_t* dense = nullptr;
   std::int64_t dense_b = 0, dense_h = 0, dense_i = 0, dense_j = 0;
   char* words = nullptr; // dense as bits: for each (b, h, panel) of the mask and each key, a bit for each query

@@ -1,14 +1,20 @@
-// Rows of one (b, h) of an attention tensor.
+// Rows of an attention tensor.
 #pragma once
 
 #include "../common/rows.h"
 #include "params.h"
 
-namespace mmkernels {
-namespace MMK_ISA {
+namespace mmkernels::MMK_ISA {
 
-MMK_INLINE Source source_of(const View& x, i64 b, i64 h) {
-  return {x.data + (b * x.b + h * x.h) * bytes_of(x.type), x.type, x.l, x.d, nullptr};
+MMK_INLINE char* row_at(const View& x, i64 b, i64 h, i64 i) {
+  return x.data + (b * x.b + h * x.h + i * x.l) * bytes_of(x.type);
+}
+// The rows of one (b, h), from row i on.
+MMK_INLINE Source source_of(const View& x, i64 b, i64 h, i64 i = 0) {
+  return {row_at(x, b, h, i), x.type, x.l, x.d, nullptr};
+}
+MMK_INLINE i64 key_at(const KeyList& list, i64 place) {
+  return list.index != nullptr ? list.index[place] : place;
 }
 // The rows of places first to first + count.
 MMK_INLINE Source at_keys(Source x, const KeyList& list, i64 first, i64 count) {
@@ -24,43 +30,33 @@ MMK_INLINE Source at_keys(Source x, const KeyList& list, i64 first, i64 count) {
   return x;
 }
 
-// Prefetches rows of one (b, h): they lie so far apart that the hardware does not.
-template <bool kToWrite> MMK_INLINE void prefetch_rows(const View& x, i64 b, i64 h, i64 first, i64 count, i64 cols) {
+// Stores the first `count` lanes, `stride` bytes apart. Not inlined: GCC would unroll it inside of its callers' loops.
+MMK_OUTLINE void store_strided(char* to, i64 stride, Type type, Vec v, i64 count) {
+  for (i64 i = 0; i < least<i64>(kLanes, count); ++i) {
+    store_one(to + i * stride, type, v[i]);
+  }
+}
+// Stores a vector to the columns of a row from column `c` on, as far as there are `cols` of them.
+MMK_INLINE void store_columns(const View& x, char* row, i64 c, i64 cols, Vec v) {
   const i64 size = bytes_of(x.type);
-  const char* base = x.data + (b * x.b + h * x.h + first * x.l) * size;
-  for (i64 r = 0; r < count && x.d == 1; ++r) {
-    for (i64 byte = 0; byte < cols * size; byte += 64) {
-      __builtin_prefetch(base + r * x.l * size + byte, kToWrite ? 1 : 0, 2);
+  if (x.d == 1) {
+    store_from_f32(row + c * size, x.type, v, cols - c);
+  } else {
+    store_strided(row + c * x.d * size, x.d * size, x.type, v, cols - c);
+  }
+}
+
+// Writes the sums of the places from `first` on to their keys' rows.
+inline void write_key_rows(const float* from, i64 cols, float scale, const View x, const KeyList& list, i64 kv,
+                           i64 key_heads, i64 first, i64 count) {
+  const i64 padded = pad_lanes(cols);
+  char* base = row_at(x, kv / key_heads, kv % key_heads, 0);
+  for (i64 r = 0; r < count; ++r) {
+    char* row = base + key_at(list, first + r) * x.l * bytes_of(x.type);
+    for (i64 c = 0; c < cols; c += kLanes) {
+      store_columns(x, row, c, cols, load(from + r * padded + c) * scale);
     }
   }
 }
 
-// Writes [channels, lanes] to `count` rows of one (b, h) of a tensor, each lane times its factor.
-inline void write_rows(const float* tile, i64 lanes, i64 channels, const float* factor, const View& x, i64 b, i64 h,
-                       i64 first, i64 count) {
-  const i64 size = bytes_of(x.type);
-  char* base = x.data + (b * x.b + h * x.h + first * x.l) * size;
-  for (i64 q = 0; q < count; q += kLanes) {
-    const Vec scale = load(factor + q);
-    for (i64 c = 0; c < channels; c += kLanes) {
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        block[i] = c + i < channels ? load(tile + (c + i) * lanes + q) * scale : zero();
-      }
-      transpose(block);
-      for (i64 i = 0; i < least<i64>(kLanes, count - q); ++i) {
-        char* row = base + (q + i) * x.l * size;
-        if (x.d == 1) {
-          store_from_f32(row + c * size, x.type, block[i], channels - c);
-        } else {
-          for (i64 n = 0; n < least<i64>(kLanes, channels - c); ++n) {
-            store_one(row + (c + n) * x.d * size, x.type, block[i][n]);
-          }
-        }
-      }
-    }
-  }
-}
-
-} // namespace MMK_ISA
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

@@ -7,8 +7,7 @@
 #include "../common/tile_gemm.h"
 #include "mask.h"
 
-namespace mmkernels {
-namespace MMK_ISA {
+namespace mmkernels::MMK_ISA {
 
 // Keys of a tile: its scores stay in the first-level cache beside the operands in use.
 constexpr i64 kTileKeys = 96;
@@ -16,11 +15,7 @@ constexpr i64 kTileKeys = 96;
 // Chooses between products of float32 and of bfloat16 pairs.
 MMK_INLINE void gemm(bool is_dot, Operand a, const void* b, i64 b_step, float* c, i64 c_row, i64 rows, i64 vectors,
                      i64 depth, bool add) {
-  if (kHasDot && is_dot) {
-    gemm<true>(a, b, b_step, c, c_row, rows, vectors, depth, add);
-  } else {
-    gemm<false>(a, b, b_step, c, c_row, rows, vectors, depth, add);
-  }
+  with_pairs(is_dot, [&](auto pairs) { gemm<pairs()>(a, b, b_step, c, c_row, rows, vectors, depth, add); });
 }
 
 // Products [count, lanes] of rows in the working format with the transposed queries.
@@ -39,7 +34,7 @@ inline void add_bias(const AttentionParams& p, const Panel& panel, const KeyList
                      float* scores, Word* words) {
   const View& x = p.bias;
   const i64 size = bytes_of(x.type), count = visible.b - visible.a;
-  const char* base = x.data + (panel.b * x.b + panel.h * x.h + panel.i0 * x.l) * size;
+  const char* base = row_at(x, panel.b, panel.h, panel.i0);
   const Vec scale = set1(p.scale), hidden = set1(-kInf), floor = set1(kLowestBias);
   for (i64 q = 0; q < panel.lanes; q += kLanes) {
     for (i64 r = 0; r < count; r += kLanes) {
@@ -112,15 +107,20 @@ MMK_INLINE void hide(const Panel& panel, const Word* words, i64 count, float* sc
   }
 }
 
-// For each place of [a, b), the bits of the queries whose probability dropout keeps.
-inline void kept_words(const AttentionParams& p, const Panel& panel, const KeyList& list, i64 a, i64 b, Word* kept) {
+// For each visible place, the bits of the queries whose probability dropout keeps; null without dropout.
+inline const Word* kept_words(const AttentionParams& p, const Panel& panel, const KeyList& list,
+                              const VisibleKeys& visible, Word* kept) {
+  if (!p.dropout) {
+    return nullptr;
+  }
+  const i64 a = visible.a, b = visible.b;
   UVec lane;
   for (int i = 0; i < kLanes; ++i) {
     lane[i] = (std::uint32_t)i;
   }
   std::memset(kept, 0, (b - a) * sizeof(Word));
   if (p.threshold >> 32 != 0) { // every probability is dropped
-    return;
+    return kept;
   }
   const std::uint32_t threshold = (std::uint32_t)p.threshold;
   for (i64 n = 0; n < panel.vectors; ++n) {
@@ -145,6 +145,7 @@ inline void kept_words(const AttentionParams& p, const Panel& panel, const KeyLi
       kept[r - a] |= (Word)(bits << (n * kLanes));
     }
   }
+  return kept;
 }
 
 // Transposes a tile [count, lanes] of places from `a` on to rows of queries: calls f(address, elements, count) for
@@ -178,9 +179,17 @@ MMK_INLINE void each_transposed_block(const Panel& panel, const KeyList& list, i
 // Keys or values of one tile, converted to the working format at the first use.
 class Tile {
 public:
-  Tile(const AttentionParams& p, const View& x, const KeyList& list, i64 kv, i64 cols, char* copy, char* pairs)
+  // Scratch; null where what it is for is not called.
+  struct Scratch {
+    char* copy;             // rows in the working format
+    char* pairs = nullptr;  // `columns_from`
+    char* zeroed = nullptr; // `zeroed_columns_from`
+    char* zeroed_pairs = nullptr;
+  };
+
+  Tile(const AttentionParams& p, const View& x, const KeyList& list, i64 kv, i64 cols, const Scratch& scratch)
       : source_(source_of(x, kv / p.key_heads, kv % p.key_heads)), list_(list), cols_(cols), dot_(uses_dot(x.type)),
-        copy_(copy), pairs_(pairs) {}
+        scratch_(scratch) {}
 
   // Moves to the places [first, first + count).
   void move(i64 first, i64 count) {
@@ -192,7 +201,7 @@ public:
   }
   Rows rows() {
     if (rows_.data == nullptr) {
-      rows_ = fetch(at_keys(source_, list_, first_, count_), count_, cols_, dot_, copy_);
+      rows_ = fetch(at_keys(source_, list_, first_, count_), count_, cols_, dot_, scratch_.copy);
     }
     return rows_;
   }
@@ -214,24 +223,37 @@ public:
       if (!paired_) {
         const Rows whole = rows();
         for (i64 r = 0; r < count_; ++r) {
-          std::memcpy(pairs_ + r * apart, whole.data + r * whole.stride, cols_ * 4);
+          std::memcpy(scratch_.pairs + r * apart, whole.data + r * whole.stride, cols_ * 4);
         }
         paired_ = true;
       }
-      return {pairs_ + (a - first_) * apart, 4, apart};
+      return {scratch_.pairs + (a - first_) * apart, 4, apart};
     }
     if (!paired_) {
-      interleave_rows(rows(), count_, cols_, pairs_);
+      interleave_rows(rows(), count_, cols_, scratch_.pairs);
       paired_ = true;
     }
     const i64 stride = pad_lanes(cols_) * 4;
-    return {pairs_ + (a - first_) / 2 * stride, 4, stride};
+    return {scratch_.pairs + (a - first_) / 2 * stride, 4, stride};
   }
-  bool finite() {
-    if (finite_ < 0) {
+  // The same for `count` rows, with 0 in place of NaN and inf.
+  Operand zeroed_columns_from(i64 a, i64 count) {
+    const Rows zeroed = zero_non_finite(rows_from(a), count, cols_, dot_, scratch_.zeroed);
+    if (!dot_) {
+      return {zeroed.data, 4, zeroed.stride};
+    }
+    interleave_rows(zeroed, count, cols_, scratch_.zeroed_pairs);
+    return {scratch_.zeroed_pairs, 4, pad_lanes(cols_) * 4};
+  }
+  // Whether a product that sums over the visible rows may use them all. A hidden row that is not finite must not reach
+  // it: NaN times a weight of 0 is NaN.
+  bool is_safe(const VisibleKeys& visible) {
+    // The last of an odd number of rows is paired with one that may be hidden.
+    const bool all_visible = visible.words == nullptr && !(dot_ && (visible.b - visible.a) % 2 != 0);
+    if (!all_visible && finite_ < 0) {
       finite_ = all_finite(rows(), count_, cols_, dot_);
     }
-    return finite_ != 0;
+    return all_visible || finite_ != 0;
   }
   bool dot() const {
     return dot_;
@@ -253,23 +275,11 @@ private:
   KeyList list_;
   i64 cols_;
   bool dot_;
-  char *copy_, *pairs_;
+  Scratch scratch_;
   i64 first_ = 0, count_ = 0;
   Rows rows_{nullptr, 0};
-  bool paired_ = false; // `pairs_` holds pairs of rows, or rows with another stride
-  int finite_ = -1;
+  bool paired_ = false; // `scratch_.pairs` holds pairs of rows, or rows with another stride
+  int finite_ = -1;     // -1: not computed yet
 };
 
-// float32 [rows, lanes] to pairs of neighbouring rows [(rows + 1) / 2, lanes], in place.
-inline void pair_in_place(float* tile, i64 rows, i64 lanes) {
-  for (i64 r = 0; r < rows; r += 2) {
-    for (i64 n = 0; n < lanes; n += kLanes) {
-      const Vec low = load(tile + r * lanes + n);
-      const Vec high = r + 1 < rows ? load(tile + (r + 1) * lanes + n) : zero();
-      store(tile + r / 2 * lanes + n, pair_bf16(low, high));
-    }
-  }
-}
-
-} // namespace MMK_ISA
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

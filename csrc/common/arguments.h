@@ -1,4 +1,4 @@
-// A kernel's arguments by name. Python makes an operator's schema from the op's record; a kernel here asks for what it
+// A kernel's arguments by name. Python makes an operator's schema from the op's record; a kernel here reads what it
 // needs by the record's names, so that neither the list nor its order is written again.
 #pragma once
 
@@ -6,6 +6,7 @@
 #include <ATen/core/stack.h>
 #include <torch/library.h>
 
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -28,12 +29,15 @@ public:
   double number(std::string_view name) const {
     return value(name).toDouble();
   }
+  const std::string& text(std::string_view name) const {
+    return value(name).toStringRef();
+  }
   bool flag(std::string_view name) const {
     return value(name).toBool();
   }
 
 private:
-  // Kernels ask in about the schema's order, so that the search begins behind the last argument that was found.
+  // Kernels read in about the schema's order, so that the search begins behind the last argument that was found.
   const c10::IValue& value(std::string_view name) const {
     const auto& arguments = schema_.arguments();
     for (std::size_t tried = 0; tried < arguments.size(); ++tried) {

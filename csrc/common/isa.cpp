@@ -11,7 +11,7 @@ std::atomic<int> chosen{-1}; // -1: the widest
 
 std::string detect_isa() {
 #if defined(__x86_64__)
-  // The builtins ask XGETBV too: an instruction set whose registers the OS does not save counts as absent.
+  // The builtins read XGETBV too: an instruction set whose registers the OS does not save counts as absent.
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
@@ -26,16 +26,8 @@ std::string detect_isa() {
 }
 
 const char* name_of(Isa isa) {
-  switch (isa) {
-  case Isa::avx512_bf16:
-    return "avx512_bf16";
-  case Isa::avx512:
-    return "avx512";
-  case Isa::avx2:
-    return "avx2";
-  default:
-    return "plain";
-  }
+  constexpr const char* names[] = {"avx512_bf16", "avx512", "avx2", "plain"};
+  return names[static_cast<int>(isa)];
 }
 
 const std::vector<Isa>& available_isas() {

@@ -6,7 +6,7 @@
 
 namespace mmkernels {
 
-enum class Isa { avx512_bf16, avx512, avx2, plain };
+enum class Isa { avx512_bf16, avx512, avx2, plain }; // name_of and MMK_TABLES list them in this order
 
 // The widest instruction set of this CPU and OS: avx512_bf16, avx512, avx2, neon or plain.
 std::string detect_isa();
@@ -20,27 +20,26 @@ void choose_isa(Isa isa);
 
 } // namespace mmkernels
 
-// Declares the tables `name_<instruction set>`, each defined by a kernels.cpp, and name(), which returns the table of
+// Declares the tables `<instruction set>::name`, each defined by a kernels.cpp, and name(), which returns the table of
 // the chosen instruction set.
+#define MMK_TABLE(Table, name, isa)                                                                                    \
+  namespace isa {                                                                                                      \
+  extern const Table name;                                                                                             \
+  }
 #if defined(MMKERNELS_X86)
 #define MMK_TABLES(Table, name)                                                                                        \
-  extern const Table name##_avx512_bf16, name##_avx512, name##_avx2, name##_plain;                                     \
+  MMK_TABLE(Table, name, avx512_bf16)                                                                                  \
+  MMK_TABLE(Table, name, avx512)                                                                                       \
+  MMK_TABLE(Table, name, avx2)                                                                                         \
+  MMK_TABLE(Table, name, plain)                                                                                        \
   inline const Table& name() {                                                                                         \
-    switch (chosen_isa()) {                                                                                            \
-    case Isa::avx512_bf16:                                                                                             \
-      return name##_avx512_bf16;                                                                                       \
-    case Isa::avx512:                                                                                                  \
-      return name##_avx512;                                                                                            \
-    case Isa::avx2:                                                                                                    \
-      return name##_avx2;                                                                                              \
-    default:                                                                                                           \
-      return name##_plain;                                                                                             \
-    }                                                                                                                  \
+    static constexpr const Table* tables[] = {&avx512_bf16::name, &avx512::name, &avx2::name, &plain::name};           \
+    return *tables[static_cast<int>(chosen_isa())];                                                                    \
   }
 #else
 #define MMK_TABLES(Table, name)                                                                                        \
-  extern const Table name##_plain;                                                                                     \
+  MMK_TABLE(Table, name, plain)                                                                                        \
   inline const Table& name() {                                                                                         \
-    return name##_plain;                                                                                               \
+    return plain::name;                                                                                                \
   }
 #endif

@@ -1,9 +1,9 @@
 // The peak of one instruction set: CMakeLists.txt compiles this file once for each, with MMK_ISA its name.
 #include "peak.h"
 
-namespace mmkernels {
+namespace mmkernels::MMK_ISA {
 
-extern const Multiply MMK_OF_ISA(multiply);
-const Multiply MMK_OF_ISA(multiply) = MMK_ISA::multiply;
+extern const Multiply multiply;
+const Multiply multiply = multiply_in_registers;
 
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

@@ -33,23 +33,32 @@ Memory allocate(std::int64_t bytes) {
   return Memory(static_cast<char*>(p));
 }
 
+// Memory that a thread keeps between calls.
+struct Kept {
+  Memory memory;
+  std::int64_t bytes = 0;
+
+  void reset() {
+    memory.reset();
+    bytes = 0;
+  }
+};
+
 // Scratch that each thread of a loop keeps, so that small calls neither allocate nor touch fresh pages: at most the
 // size of a second-level cache, which most calls' scratch fits.
 constexpr std::int64_t kMaxKeptScratch = 1 << 20;
-thread_local Memory kept_scratch;
-thread_local std::int64_t kept_scratch_bytes = 0;
+thread_local Kept kept_scratch;
 
 // The last workspace, which the thread that makes the calls keeps.
 constexpr std::int64_t kMaxKeptWorkspace = 1 << 22;
-thread_local Memory kept_workspace;
-thread_local std::int64_t kept_workspace_bytes = 0;
+thread_local Kept kept_workspace;
 
 } // namespace
 
 Workspace::Workspace(std::int64_t bytes) : data_(nullptr), bytes_(bytes) {
-  if (kept_workspace != nullptr && kept_workspace_bytes >= bytes) {
-    bytes_ = kept_workspace_bytes;
-    data_ = kept_workspace.release();
+  if (kept_workspace.memory != nullptr && kept_workspace.bytes >= bytes) {
+    bytes_ = kept_workspace.bytes;
+    data_ = kept_workspace.memory.release();
   } else {
     data_ = allocate(bytes).release();
   }
@@ -57,9 +66,8 @@ Workspace::Workspace(std::int64_t bytes) : data_(nullptr), bytes_(bytes) {
 
 Workspace::~Workspace() {
   Memory memory(data_);
-  if (bytes_ <= kMaxKeptWorkspace && (kept_workspace == nullptr || kept_workspace_bytes < bytes_)) {
-    kept_workspace = std::move(memory);
-    kept_workspace_bytes = bytes_;
+  if (bytes_ <= kMaxKeptWorkspace && (kept_workspace.memory == nullptr || kept_workspace.bytes < bytes_)) {
+    kept_workspace = {std::move(memory), bytes_};
   }
 }
 
@@ -83,11 +91,10 @@ void parallel_tasks(std::int64_t count, int threads, std::int64_t bytes,
       larger = allocate(bytes);
       scratch = larger.get();
     } else if (bytes > 0) {
-      if (kept_scratch_bytes < bytes) {
-        kept_scratch = allocate(bytes);
-        kept_scratch_bytes = bytes;
+      if (kept_scratch.bytes < bytes) {
+        kept_scratch = {allocate(bytes), bytes};
       }
-      scratch = kept_scratch.get();
+      scratch = kept_scratch.memory.get();
     }
     for (std::int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
       run(i, scratch);
@@ -109,7 +116,6 @@ void release_kept() {
   const auto release = [] {
     kept_scratch.reset();
     kept_workspace.reset();
-    kept_scratch_bytes = kept_workspace_bytes = 0;
   };
   release();
   const int threads = available_threads();

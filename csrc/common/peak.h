@@ -6,8 +6,7 @@
 #include "table.h"
 #include "tile_gemm.h"
 
-namespace mmkernels {
-namespace MMK_ISA {
+namespace mmkernels::MMK_ISA {
 
 // Multiplies and adds for some seconds; returns how many FLOP that were.
 template <bool kDot> double multiply_for(double seconds) {
@@ -45,9 +44,8 @@ template <bool kDot> double multiply_for(double seconds) {
   return flops;
 }
 
-inline double multiply(bool bf16, double seconds) {
+inline double multiply_in_registers(bool bf16, double seconds) {
   return kHasDot && bf16 ? multiply_for<kHasDot>(seconds) : multiply_for<false>(seconds);
 }
 
-} // namespace MMK_ISA
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

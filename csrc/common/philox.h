@@ -3,8 +3,7 @@
 
 #include "vec.h"
 
-namespace mmkernels {
-namespace MMK_ISA {
+namespace mmkernels::MMK_ISA {
 
 typedef std::uint64_t Wide __attribute__((vector_size(kLanes * 8)));
 
@@ -29,5 +28,4 @@ inline void philox(UVec& c0, UVec& c1, UVec& c2, UVec& c3, std::uint32_t k0, std
   }
 }
 
-} // namespace MMK_ISA
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

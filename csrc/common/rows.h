@@ -2,11 +2,12 @@
 // it), transposed, or interleaved in pairs.
 #pragma once
 
-#include "type.h"
-#include "vec.h"
+#include <type_traits>
 
-namespace mmkernels {
-namespace MMK_ISA {
+#include "float16.h"
+#include "type.h"
+
+namespace mmkernels::MMK_ISA {
 
 // Allocates scratch memory piece by piece, aligned to cache lines; without memory (null) it only counts bytes.
 struct Arena {
@@ -19,6 +20,11 @@ struct Arena {
     return p;
   }
 };
+
+// Bytes of a task's scratch: a struct that derives from `Arena`, whose next member is the call.
+template <typename Scratch, typename Params> i64 scratch_bytes(const Params& p) {
+  return Scratch{{nullptr}, p}.used;
+}
 
 MMK_INLINE constexpr int bytes_of(Type type) {
   return type == Type::f32 ? 4 : 2;
@@ -107,6 +113,15 @@ MMK_INLINE void store_from_f32(char* p, Type type, Vec v, i64 count) {
   }
 }
 
+// Stores kLanes elements in the working format.
+MMK_INLINE void store_working(char* p, bool is_dot, Vec v) {
+  if (is_dot) {
+    store_bf16((std::uint16_t*)p, v);
+  } else {
+    store(p, v);
+  }
+}
+
 // Rows of a matrix.
 struct Source {
   const char* data;
@@ -141,16 +156,15 @@ inline Rows fetch(const Source& x, i64 count, i64 cols, bool is_dot, char* to, b
       for (i64 c = 0; c < cols; c += kLanes) {
         store(row + c * 4, load_as_f32(from + c * size, x.type, cols - c));
       }
-    } else if (is_dot) {
-      std::memset(row, 0, stride);
-      for (i64 c = 0; c < cols; ++c) {
-        std::memcpy(row + c * 2, from + c * x.d * 2, 2);
-      }
     } else {
       std::memset(row, 0, stride);
       for (i64 c = 0; c < cols; ++c) {
-        const float y = load_one(from + c * x.d * size, x.type);
-        std::memcpy(row + c * 4, &y, 4);
+        const char* element = from + c * x.d * size;
+        if (is_dot) {
+          std::memcpy(row + c * 2, element, 2);
+        } else {
+          store_one(row + c * 4, Type::f32, load_one(element, x.type));
+        }
       }
     }
   }
@@ -159,7 +173,7 @@ inline Rows fetch(const Source& x, i64 count, i64 cols, bool is_dot, char* to, b
 
 // Transposes [count, depth] 32-bit elements to [depth, lanes]; lanes from `count` on are 0. `lanes` is a multiple of
 // kLanes.
-inline void transpose_rows(Rows rows, i64 count, i64 depth, i64 lanes, float* to) {
+MMK_INLINE void transpose_rows(Rows rows, i64 count, i64 depth, i64 lanes, float* to) {
   for (i64 q = 0; q < lanes; q += kLanes) {
     for (i64 k = 0; k < depth; k += kLanes) {
       Vec block[kLanes];
@@ -174,68 +188,47 @@ inline void transpose_rows(Rows rows, i64 count, i64 depth, i64 lanes, float* to
   }
 }
 
-#if defined(__AVX512F__)
-// Permutations that interleave the first, or last, 16 of 32 elements of two vectors.
-MMK_INLINE __m512i front_halves() {
-  return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
-                          3, 34, 2, 33, 1, 32, 0);
-}
-MMK_INLINE __m512i back_halves() {
-  return _mm512_or_si512(front_halves(), _mm512_set1_epi16(16));
-}
-#endif
-
-// Interleaves rows of bfloat16 [count, cols] to [(count + 1) / 2, cols padded]: pairs of the same column of two
-// neighbouring rows.
+// Interleaves rows of bfloat16 [count, cols] to [(count + 1) / 2, cols padded]: pairs of the same column of two rows
+// that follow each other. Only for instruction sets that multiply such pairs.
 inline void interleave_rows(Rows rows, i64 count, i64 cols, char* to) {
-  const i64 stride = pad_lanes(cols) * 4;
+#if defined(__AVX512BF16__)
+  // Permutations that interleave the first, or last, 16 of 32 elements of two vectors.
+  const __m512i front = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i back = _mm512_or_si512(front, _mm512_set1_epi16(16));
   for (i64 r = 0; r < count; r += 2) {
     const char* a = rows.data + r * rows.stride;
     const char* b = r + 1 < count ? a + rows.stride : nullptr;
-    std::uint32_t* out = (std::uint32_t*)(to + r / 2 * stride);
+    std::uint32_t* out = (std::uint32_t*)(to + r / 2 * pad_lanes(cols) * 4);
     i64 c = 0;
-#if defined(__AVX512F__)
-    for (; b != nullptr && c + 8 * kLanes <= cols;
-         c += 8 * kLanes) { // one row after the other, so that memory is read in order
-      __m512i low[4], high[4];
+    const auto interleave = [&](auto vectors) { // of each row, one row after the other: memory is read in order
+      constexpr int kCount = decltype(vectors)::value;
+      for (; b != nullptr && c + kCount * 2 * kLanes <= cols; c += kCount * 2 * kLanes) {
+        __m512i low[kCount];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        low[i] = _mm512_loadu_si512(a + (c + i * 2 * kLanes) * 2);
-      }
+        for (int i = 0; i < kCount; ++i) {
+          low[i] = _mm512_loadu_si512(a + (c + i * 2 * kLanes) * 2);
+        }
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        high[i] = _mm512_loadu_si512(b + (c + i * 2 * kLanes) * 2);
-        _mm512_storeu_si512(out + c + 2 * i * kLanes, _mm512_permutex2var_epi16(low[i], front_halves(), high[i]));
-        _mm512_storeu_si512(out + c + (2 * i + 1) * kLanes, _mm512_permutex2var_epi16(low[i], back_halves(), high[i]));
+        for (int i = 0; i < kCount; ++i) {
+          const __m512i high = _mm512_loadu_si512(b + (c + i * 2 * kLanes) * 2);
+          _mm512_storeu_si512(out + c + 2 * i * kLanes, _mm512_permutex2var_epi16(low[i], front, high));
+          _mm512_storeu_si512(out + c + (2 * i + 1) * kLanes, _mm512_permutex2var_epi16(low[i], back, high));
+        }
       }
-    }
-    for (; b != nullptr && c + 2 * kLanes <= cols; c += 2 * kLanes) {
-      const __m512i low = _mm512_loadu_si512(a + c * 2), high = _mm512_loadu_si512(b + c * 2);
-      _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(low, front_halves(), high));
-      _mm512_storeu_si512(out + c + kLanes, _mm512_permutex2var_epi16(low, back_halves(), high));
-    }
-#endif
+    };
+    interleave(std::integral_constant<int, 4>());
+    interleave(std::integral_constant<int, 1>());
     for (; c < cols; c += kLanes) {
-      const i64 n = cols - c;
-#if defined(__AVX512F__)
-      const __mmask16 some = (__mmask16)(n >= kLanes ? 0xffff : (1u << n) - 1);
+      const __mmask16 some = (__mmask16)(cols - c >= kLanes ? 0xffff : (1u << (cols - c)) - 1);
       const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, a + c * 2));
       const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(b != nullptr ? some : 0, b + c * 2));
       _mm512_storeu_si512(out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-#else
-      for (i64 i = 0; i < kLanes; ++i) {
-        std::uint16_t low = 0, high = 0;
-        if (i < n) {
-          std::memcpy(&low, a + (c + i) * 2, 2);
-          if (b != nullptr) {
-            std::memcpy(&high, b + (c + i) * 2, 2);
-          }
-        }
-        out[c + i] = low | ((std::uint32_t)high << 16);
-      }
-#endif
     }
   }
+#else
+  (void)rows, (void)count, (void)cols, (void)to;
+#endif
 }
 
 // Whether all of [count, cols] is finite.
@@ -277,5 +270,4 @@ template <typename F> void each_non_finite(Rows rows, i64 count, i64 cols, bool 
   }
 }
 
-} // namespace MMK_ISA
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "parallel.h"
 #include "type.h"
 
 namespace mmkernels {
@@ -30,6 +31,12 @@ inline Type type_of(const Tensor& x) {
 // The stride of a dim; 0 where its size is 1, so that it may be shared.
 inline i64 shared_stride(const Tensor& x, i64 dim) {
   return x.size(dim) == 1 ? 0 : x.stride(dim);
+}
+
+// Returns x, which is freshly allocated and about to be written in full: see `expect_writes` in parallel.h.
+inline Tensor expect_writes(Tensor x) {
+  expect_writes(x.mutable_data_ptr(), static_cast<i64>(x.nbytes()));
+  return x;
 }
 
 // The public functions check everything, with better messages; this keeps a direct call of torch.ops from reading past

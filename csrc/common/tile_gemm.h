@@ -7,8 +7,7 @@
 
 #include "vec.h"
 
-namespace mmkernels {
-namespace MMK_ISA {
+namespace mmkernels::MMK_ISA {
 
 struct Operand {
   const char* data;
@@ -21,6 +20,16 @@ template <bool kDot> MMK_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
     return dot(a, b, c);
   } else {
     return fma(a, b, c);
+  }
+}
+
+// Calls f with std::true_type for bfloat16 pairs, std::false_type for float32: `[&](auto pairs) { gemm<pairs()>(...);
+// }`.
+template <typename F> MMK_INLINE void with_pairs(bool is_dot, const F& f) {
+  if (kHasDot && is_dot) {
+    f(std::bool_constant<kHasDot>());
+  } else {
+    f(std::false_type());
   }
 }
 
@@ -121,5 +130,4 @@ void gemm(Operand a, const void* b, i64 b_step, float* c, i64 c_row, i64 rows, i
   }
 }
 
-} // namespace MMK_ISA
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

@@ -4,8 +4,7 @@
 
 #include "strip.h"
 
-namespace mmkernels {
-namespace MMK_ISA {
+namespace mmkernels::MMK_ISA {
 
 // log(1 + e) for 0 <= e <= 1: 2 atanh(e / (2 + e)), whose series converges fast: the square is at most 1 / 9.
 MMK_INLINE Vec log1p_of_unit(Vec e) {
@@ -19,34 +18,26 @@ MMK_INLINE Vec log1p_of_unit(Vec e) {
   return (z + z) * p;
 }
 
-struct GradientScratch {
-  float *dots, *other;
-  std::int32_t *winner, *labels;
-  char *texts, *by_text, *by_image;
-  float* groups;
-  i64 text_stride, image_stride; // bytes of a row of by_text and by_image
-  i64 bytes;
-
-  GradientScratch(const ContrastiveParams& p, char* memory) {
-    Arena arena{memory};
-    const i64 rows = block_rows(p), lanes = strip_lanes(p), several = p.queries > 1 ? 1 : 0;
-    const i64 size = is_dot(p) && !several ? 2 : 4;
-    // One cache line more than a power of two, whose rows would fall into few sets of a cache.
-    text_stride = lanes * size + 64;
-    image_stride = rows * size + 64;
-    dots = arena.take<float>(rows * kPanel);
-    other = arena.take<float>(several * rows * kPanel);
-    winner = arena.take<std::int32_t>(several * rows * kPanel);
-    labels = arena.take<std::int32_t>(lanes);
-    texts = arena.take<char>(copy_bytes(p, rows));
-    by_text = arena.take<char>(rows * text_stride);
-    by_image = arena.take<char>(several ? 0 : lanes * image_stride);
-    groups = arena.take<float>(several ? rows * columns_of(p) : product_depth(p, rows) * kPanel);
-    bytes = arena.used;
-  }
+// Scratch of one task. Members are taken in the order of their declaration.
+struct GradientScratch : Arena {
+  const ContrastiveParams& p;
+  const i64 rows = block_rows(p), lanes = strip_lanes(p);
+  const bool several = p.queries > 1;
+  const bool dot = is_dot(p) && !several; // of the products: gradients are bfloat16
+  const i64 size = dot ? 2 : 4;
+  // Bytes of a row: one cache line more than a power of two, whose rows would fall into few sets of a cache.
+  const i64 text_stride = lanes * size + 64, image_stride = rows * size + 64;
+  float* dots = take<float>(rows * kPanel);
+  float* other = take<float>(several ? rows * kPanel : 0);
+  std::int32_t* winner = take<std::int32_t>(several ? rows * kPanel : 0);
+  std::int32_t* labels = take<std::int32_t>(lanes);
+  char* texts = take<char>(copy_bytes(p, rows));
+  char* by_text = take<char>(rows * text_stride);
+  char* by_image = take<char>(several ? 0 : lanes * image_stride);
+  float* groups = take<float>(several ? rows * columns_of(p) : product_depth(p, rows) * kPanel);
 };
 inline i64 gradient_scratch(const ContrastiveParams& p) {
-  return most(GradientScratch(p, nullptr).bytes, copy_bytes(p, kPanel));
+  return most(GradientScratch{{nullptr}, p}.used, copy_bytes(p, kPanel));
 }
 
 // A strip is packed panel by panel.
@@ -59,19 +50,17 @@ inline void pack(const ContrastiveParams& p, const Strip& strip, i64 piece, floa
     return;
   }
   for (i64 query = 0; query < p.queries; ++query) {
-    const Source from = source_of(p.image, strip.first + lane, query);
-    const Rows working = fetch(from, lanes, p.dim, is_dot(p), scratch);
-    transpose_rows(working, lanes, depth_of(p), kPanel, panels + (piece * p.queries + query) * depth_of(p) * kPanel);
+    float* panel = panels + (piece * p.queries + query) * depth_of(p) * kPanel;
+    const Rows working = pack_panel(p, strip.first + lane, lanes, query, panel, scratch);
     if (rows == nullptr) {
       continue;
     }
-    if (p.queries > 1) { // several queries: `add_rows` multiplies single rows in float32
+    if (p.queries > 1) { // `add_winners` multiplies single rows in float32
       for (i64 i = 0; i < lanes; ++i) {
         float* to = (float*)rows + ((lane + i) * p.queries + query) * columns_of(p);
-        const Source row = source_of(p.image, strip.first + lane + i, query);
-        const Rows wide = fetch(row, 1, p.dim, false, scratch);
+        const Rows row = fetch(source_of(p.image, strip.first + lane + i, query), 1, p.dim, false, scratch);
         for (i64 c = 0; c < p.dim; c += kLanes) {
-          store(to + c, load_part(wide.data + c * 4, p.dim - c));
+          store(to + c, load_part(row.data + c * 4, p.dim - c));
         }
       }
       continue;
@@ -83,38 +72,36 @@ inline void pack(const ContrastiveParams& p, const Strip& strip, i64 piece, floa
   }
 }
 
-// The gradient by the logits of one text and kLanes images.
+// The gradient by the logits of one text and the kLanes images from `image` on.
 struct SoftmaxGradient {
   const ContrastiveParams& p;
-  const bool of_images, of_texts, even;
-  Vec reference, softmax, positive, even_image; // of the images
+  const bool of_images, of_texts, smooth;
+  const Vec reference, of_softmax, of_positive, of_class; // of the images
 
-  SoftmaxGradient(const ContrastiveParams& p, bool hard)
+  MMK_INLINE SoftmaxGradient(const ContrastiveParams& p, bool hard, i64 image)
       : p(p), of_images(p.of_images.reference != nullptr), of_texts(!hard && p.of_texts.reference != nullptr),
-        even(p.of_images.even != nullptr || p.of_texts.even != nullptr) {}
+        smooth(p.of_images.of_class != nullptr || p.of_texts.of_class != nullptr),
+        reference(at(p.of_images.reference, image)), of_softmax(at(p.of_images.of_softmax, image)),
+        of_positive(at(p.of_images.of_positive, image)), of_class(at(p.of_images.of_class, image)) {}
 
-  void move(i64 image) {
-    const auto at = [&](const float* x) { return x == nullptr ? zero() : load(x + image); };
-    reference = at(p.of_images.reference);
-    softmax = at(p.of_images.softmax);
-    positive = at(p.of_images.positive);
-    even_image = at(p.of_images.even);
+  MMK_INLINE static Vec at(const float* x, i64 image) {
+    return x == nullptr ? zero() : load(x + image);
   }
   // `bits`: the pairs of the same label; `diagonal`: the pair of the same index, if it is among them.
   MMK_INLINE Vec operator()(Vec dot, i64 text, std::uint32_t bits, std::uint32_t diagonal) {
     const Power power = power_of(p, dot);
-    Vec g = of_images ? power.over(reference) * softmax : zero();
+    Vec g = of_images ? power.over(reference) * of_softmax : zero();
     if (of_texts) {
-      g = fma(power.over(set1(p.of_texts.reference[text])), set1(p.of_texts.softmax[text]), g);
+      g = fma(power.over(set1(p.of_texts.reference[text])), set1(p.of_texts.of_softmax[text]), g);
     }
-    if (even) {
-      g -= even_image;
-      if (of_texts && p.of_texts.even != nullptr) {
-        g -= set1(p.of_texts.even[text]);
+    if (smooth) {
+      g -= of_class;
+      if (of_texts && p.of_texts.of_class != nullptr) {
+        g -= set1(p.of_texts.of_class[text]);
       }
     }
     if (bits != 0) {
-      const Vec less = positive + (of_texts ? set1(p.of_texts.positive[text]) : zero());
+      const Vec less = of_positive + (of_texts ? set1(p.of_texts.of_positive[text]) : zero());
       g -= choose(p.ignore ? diagonal : bits, less, zero());
       if (p.ignore) {
         g = choose(bits & ~diagonal, zero(), g);
@@ -128,8 +115,7 @@ struct SigmoidGradient {
   const ContrastiveParams& p;
   Vec loss = zero(); // of the last call
 
-  SigmoidGradient(const ContrastiveParams& p, int) : p(p) {}
-  void move(i64) {}
+  MMK_INLINE SigmoidGradient(const ContrastiveParams& p, bool, i64) : p(p) {}
 
   MMK_INLINE Vec operator()(Vec dot, i64, std::uint32_t bits, std::uint32_t) {
     const Vec x = fma(dot, set1(p.scale), set1(p.bias));
@@ -141,91 +127,102 @@ struct SigmoidGradient {
   }
 };
 
-// Where the gradients of a tile go: rows of texts `by_text`, from the panel's column on, and rows of images `by_image`.
-struct TileOut {
-  char* by_text;
-  i64 text_stride;
-  char* by_image; // null: not needed
-  i64 image_stride;
-  bool dot;
-  float factor;
+// The gradients by the logits of vector v of a tile's images, text by text, and their sums.
+template <typename Gradient> struct VectorGradient {
+  static constexpr bool kSigmoid = std::is_same<Gradient, SigmoidGradient>::value;
+
+  const LogitTile& tile;
+  const i64 v;
+  const bool may_match = tile.may_match();
+  const std::uint32_t live = tile.live(v);
+  const bool whole = live == kAllLanes;
+  const Vec factor = set1(tile.p.factor), middle = set1(tile.p.middle);
+  Gradient gradient = Gradient(tile.p, tile.hard, tile.lane + v * kLanes);
+  Vec of_scale = zero(), of_bias = zero(), loss = zero();
+
+  MMK_INLINE Vec only_live(Vec x) const {
+    return whole ? x : choose(live, x, zero());
+  }
+  MMK_INLINE Vec of_text(i64 r) {
+    const std::uint32_t bits = may_match ? tile.matches(r, v) : 0,
+                        diagonal = bits != 0 ? bits & tile.diagonal(r, v) : 0;
+    const Vec dot = load(tile.dots + r * kPanel + v * kLanes);
+    const Vec g = only_live(gradient(dot, tile.row + r, bits, diagonal));
+    of_scale = fma(g, only_live(dot - middle), of_scale);
+    if constexpr (kSigmoid) {
+      of_bias += g;
+      loss += only_live(gradient.loss);
+    }
+    return g * factor;
+  }
 };
 
+// A tile's gradients by its logits to `by_text` and, where the images' gradient is needed, transposed to `by_image`.
+// column: of the strip, the tile's first one.
 template <typename Gradient>
-void gradient_tile(const ContrastiveParams& p, bool hard, i64 row, i64 rows, i64 lane, i64 lanes,
-                   const std::int32_t* labels, const float* dots, const TileOut& out, GradientSums& sums) {
-  Gradient gradient(p, hard);
-  constexpr bool kSigmoid = std::is_same<Gradient, SigmoidGradient>::value;
-  const bool matches = may_match(p, hard, row, rows, lane, lanes);
-  const Vec factor = set1(out.factor), middle = set1(p.middle);
-  for (int v = 0; v < kVectors; ++v) {
-    const std::uint32_t live = live_bits(v * kLanes, lanes);
-    const bool whole = live == live_bits(0, kLanes);
-    gradient.move(lane + v * kLanes);
-    Vec of_scale = zero(), of_bias = zero();
-    for (i64 first = 0; first < rows; first += kLanes) {
+void gradient_tile(const LogitTile tile, const GradientScratch& s, i64 column, GradientSums& sums) {
+  const bool dot = s.dot;
+  const i64 size = s.size, text_stride = s.text_stride, image_stride = s.image_stride;
+  char* by_text = s.by_text + column * size;
+  char* by_image = s.several || !tile.p.need_image ? nullptr : s.by_image + column * image_stride;
+  for (i64 v = 0; v < kVectors; ++v) {
+    VectorGradient<Gradient> gradient{tile, v};
+    for (i64 first = 0; first < tile.rows; first += kLanes) {
       Vec block[kLanes];
-      Vec loss = zero(); // a short sum: in a long one, equal terms would all be rounded in the same direction
+      gradient.loss = zero(); // a short sum: in a long one, equal terms would all be rounded in the same direction
       for (i64 n = 0; n < kLanes; ++n) {
         const i64 r = first + n;
-        if (r >= rows) {
+        if (r >= tile.rows) {
           block[n] = zero();
           continue;
         }
-        std::uint32_t bits = 0, diagonal = 0;
-        if (matches) {
-          bits = match_bits(p, hard, row + r, lane, lanes, labels, v);
-          diagonal = bits & diagonal_bit(row + r, lane, v);
-        }
-        const Vec dot = load(dots + r * kPanel + v * kLanes);
-        Vec g = gradient(dot, row + r, bits, diagonal);
-        if (!whole) {
-          g = choose(live, g, zero());
-        }
-        of_scale = fma(g, whole ? dot - middle : choose(live, dot - middle, zero()), of_scale);
-        if constexpr (kSigmoid) {
-          of_bias += g;
-          loss += whole ? gradient.loss : choose(live, gradient.loss, zero());
-        }
-        block[n] = g * factor;
-        char* to = out.by_text + r * out.text_stride + v * kLanes * (out.dot ? 2 : 4);
-        if (out.dot) {
-          store_bf16((std::uint16_t*)to, block[n]);
-        } else {
-          store(to, block[n]);
-        }
+        block[n] = gradient.of_text(r);
+        store_working(by_text + r * text_stride + v * kLanes * size, dot, block[n]);
       }
-      if constexpr (kSigmoid) {
-        sums.loss += sum(loss);
+      if constexpr (VectorGradient<Gradient>::kSigmoid) {
+        sums.loss += sum(gradient.loss);
       }
-      if (out.by_image != nullptr) {
+      if (by_image != nullptr) {
         transpose(block);
         for (i64 n = 0; n < kLanes; ++n) {
-          char* to = out.by_image + (v * kLanes + n) * out.image_stride + first * (out.dot ? 2 : 4);
-          if (out.dot) {
-            store_bf16((std::uint16_t*)to, block[n]);
-          } else {
-            store(to, block[n]);
-          }
+          store_working(by_image + (v * kLanes + n) * image_stride + first * size, dot, block[n]);
         }
       }
     }
-    sums.scale += sum(of_scale);
-    sums.bias += sum(of_bias);
+    sums.scale += sum(gradient.of_scale);
+    sums.bias += sum(gradient.of_bias);
   }
 }
 
+// A strip of images against a task's texts, and where its gradients go; see `ContrastiveKernels::gradient`.
+struct StripTask {
+  const ContrastiveParams& p;
+  const Strip& strip;
+  const Task& task;
+  bool first;
+  float* part;
+
+  MMK_INLINE bool need_texts() const {
+    return p.need_rows[task.hard];
+  }
+  MMK_INLINE float* grad_text(i64 row) const {
+    return p.grad_rows[task.hard] + row * p.dim;
+  }
+};
+
 // Several queries: each pair's gradient goes to the winner, row by row.
-inline void add_rows(const ContrastiveParams& p, const float* gradients, i64 stride, const std::int32_t* winner,
-                     i64 rows, i64 lanes, const float* image_rows, const float* text_rows, float* of_images,
-                     float* of_texts) {
-  const i64 columns = columns_of(p);
-  multiplied_here() += 2 * rows * lanes * columns * ((of_images != nullptr) + (of_texts != nullptr));
-  for (i64 r = 0; r < rows; ++r) {
-    const float* text = text_rows + r * columns;
-    for (i64 i = 0; i < lanes; ++i) {
-      const i64 at = (i * p.queries + winner[r * kPanel + i]) * columns;
-      const Vec g = set1(gradients[r * stride + i]);
+inline void add_winners(const StripTask& t, const GradientScratch& s, const LogitTile& tile, i64 column) {
+  const ContrastiveParams& p = t.p;
+  const i64 columns = columns_of(p), at_lane = column * p.queries * columns;
+  const float* image_rows = (const float*)t.strip.rows + at_lane;
+  float* of_images = p.need_image ? t.part + at_lane : nullptr;
+  float* of_texts = t.need_texts() ? t.grad_text(tile.row) : nullptr;
+  multiplied_here() += 2 * tile.rows * tile.lanes * columns * ((of_images != nullptr) + (of_texts != nullptr));
+  for (i64 r = 0; r < tile.rows; ++r) {
+    const float* text = s.groups + r * columns;
+    for (i64 i = 0; i < tile.lanes; ++i) {
+      const i64 at = (i * p.queries + s.winner[r * kPanel + i]) * columns;
+      const Vec g = broadcast(s.by_text + r * s.text_stride + (column + i) * s.size);
       for (i64 c = 0; of_images != nullptr && c < columns; c += kLanes) {
         store(of_images + at + c, fma(g, load(text + c), load(of_images + at + c)));
       }
@@ -237,33 +234,38 @@ inline void add_rows(const ContrastiveParams& p, const float* gradients, i64 str
   }
 }
 
-template <bool kDot>
-void products(const ContrastiveParams& p, const Strip& strip, const GradientScratch& s, Rows texts, i64 rows, bool hard,
-              i64 row, bool first, bool first_block, float* part) {
-  const i64 lanes = padded_lanes(strip), over_lanes = product_depth(p, lanes), over_rows = product_depth(p, rows);
+// One group of columns of the gradients of `rows` texts from `row` on.
+template <bool kDot> void text_product(const StripTask& t, const GradientScratch& s, i64 row, i64 rows, i64 group) {
+  const ContrastiveParams& p = t.p;
+  const i64 over_lanes = product_depth(p, padded_lanes(t.strip));
+  const i64 vectors = vectors_of(p, group), columns = p.dim - group * kPanel; // left
+  const Operand a{s.by_text, s.text_stride, 4};
+  const float* b = (const float*)t.strip.rows + group * over_lanes * kPanel;
+  float* to = t.grad_text(row) + group * kPanel;
+  if (columns >= vectors * kLanes) {
+    product<kDot>(a, b, to, p.dim, rows, vectors, over_lanes, !t.first);
+    return;
+  }
+  product<kDot>(a, b, s.dots, kPanel, rows, vectors, over_lanes, false); // a whole vector would pass the end of the row
+  for (i64 r = 0; r < rows; ++r) {
+    for (i64 c = 0; c < columns; c += kLanes) {
+      float* at = to + r * p.dim + c;
+      const Vec more = load(s.dots + r * kPanel + c);
+      store_part(at, t.first ? more : load_part(at, columns - c) + more, columns - c);
+    }
+  }
+}
+
+template <bool kDot> void products(const StripTask& t, const GradientScratch& s, Rows texts, i64 row, i64 rows) {
+  const ContrastiveParams& p = t.p;
   for (i64 group = 0; group < groups_of(p); ++group) {
-    const i64 vectors = vectors_of(p, group), columns = p.dim - group * kPanel; // left
-    if (p.need_rows[hard]) {
-      const Operand a{s.by_text, s.text_stride, 4};
-      const float* b = (const float*)strip.rows + group * over_lanes * kPanel;
-      float* to = p.grad_rows[hard] + row * p.dim + group * kPanel;
-      if (columns >= vectors * kLanes) {
-        product<kDot>(a, b, to, p.dim, rows, vectors, over_lanes, !first);
-      } else { // a whole vector would pass the end of the row
-        product<kDot>(a, b, s.dots, kPanel, rows, vectors, over_lanes, false);
-        for (i64 r = 0; r < rows; ++r) {
-          for (i64 c = 0; c < columns; c += kLanes) {
-            float* at = to + r * p.dim + c;
-            const Vec more = load(s.dots + r * kPanel + c);
-            store_part(at, first ? more : load_part(at, columns - c) + more, columns - c);
-          }
-        }
-      }
+    if (t.need_texts()) {
+      text_product<kDot>(t, s, row, rows, group);
     }
     if (p.need_image) {
       group_columns(p, texts, rows, rows, group, s.groups);
-      product<kDot>({s.by_image, s.image_stride, 4}, s.groups, part + group * strip_lanes(p) * kPanel, kPanel,
-                    strip.count, vectors, over_rows, !first_block);
+      product<kDot>({s.by_image, s.image_stride, 4}, s.groups, t.part + group * strip_lanes(p) * kPanel, kPanel,
+                    t.strip.count, vectors_of(p, group), product_depth(p, rows), row > t.task.first);
     }
   }
 }
@@ -272,69 +274,70 @@ inline i64 part_floats(const ContrastiveParams& p) {
   return strip_lanes(p) * (p.queries > 1 ? p.queries * columns_of(p) : groups_of(p) * kPanel);
 }
 
-template <typename Gradient>
-void gradient_of(const ContrastiveParams& p, const Strip& strip, const Task& task, bool first, float* part,
-                 GradientSums& sums, char* scratch) {
-  const GradientScratch s(p, scratch);
-  const Features& features = texts_of(p, task.hard);
-  const bool several = p.queries > 1, dot = is_dot(p) && !several;
-  const bool wanted = p.need_image || p.need_rows[task.hard];
-  const i64 step = block_rows(p), columns = columns_of(p);
-  if (several && p.need_image) {
-    std::memset(part, 0, part_floats(p) * sizeof(float));
+// Several queries: zeros to what `add_winners` adds to.
+inline void begin_sums(const StripTask& t) {
+  const ContrastiveParams& p = t.p;
+  if (p.need_image) {
+    std::memset(t.part, 0, part_floats(p) * sizeof(float));
   }
-  if (several && first && p.need_rows[task.hard]) {
-    std::memset(p.grad_rows[task.hard] + task.first * p.dim, 0, (task.last - task.first) * p.dim * sizeof(float));
+  if (t.first && t.need_texts()) {
+    std::memset(t.grad_text(t.task.first), 0, (t.task.last - t.task.first) * p.dim * sizeof(float));
+  }
+}
+
+// Several queries: rows of texts as float32 to `groups`.
+inline void widen_texts(const GradientScratch& s, Rows texts, i64 rows) {
+  const ContrastiveParams& p = s.p;
+  const Type type = is_dot(p) ? Type::bf16 : Type::f32;
+  for (i64 r = 0; r < rows; ++r) {
+    for (i64 c = 0; c < p.dim; c += kLanes) {
+      const char* from = texts.data + r * texts.stride + c * bytes_of(type);
+      store(s.groups + r * columns_of(p) + c, load_as_f32(from, type, p.dim - c));
+    }
+  }
+}
+
+template <typename Gradient> void gradient_of(const StripTask& t, GradientSums& sums, char* scratch) {
+  const ContrastiveParams& p = t.p;
+  const Strip& strip = t.strip;
+  const Task& task = t.task;
+  const GradientScratch s{{scratch}, p};
+  const bool wanted = p.need_image || t.need_texts();
+  if (s.several) {
+    begin_sums(t);
   }
   for (i64 lane = 0; lane < strip.count; lane += kPanel) {
     panel_labels(p, strip.first + lane, least<i64>(kPanel, strip.count - lane), s.labels + lane);
   }
-  for (i64 row = task.first; row < task.last; row += step) {
-    const i64 rows = least(step, task.last - row);
-    const Rows texts = fetch(source_of(features, row), rows, p.dim, is_dot(p), s.texts);
-    if (several && wanted) {
-      for (i64 r = 0; r < rows; ++r) {
-        for (i64 c = 0; c < p.dim; c += kLanes) {
-          const Vec x = is_dot(p) ? load_as_f32(texts.data + r * texts.stride + c * 2, Type::bf16, p.dim - c)
-                                  : load_part(texts.data + r * texts.stride + c * 4, p.dim - c);
-          store(s.groups + r * columns + c, x);
-        }
-      }
+  for (i64 row = task.first; row < task.last; row += s.rows) {
+    const i64 rows = least(s.rows, task.last - row);
+    const Rows texts = fetch(source_of(texts_of(p, task.hard), row), rows, p.dim, is_dot(p), s.texts);
+    if (s.several && wanted) {
+      widen_texts(s, texts, rows);
     }
     for (i64 lane = 0; lane < strip.count; lane += kPanel) {
       const i64 lanes = least<i64>(kPanel, strip.count - lane);
       const float* panel = strip.panels + lane * p.queries * depth_of(p);
-      panel_dots(p, texts, rows, panel, lanes, s.dots, s.other, several ? s.winner : nullptr);
-      const TileOut out{s.by_text + lane * (dot ? 2 : 4),
-                        s.text_stride,
-                        several || !p.need_image ? nullptr : s.by_image + lane * s.image_stride,
-                        s.image_stride,
-                        dot,
-                        p.factor};
-      gradient_tile<Gradient>(p, task.hard, row, rows, strip.first + lane, lanes, s.labels + lane, s.dots, out, sums);
-      if (several && wanted) {
-        const i64 at = lane * p.queries * columns;
-        add_rows(p, (const float*)out.by_text, s.text_stride / 4, s.winner, rows, lanes, (const float*)strip.rows + at,
-                 s.groups, p.need_image ? part + at : nullptr,
-                 p.need_rows[task.hard] ? p.grad_rows[task.hard] + row * p.dim : nullptr);
+      panel_dots(p, texts, rows, panel, lanes, s.dots, s.other, s.several ? s.winner : nullptr);
+      const LogitTile tile{p, task.hard, row, rows, strip.first + lane, lanes, s.labels + lane, s.dots};
+      gradient_tile<Gradient>(tile, s, lane, sums);
+      if (s.several && wanted) {
+        add_winners(t, s, tile, lane);
       }
     }
-    if (!several && wanted) {
-      if (dot) {
-        products<kHasDot>(p, strip, s, texts, rows, task.hard, row, first, row == task.first, part);
-      } else {
-        products<false>(p, strip, s, texts, rows, task.hard, row, first, row == task.first, part);
-      }
+    if (!s.several && wanted) {
+      with_pairs(s.dot, [&](auto pairs) { products<pairs()>(t, s, texts, row, rows); });
     }
   }
 }
 
 inline void gradient(const ContrastiveParams& p, const Strip& strip, const Task& task, bool first, float* part,
                      GradientSums& sums, char* scratch) {
+  const StripTask t{p, strip, task, first, part};
   if (p.sigmoid) {
-    gradient_of<SigmoidGradient>(p, strip, task, first, part, sums, scratch);
+    gradient_of<SigmoidGradient>(t, sums, scratch);
   } else {
-    gradient_of<SoftmaxGradient>(p, strip, task, first, part, sums, scratch);
+    gradient_of<SoftmaxGradient>(t, sums, scratch);
   }
 }
 
@@ -366,5 +369,4 @@ inline void merge(const ContrastiveParams& p, const Strip& strip, const float* p
   }
 }
 
-} // namespace MMK_ISA
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

@@ -19,7 +19,7 @@ public:
     const auto [need_image, need_text, need_hard] = needs;
     products_ = 1.0 + need_image + (need_text || need_hard);
     launch.p.need_image = need_image;
-    image_ = need_image ? allocate(image.sizes()) : none();
+    image_ = need_image ? expect_writes(at::detail::empty_cpu(image.sizes(), type_)) : none();
     add_rows(false, need_text, text);
     add_rows(true, need_hard && hard.has_value(), hard.has_value() ? *hard : text);
   }
@@ -76,19 +76,12 @@ public:
   }
 
 private:
-  Tensor allocate(at::IntArrayRef sizes) const {
-    const Tensor grad = at::detail::empty_cpu(sizes, type_);
-    expect_writes(grad.mutable_data_ptr(), static_cast<i64>(grad.nbytes()));
-    return grad;
-  }
-
   // The gradient of texts, and its float32 sums: the gradient itself, or separate memory.
   void add_rows(bool hard, bool need, const Tensor& texts) {
     launch_.p.need_rows[hard] = need;
-    rows_[hard] = need ? allocate(texts.sizes()) : none();
+    rows_[hard] = need ? expect_writes(at::detail::empty_cpu(texts.sizes(), type_)) : none();
     if (need) {
-      sums_[hard] = type_ == at::kFloat ? rows_[hard] : at::detail::empty_cpu(texts.sizes(), at::kFloat);
-      expect_writes(sums_[hard].mutable_data_ptr(), static_cast<i64>(sums_[hard].nbytes()));
+      sums_[hard] = type_ == at::kFloat ? rows_[hard] : expect_writes(at::detail::empty_cpu(texts.sizes(), at::kFloat));
       launch_.p.grad_rows[hard] = sums_[hard].mutable_data_ptr<float>();
     }
   }

@@ -1,5 +1,5 @@
-// info_nce on the CPU: rows' losses and states, and from the rows' gradients the features'. The public function has
-// checked the arguments and reduces the losses.
+// info_nce on the CPU: the rows' losses and states, and the features' gradients; both with the reduction to one number,
+// as ops/contrastive/info_nce/reduction.py defines it. The public function has checked the arguments.
 #include <ATen/EmptyTensor.h>
 #include <ATen/TensorOperators.h>
 
@@ -14,18 +14,20 @@ namespace {
 struct Inputs {
   Tensor image, text, logit_scale;
   OptionalTensor image_ids, text_ids, hard_texts;
-  bool ignore, swapped;
-  double label_smoothing;
+  bool ignore, swapped, reduced, mean;
+  double label_smoothing, image_weight;
 
   explicit Inputs(const Arguments& args)
       : image(args.tensor("image")), text(args.tensor("text")), logit_scale(args.tensor("logit_scale")),
         image_ids(args.optional_tensor("image_ids")), text_ids(args.optional_tensor("text_ids")),
         hard_texts(args.optional_tensor("hard_texts")), ignore(args.flag("ignore")),
-        swapped(!hard_texts.has_value() && better_swapped(image, text)),
-        label_smoothing(args.number("label_smoothing")) {
+        swapped(!hard_texts.has_value() && better_swapped(image, text)), reduced(args.text("reduction") != "none"),
+        mean(args.text("reduction") == "mean"), label_smoothing(args.number("label_smoothing")),
+        image_weight(args.number("image_weight")) {
     if (swapped) {
       std::swap(image, text);
       std::swap(image_ids, text_ids);
+      image_weight = 1.0 - image_weight;
     }
   }
 
@@ -36,23 +38,33 @@ struct Inputs {
     launch.set_ids(image_ids, text_ids, ignore);
     return launch;
   }
+
+  // What each row's loss is multiplied by in the reduced loss. Of a mean only rows that have a positive count.
+  double row_weight(const ContrastiveLaunch& launch, Direction direction) const {
+    if (!reduced) {
+      return 0.0;
+    }
+    const bool of_images = direction == Direction::image_to_text;
+    const double weight = of_images ? image_weight : 1.0 - image_weight;
+    return mean ? weight / std::max<i64>(launch.rows_with_positive(direction), 1) : weight;
+  }
 };
 
 // Running state of one direction's rows: of all texts, or of all images for one task.
 struct DirectionState {
   std::vector<float> reference, sum, positives, all, best;
-  std::vector<std::int32_t> place, before;
+  std::vector<std::int32_t> index, before;
 
   DirectionState(i64 count, bool smooth, bool ranks)
       : reference(padded_array(count, -INFINITY)), sum(padded_array(count)), positives(padded_array(count)),
-        all(padded_array(smooth ? count : 0)), best(padded_array(ranks ? count : 0, -INFINITY)), place(best.size()),
+        all(padded_array(smooth ? count : 0)), best(padded_array(ranks ? count : 0, -INFINITY)), index(best.size()),
         before(best.size()) {}
 
   Sums sums() {
     return {reference.data(), sum.data(), positives.data(), all.empty() ? nullptr : all.data()};
   }
   Ranks ranks() {
-    return best.empty() ? Ranks{} : Ranks{best.data(), place.data(), before.data()};
+    return best.empty() ? Ranks{} : Ranks{best.data(), index.data(), before.data()};
   }
 
   // Adds another task's state of the same images.
@@ -75,7 +87,7 @@ struct DirectionState {
     for (std::size_t i = 0; i < best.size(); ++i) {
       if (other.best[i] > best[i] || std::isnan(other.best[i])) {
         best[i] = other.best[i];
-        place[i] = other.place[i];
+        index[i] = other.index[i];
       }
     }
   }
@@ -88,9 +100,10 @@ double logit_of(const ContrastiveLaunch& launch, double dot) {
   return std::abs(rounded) > (1 << 22) && std::abs(rest) > 0.75 ? rounded : dot * launch.scale_log2;
 }
 
-// What the op returns for one direction: loss [count], state [4, count], ranks [count] or [0].
+// What the op returns for one direction: loss [count], state [4, count], ranks [count] or [0]; and the sum of losses.
 struct Rows {
   Tensor loss, state, ranks;
+  double total;
 };
 
 // A row without a positive has the rank -1; one whose best positive is NaN ranks behind all its negatives.
@@ -108,6 +121,7 @@ Rows rows_of(const ContrastiveLaunch& launch, const DirectionState& rows, Direct
              double smoothing) {
   const Tensor loss = at::detail::empty_cpu({count}, at::kFloat), state = at::detail::empty_cpu({4, count}, at::kFloat);
   float *to_loss = loss.mutable_data_ptr<float>(), *to_state = state.mutable_data_ptr<float>();
+  double total = 0.0;
   for (i64 i = 0; i < count; ++i) {
     const i64 positives = launch.positives(direction, i), classes = launch.classes(direction, i);
     // In double: both terms may be near 100 and their difference near 0.
@@ -120,12 +134,13 @@ Rows rows_of(const ContrastiveLaunch& launch, const DirectionState& rows, Direct
     // A cross-entropy is at least 0, and 0 for a single class: anything else is rounding, but NaN stays.
     const double cross_entropy = kLnOf2 * (lse - target) * (classes == 1 ? 0.0 : 1.0);
     to_loss[i] = positives > 0 && !(cross_entropy <= 0.0) ? static_cast<float>(cross_entropy) : 0.0f;
+    total += to_loss[i];
     to_state[i] = rows.reference[i];
     to_state[count + i] = rows.sum[i];
     to_state[2 * count + i] = static_cast<float>(positives);
     to_state[3 * count + i] = static_cast<float>(classes);
   }
-  return {loss, state, ranks_of(launch, rows, direction, count)};
+  return {loss, state, ranks_of(launch, rows, direction, count), total};
 }
 
 // The best positive of each image, found by all tasks, in each task's state; of each text in `p.text_ranks`.
@@ -138,11 +153,11 @@ void find_best_positives(const ContrastiveLaunch& launch, std::vector<DirectionS
   }
   for (std::size_t i = 1; i < images.size(); ++i) {
     images[i].best = images[0].best;
-    images[i].place = images[0].place;
+    images[i].index = images[0].index;
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Arguments& args) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Arguments& args) {
   const Inputs inputs(args);
   const bool ranks = args.flag("stats"), smooth = inputs.label_smoothing > 0.0;
   ContrastiveLaunch launch = inputs.launch();
@@ -165,60 +180,69 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Argume
   }
   Rows of_images = rows_of(launch, images[0], Direction::image_to_text, n, inputs.label_smoothing);
   Rows of_texts = rows_of(launch, texts, Direction::text_to_image, m, inputs.label_smoothing);
+  const Tensor loss = at::detail::empty_cpu({}, at::kFloat);
+  *loss.mutable_data_ptr<float>() =
+      inputs.reduced ? static_cast<float>(inputs.row_weight(launch, Direction::image_to_text) * of_images.total +
+                                          inputs.row_weight(launch, Direction::text_to_image) * of_texts.total)
+                     : 0.0f;
   if (inputs.swapped) {
     std::swap(of_images, of_texts);
   }
-  return {of_images.loss, of_texts.loss, of_images.state, of_texts.state, of_images.ranks, of_texts.ranks};
+  return {loss, of_images.loss, of_texts.loss, of_images.state, of_texts.state, of_images.ranks, of_texts.ranks};
 }
 
 // The weights of one direction's gradients by its logits; empty where no gradient flows to it.
-struct WeightArrays {
-  std::vector<float> reference, softmax, positive, even;
+struct LogitGradientArrays {
+  std::vector<float> reference, of_softmax, of_positive, of_class;
 
-  // grad: of each row's loss, [count]; state: the forward pass's, [4, count].
-  WeightArrays(const OptionalTensor& grad, const Tensor& state, i64 count, double smoothing) {
+  // grad: of each row's loss, [count], to which `each` is added; state: the forward pass's, [4, count].
+  LogitGradientArrays(const OptionalTensor& grad, double each, const Tensor& state, i64 count, double smoothing) {
     check_sizes("state", state, {4, count});
-    if (!grad.has_value()) {
+    if (!grad.has_value() && each == 0.0) {
       return;
     }
-    check_sizes("the losses' gradient", *grad, {count});
     const Tensor wide_state = state.to(at::kFloat).contiguous();
-    const Tensor wide_grad = grad->to(at::kFloat); // often one number, expanded
     const float* of = wide_state.const_data_ptr<float>();
     const float *references = of, *sums = of + count, *positives = of + 2 * count, *classes = of + 3 * count;
-    const float* grads = wide_grad.const_data_ptr<float>();
-    const i64 grad_stride = wide_grad.stride(0);
+    Tensor wide_grad;
+    const float* grads = nullptr;
+    if (grad.has_value()) {
+      check_sizes("the losses' gradient", *grad, {count});
+      wide_grad = grad->to(at::kFloat).contiguous();
+      grads = wide_grad.const_data_ptr<float>();
+    }
     reference = padded_array(count);
-    softmax = padded_array(count);
-    positive = padded_array(count);
-    even = padded_array(smoothing > 0.0 ? count : 0);
+    of_softmax = padded_array(count);
+    of_positive = padded_array(count);
+    of_class = padded_array(smoothing > 0.0 ? count : 0);
     for (i64 i = 0; i < count; ++i) {
       // A single class has the probability 1, whatever its logit.
-      const double weight = positives[i] > 0.0f && classes[i] > 1.0f ? grads[i * grad_stride] : 0.0;
+      const double weight = positives[i] > 0.0f && classes[i] > 1.0f ? each + (grads == nullptr ? 0.0 : grads[i]) : 0.0;
       // Kernels need a whole reference; another backend's state may have another.
       reference[i] = std::nearbyint(references[i]);
-      softmax[i] = static_cast<float>(weight / sums[i] * std::exp2(static_cast<double>(reference[i]) - references[i]));
-      positive[i] = static_cast<float>((1.0 - smoothing) * weight / std::max(positives[i], 1.0f));
+      of_softmax[i] =
+          static_cast<float>(weight / sums[i] * std::exp2(static_cast<double>(reference[i]) - references[i]));
+      of_positive[i] = static_cast<float>((1.0 - smoothing) * weight / std::max(positives[i], 1.0f));
       if (smoothing > 0.0) {
-        even[i] = static_cast<float>(smoothing * weight / classes[i]);
+        of_class[i] = static_cast<float>(smoothing * weight / classes[i]);
       }
     }
   }
-  Weights weights() const {
+  LogitGradient pointers() const {
     const auto data = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
-    return {data(reference), data(softmax), data(positive), data(even)};
+    return {data(reference), data(of_softmax), data(of_positive), data(of_class)};
   }
 };
 
 // A typical dot. Each row's gradients by its logits sum to 0, so that the scale's gradient may measure dots from any
 // point; this one lies between the mean of a row's dots and the largest.
-float middle_dot(const ContrastiveLaunch& launch, const WeightArrays& weights, const Tensor& state) {
+float middle_dot(const ContrastiveLaunch& launch, const LogitGradientArrays& gradient, const Tensor& state) {
   const i64 count = state.size(1);
   const Tensor wide_state = state.to(at::kFloat).contiguous();
   const float* of = wide_state.const_data_ptr<float>();
   double total = 0.0, counted = 0.0;
   for (i64 i = 0; i < count; ++i) {
-    if (weights.softmax[i] != 0.0f) {
+    if (gradient.of_softmax[i] != 0.0f) {
       total += of[i] + std::log2(static_cast<double>(of[count + i]) / of[3 * count + i]);
       counted += 1.0;
     }
@@ -240,14 +264,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_backward(const Arguments& ar
   }
   ContrastiveLaunch launch = inputs.launch();
   ContrastiveParams& p = launch.p;
-  const WeightArrays of_images(grad_image_loss, image_state, p.image.count, inputs.label_smoothing);
-  const WeightArrays of_texts(grad_text_loss, text_state, p.text.count, inputs.label_smoothing);
-  p.of_images = of_images.weights();
-  p.of_texts = of_texts.weights();
+  const OptionalTensor grad_loss = args.optional_tensor("grad_loss");
+  const double grad_reduced = grad_loss.has_value() ? grad_loss->item().toDouble() : 0.0;
+  const LogitGradientArrays of_images(grad_image_loss,
+                                      grad_reduced * inputs.row_weight(launch, Direction::image_to_text), image_state,
+                                      p.image.count, inputs.label_smoothing);
+  const LogitGradientArrays of_texts(grad_text_loss, grad_reduced * inputs.row_weight(launch, Direction::text_to_image),
+                                     text_state, p.text.count, inputs.label_smoothing);
+  p.of_images = of_images.pointers();
+  p.of_texts = of_texts.pointers();
   p.factor = p.scale;
-  if (grad_image_loss.has_value()) {
+  if (!of_images.reference.empty()) {
     p.middle = middle_dot(launch, of_images, image_state);
-  } else if (grad_text_loss.has_value()) {
+  } else if (!of_texts.reference.empty()) {
     p.middle = middle_dot(launch, of_texts, text_state);
   }
   Gradients gradients(launch, inputs.image, inputs.text, inputs.hard_texts,

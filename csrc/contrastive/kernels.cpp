@@ -5,26 +5,26 @@
 #include "ranks.h"
 #include "softmax.h"
 
-namespace mmkernels {
+namespace mmkernels::MMK_ISA {
 
-extern const ContrastiveKernels MMK_OF_ISA(contrastive_kernels);
-const ContrastiveKernels MMK_OF_ISA(contrastive_kernels) = {
-    .strip_lanes = MMK_ISA::strip_lanes,
-    .panels_bytes = MMK_ISA::panels_bytes,
-    .rows_bytes = MMK_ISA::rows_bytes,
-    .part_floats = MMK_ISA::part_floats,
-    .take_multiplied = MMK_ISA::take_multiplied,
-    .pieces = MMK_ISA::pieces,
-    .pack = MMK_ISA::pack,
-    .softmax_scratch = MMK_ISA::softmax_scratch,
-    .softmax = MMK_ISA::softmax,
-    .best_positives = MMK_ISA::best_positives,
-    .gradient_scratch = MMK_ISA::gradient_scratch,
-    .gradient = MMK_ISA::gradient,
-    .merge = MMK_ISA::merge,
-    .convert = MMK_ISA::convert,
-    .target_scores = MMK_ISA::target_scores,
-    .count_before = MMK_ISA::count_before,
+extern const ContrastiveKernels contrastive_kernels;
+const ContrastiveKernels contrastive_kernels = {
+    .strip_lanes = strip_lanes,
+    .panels_bytes = panels_bytes,
+    .rows_bytes = rows_bytes,
+    .part_floats = part_floats,
+    .take_multiplied = take_multiplied,
+    .pieces = pieces,
+    .pack = pack,
+    .softmax_scratch = scratch_bytes<SoftmaxScratch>,
+    .softmax = softmax,
+    .best_positives = best_positives,
+    .gradient_scratch = gradient_scratch,
+    .gradient = gradient,
+    .merge = merge,
+    .convert = convert,
+    .target_scores = target_scores,
+    .count_before = count_before,
 };
 
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

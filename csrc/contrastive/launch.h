@@ -134,6 +134,17 @@ public:
   i64 positives(Direction direction, i64 i) const {
     return !has_ids_ || p.ignore ? 1 : same_label(direction, i);
   }
+  i64 rows_with_positive(Direction direction) const {
+    const i64 count = direction == Direction::image_to_text ? p.image.count : p.text.count;
+    if (!has_ids_ || p.ignore) {
+      return count;
+    }
+    i64 rows = 0;
+    for (i64 i = 0; i < count; ++i) {
+      rows += same_label(direction, i) > 0;
+    }
+    return rows;
+  }
   i64 classes(Direction direction, i64 i) const {
     const i64 columns = direction == Direction::image_to_text ? p.text.count + p.hard.count : p.image.count;
     if (!has_ids_ || !p.ignore) {

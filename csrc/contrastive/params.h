@@ -28,14 +28,14 @@ struct Sums {
 // The best positive of each row, a dot times the scale's sign, and its index; then how many negatives rank before it.
 struct Ranks {
   float* best = nullptr; // null: not needed
-  std::int32_t* place = nullptr;
+  std::int32_t* index = nullptr;
   std::int32_t* before = nullptr;
 };
 
-// The gradient with respect to a logit s of image i and text j, for one direction: 2^(s - reference) softmax - even,
-// and less `positive` for a positive pair. Null where no gradient flows to the direction.
-struct Weights {
-  const float *reference = nullptr, *softmax = nullptr, *positive = nullptr, *even = nullptr;
+// The gradient with respect to a logit s of image i and text j, for one direction: 2^(s - reference) of_softmax -
+// of_class, and less `of_positive` for a positive pair. Null where no gradient flows to the direction.
+struct LogitGradient {
+  const float *reference = nullptr, *of_softmax = nullptr, *of_positive = nullptr, *of_class = nullptr;
 };
 
 struct ContrastiveParams {
@@ -58,7 +58,7 @@ struct ContrastiveParams {
 
   // Gradients. `need_rows` and `grad_rows`: of the batch's texts, then of hard texts.
   bool sigmoid = false;
-  Weights of_images, of_texts;
+  LogitGradient of_images, of_texts;
   float middle = 0.0f; // subtracted from dots in the scale's gradient, where a constant cancels but for its rounding
   float factor = 1.0f; // the gradients' products are multiplied by this
   bool need_image = false, need_rows[2] = {false, false};

@@ -3,8 +3,7 @@
 
 #include "strip.h"
 
-namespace mmkernels {
-namespace MMK_ISA {
+namespace mmkernels::MMK_ISA {
 
 // A smaller sum of a tile's row or column may have lost terms that matter: the tile's largest logit is too far above.
 constexpr float kSmall = 8.271806125530277e-25f; // 2^-80
@@ -18,15 +17,9 @@ MMK_INLINE void add_sums(float* reference, float* sum, Vec base, Vec more) {
   store(reference, now);
 }
 
-// The tile of a block of texts and a panel of images.
-struct SoftmaxTile {
-  const ContrastiveParams& p;
-  float* dots;     // [rows, kPanel]
-  i64 rows, lanes; // how many texts and images it holds
-  i64 row, lane;   // indices of the first ones
-  bool hard;
-  const std::int32_t* labels; // of the images
-  Sums texts, images;         // from the first ones on
+// A tile of logits, and the running sums of its rows and columns.
+struct SoftmaxTile : LogitTile {
+  Sums texts, images; // from the first ones on
   Ranks text_ranks, image_ranks;
 
   // A whole index near the largest logit in base 2, ignoring NaN. Hides the lanes without an image.
@@ -52,16 +45,16 @@ struct SoftmaxTile {
 
   // Adds all dots that are not hidden to their sums, for label smoothing.
   void add_all(float* of_texts) const {
-    const bool hides = p.ignore && matches();
+    const bool hides = p.ignore && may_match();
     Vec columns[kVectors] = {};
     for (i64 r = 0; r < rows; ++r) {
       Vec line = zero();
       for (int v = 0; v < kVectors; ++v) {
-        std::uint32_t seen = live_bits(v * kLanes, lanes);
+        std::uint32_t visible = live(v);
         if (hides) {
-          seen &= ~match_bits(p, hard, row + r, lane, lanes, labels, v) | diagonal_bit(row + r, lane, v);
+          visible &= ~matches(r, v) | diagonal(r, v);
         }
-        const Vec x = choose(seen, load(dots + r * kPanel + v * kLanes), zero());
+        const Vec x = choose(visible, load(dots + r * kPanel + v * kLanes), zero());
         columns[v] += x;
         line += x;
       }
@@ -72,32 +65,23 @@ struct SoftmaxTile {
     }
   }
 
-  // Calls f(r, i, positive) for each pair of the same label.
-  template <typename F> void each_match(const F& f) const {
+  // Adds the positives' dots to their sums, and hides the other pairs of the same label.
+  void add_positives(float* text_positives) const {
     for (i64 r = 0; r < rows; ++r) {
+      const std::int32_t label_of_text = label(r);
       for (int v = 0; v < kVectors; ++v) {
-        for (std::uint32_t bits = match_bits(p, hard, row + r, lane, lanes, labels, v); bits != 0; bits &= bits - 1) {
+        for (std::uint32_t bits = matches(r, v, label_of_text); bits != 0; bits &= bits - 1) {
           const i64 i = v * kLanes + __builtin_ctz(bits);
-          f(r, i, !p.ignore || row + r == lane + i);
+          float& x = dots[r * kPanel + i];
+          if (!p.ignore || row + r == lane + i) {
+            text_positives[r] += x;
+            images.positives[i] += x;
+          } else {
+            x = p.hidden;
+          }
         }
       }
     }
-  }
-  bool matches() const {
-    return may_match(p, hard, row, rows, lane, lanes);
-  }
-
-  // Adds the positives' dots to their sums, and hides the other pairs of the same label.
-  void add_positives(float* text_positives) const {
-    each_match([&](i64 r, i64 i, bool positive) {
-      float& x = dots[r * kPanel + i];
-      if (positive) {
-        text_positives[r] += x;
-        images.positives[i] += x;
-        return;
-      }
-      x = p.hidden;
-    });
   }
 
   // Adds the exponentials to both directions' sums, relative to the tile's largest logit: one exponential a pair.
@@ -124,11 +108,10 @@ struct SoftmaxTile {
       }
       const Vec sums = sum_each(lines);
       store(text_sums + r, sums);
-      exact = exact && bits_of(sums >= small) == live_bits(0, kLanes);
+      exact = exact && bits_of(sums >= small) == kAllLanes;
     }
     for (int v = 0; v < kVectors; ++v) {
-      const std::uint32_t live = live_bits(v * kLanes, lanes);
-      exact = exact && (bits_of(columns[v] >= small) & live) == live;
+      exact = exact && (bits_of(columns[v] >= small) & live(v)) == live(v);
     }
     if (!exact) {
       return false;
@@ -180,23 +163,22 @@ struct SoftmaxTile {
     const float* best = image_ranks.best;
     for (i64 r = 0; r < rows; ++r) {
       const float best_of_text = !hard ? text_ranks.best[r] : kInf;
-      const std::int32_t place = !hard ? text_ranks.place[r] : 0;
+      const std::int32_t best_image = !hard ? text_ranks.index[r] : 0;
       // Hard texts come after the batch's.
       const std::int32_t index = (std::int32_t)((!hard ? 0 : p.text.count) + row + r);
       std::int32_t count = 0;
       for (int v = 0; v < kVectors; ++v) {
         const Vec x = load(dots + r * kPanel + v * kLanes) * set1(p.sign), best_of_image = load(best + v * kLanes);
-        const std::uint32_t counted =
-            live_bits(v * kLanes, lanes) & ~match_bits(p, hard, row + r, lane, lanes, labels, v);
+        const std::uint32_t counted = live(v) & ~matches(r, v);
         IVec lower;
         for (int n = 0; n < kLanes; ++n) {
           lower[n] = (std::int32_t)(lane + v * kLanes + n);
         }
-        const std::uint32_t before_text = bits_of((x > best_of_text) | ((x == best_of_text) & (lower < place)));
+        const std::uint32_t before_text = bits_of((x > best_of_text) | ((x == best_of_text) & (lower < best_image)));
         count += __builtin_popcount(before_text & counted);
-        const IVec places = (IVec)load(image_ranks.place + v * kLanes);
+        const IVec best_text = (IVec)load(image_ranks.index + v * kLanes);
         const std::uint32_t before_image =
-            bits_of((x > best_of_image) | ((x == best_of_image) & (index < places))) & counted;
+            bits_of((x > best_of_image) | ((x == best_of_image) & (index < best_text))) & counted;
         const Vec one = (Vec)(1 - IVec{}), none = zero();
         const IVec more = (IVec)choose(before_image, one, none);
         store(image_ranks.before + v * kLanes, (Vec)((IVec)load(image_ranks.before + v * kLanes) + more));
@@ -208,86 +190,70 @@ struct SoftmaxTile {
   }
 };
 
-struct SoftmaxScratch {
-  float *panel, *tile, *other;
-  char *copy, *texts;
-  std::int32_t* labels;
-  float* positives; // sums of a block of hard texts, which nothing reads
-  i64 bytes;
-
-  SoftmaxScratch(const ContrastiveParams& p, char* memory) {
-    Arena arena{memory};
-    const i64 rows = block_rows(p);
-    panel = arena.take<float>(p.queries * depth_of(p) * kPanel);
-    tile = arena.take<float>(rows * kPanel);
-    other = arena.take<float>(p.queries > 1 ? rows * kPanel : 0);
-    copy = arena.take<char>(copy_bytes(p, kPanel));
-    texts = arena.take<char>(copy_bytes(p, rows));
-    labels = arena.take<std::int32_t>(kPanel);
-    positives = arena.take<float>(rows);
-    bytes = arena.used;
-  }
+// Scratch of one task. Members are taken in the order of their declaration.
+struct SoftmaxScratch : Arena {
+  const ContrastiveParams& p;
+  const i64 rows = block_rows(p);
+  float* panel = take<float>(p.queries * depth_of(p) * kPanel);
+  float* dots = take<float>(rows * kPanel);
+  float* other = take<float>(p.queries > 1 ? rows * kPanel : 0);
+  char* copy = take<char>(copy_bytes(p, kPanel));
+  char* texts = take<char>(copy_bytes(p, rows));
+  std::int32_t* labels = take<std::int32_t>(kPanel);
+  float* positives = take<float>(rows); // sums of a block of hard texts, which nothing reads
 };
-inline i64 softmax_scratch(const ContrastiveParams& p) {
-  return SoftmaxScratch(p, nullptr).bytes;
-}
 
+// Calls f(tile) for each tile of all images and a task's texts; its dots are not computed yet.
 template <typename F>
-void each_panel(const ContrastiveParams& p, const Task& task, const SoftmaxScratch& s, const F& f) {
-  const i64 step = block_rows(p);
+void each_tile(const ContrastiveParams& p, const Task& task, const SoftmaxScratch& s, const F& f) {
   for (i64 lane = 0; lane < p.image.count; lane += kPanel) {
     const i64 lanes = least<i64>(kPanel, p.image.count - lane);
     for (i64 query = 0; query < p.queries; ++query) {
       pack_panel(p, lane, lanes, query, s.panel + query * depth_of(p) * kPanel, s.copy);
     }
     panel_labels(p, lane, lanes, s.labels);
-    for (i64 row = task.first; row < task.last; row += step) {
-      f(lane, lanes, row, least(step, task.last - row));
+    for (i64 row = task.first; row < task.last; row += s.rows) {
+      f(LogitTile{p, task.hard, row, least(s.rows, task.last - row), lane, lanes, s.labels, s.dots});
     }
   }
+}
+// Computes the dots of texts first to first + count of a tile, from the tile's first row on.
+inline void tile_dots(const LogitTile& tile, const SoftmaxScratch& s, i64 first, i64 count) {
+  const ContrastiveParams& p = tile.p;
+  const Source source = source_of(texts_of(p, tile.hard), tile.row + first);
+  const Rows texts = fetch(source, count, p.dim, is_dot(p), s.texts);
+  panel_dots(p, texts, count, s.panel, tile.lanes, s.dots, s.other, nullptr);
 }
 
 MMK_INLINE Sums from(const Sums& x, i64 n) {
   return {x.reference + n, x.sum + n, x.positives + n, x.all == nullptr ? nullptr : x.all + n};
 }
 MMK_INLINE Ranks from(const Ranks& x, i64 n) {
-  return x.best == nullptr ? Ranks{} : Ranks{x.best + n, x.place + n, x.before + n};
+  return x.best == nullptr ? Ranks{} : Ranks{x.best + n, x.index + n, x.before + n};
 }
 
 // The images' arrays are padded to whole panels, the texts' to whole vectors past the end of each task.
 inline void softmax(const ContrastiveParams& p, const Task& task, const Sums& images, const Ranks& image_ranks,
                     char* scratch) {
-  const SoftmaxScratch s(p, scratch);
-  const Features& features = texts_of(p, task.hard);
-  each_panel(p, task, s, [&](i64 lane, i64 lanes, i64 row, i64 rows) {
-    const Rows texts = fetch(source_of(features, row), rows, p.dim, is_dot(p), s.texts);
-    panel_dots(p, texts, rows, s.panel, lanes, s.tile, s.other, nullptr);
+  const SoftmaxScratch s{{scratch}, p};
+  each_tile(p, task, s, [&](const LogitTile& logits) {
+    tile_dots(logits, s, 0, logits.rows);
     const bool of_batch = !task.hard;
-    const SoftmaxTile tile{p,
-                           s.tile,
-                           rows,
-                           lanes,
-                           row,
-                           lane,
-                           task.hard,
-                           s.labels,
-                           of_batch ? from(p.text_sums, row) : Sums{},
-                           from(images, lane),
-                           of_batch ? from(p.text_ranks, row) : Ranks{},
-                           from(image_ranks, lane)};
+    const SoftmaxTile tile{logits, of_batch ? from(p.text_sums, logits.row) : Sums{}, from(images, logits.lane),
+                           of_batch ? from(p.text_ranks, logits.row) : Ranks{}, from(image_ranks, logits.lane)};
     const float top = tile.largest_logit();
     if (images.all != nullptr) {
       if (of_batch) {
         tile.add_all(tile.texts.all);
       } else {
-        std::memset(s.positives, 0, rows * sizeof(float));
+        std::memset(s.positives, 0, tile.rows * sizeof(float));
         tile.add_all(s.positives);
       }
     }
     if (image_ranks.best != nullptr) {
       tile.count_before();
     }
-    if (tile.matches()) {
+    if (tile.may_match()) {
       tile.add_positives(tile.texts.positives);
     }
     if (!tile.add_together(top)) {
@@ -296,55 +262,53 @@ inline void softmax(const ContrastiveParams& p, const Task& task, const Sums& im
   });
 }
 
+// The texts of a tile that have a positive in it; returns how many there are.
+inline i64 matching_texts(const LogitTile& tile, std::int32_t* texts) {
+  i64 count = 0;
+  for (i64 r = 0; r < tile.rows; ++r) {
+    std::uint32_t any = 0;
+    for (int v = 0; v < kVectors; ++v) {
+      any |= tile.matches(r, v);
+    }
+    texts[count] = (std::int32_t)r;
+    count += any != 0 ? 1 : 0;
+  }
+  return count;
+}
+
 // Finds each row's best positive, before ranks can be counted, from the same products in the same order, so that scores
 // are bit-equal. Only texts with a positive in the panel are multiplied.
 inline void best_positives(const ContrastiveParams& p, const Task& task, const Ranks& images, char* scratch) {
-  const SoftmaxScratch s(p, scratch);
-  each_panel(p, task, s, [&](i64 lane, i64 lanes, i64 row, i64 rows) {
-    if (!may_match(p, task.hard, row, rows, lane, lanes)) {
+  const SoftmaxScratch s{{scratch}, p};
+  // Indices rise in both directions, so that the first of equals stays.
+  const auto keep_best = [](const Ranks& ranks, i64 row, float x, i64 index) {
+    if (x > ranks.best[row] || x != x) {
+      ranks.best[row] = x;
+      ranks.index[row] = (std::int32_t)index;
+    }
+  };
+  each_tile(p, task, s, [&](const LogitTile& tile) {
+    if (!tile.may_match()) {
       return;
     }
-    const auto bits_of_text = [&](i64 r, int v) { return match_bits(p, task.hard, r, lane, lanes, s.labels, v); };
     std::int32_t matching[kMaxRows];
-    i64 count = 0;
-    for (i64 r = 0; r < rows; ++r) {
-      std::uint32_t any = 0;
-      for (int v = 0; v < kVectors; ++v) {
-        any |= bits_of_text(row + r, v);
-      }
-      matching[count] = (std::int32_t)r;
-      count += any != 0 ? 1 : 0;
-    }
-    // A single row costs about four times its share of a whole tile.
-    const bool whole = count * 4 > rows;
-    const auto multiply = [&](i64 r, i64 n) {
-      panel_dots(p, fetch(source_of(p.text, row + r), n, p.dim, is_dot(p), s.texts), n, s.panel, lanes, s.tile, s.other,
-                 nullptr);
-    };
+    const i64 count = matching_texts(tile, matching);
+    const bool whole = count * 4 > tile.rows; // a single row costs about four times its share of a whole tile
     if (whole) {
-      multiply(0, rows);
+      tile_dots(tile, s, 0, tile.rows);
     }
     for (i64 at = 0; at < count; ++at) {
-      const i64 r = matching[at], text = row + r;
+      const i64 r = matching[at], text = tile.row + r;
       if (!whole) {
-        multiply(r, 1);
+        tile_dots(tile, s, r, 1);
       }
-      const float* dots = s.tile + (whole ? r * kPanel : 0);
+      const float* dots = s.dots + (whole ? r * kPanel : 0);
       for (int v = 0; v < kVectors; ++v) {
-        for (std::uint32_t bits = bits_of_text(text, v); bits != 0; bits &= bits - 1) {
-          const i64 n = v * kLanes + __builtin_ctz(bits), image = lane + n;
-          if (p.ignore && image != text) {
-            continue;
-          }
-          const float x = dots[n] * p.sign;
-          // Indices rise in both directions, so that the first of equals stays.
-          if (x > images.best[image] || x != x) {
-            images.best[image] = x;
-            images.place[image] = (std::int32_t)text;
-          }
-          if (x > p.text_ranks.best[text] || x != x) {
-            p.text_ranks.best[text] = x;
-            p.text_ranks.place[text] = (std::int32_t)image;
+        for (std::uint32_t bits = tile.matches(r, v); bits != 0; bits &= bits - 1) {
+          const i64 n = v * kLanes + __builtin_ctz(bits), image = tile.lane + n;
+          if (!p.ignore || image == text) {
+            keep_best(images, image, dots[n] * p.sign, text);
+            keep_best(p.text_ranks, text, dots[n] * p.sign, image);
           }
         }
       }
@@ -352,5 +316,4 @@ inline void best_positives(const ContrastiveParams& p, const Task& task, const R
   });
 }
 
-} // namespace MMK_ISA
-} // namespace mmkernels
+} // namespace mmkernels::MMK_ISA

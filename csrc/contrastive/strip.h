@@ -5,8 +5,7 @@
 #include "../common/tile_gemm.h"
 #include "params.h"
 
-namespace mmkernels {
-namespace MMK_ISA {
+namespace mmkernels::MMK_ISA {
 
 constexpr i64 kMaxLanes = 256; // images of a strip
 constexpr i64 kMaxRows = 128;  // texts of a block
@@ -109,10 +108,11 @@ inline void group_columns(const ContrastiveParams& p, Rows rows, i64 count, i64 
   }
 }
 
-// Transposes one panel of one query.
-inline void pack_panel(const ContrastiveParams& p, i64 first, i64 count, i64 query, float* to, char* copy) {
-  const Source from = source_of(p.image, first, query);
-  transpose_rows(fetch(from, count, p.dim, is_dot(p), copy), count, depth_of(p), kPanel, to);
+// Transposes one panel of one query; returns its rows in the working format.
+MMK_OUTLINE Rows pack_panel(const ContrastiveParams& p, i64 first, i64 count, i64 query, float* to, char* copy) {
+  const Rows rows = fetch(source_of(p.image, first, query), count, p.dim, is_dot(p), copy);
+  transpose_rows(rows, count, depth_of(p), kPanel, to);
+  return rows;
 }
 MMK_INLINE i64 copy_bytes(const ContrastiveParams& p, i64 rows) {
   return rows * row_bytes(is_dot(p), p.dim);
@@ -184,33 +184,47 @@ inline void panel_labels(const ContrastiveParams& p, i64 first, i64 count, std::
     to[i] = i >= count ? -1 : (p.image_label != nullptr ? p.image_label[first + i] : (std::int32_t)(first + i));
   }
 }
-// The label of a text; of hard texts -2, which no image has.
-MMK_INLINE std::int32_t row_label(const ContrastiveParams& p, bool hard, i64 row) {
-  return hard ? -2 : (p.text_label != nullptr ? p.text_label[row] : (std::int32_t)row);
-}
-// Whether any pair of a tile may have the same label.
-MMK_INLINE bool may_match(const ContrastiveParams& p, bool hard, i64 row, i64 rows, i64 first, i64 count) {
-  return !hard && (p.image_label != nullptr || (row < first + count && first < row + rows));
-}
-// The lanes from `at` on that hold images, as low bits.
-MMK_INLINE std::uint32_t live_bits(i64 at, i64 count) {
-  return at >= count ? 0 : (count - at >= kLanes ? (std::uint32_t)((1ull << kLanes) - 1) : (1u << (count - at)) - 1);
-}
-// The bit of the image with the text's index in vector v of a panel, if it is there.
-MMK_INLINE std::uint32_t diagonal_bit(i64 row, i64 lane, i64 v) {
-  const i64 i = row - lane - v * kLanes;
-  return i >= 0 && i < kLanes ? 1u << i : 0;
-}
-// The images of vector v of a panel that have a text's label or are its positive, as low bits.
-MMK_INLINE std::uint32_t match_bits(const ContrastiveParams& p, bool hard, i64 row, i64 lane, i64 lanes,
-                                    const std::int32_t* labels, i64 v) {
-  const std::int32_t label = row_label(p, hard, row);
-  std::uint32_t bits = bits_of((IVec)load(labels + v * kLanes) == label - IVec{});
-  if (p.ignore && !hard) { // the positive's label may be another
-    bits |= diagonal_bit(row, lane, v) & live_bits(v * kLanes, lanes);
-  }
-  return bits;
-}
 
-} // namespace MMK_ISA
-} // namespace mmkernels
+constexpr std::uint32_t kAllLanes = (std::uint32_t)((1ull << kLanes) - 1);
+
+// The tile of logits of a block of texts and a panel of images. Vector v of the panel: its images from v * kLanes on.
+struct LogitTile {
+  const ContrastiveParams& p;
+  bool hard;                  // the texts are hard texts
+  i64 row, rows;              // the first text, and how many there are
+  i64 lane, lanes;            // the first image, and how many there are
+  const std::int32_t* labels; // of the images, -1 past the last
+  float* dots;                // [rows, kPanel]
+
+  // Whether any pair may have the same label.
+  MMK_INLINE bool may_match() const {
+    return !hard && (p.image_label != nullptr || (row < lane + lanes && lane < row + rows));
+  }
+  // The images of vector v, as low bits.
+  MMK_INLINE std::uint32_t live(i64 v) const {
+    const i64 left = lanes - v * kLanes;
+    return left <= 0 ? 0 : (left >= kLanes ? kAllLanes : (1u << left) - 1);
+  }
+  // The image of vector v that has text r's index, if it is there.
+  MMK_INLINE std::uint32_t diagonal(i64 r, i64 v) const {
+    const i64 i = row + r - lane - v * kLanes;
+    return i >= 0 && i < kLanes ? 1u << i : 0;
+  }
+  // Text r's label; that of a hard text is one that no image has.
+  MMK_INLINE std::int32_t label(i64 r) const {
+    return hard ? -2 : (p.text_label != nullptr ? p.text_label[row + r] : (std::int32_t)(row + r));
+  }
+  // The images of vector v that have text r's label or are its positive.
+  MMK_INLINE std::uint32_t matches(i64 r, i64 v) const {
+    return matches(r, v, label(r));
+  }
+  MMK_INLINE std::uint32_t matches(i64 r, i64 v, std::int32_t label) const {
+    std::uint32_t bits = bits_of((IVec)load(labels + v * kLanes) == label - IVec{});
+    if (p.ignore && !hard) { // the positive's label may be another
+      bits |= diagonal(r, v) & live(v);
+    }
+    return bits;
+  }
+};
+
+} // namespace mmkernels::MMK_ISA

@@ -1,13 +1,12 @@
 """``python -m mmkernels.aot``: compile every GPU kernel with no GPU there, and check what each takes.
 
 Fails where a kernel does not compile, needs more shared memory than its target has, or takes more than its op's plan
-allows. Prints what changed since the last run, which ``build/aot`` keeps.
+allows. Prints what changed since the last run, which ``build/aot`` keeps. ``--op`` compiles those of one op.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from mmkernels.aot import cache, cuda
 from mmkernels.aot.resources import Row, Usage
 from mmkernels.plan import SHARED_BYTES, TARGETS
+from mmkernels.report import console, table
 from mmkernels.runtime import tuning
 
 QUICK = ("sm_90", "gfx942")
@@ -23,6 +23,7 @@ QUICK = ("sm_90", "gfx942")
 the most (another compiler back end, no copy engine) and has the least shared memory. The choice does not rotate: a
 failure comes again, and a second run compiles nothing."""
 
+_WIDTH = 190  # columns of the table
 _LAST = "last"  # the cached rows of the last run
 
 
@@ -32,18 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help=f"all of {', '.join(TARGETS)}; default: {', '.join(QUICK)}")
     parser.add_argument("--table", action="store_true", help="print what every kernel takes")
     parser.add_argument("--frontend", action="store_true", help="only see whether Triton accepts its kernels")
+    parser.add_argument("--op", choices=sorted(tuning.plans()), help="only its Triton kernels")
     options = parser.parse_args(arguments)
     targets = TARGETS if options.all else QUICK
     begin = time.perf_counter()
     from mmkernels.aot.build import compile_entries, translate_entries
     from mmkernels.aot.launches import entries
 
-    wanted = list(entries(targets))
+    wanted = [entry for entry in entries(targets) if options.op in (None, entry.op)]
     if options.frontend:
         count = translate_entries(wanted)
-        print(f"Triton {triton_version()} accepts {len(wanted)} kernels ({count} not seen before){_since(begin)}")
+        print(f"Triton {triton_version()} accepts {len(wanted)} kernels ({count} for the first time){_since(begin)}")
         return 0
-    compilers = versions()
+    compilers = versions() if options.op is None else {"triton": triton_version()}
     print(", ".join(f"{name} {version}" for name, version in compilers.items()))
     rows, compiled = compile_entries(wanted)
     if "nvcc" in compilers:
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows, compiled = rows + by_hand, compiled + more
     if options.table:
         print_table(rows)
-    for line in changes(rows, compilers):
+    for line in changes(rows, compilers) if options.op is None else ():
         print(line)
     problems = check(rows)
     for problem in problems:
@@ -70,8 +72,7 @@ def versions() -> dict[str, str]:
     found = {"triton": triton_version()}
     reason = cuda.why_not()
     if reason is None:
-        output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-        found["nvcc"] = output.partition("release ")[2].partition(",")[0]
+        found["nvcc"] = cuda.nvcc_version().partition("release ")[2].partition(",")[0]
     else:
         print(f"skipped: the CUDA C++ kernels are not compiled: {reason}")
     return found
@@ -131,11 +132,11 @@ def changes(rows: Sequence[Row], compilers: dict[str, str]) -> list[str]:
 
 def _numbered(rows: Sequence[Row]) -> Iterator[tuple[tuple[str, ...], Row]]:
     """Each row with a name that no other has: a variant may launch one kernel with several signatures."""
-    seen: Counter[tuple[str, ...]] = Counter()
+    numbers: Counter[tuple[str, ...]] = Counter()
     for row in rows:
         name = (row.op, row.kernel, row.variant, row.target)
-        seen[name] += 1
-        yield (*name, str(seen[name])), row
+        numbers[name] += 1
+        yield (*name, str(numbers[name])), row
 
 
 def _difference(before: Sequence[int], now: Sequence[int]) -> str:
@@ -145,17 +146,18 @@ def _difference(before: Sequence[int], now: Sequence[int]) -> str:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    """Print a line for each kernel and variant, with its `Usage` by target."""
-    columns = sorted({row.target for row in rows}, key=lambda name: (len(name.rstrip("a")), name))
+    """Prints a line for each kernel and variant, with its `Usage` by target."""
+    targets = sorted({row.target for row in rows}, key=lambda name: (len(name.rstrip("a")), name))
     for op in dict.fromkeys(row.op for row in rows):
-        cells: dict[tuple[str, ...], dict[str, str]] = {}
+        usages: dict[tuple[str, ...], dict[str, str]] = {}
         for (_, kernel, variant, target, number), row in _numbered([row for row in rows if row.op == op]):
-            cells.setdefault((kernel, variant, number), {})[target] = str(row.usage)
-        title = f"{op}: registers/spilled bytes/KiB shared/KiB code"
-        print(f"\n{title:70}" + "".join(f"{target:>18}" for target in columns))
-        for (kernel, variant, _), by_target in cells.items():
-            print(f"{kernel:34}{variant:36}" + "".join(f"{by_target.get(target, '-'):>18}" for target in columns))
-    print()
+            usages.setdefault((kernel, variant, number), {})[target] = str(row.usage)
+        cells = [
+            [kernel, variant, *(usage.get(target, "-") for target in targets)]
+            for (kernel, variant, _), usage in usages.items()
+        ]
+        print(f"{op}: registers/spilled bytes/KiB shared/KiB code")
+        console(_WIDTH).print(table(cells, ["kernel", "variant", *targets], texts=2))
 
 
 if __name__ == "__main__":

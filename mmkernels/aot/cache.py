@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from mmkernels.report import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "aot"
@@ -27,9 +27,6 @@ def read(name: str) -> Any:
 
 
 def write(name: str, value: Any) -> None:
-    """Keep a value. A reader sees the old file or the new one, never a part."""
+    """Keeps a value. A reader sees the old file or the new one, never a part."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    handle, path = tempfile.mkstemp(dir=FOLDER, suffix=".tmp")
-    with os.fdopen(handle, "w") as file:
-        json.dump(value, file)
-    os.replace(path, FOLDER / f"{name}.json")
+    write_json(FOLDER / f"{name}.json", value)

@@ -54,7 +54,7 @@ def _compile_once(op: str, source: CudaSource, target: str) -> tuple[list[Row], 
     import torch
 
     texts = [path.read_text() for path in _included(_CSRC / source.path, _CSRC / source.shared_bytes[0])]
-    key = cache.key_of(texts, source, target, _FLAGS, _nvcc_version(), torch.__version__)
+    key = cache.key_of(texts, source, target, _FLAGS, nvcc_version(), torch.__version__)
     kept = cache.read(key)
     if kept is not None:
         return [Row(op, kernel, variant, target, Usage(*usage)) for kernel, variant, usage in kept], False
@@ -110,7 +110,7 @@ def _run(*command: str | Path) -> str:
 
 
 @once
-def _nvcc_version() -> str:
+def nvcc_version() -> str:
     return _run("nvcc", "--version")
 
 

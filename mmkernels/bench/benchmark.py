@@ -1,7 +1,7 @@
 """Measures one row of an op's benchmark: correctness first, then memory, then times beside the peers.
 
-A bench file has the op's peers and one test of three lines; the rows are made by ``benchmarks/conftest.py``. Peers run
-in turns with the op, in one process, on the same inputs. A wrong result has no time.
+A bench file has one line, `rows_of` with the op's peers; the rows are made by ``benchmarks/conftest.py``. Peers run in
+turns with the op, in one process, on the same inputs. A wrong result has no time.
 
 On a GPU times are the device's (`meters.time_calls`), and a row of forward + backward also times each candidate's
 forward alone: the difference is its backward pass. FLOP are counted as attention papers do: 2 matrix products forward,
@@ -12,24 +12,25 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from mmkernels.bench.first_run import FirstRun
-from mmkernels.bench.gate import Gate, draw_cotangents, flat, with_gradients
-from mmkernels.bench.peers import MOST_MEMORY, Call, CantRunError, Peer, check_room, first_line, memory_of
+from mmkernels.bench.gate import Gate, draw_cotangents, draw_inputs, flat, with_gradients
+from mmkernels.bench.peers import MOST_MEMORY, Call, CantRunError, Peer, check_room, first_line
 from mmkernels.bench.rounds import Peaks, alternate
 from mmkernels.bench.rows import Row, kind
-from mmkernels.machine import matmul_rate
+from mmkernels.machine import matmul_rate, memory_of
 from mmkernels.meters import memory_why_not
 from mmkernels.options import DTYPES
-from mmkernels.spec import Inputs, cast
+from mmkernels.spec import Inputs, OpSpec, cast
 from mmkernels.targets import OURS, Measured, YardstickShare
 
 _LONG = 3.0  # seconds of the least work at the peak, above which every run of a row counts
@@ -40,6 +41,16 @@ _NAIVE_TENSORS = 3  # of the largest tensor's size, which the naive formula keep
 _NARROW = ("bf16", "fp16")
 _DISTANCE = 0.05  # relative L2 distance from the truth at which a peer computes something else
 _YARDSTICK, _FORWARD = "yardstick", ", forward"  # a candidate beside the peers; a suffix of any candidate
+
+
+def rows_of(spec: OpSpec, peers: Sequence[Peer] = (), **options: Any) -> Callable[..., None]:
+    """Returns the test of an op's bench file: for each of the op's rows, `measure` with these peers and options."""
+
+    @pytest.mark.rows_of(spec)
+    def test(benchmark: Any, row: Row) -> None:
+        measure(benchmark, row, peers, **options)
+
+    return test
 
 
 def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products: bool = False) -> None:
@@ -56,6 +67,7 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products:
         AssertionError: the op's result is wrong.
     """
     problem = _Problem(row)
+    peers = [peer for peer in peers if peer.device in ("", problem.device.type)]
     if row.compile_only:
         problem.run_all(peers)
         return
@@ -108,10 +120,7 @@ class _Problem:
     def __init__(self, row: Row) -> None:
         self.row, self.device = row, torch.device(row.device)
         _make_room(self.device)
-        with self.device:
-            drawn = row.config.make(torch.Generator(self.device).manual_seed(0))
-        inputs = cast(drawn, DTYPES[row.dtype], self.device, row.spec.always_wide)
-        self.inputs = {name: x.detach().requires_grad_() if name in row.grads else x for name, x in inputs.items()}
+        self.inputs = draw_inputs(row.spec, row.config.make, DTYPES[row.dtype], self.device, row.grads)
         self.leaves = [self.inputs[name] for name in row.grads]
         self.ours: Call = partial(row.spec.function, **self.inputs)
         flops = row.spec.cost(self.inputs, row.backward).flops

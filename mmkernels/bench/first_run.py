@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -35,17 +36,12 @@ def count(run: Run, *, pytorch: bool = True) -> Counted:
         pytorch: count PyTorch's too; the profiler takes time, and memory for each operator that runs.
     """
     before, launched = cpu.multiplied(), triton.launches()
-    if not pytorch:
+    recorder = profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) if pytorch else None
+    with recorder or nullcontext():
         result = run()
-        return Counted(result, _total(cpu.multiplied() - before, launched))
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as seen:
-        result = run()
-    flops = sum(event.flops or 0 for event in seen.events() or () if event.name in _PRODUCTS)
-    return Counted(result, _total(cpu.multiplied() - before + flops, launched))
-
-
-def _total(flops: float, launched: int) -> float | None:
-    return flops if flops and triton.launches() == launched else None
+    events = (recorder and recorder.events()) or ()
+    flops = cpu.multiplied() - before + sum(event.flops or 0 for event in events if event.name in _PRODUCTS)
+    return Counted(result, flops if flops and triton.launches() == launched else None)
 
 
 class FirstRun:

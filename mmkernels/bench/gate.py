@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.bench.peers import Call as Call
-from mmkernels.bench.peers import memory_of
+from mmkernels.machine import memory_of
 from mmkernels.spec import Expected, Inputs, OpSpec, Shard, cast, flatten
 
 _TENSORS = 8  # of the scores' size in float64, which the naive formula and its gradients keep at once
@@ -96,6 +96,20 @@ class Gate:
                     return float("inf")
                 worst = max(worst, _rms(part.to(true) - true) / max(_rms(true), 1e-30))
         return worst
+
+
+def draw_inputs(
+    spec: OpSpec,
+    make: Callable[[torch.Generator], Inputs],
+    dtype: torch.dtype,
+    device: torch.device,
+    grads: Sequence[str],
+) -> Inputs:
+    """Returns the op's arguments, the same at each call; those to differentiate by are leaves."""
+    with device:
+        drawn = make(torch.Generator(device).manual_seed(0))
+    inputs = cast(drawn, dtype, device, spec.always_wide)
+    return {name: x.detach().requires_grad_() if name in grads else x for name, x in inputs.items()}
 
 
 def with_gradients(call: Call, leaves: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Call:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 
+from mmkernels.machine import memory_of
 from mmkernels.spec import Inputs
 
 Call = Callable[[], Any]
@@ -31,18 +32,13 @@ class Peer:
             time. What a user does once for many calls, such as building a mask or compiling, is done here, untimed.
             Raises `CantRunError`.
         slow: it takes many seconds to prepare or to run: left out of quick rows.
+        device: the only type of device that it is measured on; "": any.
     """
 
     name: str
     prepare: Callable[[Inputs], Call]
     slow: bool = False
-
-
-def memory_of(device: torch.device) -> int:
-    """Returns the bytes of memory that the device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    device: str = ""
 
 
 def check_room(least: float, device: torch.device | str) -> None:
@@ -53,6 +49,26 @@ def check_room(least: float, device: torch.device | str) -> None:
     device = torch.device(device)
     if device.type == "cpu" and least > MOST_MEMORY * memory_of(device):
         raise CantRunError(f"would take {least / 1e9:.0f} GB or more of {memory_of(device) / 1e9:.0f} GB: left out")
+
+
+def compiled(function: Callable[..., Any], *args: Any, **options: Any) -> Call:
+    """Returns the call of a function by ``torch.compile``, compiled for these arguments.
+
+    Raises:
+        CantRunError: it does not compile here.
+    """
+    try:
+        call = partial(_compile(function), *args, **options)
+        call()
+    except Exception as error:  # of any kind: no compiler, no support for a dtype or a shape
+        raise CantRunError(f"does not compile here: {type(error).__name__}: {first_line(error)}") from error
+    return call
+
+
+@cache
+def _compile(function: Callable[..., Any]) -> Any:
+    torch._dynamo.config.recompile_limit = 256  # one for each configuration and dtype
+    return torch.compile(function, dynamic=False)
 
 
 def first_line(error: Exception) -> str:

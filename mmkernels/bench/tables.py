@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from mmkernels.report import Footnotes, megabytes, milliseconds, percent, table, unique, verdict
@@ -31,7 +31,13 @@ _COUNTED = "\nGEMMs: matrix products that ours made, counted as it ran; the op's
 def line(row: Row) -> str:
     """Returns the figures of one row in one line."""
     ratios = [f"{name} {peer['ratio']:.2f}x" for name, peer in row["peers"].items() if "ratio" in peer]
-    figures = [f"{milliseconds(row['seconds'])} ms", *ratios]
+    figures = [f"{milliseconds(row['seconds'])} ms"]
+    if "backward_flops_per_second" in row:  # the rate of the backward pass alone, as its target has it
+        figures.append(f"{row['backward_flops_per_second'] / 1e12:,.0f} TFLOP/s backward")
+    elif "flops_per_second" in row:
+        rate = row["flops_per_second"]
+        figures.append(f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s")
+    figures += ratios
     if "share_of_compute_peak" in row:
         figures.append(f"{_share(row).strip()} of peak")
     if row.get("peak_memory_bytes") is not None:
@@ -46,9 +52,8 @@ def render(report: dict[str, Any]) -> RenderableType:
     for group in dict.fromkeys((row["dtype"], row["pass"]) for row in rows):
         parts += [Text(" ".join(group), style="bold")]
         parts += _table([row for row in rows if (row["dtype"], row["pass"]) == group])
-    targets = _targets(rows)
-    if targets.row_count:
-        parts += [targets, Text()]
+    if any(row.get("targets") for row in rows):
+        parts += [targets(rows), Text()]
     return Group(*parts)
 
 
@@ -103,19 +108,15 @@ def _table(rows: list[Row]) -> list[RenderableType]:
     return [table(cells, ["configuration", *titles]), *map(Text, notes.lines()), Text()]
 
 
-def _targets(rows: list[Row]) -> Table:
-    """Ours beside each target, and what a kernel at the full peak would reach."""
-    titles = (*("targets", "dtype", "pass"), *("than", "target", "ours", "at peak", ""))
-    return table(_target_cells(rows), [*titles[:3], *(Column(title, justify="right") for title in titles[3:])], texts=3)
-
-
-def _target_cells(rows: list[Row]) -> Iterator[list[str | Text]]:
+def targets(rows: Iterable[Row]) -> Table:
+    """Returns a table of ours beside each target, and of what a kernel at the full peak would reach."""
+    cells = []
     for row in rows:
         for target in row.get("targets", ()):
             least, most, reached, at_peak = (_value(target, key) for key in ("least", "most", "found", "at_peak"))
-            bound = least or f"<= {most}"
             name = [row["configuration"], row["dtype"], row["pass"], target["than"]]
-            yield [*name, bound, reached, at_peak, verdict(target)]
+            cells.append([*name, least or f"<= {most}", reached, at_peak, verdict(target)])
+    return table(cells, ["targets", "dtype", "pass", "than", "target", "ours", "at peak", ""], texts=3)
 
 
 _UNITS = {"peak": "share", "bandwidth": "share", "tflops": "TFLOP/s", "extra MB": "MB"}  # in files that name none

@@ -9,21 +9,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.models import clip_weights
-from mmkernels.models.blocks.checkpoint import load_pretrained
-from mmkernels.models.blocks.encoder import AttentionPooling, TextEncoder
+from mmkernels.models.blocks.checkpoint import Names
+from mmkernels.models.blocks.encoder import AttentionPooling, Sizes, TextEncoder
+from mmkernels.models.blocks.model import Model
 from mmkernels.models.blocks.vision import VisionTransformer
-from mmkernels.models.blocks.weights import build
 from mmkernels.models.clip_config import CLIPConfig
 from mmkernels.ops.contrastive.info_nce import info_nce
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
 from mmkernels.runtime.checks import can_look
 
+_SIGLIP: dict[str, Any] = {"variant": "siglip", "vision_eps": 1e-6, "text_eps": 1e-6}
+_SIGLIP |= {"vision_activation": "gelu_pytorch_tanh", "text_activation": "gelu_pytorch_tanh"}
 SIZES = {
     # For tests.
     "tiny": CLIPConfig(
@@ -44,19 +47,15 @@ SIZES = {
         embed_dim=512,
     ),
     "siglip_tiny": CLIPConfig(
-        variant="siglip",
         vision_width=32, vision_layers=2, vision_heads=4, vision_mlp=64, image_size=32, patch_size=8,
         text_width=48, text_layers=2, text_heads=4, text_mlp=96, text_length=16, vocab_size=128,
-        embed_dim=32, vision_activation="gelu_pytorch_tanh", text_activation="gelu_pytorch_tanh",
-        vision_eps=1e-6, text_eps=1e-6,
+        embed_dim=32, **_SIGLIP,
     ),
     # SigLIP B/16 (Zhai et al., 2023, section 4: both towers of ViT-B's size, texts of 64 tokens).
     "siglip_base": CLIPConfig(
-        variant="siglip",
         vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, image_size=224, patch_size=16,
         text_width=768, text_layers=12, text_heads=12, text_mlp=3072, text_length=64, vocab_size=32000,
-        embed_dim=768, vision_activation="gelu_pytorch_tanh", text_activation="gelu_pytorch_tanh",
-        vision_eps=1e-6, text_eps=1e-6,
+        embed_dim=768, **_SIGLIP,
     ),
 }  # fmt: skip
 """The sizes that `CLIP.from_size` accepts."""
@@ -95,8 +94,12 @@ class CLIPOutput:
         return self.logits_per_image.T
 
 
-class CLIP(nn.Module):
+class CLIP(Model):
     """Maps images and texts to features of one space, in which they can be compared.
+
+    `from_pretrained` reads the folder of a Hugging Face ``CLIPModel`` or ``SiglipModel``. A SigLIP 2 of fixed
+    resolution is saved as a ``SiglipModel``. Its inputs are made by transformers' processor,
+    ``AutoProcessor.from_pretrained(folder)``.
 
     Args:
         config: the sizes. Models are usually made by `from_size` or `from_pretrained`.
@@ -114,90 +117,37 @@ class CLIP(nn.Module):
         torch.Size([3, 3])
     """
 
+    sizes = SIZES
+    config: CLIPConfig
+
     def __init__(self, config: CLIPConfig) -> None:
-        super().__init__()
-        c = self.config = config
-        clip = c.variant == "clip"
-        self.vision = VisionTransformer.of(c, eps=c.vision_eps, class_token=clip)
+        super().__init__(config)
+        c, clip = config, config.variant == "clip"
+        vision, text = Sizes.of(c, "vision"), Sizes.of(c, "text")
+        self.vision = VisionTransformer.of(c, vision, class_token=clip)
         self.vision_norm = nn.LayerNorm(c.vision_width, eps=c.vision_eps)
-        self.image_pool: AttentionPooling | None = None
-        self.image_projection: nn.Linear | None = None
-        if clip:
-            self.image_projection = nn.Linear(c.vision_width, c.embed_dim, bias=False)
-        else:
-            self.image_pool = AttentionPooling(
-                c.vision_width, heads=c.vision_heads, mlp=c.vision_mlp, activation=c.vision_activation, eps=c.vision_eps
-            )
-        self.text = TextEncoder(
-            c.text_width,
-            layers=c.text_layers,
-            heads=c.text_heads,
-            mlp=c.text_mlp,
-            vocab_size=c.vocab_size,
-            length=c.text_length,
-            causal=clip,
-            activation=c.text_activation,
-            eps=c.text_eps,
-            dropout=c.text_dropout,
-        )
+        self.image_pool = None if clip else AttentionPooling(vision)
+        self.image_projection = nn.Linear(c.vision_width, c.embed_dim, bias=False) if clip else None
+        self.text = TextEncoder(text, vocab_size=c.vocab_size, length=c.text_length, causal=clip)
         self.text_projection = nn.Linear(c.text_width, c.embed_dim, bias=not clip)
         self.logit_scale = nn.Parameter(torch.empty(()))  # the logarithm of the multiplier
         self.logit_bias = None if clip else nn.Parameter(torch.empty(()))
-        self._start_logits()
+        self._set_constants()
 
-    def _start_logits(self) -> None:
+    def _set_constants(self) -> None:
+        """Sets the multiplier and the bias of the logits to where training starts."""
         scale, bias = _START[self.config.variant]
         nn.init.constant_(self.logit_scale, math.log(scale))
         if self.logit_bias is not None:
             nn.init.constant_(self.logit_bias, bias)
 
-    # Constructors.
+    @classmethod
+    def _read_config(cls, values: dict[str, Any], path: Path) -> CLIPConfig:
+        return CLIPConfig.from_transformers(values, str(path))
 
     @classmethod
-    def from_size(
-        cls, size: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> CLIP:
-        """Returns a model with random weights.
-
-        Args:
-            size: a name in `SIZES`.
-            seed: the same seed gives the same weights on every device.
-        """
-        model = build(cls, SIZES, size, seed=seed, dtype=dtype, device=device)
-        model._start_logits()
-        return model
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> CLIP:
-        """Returns the model in a Hugging Face ``CLIPModel`` or ``SiglipModel`` folder, in evaluation mode.
-
-        A SigLIP 2 of fixed resolution is saved as a ``SiglipModel``. Its inputs are made by transformers' processor,
-        ``AutoProcessor.from_pretrained(folder)``.
-
-        Parameters may be mapped from the files: do not overwrite the files in place while the model exists.
-
-        Args:
-            folder: with ``config.json`` and ``model.safetensors``, or its shards and their index.
-            dtype: of the parameters.
-            device: of the parameters.
-
-        Raises:
-            ImportError: transformers or safetensors is not installed.
-            TypeError: `dtype` is not a floating dtype.
-            FileNotFoundError: the folder or a file in it is missing.
-            CheckpointError: the content of a file is wrong; the message names the file and the tensor, what was
-                expected and what was found.
-        """
-        return load_pretrained(
-            cls,
-            folder,
-            read_config=CLIPConfig.from_transformers,
-            names=lambda config: clip_weights.NAMES[config.variant],
-            dtype=dtype,
-            device=device,
-        )
+    def _names(cls, config: CLIPConfig) -> Names:
+        return clip_weights.NAMES[config.variant]
 
     # The towers.
 

@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmkernels.models.blocks.activations import check_activation
 from mmkernels.models.blocks.checkpoint import CheckpointError
-from mmkernels.models.blocks.config import (
-    check_multiple,
-    check_numbers,
-    check_sizes,
-    check_token,
-    read_config,
-    read_fields,
-)
+from mmkernels.models.blocks.config import check_config, read_config, read_fields
 from mmkernels.models.clip_weights import ARCHITECTURES, FIELDS
 
 VARIANTS = ("clip", "siglip")
@@ -67,14 +59,9 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        check_sizes(self)
-        for tower in ("vision", "text"):
-            check_multiple(self, f"{tower}_width", f"{tower}_heads")
-            check_activation(f"{tower}_activation", getattr(self, f"{tower}_activation"))
-            check_numbers(self, positive=(f"{tower}_eps",), shares=(f"{tower}_dropout",))
+        check_config(self)
         if self.variant == "siglip" and self.embed_dim != self.vision_width:
             raise ValueError(f"embed_dim must be vision_width = {self.vision_width} in a siglip, got {self.embed_dim}")
-        check_token(self, "eos_token_id")
 
     @classmethod
     def from_transformers(cls, config: dict[str, Any], where: str = "config") -> CLIPConfig:

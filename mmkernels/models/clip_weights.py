@@ -11,20 +11,18 @@ from mmkernels.models.blocks.checkpoint import Names
 ARCHITECTURES = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 """Model type, which is also `CLIPConfig.variant` -> architecture."""
 
+_TOWER_FIELDS = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp": "intermediate_size",
+    "activation": "hidden_act",
+    "eps": "layer_norm_eps",
+    "dropout": "attention_dropout",
+}
 FIELDS = {
-    **{
-        f"{tower}_{ours}": f"{tower}_config.{theirs}"
-        for tower in ("vision", "text")
-        for ours, theirs in (
-            ("width", "hidden_size"),
-            ("layers", "num_hidden_layers"),
-            ("heads", "num_attention_heads"),
-            ("mlp", "intermediate_size"),
-            ("activation", "hidden_act"),
-            ("eps", "layer_norm_eps"),
-            ("dropout", "attention_dropout"),
-        )
-    },
+    **{f"vision_{ours}": f"vision_config.{theirs}" for ours, theirs in _TOWER_FIELDS.items()},
+    **{f"text_{ours}": f"text_config.{theirs}" for ours, theirs in _TOWER_FIELDS.items()},
     "image_size": "vision_config.image_size",
     "patch_size": "vision_config.patch_size",
     "channels": "vision_config.num_channels",
@@ -39,28 +37,33 @@ _IGNORED = re.compile(r"\.position_ids$")  # a constant, which older versions of
 _VISION = "vision_model."
 _TEXT = "text_model."
 
+
+def _layer_names(ours: str, theirs: str) -> dict[str, str]:
+    parts = {"attention_norm": "layer_norm1", "attention": "self_attn", "mlp_norm": "layer_norm2"}
+    parts |= {"mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
+    return {f"{ours}.blocks.#.{part}.": f"{theirs}encoder.layers.#.{name}." for part, name in parts.items()}
+
+
+def vision_names(prefix: str) -> dict[str, str]:
+    """Returns the names of a `VisionTransformer`: as in `Names.table`, where a checkpoint's start with `prefix`."""
+    return {
+        "vision.patch.": prefix + "embeddings.patch_embedding.",
+        "vision.class_token": prefix + "embeddings.class_embedding",
+        "vision.positions": prefix + "embeddings.position_embedding.weight",
+        "vision.norm.": prefix + "pre_layrnorm.",  # this is how transformers spells it
+        **_layer_names("vision", prefix),
+    }
+
+
 # The start of a parameter's name in `CLIP` -> in the checkpoint.
 _BOTH = {
     "logit_scale": "logit_scale",
-    "vision.patch.": _VISION + "embeddings.patch_embedding.",
-    "vision.class_token": _VISION + "embeddings.class_embedding",
-    "vision.positions": _VISION + "embeddings.position_embedding.weight",
-    "vision.norm.": _VISION + "pre_layrnorm.",  # this is how transformers spells it
+    **vision_names(_VISION),
     "vision_norm.": _VISION + "post_layernorm.",
     "text.embed.": _TEXT + "embeddings.token_embedding.",
     "text.positions": _TEXT + "embeddings.position_embedding.weight",
     "text.norm.": _TEXT + "final_layer_norm.",
-    **{
-        f"{tower}.blocks.#.{ours}": f"{tower}_model.encoder.layers.#.{theirs}"
-        for tower in ("vision", "text")
-        for ours, theirs in (
-            ("attention_norm.", "layer_norm1."),
-            ("attention.", "self_attn."),
-            ("mlp_norm.", "layer_norm2."),
-            ("mlp.0.", "mlp.fc1."),
-            ("mlp.2.", "mlp.fc2."),
-        )
-    },
+    **_layer_names("text", _TEXT),
 }
 _CLIP_TABLE = {
     **_BOTH,

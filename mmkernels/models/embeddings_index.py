@@ -173,7 +173,7 @@ def save_index(folder: Path, index: Any) -> SavedIndex:
         nonlocal checksum
         try:
             faiss().write_index(index, str(partial))
-        except RuntimeError as error:  # how FAISS says that the disk is full
+        except RuntimeError as error:  # how FAISS reports a full disk
             raise OSError(None, str(error)) from error
         if os.path.getsize(partial) != _HEADER.size + 4 * index.ntotal * index.d:
             raise OSError(None, "FAISS wrote a file of another size than an IndexFlatIP has")

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.models import idefics
-from mmkernels.models.blocks.checkpoint import load_pretrained
+from mmkernels.models.blocks.checkpoint import Names
+from mmkernels.models.blocks.encoder import Sizes
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.models.blocks.media import carry_on, images_seen, join, last_of, visual_mask
+from mmkernels.models.blocks.model import Model
 from mmkernels.models.blocks.sampling import check_sampling, sample
 from mmkernels.models.blocks.text import SwiGLU, TextBlock, check_tokens, rotary_angles
 from mmkernels.models.blocks.vision import VisionTransformer
-from mmkernels.models.blocks.weights import build
 from mmkernels.models.flamingo_config import FlamingoConfig
 from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
 from mmkernels.nn.checks import check_positive
@@ -94,10 +95,13 @@ class FlamingoGeneration:
     visual_cache: VisualCache
 
 
-class Flamingo(nn.Module):
+class Flamingo(Model):
     """Predicts the next token from images and text.
 
     The stages can be called one by one: `encode_images`, `resample`, `cache_images`, `forward`.
+
+    `from_pretrained` reads the folder of a Hugging Face ``IdeficsForVisionText2Text``. The image token is that of
+    ``config.json``, or else ``<image>`` of the tokenizer's files.
 
     Args:
         config: the sizes. Models are usually made by `from_size` or `from_pretrained`.
@@ -114,10 +118,13 @@ class Flamingo(nn.Module):
         torch.Size([1, 2])
     """
 
+    sizes = SIZES
+    config: FlamingoConfig
+
     def __init__(self, config: FlamingoConfig) -> None:
-        super().__init__()
-        c = self.config = config
-        self.vision = VisionTransformer.of(c, eps=c.layer_norm_eps)
+        super().__init__(config)
+        c = config
+        self.vision = VisionTransformer.of(c, Sizes.of(c, "vision", eps=c.layer_norm_eps))
         self.resampler: PerceiverResampler | None = None
         if c.num_latents is not None:
             self.resampler = PerceiverResampler(
@@ -159,60 +166,16 @@ class Flamingo(nn.Module):
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
 
-    # Constructors.
+    @classmethod
+    def _read_config(cls, values: dict[str, Any], path: Path) -> FlamingoConfig:
+        config = FlamingoConfig.from_idefics(values, str(path))
+        if config.image_token_id is None:
+            config = replace(config, image_token_id=idefics.image_token_id(path.parent, config.vocab_size))
+        return config
 
     @classmethod
-    def from_size(
-        cls,
-        size: str,
-        *,
-        num_latents: int | None = None,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Flamingo:
-        """Returns a model with random weights. Its gates are open, so that images change the result.
-
-        Args:
-            size: a name in `SIZES`.
-            num_latents: the number of visual tokens of an image; None: that of the size.
-            seed: the same seed gives the same weights on every device.
-        """
-        return build(cls, SIZES, size, seed=seed, dtype=dtype, device=device, num_latents=num_latents)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Flamingo:
-        """Returns the model in a Hugging Face ``IdeficsForVisionText2Text`` folder, in evaluation mode.
-
-        Parameters may be mapped from the files: do not overwrite the files in place while the model exists.
-
-        Args:
-            folder: with ``config.json`` and ``model.safetensors``, or its shards and their index. The image token is
-                that of ``config.json``, or else ``<image>`` of the tokenizer's files.
-            dtype: of the parameters.
-            device: of the parameters.
-
-        Raises:
-            ImportError: transformers or safetensors is not installed.
-            TypeError: `dtype` is not a floating dtype.
-            FileNotFoundError: the folder or a file in it is missing.
-            CheckpointError: the content of a file is wrong; the message names the file and the tensor, what was
-                expected and what was found.
-        """
-        return load_pretrained(
-            cls,
-            folder,
-            read_config=_read_config,
-            names=lambda config: idefics.NAMES,
-            dtype=dtype,
-            device=device,
-        )
+    def _names(cls, config: FlamingoConfig) -> Names:
+        return idefics.NAMES
 
     # The stages.
 
@@ -411,13 +374,6 @@ class Flamingo(nn.Module):
             if len(tokens) == max_new_tokens or (len(ends) and not alive.any()):
                 return FlamingoGeneration(torch.stack(tokens, dim=1), kv_cache, out.visual_cache)
             out = self(input_ids[:, :0], visual_cache=out.visual_cache, kv_cache=kv_cache, last_logits_only=True)
-
-
-def _read_config(values: dict[str, Any], path: str) -> FlamingoConfig:
-    config = FlamingoConfig.from_idefics(values, path)
-    if config.image_token_id is None:
-        config = replace(config, image_token_id=idefics.image_token_id(Path(path).parent, config.vocab_size))
-    return config
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -6,16 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mmkernels.models import idefics
-from mmkernels.models.blocks.activations import check_activation
 from mmkernels.models.blocks.checkpoint import CheckpointError
-from mmkernels.models.blocks.config import (
-    check_multiple,
-    check_numbers,
-    check_sizes,
-    check_token,
-    read_config,
-    read_fields,
-)
+from mmkernels.models.blocks.config import check_config, read_config, read_fields
 
 
 @dataclass(frozen=True)
@@ -69,20 +61,11 @@ class FlamingoConfig:
     eos_token_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
-        check_sizes(self, optional=("num_latents",))
-        check_multiple(self, "vision_width", "vision_heads")
-        check_multiple(self, "text_width", "text_heads")
-        check_multiple(self, "text_layers", "cross_every")
+        check_config(self)
         if self.text_width // self.text_heads % 2:
             raise ValueError(f"text_width / text_heads must be even, got {self.text_width // self.text_heads}")
         if self.gate not in ("scalar", "vector"):
             raise ValueError(f'gate must be "scalar" or "vector", got {self.gate!r}')
-        check_activation("vision_activation", self.vision_activation)
-        check_activation("text_activation", self.text_activation)
-        positive = ("layer_norm_eps", "rms_norm_eps", "rope_theta")
-        check_numbers(self, positive=positive, shares=("dropout", "vision_dropout"))
-        check_token(self, "pad_token_id")
-        check_token(self, "image_token_id")
         for token in self.eos_token_ids:
             if type(token) is not int or token < 0:
                 raise ValueError(f"eos_token_ids must be integers >= 0, got {self.eos_token_ids!r}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.models.blocks.checkpoint import CheckpointError, Names, read_json
+from mmkernels.models.clip_weights import vision_names
 
 ARCHITECTURES = {"idefics": "IdeficsForVisionText2Text"}
 """Model type -> architecture."""
@@ -62,22 +63,13 @@ def image_token_id(folder: Path, vocab_size: int) -> int | None:
 # older versions of transformers saved.
 _IGNORED = re.compile(r"vision_model\.post_layernorm\.|\.rotary_emb\.inv_freq$|\.position_ids$")
 
-_VISION = "model.vision_model."
 _RESAMPLER = "model.perceiver_resampler."
 _CROSS = "model.gated_cross_attn_layers.#."
 _TEXT = "model.layers.#."
 
 # The start of a parameter's name in `Flamingo` -> in the checkpoint.
 _TABLE = {
-    "vision.patch.": _VISION + "embeddings.patch_embedding.",
-    "vision.class_token": _VISION + "embeddings.class_embedding",
-    "vision.positions": _VISION + "embeddings.position_embedding.weight",
-    "vision.norm.": _VISION + "pre_layrnorm.",  # this is how transformers spells it
-    "vision.blocks.#.attention_norm.": _VISION + "encoder.layers.#.layer_norm1.",
-    "vision.blocks.#.attention.": _VISION + "encoder.layers.#.self_attn.",
-    "vision.blocks.#.mlp_norm.": _VISION + "encoder.layers.#.layer_norm2.",
-    "vision.blocks.#.mlp.0.": _VISION + "encoder.layers.#.mlp.fc1.",
-    "vision.blocks.#.mlp.2.": _VISION + "encoder.layers.#.mlp.fc2.",
+    **vision_names("model.vision_model."),
     "resampler.latents": _RESAMPLER + "latents",
     "resampler.blocks.#.media_norm.": _RESAMPLER + "blocks.#.0.context_layer_norm.",
     "resampler.blocks.#.latent_norm.": _RESAMPLER + "blocks.#.0.latents_layer_norm.",

@@ -1,4 +1,4 @@
-"""Checks that modules and models share. Each error says what an argument must be, and what it was."""
+"""Checks that modules and models share. Each error names what an argument must be, and what it was."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def check_features(name: str, x: Tensor, dim: int) -> None:
 
 
 def described(x: object) -> str:
-    """Returns what an error says was given for a tensor: a tensor's dtype, the type of anything else."""
+    """Returns how an error describes an argument that must be a tensor: by its dtype, or its type if it is none."""
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__

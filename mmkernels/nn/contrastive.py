@@ -12,7 +12,25 @@ _EXCHANGES = ("bidir", "shift", "reduce", "gather")
 """The ways in which open_clip passes text features from rank to rank."""
 
 
-class ClipLoss(nn.Module):
+class _OpenClipLoss(nn.Module):
+    """The arguments that both losses share."""
+
+    def __init__(self, cache_labels: bool, rank: int, world_size: int) -> None:
+        super().__init__()
+        if not _is_integer(world_size) or world_size < 1:
+            raise ValueError(f"world_size must be a positive integer, got {world_size!r}")
+        if world_size > 1:
+            raise NotImplementedError(
+                f"world_size must be 1, got {world_size}: losses over several ranks come with a later version"
+            )
+        if not _is_integer(rank) or rank != 0:
+            raise ValueError(f"rank must be 0 where world_size is 1, got {rank!r}")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+
+
+class ClipLoss(_OpenClipLoss):
     """CLIP's loss, called as ``open_clip.ClipLoss``: the mean of both directions' cross-entropy.
 
     Args:
@@ -46,13 +64,9 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
     ) -> None:
-        super().__init__()
-        _check_ranks(rank, world_size)
+        super().__init__(cache_labels, rank, world_size)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
         self.use_horovod = use_horovod
 
     def forward(
@@ -84,7 +98,7 @@ class ClipLoss(nn.Module):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class SigLipLoss(nn.Module):
+class SigLipLoss(_OpenClipLoss):
     """SigLIP's loss, called as ``open_clip.SigLipLoss``: the sum over all pairs, divided by the number of images.
 
     Args:
@@ -119,16 +133,12 @@ class SigLipLoss(nn.Module):
         dist_impl: str | None = None,
         chunk_size: int = 0,
     ) -> None:
-        super().__init__()
-        _check_ranks(rank, world_size)
+        super().__init__(cache_labels, rank, world_size)
         self.dist_impl = _EXCHANGES[0] if dist_impl is None else dist_impl
         if self.dist_impl not in _EXCHANGES:
             raise ValueError(f"dist_impl must be one of {', '.join(_EXCHANGES)}, or None; got {dist_impl!r}")
         if not _is_integer(chunk_size) or chunk_size < 0:
             raise ValueError(f"chunk_size must be an integer >= 0, got {chunk_size!r}")
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
         self.chunk_size = chunk_size
 
     def forward(
@@ -152,21 +162,9 @@ class SigLipLoss(nn.Module):
         Raises:
             TypeError, ValueError: as `mmkernels.sigmoid_contrastive`.
         """
-        loss = sigmoid_contrastive(
-            image_features, text_features, logit_scale, 0.0 if logit_bias is None else logit_bias
-        )
+        bias = 0.0 if logit_bias is None else logit_bias
+        loss = sigmoid_contrastive(image_features, text_features, logit_scale, bias)
         return {"contrastive_loss": loss} if output_dict else loss
-
-
-def _check_ranks(rank: int, world_size: int) -> None:
-    if not _is_integer(world_size) or world_size < 1:
-        raise ValueError(f"world_size must be a positive integer, got {world_size!r}")
-    if world_size > 1:
-        raise NotImplementedError(
-            f"world_size must be 1, got {world_size}: losses over several ranks come with a later version"
-        )
-    if not _is_integer(rank) or rank != 0:
-        raise ValueError(f"rank must be 0 where world_size is 1, got {rank!r}")
 
 
 def _is_integer(x: object) -> bool:

@@ -17,8 +17,7 @@ class GatedCrossAttention(nn.Module):
     """``x + tanh(a) * attention(x, media)``, then ``x + tanh(b) * feed_forward(x)``, each after a norm.
 
     The gates a and b are initialised to 0: a block that is inserted into a trained language model changes nothing
-        before
-    it is trained.
+    before it is trained.
 
     Args:
         dim: width of the text.

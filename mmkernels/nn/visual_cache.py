@@ -39,8 +39,7 @@ class VisualCache:
         ValueError: a wrong shape, an image larger than the budget, or an unknown id.
 
     Source: the key/value cache of Alayrac et al., "Flamingo", 2022, section 2.2: visual keys and values do not depend
-        on
-    the text.
+    on the text.
 
     Example:
         >>> import torch, mmkernels

@@ -1,4 +1,4 @@
-"""What the profiler must know about a model."""
+"""What the profiler needs of a model."""
 
 from __future__ import annotations
 

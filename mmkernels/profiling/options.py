@@ -1,4 +1,4 @@
-"""What `mmkernels profile` was asked for, checked before anything is computed."""
+"""The options of `mmkernels profile`, checked before anything is computed."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkernels.meters import Timing, peak_memory, time_alternating
+from mmkernels.meters import peak_memory, time_alternating
 from mmkernels.profiling.adapter import Adapter, Stage
 from mmkernels.profiling.options import Options
 from mmkernels.runtime.dispatch import use_backend
@@ -84,6 +84,7 @@ class _Point:
             }
             for backend in options.backends
         }
+        self.seconds = {backend: cell["seconds"] for backend, cell in self.cells.items()} | {REMOVED: {}}
 
     def measure(self) -> list[Cell]:
         self._measure_drift()  # first, as it also warms up every backend
@@ -91,11 +92,11 @@ class _Point:
             for backend in self._able():
                 self.progress(f"peak memory, {backend}")
                 self.cells[backend]["peak_memory_bytes"] = self._peak(backend, self._whole)
-            removed_seconds = self._time_stages()
+            self._time_stages()
         if self.options.train:
-            removed_seconds |= self._measure_training()
-        for cell in self.cells.values():
-            cell["amdahl"] = self._amdahl(cell, removed_seconds)
+            self._measure_training()
+        for backend, cell in self.cells.items():
+            cell["amdahl"] = self._amdahl(backend)
         return list(self.cells.values())
 
     def _able(self) -> list[str]:
@@ -140,24 +141,17 @@ class _Point:
 
     # Time.
 
-    def _time_stages(self) -> dict[str, float]:
-        """Fills in the cells' times; returns the removed candidate's."""
-        candidates = [*self._able(), REMOVED]
-        states: dict[str, Any] = dict.fromkeys(candidates)
-        times: dict[str, dict[str, float]] = {candidate: {} for candidate in candidates}
+    def _time_stages(self) -> None:
+        states: dict[str, Any] = dict.fromkeys([*self._able(), REMOVED])
         for stage in self.adapter.stages:
             self.progress(f"time to {stage.name}")
-            timings, states = self._time_stage(stage, states)
-            for candidate, timing in timings.items():
-                self._record(times, candidate, stage.name, timing.per(stage.calls))
-        for seconds in times.values():
+            states = self._time_stage(stage, states)
+        for candidate in states:
+            seconds = self.seconds[candidate]
             seconds["total"] = sum(seconds[stage.name] for stage in self.adapter.stages if stage.calls == 1)
-        for backend in self._able():
-            self.cells[backend]["seconds"] = times[backend]
-        return times[REMOVED]
 
-    def _time_stage(self, stage: Stage, begins: dict[str, Any]) -> tuple[dict[str, Timing], dict[str, Any]]:
-        """Returns the times, and the states that the candidates are in afterwards."""
+    def _time_stage(self, stage: Stage, begins: dict[str, Any]) -> dict[str, Any]:
+        """Returns the states that the candidates are in afterwards."""
         forks, ends = dict(begins), dict(begins)
 
         def fork(candidate: str) -> None:
@@ -168,13 +162,18 @@ class _Point:
                 ends[candidate] = stage.run(self.model, self.inputs, forks[candidate])
 
         runs = {candidate: partial(run, candidate) for candidate in begins}
-        return self._alternate(runs, {candidate: partial(fork, candidate) for candidate in begins}), ends
+        self._time(stage.name, runs, {candidate: partial(fork, candidate) for candidate in begins}, stage.calls)
+        return ends
 
-    def _alternate(
-        self, candidates: Mapping[str, Callable[[], Any]], before: Mapping[str, Callable[[], Any]]
-    ) -> dict[str, Timing]:
+    def _time(
+        self,
+        name: str,
+        candidates: Mapping[str, Callable[[], Any]],
+        before: Mapping[str, Callable[[], Any]],
+        calls: int = 1,
+    ) -> None:
         """Times the candidates without a warm-up: all but `REMOVED` have run for the drift and the peak memory."""
-        return time_alternating(
+        timings = time_alternating(
             candidates,
             before=before,
             budget=_BUDGET,
@@ -183,13 +182,13 @@ class _Point:
             warm=True,
             device=self.device,
         )
+        for candidate, timing in timings.items():
+            one = timing.per(calls)
+            self.seconds[candidate][name] = one.seconds
+            if candidate in self.cells:
+                self.cells[candidate]["samples_seconds"][name] = list(one.samples)
 
-    def _record(self, times: dict[str, dict[str, float]], candidate: str, name: str, timing: Timing) -> None:
-        times[candidate][name] = timing.seconds
-        if candidate in self.cells:
-            self.cells[candidate]["samples_seconds"][name] = list(timing.samples)
-
-    def _measure_training(self) -> dict[str, float]:
+    def _measure_training(self) -> None:
         """Measures a step's peak memory and time, gradients included, without the optimiser's update."""
 
         def clear() -> None:
@@ -209,14 +208,8 @@ class _Point:
                 self.cells[backend]["train_peak_memory_bytes"] = self._peak(backend, steps[backend])
                 clear()
         self.progress("time of a training step")
-        timings = self._alternate(steps, dict.fromkeys(steps, clear))
+        self._time("train_step", steps, dict.fromkeys(steps, clear))
         clear()
-        times: dict[str, dict[str, float]] = {candidate: {} for candidate in steps}
-        for candidate, timing in timings.items():
-            self._record(times, candidate, "train_step", timing)
-            if candidate in self.cells:
-                self.cells[candidate]["seconds"] |= times[candidate]
-        return times[REMOVED]
 
     @staticmethod
     def _fits(run: Callable[[], Any]) -> bool:
@@ -229,23 +222,22 @@ class _Point:
             return False
         return True
 
-    def _amdahl(self, cell: Cell, removed_seconds: Mapping[str, float]) -> dict[str, dict[str, float]]:
-        """Returns by stage the speed-up over the reference, its cap with the ops removed, and the share reached."""
-        naive = self.cells.get("reference")
-        if naive is None or naive["failed"] or cell is naive or cell["failed"]:
+    def _amdahl(self, backend: str) -> dict[str, dict[str, float]]:
+        """Returns `amdahl` by what was timed."""
+        if "reference" not in self.cells or backend == "reference":
             return {}
-        bounds = {}
-        for name, gone in removed_seconds.items():
-            if name not in naive["seconds"] or name not in cell["seconds"]:
-                continue
-            reference, seconds = naive["seconds"][name], cell["seconds"][name]
-            bounds[name] = {
-                "removed_seconds": gone,
-                "speedup": reference / seconds,
-                "cap": reference / gone,
-                "share_of_cap": gone / seconds,
-            }
-        return bounds
+        naive, ours, removed = (self.seconds[name] for name in ("reference", backend, REMOVED))
+        return {name: amdahl(naive[name], ours[name], removed[name]) for name in removed if name in naive.keys() & ours}
+
+
+def amdahl(reference: float, seconds: float, removed: float) -> dict[str, float]:
+    """Returns the speed-up over the reference, its cap with the ops removed, and the share of the cap reached."""
+    return {
+        "removed_seconds": removed,
+        "speedup": reference / seconds,
+        "cap": reference / removed,
+        "share_of_cap": removed / seconds,
+    }
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

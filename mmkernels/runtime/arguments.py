@@ -32,6 +32,9 @@ _MARK = "differentiable"
 Differentiable = Annotated[Tensor, _MARK]
 """The type of an argument or a result with a gradient."""
 
+leading: Callable[[Any], Tensor] = itemgetter(0)
+"""Returns a record's first argument, whose device and dtype are those of the call."""
+
 _SCHEMA_TYPES = {Tensor: "Tensor", float: "float", bool: "bool", int: "int", str: "str"}
 
 
@@ -60,8 +63,8 @@ class Layout:
         self.differentiable = tuple(field.name for field in fields if field.differentiable)
         self.tensors = tuple(field.name for field in fields if field.is_tensor)
         self.schema = ", ".join(f"{field.schema_type} {field.name}" for field in fields)
-        self.take_tensors = self.take(self.tensors)
-        self.take_others = self.take([name for name in self.names if name not in self.tensors])
+        self.others = tuple(field.name for field in fields if not field.is_tensor)
+        self.take_tensors, self.take_others = self.take(self.tensors), self.take(self.others)
 
     def take(self, names: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
         """Returns a function from a record, or its values in order, to those of the fields `names`."""
@@ -70,10 +73,14 @@ class Layout:
             return lambda values: tuple(values[place] for place in places)
         return itemgetter(*places)
 
-    def restore(self, tensors: Sequence[Any], others: Sequence[Any]) -> Any:
-        """Returns the record of what `take_tensors` and `take_others` took apart."""
-        tensor, other = iter(tensors), iter(others)
-        return self.record._make([next(tensor) if field.is_tensor else next(other) for field in self.fields])
+    def restore(self, names: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
+        """Returns a function from values, which are those of the fields `names` in that order, to the record.
+
+        Args:
+            names: every field's, in any order.
+        """
+        places, make = itemgetter(*(names.index(name) for name in self.names)), self.record._make
+        return lambda values: make(places(values))
 
 
 def lay_out(record: type[Any]) -> Layout:
@@ -100,12 +107,6 @@ def lay_out_backward(op: str, inputs: Layout, outputs: Layout, saved: Sequence[s
         *(_Field(f"need_{name}", "bool", False) for name in inputs.differentiable),
     ]
     return Layout(namedtuple(f"{op}_backward", [field.name for field in fields]), fields)
-
-
-def leading(inputs: Any) -> Tensor:
-    """Returns a record's first argument, whose device and dtype are those of the call."""
-    first: Tensor = next(iter(inputs))
-    return first
 
 
 def result_types(count: int) -> str:

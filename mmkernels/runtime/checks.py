@@ -44,7 +44,7 @@ def can_look(x: Tensor) -> bool:
 
 def requires_grad(x: Tensor) -> bool:
     """Whether autograd records what is done with x, inside of ``torch.vmap`` too, where x itself doesn't say."""
-    if not torch.compiler.is_compiling():
+    if not (x.requires_grad or torch.compiler.is_compiling()):
         while torch._C._functorch.is_functorch_wrapped_tensor(x):
             x = torch._C._functorch.get_unwrapped(x)
     return x.requires_grad

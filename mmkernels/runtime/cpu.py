@@ -127,23 +127,37 @@ class Kernel:
 
     Args:
         name: of ``torch.ops.mmkernels.<name>``, which exists once `bind` has given it the record's schema.
-        results: how many tensors it returns; None: as many as the op.
     """
 
-    def __init__(self, name: str, results: int | None = None) -> None:
-        self._name, self._results = name, results
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._missing: str | None = None
+        if extension is not None and not _is_registered(f"mmkernels::{name}"):
+            self._missing = f"the CPU extension has no kernel {name}; build it again: make setup"
+
+    @property
+    def why_not(self) -> Callable[..., str | None]:
+        """`why_not` of calls of this kernel, which an extension that is older than the sources does not have."""
+        return why_not if self._missing is None else lambda args=None: self._missing
 
     def bind(self, schema: str, results: int) -> Callable[[Any], Any]:
-        """Returns a function from records of this schema to the kernel's results."""
-        if extension is None:
+        """Returns a function from records of this schema to the kernel's results, which are so many tensors."""
+        if extension is None or self._missing is not None:
             return self
-        _LIBRARY.define(f"{self._name}({schema}) -> {result_types(self._results or results)}")
+        _LIBRARY.define(f"{self._name}({schema}) -> {result_types(results)}")
         overload = getattr(torch.ops.mmkernels, self._name).default
         kernel = getattr(overload, "_op", overload)  # what the overload calls, without a Python function between
         return lambda args: kernel(*args)
 
     def __call__(self, args: Any) -> Any:
-        raise RuntimeError(_unusable or f"{self._name} has no schema yet")
+        raise RuntimeError(_unusable or self._missing or f"{self._name} has no schema yet")
+
+
+def _is_registered(qualified: str) -> bool:
+    found: bool = torch._C._dispatch_has_kernel(qualified) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        qualified, "CPU"
+    )
+    return found
 
 
 def why_not(args: Any = None) -> str | None:
@@ -151,7 +165,7 @@ def why_not(args: Any = None) -> str | None:
     if _unusable is not None or args is None:
         return _unusable
     x = leading(args)
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the tensors are on {x.device}"
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is not computed: sums are kept in float32"

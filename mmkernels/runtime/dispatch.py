@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +35,12 @@ TABLES: dict[str, tuple[Backend, ...]] = {}
 Run = Callable[[Any], Any]
 """A backend's function: record -> outputs."""
 
-_choice = threading.local()  # not a ContextVar: reading one breaks torch.compile(fullgraph=True)
+
+class _Choice(threading.local):  # not a ContextVar: reading one breaks torch.compile(fullgraph=True)
+    name = ""  # of the backend that `use_backend` forces in this thread
+
+
+_choice = _Choice()
 
 
 class BackendError(RuntimeError):
@@ -81,7 +87,7 @@ class use_backend:
         self._previous: list[str] = []  # one block may be entered again inside itself
 
     def __enter__(self) -> None:
-        self._previous.append(getattr(_choice, "name", ""))
+        self._previous.append(_choice.name)
         _choice.name = self.name
 
     def __exit__(
@@ -99,7 +105,7 @@ def check_backend(name: str) -> str:
 
 def resolve(backend: str | None) -> str:
     """Returns the choice that a public function passes through the op boundary."""
-    return getattr(_choice, "name", "") if backend is None else check_backend(backend)
+    return _choice.name if backend is None else check_backend(backend)
 
 
 def choose(op: str, backend: str, inputs: Any, *, forced_may_fall_back: bool = False) -> Backend:
@@ -109,19 +115,17 @@ def choose(op: str, backend: str, inputs: Any, *, forced_may_fall_back: bool = F
         inputs: the op's record.
         forced_may_fall_back: a backward pass takes the choice made for its forward as a wish, not an order.
     """
-    reasons = []
-    for entry in TABLES[op]:
-        if backend in ("", entry.name):
-            reason = entry.why_not(inputs)
-            if reason is None:
-                return entry
-            reasons.append(f"{entry.name}: {reason}")
+    table = TABLES[op]
+    for entry in table:
+        if (backend == "" or backend == entry.name) and entry.why_not(inputs) is None:
+            return entry
     if backend and forced_may_fall_back:
         return choose(op, "", inputs)
-    if not reasons:
-        offered = ", ".join(entry.name for entry in TABLES[op])
-        raise BackendError(f"{op} has no backend {backend!r}; it has {offered}")
-    raise BackendError(f"{op} can't run this call. " + "; ".join(reasons))
+    asked = [entry for entry in table if backend in ("", entry.name)]
+    if not asked:
+        raise BackendError(f"{op} has no backend {backend!r}; it has {', '.join(entry.name for entry in table)}")
+    reasons = "; ".join(f"{entry.name}: {entry.why_not(inputs)}" for entry in asked)
+    raise BackendError(f"{op} can't run this call. {reasons}")
 
 
 class Op:
@@ -134,7 +138,6 @@ class Op:
         backends: in the order in which they are tried.
         fake: record -> outputs of the right shapes, dtypes and strides, the same for every backend.
         link: what autograd needs; None: no gradient.
-        around: a backend's function -> that of the op, see `define`; None: the same.
         falls_back: a forced backend that can't run may be replaced.
     """
 
@@ -146,11 +149,11 @@ class Op:
         backends: Sequence[Backend],
         fake: Callable[[Any], Any],
         link: Link | None,
-        around: Callable[[Run], Run] | None,
         falls_back: bool = False,
     ) -> None:
-        self.name, self.layout, self.fake, self.falls_back = name, layout, fake, falls_back
-        TABLES[name] = tuple(self._bound(entry, results, around) for entry in backends)
+        self.name, self.layout, self.fake = name, layout, fake
+        self.choose = partial(choose, name, forced_may_fall_back=falls_back)
+        TABLES[name] = tuple(self._bound(entry, results) for entry in backends)
         LIBRARY.define(f"{name}({layout.schema}, str backend) -> {result_types(results)}")
         qualified = f"mmkernels::{name}"
         LIBRARY.impl(name, self._body, "CompositeExplicitAutograd")
@@ -161,23 +164,19 @@ class Op:
         if link is not None:
             torch.library.register_autograd(qualified, link.backward, setup_context=link.setup_context, lib=LIBRARY)
 
-    def _bound(self, entry: Backend, results: int, around: Callable[[Run], Run] | None) -> Backend:
-        run = entry.run.bind(self.layout.schema, results) if isinstance(entry.run, cpu.Kernel) else entry.run
-        return replace(entry, run=run if around is None else around(run))
+    def _bound(self, entry: Backend, results: int) -> Backend:
+        if isinstance(entry.run, cpu.Kernel):
+            return replace(entry, run=entry.run.bind(self.layout.schema, results))
+        return entry
 
-    def __call__(self, inputs: Any, backend: str) -> Any:
-        return eager.call(self, inputs, backend)
-
-    def run(self, inputs: Any, backend: str) -> Any:
-        """Returns the outputs of the backend that is chosen for this call."""
-        return choose(self.name, backend, inputs, forced_may_fall_back=self.falls_back).run(inputs)
+    __call__ = eager.call
 
     def _body(self, *values: Any) -> Any:
         inputs = self.layout.record._make(values[:-1])
         if eager.stubbed():
             return _map_tensors(Tensor.zero_, self.fake(inputs))
         with torch._C._DisableAutocast():  # the public function has cast what is to be cast
-            return self.run(inputs, values[-1])
+            return self.choose(values[-1], inputs).run(inputs)
 
     def _loop(self, info: Any, in_dims: tuple[int | None, ...], *values: Any) -> tuple[Any, Any]:
         """A vmap rule for any op: one call for each slice. Right for every argument; fast where slices are large."""
@@ -204,7 +203,6 @@ def define(
     backends: Sequence[Backend],
     fake: Callable[[Any], Any],
     gradient: Gradient | None = None,
-    around: Callable[[Run], Run] | None = None,
 ) -> Op:
     """Define the op boundary ``torch.ops.mmkernels.<name>``, and that of its backward pass ``<name>_backward``.
 
@@ -213,7 +211,6 @@ def define(
         backends: in the order in which they are tried.
         fake: record -> outputs of the right shapes, dtypes and strides, the same for every backend.
         gradient: how the op is differentiated; None: it has no gradient.
-        around: wraps each backend, which computes a part of the outputs, into what computes all of them.
     """
     layout, given = lay_out(inputs), lay_out(outputs)
     link = None
@@ -228,10 +225,9 @@ def define(
                 gradient.backends,
                 link.fake,
                 SecondLink(link),
-                gradient.around,
                 falls_back=True,
             )
-    return Op(name, layout, len(given.fields), backends, fake, link, around)
+    return Op(name, layout, len(given.fields), backends, fake, link)
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:

@@ -54,12 +54,12 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
     if torch.compiler.is_compiling():
         return op.boundary(*inputs, backend)
     tensors = op.layout.take_tensors(inputs)
-    if not _stubbed and not transform_active() and _plain(tensors):
-        if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
-            return op.run(inputs, backend)
-        if op.recorded is not None:
-            return op.recorded(*inputs, backend)
-    elif _in_grad_transform() or _has_tangent(tensors):
+    wanted = None if _stubbed or transform_active() else _gradient_wanted(tensors)
+    if wanted is False:
+        return op.choose(backend, inputs).run(inputs)
+    if wanted and op.recorded is not None:
+        return op.recorded(*inputs, backend)
+    if op.recorded is not None and (_in_grad_transform() or _has_tangent(tensors)):
         raise NotImplementedError(
             f"{op.name} can't be differentiated by torch.func (grad, vjp, jvp, jacrev, ...) or in forward mode, which "
             'PyTorch does not offer to custom operators; use torch.autograd, or backend="reference"'
@@ -76,15 +76,15 @@ def record(op: Op, link: Link) -> Any:
     class Recorded(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *values: Any) -> Any:
-            outputs = op.run(op.layout.record._make(values[:-1]), values[-1])
+            inputs = op.layout.record._make(values[:-1])
+            outputs = op.choose(values[-1], inputs).run(inputs)
             link.setup_context(ctx, values, outputs)
             return outputs
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return link.backward(ctx, *grads)
+        backward = staticmethod(link.backward)
 
-    return Recorded.apply
+    # The base class's method: `Function.apply` first looks for transforms, of which there are none here, for 3 us.
+    return super(torch.autograd.Function, Recorded).apply
 
 
 @contextmanager
@@ -103,14 +103,21 @@ def stubbed() -> bool:
     return _stubbed
 
 
-def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether all are tensors with storage and of no subclass that may want to see the op."""
+def _gradient_wanted(tensors: tuple[Tensor | None, ...]) -> bool | None:
+    """Returns whether a call must be recorded; None: a tensor has no storage, or a subclass that may watch the op."""
+    first = tensors[0]
+    if first is None or first.is_meta:
+        return None
+    wanted, recording = False, torch.is_grad_enabled()
     for x in tensors:
-        if x is not None:
-            kind = type(x)
-            if (kind is not Tensor and kind is not Parameter) or x.is_meta:
-                return False
-    return True
+        if x is None:
+            continue
+        kind = type(x)
+        if kind is not Tensor and kind is not Parameter:
+            return None
+        if recording and x.requires_grad:
+            wanted = True
+    return wanted
 
 
 def _in_grad_transform() -> bool:

@@ -29,9 +29,8 @@ class Gradient:
         formula_backward: the backward pass in PyTorch's own operators, which are differentiable again.
         zeros_for: the outputs whose ``grad_`` must be a tensor: zeros where nothing flows back.
         contiguous: gradients are contiguous; else they lie in memory as their inputs do.
-        around: wraps each backend, as in `define`.
-        prepared: the op's record -> for each differentiable input whether the forward pass has prepared its gradient,
-            which else is None; None: no gradient needs that.
+        prepared: for each differentiable input the argument that says whether the forward pass has prepared its
+            gradient, which else is None; (): no gradient needs that.
     """
 
     saves: tuple[str, ...]
@@ -40,8 +39,7 @@ class Gradient:
     formula_backward: Callable[[Any], Sequence[Tensor | None]] | None = None
     zeros_for: tuple[str, ...] = ()
     contiguous: bool = False
-    around: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] | None = None
-    prepared: Callable[[Any], Sequence[bool]] | None = None
+    prepared: tuple[str, ...] = ()
 
 
 class Link:
@@ -55,11 +53,19 @@ class Link:
     def __init__(self, inputs: Layout, outputs: Layout, record: Layout, gradient: Gradient) -> None:
         self.inputs, self.outputs, self.record, self.gradient = inputs, outputs, record, gradient
         self.run: Callable[[Any, str], Any] | None = None
+        flows = [f"grad_{name}" for name in outputs.differentiable]
+        needs = [f"need_{name}" for name in inputs.differentiable]
+        self._call = record.restore((*inputs.tensors, *gradient.saves, *inputs.others, *flows, *needs))
         self._saved = outputs.take(gradient.saves)
         self._constant = outputs.take([name for name in outputs.names if name not in outputs.differentiable])
-        self._differentiable = outputs.take(outputs.differentiable)
+        self._flows = outputs.take(outputs.differentiable)
         self._needs = inputs.take(inputs.differentiable)
-        self._zeros = [(outputs.differentiable.index(name), gradient.saves.index(name)) for name in gradient.zeros_for]
+        self._prepared = [inputs.others.index(name) for name in gradient.prepared]
+        self._places = [inputs.names.index(name) for name in inputs.differentiable]
+        self._zeros = [
+            (outputs.differentiable.index(name), len(inputs.tensors) + gradient.saves.index(name))
+            for name in gradient.zeros_for
+        ]
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = (output,) if isinstance(output, Tensor) else output
@@ -69,22 +75,25 @@ class Link:
         ctx.set_materialize_grads(False)
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        flows = list(self._differentiable(grads))
-        if all(x is None for x in flows):
-            return (None,) * (len(self.inputs.fields) + 1)
-        count, kept = len(self.inputs.tensors), ctx.saved_tensors  # read once: checkpointing gives them once
-        tensors, saved = kept[:count], kept[count:]
-        for flow, output in self._zeros:
+        found: list[Tensor | None] = [None] * (len(self.inputs.fields) + 1)
+        flows = self._flows(grads)
+        for flow in flows:
+            if flow is not None:
+                break
+        else:
+            return tuple(found)
+        kept, others = ctx.saved_tensors, ctx.others  # read once: checkpointing gives the tensors once
+        for flow, place in self._zeros:
             if flows[flow] is None:
-                flows[flow] = torch.zeros_like(saved[output])
-        inputs = self.inputs.restore(tensors, ctx.others)
+                flows = (*flows[:flow], torch.zeros_like(kept[place]), *flows[flow + 1 :])
         needs = self._needs(ctx.needs_input_grad)
-        if self.gradient.prepared is not None:
-            needs = tuple(map(all, zip(needs, self.gradient.prepared(inputs), strict=True)))
-        call = self.record.record(*inputs, *saved, *flows, *needs)
-        given = self._run(call, ctx.backend)
-        found = iter(x if need else None for x, need in zip(given, needs, strict=True))
-        return (*(next(found) if field.differentiable else None for field in self.inputs.fields), None)
+        if self._prepared:
+            needs = tuple(need and others[at] for need, at in zip(needs, self._prepared, strict=True))
+        given = self._run(self._call((*kept, *others, *flows, *needs)), ctx.backend)
+        for place, need, grad in zip(self._places, needs, given, strict=True):
+            if need:
+                found[place] = grad
+        return tuple(found)
 
     def _run(self, call: Any, backend: str) -> Sequence[Tensor | None]:
         if self.run is None:
@@ -110,6 +119,7 @@ class SecondLink(Link):
 
     def __init__(self, first: Link) -> None:
         self.first, self.inputs = first, first.record
+        self._call = self.inputs.restore((*self.inputs.tensors, *self.inputs.others))
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*self.inputs.take_tensors(inputs))
@@ -117,7 +127,7 @@ class SecondLink(Link):
         ctx.set_materialize_grads(False)
 
     def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call = self.inputs.restore(ctx.saved_tensors, ctx.others)
+        call = self._call((*ctx.saved_tensors, *ctx.others))
         assert self.first.gradient.formula is not None
         given = second_derivatives(self.first, call, self.first.gradient.formula, grads)
         return (*(given.get(name) for name in self.inputs.names), None)

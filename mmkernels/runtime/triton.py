@@ -141,10 +141,34 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *args: Any, **con
         with torch.cuda.device(first.device):
             kernel[grid](*args, **constants, **options)
     elif INTERPRETED:
-        with _interpreter:
+        with _interpreting():
             kernel[grid](*args, **constants, **options)
     else:
         kernel[grid](*args, **constants, **options)
+
+
+@contextmanager
+def _interpreting() -> Iterator[None]:
+    """Lets one thread interpret a kernel, and the language be patched once for each module whose functions it calls.
+
+    The interpreter by itself patches it at each call of a function, which takes more time than the kernel.
+    """
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function: Any) -> Any:
+        if function.__module__ in patched:
+            return None  # which only the first call's caller, the one that restores the language, would use
+        patched.add(function.__module__)
+        return patch(function)
+
+    with _interpreter:
+        interpreter._patch_lang = patch_once
+        try:
+            yield
+        finally:
+            interpreter._patch_lang = patch
 
 
 def launch_options(config: Config) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmkernels.testing.models import Config, Family, Inputs
+from mmkernels.testing.models import Family, Inputs
 from mmkernels.testing.parts import (
     IMAGE,
     IMAGE_END,
@@ -17,6 +17,7 @@ from mmkernels.testing.parts import (
     pixels,
     prompt,
     qwen_vl,
+    reads_images,
     sam,
     sequence_to_sequence,
     sliding_and_full,
@@ -28,6 +29,10 @@ from mmkernels.testing.parts import (
 def _images(tokens_per_image: int, images: int = 1, size: int = 32) -> Inputs:
     """Two rows of text with images of this size in pixels."""
     return prompt((tokens_per_image,) * images) | {"pixel_values": pixels(2 * images, size=size)}
+
+
+def _images_of_two_widths() -> Inputs:
+    return prompt((4, 4)) | images_of_two_widths()
 
 
 def _llava_next() -> Inputs:
@@ -100,31 +105,16 @@ _LLAMA = decoder(model_type="llama")
 _QWEN2 = decoder(model_type="qwen2")
 _GEMMA3 = decoder(head_dim=16, query_pre_attn_scalar=16, **sliding_and_full(9))
 
-_LLAVA: Config = {"vision_config": _CLIP, "text_config": _LLAMA, "image_token_index": IMAGE}
-_PALIGEMMA = {
-    "vision_config": _SIGLIP | {"projection_dim": 64},
-    "text_config": decoder(model_type="gemma", head_dim=16),
-    "image_token_index": IMAGE,
-    "projection_dim": 64,
-    "hidden_size": 64,
-}
-_PIXEL_SHUFFLE: Config = {
-    "image_token_id": IMAGE,
-    "scale_factor": 2,
-    "vision_config": vision(),
-    "text_config": _LLAMA,
-}
-_DEEPSEEK_VL: Config = {"vision_config": vision(), "text_config": _LLAMA, "image_token_id": IMAGE}
-_JANUS_VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-    "mlp_ratio": 2,
-    "projection_dim": 64,
-    "num_image_tokens": 16,
-}
+_LLAVA = reads_images(_CLIP, _LLAMA, marker="image_token_index")
+_PALIGEMMA = reads_images(
+    _SIGLIP | {"projection_dim": 64},
+    decoder(model_type="gemma", head_dim=16),
+    marker="image_token_index",
+    projection_dim=64,
+    hidden_size=64,
+)
+_PIXEL_SHUFFLE = reads_images(vision(), _LLAMA, scale_factor=2)
+_DEEPSEEK_VL = reads_images(vision(), _LLAMA)
 _JANUS_CODEBOOK = {
     "embed_dim": 8,
     "num_embeddings": 32,
@@ -159,13 +149,13 @@ FAMILIES = (
     Family(
         "llava_onevision",
         "LlavaOnevisionForConditionalGeneration",
-        {
-            "vision_config": _SIGLIP,
-            "text_config": _QWEN2,
-            "image_token_index": IMAGE,
-            "video_token_index": VIDEO,
-            "image_grid_pinpoints": [[32, 32], [32, 64]],
-        },
+        reads_images(
+            _SIGLIP,
+            _QWEN2,
+            marker="image_token_index",
+            video_token_index=VIDEO,
+            image_grid_pinpoints=[[32, 32], [32, 64]],
+        ),
         _llava_onevision,
     ),
     Family("paligemma", "PaliGemmaForConditionalGeneration", _PALIGEMMA, lambda: _paligemma(suffix=0)),
@@ -173,38 +163,27 @@ FAMILIES = (
     Family(
         "gemma3",
         "Gemma3ForConditionalGeneration",
-        {
-            "text_config": _GEMMA3,
-            "vision_config": _SIGLIP,
-            "mm_tokens_per_image": 4,
-            "image_token_index": IMAGE,
-            "boi_token_index": IMAGE_START,
-            "eoi_token_index": IMAGE_END,
-        },
+        reads_images(
+            _SIGLIP,
+            _GEMMA3,
+            marker="image_token_index",
+            mm_tokens_per_image=4,
+            boi_token_index=IMAGE_START,
+            eoi_token_index=IMAGE_END,
+        ),
         _gemma3,
     ),
-    Family(
-        "idefics3",
-        "Idefics3ForConditionalGeneration",
-        _PIXEL_SHUFFLE,
-        lambda: prompt((4, 4)) | images_of_two_widths(),
-    ),
-    Family(
-        "smolvlm",
-        "SmolVLMForConditionalGeneration",
-        _PIXEL_SHUFFLE,
-        lambda: prompt((4, 4)) | images_of_two_widths(),
-    ),
+    Family("idefics3", "Idefics3ForConditionalGeneration", _PIXEL_SHUFFLE, _images_of_two_widths),
+    Family("smolvlm", "SmolVLMForConditionalGeneration", _PIXEL_SHUFFLE, _images_of_two_widths),
     Family(
         "internvl",
         "InternVLForConditionalGeneration",
-        {
-            "vision_config": layers(image_size=[32, 32], patch_size=[8, 8], use_qk_norm=True),
-            "text_config": _QWEN2,
-            "image_token_id": IMAGE,
-            "image_seq_length": 4,
-            "downsample_ratio": 0.5,
-        },
+        reads_images(
+            layers(image_size=[32, 32], patch_size=[8, 8], use_qk_norm=True),
+            _QWEN2,
+            image_seq_length=4,
+            downsample_ratio=0.5,
+        ),
         lambda: _images(4, images=2),
     ),
     Family("deepseek_vl", "DeepseekVLForConditionalGeneration", _DEEPSEEK_VL, lambda: _images(16)),
@@ -217,18 +196,17 @@ FAMILIES = (
     Family(
         "got_ocr2",
         "GotOcr2ForConditionalGeneration",
-        {"vision_config": sam(), "text_config": _QWEN2, "image_token_index": IMAGE, "image_seq_length": 4},
+        reads_images(sam(), _QWEN2, marker="image_token_index", image_seq_length=4),
         lambda: _images(4, images=2, size=64),
     ),
     Family(
         "janus",
         "JanusForConditionalGeneration",
-        {
-            "text_config": _LLAMA,
-            "vision_config": _JANUS_VISION,
-            "vq_config": _JANUS_CODEBOOK,
-            "image_token_id": IMAGE,
-        },
+        reads_images(
+            vision(mlp_ratio=2, projection_dim=64, num_image_tokens=16),
+            _LLAMA,
+            vq_config=_JANUS_CODEBOOK,
+        ),
         lambda: _images(16),
     ),
     Family(

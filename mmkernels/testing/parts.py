@@ -46,7 +46,7 @@ def rope(theta: float = 10000.0, **more: Any) -> Config:
 
 
 def encoder(*, vocabulary: int = 100, positions: int = 64, **more: Any) -> Config:
-    """A text encoder, alone or in a two-tower model."""
+    """A text encoder, by itself or in a two-tower model."""
     return layers(vocab_size=vocabulary, max_position_embeddings=positions, **SPECIAL, **more)
 
 
@@ -97,6 +97,15 @@ def resampler(*, latents: int = 8, depth: int = 2, heads: int = 4, head_dim: int
 def sam(**more: Any) -> Config:
     """SAM's image encoder: the first layer attends within windows, the second to the whole image."""
     return vision(image=64, output_channels=16, window_size=4, global_attn_indexes=[1], mlp_dim=64, **more)
+
+
+def reads_images(encoder: Config, text: Config, *, marker: str = "image_token_id", **more: Any) -> Config:
+    """An image encoder and a language model that reads its tokens.
+
+    Args:
+        marker: the name that the configuration has for the id of an image's tokens.
+    """
+    return {"vision_config": encoder, "text_config": text, marker: IMAGE} | more
 
 
 def qwen_vl(text: Config, vision: Config, sections: Sequence[int], **rotary: Any) -> Config:

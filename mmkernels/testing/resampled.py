@@ -6,7 +6,6 @@ import torch
 
 from mmkernels.testing.models import Config, Family, Inputs
 from mmkernels.testing.parts import (
-    IMAGE,
     decoder,
     images_of_two_widths,
     last_image,
@@ -15,6 +14,7 @@ from mmkernels.testing.parts import (
     pixels,
     prompt,
     qformer,
+    reads_images,
     resampler,
     right_padded,
     rope,
@@ -22,13 +22,9 @@ from mmkernels.testing.parts import (
     vision,
 )
 
-_BLIP_2: Config = {
-    "vision_config": vision(),
-    "qformer_config": qformer(),
-    "text_config": opt(model_type="opt"),
-    "num_query_tokens": 8,
-    "image_token_index": IMAGE,
-}
+_BLIP_2 = reads_images(
+    vision(), opt(model_type="opt"), marker="image_token_index", qformer_config=qformer(), num_query_tokens=8
+)
 _MLLAMA_VISION: Config = {
     "attention_heads": 4,
     "num_global_layers": 1,
@@ -87,22 +83,21 @@ FAMILIES = (
     Family(
         "idefics2",
         "Idefics2ForConditionalGeneration",
-        {
-            "image_token_id": IMAGE,
-            "vision_config": vision(),
-            "perceiver_config": resampler(hidden_size=64, num_key_value_heads=2),
-            "text_config": decoder(model_type="mistral", sliding_window=None, head_dim=16),
-        },
+        reads_images(
+            vision(),
+            decoder(model_type="mistral", sliding_window=None, head_dim=16),
+            perceiver_config=resampler(hidden_size=64, num_key_value_heads=2),
+        ),
         lambda: prompt((8, 8)) | images_of_two_widths(),
     ),
     Family(  # two of the four text layers attend to the images
         "mllama",
         "MllamaForConditionalGeneration",
-        {
-            "vision_config": vision(depth=3, **_MLLAMA_VISION),
-            "text_config": decoder(depth=4, cross_attention_layers=[1, 3], **rope()),
-            "image_token_index": IMAGE,
-        },
+        reads_images(
+            vision(depth=3, **_MLLAMA_VISION),
+            decoder(depth=4, cross_attention_layers=[1, 3], **rope()),
+            marker="image_token_index",
+        ),
         _mllama,
         seed=1,  # with seed 0, transformers' assisted generation drops keys of the images and fails, on any attention
     ),

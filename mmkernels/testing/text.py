@@ -36,12 +36,10 @@ def _texts_and_padded_outputs() -> Inputs:
     return _texts() | {f"decoder_{name}": x for name, x in left_padded(tokens(2, 8), (5, 8)).items()}
 
 
-_T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-_EXPERTS: Config = {
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "experts_implementation": "eager",
-}  # others lack float64
+_T5: Config = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+_T5 |= {"feed_forward_proj": "gated-gelu"}  # as in T5 1.1; rounding may flip the gradient of T5 1.0's ReLU
+_EXPERTS: Config = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_EXPERTS |= {"experts_implementation": "eager"}  # the other implementations lack float64
 _BERT_TO_BERT = {
     "encoder": encoder(model_type="bert"),
     "decoder": encoder(model_type="bert", is_decoder=True, add_cross_attention=True),

@@ -57,7 +57,7 @@ def why_not() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """Compiled once for each state of the sources, by one of the processes that ask for it at once."""
+    """Compiled once for each state of the sources, by one of the processes that need it at once."""
     sources = [*_HERE.glob("*.h"), *_HERE.glob("*.cpp"), *(ROOT / "csrc" / "attention").glob("decode_*")]
     built = ROOT / "build" / "cuda_emulation" / "decode.so"
     built.parent.mkdir(parents=True, exist_ok=True)

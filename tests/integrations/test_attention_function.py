@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from threads import in_threads
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
@@ -19,7 +19,7 @@ from mmkernels.integrations.transformers.masks import make_mask
 
 B, H, L, D = 2, 4, 6, 8
 MODULE: Any = SimpleNamespace(is_causal=False)
-CAUSAL: Any = SimpleNamespace()  # transformers' default for a module without the attribute
+CAUSAL: Any = SimpleNamespace()  # causal, which transformers assumes of a module without the attribute
 LOWEST = torch.finfo(torch.float64).min
 
 
@@ -27,8 +27,9 @@ def draw(*shape: int, grad: bool = False) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
 
 
-def inputs(k_len: int = L, kv_heads: int = H, q_batch: int = B) -> tuple[Tensor, Tensor, Tensor]:
-    return draw(q_batch, H, L, D), draw(B, kv_heads, k_len, D), draw(B, kv_heads, k_len, D)
+def inputs(k_len: int = L, kv_heads: int = H, q_batch: int = B, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    keys = (B, kv_heads, k_len, D)
+    return draw(q_batch, H, L, D, grad=grad), draw(*keys, grad=grad), draw(*keys, grad=grad)
 
 
 def formula(
@@ -96,10 +97,7 @@ VISIBLE = {
     "nothing hidden": torch.ones(1, 1, L, L, dtype=torch.bool),
     "everything hidden for some": torch.tensor([0, 1, 1, 0, 1, 1]).bool()[None, None, :, None].expand(1, 1, L, L),
 }
-KINDS = {"padding": "spans", "causal": "spans", "images": "spans", "holes": "dense", "by head": "dense"} | {
-    "nothing hidden": "unmasked",
-    "everything hidden for some": "spans",
-}
+KINDS = {"holes": "dense", "by head": "dense", "nothing hidden": "unmasked"}  # of attention calls; the others: spans
 
 
 @pytest.mark.parametrize("written", ["bool", "lowest", "-inf", "twice the lowest"])
@@ -115,7 +113,7 @@ def test_a_models_own_matrix(name: str, written: str) -> None:
         for _layer in range(3):
             out, _ = attention(MODULE, query, key, value, mask)
     torch.testing.assert_close(out, formula(query, key, value, hidden(visible))[0])
-    assert getattr(calls, KINDS[name]) == calls.total == 3
+    assert getattr(calls, KINDS.get(name, "spans")) == calls.total == 3
     assert calls.conversions == 1
 
 
@@ -206,39 +204,31 @@ def test_position_bias_with_spans() -> None:
     torch.testing.assert_close(out, formula(query, key, value, position + hidden(LOWER))[0])
 
 
+def check(ours: tuple[Any, ...], truth: tuple[Any, ...], leaves: list[Tensor]) -> None:
+    """Compares outputs, weights and their gradients."""
+    torch.testing.assert_close(ours, truth)
+    losses = [(out * out).sum() + weights.sin().sum() for out, weights in (ours, truth)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaves) for loss in losses))
+
+
 def test_sinks_and_their_gradient() -> None:
-    query, key, value = (x.requires_grad_() for x in inputs(kv_heads=2))
+    query, key, value = inputs(kv_heads=2, grad=True)
     sink = draw(H, grad=True)
-    leaves = [query, key, value, sink]
     ours = attention(MODULE, query, key, value, make_mask(B, L, L), s_aux=sink, output_attentions=True)
-    truth = formula(query, key, value, hidden(LOWER), sink)
-    for got, want in zip(ours, truth, strict=True):
-        torch.testing.assert_close(got, want)
-    grads = [torch.autograd.grad((out * out).sum() + weights.sin().sum(), leaves) for out, weights in (ours, truth)]
-    for got, want in zip(*grads, strict=True):
-        torch.testing.assert_close(got, want)
+    check(ours, formula(query, key, value, hidden(LOWER), sink), [query, key, value, sink])
 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_weights_are_the_probabilities(grad: bool) -> None:
-    query, key, value = (x.requires_grad_(grad) for x in inputs(kv_heads=2))
-    out, weights = attention(MODULE, query, key, value, make_mask(B, L, L), output_attentions=True)
+    query, key, value = inputs(kv_heads=2, grad=grad)
+    ours = attention(MODULE, query, key, value, make_mask(B, L, L), output_attentions=True)
     truth = formula(query, key, value, hidden(LOWER))
-    torch.testing.assert_close((out, weights), truth)
-    assert weights is not None and weights.requires_grad == grad
+    torch.testing.assert_close(ours, truth)
+    assert ours[1].requires_grad == grad
     if grad:
-        for got, want in zip(
-            torch.autograd.grad(weights.sin().sum(), [query, key]),
-            torch.autograd.grad(truth[1].sin().sum(), [query, key]),
-            strict=True,
-        ):
-            torch.testing.assert_close(got, want)
-
-
-def test_weights_have_the_querys_dtype() -> None:
-    query, key, value = (x.bfloat16() for x in inputs())
-    _, weights = attention(MODULE, query, key, value, None, output_attentions=True)
-    assert weights is not None and weights.dtype == torch.bfloat16
+        check(ours, truth, [query, key, value])
+    narrow = (x.bfloat16() for x in (query, key, value))
+    assert attention(MODULE, *narrow, None, output_attentions=True)[1].dtype == torch.bfloat16
 
 
 def test_dropout_drops() -> None:
@@ -291,14 +281,10 @@ def test_threads_count_separately_and_agree() -> None:
 
     def work(number: int) -> None:
         with counting() as calls:
-            outs = [attention(MODULE, query, key, value, masks[number])[0] for _ in range(50)]
-        results.append((all(torch.equal(out, truth[number]) for out in outs), calls.total))
+            outs = [attention(MODULE, query, key, value, masks[number % 2])[0] for _ in range(50)]
+        results.append((all(torch.equal(out, truth[number % 2]) for out in outs), calls.total))
 
-    threads = [threading.Thread(target=work, args=(n % 2,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, work)
     assert results == [(True, 50)] * 4
 
 
@@ -327,11 +313,7 @@ class TestRegister:
             register()
 
     def test_from_two_threads(self) -> None:
-        threads = [threading.Thread(target=register) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(8, lambda number: register())
         assert AttentionInterface._global_mapping[NAME] is attention
 
     @pytest.mark.parametrize("moved", ["name", "argument", "module"])

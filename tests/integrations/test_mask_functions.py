@@ -91,10 +91,15 @@ def padding(kind: str) -> torch.Tensor | None:
     return mask
 
 
-def both(**arguments: Any) -> tuple[ModelMask | torch.Tensor | None, torch.Tensor, Calls]:
+def both(
+    function: Callable[..., Any], keys: torch.Tensor | None, q_length: int = L, kv_length: int = L, **offsets: Any
+) -> tuple[Any, torch.Tensor, Calls]:
+    """Returns our mask, transformers' mask, and what ours counted."""
+    sizes = {"batch_size": B, "q_length": q_length, "kv_length": kv_length, **offsets}
+    given = {**sizes, "mask_function": function, "attention_mask": keys}
     with counting() as calls:
-        ours = make_mask(**arguments)
-    return ours, theirs.sdpa_mask(**arguments | {"allow_is_causal_skip": False}), calls
+        ours = make_mask(**given)
+    return ours, theirs.sdpa_mask(**given, allow_is_causal_skip=False), calls
 
 
 def dense(mask: ModelMask | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -106,9 +111,7 @@ def dense(mask: ModelMask | torch.Tensor | None, like: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize("padded", ["none", "left", "right", "holes"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_spans_equal_the_function(name: str, padded: str) -> None:
-    ours, truth, calls = both(
-        batch_size=B, q_length=L, kv_length=L, mask_function=FUNCTIONS[name], attention_mask=padding(padded)
-    )
+    ours, truth, calls = both(FUNCTIONS[name], padding(padded))
     assert torch.equal(dense(ours, truth), truth)
     assert (ours.spans.key_valid is not None) == (padded == "holes"), "padding at an end needs no mask of keys"
     assert calls.conversions == 1 and not calls.reasons
@@ -116,11 +119,9 @@ def test_spans_equal_the_function(name: str, padded: str) -> None:
 
 @pytest.mark.parametrize("padded", ["none", "left", "holes"])
 @pytest.mark.parametrize("name", NO_SPANS)
-def test_what_is_no_span_goes_dense_and_says_why(name: str, padded: str) -> None:
+def test_masks_without_spans_become_dense_with_a_reason(name: str, padded: str) -> None:
     function, reason = NO_SPANS[name]
-    ours, truth, calls = both(
-        batch_size=B, q_length=L, kv_length=L, mask_function=function, attention_mask=padding(padded)
-    )
+    ours, truth, calls = both(function, padding(padded))
     assert isinstance(ours, torch.Tensor) and torch.equal(ours, truth)
     assert len(calls.reasons) == 1 and reason in next(iter(calls.reasons))
 
@@ -137,15 +138,8 @@ def test_caches(
     """Dynamic caches; static ones, with unused keys and a tensor as offset; sliding ones, which drop keys."""
     mask = torch.ones(B, int(q_offset) + q_length, dtype=torch.bool)
     mask[0, :7] = False
-    ours, truth, _ = both(
-        batch_size=B,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=FUNCTIONS[name],
-        attention_mask=mask if padded else None,
-    )
+    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+    ours, truth, _ = both(FUNCTIONS[name], mask if padded else None, q_length, kv_length, **offsets)
     if ours is None:
         assert q_length == 1 and truth.all()
     else:
@@ -198,10 +192,8 @@ def functions(draw: st.DrawFn) -> Callable[..., Any]:
 @settings(deadline=None, max_examples=300)
 @given(functions(), st.sampled_from(["none", "left", "right", "holes"]))
 def test_any_composition_is_right(function: Callable[..., Any], padded: str) -> None:
-    """Spans or dense: the mask is the function's."""
-    ours, truth, calls = both(
-        batch_size=B, q_length=L, kv_length=L, mask_function=function, attention_mask=padding(padded)
-    )
+    """As spans or dense, the mask equals the function."""
+    ours, truth, calls = both(function, padding(padded))
     if isinstance(ours, torch.Tensor):
         assert torch.equal(ours, truth) and calls.reasons
     else:
@@ -246,7 +238,7 @@ def test_a_mask_of_another_rank_is_refused() -> None:
 
 
 class TestModelMask:
-    """What models do with a mask between making it and handing it to their attention."""
+    """What models do with a mask before they pass it to their attention."""
 
     mask = ModelMask(SpanMask.causal(3, 4), (2, 1, 3, 4))
     truth = SpanMask.causal(3, 4).to_dense(4).expand(2, 1, 3, 4)
@@ -284,7 +276,7 @@ class TestModelMask:
             with pytest.raises(NotImplementedError, match="no attention interface"):
                 add()
 
-    def test_a_model_that_asks_again_gets_it_back(self) -> None:
+    def test_a_mask_that_is_requested_twice_is_made_once(self) -> None:
         assert make_mask(2, 3, 4, attention_mask=self.mask) is self.mask
 
 

@@ -129,7 +129,7 @@ def test_a_family_is_the_same_each_time_and_random_all_over(comparison, name: st
 
 
 def changed(change: Callable[[Tensor], Tensor]) -> Callable[[Attention], Attention]:
-    """Makes a wrong attention of the right one: with this change of its output [B, Lq, Hq, Dv]."""
+    """Returns what makes a wrong attention of the right one, by this change of its output [B, Lq, Hq, Dv]."""
 
     def make(right: Attention) -> Attention:
         def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

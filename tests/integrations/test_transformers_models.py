@@ -5,7 +5,6 @@ In float64 any error of the integration is visible; `test_support.py` checks the
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from threads import in_threads
 from torch import Tensor
 
 from mmkernels.integrations.transformers import counting, register
@@ -22,10 +22,8 @@ from mmkernels.testing.families import FAMILIES
 from mmkernels.testing.parts import encoder
 
 MODELS = ("llama", "mistral_sliding", "gemma3_text", "gpt_oss")
+# Ways to generate beside those of `mmkernels support`, and "static", which has unused keys in each kind of mask.
 GENERATION = {
-    "greedy": {},
-    "sampled": {"do_sample": True, "top_k": 20},
-    "beam": {"num_beams": 3},
     "static": {"cache_implementation": "static"},
     "no cache": {"use_cache": False},
     "chunked prefill": {"prefill_chunk_size": 4},
@@ -94,16 +92,8 @@ def test_generation(model: Any, mode: str) -> None:
     assert torch.equal(ours, theirs) and ours.shape[1] == 22
 
 
-def test_assisted_generation(model: Any) -> None:
-    assistant = build("llama")
-    assistant.set_attn_implementation("mmkernels")
-    run = lambda model: model.generate(IDS[:1], max_new_tokens=12, min_new_tokens=12, assistant_model=assistant)
-    ours, theirs, _ = both(model, run)
-    assert torch.equal(ours, theirs)
-
-
 def test_packed_sequences(model: Any) -> None:
-    """Several sequences in one row, separated by their positions: each equals itself alone."""
+    """Several sequences in one row, separated by their positions: each gives the same as in a row of its own."""
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
     run = lambda model: model(IDS[:1], position_ids=positions, use_cache=False).logits.detach()
     ours, theirs, _ = both(model, run)
@@ -194,14 +184,19 @@ def test_autocast() -> None:
     assert (ours - truth).norm() <= 2 * (theirs - truth).norm()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gemma3_text",  # has the masks of both others
-        pytest.param("llama", marks=pytest.mark.slow),
-        pytest.param("mistral_sliding", marks=pytest.mark.slow),
-    ],
-)
+def check_compiled(model: Any, run: Callable[[Any], Any]) -> None:
+    """Compares one graph on "mmkernels" with sdpa."""
+    model.set_attn_implementation("sdpa")
+    theirs = run(model)
+    model.set_attn_implementation("mmkernels")
+    torch._dynamo.reset()
+    torch.testing.assert_close(run(torch.compile(model, backend="aot_eager", fullgraph=True)), theirs)
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mistral_sliding")]
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", *SLOW])  # the first has the masks of both others
 def test_compiled_as_one_graph(name: str) -> None:
     model = build(name)
 
@@ -211,11 +206,7 @@ def test_compiled_as_one_graph(name: str) -> None:
         logits.sin().sum().backward()
         return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
-    model.set_attn_implementation("sdpa")
-    theirs = run(model)
-    model.set_attn_implementation("mmkernels")
-    torch._dynamo.reset()
-    torch.testing.assert_close(run(torch.compile(model, backend="aot_eager", fullgraph=True)), theirs)
+    check_compiled(model, run)
 
 
 def test_decoding_compiled_over_a_static_cache() -> None:
@@ -233,11 +224,7 @@ def test_decoding_compiled_over_a_static_cache() -> None:
                 steps.append(out.logits)
         return torch.cat(steps, 1)
 
-    model.set_attn_implementation("sdpa")
-    theirs = run(model)
-    model.set_attn_implementation("mmkernels")
-    torch._dynamo.reset()
-    torch.testing.assert_close(run(torch.compile(model, backend="aot_eager", fullgraph=True)), theirs)
+    check_compiled(model, run)
 
 
 def test_from_pretrained_and_a_part_of_a_model(tmp_path: Path) -> None:
@@ -292,11 +279,7 @@ def test_two_threads_and_one_model() -> None:
         for _ in range(10):
             same.append(torch.equal(model(IDS, attention_mask=masks[number]).logits, truth[number]))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(2, work)
     assert same == [True] * 20
 
 

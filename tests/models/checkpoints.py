@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,17 @@ from typing import Any
 
 import clip_checkpoints
 import idefics_checkpoints
+import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmkernels.models import CLIP, Flamingo
+from mmkernels.models.blocks.checkpoint import CheckpointError
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 
 @dataclass
@@ -24,10 +31,6 @@ class Saved:
     variant: str
     folder: Path
     theirs: Any
-
-    @property
-    def siglip(self) -> bool:
-        return self.theirs.config.model_type == "siglip"
 
 
 def save(folder: Path, variant: str) -> Saved:
@@ -42,14 +45,43 @@ def save(folder: Path, variant: str) -> Saved:
     return Saved(variant, folder, theirs)
 
 
-def load(folder: Path) -> CLIP | Flamingo:
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Loads the model that the folder's ``config.json`` had when it was written."""
-    return (Flamingo if (folder / "added_tokens.json").exists() else CLIP).from_pretrained(folder)
+    return (Flamingo if (folder / "added_tokens.json").exists() else CLIP).from_pretrained(folder, dtype=dtype)
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Relative, in the Euclidean norm."""
+    """Returns the relative distance in the Euclidean norm."""
     return float((ours - theirs).detach().norm() / theirs.detach().norm())
+
+
+def their_gradients(checkpoint: Saved, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Returns the gradients of transformers' model by the names of ours.
+
+    They are saved as a checkpoint in the empty folder, which our model reads as its weights.
+    """
+    shutil.copytree(checkpoint.folder, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
+    gradients = {name: p.grad for name, p in checkpoint.theirs.named_parameters() if p.grad is not None}
+    save_file({name: x.contiguous() for name, x in gradients.items()}, folder / "model.safetensors")
+    return load(folder, dtype).state_dict()
+
+
+def check_gradients(model: Any, expected: dict[str, Tensor], tolerance: float) -> None:
+    """Compares the gradient of every parameter."""
+    largest = max(float(x.norm()) for x in expected.values())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if name.endswith(("attention.k_proj.bias", "attention.k_norm.bias")):  # no gradient: scores shift alike
+            assert float(parameter.grad.norm()) < tolerance * largest
+            assert float(expected[name].norm()) < tolerance * largest
+        else:
+            assert distance(parameter.grad, expected[name]) < tolerance, name
+
+
+def refused(folder: Path, match: str, error: type[Exception] = CheckpointError, model: Any = None) -> None:
+    """Checks that the folder can't be loaded."""
+    with pytest.raises(error, match=match):
+        load(folder) if model is None else model.from_pretrained(folder)
 
 
 def configure(folder: Path, **values: Any) -> None:

@@ -8,12 +8,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from mmkernels.testing.models import build as build_model
 from mmkernels.testing.models import randomise
+from mmkernels.testing.parts import encoder, vision
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
-EOS = 90  # not the highest id of the texts here, so that finding the one isn't finding the other
+EOS = 90  # not the highest id of the texts, which a "clip_early" looks for
 VOCAB = 100
 LENGTH = 12
 
@@ -30,44 +29,45 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build(variant: str) -> Any:
-    """transformers' model of a variant, with every parameter redrawn: it initialises biases to 0, norms to 1."""
-    config = hf_config(variant)
-    model = transformers.SiglipModel if config.model_type == "siglip" else transformers.CLIPModel
-    theirs = randomise(model(config).eval(), 0.25)
+    """Returns transformers' model of a variant, with every parameter redrawn: it sets biases to 0 and norms to 1."""
+    siglip = variant.startswith("siglip")
+    theirs = randomise(build_model("SiglipModel" if siglip else "CLIPModel", config(variant)).eval(), std=0.25)
     with torch.no_grad():
         theirs.logit_scale.fill_(1.7)
-        if config.model_type == "siglip":
+        if siglip:
             theirs.logit_bias.fill_(-2.3)
     return theirs
 
 
-def hf_config(variant: str) -> Any:
-    siglip = variant.startswith("siglip")
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision |= {"image_size": 32, "patch_size": 8}
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    text |= {"vocab_size": VOCAB, "max_position_embeddings": LENGTH}
-    text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS}
-    whole: dict[str, Any] = {} if siglip else {"projection_dim": 24}
+def config(variant: str) -> dict[str, Any]:
+    """Returns the arguments of transformers' configuration. No two sizes of the towers are equal by chance."""
+    text = encoder(mlp=48, depth=3, heads=2, vocabulary=VOCAB, positions=LENGTH) | {"eos_token_id": EOS}
+    towers = {"text": text, "vision": vision()}
+    whole: dict[str, Any] = {} if variant.startswith("siglip") else {"projection_dim": 24}
     for key, value in VARIANTS[variant].items():
         tower, _, name = key.partition("__")
         if name:
-            {"text": text, "vision": vision}[tower][name] = value
+            towers[tower][name] = value
         elif key != "shard":
             whole[key] = value
-    config = transformers.SiglipConfig if siglip else transformers.CLIPConfig
-    return config(text_config=text, vision_config=vision, **whole)
+    return whole | {f"{tower}_config": sizes for tower, sizes in towers.items()}
+
+
+def hf_config(variant: str) -> Any:
+    """Returns transformers' configuration of a variant."""
+    make = transformers.SiglipConfig if variant.startswith("siglip") else transformers.CLIPConfig
+    return make(**config(variant))
 
 
 def inputs(theirs: Any, rows: int = 5, padding: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and attention mask ``[rows, L]``, and pixel values.
+    """Returns tokens and attention mask ``[rows, L]``, and pixel values.
 
     Each text ends with the end-of-text token, an id among higher ones, twice, and goes on: only what is before the
     first one may count. With padding each row is shorter than the one before.
     """
-    vision = theirs.config.vision_config
+    sizes = theirs.config.vision_config
     generator = torch.Generator().manual_seed(rows)
-    pixels = torch.randn(rows, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
+    pixels = torch.randn(rows, sizes.num_channels, sizes.image_size, sizes.image_size, generator=generator)
     ids = torch.randint(3, VOCAB, (rows, LENGTH), generator=generator)
     ids[ids == EOS] = EOS - 1
     mask = torch.ones_like(ids)

@@ -1,10 +1,12 @@
-import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
 import pytest
-from checkpoints import Saved, save
+import torch
+from checkpoints import Saved, load, save
 
 
 @pytest.fixture(scope="session")
@@ -13,8 +15,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
     return cache(lambda variant: save(tmp_path_factory.mktemp(variant), variant))
 
 
+@pytest.fixture(scope="session")
+def ours(saved: Callable[[str], Saved]) -> Callable[..., Any]:
+    """variant, dtype -> our model of its checkpoint, which is loaded once: tests don't change it."""
+    return cache(lambda variant, dtype=torch.float32: load(saved(variant).folder, dtype))
+
+
 @pytest.fixture
 def copy(saved: Callable[[str], Saved], tmp_path: Path) -> Callable[[str], Path]:
     """variant -> a copy of its checkpoint's folder, to be changed: a new one in each call."""
     folders = (tmp_path / f"copy{number}" for number in range(100))
-    return lambda variant: shutil.copytree(saved(variant).folder, next(folders))
+    return lambda variant: copytree(saved(variant).folder, next(folders))

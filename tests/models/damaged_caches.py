@@ -35,7 +35,7 @@ def make(folder: Path) -> Path:
 
 
 def intact(folder: Path, count: int = 12) -> EmbeddingCache:
-    """The first `count` texts are there, and can be searched, with no word about the index."""
+    """The first `count` texts are there, and can be searched, without a warning about the index."""
     cache = open_cache(folder)
     assert torch.equal(cache.read(), encode([f"text {n}" for n in range(count)]))
     with warnings.catch_warnings():

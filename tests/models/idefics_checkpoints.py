@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from mmkernels.testing.families import FAMILIES
+from mmkernels.testing.models import build as build_model
 from mmkernels.testing.models import randomise
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
 IMAGE = 100  # the image marker's id
-PAD = 0
 VARIANTS: dict[str, dict[str, Any]] = {
     "resampler": {},
     "patches": {"use_resampler": False},
-    "norms": {"qk_layer_norms": True, "alpha_type": "vector", "perceiver": {"qk_layer_norms_perceiver": True}},
+    "norms": {"qk_layer_norms": True, "alpha_type": "vector", "perceiver__qk_layer_norms_perceiver": True},
     "decoupled": {"additional_vocab_size": 3, "hidden_act": "gelu_new", "cross_layer_interval": 1},
     "tied": {"additional_vocab_size": 3, "tie_word_embeddings": True, "shard": True},
 }
 
 
 def build(variant: str) -> Any:
-    """transformers' model of a variant, with every parameter redrawn: it initialises gates to 0."""
-    values = {key: value for key, value in VARIANTS[variant].items() if key != "shard"}
-    theirs = randomise(transformers.IdeficsForVisionText2Text(idefics_config(**values)).eval(), 0.15)
+    """Returns transformers' model of a variant, with every parameter redrawn: it initialises gates to 0."""
+    theirs = randomise(build_model("IdeficsForVisionText2Text", config(variant)).eval(), std=0.15)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "alpha" in name:
@@ -37,39 +35,19 @@ def build(variant: str) -> Any:
     return theirs
 
 
-def idefics_config(perceiver: dict[str, Any] | None = None, **config: Any) -> transformers.IdeficsConfig:
-    values: dict[str, Any] = {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "cross_layer_interval": 2,
-        "use_resampler": True,
-        "freeze_text_layers": False,
-        "freeze_vision_layers": False,
-        "vision_config": {
-            "embed_dim": 32,
-            "image_size": 32,
-            "patch_size": 8,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        },
-        "perceiver_config": {
-            "use_resampler": True,
-            "resampler_n_latents": 8,
-            "resampler_depth": 2,
-            "resampler_n_heads": 4,
-            "resampler_head_dim": 8,
-            **(perceiver or {}),
-        },
-    }
-    return transformers.IdeficsConfig(**(values | config))
+def config(variant: str) -> dict[str, Any]:
+    """Returns the arguments of transformers' configuration."""
+    values = copy.deepcopy(FAMILIES["idefics"].config) | {"freeze_text_layers": False, "freeze_vision_layers": False}
+    for key, value in VARIANTS[variant].items():
+        if key.startswith("perceiver__"):
+            values["perceiver_config"][key.removeprefix("perceiver__")] = value
+        elif key != "shard":
+            values[key] = value
+    return values
 
 
 def prompts(images: int, padding: str | None, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and attention mask ``[rows, L]`` with a marker for each image, and pixel values.
+    """Returns tokens and attention mask ``[rows, L]`` with a marker for each image, and pixel values.
 
     The first two tokens precede any image; with padding each row is shorter than the one before.
     """
@@ -79,25 +57,21 @@ def prompts(images: int, padding: str | None, rows: int = 2) -> tuple[Tensor, Te
         text = torch.randint(5, IMAGE, (3 * images + 4,), generator=generator)
         text[2 : 2 + 3 * images : 3] = IMAGE
         texts.append(text if padding is None else text[: len(text) - row])
-    length = max(len(text) for text in texts)
-    ids = torch.full((rows, length), PAD)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        place = slice(length - len(text), None) if padding == "left" else slice(0, len(text))
-        ids[row, place], mask[row, place] = text, 1
+    ids, mask = (
+        pad_sequence(part, batch_first=True, padding_side=padding or "right")
+        for part in (texts, [torch.ones_like(text) for text in texts])
+    )
     return ids, mask, torch.randn(rows, images, 3, 32, 32, generator=generator)
 
 
 def image_attention_mask(ids: Tensor, images: int) -> Tensor:
-    """What transformers' processor makes of the markers: each token sees the last image at or before it."""
-    mask = torch.zeros(*ids.shape, images, dtype=torch.long)
-    for row, text in enumerate(ids.tolist()):
-        seen = -1
-        for i, token in enumerate(text):
-            seen += token == IMAGE
-            if seen >= 0:
-                mask[row, i, seen] = 1
-    return mask
+    """Returns what transformers' processor makes of the markers: each token sees the last image at or before it."""
+    return ((ids == IMAGE).cumsum(1)[..., None] == torch.arange(1, images + 1)).long()
+
+
+def rows_of(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Returns the tokens of each row without padding."""
+    return [row[valid.bool()].tolist() for row, valid in zip(ids, mask)]
 
 
 def greedy(theirs: Any, ids: list[int], pixels: Tensor, count: int, sees: Tensor | None = None) -> list[int]:

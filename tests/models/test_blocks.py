@@ -16,7 +16,6 @@ from mmkernels.models.blocks.images import ImageError, load_image, load_images
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.models.blocks.sampling import sample
 from mmkernels.models.blocks.text import SwiGLU, rotary_angles, rotate
-from mmkernels.models.blocks.vision import VisionTransformer
 
 
 def picture(width: int = 70, height: int = 50) -> Image.Image:
@@ -42,7 +41,7 @@ def test_truncated_images(tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
-def test_files_that_are_no_image(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_images(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "image"
     path.write_bytes(content)
     with pytest.raises(ImageError, match="image: must be"):
@@ -59,7 +58,7 @@ def test_missing_images(tmp_path: Path) -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says it is large."""
+    """Returns a PNG of a few bytes whose header gives a large size."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -87,7 +86,7 @@ def test_images_are_prepared_as_transformers_does(tmp_path: Path) -> None:
     picture().convert("P").save(palette)
     picture().convert("L").save(grey)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     picture().save(rotated, exif=exif)
     pixels = load_images([palette, str(grey), rotated], 32)
     assert pixels.shape == (3, 3, 32, 32)
@@ -99,7 +98,7 @@ def test_images_are_prepared_as_transformers_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_becomes_white_as_in_transformers(tmp_path: Path, mode: str) -> None:
+def test_transparent_pixels_become_white_as_in_transformers(tmp_path: Path, mode: str) -> None:
     from transformers import IdeficsImageProcessorPil
 
     image = picture().convert("RGBA")
@@ -151,7 +150,7 @@ def test_sampling() -> None:
 
     torch.testing.assert_close(shares(1.0, 1.0), logits[0].softmax(0), atol=0.015, rtol=0)
     torch.testing.assert_close(shares(2.0, 1.0), (logits[0] / 2).softmax(0), atol=0.015, rtol=0)
-    # 0.697, 0.256, 0.035, 0.013: the fewest that reach 0.9 are two, 0.69 one, 0.98 three.
+    # The probabilities are 0.697, 0.256, 0.035 and 0.013: two of them reach 0.9, one reaches 0.69, three reach 0.98.
     kept = logits[0].softmax(0)
     for top_p, tokens in ((0.9, [1, 2]), (0.69, [1]), (0.98, [0, 1, 2]), (1e-9, [1])):
         expected = torch.zeros(4)
@@ -177,7 +176,7 @@ def test_rotary_is_a_rotation_by_relative_position() -> None:
     torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(score(0, 0), (q * k).sum())
     assert abs(float(score(7, 3) - score(7, 4))) > 1e-3
-    # Channel pair (i, i + 4) turns by position / 100^(i/4): by hand, for i = 1.
+    # The channels (i, i + 4) are rotated by position / 100^(i/4): by hand, for i = 1.
     rotated = rotate(q, rotary_angles(torch.tensor([[2]]), 8, 100.0, q.dtype))[0, 0, 0]
     angle = torch.tensor(2 / 100**0.25, dtype=torch.float64)
     torch.testing.assert_close(
@@ -207,9 +206,3 @@ def test_swiglu() -> None:
     gate = x @ layer.gate_proj.weight.T
     expected = (gate * torch.sigmoid(gate) * (x @ layer.up_proj.weight.T)) @ layer.down_proj.weight.T
     torch.testing.assert_close(layer(x), expected)
-
-
-def test_vision_transformer_refuses_another_size() -> None:
-    encoder = VisionTransformer(8, layers=1, heads=2, mlp=16, image_size=16, patch_size=8)
-    with pytest.raises(ValueError, match=r"pixel_values must be \[B, 3, 16, 16\], got shape \(1, 3, 24, 16\)"):
-        encoder(torch.randn(1, 3, 24, 16))

@@ -1,5 +1,7 @@
-"""Checkpoint folders that are not what they must be: each is a clear error that names the file, what was expected and
-what was found. And the configurations that are read from them."""
+"""Checkpoint folders with errors: each raises an error that names the file, what was expected and what was found.
+
+And the configurations that are read from them.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +16,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import Saved, change_weights, configure, load
+from checkpoints import Saved, change_weights, configure, load, refused
 from clip_checkpoints import hf_config
-from idefics_checkpoints import idefics_config
+from idefics_checkpoints import config as idefics_config
 
 from mmkernels.models import CLIP, CLIPConfig, Flamingo, FlamingoConfig
-from mmkernels.models.blocks.checkpoint import CheckpointError, renamed
+from mmkernels.models.blocks.checkpoint import renamed
 from mmkernels.models.clip import SIZES
 
 Copy = Callable[[str], Path]
-MODELS = [("clip", CLIP), ("resampler", Flamingo)]
 PICKLE = b"cos\nsystem\n(S'false'\ntR."
 
 
-def refused(folder: Path, match: str, error: type[Exception] = CheckpointError, model: Any = None) -> None:
-    with pytest.raises(error, match=match):
-        load(folder) if model is None else model.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(("variant", "model"), MODELS)
+@pytest.mark.parametrize(("variant", "model"), [("clip", CLIP), ("resampler", Flamingo)])
 def test_missing_files(copy: Copy, tmp_path: Path, variant: str, model: Any) -> None:
     folder = copy(variant)
     refused(tmp_path / "nowhere", "folder must be a checkpoint's folder, got .*nowhere", FileNotFoundError, model)
@@ -58,7 +54,7 @@ def test_missing_files(copy: Copy, tmp_path: Path, variant: str, model: Any) -> 
         (b'{"model_type": ["idefics"]}', "model_type must be one of idefics, got"),
     ],
 )
-def test_a_config_that_is_none(copy: Copy, content: bytes, match: str) -> None:
+def test_files_that_are_no_configuration(copy: Copy, content: bytes, match: str) -> None:
     folder = copy("resampler")
     (folder / "config.json").write_bytes(content)
     refused(folder, f"config.json: {match}")
@@ -85,7 +81,7 @@ SIZE = "must be an integer from 1 to"
 @pytest.mark.parametrize(
     ("variant", "values", "match"),
     [
-        # What transformers refuses.
+        # Refused by transformers.
         ("resampler", {"hidden_size": "64"}, "'hidden_size' expected int, got str"),
         ("resampler", {"vision_config": 3}, "'vision_config' with value 3"),
         ("resampler", {"eos_token_id": "</s>"}, "'eos_token_id' with value '</s>'"),
@@ -95,7 +91,7 @@ SIZE = "must be an integer from 1 to"
         ("clip", {"text_config_dict": [1]}, "CLIPTextConfig.* must be a mapping, not list"),
         ("siglip", {"vision_config__num_attention_heads": True}, "vision_config: .*'num_attention_heads' expected int"),
         ("clip", {"text_config__per_layer_config": {"0": {"hidden_act": "gelu"}}}, "hidden_act.* may vary"),
-        # What it accepts.
+        # Accepted by transformers.
         ("resampler", {"hidden_size": -64}, f"hidden_size: text_width {SIZE} .*, got -64"),
         ("resampler", {"hidden_size": 66}, "hidden_size: text_width must be a multiple of text_heads = 4, got 66"),
         ("resampler", {"hidden_size": 4}, "text_width / text_heads must be even, got 1"),
@@ -105,23 +101,17 @@ SIZE = "must be an integer from 1 to"
         ("resampler", {"vocab_size": 2**40}, f"vocab_size {SIZE}"),
         ("resampler", {"vision_config__image_size": [32, 48]}, rf"image_size {SIZE} .*, got \[32, 48\]"),
         ("resampler", {"vision_config__patch_size": 64}, "patch_size must be at most image_size = 32, got 64"),
-        ("resampler", {"vision_config__hidden_act": "swish9"}, "vision_activation must be one of gelu, .*got 'swish9'"),
         ("resampler", {"perceiver_config__resampler_n_latents": 0}, f"num_latents {SIZE}"),
         ("resampler", {"alpha_type": "matrix"}, "alpha_type must be one of float, vector, got 'matrix'"),
-        ("resampler", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number, positive and finite, got nan"),
         ("resampler", {"rope_parameters__rope_type": "linear", "rope_parameters__factor": 2.0}, "must be default, got"),
         ("resampler", {"rope_parameters__rope_theta": "x"}, "rope_theta must be a number"),
-        ("resampler", {"dropout": 2.0}, "dropout must be a number between 0 and 1, got 2.0"),
         ("resampler", {"image_token_id": 128}, "image_token_id must be an integer below vocab_size = 128, got 128"),
-        ("resampler", {"pad_token_id": 10**6}, "pad_token_id must be an integer below vocab_size"),
         ("resampler", {"eos_token_id": [2, -1]}, r"eos_token_ids must be integers >= 0, got \(2, -1\)"),
         ("clip", {"projection_dim": None}, f"projection_dim: embed_dim {SIZE} .*, got None"),
         ("clip", {"text_config__max_position_embeddings": 0}, f"max_position_embeddings: text_length {SIZE}"),
         ("clip", {"text_config__eos_token_id": None}, "text_config: eos_token_id must be an integer, got None"),
         ("clip", {"text_config__eos_token_id": [90]}, r"text_config: eos_token_id must be an integer, got \[90\]"),
         ("clip", {"text_config__eos_token_id": 100}, "eos_token_id must be an integer below vocab_size = 100, got 100"),
-        ("clip", {"text_config__layer_norm_eps": None}, "text_eps must be a number, positive and finite, got None"),
-        ("clip", {"vision_config__attention_dropout": 2}, "vision_dropout must be a number between 0 and 1, got 2"),
         ("clip", {"vision_config__image_size": [32, 32]}, rf"vision_config.image_size: image_size {SIZE} .*, got \[32"),
         ("clip", {"vision_config__num_channels": -3}, f"vision_config.num_channels: channels {SIZE} .*, got -3"),
         (
@@ -154,16 +144,13 @@ def test_config_values(copy: Copy, variant: str, values: dict[str, Any], match: 
         ("resampler", {"additional_vocab_size": 2}, r"embed_tokens.weight must be \[130, 64\] .*, got \[128, 64"),
         ("decoupled", {"additional_vocab_size": 2}, r"embed_tokens.weight must be \[130, 64\] .*, got \[131, 64\]"),
         ("resampler", {"vision_config__image_size": 64}, r"position_embedding.weight must be \[65, 32\] .*, got \[17"),
-        ("clip", {"projection_dim": 65536}, r"visual_projection.weight must be \[65536, 32\] by config.json, got"),
         ("clip", {"text_config__vocab_size": 2**24}, r"must be \[16777216, 32\] by config.json, got \[100, 32\]"),
-        ("clip", {"text_config__max_position_embeddings": 13}, r"position_embedding.weight must be \[13, 32\]"),
         ("siglip", {"vision_config__image_size": 40}, r"position_embedding.weight must be \[25, 32\] .*, got \[16"),
         ("siglip", {"text_config__num_hidden_layers": 40}, r"must hold text_model.encoder.layers.3.\S+ .*and \d+ more"),
-        ("siglip", {"text_config__num_hidden_layers": 2}, r"only the model's tensors, got text_model.encoder.layers.2"),
     ],
 )
 def test_config_against_weights(copy: Copy, variant: str, values: dict[str, Any], match: str) -> None:
-    """Sizes that the file does not hold are refused from headers alone: nothing of that size is allocated."""
+    """Sizes that the file does not hold are refused by its header: nothing of that size is allocated."""
     folder = copy(variant)
     configure(folder, **values)
     refused(folder, match)
@@ -241,7 +228,7 @@ def test_rotary_positions_of_older_versions(copy: Copy) -> None:
 
 
 def test_labels_of_a_classifier_are_ignored(copy: Copy) -> None:
-    """transformers would write out a name for each of them."""
+    """transformers would create a name for each of them."""
     folder = copy("clip")
     configure(folder, num_labels=10**12, text_config__num_labels=10**12)
     load(folder)
@@ -266,7 +253,7 @@ def header(values: Any) -> bytes:
         b"PK\x03\x04 a zip, as torch.save writes",
     ],
 )
-def test_hostile_headers(copy: Copy, content: bytes) -> None:
+def test_corrupt_headers(copy: Copy, content: bytes) -> None:
     folder = copy("resampler")
     (folder / "model.safetensors").write_bytes(content)
     refused(folder, "model.safetensors: must be a whole safetensors file, got an error")
@@ -293,16 +280,6 @@ def redirect(shard: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda index: index["weight_map"].update({"model.norm.weight": shard})
 
 
-OUTSIDE = (
-    "../copy/model.safetensors",
-    "/etc/model.safetensors",
-    "sub/model.safetensors",
-    "..\\m.safetensors",
-    "..",
-    "",
-)
-
-
 def test_shards_outside_the_folder(copy: Copy) -> None:
     folder = copy("tied")
     names = ("../copy/model", "/etc/model", "sub/model", "..\\model")
@@ -320,7 +297,7 @@ def test_shards(copy: Copy) -> None:
     other = next(shard for shard in shards if shard != holder)
 
     change_index(folder, redirect(other))
-    load(folder)  # as in transformers: the index says which files there are
+    load(folder)  # as in transformers: the index lists the files
     (folder / "again.safetensors").write_bytes((folder / holder).read_bytes())
     change_index(folder, redirect("again.safetensors"))
     refused(folder, rf"{holder}: must not hold model.\S+, which .*again.safetensors holds too")
@@ -335,14 +312,14 @@ def test_shards(copy: Copy) -> None:
 
 
 def test_an_index_that_an_earlier_save_left(copy: Copy) -> None:
-    """As in transformers: the whole file counts."""
+    """The whole file is read, as in transformers."""
     folder = copy("clip")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"logit_scale": "gone.safetensors"}}')
     load(folder)
 
 
 def test_a_tied_tensor_may_be_on_disk(copy: Copy) -> None:
-    """Older versions saved it twice; as in transformers, the embedding counts."""
+    """Older versions saved it twice; the embedding is used, as in transformers."""
     folder = copy("tied")
     whole = load(folder)
     assert whole.head.weight is whole.embed.weight
@@ -378,7 +355,7 @@ def test_the_image_token_is_that_of_the_tokenizer(copy: Copy) -> None:
     assert token() is None
 
 
-def test_what_a_file_leaves_out_has_transformers_defaults() -> None:
+def test_missing_fields_have_transformers_defaults() -> None:
     for variant, size, changes in (
         ("siglip", "siglip_base", {}),
         ("clip", "base", {"patch_size": 32, "eos_token_id": 49407}),
@@ -388,37 +365,45 @@ def test_what_a_file_leaves_out_has_transformers_defaults() -> None:
         assert config == CLIPConfig.from_transformers(json.loads(json.dumps(whole))) == replace(SIZES[size], **changes)
         config = CLIPConfig.from_transformers(hf_config(variant).to_dict())
         assert (config.vision_width, config.text_layers, config.text_length, config.vocab_size) == (32, 3, 12, 100)
-    config = FlamingoConfig.from_idefics(idefics_config().to_dict())
+    config = FlamingoConfig.from_idefics(transformers.IdeficsConfig(**idefics_config("resampler")).to_dict())
     assert (config.text_width, config.vision_width, config.num_latents, config.cross_every) == (64, 32, 8, 2)
     config = FlamingoConfig.from_idefics({"model_type": "idefics"})  # as in the published 9b checkpoint
     assert (config.text_width, config.vision_width, config.image_size, config.num_latents) == (4096, 768, 224, None)
 
 
-def test_clip_config_itself() -> None:
-    for values, match in (
-        ({"variant": "blip"}, "variant must be one of clip, siglip, got 'blip'"),
-        ({"vision_activation": "swish9"}, "vision_activation must be one of gelu, .*got 'swish9'"),
-        ({"vision_activation": ["gelu"]}, r"vision_activation must be one of gelu, .*got \['gelu'\]"),
-        ({"text_heads": 0}, "text_heads must be an integer from 1 to 4096, got 0"),
-        ({"variant": "siglip"}, "embed_dim must be vision_width = 32 in a siglip, got 24"),
-        ({"eos_token_id": -1}, "eos_token_id must be an integer below vocab_size = 128, got -1"),
-        ({"eos_token_id": True}, "eos_token_id must be an integer below vocab_size = 128, got True"),
-        ({"eos_token_id": 1.5}, "eos_token_id must be an integer below vocab_size = 128, got 1.5"),
-        ({"vision_eps": "x"}, "vision_eps must be a number, positive and finite, got 'x'"),
-        ({"text_eps": True}, "text_eps must be a number, positive and finite, got True"),
-        ({"text_eps": float("nan")}, "text_eps must be a number, positive and finite, got nan"),
-        ({"vision_dropout": None}, "vision_dropout must be a number between 0 and 1, got None"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            replace(SIZES["tiny"], **values)
+@pytest.mark.parametrize(
+    ("sizes", "values", "match"),
+    [
+        (CLIP, {"variant": "blip"}, "variant must be one of clip, siglip, got 'blip'"),
+        (CLIP, {"vision_activation": "swish9"}, "vision_activation must be one of gelu, .*got 'swish9'"),
+        (CLIP, {"text_activation": ["gelu"]}, r"text_activation must be one of gelu, .*got \['gelu'\]"),
+        (CLIP, {"text_heads": 0}, "text_heads must be an integer from 1 to 4096, got 0"),
+        (CLIP, {"variant": "siglip"}, "embed_dim must be vision_width = 32 in a siglip, got 24"),
+        (CLIP, {"eos_token_id": -1}, "eos_token_id must be an integer below vocab_size = 128, got -1"),
+        (CLIP, {"eos_token_id": True}, "eos_token_id must be an integer below vocab_size = 128, got True"),
+        (CLIP, {"eos_token_id": 1.5}, "eos_token_id must be an integer below vocab_size = 128, got 1.5"),
+        (CLIP, {"vision_eps": "x"}, "vision_eps must be a number, positive and finite, got 'x'"),
+        (CLIP, {"text_eps": True}, "text_eps must be a number, positive and finite, got True"),
+        (CLIP, {"vision_dropout": None}, "vision_dropout must be a number between 0 and 1, got None"),
+        (CLIP, {"text_dropout": 2}, "text_dropout must be a number between 0 and 1, got 2"),
+        (Flamingo, {"layer_norm_eps": float("inf")}, "layer_norm_eps must be a number, positive and finite, got inf"),
+        (Flamingo, {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number, positive and finite, got nan"),
+        (Flamingo, {"dropout": 2.0}, "dropout must be a number between 0 and 1, got 2.0"),
+        (Flamingo, {"pad_token_id": 10**6}, "pad_token_id must be an integer below vocab_size = 128, got 1000000"),
+        (Flamingo, {"gate": "matrix"}, 'gate must be "scalar" or "vector", got \'matrix\''),
+    ],
+)
+def test_fields_of_a_configuration(sizes: Any, values: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        replace(sizes.sizes["tiny"], **values)
 
 
-@pytest.mark.parametrize(("variant", "model"), [*MODELS, ("siglip", CLIP)])
-def test_dtype_and_storage(copy: Copy, variant: str, model: Any) -> None:
+@pytest.mark.parametrize("variant", ["clip", "siglip", "resampler"])
+def test_dtype_and_storage(copy: Copy, variant: str) -> None:
     folder = copy(variant)
     change_weights(folder, lambda tensors: tensors.update({name: x.half() for name, x in tensors.items()}))
     for dtype in (torch.float16, torch.float32, torch.bfloat16):
-        loaded = model.from_pretrained(folder, dtype=dtype, device="cpu")
+        loaded = load(folder, dtype)
         assert {p.dtype for p in loaded.parameters()} == {dtype}
         assert not loaded.training
         for parameter in loaded.parameters():  # no parameter keeps another's memory
@@ -426,7 +411,7 @@ def test_dtype_and_storage(copy: Copy, variant: str, model: Any) -> None:
             assert parameter.requires_grad
     for dtype in (torch.int32, torch.bool, "float32", None):
         with pytest.raises(TypeError, match=f"dtype must be a floating dtype, got {dtype!r}"):
-            model.from_pretrained(folder, dtype=dtype)
+            load(folder, dtype)
 
 
 def test_it_says_what_to_install(saved: Callable[[str], Saved], monkeypatch: pytest.MonkeyPatch) -> None:

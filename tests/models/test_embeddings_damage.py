@@ -302,7 +302,7 @@ def test_indexes_that_are_wrong(folder: Path, kind: str, signed: bool, monkeypat
         rewrite(folder, lambda values: values["index"].update(sha256=hashlib.sha256(data).hexdigest()))
     cache = open_cache(folder, verify=not signed or kind == "flipped")
     if signed and kind == "flipped":
-        cache.search(torch.randn(1, D), 1)  # a valid IndexFlatIP: who can change the checksum can change shards too
+        cache.search(torch.randn(1, D), 1)  # a valid IndexFlatIP, whose checksum was changed too
         return
     with monkeypatch.context() as patch:
         patch.setattr(faiss, "read_index", None)  # FAISS must not read such a file
@@ -324,9 +324,9 @@ def test_an_index_that_is_a_folder(folder: Path) -> None:
     (folder / INDEX).unlink()
     (folder / INDEX).mkdir()
     cache = open_cache(folder)
-    with pytest.warns(RuntimeWarning) as said:
+    with pytest.warns(RuntimeWarning) as warned:
         check_search(cache)
-    assert [str(w.message).split(":")[0].split("/")[-1] for w in said] == [
+    assert [str(w.message).split(":")[0].split("/")[-1] for w in warned] == [
         INDEX,
         "the index is kept in memory alone",
     ]

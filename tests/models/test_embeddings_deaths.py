@@ -28,7 +28,7 @@ class Killed(BaseException):
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The first `step` writes, syncs, renames and deletions are done; the next is not, or a write by half."""
+    """The first `step` writes, syncs, renames and deletions are done; the next is not done; a write stops half-way."""
     count = iter(range(step))
 
     def limited(function: Callable[..., Any], half: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,8 +81,8 @@ def test_death_at_any_step_of_an_append(folder: Path, monkeypatch: pytest.Monkey
     assert counts == [12] * 7 + [13] * 2
     open_cache(folder).encode(["text 13"], encode)
     intact(folder, 14)
-    assert not [path for path in folder.iterdir() if "partial" in path.name]  # each was written over, at last
-    assert len(list(folder.glob("shard-*"))) == 4 + 4  # four that no manifest lists, each left alone
+    assert not [path for path in folder.iterdir() if "partial" in path.name]  # each was written over in the end
+    assert len(list(folder.glob("shard-*"))) == 4 + 4  # four that no manifest lists, each unchanged
 
 
 def test_death_at_any_step_of_the_first_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_death_at_any_step_of_saving_the_index(folder: Path, monkeypatch: pytest
         open_cache(copies[step]).encode(["text 13", "text 14"], encode)
         open_cache(copies[step]).update_index()
         names = sorted(path.name for path in copies[step].iterdir())
-        assert names[:3] == ["index-00015.faiss", "lock", "manifest.json"]  # no other index, nothing by half
+        assert names[:3] == ["index-00015.faiss", "lock", "manifest.json"]  # no other index, no incomplete file
     # Sync, rename, sync, of the index; write, sync, rename, sync, of the manifest; the old index is deleted.
     assert step == 8
 
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.Monke
     with pytest.warns(RuntimeWarning, match="index is kept in memory alone"):
         check_search(cache)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is said once
+        warnings.simplefilter("error")  # the warning comes once
         check_search(cache)
     with pytest.raises(OSError, match="lock"):
         cache.encode(["text 99"], encode)

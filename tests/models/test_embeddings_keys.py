@@ -34,7 +34,7 @@ def test_keys_of_images(tmp_path: Path) -> None:
 def test_keys_of_images_that_are_turned(tmp_path: Path) -> None:
     """An orientation counts, except for 1, which is none; so do pixels alone once they are rotated."""
     image = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3), "RGB")
-    plain = hashlib.sha256(b"image RGB (5, 4)\0" + image.tobytes()).hexdigest()  # for good: caches hold it
+    plain = hashlib.sha256(b"image RGB (5, 4)\0" + image.tobytes()).hexdigest()  # must never change: caches hold it
     keys = []
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -77,7 +77,7 @@ def test_keys_of_numbers(tmp_path: Path) -> None:
     assert content_key(bytearray(b"ab")) == content_key(memoryview(b"ab")) == content_key(b"ab")
     z = torch.tensor([1 + 2j])
     assert content_key(z.conj()) == content_key(torch.tensor([1 - 2j]))
-    assert content_key("text") == hashlib.sha256(b"text\0text").hexdigest()  # for good: caches hold it
+    assert content_key("text") == hashlib.sha256(b"text\0text").hexdigest()  # must never change: caches hold it
 
 
 @given(st.lists(st.text(), min_size=2, max_size=2, unique=True))

@@ -164,7 +164,7 @@ def test_another_model_that_was_faster(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["add", "encode", "refresh"])
 def test_what_another_made_of_a_new_folder(tmp_path: Path, call: str) -> None:
-    """Who opened it without a dtype, when it was empty, takes the other's."""
+    """A cache that was opened without a dtype, when the folder was empty, takes the dtype of the other."""
     late = open_cache(tmp_path)
     assert late.dtype == torch.float32 and late.normalize
     filled(tmp_path, dtype=torch.float16, normalize=False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import Saved, distance
-from idefics_checkpoints import IMAGE, VARIANTS, greedy, image_attention_mask, prompts
-from pairs import parametrize
+from checkpoints import Saved, check_gradients, distance, load, their_gradients
+from idefics_checkpoints import IMAGE, VARIANTS, greedy, image_attention_mask, prompts, rows_of
+from pairwise import parametrize
 from torch import Tensor
 
 import mmkernels
@@ -20,20 +21,15 @@ from mmkernels.models import Flamingo
 # difference tried (the image encoder's norms with epsilon 1e-6 for 1e-5) gives 1.8e-5, one token's wrong image 0.2.
 TOLERANCE = 5e-6
 BACKENDS = ("chunked", "reference")
+PADDINGS = (None, "left", "right")
 NEW = 6  # tokens that are generated
 
-
-PADDINGS = (None, "left", "right")
-
-
-@pytest.fixture(scope="module")
-def ours(saved: Callable[[str], Saved]) -> Callable[[str], Flamingo]:
-    """variant -> our model, which is loaded once."""
-    return cache(lambda variant: Flamingo.from_pretrained(saved(variant).folder))
+Ours = Callable[[str], Flamingo]
+Checkpoints = Callable[[str], Saved]
 
 
 @pytest.fixture(scope="module")
-def theirs(saved: Callable[[str], Saved]) -> Callable[..., tuple[Tensor, Tensor]]:
+def theirs(saved: Checkpoints) -> Callable[..., tuple[Tensor, Tensor]]:
     """variant, images, padding -> the logits of transformers' model, of these images and of others; computed once."""
 
     @cache
@@ -49,7 +45,7 @@ def theirs(saved: Callable[[str], Saved]) -> Callable[..., tuple[Tensor, Tensor]
 
 @parametrize("variant, images, padding, backend", list(itertools.product(VARIANTS, range(1, 6), PADDINGS, BACKENDS)))
 def test_logits(
-    ours: Callable[[str], Flamingo],
+    ours: Ours,
     theirs: Callable[..., tuple[Tensor, Tensor]],
     variant: str,
     images: int,
@@ -70,15 +66,14 @@ def test_logits(
 
 
 @pytest.fixture(scope="module")
-def their_tokens(saved: Callable[[str], Saved]) -> Callable[..., list[list[int]]]:
+def their_tokens(saved: Checkpoints) -> Callable[..., list[list[int]]]:
     """variant, images, padding -> the next tokens of each row by transformers' model, which are computed once."""
 
     @cache
     def get(variant: str, images: int, padding: str | None) -> list[list[int]]:
         model = saved(variant).theirs
         ids, mask, pixels = prompts(images, padding)
-        rows = [ids[row][mask[row].bool()].tolist() for row in range(len(ids))]
-        expected = [greedy(model, text, pixels[row], NEW) for row, text in enumerate(rows)]
+        expected = [greedy(model, text, pixels[row], NEW) for row, text in enumerate(rows_of(ids, mask))]
         if padding != "right":  # transformers' generate reads the last column's logits, padding or not
             tokens = model.generate(
                 input_ids=ids,
@@ -101,150 +96,129 @@ GENERATED = list(itertools.product(["resampler", "patches", "decoupled"], [1, 3,
 
 @parametrize("variant, images, padding, backend", GENERATED)
 def test_greedy_generation(
-    ours: Callable[[str], Flamingo],
+    ours: Ours,
     their_tokens: Callable[..., list[list[int]]],
     variant: str,
     images: int,
     padding: str | None,
     backend: str,
 ) -> None:
+    model = ours(variant)
     ids, mask, pixels = prompts(images, padding)
     given = {"attention_mask": mask, "max_new_tokens": NEW, "eos_token_id": ()}
     sees = image_attention_mask(ids, images) * mask[..., None]  # here padding sees nothing
     with mmkernels.use_backend(backend):
-        by_markers = ours(variant).generate(ids, pixels, **given)
-        by_mask = ours(variant).generate(ids, pixels, image_attention_mask=sees, **given)
+        by_markers = model.generate(ids, pixels, **given)
+        by_mask = model.generate(ids, pixels, image_attention_mask=sees, **given)
     assert by_markers.tokens.tolist() == by_mask.tokens.tolist() == their_tokens(variant, images, padding)
 
 
 def count_images(model: Flamingo) -> list[int]:
-    """Counts the images that pass through the encoder, from now on."""
-    seen: list[int] = []
-    model.vision.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    return seen
+    """Returns a list that gets the number of images of each later call of the encoder."""
+    counts: list[int] = []
+    model.vision.register_forward_hook(lambda module, args, out: counts.append(len(args[0])))
+    return counts
 
 
 @pytest.mark.parametrize("variant", ["resampler", "patches"])
-def test_turns(saved: Callable[[str], Saved], variant: str) -> None:
+def test_turns(saved: Checkpoints, variant: str) -> None:
     """Three turns of two conversations, padded on either side; the second encodes nothing, the third one new image."""
-    checkpoint = saved(variant)
-    ours = Flamingo.from_pretrained(checkpoint.folder)
-    encoded = count_images(ours)
+    model, theirs = load(saved(variant).folder), saved(variant).theirs
+    encoded = count_images(model)
     ids, mask, pixels = prompts(2, "left")
-    second, second_mask = torch.tensor([[7, 8, 9], [11, 12, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    third = torch.tensor([[21, IMAGE, 22], [23, 24, IMAGE]])
-    new_pixels = torch.randn(2, 1, 3, 32, 32)
+    texts: list[list[int]] = [[], []]  # of each row so far
+    images, caches = pixels[:, :0], {}
 
-    said = [ids[row][mask[row].bool()].tolist() for row in range(2)]
+    def turn(ids: Tensor, mask: Tensor | None, new: Tensor | None, count: int) -> None:
+        nonlocal images, caches
+        out = model.generate(ids, new, attention_mask=mask, max_new_tokens=count, eos_token_id=(), **caches)
+        caches = {"kv_cache": out.kv_cache, "visual_cache": out.visual_cache}
+        images = images if new is None else torch.cat([images, new], dim=1)
+        for row, text in enumerate(rows_of(ids, torch.ones_like(ids) if mask is None else mask)):
+            texts[row] += text
+            assert out.tokens[row].tolist() == greedy(theirs, texts[row], images[row], count)
+            texts[row] += out.tokens[row].tolist()
 
-    def check(out: Tensor, images: Tensor) -> None:
-        for row, tokens in enumerate(out.tolist()):
-            assert tokens == greedy(checkpoint.theirs, said[row], images[row], out.shape[1])
-            said[row] += tokens
-
-    out = ours.generate(ids, pixels, attention_mask=mask, max_new_tokens=4, eos_token_id=())
-    check(out.tokens, pixels)
+    turn(ids, mask, pixels, 4)
     assert encoded == [4]
-
-    for row in range(2):
-        said[row] += second[row][second_mask[row].bool()].tolist()
-    out = ours.generate(
-        second,
-        attention_mask=second_mask,
-        max_new_tokens=3,
-        eos_token_id=(),
-        kv_cache=out.kv_cache,
-        visual_cache=out.visual_cache,
-    )
-    check(out.tokens, pixels)
+    turn(torch.tensor([[7, 8, 9], [11, 12, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]), None, 3)
     assert encoded == [4], "a turn without new images must encode nothing"
-
-    for row in range(2):
-        said[row] += third[row].tolist()
-    out = ours.generate(
-        third, new_pixels, max_new_tokens=3, eos_token_id=(), kv_cache=out.kv_cache, visual_cache=out.visual_cache
-    )
-    check(out.tokens, torch.cat([pixels, new_pixels], dim=1))
+    turn(torch.tensor([[21, IMAGE, 22], [23, 24, IMAGE]]), None, torch.randn(2, 1, 3, 32, 32), 3)
     assert encoded == [4, 2]
-    assert out.visual_cache.image_ids == [0, 1, 2]
+    assert caches["visual_cache"].image_ids == [0, 1, 2]
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-def test_rows_that_end_early(saved: Callable[[str], Saved], padding: str | None) -> None:
-    """A row ends at its end-of-text token, the others go on; the next turn sees no padding between."""
-    checkpoint = saved("resampler")
-    ours = Flamingo.from_pretrained(checkpoint.folder)
+def test_rows_that_end_early(saved: Checkpoints, ours: Ours, padding: str | None) -> None:
+    """A row ends at its end-of-text token, the others continue; the next turn sees no padding between them."""
+    model, theirs = ours("resampler"), saved("resampler").theirs
     ids, mask, pixels = prompts(2, padding)
-    rows = [ids[row][mask[row].bool()].tolist() for row in range(2)]
-    free = [greedy(checkpoint.theirs, text, pixels[row], 6) for row, text in enumerate(rows)]
+    rows = rows_of(ids, mask)
+    free = [greedy(theirs, text, pixels[row], 6) for row, text in enumerate(rows)]
     end = next(token for token in free[0][:4] if token not in free[1])
     cut = free[0].index(end) + 1
-    out = ours.generate(ids, pixels, attention_mask=mask, max_new_tokens=6, eos_token_id=end)
+    out = model.generate(ids, pixels, attention_mask=mask, max_new_tokens=6, eos_token_id=end)
     assert out.tokens.tolist() == [free[0][:cut] + [0] * (6 - cut), free[1]]
 
     turn = torch.tensor([[7, 8], [9, 10]])
     with torch.no_grad():
-        logits = ours(turn, kv_cache=out.kv_cache, visual_cache=out.visual_cache).logits
-    said = [rows[0] + free[0][:cut] + [7, 8], rows[1] + free[1] + [9, 10]]
-    for row, text in enumerate(said):
+        logits = model(turn, kv_cache=out.kv_cache, visual_cache=out.visual_cache).logits
+    texts = [rows[0] + free[0][:cut] + [7, 8], rows[1] + free[1] + [9, 10]]
+    for row, text in enumerate(texts):
         sees = image_attention_mask(torch.tensor([text]), 2)
         with torch.no_grad():
-            theirs = checkpoint.theirs(
-                input_ids=torch.tensor([text]), pixel_values=pixels[row : row + 1], image_attention_mask=sees
-            ).logits
-        assert distance(logits[row], theirs[0, -2:]) < TOLERANCE
+            given = {"pixel_values": pixels[row : row + 1], "image_attention_mask": sees}
+            expected = theirs(input_ids=torch.tensor([text]), **given).logits
+        assert distance(logits[row], expected[0, -2:]) < TOLERANCE
 
-    alone = ours.generate(ids[:1], pixels[:1], attention_mask=mask[:1], max_new_tokens=6, eos_token_id=[end])
-    assert alone.tokens.tolist() == [free[0][:cut]]
+    single = model.generate(ids[:1], pixels[:1], attention_mask=mask[:1], max_new_tokens=6, eos_token_id=[end])
+    assert single.tokens.tolist() == [free[0][:cut]]
 
 
-def test_many_questions_on_one_image(saved: Callable[[str], Saved]) -> None:
-    checkpoint = saved("resampler")
-    ours = Flamingo.from_pretrained(checkpoint.folder)
+def test_many_questions_on_one_image(saved: Checkpoints) -> None:
+    model, theirs = load(saved("resampler").folder), saved("resampler").theirs
     ids, mask, pixels = prompts(1, "right", rows=3)
-    cache = ours.cache_images(ours.resample(ours.encode_images(pixels[:1])))
+    given = {"input_ids": ids, "attention_mask": mask}
+    cache = model.cache_images(model.resample(model.encode_images(pixels[:1])))
     assert cache.batch_size == 1
-    encoded = count_images(ours)
+    encoded = count_images(model)
     with torch.no_grad():
-        logits = ours(ids, attention_mask=mask, visual_cache=cache).logits
-        theirs = checkpoint.theirs(
-            input_ids=ids,
-            attention_mask=mask,
-            pixel_values=pixels[:1].expand(3, -1, -1, -1, -1),
-            image_attention_mask=image_attention_mask(ids, 1),
-        ).logits
-    assert distance(logits[mask.bool()], theirs[mask.bool()]) < TOLERANCE
-    out = ours.generate(ids, attention_mask=mask, visual_cache=cache, max_new_tokens=3, eos_token_id=())
-    rows = [ids[row][mask[row].bool()].tolist() for row in range(3)]
-    assert out.tokens.tolist() == [greedy(checkpoint.theirs, text, pixels[0], 3) for text in rows]
+        logits = model(**given, visual_cache=cache).logits
+        same = pixels[:1].expand(3, -1, -1, -1, -1)
+        expected = theirs(**given, pixel_values=same, image_attention_mask=image_attention_mask(ids, 1)).logits
+    assert distance(logits[mask.bool()], expected[mask.bool()]) < TOLERANCE
+    out = model.generate(**given, visual_cache=cache, max_new_tokens=3, eos_token_id=())
+    assert out.tokens.tolist() == [greedy(theirs, text, pixels[0], 3) for text in rows_of(ids, mask)]
     assert encoded == []
     assert cache.batch_size == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("hole", [False, True])
-def test_tokens_that_see_several_images(saved: Callable[[str], Saved], hole: bool, backend: str) -> None:
-    """A run of images is a span, a hole that not all share needs a dense mask. New tokens see what the last one did."""
-    checkpoint = saved("resampler")
-    ours = Flamingo.from_pretrained(checkpoint.folder)
+def test_tokens_that_see_several_images(saved: Checkpoints, ours: Ours, hole: bool, backend: str) -> None:
+    """A run of images is a span; a hole that only some tokens have needs a dense mask.
+
+    Generated tokens see what the last token of the prompt sees.
+    """
+    model, theirs = ours("resampler"), saved("resampler").theirs
     ids, _, pixels = prompts(3, None)
     sees = torch.zeros(2, ids.shape[1], 3, dtype=torch.long)
     sees[:, 3:6, :2] = 1
     sees[:, 6:, 1] = 1
     sees[0, 8:] = torch.tensor([1, 0, 1]) if hole else torch.tensor([1, 1, 1])
     with torch.no_grad(), mmkernels.use_backend(backend):
-        theirs = checkpoint.theirs(input_ids=ids, pixel_values=pixels, image_attention_mask=sees).logits
-        logits = ours(ids, pixels, image_attention_mask=sees).logits
-        out = ours.generate(ids, pixels, image_attention_mask=sees, max_new_tokens=4, eos_token_id=())
-    assert distance(logits, theirs) < TOLERANCE
-    expected = [greedy(checkpoint.theirs, ids[r].tolist(), pixels[r], 4, sees[r : r + 1]) for r in range(2)]
+        their_logits = theirs(input_ids=ids, pixel_values=pixels, image_attention_mask=sees).logits
+        logits = model(ids, pixels, image_attention_mask=sees).logits
+        out = model.generate(ids, pixels, image_attention_mask=sees, max_new_tokens=4, eos_token_id=())
+    assert distance(logits, their_logits) < TOLERANCE
+    expected = [greedy(theirs, ids[r].tolist(), pixels[r], 4, sees[r : r + 1]) for r in range(2)]
     assert out.tokens.tolist() == expected
 
     # The next turn's markers stand for new images; tokens before them still see several.
     turn, more = torch.tensor([[9, IMAGE, 10], [9, 11, IMAGE]]), torch.randn(2, 1, 3, 32, 32)
     with mmkernels.use_backend(backend):
         caches = {"kv_cache": out.kv_cache, "visual_cache": out.visual_cache}
-        again = ours.generate(turn, more, max_new_tokens=2, eos_token_id=(), **caches)
+        again = model.generate(turn, more, max_new_tokens=2, eos_token_id=(), **caches)
     for row in range(2):
         text = ids[row].tolist() + expected[row] + turn[row].tolist()
         all_sees = torch.zeros(1, len(text), 4, dtype=torch.long)
@@ -253,71 +227,45 @@ def test_tokens_that_see_several_images(saved: Callable[[str], Saved], hole: boo
         marker = text.index(IMAGE, ids.shape[1])
         all_sees[0, marker:] = torch.tensor([0, 0, 0, 1])
         images = torch.cat([pixels[row], more[row]])
-        assert again.tokens[row].tolist() == greedy(checkpoint.theirs, text, images, 2, all_sees)
+        assert again.tokens[row].tolist() == greedy(theirs, text, images, 2, all_sees)
 
 
-def test_text_without_images(saved: Callable[[str], Saved]) -> None:
-    checkpoint = saved("resampler")
-    ours = Flamingo.from_pretrained(checkpoint.folder)
+def test_text_without_images(saved: Checkpoints, ours: Ours) -> None:
+    model, theirs = ours("resampler"), saved("resampler").theirs
     ids = torch.randint(5, IMAGE, (2, 7))
     with torch.no_grad():
         nothing = {"pixel_values": torch.zeros(2, 1, 3, 32, 32), "image_attention_mask": torch.zeros(2, 7, 1)}
-        theirs = checkpoint.theirs(input_ids=ids, **nothing).logits
-        assert distance(ours(ids).logits, theirs) < TOLERANCE
-        assert distance(ours(ids, **nothing).logits, theirs) < TOLERANCE
-    assert ours.generate(ids[:1], max_new_tokens=3, eos_token_id=()).tokens.tolist() == [
-        greedy(checkpoint.theirs, ids[0].tolist(), torch.zeros(1, 3, 32, 32), 3)
-    ]
-
-
-GRADIENTS = {
-    "vision.patch.weight": "model.vision_model.embeddings.patch_embedding.weight",
-    "vision.blocks.1.attention.k_proj.weight": "model.vision_model.encoder.layers.1.self_attn.k_proj.weight",
-    "resampler.latents": "model.perceiver_resampler.latents",
-    "resampler.blocks.0.attention.v_proj.weight": "model.perceiver_resampler.blocks.0.0.v_proj.weight",
-    "cross_blocks.0.attention_gate": "model.gated_cross_attn_layers.0.alpha_cross_attn",
-    "cross_blocks.1.feed_forward_gate": "model.gated_cross_attn_layers.1.alpha_dense",
-    "cross_blocks.1.attention.q_proj.weight": "model.gated_cross_attn_layers.1.cross_attn.q_proj.weight",
-    "text_blocks.0.attention.q_proj.weight": "model.layers.0.self_attn.q_proj.weight",
-    "text_blocks.3.mlp.down_proj.weight": "model.layers.3.mlp.down_proj.weight",
-    "embed.weight": "model.embed_tokens.weight",
-}
+        expected = theirs(input_ids=ids, **nothing).logits
+        assert distance(model(ids).logits, expected) < TOLERANCE
+        assert distance(model(ids, **nothing).logits, expected) < TOLERANCE
+    new = model.generate(ids[:1], max_new_tokens=3, eos_token_id=()).tokens.tolist()
+    assert new == [greedy(theirs, ids[0].tolist(), torch.zeros(1, 3, 32, 32), 3)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", ["resampler", "patches", "norms"])
-def test_loss_and_gradients(saved: Callable[[str], Saved], variant: str, backend: str) -> None:
+def test_loss_and_gradients(saved: Checkpoints, variant: str, backend: str, tmp_path: Path) -> None:
     checkpoint = saved(variant)
-    ours = Flamingo.from_pretrained(checkpoint.folder)
+    model, theirs = load(checkpoint.folder), checkpoint.theirs
     ids, mask, pixels = prompts(3, "right")
-    labels = ids.masked_fill(mask == 0, -100).masked_fill(ids == IMAGE, -100)
-    checkpoint.theirs.zero_grad()
-    theirs = checkpoint.theirs(
-        input_ids=ids,
-        attention_mask=mask,
-        pixel_values=pixels,
-        image_attention_mask=image_attention_mask(ids, 3),
-        labels=labels,
-    )
-    theirs.loss.backward()
+    given = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    given["labels"] = ids.masked_fill(mask == 0, -100).masked_fill(ids == IMAGE, -100)
+    theirs.zero_grad()
+    expected = theirs(**given, image_attention_mask=image_attention_mask(ids, 3)).loss
+    expected.backward()
     with mmkernels.use_backend(backend):
-        out = ours(ids, pixels, attention_mask=mask, labels=labels)
+        out = model(**given)
     out.loss.backward()
     assert out.kv_cache is None
-    assert distance(out.loss.detach(), theirs.loss.detach()) < TOLERANCE
-    expected, actual = dict(checkpoint.theirs.named_parameters()), dict(ours.named_parameters())
-    for name, their_name in GRADIENTS.items():
-        if name in actual:
-            # A gradient passes twice as many operations as the logits, some of which cancel: measured at most 5.1e-6.
-            assert distance(actual[name].grad.flatten(), expected[their_name].grad.flatten()) < 2e-5, name
+    assert distance(out.loss, expected) < TOLERANCE
+    # A gradient passes twice as many operations as the logits, some of which cancel: measured at most 5.1e-6.
+    check_gradients(model, their_gradients(checkpoint, tmp_path), 2e-5)
 
 
-def test_bfloat16_is_close(saved: Callable[[str], Saved]) -> None:
-    folder = saved("norms").folder
+def test_bfloat16_is_close(saved: Checkpoints, ours: Ours) -> None:
     ids, mask, pixels = prompts(2, "left")
     with torch.no_grad():
-        exact = Flamingo.from_pretrained(folder)(ids, pixels, attention_mask=mask).logits
-        model = Flamingo.from_pretrained(folder, dtype=torch.bfloat16)
-        logits = model(ids, pixels, attention_mask=mask).logits
+        exact = ours("norms")(ids, pixels, attention_mask=mask).logits
+        logits = load(saved("norms").folder, torch.bfloat16)(ids, pixels, attention_mask=mask).logits
     assert logits.dtype == torch.bfloat16
     assert distance(logits.float()[mask.bool()], exact[mask.bool()]) < 0.05

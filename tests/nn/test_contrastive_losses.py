@@ -43,7 +43,7 @@ LOSSES = [(ClipLoss, clip_formula), (SigLipLoss, siglip_formula)]
 
 
 def features(n: int = 37, dim: int = 20, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Images and texts whose pairs agree somewhat, normalised."""
+    """Returns normalised images and texts, of which each pair is similar."""
     generator = torch.Generator().manual_seed(n)
     image = torch.randn(n, dim, generator=generator, dtype=torch.float64)
     text = image + torch.randn(n, dim, generator=generator, dtype=torch.float64)
@@ -51,7 +51,7 @@ def features(n: int = 37, dim: int = 20, dtype: torch.dtype = torch.float64) -> 
 
 
 def loss_and_grads(loss: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """The loss, and its gradient by each input that is there; scaled, so that a dropped factor would show."""
+    """Returns the loss, and its gradient by each input that is given, scaled so that a missing factor would show."""
     leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
     out = loss(*leaves)
     grads = torch.autograd.grad(3.0 * out, [x for x in leaves if x is not None])

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DTYPES, SPECS, backends, check, draw, gradients, name_of, needed, run
-from pairwise import cover, parametrize, traits
+from harness import DTYPES, SPECS, backends, check, draw, inputs_in, leaves_of, name_of, needed, run
+from pairwise import cover, kinds, parametrize, traits
 from torch import Tensor
 
 import mmkernels
@@ -46,21 +46,14 @@ def _traits_and_case(row: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _distinct(spec: OpSpec) -> list[Case]:
-    """One case for each combination of kinds of arguments: tracing depends on nothing else."""
-    kinds = {tuple(sorted((name, _kind(x)) for name, x in draw(case).items())): case for case in reversed(spec.cases)}
-    return list(reversed(kinds.values()))
-
-
-def _kind(x: Any) -> str:
-    if isinstance(x, mmkernels.SpanMask):
-        return "spans" if x.key_valid is None else "spans and key_valid"
-    return f"{x.dim()}-D {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+    """One case for each combination of kinds of arguments."""
+    first = {tuple(sorted(kinds(case).items())): case for case in reversed(spec.cases)}
+    return list(reversed(first.values()))
 
 
 def _compiled(spec: OpSpec) -> list[Case]:
     """Cases that together have each kind of each argument."""
-    axes = lambda case: {name: _kind(x) for name, x in draw(case).items()} | {"seeded": case.seeded}
-    return cover(_distinct(spec), axes, strength=1)
+    return cover(_distinct(spec), lambda case: kinds(case) | {"seeded": case.seeded}, strength=1)
 
 
 DISTINCT = [(spec, case) for spec in SPECS.values() for case in _distinct(spec)]
@@ -111,16 +104,23 @@ def test_against_float64_on_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) ->
         check(spec, case, dtype, backend, device="cuda")
 
 
-@pytest.mark.parametrize(("spec", "case"), CASES, ids=map(_id, CASES))
+@parametrize("spec, case", CASES, _traits, ids=_id)
 def test_deterministic(spec: OpSpec, case: Case) -> None:
-    inputs = cast(draw(case), torch.float32, always_wide=spec.always_wide)
+    """However many threads share a call, twice the same gives the same bits."""
+    inputs = inputs_in(spec, case)
+    torch.set_num_threads(3)
     for backend in needed([name for name in backends(spec) if name in NATIVE]):
         first, again = run(spec, case, inputs, backend), run(spec, case, inputs, backend)
         for x, y in zip(first.tensors, again.tensors, strict=True):
             assert torch.equal(x, y)
 
 
-# The op boundary, which is the same for every backend: `chunked` stands for all.
+# The op boundary, which is the same for every backend: one in plain PyTorch stands for all.
+
+
+def _stand_in(spec: OpSpec) -> str:
+    """The fastest backend in plain PyTorch: `chunked`, or `reference` where an op has nothing else."""
+    return next(entry.name for entry in TABLES[spec.name] if entry.name not in NATIVE)
 
 
 def _boundary_calls(spec: OpSpec, case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
@@ -135,8 +135,7 @@ def _boundary_calls(spec: OpSpec, case: Case, backend: str, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "OP", spy)
-        inputs = cast(draw(case), torch.float32, always_wide=spec.always_wide)
-        spec.function(**inputs, backend="")
+        spec.function(**inputs_in(spec, case), backend="")
     return [(*args[:-1], backend) for args in calls]
 
 
@@ -144,22 +143,20 @@ def _opcheck(spec: OpSpec, case: Case, backend: str, utils: tuple[str, ...], mon
     op = getattr(torch.ops.mmkernels, spec.name).default
     names = [argument.name for argument in op._schema.arguments]
     for args in _boundary_calls(spec, case, backend, monkeypatch):
-        args = tuple(
-            x.detach().requires_grad_() if name in case.grads else x for name, x in zip(names, args, strict=True)
-        )
-        torch.library.opcheck(op, args, test_utils=utils)
+        leaves = leaves_of(case, dict(zip(names, args, strict=True)))
+        torch.library.opcheck(op, tuple(leaves.values()), test_utils=utils)
 
 
 @pytest.mark.parametrize(("spec", "case"), DISTINCT, ids=map(_id, DISTINCT))
 def test_opcheck(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
-    _opcheck(spec, case, "chunked", utils if case.grads else utils[:2], monkeypatch)
+    _opcheck(spec, case, _stand_in(spec), utils if case.grads else utils[:2], monkeypatch)
 
 
 @each_compiled_case
 def test_traced_with_sizes_that_are_symbols(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fourth part of opcheck, which takes nearly all of its time."""
-    _opcheck(spec, case, "chunked", ("test_aot_dispatch_dynamic",), monkeypatch)
+    _opcheck(spec, case, _stand_in(spec), ("test_aot_dispatch_dynamic",), monkeypatch)
 
 
 @pytest.mark.interpreted
@@ -167,31 +164,24 @@ def test_traced_with_sizes_that_are_symbols(spec: OpSpec, case: Case, monkeypatc
 def test_every_backend_returns_what_the_fake_says_and_writes_no_input(
     spec: OpSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for backend in needed([name for name in backends(spec) if name != "chunked"]):
+    for backend in needed([name for name in backends(spec) if name != _stand_in(spec)]):
         _opcheck(spec, _compiled(spec)[-1], backend, ("test_schema", "test_faketensor"), monkeypatch)
 
 
 @each_compiled_case
 def test_compiles_to_one_graph(spec: OpSpec, case: Case) -> None:
-    inputs = cast(draw(case), torch.float32, always_wide=spec.always_wide)
+    inputs = inputs_in(spec, case)
     torch._dynamo.reset()
-    plain = run(spec, case, inputs, "chunked")
+    backend = _stand_in(spec)
     compiled = torch.compile(spec.function, fullgraph=True, backend="aot_eager", dynamic=False)
-    leaves = {n: x.detach().requires_grad_() if n in case.grads else x for n, x in inputs.items()}
-    if case.seeded:
-        torch.manual_seed(7)
-    outputs = flatten(compiled(**leaves, backend="chunked"))
-    for a, b in zip(outputs, plain.outputs, strict=True):
+    found, plain = run(spec, case, inputs, backend, compiled), run(spec, case, inputs, backend)
+    for a, b in zip(found.tensors, plain.tensors, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, equal_nan=True)
-    grads = gradients(outputs, [leaves[n] for n in case.grads])
-    for a, b in zip(grads, plain.grads.values(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 @each_op
 def test_exports(spec: OpSpec) -> None:
-    case = spec.cases[0]
-    inputs = cast(draw(case), torch.float32, always_wide=spec.always_wide)
+    inputs = inputs_in(spec, spec.cases[0])
 
     class Call(torch.nn.Module):
         def forward(self, inputs: dict[str, Any]) -> Any:
@@ -206,7 +196,7 @@ def test_exports(spec: OpSpec) -> None:
 @each_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)  # of 16 bits, some results are wider
 def test_meta_tensors_need_no_values(spec: OpSpec, dtype: torch.dtype) -> None:
-    inputs = cast(draw(spec.cases[0]), dtype, always_wide=spec.always_wide)
+    inputs = inputs_in(spec, spec.cases[0], dtype)
     want = flatten(spec.function(**inputs))
     got = flatten(spec.function(**cast(inputs, dtype, "meta", spec.always_wide)))
     for a, b in zip(got, want, strict=True):
@@ -243,3 +233,15 @@ def test_every_folder_is_discovered() -> None:
         places = [BACKENDS.index(entry.name) for entry in table]
         assert places == sorted(places), f"{name}'s backends must stand in the order of BACKENDS"
         assert table[-1].name == "reference"
+
+
+@pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+def test_the_extension_has_every_kernel() -> None:
+    entries = {name: entry for name, table in TABLES.items() for entry in table if entry.name == "cpu"}
+    assert {name: entry.why_not() for name, entry in entries.items() if entry.why_not() is not None} == {}
+
+
+def test_every_family_is_a_package() -> None:
+    """Else `pkgutil` does not find its ops, and no example in their docstrings is run."""
+    families = {ops.folder(name).parent for name in NAMES}
+    assert [family.name for family in families if not (family / "__init__.py").exists()] == []

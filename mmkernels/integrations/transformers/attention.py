@@ -1,4 +1,4 @@
-"""The attention function: what transformers calls in each layer."""
+"""The attention function, which transformers calls in each layer."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def attention(
         sink = torch.sigmoid(lse - s_aux.reshape(1, -1, 1))[..., None]  # [B, Hq, Lq, 1]: the share that the sink leaves
         out = (out * sink).to(out.dtype)
     out = out.transpose(1, 2)
-    if not _weights_wanted(output_attentions):
+    if not _weights_requested(output_attentions):
         return out, None
     weights = _weights(query, key, mask, bias, scaling)
     return out, (weights if sink is None else weights * sink).to(out.dtype)
@@ -135,10 +135,10 @@ def _count(mask: Mask, bias: Tensor | None) -> None:
             calls.dense += 1
 
 
-def _weights_wanted(asked: bool | None) -> bool:
-    """Returns whether the model wants attention weights: by argument, or for transformers' hooks, which record them."""
-    if asked is not None or torch.compiler.is_compiling():
-        return bool(asked)
+def _weights_requested(requested: bool | None) -> bool:
+    """Returns whether attention weights are requested: by argument, or by transformers' hooks, which record them."""
+    if requested is not None or torch.compiler.is_compiling():
+        return bool(requested)
     recorded = _collector.get() if _collector is not None else None
     return recorded is not None and any(kind in recorded for kind in _KINDS)
 
@@ -156,7 +156,7 @@ _collector = _find_collector()
 
 
 def _weights(query: Tensor, key: Tensor, mask: Mask, bias: Tensor | None, scale: float | None) -> Tensor:
-    """Returns the probabilities [B, Hq, Lq, Lk], with a gradient if one is wanted: the op has none, the formula has."""
+    """Returns the probabilities [B, Hq, Lq, Lk], with a gradient if one is needed: only the formula has one."""
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, bias))):
         return attention_weights(query, key, mask, bias=bias, scale=scale)
     heads, k_len, head_dim = query.shape[1], key.shape[2], query.shape[3]

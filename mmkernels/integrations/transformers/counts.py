@@ -1,4 +1,4 @@
-"""Counts the attention calls of a model by their mask, in the thread that asks for it."""
+"""Counts the attention calls of a model by their mask, in one thread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Calls:
     Args:
         unmasked: every query sees every key.
         spans: the mask is a `SpanMask`: O(Lq + Lk) memory, hidden tiles skipped.
-        dense: a bool matrix, because no span mask equals it; `reasons` says why.
+        dense: a bool matrix, because no span mask equals it; `reasons` lists why.
         bias: numbers added to the scores (relative positions, ALiBi).
         conversions: masks that were read or converted to spans: one a forward pass and mask, not one a layer.
         reasons: why masks became a matrix, and how many masks for each reason.

@@ -24,6 +24,11 @@ _OWN_ATTENTION = (
 )
 
 
+def _of_the_matrix(operator: str) -> Callable[..., Any]:
+    """Returns a method of `ModelMask` that applies this operator to the matrix."""
+    return lambda mask, *others: getattr(mask.dense(), operator)(*others)
+
+
 class ModelMask:
     """Spans that look like the bool ``[B, 1, Lq, Lk]`` that a model expects as its mask.
 
@@ -69,29 +74,13 @@ class ModelMask:
         count_conversion("the model changes the mask itself")
         return self.spans.to_dense(self.shape[3]).expand(self.shape)
 
-    def __getitem__(self, where: Any) -> Tensor:
-        return self.dense()[where]
-
-    def __eq__(self, other: object) -> Any:
-        return self.dense() == other
-
-    def __ne__(self, other: object) -> Any:
-        return self.dense() != other
-
-    def __invert__(self) -> Tensor:
-        return ~self.dense()
-
-    def __and__(self, other: Any) -> Tensor:
-        return self.dense() & other
-
-    def __or__(self, other: Any) -> Tensor:
-        return self.dense() | other
-
+    __getitem__, __eq__, __ne__ = map(_of_the_matrix, ("__getitem__", "__eq__", "__ne__"))
+    __invert__, __and__, __or__ = map(_of_the_matrix, ("__invert__", "__and__", "__or__"))
     __rand__, __ror__ = __and__, __or__
     __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("spans", "shape"):  # `copy` asks for these before they exist
+        if name.startswith("__") or name in ("spans", "shape"):  # `copy` reads these before they exist
             raise AttributeError(name)
         return getattr(self.dense(), name)
 
@@ -134,7 +123,7 @@ def make_mask(
         NotImplementedError: the model does not use transformers' attention interface, and would misread the mask.
         ValueError: `attention_mask` is not ``[B, Lk]``.
     """
-    if isinstance(attention_mask, ModelMask):  # a model may ask for a mask twice
+    if isinstance(attention_mask, ModelMask):  # a model may request a mask twice
         return attention_mask
     if not torch.compiler.is_compiling():
         _check_interface(type(kwargs.get("config")).__module__)

@@ -35,7 +35,7 @@ _lock = threading.Lock()
 
 
 def read_matrix(matrix: Tensor, dtype: torch.dtype) -> Reading:
-    """Returns what a mask matrix ``[B or 1, H or 1, Lq or 1, Lk]`` says: spans if possible, else bool, else a bias.
+    """Returns a mask matrix ``[B or 1, H or 1, Lq or 1, Lk]`` as spans if possible, else as bool, and as a bias.
 
     In a matrix of numbers, those at most half of the dtype's most negative value hide, as models write it; the others
     are added to the scores, unless all are 0. The result is cached while the tensor lives, until one of PyTorch's

@@ -68,7 +68,7 @@ def _interfaces() -> tuple[Any, Any]:
     except (ImportError, AttributeError, KeyError, TypeError) as error:
         raise ImportError(
             f"transformers {getattr(transformers, '__version__', '(unknown version)')} has another attention interface "
-            f"than mmkernels knows (5.17 to 5.x): {error}"
+            f"than mmkernels supports (5.17 to 5.x): {error}"
         ) from error
     return AttentionInterface, AttentionMaskInterface
 

@@ -11,7 +11,7 @@ _FAR = 2**30  # greater than any key's index; two numbers below it fit in one in
 
 
 class UnreadableError(Exception):
-    """The mask function has no reading, or its mask has a query without a span; the message says what."""
+    """The mask function has no reading, or its mask has a query without a span; the message names the part."""
 
 
 class Spans(NamedTuple):

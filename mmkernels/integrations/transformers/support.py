@@ -1,4 +1,4 @@
-"""Finds out which model families run on ``"mmkernels"`` by running them: `check` serves the table and the tests."""
+"""Runs a model family to find out whether ``"mmkernels"`` supports it: `check`, for the table and the tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from mmkernels.integrations.transformers.support_compare import (
     NotOffered,
     one_line,
     one_pass,
-    set_attention,
 )
 from mmkernels.testing.models import Family, Inputs
 
@@ -77,7 +76,7 @@ class Support:
 def check(family: Family, compare: Comparison | None = None, ways: Collection[str] = WAYS) -> Support:
     """Runs a family on ``"mmkernels"`` and on transformers' own attention, and compares.
 
-    A family is refused if the attention function says that it lacks something, or if no module calls the function. In
+    A family is refused if the attention function lacks something that it needs, or if no module calls the function. In
     the second case the model is also built with the implementation in its configuration before it is refused.
 
     Args:
@@ -89,7 +88,7 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
         compare = compare or Comparison(family)
         model, inputs = compare.model, compare.inputs
         row = Support(family.name, type(model).__name__)
-        set_attention(model, NAME)
+        model.set_attn_implementation(NAME)
         try:
             calls, inside, outside = _trace(model, inputs)
         except NotImplementedError as error:
@@ -108,7 +107,7 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
 
 
 def _uncalled(row: Support, family: Family, model: Any, inputs: Inputs) -> Support:
-    """Returns the row of a model that did not call ``"mmkernels"`` after it was set: does it if it is built with it?"""
+    """Returns the row of a model that does not call ``"mmkernels"`` after it was set, by building the model with it."""
     own = f"transformers keeps its own attention, {model.config._attn_implementation}, where it is set"
     config = copy.deepcopy(model.config)
     config._attn_implementation = NAME
@@ -130,13 +129,11 @@ def _uncalled(row: Support, family: Family, model: Any, inputs: Inputs) -> Suppo
 def _trace(model: Any, inputs: Inputs) -> tuple[Calls, Counter[str], Counter[str]]:
     """Returns the calls of one forward pass, and the classes of the attention modules that made a call or made none."""
     called: dict[nn.Module, bool] = {}
-    with torch.no_grad(), torch.random.fork_rng(devices=()), counting() as calls:
-        hooks = [hook for module in _attention_modules(model) for hook in _watch(module, calls, called)]
-        try:
-            model(**inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with torch.no_grad(), torch.random.fork_rng(devices=()), counting() as calls, ExitStack() as hooks:
+        for module in _attention_modules(model):
+            for hook in _watch(module, calls, called):
+                hooks.callback(hook.remove)
+        model(**inputs)
     inside, outside = Counter[str](), Counter[str]()
     for module, did_call in called.items():
         (inside if did_call else outside)[type(module).__name__] += 1
@@ -163,7 +160,7 @@ def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool]) -> li
 
 
 def _outcome(compare: Callable[..., None], *args: Any) -> str:
-    """Returns the cell of a comparison; an exception fills the cell too, so that the table goes on after it."""
+    """Returns the cell of a comparison. An exception becomes a cell too, so that the table is completed."""
     try:
         compare(*args)
     except NotEqual as error:

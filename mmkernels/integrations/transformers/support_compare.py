@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ consist of rounding errors."""
 
 
 class NotEqual(Exception):
-    """A result on ``"mmkernels"`` is not within its budget; the message says which and by how much."""
+    """A result on ``"mmkernels"`` is not within its budget; the message names the result and the error."""
 
 
 class NotOffered(Exception):
@@ -73,16 +72,21 @@ class Comparison:
 
     @cached_property
     def _own_implementations(self) -> list[str]:
-        return [name for name in ("sdpa", "eager") if accepts(self.model, name)]
+        accepted = []
+        for name in ("sdpa", "eager"):
+            with suppress(ValueError):  # the model refuses it
+                self.model.set_attn_implementation(name)
+                accepted.append(name)
+        return accepted
 
     def run_wide(self, implementation: str) -> Results:
         """Returns outputs and gradients in float64."""
-        set_attention(self._wide, implementation)
+        self._wide.set_attn_implementation(implementation)
         with float64():
             return one_pass(self.family, self._wide, self._wide_inputs)
 
     def _run(self, implementation: str) -> Results:
-        set_attention(self.model, implementation)
+        self.model.set_attn_implementation(implementation)
         return one_pass(self.family, self.model, self.inputs)
 
     def forward(self) -> None:
@@ -104,27 +108,38 @@ class Comparison:
     def generation(self, way: str) -> None:
         """Raises `NotEqual` if tokens differ, or the logits that they were chosen by."""
         try:
-            set_attention(self.model, self._own_implementations[0])
+            self.model.set_attn_implementation(self._own_implementations[0])
             theirs = self._generate(self.model, self.inputs, way)
         except Exception as error:
             raise NotOffered(one_line(error)) from error
-        set_attention(self.model, NAME)
+        self.model.set_attn_implementation(NAME)
         ours = self._generate(self.model, self.inputs, way)
         _check_tokens(ours.tokens, theirs.tokens)
         if way == "sampled":  # float64 would draw other random numbers
             return
-        set_attention(self._wide, "eager")
+        self._wide.set_attn_implementation("eager")
         with float64():
             true = self._generate(self._wide, self._wide_inputs, way)
         _check_tokens(ours.tokens, true.tokens)
         _check_error("logits", ours.logits, [theirs.logits], true.logits)
 
     def _generate(self, model: Any, inputs: Inputs, way: str) -> _Generated:
-        return _generate(model, {name: x for name, x in inputs.items() if name not in self.family.only_forward}, way)
+        inputs = {name: x for name, x in inputs.items() if name not in self.family.only_forward}
+        options = WAYS[way] | {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        if way == "assisted":  # supports one row only
+            inputs = {name: x[: len(x) // 2] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+            options["assistant_model"] = copy.deepcopy(model)
+        with torch.no_grad(), seeded(1):
+            out = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+        return _Generated(out.sequences, torch.stack(out.logits))
 
 
-@dataclass(frozen=True)
-class Results:
+class _Generated(NamedTuple):
+    tokens: Tensor
+    logits: Tensor
+
+
+class Results(NamedTuple):
     """Results of one forward and backward pass, by the names of outputs and parameters."""
 
     outputs: dict[str, Tensor]
@@ -151,23 +166,6 @@ def _valid(family: Family, output: Any, inputs: Inputs) -> dict[str, Tensor]:
             mask = next((m for m in masks if x.dim() == 3 and x.shape[:2] == m.shape), None)
             valid[name] = x if mask is None else x[mask]
     return valid
-
-
-@dataclass(frozen=True)
-class _Generated:
-    tokens: Tensor
-    logits: Tensor
-
-
-def _generate(model: Any, inputs: Inputs, way: str) -> _Generated:
-    options = dict(WAYS[way])
-    if way == "assisted":  # supports one row only
-        inputs = {name: x[: len(x) // 2] if isinstance(x, Tensor) else x for name, x in inputs.items()}
-        options["assistant_model"] = copy.deepcopy(model)
-    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    with torch.no_grad(), seeded(1):
-        out = model.generate(**inputs, **length, **options, return_dict_in_generate=True, output_logits=True)
-    return _Generated(out.sequences, torch.stack(out.logits))
 
 
 def _check_tokens(ours: Tensor, expected: Tensor) -> None:
@@ -197,18 +195,6 @@ def _rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def set_attention(model: Any, implementation: str) -> None:
-    model.set_attn_implementation(implementation)
-
-
-def accepts(model: Any, implementation: str) -> bool:
-    try:
-        set_attention(model, implementation)
-    except ValueError:
-        return False
-    return True
-
-
 class _Wide(TorchFunctionMode):
     """Replaces float32 by float64: transformers computes norms, rotations and softmax in float32 in any model."""
 
@@ -224,7 +210,7 @@ def _widened(x: Any) -> Any:
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """Computes in float64 inside the ``with`` block, also where transformers asks for float32."""
+    """Computes in float64 inside the ``with`` block, also where transformers requests float32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

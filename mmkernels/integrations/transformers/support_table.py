@@ -9,15 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mmkernels import machine
 from mmkernels.integrations.transformers.support import NOTHING, YES, Support, check
 from mmkernels.integrations.transformers.support_compare import WAYS
-from mmkernels.report import console, progress_bar
+from mmkernels.report import Footnotes, console, progress_bar, table
 from mmkernels.runtime.dispatch import TABLES, Backend
 from mmkernels.testing.families import find
 from mmkernels.testing.models import Family
@@ -89,28 +88,21 @@ def _facts(ran: Counter[str]) -> str:
 
 
 def _rendered(rows: Sequence[Support]) -> Iterator[Table | Text]:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("family", no_wrap=True)
-    for name in ("modules", "spans", "dense", "none", "bias"):
-        table.add_column(name, justify="right")
-    for name in ("forward", "gradient", "generation", "notes"):
-        table.add_column(name)
-    notes: dict[str, int] = {}
-    for row in rows:
-        table.add_row(*_row(row, notes))
-    yield table
-    yield Text("\n".join(f"[{number}] {note}" for note, number in notes.items()))
+    notes = Footnotes()
+    numbers = (Column(name, justify="right") for name in ("modules", "spans", "dense", "none", "bias"))
+    words = map(Column, ("forward", "gradient", "generation", "notes"))
+    yield table([_row(row, notes) for row in rows], [Column("family", no_wrap=True), *numbers, *words])
+    yield Text("\n".join(notes.lines()))
     yield Text(_LEGEND, style="dim")
 
 
-def _row(row: Support, notes: dict[str, int]) -> list[Text]:
+def _row(row: Support, notes: Footnotes) -> list[Text]:
     calls = row.calls
     counts = [str(count) for count in (calls.spans, calls.dense, calls.unmasked, calls.bias)]
     inside, ran = row.inside.total(), row.inside.total() + row.outside.total()
-    marks = ",".join(str(notes.setdefault(note, len(notes) + 1)) for note in _notes(row))
     cells = [f"{inside} of {ran}" if ran else NOTHING, *(counts if inside else [NOTHING] * 4)]
     judged = [_judged(row.forward), _judged(row.gradients), _generation(row)]
-    return [Text(row.name), *map(Text, cells), *judged, Text(f"[{marks}]" if marks else "")]
+    return [Text(row.name), *map(Text, cells), *judged, Text(notes.mark(*_notes(row)))]
 
 
 def _judged(cell: str) -> Text:

@@ -34,7 +34,7 @@ To extend it. A new operator: `_ARITHMETIC` and a method of `Index`. A new funct
 needs a row in `FUNCTIONS` of tests/integrations/test_mask_functions.py, which compares every mask with transformers'
 evaluation of all pairs.
 
-docs/adr/0007-reading-mask-functions.md says why masks are read like this, and what it costs.
+docs/adr/0007-reading-mask-functions.md explains why masks are read like this, and what it costs.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ class _Symbol:
         raise UnreadableError("the mask function branches on a comparison")
 
     def __eq__(self, other: object) -> Any:  # Python's default compares identities and returns False
-        raise UnreadableError("the mask function asks whether conditions or distances are equal")
+        raise UnreadableError("the mask function tests whether conditions or distances are equal")
 
     def __ne__(self, other: object) -> Any:
-        raise UnreadableError("the mask function asks whether two things differ")
+        raise UnreadableError("the mask function tests whether two things differ")
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -180,17 +180,7 @@ class Distance(_Symbol):
             return Distance(self.key, self.query).against(_FLIP[compare], -limit)
         return _compare(self.key, compare, self.query + limit)
 
-    def __le__(self, limit: Any) -> Visible:
-        return self.against("le", limit)
-
-    def __lt__(self, limit: Any) -> Visible:
-        return self.against("lt", limit)
-
-    def __ge__(self, limit: Any) -> Visible:
-        return self.against("ge", limit)
-
-    def __gt__(self, limit: Any) -> Visible:
-        return self.against("gt", limit)
+    __le__, __lt__, __ge__, __gt__ = map(_comparison, ("le", "lt", "ge", "gt"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,12 +268,12 @@ def read(function: Callable[..., Any], batch: Tensor, query: Tensor, key: Tensor
 
 def _constant(value: bool, size: Any, dtype: torch.dtype | None) -> Visible:
     if dtype is not torch.bool or tuple(size) != ():
-        raise UnreadableError("the mask function makes a tensor of its own")
+        raise UnreadableError("the mask function creates a tensor")
     return Visible(nothing=not value)
 
 
 def _visible(x: Any) -> Visible:
-    """Returns the value of a mask function, or of a part of it, as a condition."""
+    """Returns the result of a mask function, or of a part of it, as a condition."""
     if isinstance(x, Visible):
         return x
     if isinstance(x, Tensor) and not isinstance(x, _Symbol) and x.dtype == torch.bool and x.numel() == 1:
@@ -301,28 +291,27 @@ def _number(x: Any) -> int | None:
 
 
 def _arithmetic(name: str, a: Any, b: Any) -> Any:
-    apply = _ARITHMETIC[name]
-    for x in (a, b):
-        if isinstance(x, Index) and x.axis == "head":
-            raise UnreadableError("the mask differs by head")
-    if isinstance(a, Index) and isinstance(b, Index):
-        if {a.axis, b.axis} == {"key", "query"}:
-            if name != "sub":
-                raise UnreadableError(f"the mask function combines a query's and a key's index by {name}")
-            return Distance(a, b) if a.axis == "key" else Distance(b, a, sign=-1)
+    indices = [x for x in (a, b) if isinstance(x, Index)]
+    axes = [x.axis for x in indices]
+    if "head" in axes:
+        raise UnreadableError("the mask differs by head")
+    if {"key", "query"} <= set(axes):
+        if name != "sub":
+            raise UnreadableError(f"the mask function combines a query's and a key's index by {name}")
+        return Distance(a, b) if a.axis == "key" else Distance(b, a, sign=-1)
+    numbers = [x.values if isinstance(x, Index) else _number(x) for x in (a, b)]
+    for x, number in zip((a, b), numbers):
+        if number is None:
+            raise UnreadableError(f"the mask function combines an index with {type(x).__name__}")
+    if len(indices) == 2:
         axis = a.axis if b.axis == "batch" else b.axis
         ascending = name in ("add", "sub") and b.axis == "batch" and a.ascending
-        return Index(axis, apply(a.values, b.values), ascending)
-    if isinstance(a, Index):
-        number = _number(b)
-        if number is None:
-            raise UnreadableError(f"the mask function combines an index with {type(b).__name__}")
-        ascending = a.ascending and (name in ("add", "sub") or (name in ("mul", "floordiv") and number > 0))
-        return Index(a.axis, apply(a.values, number), ascending)
-    number = _number(a)
-    if number is None:
-        raise UnreadableError(f"the mask function combines an index with {type(a).__name__}")
-    return Index(b.axis, apply(number, b.values), b.ascending and name == "add")
+    else:
+        (index,) = indices
+        axis = index.axis
+        positive = name in ("mul", "floordiv") and (_number(b) or 0) > 0
+        ascending = index.ascending and (name == "add" or (index is a and (name == "sub" or positive)))
+    return Index(axis, _ARITHMETIC[name](*numbers), ascending)
 
 
 def _compare(a: Any, compare: str, b: Any) -> Visible:

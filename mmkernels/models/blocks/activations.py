@@ -23,8 +23,3 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
 }
-
-
-def check_activation(name: str, activation: object) -> None:
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

@@ -1,8 +1,4 @@
-"""Hugging Face checkpoint folders: ``config.json`` and safetensors, read by one loader for every model.
-
-A model gives three things: how its configuration follows from transformers', a table of names, and what it needs to
-convert beside names. `load_pretrained` does the rest.
-"""
+"""Hugging Face checkpoint folders: ``config.json`` and safetensors, read by one loader for every model."""
 
 from __future__ import annotations
 
@@ -10,19 +6,14 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mmkernels.models.blocks.weights import check_dtype
-
 _LARGEST_JSON = 64 * 2**20  # bytes; the index of the largest published checkpoints has some 10 MB
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-Model = TypeVar("Model", bound=nn.Module)
-Config = TypeVar("Config")
 
 
 class CheckpointError(ValueError):
@@ -44,45 +35,6 @@ class Names(NamedTuple):
     convert: Callable[[dict[str, Tensor]], None] | None = None
 
 
-def load_pretrained(
-    make: Callable[[Config], Model],
-    folder: str | Path,
-    *,
-    read_config: Callable[[dict[str, Any], str], Config],
-    names: Callable[[Config], Names],
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Model:
-    """Returns a model with the weights of a checkpoint, in evaluation mode.
-
-    Tensors are mapped from the files until everything is checked: a configuration that promises absurd sizes fails
-    before anything of that size is allocated.
-
-    Args:
-        make: makes the model of its configuration.
-        folder: with ``config.json``, and ``model.safetensors`` or its shards and their index.
-        read_config: makes the model's configuration of what ``config.json`` holds; the file's path is for errors.
-        names: how the checkpoint names the model's tensors.
-        dtype: of the parameters, whatever the files hold.
-        device: of the parameters.
-
-    Raises:
-        TypeError: `dtype` is not a floating dtype.
-        FileNotFoundError: the folder or a file is missing. Pickled weights are not read; the message names them.
-        CheckpointError: a file is corrupt, or does not fit the model or the configuration.
-    """
-    check_dtype(dtype)
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder must be a checkpoint's folder, got {folder}, which is no folder")
-    path = _existing(folder / "config.json")
-    config = read_config(read_json(path), str(path))
-    with torch.device("meta"):
-        model = make(config)
-    _load_weights(model, folder, names(config))
-    return model.to(device=device, dtype=dtype).eval()
-
-
 def renamed(name: str, table: Mapping[str, str]) -> str | None:
     """Returns `name` with its start replaced, by a table as that of `Names`; None if no start matches."""
     number = next(re.finditer(r"\.(\d+)\.", name), ["", "#"])[1]
@@ -93,7 +45,7 @@ def renamed(name: str, table: Mapping[str, str]) -> str | None:
     return None
 
 
-def _load_weights(model: nn.Module, folder: Path, names: Names) -> None:
+def load_weights(model: nn.Module, folder: Path, names: Names) -> None:
     """Gives a model on the meta device the weights of a folder. Tensors that the model shares stay shared."""
     ours = {start: name for name, start in names.table.items()}
     theirs = lambda name: renamed(name, names.table) or name
@@ -150,7 +102,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for shard in shards:
         if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{index}: a shard must be the name of a .safetensors file beside it, got {shard!r}")
-    return [_existing(folder / shard) for shard in shards]
+    return [existing(folder / shard) for shard in shards]
 
 
 def _read(path: Path, ignored: re.Pattern[str]) -> dict[str, Tensor]:
@@ -172,16 +124,6 @@ def _read(path: Path, ignored: re.Pattern[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def check_architecture(config: dict[str, Any], architectures: Mapping[str, str], where: str) -> None:
-    """Raises unless a ``config.json`` names one of these model types, with its architecture."""
-    model_type, got = config.get("model_type"), config.get("architectures")
-    if not isinstance(model_type, str) or model_type not in architectures:
-        given = repr(model_type)[:200] if "model_type" in config else "nothing"
-        raise CheckpointError(f"{where}: model_type must be one of {', '.join(architectures)}, got {given}")
-    if got not in (None, [], [architectures[model_type]]):
-        raise CheckpointError(f"{where}: architectures must be {[architectures[model_type]]}, got {repr(got)[:200]}")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object that a file holds."""
     if path.stat().st_size > _LARGEST_JSON:
@@ -195,7 +137,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """Returns the path of a file of a checkpoint after a check that there is one."""
     if not path.is_file():
         raise FileNotFoundError(f"the checkpoint's folder must hold {path.name}, got no such file: {path}")
     return path

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from mmkernels.models.blocks.checkpoint import CheckpointError, check_architecture
+from mmkernels.models.blocks.activations import ACTIVATIONS
+from mmkernels.models.blocks.checkpoint import CheckpointError
 
 # The largest sizes that are accepted: above any published model, but small enough to build the model on the meta
 # device.
@@ -20,49 +22,41 @@ _LARGEST = {
     "vocab_size": 2**24,
     "channels": 2**8,
 }
+_OPTIONAL = ("num_latents",)  # may be None
+_MULTIPLES = {"vision_width": "vision_heads", "text_width": "text_heads", "text_layers": "cross_every"}
+_ACTIVATIONS = ("vision_activation", "text_activation")
+_POSITIVE = ("vision_eps", "text_eps", "layer_norm_eps", "rms_norm_eps", "rope_theta")
+_SHARES = ("vision_dropout", "text_dropout", "dropout")
+_TOKENS = ("image_token_id", "pad_token_id", "eos_token_id")
 Config = TypeVar("Config")
 
 
-def check_sizes(config: Any, *, optional: Sequence[str] = ()) -> None:
-    """Raises unless every size of a configuration is an integer from 1 to the largest that is accepted.
-
-    Args:
-        optional: names of sizes that may be None.
-    """
-    for name, most in _LARGEST.items():
-        if not hasattr(config, name):
-            continue
-        value = getattr(config, name)
-        if (type(value) is not int or not 1 <= value <= most) and not (name in optional and value is None):
+def check_config(config: Any) -> None:
+    """Raises a ValueError unless every field that the tables above name, and that the configuration has, is valid."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    present = lambda names: [name for name in names if name in fields]
+    for name in present(_LARGEST):
+        value, most = fields[name], _LARGEST[name]
+        if (type(value) is not int or not 1 <= value <= most) and not (name in _OPTIONAL and value is None):
             raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
     if config.patch_size > config.image_size:
         raise ValueError(f"patch_size must be at most image_size = {config.image_size}, got {config.patch_size}")
-
-
-def check_multiple(config: Any, whole: str, part: str) -> None:
-    """Raises unless the size `whole` is a multiple of the size `part`."""
-    most, least = getattr(config, whole), getattr(config, part)
-    if most % least:
-        raise ValueError(f"{whole} must be a multiple of {part} = {least}, got {most}")
-
-
-def check_numbers(config: Any, *, positive: Sequence[str], shares: Sequence[str]) -> None:
-    """Raises unless the fields `positive` are positive finite numbers and the fields `shares` are between 0 and 1."""
-    for name in positive:
-        value = getattr(config, name)
-        if not _is_number(value) or not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a number, positive and finite, got {value!r}")
-    for name in shares:
-        value = getattr(config, name)
-        if not _is_number(value) or not 0 <= value <= 1:
-            raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
-
-
-def check_token(config: Any, name: str) -> None:
-    """Raises unless the token id `name` is None or in the vocabulary."""
-    token = getattr(config, name)
-    if token is not None and (type(token) is not int or not 0 <= token < config.vocab_size):
-        raise ValueError(f"{name} must be an integer below vocab_size = {config.vocab_size}, got {token!r}")
+    for whole, part in _MULTIPLES.items():
+        if part in fields and fields[whole] % fields[part]:
+            raise ValueError(f"{whole} must be a multiple of {part} = {fields[part]}, got {fields[whole]}")
+    for name in present(_ACTIVATIONS):
+        if not isinstance(fields[name], str) or fields[name] not in ACTIVATIONS:
+            raise ValueError(f"{name} must be one of {', '.join(ACTIVATIONS)}, got {fields[name]!r}")
+    for name in present(_POSITIVE):
+        if not _is_number(fields[name]) or not 0 < fields[name] < float("inf"):
+            raise ValueError(f"{name} must be a number, positive and finite, got {fields[name]!r}")
+    for name in present(_SHARES):
+        if not _is_number(fields[name]) or not 0 <= fields[name] <= 1:
+            raise ValueError(f"{name} must be a number between 0 and 1, got {fields[name]!r}")
+    for name in present(_TOKENS):
+        token = fields[name]
+        if token is not None and (type(token) is not int or not 0 <= token < config.vocab_size):
+            raise ValueError(f"{name} must be an integer below vocab_size = {config.vocab_size}, got {token!r}")
 
 
 def read_config(values: dict[str, Any], architectures: Mapping[str, str], where: str) -> Any:
@@ -77,7 +71,12 @@ def read_config(values: dict[str, Any], architectures: Mapping[str, str], where:
         ImportError: transformers is not installed.
         CheckpointError: the model type or architecture is another one, or transformers refuses a value.
     """
-    check_architecture(values, architectures, where)
+    model_type, got = values.get("model_type"), values.get("architectures")
+    if not isinstance(model_type, str) or model_type not in architectures:
+        given = repr(model_type)[:200] if "model_type" in values else "nothing"
+        raise CheckpointError(f"{where}: model_type must be one of {', '.join(architectures)}, got {given}")
+    if got not in (None, [], [architectures[model_type]]):
+        raise CheckpointError(f"{where}: architectures must be {[architectures[model_type]]}, got {repr(got)[:200]}")
     try:
         from transformers import AutoConfig
     except ImportError as error:
@@ -86,7 +85,7 @@ def read_config(values: dict[str, Any], architectures: Mapping[str, str], where:
     try:
         return AutoConfig.for_model(**values)
     except Exception as error:  # transformers raises errors of many kinds
-        section = _refused_section(type(AutoConfig.for_model(values["model_type"])), values)
+        section = _refused_section(type(AutoConfig.for_model(model_type)), values)
         raise CheckpointError(f"{where}{section}: {' '.join(str(error).split())[:500]}") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -12,28 +14,54 @@ from mmkernels.nn.checks import described
 from mmkernels.runtime.checks import can_look, check_range
 
 
-def _mlp(width: int, hidden: int, activation: str) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, width))
+class Sizes(NamedTuple):
+    """The sizes of a transformer.
+
+    Attributes:
+        width, layers, heads: the width, the number of layers, and the number of heads.
+        mlp: the width of the feed-forward.
+        activation: of the feed-forward, a name in `ACTIVATIONS`.
+        eps: of the layer norms.
+        dropout: the probability that an attention probability is dropped in training mode.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    activation: str = "gelu"
+    eps: float = 1e-5
+    dropout: float = 0.0
+
+    @classmethod
+    def of(cls, config: Any, tower: str, **others: Any) -> Sizes:
+        """Returns the sizes of a tower, from the fields ``<tower>_width`` etc. of a model's configuration.
+
+        Args:
+            tower: "vision" or "text".
+            others: the values of sizes that the configuration names otherwise.
+        """
+        names = [name for name in cls._fields if name not in others]
+        return cls(**{name: getattr(config, f"{tower}_{name}") for name in names}, **others)
+
+
+def _mlp(sizes: Sizes) -> nn.Sequential:
+    first, last = nn.Linear(sizes.width, sizes.mlp), nn.Linear(sizes.mlp, sizes.width)
+    return nn.Sequential(first, ACTIVATIONS[sizes.activation](), last)
 
 
 class EncoderBlock(nn.Module):
     """Self-attention, then a feed-forward, each after a layer norm and with a residual.
 
-    Args:
-        width, heads, mlp: the width, the number of heads, and the width of the feed-forward.
-        activation: of the feed-forward, a name in `ACTIVATIONS`.
-        eps: of the layer norms.
-        dropout: the probability that an attention probability is dropped in training mode.
-
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, eq. 2 and 3.
     """
 
-    def __init__(self, width: int, heads: int, mlp: int, activation: str, eps: float, dropout: float) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width, eps=eps)
-        self.attention = CrossAttention(width, num_heads=heads, bias=True, dropout=dropout)
-        self.mlp_norm = nn.LayerNorm(width, eps=eps)
-        self.mlp = _mlp(width, mlp, activation)
+        self.attention_norm = nn.LayerNorm(sizes.width, eps=sizes.eps)
+        self.attention = CrossAttention(sizes.width, num_heads=sizes.heads, bias=True, dropout=sizes.dropout)
+        self.mlp_norm = nn.LayerNorm(sizes.width, eps=sizes.eps)
+        self.mlp = _mlp(sizes)
 
     def forward(self, x: Tensor, mask: SpanMask | None = None) -> Tensor:
         """Returns ``[B, L, width]`` after the block. `mask`: which tokens each token sees; None: all."""
@@ -45,13 +73,10 @@ class TextEncoder(nn.Module):
     """Maps tokens ``[B, L]`` to one feature per token, with learned positions.
 
     Args:
-        width, layers, heads, mlp: of the transformer; `mlp` is the width of the feed-forward.
+        sizes: of the transformer.
         vocab_size: the number of different tokens.
         length: the largest length of a text, in tokens.
         causal: whether a token sees only the tokens up to its position.
-        activation: of the feed-forward, a name in `ACTIVATIONS`.
-        eps: of the layer norms.
-        dropout: the probability that an attention probability is dropped in training mode.
 
     Raises:
         TypeError, ValueError: in `forward`, tokens or mask have another type or shape, a text is too long, or a token
@@ -61,32 +86,20 @@ class TextEncoder(nn.Module):
 
     Example:
         >>> import torch
-        >>> from mmkernels.models.blocks.encoder import TextEncoder
-        >>> encoder = TextEncoder(32, layers=2, heads=4, mlp=64, vocab_size=100, length=16, causal=True)
+        >>> from mmkernels.models.blocks.encoder import Sizes, TextEncoder
+        >>> sizes = Sizes(width=32, layers=2, heads=4, mlp=64)
+        >>> encoder = TextEncoder(sizes, vocab_size=100, length=16, causal=True)
         >>> encoder(torch.randint(100, (3, 7))).shape
         torch.Size([3, 7, 32])
     """
 
-    def __init__(
-        self,
-        width: int,
-        *,
-        layers: int,
-        heads: int,
-        mlp: int,
-        vocab_size: int,
-        length: int,
-        causal: bool,
-        activation: str = "gelu",
-        eps: float = 1e-5,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, sizes: Sizes, *, vocab_size: int, length: int, causal: bool) -> None:
         super().__init__()
         self.causal = causal
-        self.embed = nn.Embedding(vocab_size, width)
-        self.positions = nn.Parameter(torch.randn(length, width))
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp, activation, eps, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.embed = nn.Embedding(vocab_size, sizes.width)
+        self.positions = nn.Parameter(torch.randn(length, sizes.width))
+        self.blocks = nn.ModuleList(EncoderBlock(sizes) for _ in range(sizes.layers))
+        self.norm = nn.LayerNorm(sizes.width, eps=sizes.eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Returns ``[B, L, width]``, after the last norm.
@@ -132,25 +145,24 @@ class TextEncoder(nn.Module):
 class AttentionPooling(nn.Module):
     """A learned query attends to all features; then a feed-forward after a layer norm, with a residual.
 
-    Args:
-        width, heads, mlp, activation, eps: as in `EncoderBlock`.
+    There is one layer, whatever the sizes say, and no dropout.
 
     Source: Zhai et al., "Scaling Vision Transformers", 2022, section 2.3 (multihead attention pooling), as SigLIP uses
     it.
 
     Example:
         >>> import torch
-        >>> from mmkernels.models.blocks.encoder import AttentionPooling
-        >>> AttentionPooling(32, heads=4, mlp=64)(torch.randn(3, 16, 32)).shape
+        >>> from mmkernels.models.blocks.encoder import AttentionPooling, Sizes
+        >>> AttentionPooling(Sizes(width=32, layers=0, heads=4, mlp=64))(torch.randn(3, 16, 32)).shape
         torch.Size([3, 32])
     """
 
-    def __init__(self, width: int, *, heads: int, mlp: int, activation: str = "gelu", eps: float = 1e-5) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.probe = nn.Parameter(torch.randn(width))
-        self.attention = CrossAttention(width, num_heads=heads, bias=True)
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.mlp = _mlp(width, mlp, activation)
+        self.probe = nn.Parameter(torch.randn(sizes.width))
+        self.attention = CrossAttention(sizes.width, num_heads=sizes.heads, bias=True)
+        self.norm = nn.LayerNorm(sizes.width, eps=sizes.eps)
+        self.mlp = _mlp(sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[B, width]`` of features ``[B, L, width]``."""

@@ -88,12 +88,9 @@ def check_markers(markers: Tensor, images: int) -> None:
     counts = markers.sum(1).tolist() if markers.shape[1] else []
     for row, count in enumerate(counts):
         if count != images:
-            hint = (
-                "; give media_index or image_attention_mask if a text does not use each image" if count < images else ""
-            )
-            raise ValueError(
-                f"input_ids row {row} must have as many image markers as images, {images}, got {count}{hint}"
-            )
+            hint = "; give media_index or image_attention_mask if a text does not use each image"
+            must = f"input_ids row {row} must have as many image markers as images, {images}, got {count}"
+            raise ValueError(must + (hint if count < images else ""))
 
 
 def media_from_image_mask(image_mask: Tensor) -> Tensor:

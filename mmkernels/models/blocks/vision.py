@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.models.blocks.encoder import EncoderBlock
+from mmkernels.models.blocks.encoder import EncoderBlock, Sizes
 from mmkernels.nn.checks import described
 
 
@@ -15,11 +15,9 @@ class VisionTransformer(nn.Module):
     """Maps pixels ``[B, channels, S, S]`` to one feature per patch, after that of the class token if there is one.
 
     Args:
-        width, layers, heads, mlp: of the transformer; `mlp` is the width of the feed-forward.
+        sizes: of the transformer.
         image_size, patch_size: the side of an image and of a patch, in pixels.
-        activation: of the feed-forward, a name in `ACTIVATIONS`.
-        eps: of the layer norms.
-        dropout: the probability that an attention probability is dropped in training mode.
+        channels: of an image.
         class_token: True, as in CLIP: there is a class token before the patches, and a norm before the first layer.
             False, as in SigLIP: there is neither, and the projection of the patches adds a bias.
 
@@ -28,50 +26,29 @@ class VisionTransformer(nn.Module):
 
     Example:
         >>> import torch
-        >>> encoder = VisionTransformer(32, layers=2, heads=4, mlp=64, image_size=32, patch_size=8)
+        >>> sizes = Sizes(width=32, layers=2, heads=4, mlp=64)
+        >>> encoder = VisionTransformer(sizes, image_size=32, patch_size=8)
         >>> encoder(torch.randn(3, 3, 32, 32)).shape
         torch.Size([3, 17, 32])
     """
 
     def __init__(
-        self,
-        width: int,
-        *,
-        layers: int,
-        heads: int,
-        mlp: int,
-        image_size: int,
-        patch_size: int,
-        channels: int = 3,
-        activation: str = "gelu",
-        eps: float = 1e-5,
-        dropout: float = 0.0,
-        class_token: bool = True,
+        self, sizes: Sizes, *, image_size: int, patch_size: int, channels: int = 3, class_token: bool = True
     ) -> None:
         super().__init__()
+        width = sizes.width
         self.pixels = (channels, image_size, image_size)
         self.patch = nn.Conv2d(channels, width, patch_size, stride=patch_size, bias=not class_token)
         self.class_token = nn.Parameter(torch.randn(width)) if class_token else None
         self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2 + class_token, width))
-        self.norm = nn.LayerNorm(width, eps=eps) if class_token else nn.Identity()
-        self.blocks = nn.ModuleList(EncoderBlock(width, heads, mlp, activation, eps, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=sizes.eps) if class_token else nn.Identity()
+        self.blocks = nn.ModuleList(EncoderBlock(sizes) for _ in range(sizes.layers))
 
     @classmethod
-    def of(cls, config: Any, *, eps: float, class_token: bool = True) -> VisionTransformer:
-        """Makes one of the sizes ``vision_*``, `image_size`, `patch_size` and `channels` of a model's configuration."""
-        return cls(
-            config.vision_width,
-            layers=config.vision_layers,
-            heads=config.vision_heads,
-            mlp=config.vision_mlp,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            channels=config.channels,
-            activation=config.vision_activation,
-            eps=eps,
-            dropout=config.vision_dropout,
-            class_token=class_token,
-        )
+    def of(cls, config: Any, sizes: Sizes, *, class_token: bool = True) -> VisionTransformer:
+        """Returns one for the images that a model's configuration describes."""
+        image = {name: getattr(config, name) for name in ("image_size", "patch_size", "channels")}
+        return cls(sizes, **image, class_token=class_token)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Returns ``[B, patches + 1, width]``, or ``[B, patches, width]`` without a class token. No norm comes last."""

@@ -1,4 +1,4 @@
-"""Dropout that every backend draws alike: Philox-4x32-10 keyed on (seed, b, h, i, j)."""
+"""The random numbers of dropout, the same in every backend: Philox-4x32-10, counted by (b, h, i, j)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WORD = 0xFFFFFFFF
 
 
 def keep_mask(seed: Tensor, dropout_p: float, b: Tensor, h: Tensor, i: Tensor, keys: range) -> Tensor:
-    """True where the probability of (b, h, i, j) is kept, with chance ``1 - dropout_p``; j runs over `keys`.
+    """Returns which probabilities (b, h, i, j) are kept, each with probability ``1 - dropout_p``; j runs over `keys`.
 
     The four words of Philox counter ``(j // 4, i, h, b)`` under key `seed` (low word, high word) serve keys
     ``j // 4 * 4`` to ``+ 3``; an element is kept where its word is at least ``dropout_p * 2^32``.
@@ -32,7 +32,7 @@ def keep_mask(seed: Tensor, dropout_p: float, b: Tensor, h: Tensor, i: Tensor, k
 
 
 def keep_scale(dropout_p: float) -> float:
-    """What kept probabilities are multiplied by."""
+    """Returns the factor for the probabilities that are kept."""
     return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)
 
 
@@ -48,6 +48,6 @@ def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tup
 
 
 def _multiply(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """High and low word of a 32 x 32 bit product, in halves: int64 can't hold all 64 bits unsigned."""
+    """Returns the high and the low word of a 32 x 32 bit product, by halves: int64 does not hold 64 unsigned bits."""
     low, high = (x & 0xFFFF) * by, (x >> 16) * by
     return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _WORD

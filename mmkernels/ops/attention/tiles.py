@@ -1,7 +1,7 @@
-"""Attention in tiles of plain PyTorch: memory linear in the inputs, key tiles that nobody sees skipped.
+"""Attention in tiles of plain PyTorch: its memory is linear in the inputs, and it skips hidden tiles of keys.
 
 A tile works on P = key batches x key heads matrices at once. The query heads of a key head, and the query batches that
-share one key batch, are rows of the same matrix, so neither grouped-query nor batch-1 keys are ever copied.
+share one key batch, are rows of the same matrix, so that no key is copied, neither for a group nor for a batch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mmkernels.ops.attention.inputs import Scores
 from mmkernels.ops.attention.philox import keep_mask, keep_scale
 from mmkernels.ops.common.dtypes import wide_dtype
 
-# Measured on 2 cores with 1 MiB of L2 each: at 512 K scores the elementwise passes stay in cache and a tile's ten
-# PyTorch calls cost about 3 % of its matmuls.
+# Measured on 2 cores with 1 MiB of L2 cache each: at 512 K scores the elementwise passes stay in the cache, and a
+# tile's ten PyTorch calls cost about 3 % of its matrix products.
 TILE_SCORES = 2**19
 TILE_QUERIES = 128
 TILE_KEYS = 512
@@ -28,7 +28,7 @@ _LAST = 2**31 - 1
 
 @dataclass(frozen=True)
 class Block:
-    """Some batch entries and key heads, worked on together."""
+    """Some batch entries and key heads, whose tiles are computed together."""
 
     batch: slice  # of query and mask
     key_batch: slice
@@ -38,20 +38,20 @@ class Block:
 
 @dataclass(frozen=True)
 class Tile:
-    """Keys ``keys`` for queries ``queries`` of a block; `hidden` is None where all are visible."""
+    """Some keys for some queries of a block."""
 
     queries: slice
     keys: slice
-    hidden: Tensor | None  # bool, broadcastable to the tile's six dims, see Tiles.fold_pairs
+    hidden: Tensor | None  # bool, broadcastable to the six dimensions of Tiles.as_pairs; None: all pairs are visible
 
 
 class Tiles:
-    """One attention call cut into tiles.
+    """One attention call in tiles.
 
     Args:
         args: of the op.
-        others: further tensors whose non-finite elements must not leak: value, grad_out.
-        seed, dropout_p: of the op's dropout, where it has one.
+        others: further tensors whose non-finite elements must not reach rows they are hidden from: value, grad_out.
+        seed, dropout_p: of dropout, where the op has it.
     """
 
     def __init__(
@@ -66,11 +66,12 @@ class Tiles:
         self.group = self.heads // self.key_heads
         self.shared = self.key_batch == 1 and self.batch != 1
         self.dtype = wide_dtype(query)
-        self.on_host = query.device.type == "cpu"  # elsewhere looking at values would wait for the device
+        self.on_host = query.device.type == "cpu"  # elsewhere reading a value would wait for the device
         self.bias_hides = bias is not None and not (self.on_host and not bool(torch.isneginf(bias).any()))
         self.hides = self.bias_hides or any(x is not None for x in (args.start, args.key_valid, args.dense))
-        # Hidden NaN and inf must not leak; that costs extra matmuls, so look first where looking is free.
-        self.careful = self.hides and not (self.on_host and all_finite(query, key, *others))
+        # A hidden NaN or inf must not reach a row. That takes further products, so where values can be read without
+        # waiting, they are read first.
+        self.non_finite = self.hides and not (self.on_host and all_finite(query, key, *others))
         self._plan()
 
     def _plan(self) -> None:
@@ -81,16 +82,17 @@ class Tiles:
         self.block_batch = max(1, min(self.batch, pairs // self.key_heads))
         spans = self.start if self.start is not None and self.end is not None else None
         if spans is not None and max(spans.shape[0], self.end.shape[0]) > 1 and self.tile_queries >= 16:  # type: ignore[union-attr]
-            self.block_batch = 1  # each sequence skips by its own spans
+            self.block_batch = 1  # then each sequence skips the tiles that its spans hide
         per_key = self.block_batch * self.block_heads * rows
         self.tile_keys = max(TILE_KEYS, min(8 * TILE_KEYS, TILE_SCORES // per_key))
         if spans is not None:
             assert self.end is not None
             empty = self.end <= spans
-            self._first = torch.where(empty, _LAST, spans)  # rows that see nothing widen no tile
+            self._first = torch.where(empty, _LAST, spans)  # a row that sees nothing adds no keys to a tile
             self._last = torch.where(empty, 0, self.end)
 
     def blocks(self) -> Iterator[Block]:
+        """Yields the blocks of the call."""
         for b in range(0, self.batch, self.block_batch):
             batch = slice(b, min(b + self.block_batch, self.batch))
             for h in range(0, self.key_heads, self.block_heads):
@@ -99,11 +101,12 @@ class Tiles:
                 yield Block(batch, slice(0, 1) if self.key_batch == 1 else batch, heads, key_heads)
 
     def query_tiles(self) -> Iterator[slice]:
+        """Yields the queries of each tile."""
         for i in range(0, self.q_len, self.tile_queries):
             yield slice(i, min(i + self.tile_queries, self.q_len))
 
     def key_tiles(self, block: Block, queries: slice) -> Iterator[Tile]:
-        """The tiles of keys that these queries see, or may see where looking would wait for a device."""
+        """Yields the tiles of keys that these queries see; all tiles where reading the mask would wait for a device."""
         first, last = 0, self.k_len
         if self.start is not None and self.on_host:
             rows = self._rows(self._first, block, queries), self._rows(self._last, block, queries)
@@ -123,7 +126,7 @@ class Tiles:
         return span if span.shape[1] == 1 else span[:, queries]
 
     def _visible(self, block: Block, queries: slice, keys: slice) -> Tensor | None:
-        """The tile's mask, bool, broadcastable to [B, Hq, Lq, Lk] of the tile; None: no mask bears on it."""
+        """Returns the mask of a tile, bool, broadcastable to [B, Hq, Lq, Lk] of the tile; None: all is visible."""
         visible = None
         if self.start is not None and self.end is not None:
             start, end = self._rows(self.start, block, queries), self._rows(self.end, block, queries)
@@ -141,14 +144,14 @@ class Tiles:
 
     @staticmethod
     def _part(x: Tensor, block: Block, queries: slice, keys: slice) -> Tensor:
-        """A tile of a tensor that broadcasts to [B, Hq, Lq, Lk]."""
+        """Returns a tile of a tensor that broadcasts to [B, Hq, Lq, Lk]."""
         parts = (block.batch, block.heads, queries, keys)
         return x[tuple(slice(None) if size == 1 else part for size, part in zip(x.shape, parts, strict=True))]
 
     # Between [B, H, L, C] and the matrices of a tile.
 
     def fold_rows(self, x: Tensor, block: Block, queries: slice) -> Tensor:
-        """[B, Hq, Lq, C] -> [P, rows, C] in the working dtype."""
+        """[B, Hq, Lq, C] -> [P, rows, C], in `dtype`."""
         x = x[block.batch, block.heads, queries].unflatten(1, (-1, self.group))  # [b, h, G, T, C]
         x = x.transpose(0, 1) if self.shared else x  # the batches that share a key become its rows
         problems = x.shape[0] if self.shared else x.shape[0] * x.shape[1]
@@ -164,16 +167,16 @@ class Tiles:
         return x.flatten(1, 2)
 
     def fold_keys(self, x: Tensor, block: Block, keys: slice) -> Tensor:
-        """[Bk, Hkv, Lk, C] -> [P, keys, C] in the working dtype."""
+        """[Bk, Hkv, Lk, C] -> [P, keys, C], in `dtype`."""
         return x[block.key_batch, block.key_heads, keys].flatten(0, 1).to(self.dtype)
 
     def fold_pairs(self, x: Tensor, block: Block) -> Tensor:
-        """[b or 1, H or 1, T or 1, K or 1] -> broadcastable to the six dims of `as_pairs`."""
+        """[b or 1, H or 1, T or 1, K or 1] -> broadcastable to the six dimensions of `as_pairs`."""
         x = x.unflatten(1, (-1, self.group)) if x.shape[1] > 1 else x[:, :, None]  # [b, h, G, T, K]
         return x.transpose(0, 1)[None] if self.shared else x[:, :, None]
 
     def as_pairs(self, tile: Tensor, block: Block) -> Tensor:
-        """[P, rows, K] as [key batch, key head, batch sharing the key, group, query, key]."""
+        """[P, rows, K] -> [key batch, key head, batch that shares the key, group, query, key], a view."""
         batch, heads = block.batch.stop - block.batch.start, block.key_heads.stop - block.key_heads.start
         outer = (1, heads, batch) if self.shared else (batch, heads, 1)
         return tile.view(*outer, self.group, -1, tile.shape[-1])
@@ -186,11 +189,11 @@ class Tiles:
     # The arithmetic of one tile.
 
     def scaled_rows(self, block: Block, queries: slice) -> Tensor:
-        """Query times scale, [P, rows, D]."""
+        """Returns the query times the scale, [P, rows, D]."""
         return self.fold_rows(self.query, block, queries) * self.scale
 
     def scores(self, rows: Tensor, block: Block, tile: Tile) -> Tensor:
-        """[P, rows, K], -inf where hidden."""
+        """Returns the scores [P, rows, K], -inf where hidden."""
         scores = torch.bmm(rows, self.fold_keys(self.key, block, tile.keys).transpose(1, 2))
         pairs = self.as_pairs(scores, block)
         if self.bias is not None:
@@ -203,7 +206,7 @@ class Tiles:
         return scores
 
     def drop(self, weights: Tensor, block: Block, tile: Tile) -> None:
-        """Dropout, in place, of [P, rows, K]."""
+        """Apply dropout to the probabilities [P, rows, K], in place."""
         if self.seed is None:
             return
         index = [torch.arange(s.start, s.stop, device=weights.device) for s in (block.batch, block.heads, tile.queries)]
@@ -211,71 +214,78 @@ class Tiles:
         keep = keep_mask(self.seed, self.dropout_p, b, h, i, range(tile.keys.start, tile.keys.stop))
         self.as_pairs(weights, block).mul_(self.fold_pairs(keep, block)).mul_(keep_scale(self.dropout_p))
 
-    def multiply(self, weights: Tensor, x: Tensor, seen: Tensor | None) -> Tensor:
-        """weights @ x, where a non-finite element of `x` reaches only the rows for which `seen` is not 0."""
-        if seen is None:
+    def multiply(self, weights: Tensor, x: Tensor, visible: Tensor | None) -> Tensor:
+        """Returns weights @ x, in which a non-finite element of x reaches only the rows that it is visible to."""
+        if visible is None:
             return torch.bmm(weights, x)
         out = torch.bmm(weights, without_non_finite(x))
         nan = x.isnan()
-        up = torch.bmm(seen, (nan | x.isposinf()).to(x.dtype)) > 0
-        down = torch.bmm(seen, (nan | x.isneginf()).to(x.dtype)) > 0
+        up = torch.bmm(visible, (nan | x.isposinf()).to(x.dtype)) > 0
+        down = torch.bmm(visible, (nan | x.isneginf()).to(x.dtype)) > 0
         return out + torch.where(up, math.inf, 0.0) + torch.where(down, -math.inf, 0.0)
 
-    def seen(self, scores: Tensor, block: Block, tile: Tile) -> Tensor | None:
-        """1 where a key is visible, like `scores`; None where nothing can leak. (Of the mask: a score may be -inf.)"""
-        if not self.careful:
+    def visible(self, scores: Tensor, block: Block, tile: Tile) -> Tensor | None:
+        """Returns 1 where the mask shows a key and 0 where it hides one, like `scores`; None: all values are finite.
+
+        The scores do not tell: one of -inf may be visible.
+        """
+        if not self.non_finite:
             return None
-        seen = torch.ones_like(scores)
-        pairs = self.as_pairs(seen, block)
+        visible = torch.ones_like(scores)
+        pairs = self.as_pairs(visible, block)
         if tile.hidden is not None:
             pairs.masked_fill_(tile.hidden, 0.0)
         if self.bias is not None:
             bias = self.fold_pairs(self._part(self.bias, block, tile.queries, tile.keys), block)
             pairs.masked_fill_(bias == -math.inf, 0.0)
-        return seen
+        return visible
 
 
 class RowSums:
-    """The online softmax of one tile of queries: largest score and sum of exponentials, [P, rows, 1]."""
+    """The online softmax of one tile of queries: the largest score and the sum of exponentials, [P, rows, 1]."""
 
     def __init__(self, tiles: Tiles, rows: Tensor) -> None:
         self.tiles = tiles
         self.top = rows.new_full((*rows.shape[:2], 1), -math.inf)
         self.total = torch.zeros_like(self.top)
-        self.sees = torch.zeros_like(self.top)  # only kept up where scores may be -inf in a visible place
+        self.sees = torch.zeros_like(self.top)  # 1 for a row with a visible key; used with `visible` only
 
-    def add(self, scores: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Turn a tile's scores, in place, into weights relative to the new largest; and what earlier ones shrink by."""
+    def add(self, scores: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add a tile's scores, and overwrite them with their weights.
+
+        Returns:
+            The weights, relative to the largest score so far, and the factor for what earlier tiles gave.
+        """
         new = torch.maximum(self.top, scores.amax(-1, keepdim=True))
-        # A row that sees nothing has weights 0; without a mask a row of -inf is NaN, as in softmax.
+        # A row that sees nothing has weights 0. Without a mask a row of -inf is NaN, as in a softmax.
         base = finite_or_zero(new) if self.tiles.hides else new
         weights, shrink = scores.sub_(base).exp_(), (self.top - base).exp_()
         self.total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
         self.top = new
-        if seen is not None:
-            self.sees = torch.maximum(self.sees, seen.amax(-1, keepdim=True))
+        if visible is not None:
+            self.sees = torch.maximum(self.sees, visible.amax(-1, keepdim=True))
         return weights, shrink
 
     def log_sum_exp(self) -> Tensor:
-        """-inf for a row that sees nothing, NaN for one that sees only scores of -inf."""
+        """Returns the log-sum-exp: -inf for a row that sees nothing, NaN for one that sees only scores of -inf."""
         lse = finite_or_zero(self.top) + self.total.log()
-        return torch.where((self.total == 0) & (self.sees > 0), math.nan, lse) if self.tiles.careful else lse
+        return torch.where((self.total == 0) & (self.sees > 0), math.nan, lse) if self.tiles.non_finite else lse
 
 
 def without_non_finite(x: Tensor) -> Tensor:
-    """`x` with 0 for NaN and inf: whoever sees those has a NaN score already."""
+    """Returns x with 0 for NaN and inf. Safe for keys and queries: a row that sees those has a NaN score already."""
     return torch.where(x.isfinite(), x, 0.0)
 
 
 def finite_or_zero(x: Tensor) -> Tensor:
-    """`x` with 0 for -inf: what may be subtracted from a score of -inf."""
+    """Returns x with 0 for -inf, so that it can be subtracted from a score of -inf."""
     return x.masked_fill(x == -math.inf, 0.0)
 
 
 def log_sum_exp(tiles: Tiles, block: Block, queries: slice, rows: Tensor) -> Tensor:
-    """[P, rows, 1], see `RowSums`."""
+    """Returns the log-sum-exp [P, rows, 1] of a tile of queries, see `RowSums`."""
     sums = RowSums(tiles, rows)
     for tile in tiles.key_tiles(block, queries):
         scores = tiles.scores(rows, block, tile)
-        sums.add(scores, tiles.seen(scores, block, tile))
+        sums.add(scores, tiles.visible(scores, block, tile))
     return sums.log_sum_exp()

@@ -9,6 +9,7 @@ from torch import Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.runtime.checks import DTYPES, autocast_dtype, check_tensor
 
+_NUMBERS = (int, float, np.floating, np.integer)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -42,9 +43,9 @@ def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", 
 
 def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
     """Returns x as a tensor of one element, in the image features' dtype or float32; a number becomes `wide_dtype`."""
-    if isinstance(x, bool) or not isinstance(x, Tensor | int | float | np.floating | np.integer):
-        raise TypeError(f"{name} must be a tensor of one element or a number, got {type(x).__name__}")
     if not isinstance(x, Tensor):
+        if isinstance(x, bool) or not isinstance(x, _NUMBERS):
+            raise TypeError(f"{name} must be a tensor of one element or a number, got {type(x).__name__}")
         if isinstance(x, int) and abs(x) >= 2**1023:
             raise ValueError(f"{name} must be a number that a float can hold, got an integer of {x.bit_length()} bits")
         return torch.full((), float(x), dtype=wide_dtype(image), device=image.device)

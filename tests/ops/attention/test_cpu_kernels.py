@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from harness import SPECS, check, name_of
-from layouts import far_apart
+from harness import SPECS, check, generator, name_of, peak_of, run
+from ops.attention.tools import Hidden, check_hidden
 from ops.cpu_tools import DTYPES, ISAS, each_dtype, each_isa, needs_kernels, python
 from pairwise import parametrize, traits
 from torch import Generator, Tensor
 
 from mmkernels import SpanMask, attention_received, cross_attention
-from mmkernels.meters import peak_memory
 from mmkernels.ops.attention.cases import attention_inputs
 from mmkernels.ops.common.cases import normal
 from mmkernels.runtime import cpu
@@ -140,7 +138,7 @@ _SCORES = ("query", "key", "mask", "bias", "scale")
 
 def _cases(id: str) -> list[tuple[str, Case]]:
     """An op and a case: cross-attention, and the ops that compute its scores alone."""
-    drawn = TILES[id](Generator().manual_seed(0))
+    drawn = TILES[id](generator())
     grads = tuple(name for name in ("query", "key", "value", "bias", "gate") if name in drawn)
     scores = Case(id, lambda g: {name: x for name, x in TILES[id](g).items() if name in _SCORES})
     of_cross = Case(id, TILES[id], grads, seeded="dropout_p" in drawn)
@@ -148,27 +146,28 @@ def _cases(id: str) -> list[tuple[str, Case]]:
 
 
 CASES = {id: _cases(id) for id in TILES}
-_TRAITS = {id: traits(make(Generator().manual_seed(0))) for id, make in TILES.items()}
+_TRAITS = {id: traits(make(generator())) for id, make in TILES.items()}
 
 
 @parametrize(
-    "id, dtype, isa",
-    list(itertools.product(TILES, DTYPES, ISAS)),
-    lambda row: _TRAITS[row[0]] | {"id": row[0], "dtype": row[1], "isa": row[2]},
-    ids=lambda row: f"{row[0]}-{name_of(row[1])}-{row[2]}",
+    "id, dtype, isa, threads",
+    list(itertools.product(TILES, DTYPES, ISAS, (2, 7))),
+    lambda row: _TRAITS[row[0]] | {"id": row[0], "dtype": row[1], "isa": row[2], "threads": row[3]},
+    ids=lambda row: f"{row[0]}-{name_of(row[1])}-{row[2]}-{row[3]}",
     once="id",
 )
-def test_tiles(id: str, dtype: torch.dtype, isa: str) -> None:
+def test_tiles(id: str, dtype: torch.dtype, isa: str, threads: int) -> None:
+    """Tasks of other sizes for each number of threads, and the same budget."""
     with cpu.use_isa(isa):
         for op, case in CASES[id]:
-            check(SPECS[op], case, dtype, "cpu", threads=2)
+            check(SPECS[op], case, dtype, "cpu", threads=threads)
 
 
 def test_second_derivatives() -> None:
     """Of a first derivative by the kernels: the reference formula's, to float32's accuracy."""
 
     def second(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
-        g = Generator().manual_seed(3)
+        g = generator(3)
         leaves = [normal(g, 1, 2, n, 8).to(dtype).requires_grad_() for n in (20, 30, 30)]
         out, lse = cross_attention(*leaves, SpanMask.key_padding([23]), return_lse=True, backend=backend)
         first = torch.autograd.grad(out.pow(2).sum() + lse.sin().sum(), leaves, create_graph=True)
@@ -179,15 +178,11 @@ def test_second_derivatives() -> None:
         torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4 * float(true.abs().max()))
 
 
-def test_twice_the_same_bits(threads: None) -> None:
-    inputs = cast(TILES["bias of all"](Generator().manual_seed(0)), torch.float32)
-    leaves = [inputs[name].requires_grad_() for name in ("query", "key", "value", "bias")]
-    results = []
-    for _ in range(3):
-        out, lse = cross_attention(**inputs, backend="cpu")
-        results.append((out, lse, *torch.autograd.grad(out.sum() + lse.sum(), leaves)))
-    for again in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
+def test_again_the_same_bits(threads: None) -> None:
+    inputs = cast(TILES["bias of all"](generator()), torch.float32)
+    case = Case("bias of all", lambda g: inputs, ("query", "key", "value", "bias"))
+    first, *others = (run(SPECS["cross_attention"], case, inputs, "cpu") for _ in range(3))
+    assert all(torch.equal(a, b) for again in others for a, b in zip(again.tensors, first.tensors, strict=True))
 
 
 _NON_FINITE = itertools.product(
@@ -209,44 +204,12 @@ _NON_FINITE = itertools.product(
 def test_non_finite_stays_hidden_in_shared_tiles(
     isa: str, dtype: torch.dtype, edge: int, kind: str, where: str, bad: float
 ) -> None:
-    """Queries 0 to 29 see keys below `edge`, the others almost all of them; they share tiles. Nobody sees key 109."""
+    """Queries 0 to 29 see keys below `edge`, the others almost all of them; they share tiles."""
     with cpu.use_isa(isa):
-        _non_finite_stays_hidden(dtype, edge, kind, where, bad)
-
-
-def _non_finite_stays_hidden(dtype: torch.dtype, edge: int, kind: str, where: str, bad: float) -> None:
-    dense = torch.ones(1, 1, 70, 110, dtype=torch.bool)
-    dense[:, :, :30, edge:] = False
-    dense[..., 109] = False
-    mask: Any = dense
-    bias = None
-    if kind == "spans":
-        mask = SpanMask.from_dense(dense)
-    elif kind == "key_valid":
-        lengths = torch.where(torch.arange(70) < 30, edge, 110)[None].int()
-        mask = SpanMask(torch.zeros_like(lengths), lengths, dense[:, 0, 69])
-    elif kind == "bias":
-        mask, bias = None, torch.zeros(1, 1, 70, 110, dtype=dtype).masked_fill(~dense, -math.inf)
-    clean = {name: torch.randn(1, 2, n, 20).to(dtype) for name, n in (("query", 70), ("key", 110), ("value", 110))}
-    clean["grad"] = torch.randn(1, 2, 70, 20).to(dtype)
-    dirty = {name: x.clone() for name, x in clean.items()}
-    spoiled = dirty[where]
-    spoiled[:, :, 60 if where in ("query", "grad") else 100 :, 3] = bad
-
-    def run(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        leaves = [x[name].detach().requires_grad_() for name in ("query", "key", "value")]
-        out = cross_attention(*leaves, mask, bias=bias, backend="cpu")
-        return (out.detach(), *torch.autograd.grad(out, leaves, x["grad"]))
-
-    want, got = run(clean), run(dirty)
-    rows = slice(0, 30) if where in ("key", "value") else slice(0, 60)
-    assert torch.equal(got[0][:, :, rows], want[0][:, :, rows]) and torch.equal(got[1][:, :, rows], want[1][:, :, rows])
-    for grad in got[2:]:
-        assert not bool(grad[:, :, 109].any())
-    if where in ("query", "grad"):  # what no spoiled query sees is untouched: nothing here; what it sees is told
-        assert not bool(got[2][:, :, 50:109].isfinite().all())
-    if where == "value" or (where in ("key", "query") and bad != -math.inf):
-        assert not bool(got[0][:, :, 60:].isfinite().all())
+        hidden = Hidden(70, 110, blind=30, edge=edge, key=100, row=60)
+        _, of_key, _ = check_hidden("cpu", dtype, hidden, kind, where, bad, dim=20)
+    if where in ("query", "grad"):  # the keys that they see
+        assert not bool(of_key[:, :, 50:109].isfinite().all())
 
 
 @each_dtype
@@ -293,86 +256,7 @@ def test_any_byte_but_zero_is_true(q_len: int) -> None:
         assert torch.equal(cross_attention(q, k, k, a, backend="cpu"), cross_attention(q, k, k, b, backend="cpu"))
 
 
-def test_offsets_past_two_to_the_31() -> None:
-    """Two sequences, and the rows of one."""
-    k_len, dim = 100, 16
-    near = torch.randn(2, 1, k_len, dim).bfloat16()
-    for q_len in (3, 20):
-        q = torch.randn(2, 2, q_len, dim).bfloat16()
-        for far in (far_apart(near, 0), far_apart(near, 2)):
-            want = cross_attention(q, near, near, backend="cpu")
-            assert torch.equal(cross_attention(q, far, far, backend="cpu"), want)
-
-
 # Threads and processes.
-
-
-@pytest.mark.alone
-def test_many_python_threads(threads: None) -> None:
-    """Each thread's calls give what they give alone."""
-    cases = [
-        cast(TILES[id](Generator().manual_seed(1)), torch.float32) for id in ("panels and tiles", "splits of decode")
-    ]
-
-    def step(inputs: Inputs) -> tuple[Tensor, ...]:
-        leaves = [inputs[name].detach().requires_grad_() for name in ("query", "key", "value")]
-        out, lse = cross_attention(*leaves, inputs["mask"], return_lse=True, backend="cpu")
-        return (out.detach(), *torch.autograd.grad(out.sum() + lse.sum(), leaves))
-
-    alone = [step(inputs) for inputs in cases]
-    wrong: list[str] = []
-
-    def work(number: int) -> None:
-        for turn in range(10):
-            which = (number + turn) % len(cases)
-            for a, b in zip(step(cases[which]), alone[which], strict=True):
-                if not torch.allclose(a, b, rtol=1e-5, atol=1e-5):
-                    wrong.append(f"thread {number}, turn {turn}")
-
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("id", ["panels and tiles", "splits of decode", "splits of the backward pass", "bias of all"])
-def test_any_number_of_threads(id: str) -> None:
-    inputs = cast(TILES[id](Generator().manual_seed(2)), torch.float32)
-    results = []
-    for count in (1, 2, 3, 7):
-        torch.set_num_threads(count)
-        leaves = [inputs[name].detach().requires_grad_() for name in ("query", "key", "value")]
-        out, lse = cross_attention(*leaves, inputs.get("mask"), bias=inputs.get("bias"), return_lse=True, backend="cpu")
-        results.append((out, *torch.autograd.grad(out.sum() + lse.sum(), leaves)))
-    for other in results[1:]:
-        for a, b in zip(other, results[0], strict=True):
-            torch.testing.assert_close(a, b)
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("before", ["cross_attention(q, k, k)", "torch.randn(200000).exp()"])
-def test_a_forked_process_goes_on_alone(before: str) -> None:
-    """OpenMP's threads do not survive a fork, whoever started them: a parallel region in the child waits for ever."""
-    code = f"""
-import os, torch
-from mmkernels import attention_received, cross_attention
-torch.set_num_threads(2)
-q, k = torch.randn(1, 4, 100, 32), torch.randn(1, 4, 200, 32)
-with torch.no_grad():
-    want = cross_attention(q, k, k, backend="reference")
-{before}
-child = os.fork()
-if child == 0:
-    out = cross_attention(q, k, k, backend="cpu")
-    attention_received(q, k, backend="cpu")
-    os._exit(0 if torch.allclose(out, want, atol=1e-5) else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    ended = python(code)
-    assert ended.stdout.strip() == "0", ended.stderr
 
 
 # Memory, and what the kernels refuse.
@@ -383,28 +267,22 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_memory_at_8192(dtype: torch.dtype, threads: None) -> None:
     """Output and scratch together stay below 2 % of the scores' matrix, as float32 4 GiB."""
     q, k, v = (torch.randn(1, 16, 8192, 64).to(dtype) for _ in range(3))
-    peak = peak_memory(lambda: cross_attention(q, k, v, backend="cpu"))
-    assert peak is not None and peak < 0.02 * 16 * 8192 * 8192 * q.element_size()
+    call = lambda n: cross_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], backend="cpu")
+    assert peak_of(lambda: call(8192), lambda: call(512)) < 0.02 * 16 * 8192 * 8192 * q.element_size()
 
 
 def test_backward_memory_is_linear(threads: None) -> None:
     leaves = [torch.randn(1, 4, n, 64, requires_grad=True) for n in (2048, 4096, 4096)]
     out = cross_attention(*leaves, backend="cpu")
     grad = torch.randn_like(out)
-    run = lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
-    run()
-    peak = peak_memory(run)
-    grads = sum(x.numel() * 4 for x in leaves)
-    assert peak is not None and peak < 2 * grads
+    peak = peak_of(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
+    assert peak < 2 * sum(x.numel() * 4 for x in leaves)
 
 
 def test_decode_memory_is_bounded(threads: None) -> None:
     """Many queries of one shared key head: 4 MiB of output, and no more scratch than a task's."""
     q, k = torch.randn(256, 8, 8, 64), torch.randn(1, 1, 64, 64)
-    run = lambda: cross_attention(q, k, k, backend="cpu")
-    run()
-    peak = peak_memory(run)
-    assert peak is not None and peak < 1.5 * q.numel() * 4
+    assert peak_of(lambda: cross_attention(q, k, k, backend="cpu")) < 1.5 * q.numel() * 4
 
 
 def test_received_of_nothing() -> None:

@@ -10,29 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SPECS, check, examples, no_old_graphs
+from harness import SPECS, check, examples, peak_of, reseed
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.attention.tools import BACKENDS, EXACT, INF, dtype_of, each_backend, qkv
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
-from mmkernels import BackendError, SpanMask, cross_attention, merge_attention, use_backend
-from mmkernels.meters import peak_memory
+from mmkernels import SpanMask, cross_attention, use_backend
 from mmkernels.ops.attention import tiles
 from mmkernels.ops.attention.philox import keep_mask
 
 each_exact_backend = pytest.mark.parametrize("backend", EXACT)
-each_op_of_two_tensors = pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("cross_attention", lambda q, k: cross_attention(q, k, k)),
-        ("merge_attention", lambda q, k: merge_attention(q, q[..., 0], q, q[..., 0])[0]),
-    ],
-)
-
-
 # Against definitions that are not ours.
 
 
@@ -73,7 +61,7 @@ def test_equals_a_loop_over_queries(backend: str) -> None:
 
 
 @each_backend
-@examples(100, interpreted=40)
+@examples(100, interpreted=15)
 @given(data=st.data())
 def test_any_spans(backend: str, data: st.DataObject) -> None:
     """Whatever the spans, in or out of range, the result is that of the dense mask they stand for."""
@@ -144,7 +132,7 @@ def test_second_derivatives_of_the_output_alone(backend: str) -> None:
 @each_exact_backend
 def test_third_derivative(backend: str) -> None:
     def third(backend: str) -> Tensor:
-        torch.manual_seed(0)
+        reseed()
         q, k, v = qkv(1, 1, 2, 2, grad=True)
         y = cross_attention(q, k, v, backend=backend).pow(2).sum()
         for _ in range(3):
@@ -156,32 +144,6 @@ def test_third_derivative(backend: str) -> None:
     assert third(backend).abs().max() > 0
 
 
-@each_backend
-@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:])
-def test_only_the_gradients_that_are_wanted(backend: str, wanted: tuple[bool, ...]) -> None:
-    dtype = dtype_of(backend)
-    full = qkv(grad=True, dtype=dtype)
-    some = [x.detach().requires_grad_(need) for x, need in zip(full, wanted, strict=True)]
-    for inputs in (full, some):
-        cross_attention(*inputs, SpanMask.key_padding([7, 3]), backend=backend).pow(2).sum().backward()
-    for x, y, need in zip(full, some, wanted, strict=True):
-        assert (y.grad is not None) == need
-        if need:
-            torch.testing.assert_close(y.grad, x.grad)
-
-
-@each_backend
-def test_checkpointing_repeats_the_dropout(backend: str) -> None:
-    dtype = dtype_of(backend)
-    q, k, v = qkv(grad=True, dtype=dtype)
-    call = lambda q: cross_attention(q, k, v, dropout_p=0.5, backend=backend)
-    torch.manual_seed(3)
-    plain = torch.autograd.grad(call(q).pow(2).sum(), q)[0]
-    torch.manual_seed(3)
-    again = torch.autograd.grad(checkpoint(call, q, use_reentrant=False).pow(2).sum(), q)[0]  # type: ignore[union-attr]
-    assert torch.equal(plain, again)
-
-
 # Dropout.
 
 
@@ -189,7 +151,7 @@ def test_dropout_is_the_same_on_every_backend_and_follows_the_generator() -> Non
     q, k, v = qkv(2, 4, 33, 8, k_len=70, dtype=torch.float32)
     outs = []
     for backend in (*BACKENDS, *BACKENDS):
-        torch.manual_seed(5)
+        reseed()
         outs.append(cross_attention(q, k, v, dropout_p=0.4, backend=backend))
     for out in outs[1:]:
         torch.testing.assert_close(out, outs[0])
@@ -205,7 +167,7 @@ def test_dropout_keeps_the_mean() -> None:
 
 
 def test_dropout_draws_independent_bits() -> None:
-    """Each (b, h, i, j) has its own bit, whatever tile asks for it, and half of them are set."""
+    """Each (b, h, i, j) has its own bit, whatever tile it is drawn for, and half of them are set."""
     seed = torch.tensor([0x123456789ABCDEF])
     b, h, i = torch.arange(2)[:, None, None, None], torch.arange(3)[:, None, None], torch.arange(50)[:, None]
     whole = keep_mask(seed, 0.5, b, h, i, range(203))
@@ -237,25 +199,6 @@ def test_philox_known_answers() -> None:
 # How a call travels.
 
 
-def test_use_backend_and_the_argument() -> None:
-    q, k, v = qkv()
-    with use_backend("reference"):
-        inside = cross_attention(q, k, v)
-        with use_backend("chunked"):
-            nested = cross_attention(q, k, v)
-        overruled = cross_attention(q, k, v, backend="chunked")
-    assert torch.equal(inside, cross_attention(q, k, v, backend="reference"))
-    assert torch.equal(nested, cross_attention(q, k, v, backend="chunked")) and torch.equal(nested, overruled)
-    assert torch.equal(cross_attention(q, k, v), nested)
-    with pytest.raises(BackendError, match=r"can't run this call\. cuda: the tensors are on cpu"):
-        cross_attention(q, k, v, backend="cuda")
-    for wrong in ("fast", "CPU"):
-        with pytest.raises(ValueError, match="backend must be one of"):
-            cross_attention(q, k, v, backend=wrong)
-        with pytest.raises(ValueError, match="backend must be one of"):
-            use_backend(wrong)
-
-
 def test_one_boundary_in_a_compiled_graph_with_a_backend_block_and_masks_made_inside() -> None:
     graphs = []
 
@@ -277,24 +220,6 @@ def test_one_boundary_in_a_compiled_graph_with_a_backend_block_and_masks_made_in
     assert len(graphs) == 1 and len(ops) == 1 and ops[0].args[-1] == "chunked"
 
 
-def test_compiled_by_inductor_with_gradients() -> None:
-    q, k, v = qkv(grad=True)
-    mask = SpanMask.key_padding([7, 3])
-    call = lambda q, k, v, mask: cross_attention(2 * q, k, v, mask).pow(2).sum()
-    want = torch.autograd.grad(call(q, k, v, mask), (q, k, v))
-    with no_old_graphs():
-        got = torch.autograd.grad(torch.compile(call, fullgraph=True)(q, k, v, mask), (q, k, v))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_a_compiled_function_serves_other_lengths() -> None:
-    call = torch.compile(lambda q, k, v: cross_attention(q, k, v), fullgraph=True, backend="aot_eager", dynamic=True)
-    for k_len in (3, 9, 17):
-        q, k, v = qkv(k_len=k_len)
-        torch.testing.assert_close(call(q, k, v), cross_attention(q, k, v))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend: str) -> None:
     q, k, v = qkv(dtype=torch.float32, grad=True)
@@ -312,31 +237,6 @@ def test_autocast(backend: str) -> None:
         assert cross_attention(*qkv(), backend=backend).dtype == torch.float64
 
 
-def test_differentiating_by_torch_func_is_refused_or_right() -> None:
-    q, k, v = qkv()
-
-    def loss(q: Tensor, backend: str | None = None) -> Tensor:
-        return cross_attention(q, k, v, SpanMask.key_padding([7, 3]), backend=backend).pow(2).sum()
-
-    with pytest.raises(
-        NotImplementedError, match=r'cross_attention can.t be differentiated by torch.func.*"reference"'
-    ):
-        torch.func.grad(loss)(q)
-    got = torch.func.grad(lambda q: loss(q, "reference"))(q)
-    leaf = q.clone().requires_grad_()
-    torch.testing.assert_close(got, torch.autograd.grad(loss(leaf), leaf)[0])
-
-
-@each_op_of_two_tensors
-def test_forward_mode_is_refused_or_right(name: str, call: Callable[..., Any]) -> None:
-    q, k, _ = qkv()
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises(NotImplementedError, match=f"{name} can't be differentiated .* in forward mode"):
-            call(dual, k)
-    assert torch.isfinite(call(q, k)).all()
-
-
 # Memory and layout.
 
 
@@ -351,9 +251,7 @@ def test_memory_is_linear(backend: str) -> None:
         cross_attention(*leaves, mask, backend=backend).sum().backward()
 
     for run in (lambda: cross_attention(q, k, v, backend=backend), step):
-        run()
-        peak = peak_memory(run)
-        assert peak is not None and peak < 0.1 * 128 * 2**20
+        assert peak_of(run) < 0.1 * 128 * 2**20
 
 
 @pytest.mark.parametrize("id", ["bias of keys", "bias shared by the batch", "dropout, gate, bias", "holes"])
@@ -363,28 +261,3 @@ def test_gradients_are_summed_over_tiles(id: str, monkeypatch: pytest.MonkeyPatc
     spec = SPECS["cross_attention"]
     (case,) = (case for case in spec.cases if case.id == id)
     check(spec, case, torch.float64, "chunked")
-
-
-@each_backend
-def test_inputs_are_left_as_they_were(backend: str) -> None:
-    dtype = dtype_of(backend)
-    q, k, v = qkv(grad=True, dtype=dtype)
-    bias, gate, mask = (
-        torch.randn(5, 7, dtype=dtype),
-        torch.ones((), dtype=dtype),
-        SpanMask.causal(5, 7),
-    )
-    tensors = (q, k, v, bias, gate, mask.start, mask.end)
-    before = [x.detach().clone() for x in tensors]
-    cross_attention(q, k, v, mask, bias=bias, gate=gate, backend=backend).sum().backward()
-    for x, y in zip(tensors, before, strict=True):
-        assert torch.equal(x, y)
-
-
-@each_backend
-def test_expanded_inputs(backend: str) -> None:
-    dtype = dtype_of(backend)
-    q, k, v = qkv(1, 1, 5, 8, dtype=dtype)
-    got = cross_attention(q.expand(3, 4, 5, 8), k.expand(3, 2, 7, 8), v.expand(3, 2, 7, 8), backend=backend)
-    torch.testing.assert_close(got, cross_attention(q, k, v, backend=backend).expand(3, 4, 5, 8))
-    assert got.transpose(1, 2).is_contiguous()

@@ -1,4 +1,4 @@
-"""The contrastive benchmarks: their peers compute the same, and their check of large problems sees what is wrong."""
+"""The contrastive benchmarks: their peers compute the same, and their check of large problems finds what is wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import contrastive_peers
 import pytest
 import torch
-from harness import SPECS, backends
+from harness import SPECS, backends, generator
 from torch import Tensor
 
 from mmkernels.bench import gate, peers
@@ -33,8 +33,7 @@ LOSSES = ("info_nce", "sigmoid_contrastive")
 
 def problem(op: str, dtype: torch.dtype = torch.float32) -> tuple[OpSpec, Inputs, list[Tensor]]:
     """Spec, inputs, and those of them to differentiate by."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = two_towers(generator, PAIRS, PAIRS, DIM)
+    inputs = two_towers(generator(), PAIRS, PAIRS, DIM)
     if op == "sigmoid_contrastive":
         inputs["logit_bias"] = torch.tensor(-6.0)
     if op == "retrieval_ranks":
@@ -82,7 +81,7 @@ def test_parts_say_what_the_definition_says(op: str, dtype: torch.dtype, backwar
 
 
 @pytest.mark.parametrize("op", LOSSES)
-def test_parts_see_what_is_wrong(op: str) -> None:
+def test_parts_find_what_is_wrong(op: str) -> None:
     """In any output or gradient: a thousandth too large; and NaN anywhere, in the sample or not."""
     spec, inputs, leaves = problem(op)
     judge, passes = make_gate(op, inputs, spec, leaves, parts=True)
@@ -100,7 +99,7 @@ def test_parts_see_what_is_wrong(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", LOSSES)
-def test_parts_see_wrong_rows_outside_of_the_sample(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_find_wrong_rows_outside_of_the_sample(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a tile that was left out, or is there twice."""
     monkeypatch.setattr(contrastive_parts, "_SAMPLE", 2)
     spec, inputs, leaves = problem(op)
@@ -141,7 +140,7 @@ def _prepared(peer: Peer, inputs: Inputs) -> Any:
 @pytest.mark.parametrize(("op", "peer"), [(op, x) for op in OPS for x in OPS[op]], ids=lambda x: getattr(x, "name", x))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_peer_computes_the_same(op: str, peer: Peer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive_peers, "_compile", lambda function: function)  # what it compiles is what is tested
+    monkeypatch.setattr(peers, "_compile", lambda function: function)  # what it compiles is what is tested
     spec, inputs, leaves = problem(op, dtype)
     judge, passes = make_gate(op, inputs, spec, leaves, parts=False)
     distance = judge.distance(flat(passes(_prepared(peer, inputs))()))

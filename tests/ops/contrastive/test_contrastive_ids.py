@@ -106,9 +106,9 @@ def test_another_order_of_texts_gives_another_order_of_rows(backend: str, smooth
     inputs = features(6, 9) | HARD
     order = torch.tensor([3, 0, 8, 5, 1, 2, 7, 6, 4])
     rows, grads, stats = _call(backend, inputs, **IDS, label_smoothing=smoothing)
-    turned = inputs | {"text": inputs["text"][order], "hard_texts": inputs["hard_texts"].flip(0)}
+    moved = inputs | {"text": inputs["text"][order], "hard_texts": inputs["hard_texts"].flip(0)}
     other_ids = IDS | {"text_ids": IDS["text_ids"][order]}
-    other, other_grads, other_stats = _call(backend, turned, **other_ids, label_smoothing=smoothing)
+    other, other_grads, other_stats = _call(backend, moved, **other_ids, label_smoothing=smoothing)
     torch.testing.assert_close(other, (rows[0], rows[1][order]))
     torch.testing.assert_close(other_stats, stats)
     grads |= {"text": grads["text"][order], "hard_texts": grads["hard_texts"].flip(0)}
@@ -161,7 +161,7 @@ def test_one_side_s_ids_serve_for_both(backend: str, same_id: str) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-@each_backend("info_nce")
+@each_backend("info_nce", interpreted=False)
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_ids_of_any_integer_type_and_layout(backend: str, dtype: torch.dtype) -> None:
     inputs = features(6, 9)
@@ -176,7 +176,7 @@ def test_ids_of_any_integer_type_and_layout(backend: str, dtype: torch.dtype) ->
 
 
 @each_backend("info_nce")
-def test_where_nobody_has_a_positive_the_loss_is_nothing(backend: str) -> None:
+def test_where_no_row_has_a_positive_the_loss_is_0(backend: str) -> None:
     """A loss of 0, gradients of 0, and no mean of anything."""
     leaves = [x.to(dtype_of("info_nce", backend)).requires_grad_() for x in features(4, 6).values()]
     numbers = {"image_ids": torch.arange(4), "text_ids": torch.arange(4, 10)}
@@ -201,11 +201,7 @@ def test_where_all_false_negatives_are_left_out_only_the_pair_remains(backend: s
 def test_ids_and_hard_texts_in_more_than_a_tile(backend: str) -> None:
     """Sizes that no block of a kernel divides; one id has its rows far apart."""
     n, m = (40, 70) if gpu.INTERPRETED else (150, 333)
-    generator = torch.Generator().manual_seed(0)
-    numbers = {
-        "image_ids": torch.randint(40, (n,), generator=generator),
-        "text_ids": torch.randint(50, (m,), generator=generator),
-    }
+    numbers = {"image_ids": torch.randint(40, (n,)), "text_ids": torch.randint(50, (m,))}
     numbers["image_ids"][[0, n - 1]], numbers["text_ids"][[0, m - 1]] = 99, 99
     dtype = dtype_of("info_nce", backend)
     inputs = cast(features(n, m, 20) | {"hard_texts": features(37, dim=20, seed=1)["text"]}, dtype)

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from harness import DTYPES, SPECS, backends, dtype_of, each_backend, examples
+from harness import DTYPES, SPECS, backends, dtype_of, each_backend, examples, generator
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.contrastive.tools import Rows, by_loops, check_rows, check_statistics, features
@@ -25,7 +25,7 @@ some_examples = examples(60, interpreted=4)
 
 def whole(*shape: int, seed: int = 0) -> Tensor:
     """Small whole numbers, whose scores are exact in every dtype and order of summation: many are equal."""
-    return torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.randint(-1, 2, shape, generator=generator(seed)).double()
 
 
 def _statistics(
@@ -125,7 +125,7 @@ def test_nan_stands_last(backend: str) -> None:
     assert [float(x) for x in stats] == pytest.approx([0.8, 0.8, 7 / 5, 4 / 5, 0, 0])
 
 
-@each_backend("info_nce")
+@each_backend("info_nce", interpreted=False)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_statistics_change_no_loss(backend: str, reduction: str) -> None:
     inputs = cast(features(9), dtype_of("info_nce", backend))
@@ -152,10 +152,10 @@ def _ranks(query: Tensor, gallery: Tensor, target: Tensor) -> Tensor:
 @some_examples
 @given(data=st.data())
 def test_any_sizes(backend: str, data: st.DataObject) -> None:
-    n, m, dim = (data.draw(st.integers(1, most)) for most in (20, 150, 9))
+    n, m, dim = (data.draw(st.integers(*ends)) for ends in ((0, 20), (1, 150), (1, 9)))
     dtype = data.draw(st.sampled_from([x for x in DTYPES if backend in backends(SPECS["retrieval_ranks"], x)]))
     query, gallery = whole(n, dim, seed=n).to(dtype), whole(m, dim, seed=m + 1).to(dtype)
-    target = torch.tensor(data.draw(st.lists(st.integers(0, m - 1), min_size=n, max_size=n)))
+    target = torch.tensor(data.draw(st.lists(st.integers(0, m - 1), min_size=n, max_size=n)), dtype=torch.int64)
     got = retrieval_ranks(query, gallery, target, backend=backend)
     assert got.dtype == torch.int64 and torch.equal(got, _ranks(query, gallery, target))
 
@@ -173,12 +173,6 @@ def test_retrieval_of_nan_and_infinity(backend: str) -> None:
 
 
 @each_backend("retrieval_ranks")
-def test_no_query_has_no_rank(backend: str) -> None:
-    got = retrieval_ranks(torch.zeros(0, 4), torch.zeros(5, 4), torch.zeros(0, dtype=torch.int64), backend=backend)
-    assert got.shape == (0,) and got.dtype == torch.int64
-
-
-@each_backend("retrieval_ranks")
 def test_recall_of_what_is_in_the_gallery_itself(backend: str) -> None:
     """Each item is nearest to itself; in reverse order too, and among its own opposites last."""
     items = cast(features(60, dim=16), dtype_of("retrieval_ranks", backend))["image"]
@@ -186,18 +180,6 @@ def test_recall_of_what_is_in_the_gallery_itself(backend: str) -> None:
     assert bool((retrieval_ranks(items, items, places, backend=backend) == 0).all())
     assert bool((retrieval_ranks(items.flip(0), items, places.flip(0), backend=backend) == 0).all())
     assert bool((retrieval_ranks(-items, items, places, backend=backend) == 59).all())
-
-
-@each_backend("retrieval_ranks")
-def test_strided_and_expanded_features_and_targets(backend: str) -> None:
-    query, gallery, target = whole(12, 6).float(), whole(30, 6, seed=1).float(), torch.arange(12) * 2
-    call = lambda *x: retrieval_ranks(*x, backend=backend)
-    want = call(query, gallery, target)
-    assert torch.equal(call(query.T.contiguous().T, gallery.T.contiguous().T, target), want)
-    assert torch.equal(call(query, gallery.repeat_interleave(2, 1)[:, ::2], target), want)
-    assert torch.equal(call(query, gallery, torch.stack([target, target], 1)[:, 0]), want)
-    one, same = query[:1].expand(12, 6), target[:1].expand(12)
-    assert torch.equal(call(one, gallery, same), want[:1].expand(12))
 
 
 @each_backend("retrieval_ranks")

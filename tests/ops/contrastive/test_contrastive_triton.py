@@ -1,4 +1,4 @@
-"""The Triton contrastive kernels beyond the specs' cases: tiles, groups of rows, strips, what is computed with care.
+"""The Triton contrastive kernels beyond the specs' cases: tiles, groups of rows, strips, tiles that are computed again.
 
 They run under Triton's interpreter (``TRITON_INTERPRET=1``), or on a GPU where there is one.
 """
@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SPECS, check, run
-from torch import Tensor
+from harness import SPECS, check, draw, generator
+from ops.contrastive.tools import kernel_step
+from pairwise import parametrize, traits
 
 from mmkernels import info_nce, sigmoid_contrastive
 from mmkernels.ops.contrastive.cases import features, two_towers
@@ -30,8 +31,8 @@ from mmkernels.ops.contrastive.info_nce.triton import backward, forward
 from mmkernels.ops.contrastive.info_nce.triton.states import DirectionState, Fields
 from mmkernels.ops.contrastive.sigmoid_contrastive import triton as sigmoid
 from mmkernels.ops.contrastive.triton import call as triton_call
+from mmkernels.ops.contrastive.triton.arguments import Codes
 from mmkernels.ops.contrastive.triton.call import Block, pairing
-from mmkernels.ops.contrastive.triton.tiles import Codes
 
 interpreted = pytest.mark.interpreted  # and else on a GPU, or not at all
 if not gpu.INTERPRETED:
@@ -45,25 +46,23 @@ def _cases(most: int) -> list[tuple[OpSpec, Case]]:
     """The specs' cases with few enough pairs of queries and texts for the interpreter."""
 
     def pairs(case: Case) -> int:
-        first, second, *_ = case.make(torch.Generator().manual_seed(0)).values()
+        first, second, *_ = draw(case).values()
         return int(first.numel() // first.shape[-1] * second.shape[0])
 
     return [(spec, case) for spec in OPS for case in spec.cases if pairs(case) <= most]
 
 
 def _each(cases: list[tuple[OpSpec, Case]]) -> Any:
-    ids = [f"{spec.name}-{case.id}".replace(" ", "_") for spec, case in cases]
-    return pytest.mark.parametrize(("spec", "case"), cases, ids=ids)
+    return parametrize(
+        "spec, case",
+        cases,
+        lambda row: {"op": row[0].name} | traits(draw(row[1])),
+        ids=lambda row: f"{row[0].name}-{row[1].id}".replace(" ", "_"),
+    )
 
 
 def _check(op: str, make: Any, *grads: str) -> None:
     check(SPECS[op], Case("here", make, grads), torch.float32, "triton", DEVICE)
-
-
-def _step(op: str, inputs: Inputs, *grads: str) -> tuple[Tensor, ...]:
-    """Outputs and gradients."""
-    found = run(SPECS[op], Case("here", lambda g: inputs, grads), inputs, "triton")
-    return (*found.outputs, *found.grads.values())
 
 
 ALL = ("image", "text", "logit_scale")
@@ -113,14 +112,14 @@ def test_groups_of_rows_and_grids(monkeypatch: pytest.MonkeyPatch) -> None:
 @interpreted
 @pytest.mark.parametrize("op", ["info_nce", "sigmoid_contrastive"])
 def test_the_same_bits_from_any_number_of_programs(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = two_towers(torch.Generator().manual_seed(0), 40, 40, 16)
+    inputs = two_towers(generator(), 40, 40, 16)
     inputs |= {"logit_bias": torch.tensor(-3.0)} if op == "sigmoid_contrastive" else {"return_stats": True}
     inputs = cast(inputs, torch.float32, DEVICE)
     found = []
     for programs in (1, 7):
         monkeypatch.setattr(triton_call, "multiprocessors", lambda device, programs=programs: programs)
         with tiled(16, 16):
-            found.append(_step(op, inputs, *ALL))
+            found.append(kernel_step(op, inputs, *ALL))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -128,7 +127,7 @@ def test_the_same_bits_from_any_number_of_programs(op: str, monkeypatch: pytest.
 @pytest.mark.parametrize("hidden", [False, True])
 def test_blocks_of_texts_may_arrive_one_by_one(hidden: bool) -> None:
     """Each with the number of its first text; the images' states are those of all texts."""
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     image, text = (features(g, 40, 16).to(DEVICE, torch.float32) for _ in range(2))
     scale, ids = torch.tensor(20.0, device=DEVICE), torch.arange(40, device=DEVICE) % 9
     with tiled(16, 16):
@@ -156,12 +155,12 @@ def test_blocks_of_texts_may_arrive_one_by_one(hidden: bool) -> None:
     torch.testing.assert_close(torch.cat(text_losses), want[1])
 
 
-# What is computed with care.
+# Tiles that are computed again, exactly.
 
 
 @contextmanager
-def _careless() -> Iterator[None]:
-    """Without the kernels that compute tiles again."""
+def _without_exact_kernels() -> Iterator[None]:
+    """Tiles are not computed again."""
 
     def launch(kernel: Any, *args: Any, **constants: Any) -> None:
         if not kernel.__name__.startswith("exact_"):
@@ -197,45 +196,45 @@ def test_logits_far_apart_in_a_tile(kind: str) -> None:
     grads = (*ALL, "hard_texts") if kind == "hard" else ALL
     with tiled(16, 32):
         _check("info_nce", make, *grads)
-        inputs = cast(make(torch.Generator().manual_seed(0)), torch.float32, DEVICE)
-        right = _step("info_nce", inputs, *grads)
-        with _careless():
-            wrong = _step("info_nce", inputs, *grads)
+        inputs = cast(make(generator()), torch.float32, DEVICE)
+        right = kernel_step("info_nce", inputs, *grads)
+        with _without_exact_kernels():
+            wrong = kernel_step("info_nce", inputs, *grads)
     assert not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(right, wrong, strict=True))
 
 
 @interpreted
-def test_what_needs_no_care_is_right_without() -> None:
+def test_tiles_of_close_logits_are_computed_once() -> None:
     """Positives by id, tiles that nothing hangs over, logits within a few: nothing is computed twice."""
-    inputs = cast(two_towers(torch.Generator().manual_seed(0), 32, 64, 16), torch.float32, DEVICE)
+    inputs = cast(two_towers(generator(), 32, 64, 16), torch.float32, DEVICE)
     inputs |= {"image_ids": torch.arange(32, device=DEVICE), "text_ids": torch.arange(64, device=DEVICE) // 2}
-    more = {"label_smoothing": 0.1, "hard_texts": features(torch.Generator().manual_seed(1), 32, 16).to(inputs["text"])}
+    more = {"label_smoothing": 0.1, "hard_texts": features(generator(1), 32, 16).to(inputs["text"])}
     bias = {"logit_bias": torch.tensor(-3.0, device=DEVICE)}
     calls = [("info_nce", inputs | more, (*ALL, "hard_texts")), ("sigmoid_contrastive", inputs | bias, ALL)]
     with tiled(16, 32):
         for op, given, grads in calls:
-            right = _step(op, given, *grads)
-            with _careless():
-                again = _step(op, given, *grads)
+            right = kernel_step(op, given, *grads)
+            with _without_exact_kernels():
+                again = kernel_step(op, given, *grads)
             assert all(torch.equal(a, b) for a, b in zip(right, again, strict=True)), op
 
 
 @interpreted
 def test_by_place_only_tiles_with_positives_are_computed_twice() -> None:
-    inputs = cast(two_towers(torch.Generator().manual_seed(0), 64, 64, 16), torch.float32, DEVICE)
+    inputs = cast(two_towers(generator(), 64, 64, 16), torch.float32, DEVICE)
     sums = []
     with tiled(16, 16):
         image = inputs["image"]
         block = Block("info_nce", "contrastive", image, inputs["text"], pairing(None, None, False))
-        for care in (True, False):
+        for exact in (True, False):
             parts = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(DirectionState, "add", lambda self, part, *_: parts.append(part.clone()))  # noqa: B023
                 images, texts = (DirectionState(64, image, Fields(), image.new_empty(64)) for _ in range(2))
-                if care:
+                if exact:
                     forward.add_block(block, images, texts, inputs["logit_scale"], images.sums.positive)
                 else:
-                    with _careless():
+                    with _without_exact_kernels():
                         forward.add_block(block, images, texts, inputs["logit_scale"], images.sums.positive)
             sums.append(parts[0][0])  # references [tiles across, rows]
     tiles = torch.eye(4, dtype=torch.bool, device=DEVICE).repeat_interleave(16, 1)
@@ -258,7 +257,7 @@ def test_the_loss_of_aligned_pairs_is_0_to_the_last_digit(scale: float) -> None:
 @pytest.mark.parametrize("bias", [-10.0, -40.0, 10.0])
 def test_small_terms_of_the_sigmoid_loss_are_not_lost(bias: float) -> None:
     """As training begins nearly all of the loss is terms of exp(-10)."""
-    inputs = cast(two_towers(torch.Generator().manual_seed(0), 40, 70, 16), torch.float32, DEVICE)
+    inputs = cast(two_towers(generator(), 40, 70, 16), torch.float32, DEVICE)
     # Of another id than all texts: no pair is a positive.
     ids = {"image_ids": torch.arange(40, device=DEVICE), "text_ids": torch.arange(70, device=DEVICE) + 100}
     given = inputs | ids | {"logit_bias": torch.tensor(bias, device=DEVICE), "logit_scale": inputs["logit_scale"] * 0.5}
@@ -272,7 +271,7 @@ def test_small_terms_of_the_sigmoid_loss_are_not_lost(bias: float) -> None:
 @pytest.mark.parametrize("op", ["info_nce", "sigmoid_contrastive"])
 def test_small_upstream_gradients_do_not_underflow(op: str) -> None:
     """In float16 a batch's gradients of logits are far below the least number; a power of two changes no digit."""
-    inputs = cast(two_towers(torch.Generator().manual_seed(0), 40, 40, 16), torch.float16, DEVICE)
+    inputs = cast(two_towers(generator(), 40, 40, 16), torch.float16, DEVICE)
     scale = {"logit_scale": inputs.pop("logit_scale").float().requires_grad_()}
     features_ = {name: x.requires_grad_() for name, x in inputs.items()}
     more = {"logit_bias": torch.tensor(-3.0, device=DEVICE)} if op == "sigmoid_contrastive" else {}
@@ -295,7 +294,7 @@ def test_small_upstream_gradients_do_not_underflow(op: str) -> None:
 @interpreted
 @pytest.mark.parametrize("ignore", [False, True])
 def test_codes_and_counts_of_ids(ignore: bool) -> None:
-    g = torch.Generator().manual_seed(0)
+    g = generator()
     for n, m, most in ((9, 9, 4), (30, 30, 1), (17, 17, 10**12)):
         image_ids, text_ids = (torch.randint(-most, most, (k,), generator=g) for k in (n, m))
         text_ids[:2] = image_ids[[-1, 0]]

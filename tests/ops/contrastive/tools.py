@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import SPECS, backends, cotangent, dtype_of
+from harness import SPECS, backends, cotangent, dtype_of, generator, run
 from torch import Tensor
 
 from mmkernels import info_nce, sigmoid_contrastive
-from mmkernels.spec import Inputs, cast
+from mmkernels.spec import Case, Inputs, cast
 
 POSITIVE, NEGATIVE, HIDDEN = "positive", "negative", "hidden"
 
@@ -54,20 +54,20 @@ def scores_of(image: Tensor, text: Tensor) -> Tensor:
 
 
 def row_of(scores: Tensor, kinds: list[str], label_smoothing: float) -> tuple[Tensor, int | None]:
-    """Loss and rank of one row, from its scores [columns] and what each column is."""
-    seen = [column for column, kind in enumerate(kinds) if kind != HIDDEN]
-    positives = [column for column in seen if kinds[column] == POSITIVE]
+    """Returns loss and rank of one row, from its scores [columns] and what each column is."""
+    visible = [column for column, kind in enumerate(kinds) if kind != HIDDEN]
+    positives = [column for column in visible if kinds[column] == POSITIVE]
     if not positives:
         return scores.new_zeros(()), None
     target = torch.zeros_like(scores)
-    target[seen] += label_smoothing / len(seen)
+    target[visible] += label_smoothing / len(visible)
     target[positives] += (1 - label_smoothing) / len(positives)
-    loss = -(target[seen] * (scores[seen] - scores[seen].logsumexp(0))).sum()
+    loss = -(target[visible] * (scores[visible] - scores[visible].logsumexp(0))).sum()
     values = scores.nan_to_num(-math.inf, math.inf, -math.inf).tolist()
-    order = sorted(seen, key=lambda column: (-values[column], column))
+    order = sorted(visible, key=lambda column: (-values[column], column))
     rank = [kinds[column] for column in order].index(POSITIVE)
     if bool(scores[order[rank]].isnan()):
-        rank = len(seen) - len(positives)
+        rank = len(visible) - len(positives)
     return loss, rank
 
 
@@ -82,7 +82,7 @@ def by_loops(
     hard_texts: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Rows, Rows]:
-    """Images to texts, and texts to images."""
+    """Returns the rows of images to texts, and those of texts to images."""
 
     def kind(i: int, j: int) -> str:
         if image_ids is None or text_ids is None:
@@ -104,14 +104,27 @@ def by_loops(
     return tuple(Rows(torch.stack([x for x, _ in rows]), [rank for _, rank in rows]) for rows in (images, texts))  # type: ignore[return-value]
 
 
+def open_clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """open_clip's ClipLoss: two matrix products, two cross-entropies, the mean of both."""
+    labels = torch.arange(len(image))
+    logits_per_image, logits_per_text = logit_scale * image @ text.T, logit_scale * text @ image.T
+    return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
+
+
+def open_clip_sigmoid(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """open_clip's SigLipLoss: labels of 1 on the diagonal and -1 beside it, the sum divided by the batch."""
+    labels = 2 * torch.eye(len(image), dtype=image.dtype) - torch.ones(len(image), len(text))
+    return -F.logsigmoid(labels * (logit_scale * image @ text.T + logit_bias)).sum() / len(image)
+
+
 def features(
     n: int = 7, m: int | None = None, dim: int = 5, queries: int = 0, scale: float = 4.0, seed: int = 0
 ) -> Inputs:
-    """Random images and texts, and a scale, in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    """Returns random images and texts, and a scale, in float64."""
+    g = generator(seed)
 
     def draw(*shape: int) -> Tensor:
-        return F.normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1)
+        return F.normalize(torch.randn(shape, generator=g, dtype=torch.float64), dim=-1)
 
     image = draw(n, queries, dim) if queries else draw(n, dim)
     text = draw(n if m is None else m, dim)
@@ -181,13 +194,18 @@ def each_loss(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def inputs_of(op: str, backend: str | None = None, n: int = 7, **more: Any) -> Inputs:
-    """Floating tensors by name, in the widest dtype that the backend computes in."""
+    """Returns floating tensors by name, in the widest dtype that the backend computes in."""
     inputs = features(n, **more) | (HARD if op == "info_nce" else BIAS)
     return inputs if backend is None else cast(inputs, dtype_of(op, backend))
 
 
+def kernel_step(op: str, inputs: Inputs, *grads: str) -> tuple[Tensor, ...]:
+    """Returns the Triton kernels' outputs and gradients."""
+    return run(SPECS[op], Case("here", lambda g: inputs, grads), inputs, "triton").tensors
+
+
 def step(op: str, inputs: Inputs, wanted: tuple[str, ...] | None = None, **options: Any) -> tuple[Tensor, ...]:
-    """The loss, and its gradients by the inputs named."""
+    """Returns the loss, and its gradients by the inputs named."""
     wanted = tuple(inputs) if wanted is None else wanted
     leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
     loss = LOSSES[op](**leaves, **options)

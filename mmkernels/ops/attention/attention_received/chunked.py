@@ -1,4 +1,4 @@
-"""Received attention in two walks over the tiles: log-sum-exp of the rows, then sums of the columns."""
+"""Received attention in plain PyTorch: the log-sum-exp of each row, then sums of the columns, both by tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmkernels.ops.attention.tiles import Tiles, finite_or_zero, log_sum_exp
 
 
 def forward(args: Arguments) -> Tensor:
-    """[B, Hq, Lk]."""
+    """Returns the received attention [B, Hq, Lk]."""
     query, key = args.query, args.key
     tiles = Tiles(args)
     received = query.new_zeros(*query.shape[:2], key.shape[2], dtype=tiles.dtype)
@@ -24,10 +24,10 @@ def forward(args: Arguments) -> Tensor:
             count = None if counts is None else tiles.fold_rows(counts, block, queries)
             for tile in tiles.key_tiles(block, queries):
                 scores = tiles.scores(rows, block, tile)
-                seen = tiles.seen(scores, block, tile)
+                visible = tiles.visible(scores, block, tile)
                 weights = scores.sub_(lse).exp_()
                 weights = weights if count is None else weights.mul_(count)
-                if seen is not None:  # a hidden key gets nothing from a query whose own scores or count are NaN
-                    weights = torch.where(seen > 0, weights, 0.0)
+                if visible is not None:  # a hidden key receives nothing from a query whose scores or count are NaN
+                    weights = torch.where(visible > 0, weights, 0.0)
                 received[block.batch, block.heads, tile.keys] += tiles.unfold_pairs(weights, block).sum(2)
     return received

@@ -58,7 +58,7 @@ def received_kernel(
     LAYOUT: tl.constexpr, ALL_PARTIAL: tl.constexpr, NEGATE: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of one query head. Grid: (key tiles x batch x query heads,)."""
+    """Computes one tile of keys of one query head. Grid: (key tiles x batch x query heads,)."""
     key_tiles = tl.cdiv(sizes.k_len, BLOCK_K)
     number, tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
     problem = problem_at(number, sizes, LAYOUT)
@@ -66,24 +66,19 @@ def received_kernel(
     k = load_key_halves(key, problem, first_key, key_strides, sizes.k_len, DIM, UNIT, BLOCK_K, False, False)
     total = tl.zeros([BLOCK_K], tl.float32)
     walk = walk_over_rows(lists, masks, problem, tile, sizes, LAYOUT, BLOCK_Q, ALL_PARTIAL)
-    for n in range(0, walk.full):
-        total = column_sums(
-            total, k, query, lse, counts, masks, query_strides, count_strides, problem,
-            full_tile(walk, lists, n) * BLOCK_Q, first_key, sizes, scale,
-            False, LAYOUT, NEGATE, DIM, BLOCK_Q, BLOCK_K, PRECISION, UNIT,
-        )  # fmt: skip
-    for n in range(0, walk.partial):
-        total = column_sums(
-            total, k, query, lse, counts, masks, query_strides, count_strides, problem,
-            partial_tile(walk, lists, n) * BLOCK_Q, first_key, sizes, scale,
-            True, LAYOUT, NEGATE, DIM, BLOCK_Q, BLOCK_K, PRECISION, UNIT,
-        )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        for n in range(0, walk.partial if MASKED else walk.full):
+            row_tile = partial_tile(walk, lists, n) if MASKED else full_tile(walk, lists, n)
+            total = column_sums(
+                total, k, query, lse, counts, masks, query_strides, count_strides, problem, row_tile * BLOCK_Q,
+                first_key, sizes, scale, MASKED, LAYOUT, NEGATE, DIM, BLOCK_Q, BLOCK_K, PRECISION, UNIT,
+            )  # fmt: skip
     j = first_key + tl.arange(0, BLOCK_K)
     tl.store(received + problem.number.to(tl.int64) * sizes.k_len + j, total, mask=j < sizes.k_len)
 
 
 def forward(args: Arguments) -> Tensor:
-    """[B, Hq, Lk]."""
+    """Returns the received attention, float32 [B, Hq, Lk]."""
     query, key, query_weights = args.query, args.key, args.query_weights
     lse = log_sum_exp(Call(args))
     call = Call(args, packed=False, shared=False)
@@ -93,7 +88,7 @@ def forward(args: Arguments) -> Tensor:
     launch(
         received_kernel, (call.key_tiles(plan) * call.problems,), plan,
         query, key, lse, query_weights, received, call.masks, call.lists(plan, of_rows=False), strides_of(query, unit),
-        strides_of(key, unit), RowStrides(*((0,) * 3 if query_weights is None else broadcast_strides(query_weights))),
+        strides_of(key, unit), None if query_weights is None else RowStrides(*broadcast_strides(query_weights)),
         call.sizes, call.scale_log2, **call.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, UNIT=unit,
     )  # fmt: skip
     return received

@@ -1,4 +1,4 @@
-"""Attention probabilities in tiles: scores written where they will stay, then normalised by their log-sum-exp."""
+"""Attention probabilities in plain PyTorch: the log-sum-exp of each row, then the probabilities, both by tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmkernels.ops.attention.tiles import Tiles, finite_or_zero, log_sum_exp
 
 
 def forward(args: Arguments) -> Tensor:
-    """[B, Hq, Lq, Lk]."""
+    """Returns the probabilities [B, Hq, Lq, Lk]."""
     query, key = args.query, args.key
     tiles = Tiles(args)
     result = query.new_zeros(*query.shape[:3], key.shape[2], dtype=tiles.dtype)
@@ -20,9 +20,9 @@ def forward(args: Arguments) -> Tensor:
             lse = finite_or_zero(log_sum_exp(tiles, block, queries, rows))
             for tile in tiles.key_tiles(block, queries):
                 scores = tiles.scores(rows, block, tile)
-                seen = tiles.seen(scores, block, tile)
+                visible = tiles.visible(scores, block, tile)
                 weights = scores.sub_(lse).exp_()
-                if seen is not None:  # a query whose own scores are NaN still gives a hidden key nothing
-                    weights = torch.where(seen > 0, weights, 0.0)
+                if visible is not None:  # a hidden key has weight 0 also where the query's scores are NaN
+                    weights = torch.where(visible > 0, weights, 0.0)
                 result[block.batch, block.heads, queries, tile.keys] = tiles.unfold_pairs(weights, block)
     return result

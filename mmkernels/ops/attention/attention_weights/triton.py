@@ -12,9 +12,8 @@ from mmkernels.ops.attention.triton.attend import log_sum_exp
 from mmkernels.ops.attention.triton.call import Call, strides_of, unit_of
 from mmkernels.ops.attention.triton.scores import load_lse, load_spans, masked_scores
 from mmkernels.ops.attention.triton.tiles import (
-    dot_halves,
+    dot_keys,
     load_halves,
-    load_key_halves,
     problem_at,
     row_offsets,
     row_places,
@@ -30,7 +29,7 @@ def weights_kernel(
     LAYOUT: tl.constexpr, NEGATE: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows by keys. Grid: (key tiles x row tiles x problems,)."""
+    """Computes one tile of rows by keys. Grid: (key tiles x row tiles x problems,)."""
     k_len = sizes.k_len
     key_tiles = tl.cdiv(k_len, BLOCK_K)
     first = (tl.program_id(0) % key_tiles) * BLOCK_K
@@ -44,8 +43,7 @@ def weights_kernel(
     weights = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     if (tl.min(spans.start, 0) < first + BLOCK_K) & (tl.max(spans.end, 0) > first):
         q = load_halves(query, row_offsets(rows, query_strides, UNIT), rows.live, query_strides.column, DIM)
-        k = load_key_halves(key, problem, first, key_strides, k_len, DIM, UNIT, BLOCK_K, False, False)
-        dots = dot_halves(q, k, DIM, PRECISION)
+        dots, _ = dot_keys(q, key, problem, first, key_strides, k_len, DIM, UNIT, BLOCK_K, False, False, PRECISION)
         if NEGATE:
             dots = -dots
         scores, visible = masked_scores(dots, masks, rows, spans, j, scale, 0)
@@ -56,7 +54,7 @@ def weights_kernel(
 
 
 def forward(args: Arguments) -> Tensor:
-    """[B, Hq, Lq, Lk]."""
+    """Returns the probabilities, float32 [B, Hq, Lq, Lk]."""
     query, key = args.query, args.key
     call = Call(args)
     lse = log_sum_exp(call)

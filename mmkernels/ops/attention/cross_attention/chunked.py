@@ -31,27 +31,27 @@ def forward(args: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _attend(tiles: Tiles, block: Block, queries: slice, value: Tensor) -> tuple[Tensor, Tensor]:
-    """One tile of queries against all its keys: [P, rows, Dv] and the log-sum-exp [P, rows, 1]."""
+    """Returns the output [P, rows, Dv] and the log-sum-exp [P, rows, 1] of one tile of queries."""
     rows = tiles.scaled_rows(block, queries)
     sums = RowSums(tiles, rows)
     out: Tensor | None = None
     for tile in tiles.key_tiles(block, queries):
         scores = tiles.scores(rows, block, tile)
-        seen = tiles.seen(scores, block, tile)
-        weights, shrink = sums.add(scores, seen)
+        visible = tiles.visible(scores, block, tile)
+        weights, shrink = sums.add(scores, visible)
         tiles.drop(weights, block, tile)
         values = tiles.fold_keys(value, block, tile.keys)
         if out is None:
-            out = tiles.multiply(weights, values, seen)
-        elif seen is None:
+            out = tiles.multiply(weights, values, visible)
+        elif visible is None:
             out.mul_(shrink).baddbmm_(weights, values)
         else:
-            out = out.mul_(shrink).add_(tiles.multiply(weights, values, seen))
+            out = out.mul_(shrink).add_(tiles.multiply(weights, values, visible))
     if out is None:
         out = rows.new_zeros(*rows.shape[:2], value.shape[3])
     lse = sums.log_sum_exp()
     out.div_(sums.total.masked_fill(sums.total == 0, 1.0))
-    return (torch.where(lse.isnan(), math.nan, out) if tiles.careful else out), lse
+    return (torch.where(lse.isnan(), math.nan, out) if tiles.non_finite else out), lse
 
 
 def backward(args: Any) -> tuple[Tensor, ...]:
@@ -60,7 +60,7 @@ def backward(args: Any) -> tuple[Tensor, ...]:
     tiles = Tiles(args, (value, args.grad_out), args.seed, args.dropout_p)
     inputs = (query, args.key, value, args.bias, gate)
     needs = (args.need_query, args.need_key, args.need_value, args.need_bias, args.need_gate)
-    # Sums over many tiles: in the working dtype, in the layout of the input.
+    # Sums over many tiles, so in the wide dtype; in the layout of the input.
     grads = [
         torch.zeros_like(x, dtype=tiles.dtype) if need and x is not None else None
         for x, need in zip(inputs, needs, strict=True)
@@ -112,41 +112,41 @@ def _backward_rows(
     grads: list[Tensor | None],
     gate_rows: Tensor | None,
 ) -> None:
-    """Add what one tile of queries gives to each gradient."""
+    """Add to each gradient what one tile of queries contributes."""
     grad_query, grad_key, grad_value, grad_bias, _ = grads
-    clean = without_non_finite if tiles.careful else (lambda x: x)
+    clean = without_non_finite if tiles.non_finite else (lambda x: x)
     gated = rows.grad if rows.factor is None else rows.grad * rows.factor
     needs_scores = any(g is not None for g in (grad_query, grad_key, grad_bias, gate_rows))
     sum_query = torch.zeros_like(rows.query) if grad_query is not None else None
     for tile in tiles.key_tiles(block, queries):
         place = (block.key_batch, block.key_heads, tile.keys)
         scores = tiles.scores(rows.query, block, tile)
-        seen = tiles.seen(scores, block, tile)
+        visible = tiles.visible(scores, block, tile)
         weights = scores.sub_(rows.lse).exp_()
-        if seen is not None:  # a query whose scores are NaN gives nothing to a key that it does not see
-            weights.masked_fill_(seen == 0, 0.0)
+        if visible is not None:  # a query whose scores are NaN gives nothing to a key that is hidden from it
+            weights.masked_fill_(visible == 0, 0.0)
         kept = weights
         if tiles.seed is not None:
             kept = weights.clone()
             tiles.drop(kept, block, tile)
         if grad_value is not None:
-            seen_t = None if seen is None else seen.transpose(1, 2)
-            part = tiles.multiply(kept.transpose(1, 2), gated, seen_t)
+            visible_rows = None if visible is None else visible.transpose(1, 2)
+            part = tiles.multiply(kept.transpose(1, 2), gated, visible_rows)
             grad_value[place] += part.view(grad_value[place].shape)
         if not needs_scores:
             continue
         grad = torch.bmm(rows.grad, tiles.fold_keys(value, block, tile.keys).transpose(1, 2))
         if gate_rows is not None:
             product = kept * grad
-            if seen is not None:
-                product.masked_fill_(seen == 0, 0.0)
+            if visible is not None:
+                product.masked_fill_(visible == 0, 0.0)
             gate_rows[block.heads] += tiles.unfold_pairs(product, block).sum((0, 2, 3))
         if rows.factor is not None:
             grad.mul_(rows.factor)
         tiles.drop(grad, block, tile)
         grad.sub_(rows.delta).mul_(weights)
-        if seen is not None:
-            grad.masked_fill_(seen == 0, 0.0)
+        if visible is not None:
+            grad.masked_fill_(visible == 0, 0.0)
         if grad_bias is not None:
             _add_bias(tiles.unfold_pairs(grad, block), grad_bias, block, tile.queries, tile.keys)
         if sum_query is not None:
@@ -159,7 +159,7 @@ def _backward_rows(
 
 
 def _add_bias(grad: Tensor, total: Tensor, block: Block, queries: slice, keys: slice) -> None:
-    """Add a tile [b, H, T, K] to the bias's gradient, summed over the dims that broadcast."""
+    """Add a tile [b, H, T, K] to the bias's gradient, summed over the dimensions that broadcast."""
     shared = [dim for dim, size in enumerate(total.shape) if size == 1]
     part = grad.sum(shared, keepdim=True) if shared else grad
     Tiles._part(total, block, queries, keys).add_(part)

@@ -32,7 +32,9 @@ def why_not(args: Any = None) -> str | None:
     if args is None:
         return cuda.why_not()
     query = args.query
-    if not query.is_cuda:  # the first question: on other tensors it is all that a call pays for
+    if query.is_cpu:  # the first question: on CPU tensors it is all that a call pays for
+        return "the tensors are on cpu"
+    if not query.is_cuda:
         return f"the tensors are on {query.device}"
     return cuda.why_not_device(query.device) or _why_not_call(args)
 

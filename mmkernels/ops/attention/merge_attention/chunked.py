@@ -1,4 +1,4 @@
-"""Merging in one multiplication and one in-place multiply-add."""
+"""Merges two attention outputs by one multiplication and one multiply-add in place."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.attention.triton.arguments import NO_LISTS, NO_STRIDES, Halves, Rows, State, Strides
+from mmkernels.ops.attention.triton.arguments import NO_STRIDES, Halves, Rows, State, Strides
 from mmkernels.ops.attention.triton.call import (
     Call,
     dropout_of,
@@ -27,21 +27,21 @@ from mmkernels.ops.attention.triton.call import (
 )
 from mmkernels.ops.attention.triton.scores import (
     LOWEST,
+    finite_or_zero,
     keep_pairs,
     load_gate,
     load_spans,
     masked_scores,
-    note_non_finite,
     opaque_zero,
     restore_non_finite,
-    zero_non_finite,
+    rows_non_finite,
 )
 from mmkernels.ops.attention.triton.tiles import (
     add_halves,
-    add_product,
-    dot_halves,
+    dot_keys,
     load_halves,
     load_key_halves,
+    load_keys,
     load_rows,
     output_places,
     problem_at,
@@ -82,8 +82,7 @@ def attend_tile(
 
     `non_finite` notes where a value that not every row sees is not finite.
     """
-    k = load_key_halves(key, problem, first, strides.key, k_len, DIM, UNIT, BLOCK_K, not MASKED, TMA)
-    scores = dot_halves(q, k, DIM, PRECISION)
+    scores, _ = dot_keys(q, key, problem, first, strides.key, k_len, DIM, UNIT, BLOCK_K, not MASKED, TMA, PRECISION)
     if MASKED:
         scores, _ = masked_scores(scores, masks, rows, spans, first + tl.arange(0, BLOCK_K), scale, 0)
         top = tl.maximum(state.top, tl.max(scores, 1))
@@ -96,15 +95,35 @@ def attend_tile(
     shrink = tl.exp2(state.top - base)
     state = State(top, state.total * shrink + tl.sum(weights, 1))
     if value is not None:
-        if dropout.seed is not None:
+        if dropout is not None:
             weights = tl.where(keep_pairs(dropout, rows, first, BLOCK_K), weights, 0.0)
-        v = load_key_halves(value, problem, first, strides.value, k_len, VALUE_DIM, UNIT, BLOCK_K, not MASKED, TMA)
-        weights = weights.to(v.first.dtype)
-        if MASKED and HIDES:
-            non_finite = note_non_finite(non_finite, v, VALUE_DIM)
-            v = zero_non_finite(v, VALUE_DIM)
-        acc = add_product(scale_halves(acc, shrink[:, None], VALUE_DIM), weights, v, VALUE_DIM, PRECISION)
+        out, non_finite = add_values(
+            acc.first, non_finite, weights, shrink, value, problem, first, strides.value, k_len,
+            0, VALUE_DIM.first, VALUE_DIM.size, MASKED, HIDES, BLOCK_K, PRECISION, UNIT, TMA,
+        )  # fmt: skip
+        second = acc.second
+        if VALUE_DIM.second > 0:
+            second, non_finite = add_values(
+                second, non_finite, weights, shrink, value, problem, first, strides.value, k_len,
+                VALUE_DIM.first, VALUE_DIM.second, VALUE_DIM.size, MASKED, HIDES, BLOCK_K, PRECISION, UNIT, False,
+            )  # fmt: skip
+        acc = Halves(out, second)
     return state, acc, non_finite
+
+
+@triton.jit
+def add_values(
+    acc, non_finite, weights, shrink, value, problem, first, strides, k_len,
+    FROM: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr, HIDES: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Returns acc, of WIDTH channels, times `shrink` plus the weighted values; see `attend_tile`."""
+    v = load_keys(value, problem, first, strides, k_len, FROM, WIDTH, SIZE, UNIT, BLOCK_K, not MASKED, TMA)
+    weights = weights.to(v.dtype)  # before the check below, which takes registers
+    if MASKED and HIDES:
+        non_finite = tl.maximum(non_finite, rows_non_finite(v))
+        v = finite_or_zero(v)
+    return tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION), non_finite
 
 
 @triton.jit
@@ -166,7 +185,7 @@ def forward_kernel(
     VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     SPLIT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows of one problem; with SPLIT one of `splits` parts of its keys.
+    """Computes one tile of rows of one problem; with SPLIT over one of `splits` parts of its keys.
 
     Grid: (row tiles x problems, splits). `out` and `lse` are the op's, or with SPLIT float32 [splits, problem, row, Dv]
     and [splits, problem, row] (base 2). Without a value (None) only the log-sum-exp.
@@ -187,25 +206,24 @@ def forward_kernel(
     walk = walk_over_keys(
         lists, spans, rows.live, problem, tile, sizes.k_len, split, splits, BLOCK_K, ALL_PARTIAL
     )  # fmt: skip
-    for m in range(0, walk.full):
-        state, acc, non_finite = attend_tile(
-            state, acc, non_finite, q, key, value, masks, dropout, strides, rows, spans, problem,
-            full_tile(walk, lists, m) * BLOCK_K, sizes.k_len, scale,
-            False, HIDES, DIM, VALUE_DIM, BLOCK_K, PRECISION, UNIT, TMA,
-        )  # fmt: skip
-    if walk.full > 0:  # every row has seen something, if only scores of -inf (or NaN, which makes its total NaN)
-        lowest = (state.top == -INFINITY) & (state.total == 0)
-        total = tl.where(lowest, 1.0, state.total)
-        state = State(tl.where(lowest, LOWEST, state.top), total)
-    for m in range(0, walk.partial):
-        state, acc, non_finite = attend_tile(
-            state, acc, non_finite, q, key, value, masks, dropout, strides, rows, spans, problem,
-            partial_tile(walk, lists, m) * BLOCK_K, sizes.k_len, scale,
-            True, HIDES, DIM, VALUE_DIM, BLOCK_K, PRECISION, UNIT, TMA,
-        )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        for m in range(0, walk.partial if MASKED else walk.full):
+            key_tile = partial_tile(walk, lists, m) if MASKED else full_tile(walk, lists, m)
+            state, acc, non_finite = attend_tile(
+                state, acc, non_finite, q, key, value, masks, dropout, strides, rows, spans, problem,
+                key_tile * BLOCK_K, sizes.k_len, scale,
+                MASKED, HIDES, DIM, VALUE_DIM, BLOCK_K, PRECISION, UNIT, TMA,
+            )  # fmt: skip
+        if not MASKED:
+            if walk.full > 0:  # every row has a visible key, if only with a score of -inf (or NaN: its total is NaN)
+                lowest = (state.top == -INFINITY) & (state.total == 0)
+                total = tl.where(lowest, 1.0, state.total)
+                state = State(tl.where(lowest, LOWEST, state.top), total)
 
     places, out_places = places_of(n, split, problem, rows, sizes, LAYOUT, SPLIT)
-    factor = tl.zeros([BLOCK_Q], tl.float32) + dropout.scale
+    factor = tl.full([BLOCK_Q], 1.0, tl.float32)
+    if dropout is not None:
+        factor = factor * dropout.scale
     if not SPLIT:
         factor = factor * load_gate(gate, rows)
     done, log2 = finish_rows(state, acc, factor, VALUE_DIM, SPLIT)
@@ -213,7 +231,7 @@ def forward_kernel(
     if value is not None:
         store_halves(out, out_places * VALUE_DIM.size, rows.live, done, 1, VALUE_DIM)
         if HIDES:
-            # Values that are not finite are rare: patch the rows now, so that the loops hold no registers for it.
+            # Rare. The rows are corrected last, so that the loops need no registers for it.
             if tl.max(non_finite, 0) > 0:
                 restore_rows(
                     out, query, value, masks, lists, gate, strides.value, walk, split, problem, tile, sizes,
@@ -276,7 +294,7 @@ def attend(
     launch(
         forward_kernel, (call.row_tiles(plan) * call.problems, splits), plan,
         query, key_source, value_source, part_out, part_lse, call.masks,
-        call.lists(plan, of_rows=True) if splits == 1 else NO_LISTS, gates, dropout_of(seed, dropout_p),
+        call.lists(plan, of_rows=True) if splits == 1 else None, gates, dropout_of(seed, dropout_p),
         ForwardStrides(
             strides_of(query, unit), strides_of(key, unit), NO_STRIDES if value is None else strides_of(value, unit)
         ), call.sizes, call.scale_log2, splits,

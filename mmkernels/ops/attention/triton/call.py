@@ -12,18 +12,13 @@ from torch import Tensor
 from mmkernels.ops.attention.inputs import Scores
 from mmkernels.ops.attention.philox import keep_scale
 from mmkernels.ops.attention.triton.arguments import (
-    NO_LISTS,
-    NO_STRIDES,
     Dropout,
     Gate,
     HeadDim,
-    KeyStrides,
     Layout,
     Lists,
     Masks,
-    MaskStrides,
     Sizes,
-    SpanStrides,
     Strides,
 )
 from mmkernels.ops.attention.triton.walks import list_tiles, tile_status
@@ -35,7 +30,7 @@ from mmkernels.runtime.tuning import Config
 LISTED = 2**14  # scores of a problem from which on the tiles that a mask leaves are listed first
 _LIST_BLOCK = 256
 _SMALL = Config(0, 0, 4, 1)
-_TMA_KEYS = 1024  # from which on a descriptor's 5 us on the host are little beside the kernel
+_TMA_KEYS = 1024  # with fewer keys, the 5 us that a descriptor takes on the host are not small beside the kernel
 
 
 @cache
@@ -61,7 +56,7 @@ class Call:
     """One attention call as the kernels take it.
 
     Args:
-        packed: a problem is a key head with all its query heads; else each query head is its own.
+        packed: a problem is a key head with all its query heads; else each query head is one.
         shared: where all batch entries have one key, they are rows of one problem.
     """
 
@@ -84,8 +79,11 @@ class Call:
         self.problems = self.problem_heads * (1 if shared else self.batch)
         self.rows = self.q_len * (self.layout.group if packed else 1) * (self.batch if shared else 1)
         start, end, key_valid, dense, bias = args.start, args.end, args.key_valid, args.dense, args.bias
-        strides = _mask_strides(start, end, key_valid, dense, bias)
-        self.masks = Masks(start, end, _bytes(key_valid), _bytes(dense), bias, strides)
+        self.masks = Masks(
+            start, end, _bytes(key_valid), _bytes(dense), bias,
+            *mask_strides(start, 2), *mask_strides(end, 2), *mask_strides(key_valid, 2), *mask_strides(dense, 4),
+            *mask_strides(bias, 4),
+        )  # fmt: skip
         self.hides = any(x is not None for x in (start, key_valid, dense, bias))
         self.constants: dict[str, Any] = {
             "LAYOUT": self.layout,
@@ -106,14 +104,14 @@ class Call:
     def key_tiles(self, config: Config) -> int:
         return ceil_div(self.k_len, config.block_k)
 
-    def lists(self, config: Config, *, of_rows: bool) -> Lists:
-        """Returns the lists of the tiles that the mask leaves, or `NO_LISTS` where they are not worth making.
+    def lists(self, config: Config, *, of_rows: bool) -> Lists | None:
+        """Returns the lists of the tiles that the mask leaves, or None where they are not worth making.
 
         Spans are a range of keys for each tile of rows, which needs no list.
         """
         masks = self.masks
         listed = masks.dense is not None or (not of_rows and (masks.start is not None or masks.key_valid is not None))
-        return self.make_lists(config, of_rows=of_rows) if listed and self.rows * self.k_len >= LISTED else NO_LISTS
+        return self.make_lists(config, of_rows=of_rows) if listed and self.rows * self.k_len >= LISTED else None
 
     def make_lists(self, config: Config, *, of_rows: bool) -> Lists:
         """Returns for each tile of rows (else: of keys) the tiles of keys (rows) that meet it, see `list_tiles`."""
@@ -154,13 +152,18 @@ def broadcast_strides(x: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def gate_of(gate: Tensor | None) -> Gate:
-    return Gate(gate, 0 if gate is None or gate.numel() == 1 else gate.stride(0))
+def mask_strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    """Returns `broadcast_strides`, 0 for a tensor that the call does not have."""
+    return (0,) * dims if x is None else broadcast_strides(x)
 
 
-def dropout_of(seed: Tensor | None, dropout_p: float) -> Dropout:
-    """Words of Philox below the threshold are dropped; all of them at 2^32."""
-    return Dropout(seed, round(dropout_p * 2**32), 1.0 if seed is None else keep_scale(dropout_p))
+def gate_of(gate: Tensor | None) -> Gate | None:
+    return None if gate is None else Gate(gate, 0 if gate.numel() == 1 else gate.stride(0))
+
+
+def dropout_of(seed: Tensor | None, dropout_p: float) -> Dropout | None:
+    """Returns the `Dropout` of a call. Words of Philox below the threshold are dropped; all of them at 2^32."""
+    return None if seed is None else Dropout(seed, round(dropout_p * 2**32), keep_scale(dropout_p))
 
 
 def tma_sources(call: Call, value: Tensor | None, config: Config) -> tuple[object, object]:
@@ -182,15 +185,3 @@ def tma_descriptor(x: Tensor, block: int) -> Any:
 
 def _bytes(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.view(torch.uint8)
-
-
-def _mask_strides(
-    start: Tensor | None, end: Tensor | None, key_valid: Tensor | None, dense: Tensor | None, bias: Tensor | None
-) -> MaskStrides:
-    return MaskStrides(
-        SpanStrides(0, 0) if start is None else SpanStrides(*broadcast_strides(start)),
-        SpanStrides(0, 0) if end is None else SpanStrides(*broadcast_strides(end)),
-        KeyStrides(0, 0) if key_valid is None else KeyStrides(*broadcast_strides(key_valid)),
-        NO_STRIDES if dense is None else Strides(*broadcast_strides(dense)),
-        NO_STRIDES if bias is None else Strides(*broadcast_strides(bias)),
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmkernels.ops.attention.triton.arguments import Halves, Rows, Spans
+from mmkernels.ops.attention.triton.arguments import Halves, Rows, Spans, Strides
 from mmkernels.ops.attention.triton.tiles import row_offsets
 from mmkernels.ops.common.triton.constants import INFINITY, LOG2E
 
@@ -29,10 +29,9 @@ def load_spans(masks, rows, k_len):
     end = start + k_len
     if masks.start is not None:
         batch, query = rows.batch.to(tl.int64), rows.query.to(tl.int64)
-        strides = masks.strides
-        places = masks.start + batch * strides.start.batch + query * strides.start.row
+        places = masks.start + batch * masks.start_batch + query * masks.start_row
         start = tl.load(places, mask=rows.live, other=0)
-        places = masks.end + batch * strides.end.batch + query * strides.end.row
+        places = masks.end + batch * masks.end_batch + query * masks.end_row
         end = tl.load(places, mask=rows.live, other=0)
         start, end = tl.maximum(start, 0), tl.minimum(end, k_len)
     sees = rows.live & (start < end)
@@ -47,13 +46,12 @@ def visible_pairs(masks, rows, spans, j, ROW_AXIS: tl.constexpr):
     key = tl.expand_dims(j, ROW_AXIS)
     visible = (key >= start) & (key < end)
     if masks.key_valid is not None:
-        strides = masks.strides.key_valid
         batch = tl.expand_dims(rows.batch, 1 - ROW_AXIS).to(tl.int64)
-        places = masks.key_valid + batch * strides.batch + key.to(tl.int64) * strides.key
+        places = masks.key_valid + batch * masks.key_valid_batch + key.to(tl.int64) * masks.key_valid_key
         visible = visible & (tl.load(places, mask=visible, other=0) != 0)
     if masks.dense is not None:
-        places = masks.dense + line_offsets(rows, masks.strides.dense, ROW_AXIS)
-        places += key.to(tl.int64) * masks.strides.dense.column
+        strides = Strides(masks.dense_batch, masks.dense_head, masks.dense_row, masks.dense_column)
+        places = masks.dense + line_offsets(rows, strides, ROW_AXIS) + key.to(tl.int64) * masks.dense_column
         visible = visible & (tl.load(places, mask=visible, other=0) != 0)
     return visible
 
@@ -74,8 +72,9 @@ def masked_scores(dots, masks, rows, spans, j, scale, ROW_AXIS: tl.constexpr):
     visible = visible_pairs(masks, rows, spans, j, ROW_AXIS)
     scores = dots * scale
     if masks.bias is not None:
-        offsets = line_offsets(rows, masks.strides.bias, ROW_AXIS)
-        offsets += tl.expand_dims(j, ROW_AXIS).to(tl.int64) * masks.strides.bias.column
+        strides = Strides(masks.bias_batch, masks.bias_head, masks.bias_row, masks.bias_column)
+        offsets = line_offsets(rows, strides, ROW_AXIS)
+        offsets += tl.expand_dims(j, ROW_AXIS).to(tl.int64) * masks.bias_column
         bias = tl.load(masks.bias + offsets, mask=visible, other=-INFINITY).to(tl.float32)
         visible = visible & (bias != -INFINITY)
         scores += tl.where(bias < LOWEST_BIAS, LOWEST_BIAS, bias) * LOG2E
@@ -95,12 +94,24 @@ def load_lse(lse, places, live):
 
 
 @triton.jit
+def finite_or_zero(x):
+    """Returns x with 0 for NaN and inf."""
+    return tl.where(tl.abs(x.to(tl.float32)) < INFINITY, x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def rows_non_finite(x):
+    """Returns 1 for each row of x that holds NaN or inf, else 0."""
+    return tl.max(tl.where(tl.abs(x.to(tl.float32)) < INFINITY, 0, 1), 1)
+
+
+@triton.jit
 def zero_non_finite(x, DIM: tl.constexpr):
     """Returns the halves x with 0 for NaN and inf."""
-    first = tl.where(tl.abs(x.first.to(tl.float32)) < INFINITY, x.first, 0.0).to(x.first.dtype)
+    first = finite_or_zero(x.first)
     second = first
     if DIM.second > 0:
-        second = tl.where(tl.abs(x.second.to(tl.float32)) < INFINITY, x.second, 0.0).to(x.second.dtype)
+        second = finite_or_zero(x.second)
     halves = Halves(first, second)
     return halves
 
@@ -108,31 +119,31 @@ def zero_non_finite(x, DIM: tl.constexpr):
 @triton.jit
 def note_non_finite(noted, x, DIM: tl.constexpr):
     """Returns `noted`, with 1 for each row of the halves x that holds NaN or inf."""
-    noted = tl.maximum(noted, tl.max(tl.where(tl.abs(x.first.to(tl.float32)) < INFINITY, 0, 1), 1))
+    noted = tl.maximum(noted, rows_non_finite(x.first))
     if DIM.second > 0:
-        noted = tl.maximum(noted, tl.max(tl.where(tl.abs(x.second.to(tl.float32)) < INFINITY, 0, 1), 1))
+        noted = tl.maximum(noted, rows_non_finite(x.second))
     return noted
 
 
 @triton.jit
-def seen_non_finite(total, x, visible):
-    """Returns `total` plus the NaN and inf of x that each row sees."""
+def add_non_finite(total, x, visible):
+    """Returns `total` plus the NaN and inf of x that are visible to each row."""
     wide = x.to(tl.float32)
-    # One product counts what each row sees in each channel: +inf by 1, -inf by 2^-12, NaN by 2^12.
+    # One product counts what is visible to each row in each channel: +inf by 1, -inf by 2^-12, NaN by 2^12.
     kind = tl.where(wide == INFINITY, 1.0, tl.where(wide == -INFINITY, 1 / 4096, 0.0))
-    seen = tl.dot(visible.to(x.dtype), tl.where(wide == wide, kind, 4096.0).to(x.dtype))
-    above = tl.floor(seen)
+    counts = tl.dot(visible.to(x.dtype), tl.where(wide == wide, kind, 4096.0).to(x.dtype))
+    above = tl.floor(counts)
     up = tl.where(above > 0, INFINITY, 0.0)
-    return total + up + tl.where((seen > above) | (seen >= 4096.0), -INFINITY, 0.0)
+    return total + up + tl.where((counts > above) | (counts >= 4096.0), -INFINITY, 0.0)
 
 
 @triton.jit
 def restore_non_finite(total, x, visible, DIM: tl.constexpr):
     """Returns the halves `total` plus the NaN and inf of x that each row sees, which `zero_non_finite` removed."""
-    first = seen_non_finite(total.first, x.first, visible)
+    first = add_non_finite(total.first, x.first, visible)
     second = total.second
     if DIM.second > 0:
-        second = seen_non_finite(second, x.second, visible)
+        second = add_non_finite(second, x.second, visible)
     halves = Halves(first, second)
     return halves
 
@@ -165,7 +176,7 @@ def keep_pairs(dropout, rows, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Near 0, where ``1 - 2 / (1 + exp(2 x))`` would cancel, by its series."""
+    """Returns the tanh, near 0 by its series: ``1 - 2 / (1 + exp(2 x))`` would cancel there."""
     y = x * x
     near = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
     return tl.where(tl.abs(x) < 0.35, near, 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E))))
@@ -175,6 +186,6 @@ def tanh(x):
 def load_gate(gate, rows):
     """Returns tanh(gate) of each row's head; 1 without a gate."""
     factor = rows.head * 0.0 + 1.0
-    if gate.data is not None:
+    if gate is not None:
         factor = tanh(tl.load(gate.data + rows.head * gate.stride, mask=rows.live, other=0.0).to(tl.float32))
     return factor

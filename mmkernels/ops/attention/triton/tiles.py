@@ -27,17 +27,24 @@ def problem_at(number, sizes, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def row_tile_count(sizes, LAYOUT: tl.constexpr):
+    """Returns the number of tiles of rows of a problem, in a grid (row tiles x problems, ...)."""
+    row_tiles = tl.num_programs(0) // (sizes.key_heads if LAYOUT.packed else sizes.heads)
+    if not LAYOUT.shared:
+        row_tiles = row_tiles // sizes.batch
+    return row_tiles
+
+
+@triton.jit
 def problem_count(sizes, LAYOUT: tl.constexpr):
-    heads = sizes.key_heads if LAYOUT.packed else sizes.heads
-    return heads if LAYOUT.shared else heads * sizes.batch
+    """Returns the number of problems in the same grid: counting them by sizes takes two more registers."""
+    return tl.num_programs(0) // row_tile_count(sizes, LAYOUT)
 
 
 @triton.jit
 def program_of_rows(sizes, LAYOUT: tl.constexpr):
-    """Returns the problem and the tile of rows of this program, in a grid (row tiles x problems, ...)."""
-    row_tiles = tl.num_programs(0) // (sizes.key_heads if LAYOUT.packed else sizes.heads)
-    if not LAYOUT.shared:
-        row_tiles = row_tiles // sizes.batch
+    """Returns the problem and the tile of rows of this program in the same grid."""
+    row_tiles = row_tile_count(sizes, LAYOUT)
     return tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
 
 
@@ -200,6 +207,26 @@ def dot_halves(x, y, DIM: tl.constexpr, PRECISION: tl.constexpr):
     if DIM.second > 0:
         dots = tl.dot(x.second, tl.trans(y.second), dots, input_precision=PRECISION)
     return dots
+
+
+@triton.jit
+def dot_keys(
+    x, source, problem, first, strides, k_len, DIM: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Returns `dot_halves` of x and the keys or values of `load_key_halves`, and these.
+
+    The second half is loaded after the first product: both halves at once take more registers and shared memory.
+    """
+    y = load_keys(source, problem, first, strides, k_len, 0, DIM.first, DIM.size, UNIT, BLOCK, WHOLE, TMA)
+    dots = tl.dot(x.first, tl.trans(y), input_precision=PRECISION)
+    second = y
+    if DIM.second > 0:
+        second = load_keys(
+            source, problem, first, strides, k_len, DIM.first, DIM.second, DIM.size, UNIT, BLOCK, WHOLE, False
+        )
+        dots = tl.dot(x.second, tl.trans(second), dots, input_precision=PRECISION)
+    return dots, Halves(y, second)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ def walk_over_keys(
     lists, spans, live, problem, line, k_len, split, splits, BLOCK: tl.constexpr, ALL_PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Returns the `Walk` over the tiles of keys that a tile of rows sees; without lists, over one of `splits` parts."""
-    if lists.tiles is None:
+    if lists is None:
         first = tl.min(spans.start, 0) // BLOCK
         end = tl.maximum(tl.cdiv(tl.max(spans.end, 0), BLOCK), first)
         share = tl.cdiv(end - first, splits)
@@ -42,7 +42,7 @@ def walk_over_rows(
 ):  # fmt: skip
     """Returns the `Walk` over the tiles of rows that see a tile of keys; without lists, over all."""
     count = tl.cdiv(row_count(sizes, LAYOUT), BLOCK)
-    if lists.tiles is not None:
+    if lists is not None:
         walk = walk_along_list(lists, problem, line, count)
     elif ALL_PARTIAL or masks.start is not None:
         walk = Walk(count, 0, 0, 0, 0, 0, 0)
@@ -63,13 +63,13 @@ def walk_along_list(lists, problem, line, length):
 @triton.jit
 def full_tile(walk, lists, n):
     """Returns the number of the n-th full tile; in a list these stand last, in reverse order."""
-    return walk.full_first + n if lists.tiles is None else tl.load(walk.listed + walk.length - 1 - n)
+    return walk.full_first + n if lists is None else tl.load(walk.listed + walk.length - 1 - n)
 
 
 @triton.jit
 def partial_tile(walk, lists, n):
     """Returns the number of the n-th partial tile: of the list, or before and after the full ones."""
-    if lists.tiles is None:
+    if lists is None:
         before = walk.full_first - walk.first
         tile = walk.first + n if n < before else walk.full_end + n - before
     else:

@@ -176,8 +176,8 @@ def backward(args: Any) -> tuple[Tensor, ...]:
     """Returns the gradients of image, text, logit_scale and hard_texts, empty where none is needed."""
     strips = _strips(args)
     image_grad = torch.empty_like(strips.image, memory_format=torch.contiguous_format) if args.need_image else None
-    text_grad = torch.zeros_like(strips.text) if args.need_text else None
-    hard_grad = torch.zeros_like(strips.hard) if args.need_hard_texts and strips.hard is not None else None
+    text_grad = strips.text.new_zeros(strips.text.shape) if args.need_text else None
+    hard_grad = strips.hard.new_zeros(strips.hard.shape) if args.need_hard_texts and strips.hard is not None else None
     scale_grad = torch.zeros((), dtype=strips.dtype, device=args.image.device)
     of_images, of_texts = (
         None if grad is None else LogitGradient(state, grad, args.label_smoothing)

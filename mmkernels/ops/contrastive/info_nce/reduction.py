@@ -1,4 +1,8 @@
-"""What backends compute, the rows' losses; from them to one number, and what flows back from it to each row."""
+"""From the rows' losses, which backends compute, to one number, and what flows back from it to each row.
+
+The ``cpu`` kernels do the same inside (csrc/contrastive/info_nce.cpp): on small batches these operators would take more
+time than the kernels themselves, 18 us beside 15 for a loss of 8 pairs and its call.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ class Arguments(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the op returns: the reduced loss, and what its backends compute, the rows of both directions."""
+    """What the op returns: the reduced loss, and the rows of both directions."""
 
     loss: Differentiable  # []
     image_loss: Differentiable  # [N]
@@ -43,8 +47,8 @@ class Results(NamedTuple):
 
 
 Rows = Callable[[Any], tuple[Tensor, ...]]
-"""A backend. Its forward pass takes `Arguments` and returns `Results` but for the loss. Its backward pass takes the
-backward record, of which it reads the rows' gradients, not ``grad_loss``."""
+"""A backend without the reduction. Its forward pass takes `Arguments` and returns `Results` but for the loss. Its
+backward pass takes the backward record, of which it reads the rows' gradients, not ``grad_loss``."""
 
 
 def reduced(args: Any, image_loss: Tensor, text_loss: Tensor, image_state: Tensor, text_state: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ OP = "retrieval_ranks"
 
 @triton.jit
 def target_scores_kernel(query, gallery, target, score, strides, queries, items, TILE: tl.constexpr):
-    """The score of each query's target. Grid: (tiles of queries,).
+    """Store the score of each query's target. Grid: (tiles of queries,).
 
     Computes a whole tile of dot products for those on its diagonal: each score is then summed as `ranks_kernel` sums
     it, so that equal rows of the gallery have equal scores to the last bit.
@@ -55,7 +55,7 @@ def target_scores_kernel(query, gallery, target, score, strides, queries, items,
 def ranks_kernel(
     query, gallery, target, score, partials, strides, sizes, FLATTEN_LOOP: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """How many items of each tile rank before a query's target. Grid: (programs,).
+    """Store how many items of each tile rank before a query's target. Grid: (programs,).
 
     partials: int32 [tiles across, queries].
     """

@@ -133,6 +133,6 @@ OP = define(
         formula=lambda args: (formula(args),),
         backends=[Backend("chunked", _scaled), Backend("reference", _scaled)],
         contiguous=True,
-        prepared=lambda args: (args.keep_image, args.keep_text, args.keep_logit_scale, args.keep_logit_bias),
+        prepared=("keep_image", "keep_text", "keep_logit_scale", "keep_logit_bias"),
     ),
 )

@@ -18,7 +18,7 @@ def forward(args: Arguments) -> tuple[Tensor, ...]:
     loss, scale_grad, bias_grad = (torch.zeros((), dtype=strips.dtype, device=image.device) for _ in range(3))
     dtype = kept_dtype(image)
     image_grad = strips.image.new_empty(strips.image.shape, dtype=dtype) if args.keep_image else None
-    text_grad = torch.zeros_like(strips.text) if args.keep_text else None
+    text_grad = strips.text.new_zeros(strips.text.shape) if args.keep_text else None
     for at in strips:
         dots, winner = strips.dots(at, strips.text)
         logits = dots * strips.scale + bias

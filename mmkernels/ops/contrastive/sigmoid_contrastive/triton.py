@@ -10,20 +10,22 @@ from torch import Tensor
 from mmkernels.ops.common.triton.constants import LN2, LOG2E
 from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, kept, kept_dtype
+from mmkernels.ops.contrastive.triton.arguments import Strip
 from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, loss_scale_of, pairing
-from mmkernels.ops.contrastive.triton.tiles import (
-    Strip,
-    best_dots,
+from mmkernels.ops.contrastive.triton.pairs import (
     crosses_diagonal,
-    fold_sign,
     is_ragged,
     may_have_positives,
-    position,
     positive_pairs,
+    visible_pairs,
+)
+from mmkernels.ops.contrastive.triton.tiles import (
+    best_dots,
+    fold_sign,
+    position,
     split_columns,
     store_gradients,
     tile_corner,
-    visible_pairs,
 )
 from mmkernels.runtime.triton import launch
 
@@ -32,7 +34,7 @@ OP = "sigmoid_contrastive"
 
 @triton.jit
 def minus_log_one_minus(p):
-    """-log(1 - p) for 0 <= p <= 0.5, with a relative error of 2e-7, where ``1 - p`` would lose a small p.
+    """Returns -log(1 - p) for 0 <= p <= 0.5, with a relative error of 2e-7; ``1 - p`` would lose a small p.
 
     A polynomial of least relative error. Its multiplications cost nothing beside a pair's exponential and division.
     """
@@ -96,7 +98,7 @@ def sigmoid_epilogue(
     PAIRS: tl.constexpr, EXACT: tl.constexpr, GRADS: tl.constexpr, LOSS_SCALE: tl.constexpr, HALVED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """`sigmoid_tile` of the t-th tile, or of its two halves."""
+    """Run `sigmoid_tile` for the t-th tile, or for its two halves."""
     tiles = sizes.row_tiles * sizes.column_tiles
     if HALVED:
         HALF: tl.constexpr = TILE.BLOCK_K // 2
@@ -123,7 +125,7 @@ def sigmoid_kernel(
     PAIRS: tl.constexpr, GRADS: tl.constexpr, LOSS_SCALE: tl.constexpr, HALVED: tl.constexpr,
     FLATTEN_LOOP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a strip's logits times LOSS_SCALE, and partial sums. Grid: (programs,).
+    """Store the gradients of a strip's logits times LOSS_SCALE, and partial sums. Grid: (programs,).
 
     partials: float32 [3, tiles or halves of tiles], of losses, of gradients times dots, of gradients; without GRADS
     only of losses.

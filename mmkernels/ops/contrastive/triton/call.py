@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmkernels.ops.common.triton.launch import ceil_div, has_tma_layout, precision, stride_unit
 from mmkernels.ops.contrastive.formula import queries_of
-from mmkernels.ops.contrastive.triton.tiles import Codes, Sizes, Strides, Strip, Tile
+from mmkernels.ops.contrastive.triton.arguments import Codes, Sizes, Strides, Strip, Tile
 from mmkernels.runtime.triton import multiprocessors
 from mmkernels.runtime.tuning import architecture, config
 
@@ -33,13 +33,13 @@ class Pairing(NamedTuple):
     """Which pairs belong together.
 
     Args:
-        kind: the kernels' PAIRS, see tiles.py.
-        codes: int32 [N] and [M].
+        kind: the kernels' PAIRS, see pairs.py.
+        codes: int32 [N] and [M]; None without ids.
         positives, hidden: of images and of texts, int64, how many pairs each row has; None: one, and none.
     """
 
     kind: str
-    codes: Codes = Codes()
+    codes: Codes | None = None
     positives: tuple[Tensor | None, Tensor | None] = (None, None)
     hidden: tuple[Tensor | None, Tensor | None] = (None, None)
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from mmkernels.ops.attention.triton.arguments import Problem, Rows, SplitStrides, Strides
 from mmkernels.ops.attention.triton.scores import keep_pairs, load_gate, load_lse, load_spans, masked_scores
-from mmkernels.ops.attention.triton.tiles import dot_halves, load_halves, load_key_halves, row_offsets, row_places
+from mmkernels.ops.attention.triton.tiles import dot_keys, load_halves, row_offsets, row_places
 from mmkernels.ops.common.triton.constants import INFINITY
 
 
@@ -24,7 +24,7 @@ class GradBiasStrides(NamedTuple):
 class BiasSums(NamedTuple):
     """What one tile of the bias's gradient sums over: batch entries, heads, and tiles of queries where all share it.
 
-    `heads_of_bias` and `tiles_of_bias` are the bias's own heads and tiles of queries.
+    `heads_of_bias` and `tiles_of_bias` are the heads and tiles of queries of the bias.
     """
 
     heads_of_bias: int
@@ -40,7 +40,7 @@ def grad_bias_kernel(
     GROUP: tl.constexpr, NEGATE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, SUM_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the bias's gradient, summed over the tiles of scores that share it; see `BiasSums`.
+    """Computes one tile of the bias's gradient, summed over the tiles of scores that share it; see `BiasSums`.
 
     Grid: (key tiles x the bias's query tiles x its batch x heads, splits). SUM_ROWS: all queries share the bias, so
     that it is a row of keys.
@@ -66,8 +66,7 @@ def grad_bias_kernel(
             problem = Problem(entry, batch, head, head // GROUP)
             offsets = row_offsets(rows, strides.query, UNIT)
             q = load_halves(query, offsets, rows.live, strides.query.column, DIM)
-            k = load_key_halves(key, problem, first, strides.key, k_len, DIM, UNIT, BLOCK_K, False, False)
-            dots = dot_halves(q, k, DIM, PRECISION)
+            dots, _ = dot_keys(q, key, problem, first, strides.key, k_len, DIM, UNIT, BLOCK_K, False, False, PRECISION)
             if NEGATE:
                 dots = -dots
             scores, _ = masked_scores(dots, masks, rows, spans, j, scale, 0)
@@ -76,9 +75,10 @@ def grad_bias_kernel(
             weights = tl.where(scores == -INFINITY, 0.0, tl.exp2(scores - row_lse[:, None]))
             offsets = row_offsets(rows, strides.grad_out, UNIT)
             do = load_halves(grad_out, offsets, rows.live, strides.grad_out.column, VALUE_DIM)
-            v = load_key_halves(value, problem, first, strides.value, k_len, VALUE_DIM, UNIT, BLOCK_K, False, False)
-            grad = dot_halves(do, v, VALUE_DIM, PRECISION)
-            if dropout.seed is not None:
+            grad, _ = dot_keys(
+                do, value, problem, first, strides.value, k_len, VALUE_DIM, UNIT, BLOCK_K, False, False, PRECISION
+            )
+            if dropout is not None:
                 grad = tl.where(keep_pairs(dropout, rows, first, BLOCK_K), grad * dropout.scale, 0.0)
             row_delta = tl.load(delta + places, mask=rows.live, other=0.0)
             grad = weights * (grad * load_gate(gate, rows)[:, None] - row_delta[:, None])

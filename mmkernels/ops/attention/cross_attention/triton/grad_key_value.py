@@ -1,4 +1,4 @@
-"""The gradients of cross-attention's key and value, by tiles of keys; tiles of scores are [keys, rows] here."""
+"""The gradients of cross-attention's key and value, by tiles of keys; its tiles of scores are [keys, rows]."""
 
 from __future__ import annotations
 
@@ -87,19 +87,19 @@ def key_value_tile(
     if MASKED:  # delta carries a dO that is not finite to the keys that see it, `restore_values` to their values
         non_finite = note_non_finite(non_finite, do, VALUE_DIM)
         do = zero_non_finite(do, VALUE_DIM)
-    if gate.data is not None:
+    if gate is not None:
         do = gated(do, load_gate(gate, rows), VALUE_DIM)
-    if dropout.seed is not None:
+    if dropout is not None:
         keep = tl.trans(keep_pairs(dropout, rows, first_key, BLOCK_K))
     grad_key, grad_value = grads.key, grads.value
     if NEED_VALUE:
         dropped = weights
-        if dropout.seed is not None:
+        if dropout is not None:
             dropped = tl.where(keep, weights * dropout.scale, 0.0)
         grad_value = add_product(grad_value, dropped.to(do.first.dtype), do, VALUE_DIM, PRECISION)
     if NEED_KEY:
         grad = dot_halves(v, do, VALUE_DIM, PRECISION)
-        if dropout.seed is not None:
+        if dropout is not None:
             grad = tl.where(keep, grad * dropout.scale, 0.0)
         grad = weights * (grad - tl.load(delta + places, mask=rows.live, other=0.0)[None, :])
         if MASKED:
@@ -122,12 +122,13 @@ def gated(x, factor, DIM: tl.constexpr):
 
 @triton.jit
 def restore_values(
-    grad_value, query, grad_out, masks, lists, strides, walk, split, share, problem, tile, sizes,
+    grad_value, query, grad_out, masks, lists, strides, walk, split, splits, problem, tile, sizes,
     LAYOUT: tl.constexpr, VALUE_DIM: tl.constexpr, UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Adds what is not finite in dO to the stored gradients of the values that see it; see scores.py."""
     j = tile * BLOCK_K + tl.arange(0, BLOCK_K) + opaque_zero(query)
     total = zero_halves(BLOCK_K, VALUE_DIM)
+    share = tl.cdiv(walk.partial, splits)
     for n in tl.range(split * share, tl.minimum((split + 1) * share, walk.partial), num_stages=1):
         first = partial_tile(walk, lists, n) * BLOCK_Q
         rows = rows_at(first + tl.arange(0, BLOCK_Q), problem, sizes, LAYOUT)
@@ -154,7 +155,7 @@ def grad_key_value_kernel(
     LAYOUT: tl.constexpr, ALL_PARTIAL: tl.constexpr, HIDES: tl.constexpr, NEGATE: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one tile of keys and values from one of `splits` parts of the rows.
+    """Computes the gradients of one tile of keys and values from one of `splits` parts of the rows.
 
     Gradients that are None are not wanted. Grid: (key tiles x problems, splits).
     """
@@ -169,22 +170,16 @@ def grad_key_value_kernel(
     grads = KeyGradients(zero_halves(BLOCK_K, DIM), zero_halves(BLOCK_K, VALUE_DIM))
     non_finite = tl.zeros([BLOCK_Q], tl.int32)
     walk = walk_over_rows(lists, masks, problem, tile, sizes, LAYOUT, BLOCK_Q, ALL_PARTIAL)
-    share = tl.cdiv(walk.full, splits)
-    for n in range(split * share, tl.minimum((split + 1) * share, walk.full)):
-        grads, non_finite = key_value_tile(
-            grads, non_finite, k, v, query, grad_out, lse, delta, masks, gate, dropout, strides, problem,
-            full_tile(walk, lists, n) * BLOCK_Q, first_key, sizes, scale,
-            False, grad_key is not None, grad_value is not None, LAYOUT, NEGATE, DIM, VALUE_DIM, BLOCK_Q, BLOCK_K,
-            PRECISION, UNIT,
-        )  # fmt: skip
-    share = tl.cdiv(walk.partial, splits)
-    for n in range(split * share, tl.minimum((split + 1) * share, walk.partial)):
-        grads, non_finite = key_value_tile(
-            grads, non_finite, k, v, query, grad_out, lse, delta, masks, gate, dropout, strides, problem,
-            partial_tile(walk, lists, n) * BLOCK_Q, first_key, sizes, scale,
-            True, grad_key is not None, grad_value is not None, LAYOUT, NEGATE, DIM, VALUE_DIM, BLOCK_Q, BLOCK_K,
-            PRECISION, UNIT,
-        )  # fmt: skip
+    for MASKED in tl.static_range(2):
+        count = walk.partial if MASKED else walk.full
+        share = tl.cdiv(count, splits)
+        for n in range(split * share, tl.minimum((split + 1) * share, count)):
+            row_tile = partial_tile(walk, lists, n) if MASKED else full_tile(walk, lists, n)
+            grads, non_finite = key_value_tile(
+                grads, non_finite, k, v, query, grad_out, lse, delta, masks, gate, dropout, strides, problem,
+                row_tile * BLOCK_Q, first_key, sizes, scale, MASKED, grad_key is not None, grad_value is not None,
+                LAYOUT, NEGATE, DIM, VALUE_DIM, BLOCK_Q, BLOCK_K, PRECISION, UNIT,
+            )  # fmt: skip
     j = first_key + tl.arange(0, BLOCK_K)
     live = j < k_len
     if grad_key is not None:
@@ -197,6 +192,6 @@ def grad_key_value_kernel(
         if HIDES:
             if tl.max(non_finite, 0) > 0:
                 restore_values(
-                    grad_value, query, grad_out, masks, lists, strides, walk, split, share, problem, tile, sizes,
+                    grad_value, query, grad_out, masks, lists, strides, walk, split, splits, problem, tile, sizes,
                     LAYOUT, VALUE_DIM, UNIT, BLOCK_Q, BLOCK_K,
                 )  # fmt: skip

@@ -22,9 +22,8 @@ from mmkernels.ops.attention.triton.scores import (
 )
 from mmkernels.ops.attention.triton.tiles import (
     add_product,
-    dot_halves,
+    dot_keys,
     load_halves,
-    load_key_halves,
     problem_at,
     program_of_rows,
     row_offsets,
@@ -73,17 +72,20 @@ def query_tile(
     VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile of keys to the gradients of the rows."""
-    k = load_key_halves(key, problem, first, strides.key, k_len, DIM, UNIT, BLOCK_K, not MASKED, False)
-    dots = dot_halves(inputs.query, k, DIM, PRECISION)
+    dots, k = dot_keys(
+        inputs.query, key, problem, first, strides.key, k_len, DIM, UNIT, BLOCK_K, not MASKED, False, PRECISION
+    )
     j = first + tl.arange(0, BLOCK_K)
     if MASKED:
         scores, _ = masked_scores(dots, masks, rows, spans, j, scale, 0)
         weights = tl.where(scores == -INFINITY, 0.0, tl.exp2(scores - inputs.lse[:, None]))
     else:
         weights = tl.exp2(dots * scale - inputs.lse[:, None])
-    v = load_key_halves(value, problem, first, strides.value, k_len, VALUE_DIM, UNIT, BLOCK_K, not MASKED, False)
-    grad = dot_halves(inputs.grad_out, v, VALUE_DIM, PRECISION)
-    if dropout.seed is not None:
+    grad, _ = dot_keys(
+        inputs.grad_out, value, problem, first, strides.value, k_len, VALUE_DIM, UNIT, BLOCK_K, not MASKED, False,
+        PRECISION,
+    )  # fmt: skip
+    if dropout is not None:
         grad = tl.where(keep_pairs(dropout, rows, first, BLOCK_K), grad * dropout.scale, 0.0)
     gate_sums, bias_sums = grads.gate, grads.bias
     if NEED_GATE:
@@ -122,7 +124,7 @@ def grad_query_kernel(
     LAYOUT: tl.constexpr, ALL_PARTIAL: tl.constexpr, NEGATE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows; outputs that are None are not wanted. Grid: (row tiles x problems,).
+    """Computes one tile of rows; outputs that are None are not wanted. Grid: (row tiles x problems,).
 
     delta: ``sum_j P_ij dP_ij = grad_out_i . out_i``, less the log-sum-exp's gradient, whose derivative by a score is P.
     """
@@ -149,18 +151,14 @@ def grad_query_kernel(
         zeros = tl.zeros([BLOCK_Q], tl.float32)
         grads = RowGradients(zero_halves(BLOCK_Q, DIM), zeros, zeros)
         walk = walk_over_keys(lists, spans, live, problem, tile, sizes.k_len, 0, 1, BLOCK_K, ALL_PARTIAL)
-        for n in range(0, walk.full):
-            grads = query_tile(
-                grads, inputs, key, value, grad_bias, masks, dropout, strides, rows, spans, problem,
-                full_tile(walk, lists, n) * BLOCK_K, sizes.k_len, scale,
-                False, gate_sums is not None, bias_sums is not None, DIM, VALUE_DIM, BLOCK_K, PRECISION, UNIT,
-            )  # fmt: skip
-        for n in range(0, walk.partial):
-            grads = query_tile(
-                grads, inputs, key, value, grad_bias, masks, dropout, strides, rows, spans, problem,
-                partial_tile(walk, lists, n) * BLOCK_K, sizes.k_len, scale,
-                True, gate_sums is not None, bias_sums is not None, DIM, VALUE_DIM, BLOCK_K, PRECISION, UNIT,
-            )  # fmt: skip
+        for MASKED in tl.static_range(2):
+            for n in range(0, walk.partial if MASKED else walk.full):
+                tile = partial_tile(walk, lists, n) if MASKED else full_tile(walk, lists, n)
+                grads = query_tile(
+                    grads, inputs, key, value, grad_bias, masks, dropout, strides, rows, spans, problem, tile * BLOCK_K,
+                    sizes.k_len, scale, MASKED, gate_sums is not None, bias_sums is not None, DIM, VALUE_DIM, BLOCK_K,
+                    PRECISION, UNIT,
+                )  # fmt: skip
         if gate_sums is not None:
             tl.store(gate_sums + places, grads.gate, mask=live)
         if bias_sums is not None:

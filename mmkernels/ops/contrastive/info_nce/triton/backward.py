@@ -16,23 +16,25 @@ from torch import Tensor
 
 from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.info_nce.triton.states import CLASS_FACTOR, POSITIVE_FACTOR, softmax_factors
+from mmkernels.ops.contrastive.triton.arguments import Strip
 from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, loss_scale_of, pairing
-from mmkernels.ops.contrastive.triton.tiles import (
-    LARGE,
-    Strip,
-    best_dots,
+from mmkernels.ops.contrastive.triton.pairs import (
     crosses_diagonal,
-    exponents,
-    fold_sign,
     has_hidden_pairs,
     is_ragged,
     may_have_positives,
-    position,
     positive_pairs,
+    visible_pairs,
+)
+from mmkernels.ops.contrastive.triton.tiles import (
+    LARGE,
+    best_dots,
+    exponents,
+    fold_sign,
+    position,
     split_columns,
     store_gradients,
     tile_corner,
-    visible_pairs,
 )
 from mmkernels.runtime.triton import launch
 
@@ -59,7 +61,7 @@ class Factors(NamedTuple):
 
 @triton.jit
 def load_factors(factors, field, at, sizes, PAIRS: tl.constexpr):
-    """One field of a tile's rows [rows] and columns [columns]; of hard texts 0."""
+    """Returns one field of a tile's rows [rows] and columns [columns]; of hard texts 0."""
     row = tl.load(factors.image + tl.cast(factors.rows, tl.int64) * field + at.i, mask=at.i < sizes.end_row, other=0.0)
     column = tl.zeros_like(at.j).to(tl.float32)
     if PAIRS != "none":
@@ -70,13 +72,13 @@ def load_factors(factors, field, at, sizes, PAIRS: tl.constexpr):
 
 @triton.jit
 def weighted_sum(x, row, column):
-    """The sum of x [rows, columns], each element once times its row's weight and once times its column's."""
+    """Returns the sum of x [rows, columns], each element once times its row's weight and once times its column's."""
     return tl.sum(tl.sum(x * row[:, None] + x * column[None, :], 1), 0)
 
 
 @triton.jit
 def reference_range(factors, row_tile, column_tile, PAIRS: tl.constexpr):
-    """The smallest and the largest reference of a tile's rows and columns."""
+    """Returns the smallest and the largest reference of a tile's rows and columns."""
     low, high = tl.load(factors.image_ranges + 2 * row_tile), tl.load(factors.image_ranges + 2 * row_tile + 1)
     if PAIRS != "none":
         low = tl.minimum(low, tl.load(factors.text_ranges + 2 * column_tile))
@@ -86,7 +88,7 @@ def reference_range(factors, row_tile, column_tile, PAIRS: tl.constexpr):
 
 @triton.jit
 def softmax_gradients(dots, scale, factors, base, at, sizes, PAIRS: tl.constexpr, EXACT: tl.constexpr):
-    """[rows, columns]: each probability times the gradient of its line's loss, summed over both directions."""
+    """Returns each probability times the gradient of its line's loss, summed over both directions: [rows, columns]."""
     live, live_column = at.i < sizes.end_row, at.j < sizes.columns
     reference = tl.load(factors.image + at.i, mask=live, other=0.0)
     weight = tl.load(factors.image + factors.rows + at.i, mask=live, other=0.0)
@@ -159,7 +161,7 @@ def gradient_epilogue(
     dots, winner, logit_scale, codes, factors, base, strip, scale_partials, t, corner, sizes,
     PAIRS: tl.constexpr, SMOOTH: tl.constexpr, EXACT: tl.constexpr, HALVED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`gradient_tile` of the t-th tile, or of its two halves."""
+    """Run `gradient_tile` for the t-th tile, or for its two halves."""
     if HALVED:
         HALF: tl.constexpr = TILE.BLOCK_K // 2
         left, right = split_columns(dots, TILE.BLOCK_Q, TILE.BLOCK_K)
@@ -184,7 +186,7 @@ def info_nce_gradient_kernel(
     image, text, logit_scale, codes, factors, strip, scale_partials, strides, sizes,
     PAIRS: tl.constexpr, SMOOTH: tl.constexpr, HALVED: tl.constexpr, FLATTEN_LOOP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a strip's logits, and partial sums of the scale's gradient. Grid: (programs,).
+    """Store the gradients of a strip's logits, and partial sums of the scale's gradient. Grid: (programs,).
 
     scale_partials: float32, one for each tile, or for each half of one.
     """

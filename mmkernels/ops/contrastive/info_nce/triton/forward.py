@@ -17,18 +17,15 @@ from mmkernels.ops.contrastive.info_nce.reduction import Arguments
 from mmkernels.ops.contrastive.info_nce.triton.states import REFERENCE, SUM, DirectionState, Fields
 from mmkernels.ops.contrastive.triton import call as triton_call
 from mmkernels.ops.contrastive.triton.call import Block, pairing
+from mmkernels.ops.contrastive.triton.pairs import crosses_diagonal, fill_invisible, may_have_positives, positive_pairs
 from mmkernels.ops.contrastive.triton.tiles import (
     LARGE,
     above_zero,
     best_dots,
     column_lines,
-    crosses_diagonal,
-    fill_invisible,
     fold_sign,
     load_partial,
-    may_have_positives,
     position,
-    positive_pairs,
     row_lines,
     softmax_partial,
     store_partial,
@@ -43,7 +40,7 @@ _NO_INDEX = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def best_of_lines(scores, positive, is_nan, indices, AXIS: tl.constexpr):
-    """The best score of each line along AXIS, and the smallest of its `indices`.
+    """Returns the best score of each line along AXIS, and the smallest of its `indices`.
 
     scores: [rows, columns], -inf where there is no positive; is_nan: int32, where there is one with a NaN score.
     """
@@ -59,7 +56,7 @@ def best_positives_kernel(
     image, text, logit_scale, codes, row_scores, row_indices, column_scores, column_indices, strides, sizes,
     PAIRS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The best positive of each row and column of the tiles that have positives, and its index. Grid: (programs,).
+    """Store the best positive of each row and column of tiles that have positives, and its index. Grid: (programs,).
 
     The results, [1, tiles, lines], hold scores of -inf beforehand, and keep them in all other tiles.
     """
@@ -128,7 +125,7 @@ def info_nce_kernel(
     image, text, logit_scale, codes, row_partials, column_partials, row_best, column_best, strides, sizes,
     PAIRS: tl.constexpr, FIELDS: tl.constexpr, FLATTEN_LOOP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Both directions' partial results of each tile. Grid: (programs,).
+    """Store both directions' partial results of each tile. Grid: (programs,).
 
     row_partials, column_partials: float32 [fields, tiles, lines] of REFERENCE, SUM and FIELDS; hard texts have only
     those of rows.

@@ -16,7 +16,8 @@ from torch import Tensor
 from mmkernels.ops.common.triton.constants import INFINITY, LN2, LOG2E
 from mmkernels.ops.common.triton.launch import ceil_div
 from mmkernels.ops.contrastive.info_nce import reduction
-from mmkernels.ops.contrastive.triton.tiles import Lines, exponents, load_partial
+from mmkernels.ops.contrastive.triton.arguments import Lines
+from mmkernels.ops.contrastive.triton.tiles import exponents, load_partial
 from mmkernels.runtime.triton import launch
 from mmkernels.runtime.tuning import Config
 
@@ -70,8 +71,8 @@ class Sums(NamedTuple):
 class Best(NamedTuple):
     """The best positive of each row, float32 and int32 [rows]: its base-2 logit and its column."""
 
-    score: Any = None
-    index: Any = None
+    score: Any
+    index: Any
 
 
 @triton.jit
@@ -150,7 +151,7 @@ def merge_best_kernel(scores, indices, tiles, lines, best, ENTRIES: tl.constexpr
 
 @triton.jit
 def finish_softmax_kernel(
-    state, state_stride, sums, best_score, positives, hidden, columns, logit_scale, loss, rank, label_smoothing, rows,
+    state, state_stride, sums, best, positives, hidden, columns, logit_scale, loss, rank, label_smoothing, rows,
     SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute losses, the rest of the state, and ranks unless `rank` is None. Grid: (entries,).
@@ -183,7 +184,7 @@ def finish_softmax_kernel(
     tl.store(state + _POSITIVES * state_stride + n, positive_count.to(tl.float32), mask=live)
     tl.store(state + _CLASSES * state_stride + n, classes.to(tl.float32), mask=live)
     if rank is not None:
-        score = tl.load(best_score + n, mask=live, other=0.0)
+        score = tl.load(best.score + n, mask=live, other=0.0)
         before = tl.load(sums.before + n, mask=live, other=0).to(tl.int64)
         before = tl.where(score != score, classes - positive_count, before)
         tl.store(rank + n, tl.where(positive_count > 0, before, -1), mask=live)
@@ -235,7 +236,7 @@ class DirectionState:
             all=like.new_zeros(rows, dtype=torch.float32) if fields.all else None,
             before=like.new_zeros(rows, dtype=torch.int32) if fields.before else None,
         )
-        self.best = Best()
+        self.best: Best | None = None
         if fields.before:
             score = like.new_full((rows,), -torch.inf, dtype=torch.float32)
             self.best = Best(score, like.new_zeros(rows, dtype=torch.int32))
@@ -252,7 +253,7 @@ class DirectionState:
 
     def add_best(self, scores: Tensor, indices: Tensor, first: int = 0) -> None:
         """Add the best positives [1, tiles, lines] of the rows from `first` on."""
-        assert self.best.score is not None and self.best.index is not None
+        assert self.best is not None
         _, tiles, lines = scores.shape
         launch(
             merge_best_kernel, (ceil_div(lines, _MERGE_ENTRIES),), _MERGE,
@@ -278,7 +279,7 @@ class DirectionState:
         rank = loss.new_empty(self.rows if self.fields.before else 0, dtype=torch.int64)
         launch(
             finish_softmax_kernel, (ceil_div(self.rows, _FINISH_BLOCK),), _FINISH,
-            self.state, self.rows, self.sums, self.best.score, positives, hidden, columns, logit_scale, loss,
+            self.state, self.rows, self.sums, self.best, positives, hidden, columns, logit_scale, loss,
             rank if self.fields.before else None, label_smoothing, self.rows,
             SMOOTH=label_smoothing > 0, BLOCK=_FINISH_BLOCK,
         )  # fmt: skip

@@ -1,18 +1,21 @@
-"""Bad input to cross-attention: each message names the argument, what it must be and what it got."""
+"""Bad input to the attention ops: each message names the argument, what it must be and what it got."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from mmkernels import SpanMask, cross_attention
+from mmkernels import SpanMask, attention_received, attention_weights, cross_attention, merge_attention
 
 NAN, INF = math.nan, math.inf
 
 Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 6)
 SPANS = SpanMask.causal(5, 7)
+OUT, LSE = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5)
 BAD = {
     "query 3-D": ((Q[0], K, V), {}, ValueError, r"query must be 4-D.*got shape \(4, 5, 8\)"),
     "query a list": (([1], K, V), {}, TypeError, "query must be a tensor, got list"),
@@ -59,8 +62,57 @@ BAD = {
 }
 
 
+PARTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "merge 3-D": (lambda: merge_attention(OUT[0], LSE, OUT, LSE), ValueError, r"out_a must be 4-D \[B, H, Lq, Dv\]"),
+    "merge shapes": (lambda: merge_attention(OUT, LSE, OUT[:1], LSE), ValueError, "out_b must be"),
+    "merge dtypes": (lambda: merge_attention(OUT, LSE, OUT.half(), LSE), ValueError, "out_b must be"),
+    "merge lse shape": (lambda: merge_attention(OUT, LSE[:1], OUT, LSE), ValueError, "lse_a must be"),
+    "merge lse dtype": (lambda: merge_attention(OUT, LSE, OUT, LSE.half()), TypeError, "lse_b must be torch.float32"),
+    "merge device": (
+        lambda: merge_attention(OUT, LSE, OUT, LSE.to("meta")),
+        ValueError,
+        "lse_b must be on out_a's device",
+    ),
+    "merge type": (lambda: merge_attention(OUT, 1.0, OUT, LSE), TypeError, "lse_a must be a tensor, got float"),
+    "merge integers": (lambda: merge_attention(OUT.long(), LSE, OUT.long(), LSE), TypeError, "out_a must be float16"),
+    "received dims": (lambda: attention_received(Q[0], K), ValueError, "query must be 4-D"),
+    "received dtypes": (lambda: attention_received(Q, K.double()), TypeError, "key must have query's dtype"),
+    "received mask": (
+        lambda: attention_received(Q, K, SpanMask.causal(5, 7).to("meta")),
+        ValueError,
+        "mask must be on",
+    ),
+    "received weights": (
+        lambda: attention_received(Q, K, query_weights=torch.ones(2, 4)),
+        ValueError,
+        r"query_weights must be \[1 or 2, 1 or 4, 5\], got shape \(2, 4\)",
+    ),
+    "received weights int": (
+        lambda: attention_received(Q, K, query_weights=torch.ones(1, 1, 5).long()),
+        TypeError,
+        "query_weights must be floating point",
+    ),
+    "rows float": (lambda: attention_weights(Q, K, rows=torch.zeros(1)), TypeError, "rows must be int64"),
+    "rows high": (
+        lambda: attention_weights(Q, K, rows=torch.tensor([0, 5])),
+        IndexError,
+        "rows must be from 0 to 4, got 0 to 5",
+    ),
+    "rows negative": (lambda: attention_weights(Q, K, rows=torch.tensor([-1])), IndexError, "got -1"),
+    "rows shape": (lambda: attention_weights(Q, K, rows=torch.zeros(3, 1).long()), ValueError, r"rows must be \[R\]"),
+    "rows list": (lambda: attention_weights(Q, K, rows=[0]), TypeError, "rows must be a tensor, got list"),
+}
+
+
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name: str) -> None:
+def test_bad_input_to_cross_attention(name: str) -> None:
     args, kwargs, error, message = BAD[name]
     with pytest.raises(error, match=message):
         cross_attention(*args, **kwargs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_bad_input_to_the_other_ops(name: str) -> None:
+    call, error, message = PARTS[name]
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,63 @@
+"""Models of a named size, with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mmkernels.models import CLIP, Flamingo
+
+SIZES = [(CLIP, "tiny"), (CLIP, "siglip_tiny"), (Flamingo, "tiny")]
+
+
+@pytest.mark.parametrize(("model", "size"), SIZES)
+def test_a_seed_fixes_the_weights(model: Any, size: str) -> None:
+    first, again, other = (model.from_size(size, seed=seed) for seed in (0, 0, 1))
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+        assert torch.isfinite(parameter).all()
+        if parameter.dim() > 1:
+            assert not torch.equal(parameter, other.get_parameter(name))
+    assert {p.dtype for p in model.from_size(size, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_where_the_logits_start() -> None:
+    """In CLIP's paper, section 2.5, and in SigLIP's, section 3.2."""
+    clip, siglip = (CLIP.from_size(size).requires_grad_(False) for size in ("tiny", "siglip_tiny"))
+    assert float(clip.logit_scale.exp()) == pytest.approx(1 / 0.07) and clip.logit_bias is None
+    assert float(siglip.logit_scale.exp()) == pytest.approx(10.0) and float(siglip.logit_bias) == -10.0
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "millions", "within"),
+    [
+        (CLIP, "base", 149.6, 0.05),  # open_clip's table, ViT-B/16
+        (CLIP, "siglip_base", 203.2, 0.05),  # its model card, B/16
+        (Flamingo, "small", 85, 5),
+        (Flamingo, "base", 295, 35),
+    ],
+)
+def test_numbers_of_parameters(model: Any, size: str, millions: float, within: float) -> None:
+    with torch.device("meta"):
+        parameters = model(model.sizes[size]).parameters()
+    assert sum(p.numel() for p in parameters) / 1e6 == pytest.approx(millions, abs=within)
+
+
+def test_fields_that_differ_from_the_size() -> None:
+    visual = Flamingo.from_size("tiny", num_latents=5).resample(torch.randn(1, 2, 17, 32))
+    assert visual.shape == (1, 2, 5, 32)
+    assert CLIP.from_size("tiny", text_length=None).config == CLIP.sizes["tiny"]
+    with pytest.raises(ValueError, match="num_latents must be an integer from 1 to 262144, got 0"):
+        Flamingo.from_size("tiny", num_latents=0)
+
+
+@pytest.mark.parametrize("model", [CLIP, Flamingo])
+def test_bad_arguments(model: Any) -> None:
+    for size in ("huge", ["tiny"]):
+        with pytest.raises(ValueError, match=r"size must be one of tiny, small, base.*, got ") as error:
+            model.from_size(size)
+        assert str(error.value).endswith(f"got {size!r}")
+    with pytest.raises(TypeError, match=r"dtype must be a floating dtype, got torch.int32"):
+        model.from_size("tiny", dtype=torch.int32)
