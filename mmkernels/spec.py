@@ -180,7 +180,19 @@ def cast(
 
     def move(name: str, x: Any) -> Any:
         if isinstance(x, Tensor) and x.is_floating_point():
-            return x.to(device, wide if name in always_wide else dtype)
+            return _laid_out_as(x, x.to(device, wide if name in always_wide else dtype))
         return x.to(device) if isinstance(x, Tensor | SpanMask) else x
 
     return {name: move(name, x) for name, x in inputs.items()}
+
+
+def _laid_out_as(view: Tensor, x: Tensor) -> Tensor:
+    """Returns x with the strides of `view`. `Tensor.to` closes the gaps of a view; here they hold NaN."""
+    if x.stride() == view.stride() or not x.numel():
+        return x
+    shape, strides, offset = view.shape, view.stride(), view.storage_offset()
+    size = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    laid_out = x.new_full((size,), torch.nan).as_strided(shape, strides, offset)
+    once = tuple(slice(1) if stride == 0 else slice(None) for stride in strides)
+    laid_out[once].copy_(x[once])
+    return laid_out

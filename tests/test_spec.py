@@ -1,9 +1,13 @@
-"""The error budget can fail."""
+"""An op's spec: an error budget that can fail, costs, inputs in another dtype."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmkernels.ops import specs
+from mmkernels.spec import cast
 
 SPEC = specs()["cross_attention"]
 TRUE = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -41,3 +45,10 @@ def test_the_cost_of_chosen_rows_is_theirs_alone() -> None:
     inputs = {"query": torch.zeros(1, 2, 8, 4), "key": torch.zeros(1, 2, 16, 4), "rows": torch.tensor([0, 5])}
     assert spec.cost(inputs, False).flops == 2.0 * 4 * 2 * 2 * 16
     assert spec.cost({name: inputs[name] for name in ("query", "key")}, False).flops == 2.0 * 4 * 2 * 8 * 16
+
+
+@pytest.mark.parametrize("view", [lambda x: x[:, 1::2], lambda x: x[:, 1:].mT, lambda x: x[:, None].expand(4, 3, 6)])
+def test_views_keep_their_strides_in_another_dtype(view: Callable[[Tensor], Tensor]) -> None:
+    x = view(torch.arange(24.0, dtype=torch.float64).view(4, 6))
+    y = cast({"x": x}, torch.bfloat16)["x"]
+    assert y.stride() == x.stride() and torch.equal(y.double(), x)

@@ -68,6 +68,7 @@ def test_keys_of_numbers(tmp_path: Path) -> None:
         *(x, x.view(2, 3), x.view(3, 2), x.int(), x.bfloat16(), x + 1, x.bool(), x.to(torch.complex64)),
         *(x[:0], x.view(1, 6)[:0], torch.tensor(1.0), x.numpy(), x.view(2, 3).numpy(), x.double().numpy()),
         *(x.numpy()[:0], np.array("a"), b"", "", b"a", "a", Path(__file__)),
+        *(x.view(torch.int32), x.view(torch.int32).numpy()),  # the same bytes in another dtype
     ]
     assert len({content_key(kind) for kind in kinds}) == len(kinds)
     strided = x.view(2, 3).T.contiguous().T

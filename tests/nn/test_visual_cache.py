@@ -29,6 +29,7 @@ def filled(lengths: list[int], **options: int) -> tuple[VisualCache, list[tuple[
 
 def test_drop_forgets_one_image_and_keeps_ids() -> None:
     cache, tensors = filled([3, 5, 2])
+    assert cache.mask(torch.tensor([[1]])).to_dense(10).sum() == 5  # a table made before the drop must not outlive it
     cache.drop([1])
     assert (cache.image_ids, cache.lengths, cache.num_tokens) == ([0, 2], [3, 2], 5)
     kept = [0, 1, 2, 8, 9]

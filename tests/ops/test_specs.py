@@ -189,10 +189,11 @@ def test_exports(spec: OpSpec) -> None:
 
 
 @each_op
-def test_meta_tensors_need_no_values(spec: OpSpec) -> None:
-    inputs = inputs_in(spec, spec.cases[0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)  # of 16 bits, some results are wider
+def test_meta_tensors_need_no_values(spec: OpSpec, dtype: torch.dtype) -> None:
+    inputs = inputs_in(spec, spec.cases[0], dtype)
     want = flatten(spec.function(**inputs))
-    got = flatten(spec.function(**cast(inputs, torch.float32, "meta", spec.always_wide)))
+    got = flatten(spec.function(**cast(inputs, dtype, "meta", spec.always_wide)))
     for a, b in zip(got, want, strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device.type) == (b.shape, b.dtype, b.stride(), "meta")
 

@@ -125,6 +125,9 @@ TILES = {
     "dropout of valid and shared keys": _inputs(
         3, 2, 20, 150, 16, key_batch=1, dropout_p=0.4, mask=lambda g: SpanMask.from_key_mask(_bits(3, 150)(g))
     ),
+    "dropout of panels of several sizes": _inputs(
+        1, 2, 130, 60, 16, dropout_p=0.3, mask=SpanMask.media((torch.arange(130) // 30)[None], tokens_per_media=12)
+    ),
     "wide heads": _inputs(1, 1, 70, 210, 200, value_dim=136),
     "strided": _strided,
 }

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import examples, peak_of, reseed
+from harness import SPECS, check, examples, peak_of, reseed
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.attention.tools import BACKENDS, EXACT, INF, dtype_of, each_backend, qkv
 from torch import Tensor
 
 from mmkernels import SpanMask, cross_attention, use_backend
+from mmkernels.ops.attention import tiles
 from mmkernels.ops.attention.philox import keep_mask
 
 each_exact_backend = pytest.mark.parametrize("backend", EXACT)
@@ -251,3 +252,12 @@ def test_memory_is_linear(backend: str) -> None:
 
     for run in (lambda: cross_attention(q, k, v, backend=backend), step):
         assert peak_of(run) < 0.1 * 128 * 2**20
+
+
+@pytest.mark.parametrize("id", ["bias of keys", "bias shared by the batch", "dropout, gate, bias", "holes"])
+def test_gradients_are_summed_over_tiles(id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("TILE_QUERIES", 2), ("TILE_KEYS", 3), ("TILE_SCORES", 12)):
+        monkeypatch.setattr(tiles, name, size)
+    spec = SPECS["cross_attention"]
+    (case,) = (case for case in spec.cases if case.id == id)
+    check(spec, case, torch.float64, "chunked")

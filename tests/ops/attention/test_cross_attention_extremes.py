@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from ops.attention.tools import BACKENDS, INF, NAN, Hidden, check_hidden, dtype_of, each_backend, qkv
+from ops.cpu_tools import each_isa, needs_kernels
 from pairwise import parametrize
 
 from mmkernels import SpanMask, cross_attention
+from mmkernels.runtime import cpu
 
 
 @pytest.mark.interpreted
@@ -61,6 +63,34 @@ def test_large_scores_do_not_overflow(backend: str) -> None:
     q, k, v = (1e4 * x for x in qkv(dtype=torch.float32))
     out, lse = cross_attention(q, k, v, return_lse=True, backend=backend)
     assert bool(out.isfinite().all()) and bool(lse.isfinite().all())
+
+
+@needs_kernels
+def test_splits_of_decode_far_apart_in_score() -> None:
+    """The first split's scores are far below the second's; the second query sees none of its keys."""
+    torch.set_num_threads(2)
+    q, value = torch.ones(1, 1, 2, 64), torch.randn(1, 1, 2100, 64)
+    k = torch.linspace(-400, 400, 2100)[:, None].expand(1, 1, 2100, 64) / 8
+    mask = SpanMask(torch.tensor([[0, 2000]]).int(), torch.tensor([[2100, 2100]]).int())
+    got = cross_attention(q, k, value, mask, return_lse=True, backend="cpu")
+    want = cross_attention(q.double(), k.double(), value.double(), mask, return_lse=True, backend="reference")
+    for mine, true in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@each_isa
+@pytest.mark.parametrize("q_len", [1, 20])  # decoding, and panels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_output_is_rounded_as_pytorch_rounds(dtype: torch.dtype, q_len: int, isa: str) -> None:
+    """To the nearest, ties to even, also to numbers below the smallest normal one: one key, whose weight is 1."""
+    exponents = torch.arange(-26.0, 4.0)[:, None]  # float16's smallest number is 2^-24
+    value = ((1 + torch.arange(32) / 32) * exponents.exp2()).flatten().to(dtype)
+    q, k, v = torch.zeros(1, 1, q_len, 8, dtype=dtype), torch.zeros(1, 1, 1, 8, dtype=dtype), value[None, None, None]
+    gate = torch.tensor(0.7)
+    with cpu.use_isa(isa):
+        out = cross_attention(q, k, v, gate=gate, backend="cpu")
+    assert torch.equal(out, (value.float() * gate.tanh()).to(dtype).expand_as(out))
 
 
 @each_backend

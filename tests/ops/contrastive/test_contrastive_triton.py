@@ -80,8 +80,12 @@ def test_small_tiles_groups_and_strips(spec: OpSpec, case: Case, monkeypatch: py
         check(spec, case, torch.float32, "triton", DEVICE)
 
 
+def _losses(most: int, start: str = "") -> list[tuple[OpSpec, Case]]:
+    return [(s, c) for s, c in _cases(most) if s.name != "retrieval_ranks" and c.id.startswith(start)]
+
+
 @interpreted
-@_each([(s, c) for s, c in _cases(500) if s.name != "retrieval_ranks" and "one_pair" not in c.id])
+@_each([*_losses(500), *_losses(650, "queries, captions")])
 def test_epilogues_in_halves(spec: OpSpec, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_call, "WHOLE_TILE", 0)
     with tiled(16, 32):
