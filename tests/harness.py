@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,9 +126,9 @@ def name_of(dtype: torch.dtype) -> str:
 # Inputs and results.
 
 
-def draw(case: Case) -> Inputs:
-    """Returns the case's inputs in float64, the same each time."""
-    return case.make(generator(zlib.crc32(case.id.encode())))
+def draw(case: Case, number: int = 0) -> Inputs:
+    """Returns the case's inputs in float64, the same each time; others for another `number`."""
+    return case.make(generator(zlib.crc32(case.id.encode()) + number))
 
 
 def inputs_in(spec: OpSpec, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
@@ -206,13 +206,15 @@ def expected(spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu") 
     if key in _kept:
         _kept.move_to_end(key)
         return _kept[key]
-    inputs = inputs_in(spec, case, dtype, device)
-    baseline = run(spec, case, inputs, "reference")
-    truth = baseline if dtype == torch.float64 else run(spec, case, cast(inputs, torch.float64), "reference")
-    _kept[key] = baseline, truth
+    _kept[key] = baseline, truth = _expected(spec, case, inputs_in(spec, case, dtype, device), dtype)
     while sum(map(_bytes, _kept.values())) > _KEPT_BYTES:
         _kept.popitem(last=False)
     return baseline, truth
+
+
+def _expected(spec: OpSpec, case: Case, inputs: Inputs, dtype: torch.dtype) -> tuple[Result, Result]:
+    baseline = run(spec, case, inputs, "reference")
+    return baseline, baseline if dtype == torch.float64 else run(spec, case, cast(inputs, torch.float64), "reference")
 
 
 def _bytes(results: tuple[Result, Result]) -> int:
@@ -231,12 +233,33 @@ def check(
 ) -> int:
     """Assert the op's error budget for one case, and that no input is written; returns how many tensors were compared.
 
+    The largest error of a tensor of a hundred numbers is a matter of luck: of two formulas whose errors are alike, one
+    has more than twice the other's in one draw of twenty. Where one draw is above the budget, the same budget holds for
+    the errors of eight draws together, that one among them.
+
     Args:
         threads: for the backend; what is right is computed by one.
         units: what the gradients named are measured in, as in `compare`.
     """
-    baseline, truth = expected(spec, case, dtype, device)
-    inputs = inputs_in(spec, case, dtype, device)
+    what = f"{backend} / {dtype}"
+    ours = _run_untouched(spec, case, inputs_in(spec, case, dtype, device), backend, threads)
+    first = (ours, *expected(spec, case, dtype, device))
+    try:
+        compare(spec, case, *first, what, units)
+    except AssertionError:
+        if [x.shape for x in ours.tensors] != [x.shape for x in first[-1].tensors]:
+            raise
+        draws = [first]
+        for number in range(1, 8):
+            inputs = cast(draw(case, number), dtype, device, spec.always_wide)
+            ours = _run_untouched(spec, case, inputs, backend, threads)
+            draws.append((ours, *_expected(spec, case, inputs, dtype)))
+        compare(spec, case, *map(_joined, zip(*draws, strict=True)), f"{what} / eight draws", units)
+    return len(ours.tensors)
+
+
+def _run_untouched(spec: OpSpec, case: Case, inputs: Inputs, backend: str, threads: int) -> Result:
+    """Returns what a backend computes with so many threads; asserts that no input is written."""
     kept = [x.clone() for x in tensors_of(inputs)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -246,8 +269,14 @@ def check(
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(tensors_of(inputs), kept, rtol=0, atol=0, equal_nan=True)
-    compare(spec, case, ours, baseline, truth, f"{backend} / {dtype}", units)
-    return len(ours.tensors)
+    return ours
+
+
+def _joined(results: Sequence[Result]) -> Result:
+    """Returns the numbers of several results in one."""
+    join = lambda tensors: torch.cat([x.reshape(-1) for x in tensors])
+    outputs = tuple(map(join, zip(*(result.outputs for result in results), strict=True)))
+    return Result(outputs, {name: join([result.grads[name] for result in results]) for name in results[0].grads})
 
 
 def compare(

@@ -130,10 +130,14 @@ except names["NotForThisMachine"] as error:
 def test_a_wheel_is_all_that_a_user_needs(checkout: Path, tmp_path: Path) -> None:
     """With every kernel, for every instruction set; built, installed and run outside of the checkout."""
     target = tmp_path / "site"
+    tuned = (
+        Path("mmkernels") / "ops" / "attention" / "cross_attention" / "tuned.json"
+    )  # as a GPU's measurement leaves it
+    (checkout / tuned).write_text("[]")
     options = ["-q", "--no-build-isolation", "--no-deps", "--no-index", "--target", target]
     installed = run_python("-m", "pip", "install", *options, ".", cwd=checkout, MMKERNELS_REQUIRE_EXT="1")
     assert installed.returncode == 0, installed.stderr
-    assert (target / "mmkernels" / "py.typed").is_file() and list((target / "mmkernels").glob("ops/**/tuned.json"))
+    assert (target / "mmkernels" / "py.typed").is_file() and (target / tuned).read_text() == "[]"
     code = """
 import mmkernels, torch
 from mmkernels.runtime import cpu
