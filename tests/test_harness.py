@@ -168,7 +168,9 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert check(spec, case, torch.float32, "chunked") > 0
     monkeypatch.setattr(harness, "run", wrong)
-    with pytest.raises(AssertionError, match=r"merge_attention / plain / chunked / torch.float32 / out_a"):
+    with pytest.raises(
+        AssertionError, match=r"merge_attention / plain / chunked / torch.float32 / eight draws / out_a"
+    ):
         check(spec, case, torch.float32, "chunked")
 
 
