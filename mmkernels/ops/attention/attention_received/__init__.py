@@ -38,8 +38,8 @@ def attention_received(
         backend: None (the fastest that can), "triton", "cpu", "chunked" or "reference".
 
     Returns:
-        ``[B, Hq, Lk]`` float32 (float64 for float64 inputs). A key that nobody sees receives 0; without query_weights a
-        head's row sums to the number of queries that see something.
+        ``[B, Hq, Lk]`` float32 (float64 for float64 inputs). A key that no query sees receives 0; without query_weights
+        a head's row sums to the number of queries that see something.
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape or device.
