@@ -73,6 +73,9 @@ def check_hidden(
     """
     lengths = {"query": hidden.q_len, "key": hidden.k_len, "value": hidden.k_len, "grad": hidden.q_len}
     clean = {name: torch.randn(1, 2, n, dim, dtype=torch.float64).to(dtype) for name, n in lengths.items()}
+    if where in ("query", "key"):  # what inf meets is positive, so that the score is inf too, which nothing can hide
+        other = clean["key" if where == "query" else "query"]
+        other[..., dim // 4].abs_()
     dirty = {name: x.clone() for name, x in clean.items()}
     dirty[where][:, :, hidden.row if where in ("query", "grad") else hidden.key :, dim // 4] = bad
     arguments = hidden.arguments(kind, dtype)
