@@ -41,8 +41,8 @@ OP = "cross_attention"
 NAN, INF = math.nan, math.inf
 
 
-def _check(make: Any, *grads: str, op: str = OP, seeded: bool = False, units: dict[str, float] | None = None) -> None:
-    check(SPECS[op], Case("here", make, grads, seeded), torch.float32, "triton", DEVICE, units=units)
+def _check(make: Any, *grads: str, op: str = OP, seeded: bool = False) -> None:
+    check(SPECS[op], Case("here", make, grads, seeded), torch.float32, "triton", DEVICE)
 
 
 ALL = ("query", "key", "value")
@@ -325,16 +325,7 @@ def test_any_shape_and_mask(data: st.DataObject) -> None:
         )
     grads = (*ALL, "bias") if "bias" in inputs else ALL
     with tiled(16, 16, data.draw(st.sampled_from([0, 2**30]))):
-        _check(lambda _: inputs, *grads, units=_units(inputs) if k_len == 1 else None)
-
-
-def _units(inputs: dict[str, Any]) -> dict[str, float]:
-    """One key alone has the probability 1, and the gradients of its score are differences of equal sums, this large."""
-    terms = inputs["query"].shape[2] * inputs["value"].shape[3]
-    size = terms**0.5 * float(inputs["value"].abs().max())
-    return {
-        name: max(1.0, size * float(inputs[other].abs().max())) for name, other in (("query", "key"), ("key", "query"))
-    }
+        _check(lambda _: inputs, *grads)
 
 
 @interpreted
