@@ -306,26 +306,50 @@ def test_any_shape_and_mask(data: st.DataObject) -> None:
     sizes = st.integers(1, 40)
     batch, group, key_heads = (data.draw(st.integers(1, 2)) for _ in range(3))
     q_len, k_len, dim, value_dim = (data.draw(sizes) for _ in range(4))
-    g = generator(data.draw(st.integers(0, 1000)))
     kind = data.draw(st.sampled_from(["none", "spans", "valid", "dense"]))
-    inputs = attention_inputs(
-        g, batch, group * key_heads, q_len, k_len, dim, key_heads=key_heads, value_dim=value_dim,
-        key_batch=data.draw(st.sampled_from([1, batch])),
-    )  # fmt: skip
-    if kind == "spans":
-        bounds = [torch.randint(-2, k_len + 3, (batch, q_len), generator=g).int() for _ in range(2)]
-        inputs["mask"] = SpanMask(*bounds)
-    elif kind == "valid":
-        inputs["mask"] = SpanMask.from_key_mask(torch.rand(batch, k_len, generator=g) < 0.5)
-    elif kind == "dense":
-        inputs["mask"] = torch.rand(batch, group * key_heads, q_len, k_len, generator=g) < 0.5
-    if data.draw(st.booleans()):
-        inputs["bias"] = normal(
-            g, *(data.draw(st.sampled_from([1, n])) for n in (batch, group * key_heads, q_len, k_len))
+    key_batch = data.draw(st.sampled_from([1, batch]))
+    heads = group * key_heads
+    bias = (
+        [data.draw(st.sampled_from([1, n])) for n in (batch, heads, q_len, k_len)] if data.draw(st.booleans()) else []
+    )
+
+    def make(g: torch.Generator) -> dict[str, Any]:
+        inputs = attention_inputs(
+            g, batch, heads, q_len, k_len, dim, key_heads=key_heads, value_dim=value_dim, key_batch=key_batch
         )
-    grads = (*ALL, "bias") if "bias" in inputs else ALL
+        if kind == "spans":
+            bounds = [torch.randint(-2, k_len + 3, (batch, q_len), generator=g).int() for _ in range(2)]
+            inputs["mask"] = SpanMask(*bounds)
+        elif kind == "valid":
+            inputs["mask"] = SpanMask.from_key_mask(torch.rand(batch, k_len, generator=g) < 0.5)
+        elif kind == "dense":
+            inputs["mask"] = torch.rand(batch, heads, q_len, k_len, generator=g) < 0.5
+        return inputs | ({"bias": normal(g, *bias)} if bias else {})
+
+    case = Case(f"values {data.draw(st.integers(0, 1000))}", make, (*ALL, "bias") if bias else ALL)
     with tiled(16, 16, data.draw(st.sampled_from([0, 2**30]))):
-        _check(lambda _: inputs, *grads)
+        check(SPECS[OP], case, torch.float32, "triton", DEVICE, units=_units(draw(case)))
+
+
+def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _units(inputs: dict[str, Any]) -> dict[str, float]:
+    """The size of the terms that the gradients of scores are sums of: of a key that is seen alone they cancel.
+
+    The gradient of a score is P (dO V^T - sum(O dO)); the size of a sum is the root of the sum of its squared terms.
+    """
+    heads, dim = inputs["query"].shape[1], inputs["query"].shape[3]
+    value = _repeat_heads(inputs["value"], heads)
+    out = cross_attention(**inputs, backend="reference")
+    weights = attention_weights(**{name: x for name, x in inputs.items() if name != "value"}, backend="reference")
+    squared_grad = cotangent(out).square()
+    terms = squared_grad @ value.square().mT + (out.square() * squared_grad).sum(-1, keepdim=True)
+    squares = {name: x.square().requires_grad_() for name, x in inputs.items() if name in ("query", "key", "bias")}
+    scores = squares["query"] @ _repeat_heads(squares["key"], heads).mT / dim + squares.get("bias", 0.0)
+    sizes = torch.autograd.grad(scores, list(squares.values()), weights.square() * terms)
+    return {name: max(1.0, float(x.max().sqrt())) for name, x in zip(squares, sizes, strict=True)}
 
 
 @interpreted
