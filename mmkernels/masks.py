@@ -219,10 +219,10 @@ class SpanMask:
         if q_len is not None and q_len < 0:
             raise ValueError(f"q_len must be >= 0, got {q_len}")
         if q_len is None:
-            q_len = int(q_end[-1]) if len(q_end) else 0
+            q_len = int(q_lengths.sum())
         position = torch.arange(q_len, device=q_lengths.device)
         sequence = torch.searchsorted(q_end, position, right=True)  # [Lq], N past the last sequence
-        k_end = torch.cat([k_end.new_zeros(1), k_end, k_end[-1:] if len(k_end) else k_end.new_zeros(1)]).to(torch.int32)
+        k_end = torch.cat([k_end.new_zeros(1), k_end, k_lengths.sum()[None]]).to(torch.int32)
         return cls(k_end[sequence][None], k_end[sequence + 1][None])
 
     @classmethod

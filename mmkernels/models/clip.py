@@ -236,4 +236,4 @@ class CLIP(Model):
                     row = int(without[0])
                     raise ValueError(f"input_ids must hold eos_token_id = {eos} in every row, got none in row {row}")
             end = is_end.to(torch.uint8).argmax(-1)  # the first one: padding may be the same token
-        return x[torch.arange(len(x), device=x.device), end]
+        return x[torch.arange(x.shape[0], device=x.device), end]

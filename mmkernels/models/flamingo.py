@@ -181,7 +181,7 @@ class Flamingo(Model):
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Returns features ``[B, N, patches + 1, vision_width]`` of images ``[B, N, channels, S, S]``."""
-        self._check_pixels(pixel_values, len(pixel_values))
+        self._check_pixels(pixel_values, pixel_values.shape[0])
         return self.vision(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
 
     def resample(self, features: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class Flamingo(Model):
         if cache.pending is not None:  # the last turn ended with a token that was not processed yet
             token, alive = cache.pending
             ids, valid = torch.cat([token, ids], dim=1), torch.cat([alive, valid], dim=1)
-            padded = padded or len(ids) > 1  # a row may have ended before the others
+            padded = padded or ids.shape[0] > 1  # a row may have ended before the others
         if ids.shape[1] == 0:
             raise ValueError("input_ids must have at least one token, got none")
 
@@ -290,10 +290,11 @@ class Flamingo(Model):
         images = visual_cache.next_id
         if images < cache.num_images:
             raise ValueError(f"visual_cache must have the {cache.num_images} images of kv_cache's text, got {images}")
-        if visual_cache.batch_size not in (0, 1, len(input_ids)):
-            raise ValueError(f"visual_cache must have batch 1 or {len(input_ids)}, got {visual_cache.batch_size}")
+        batch = input_ids.shape[0]
+        if visual_cache.batch_size not in (0, 1, batch):
+            raise ValueError(f"visual_cache must have batch 1 or {batch}, got {visual_cache.batch_size}")
         if pixel_values is not None:
-            self._check_pixels(pixel_values, len(input_ids))
+            self._check_pixels(pixel_values, batch)
             images += pixel_values.shape[1]
         sees = images_seen(
             input_ids,

@@ -80,7 +80,7 @@ class PerceiverResampler(nn.Module):
                     f"lengths must be {list(leading)} as media's leading dimensions, got {tuple(lengths.shape)}"
                 )
             check_range("lengths", lengths, 0, media.shape[-2])
-        flat = media.reshape(leading.numel(), *media.shape[-2:])  # [images, P, C]
+        flat = media.flatten(0, -3) if leading else media[None]  # [images, P, C]
         count = self.latents.shape[0]
         mask = None if lengths is None else SpanMask.key_padding(lengths.reshape(-1) + count)  # the latents come first
         latents = self.latents.expand(flat.shape[0], -1, -1)  # [images, T, C]

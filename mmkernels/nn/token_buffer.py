@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.runtime.checks import is_traced
+
 
 class TokenBuffer:
     """Tokens ``[B, H, L, D]`` that are appended at the end and removed anywhere; in memory ``[B, capacity, H, D]``.
 
     An append copies only the new tokens: storage is doubled when it is full, so that each token is moved a bounded
-    number of times on average. There are two exceptions. The first append keeps the given tensor if nothing was
+    number of times on average. There are three exceptions. The first append keeps the given tensor if nothing was
     reserved. An append of tokens that need a gradient concatenates, because writing into the storage would change
     tensors that autograd has saved. (Tokens that need no gradient are written in place: run pending backward passes
-    through earlier views first, or PyTorch raises an error.)
+    through earlier views first, or PyTorch raises an error.) An append within `torch.export`
+    or `torch.jit.trace` concatenates, because the program must serve any number of tokens.
 
     Args:
         reserve: tokens to allocate with the first append.
@@ -37,6 +40,11 @@ class TokenBuffer:
         self._start = self._end = 0
 
     def __len__(self) -> int:
+        return self.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens; symbolic where a graph is traced, unlike ``len``."""
         return self._end - self._start
 
     def view(self) -> Tensor:
@@ -49,9 +57,7 @@ class TokenBuffer:
         count = new.shape[1]
         if self._storage is None and not self._reserve:
             self._adopt(new)
-        elif torch.is_grad_enabled() and (
-            new.requires_grad or (self._storage is not None and self._storage.requires_grad)
-        ):
+        elif self._must_copy(new):
             self._adopt(new if self._storage is None else torch.cat([self._live(), new], dim=1))
         else:
             self._make_room(new, count)
@@ -61,7 +67,7 @@ class TokenBuffer:
 
     def remove(self, start: int, end: int) -> None:
         """Removes tokens `start` to `end`, counted from the first; only the tokens behind them are moved."""
-        live = len(self)
+        live = self.num_tokens
         if not 0 <= start <= end <= live:
             raise ValueError(f"start and end must be a range within 0 to {live}, got {start} to {end}")
         if start == 0:
@@ -83,12 +89,20 @@ class TokenBuffer:
             raise RuntimeError("nothing was appended yet")
         return self._storage[:, self._start : self._end]
 
+    def _must_copy(self, new: Tensor) -> bool:
+        """Whether an append concatenates, instead of writing into the storage: `TokenBuffer` says where and why."""
+        if is_traced():
+            return True
+        return torch.is_grad_enabled() and (
+            new.requires_grad or (self._storage is not None and self._storage.requires_grad)
+        )
+
     def _adopt(self, tokens: Tensor) -> None:
         self._storage, self._owned = tokens, False
         self._start, self._end = 0, tokens.shape[1]
 
     def _make_room(self, new: Tensor, count: int) -> None:
-        live = len(self)
+        live = self.num_tokens
         if self._storage is not None and self._owned and self._end + count <= self._storage.shape[1]:
             return
         capacity = max(self._reserve, 2 * live, live + count)

@@ -42,6 +42,11 @@ def can_look(x: Tensor) -> bool:
     return not isinstance(x, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def is_traced() -> bool:
+    """Whether `torch.export` or `torch.jit.trace` records a program, which must serve inputs of other sizes too."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
 def requires_grad(x: Tensor) -> bool:
     """Whether autograd records what is done with x, inside of ``torch.vmap`` too, where x itself doesn't say."""
     if not (x.requires_grad or torch.compiler.is_compiling()):
@@ -64,7 +69,9 @@ def check_range(
     Args:
         note: said of the least value.
     """
-    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return
+    if x.numel() == 0:
         return
     if torch._C._functorch.is_batchedtensor(x):
         return

@@ -168,5 +168,5 @@ class AttentionPooling(nn.Module):
         """Returns ``[B, width]`` of features ``[B, L, width]``."""
         query = self.attention.query(self.probe[None, None])  # [1, H, 1, D], shared by all images
         key, value = self.attention.project(x)
-        pooled = self.attention.attend(query.expand(len(x), -1, -1, -1), key, value)[:, 0]
+        pooled = self.attention.attend(query.expand(x.shape[0], -1, -1, -1), key, value)[:, 0]
         return pooled + self.mlp(self.norm(pooled))

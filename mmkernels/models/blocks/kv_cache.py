@@ -36,7 +36,11 @@ class KVCache:
         self._padded = False  # False: the causal mask suffices
 
     def __len__(self) -> int:
-        """The number of tokens, padding included."""
+        return self.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens, padding included; symbolic where a graph is traced, unlike ``len``."""
         return 0 if self._valid is None else self._valid.shape[1]
 
     @property
@@ -58,7 +62,7 @@ class KVCache:
         self._padded = self._padded or padded
         self._valid = valid if self._valid is None else torch.cat([self._valid, valid], dim=1)
         positions = (self._valid.long().cumsum(1)[:, -length:] - 1).clamp(min=0)
-        mask = SpanMask.causal(length, len(self), valid.device)
+        mask = SpanMask.causal(length, self.num_tokens, valid.device)
         return positions, mask & SpanMask.from_key_mask(self._valid) if self._padded else mask
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

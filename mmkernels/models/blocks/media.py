@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkernels.masks import SpanMask
 from mmkernels.nn import VisualCache
-from mmkernels.runtime.checks import check_range
+from mmkernels.runtime.checks import can_look, check_range
 
 
 def images_seen(
@@ -84,8 +84,8 @@ def media_from_markers(markers: Tensor, first_id: int, images: int, before: Tens
 
 
 def check_markers(markers: Tensor, images: int) -> None:
-    """Raises unless every row has one marker per image. Syncs if there are tokens."""
-    counts = markers.sum(1).tolist() if markers.shape[1] else []
+    """Raises unless every row has one marker per image. Syncs if there are tokens; a traced call is not checked."""
+    counts = markers.sum(1).tolist() if markers.shape[1] and can_look(markers) else []
     for row, count in enumerate(counts):
         if count != images:
             hint = "; give media_index or image_attention_mask if a text does not use each image"
@@ -94,10 +94,13 @@ def check_markers(markers: Tensor, images: int) -> None:
 
 
 def media_from_image_mask(image_mask: Tensor) -> Tensor:
-    """Returns image ids ``[B, L]`` if each token sees at most one image, else bool ``[B, L, images]``. Syncs."""
+    """Returns image ids ``[B, L]`` if each token sees at most one image, else bool ``[B, L, images]``.
+
+    Syncs. Where a graph is traced, which must serve other masks too, the result is bool.
+    """
     sees = image_mask.bool()
     count = sees.sum(-1)
-    if sees.shape[-1] == 0 or int(count.max()) > 1:
+    if sees.shape[-1] == 0 or not can_look(sees) or int(count.max()) > 1:
         return sees
     return torch.where(count > 0, sees.to(torch.uint8).argmax(-1), -1)
 
@@ -132,12 +135,12 @@ def visual_mask(sees: Tensor, cache: VisualCache) -> SpanMask | Tensor:
     """Returns the mask over the visual tokens of a cache: a SpanMask if one equals it, else a dense mask.
 
     Args:
-        sees: image ids ``[B, L]``, or bool ``[B, L, images]``, which syncs if L is not 1.
+        sees: image ids ``[B, L]``, or bool ``[B, L, images]``, which syncs if L is not 1 and no graph is traced.
     """
     if sees.dtype != torch.bool:
         return cache.mask(sees)
     dense = cache.token_mask(sees)  # [B, L, tokens]
     if dense.shape[1] == 1:
         return SpanMask.from_key_mask(dense[:, 0])
-    spans = SpanMask.try_from_dense(dense)
+    spans = SpanMask.try_from_dense(dense) if can_look(dense) else None
     return dense[:, None] if spans is None else spans

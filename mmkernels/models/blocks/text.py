@@ -9,7 +9,7 @@ from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.nn import CrossAttention
-from mmkernels.runtime.checks import check_range
+from mmkernels.runtime.checks import can_look, check_range
 
 
 class SwiGLU(nn.Module):
@@ -58,11 +58,11 @@ def check_tokens(
     if labels is not None:
         if labels.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"labels must be integers, got {labels.dtype}")
-        check_range("labels other than -100", labels[labels != -100], 0, vocab_size - 1)
+        check_range("labels other than -100", labels.masked_fill(labels == -100, 0), 0, vocab_size - 1)
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool), False
     valid = attention_mask.bool()
-    return valid, valid.device.type != "cpu" or not bool(valid.all())
+    return valid, valid.device.type != "cpu" or not can_look(valid) or not bool(valid.all())
 
 
 class TextBlock(nn.Module):

@@ -59,7 +59,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"pixel_values must be [B, {shape}], got shape {tuple(pixel_values.shape)}")
         x = self.patch(pixel_values.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # [B, patches, width]
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+            x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
         x = self.norm(x + self.positions)
         for block in self.blocks:
             x = block(x)

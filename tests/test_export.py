@@ -1,0 +1,334 @@
+"""`torch.export` and `torch.jit.trace` of every model and module: the program serves a batch and a length of any size."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mmkernels
+import mmkernels.models
+import mmkernels.nn
+from mmkernels import SpanMask
+from mmkernels.models import CLIP, Flamingo
+from mmkernels.nn import (
+    ClipLoss,
+    CrossAttention,
+    GatedCrossAttention,
+    PerceiverResampler,
+    SigLipLoss,
+    TokenBuffer,
+    VisualCache,
+)
+
+Inputs = tuple[Tensor, ...]
+EXAMPLE, OTHERS = (4, 6), ((7, 9), (1, 5))  # batch and length: of the example, and of the calls of the program
+MARKER = 127  # of an image, in the tiny Flamingo's vocabulary
+
+
+class Case(nn.Module):
+    """What is exported: a call of modules.
+
+    Args:
+        modules: those whose parameters the program holds.
+        call: takes these modules, then the inputs; returns a tensor or several.
+        inputs: takes the batch and the length.
+        sizes: for each input, its dims that are the batch or a length; others are fixed.
+    """
+
+    def __init__(
+        self, *modules: nn.Module, call: Callable[..., Any], inputs: Callable[[int, int], Inputs], sizes: list[str]
+    ) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self.call, self.inputs = call, inputs
+        self.sizes = tuple({int(dim): torch.export.Dim.DYNAMIC for dim in dims} for dims in sizes)
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.call(*self.parts, *inputs)
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(1, MARKER, (batch, length))
+
+
+def images(batch: int, count: int | None = None) -> Tensor:
+    return torch.rand(*((batch,) if count is None else (batch, count)), 3, 32, 32)
+
+
+def features(*shape: int) -> Tensor:
+    return torch.randn(*shape, 16)
+
+
+def padding(batch: int, length: int, least: int = 1) -> Tensor:
+    """An attention mask, padded on the right."""
+    return (torch.arange(length) < torch.randint(least, length + 1, (batch, 1))).long()
+
+
+def prompt(batch: int, length: int) -> Tensor:
+    """Tokens with two images."""
+    ids = tokens(batch, length)
+    ids[:, 0] = ids[:, 2] = MARKER
+    return ids
+
+
+# The models.
+
+
+def clip(size: str) -> dict[str, Case]:
+    def towers(model: CLIP, ids: Tensor, pixels: Tensor) -> tuple[Any, ...]:
+        out = model(ids, pixels, return_loss=True)
+        return out.loss, out.logits_per_image
+
+    model = CLIP(replace(CLIP.sizes[size], vision_layers=1, text_layers=1))
+    padded = lambda b, l: (tokens(b, l), padding(b, l))
+    cases = {
+        "both, loss": Case(model, call=towers, inputs=lambda b, l: (tokens(b, l), images(b)), sizes=["01", "0"]),
+        "padded texts": Case(model, call=CLIP.encode_text, inputs=padded, sizes=["01", "01"]),
+    }
+    return {f"CLIP {size}: {name}": case for name, case in cases.items()}
+
+
+def flamingo(variant: str, **changes: Any) -> dict[str, Case]:
+    def labels(model: Flamingo, ids: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, pixels, labels=ids)
+        return out.logits, out.loss
+
+    def padded(model: Flamingo, ids: Tensor, valid: Tensor, pixels: Tensor) -> Tensor:
+        return model(ids, pixels, attention_mask=valid, last_logits_only=True).logits
+
+    def one_photo(model: Flamingo, ids: Tensor, media: Tensor, pixels: Tensor) -> Tensor:
+        return model(ids, pixels, media_index=media).logits
+
+    def image_mask(model: Flamingo, ids: Tensor, sees: Tensor, pixels: Tensor) -> Tensor:
+        return model(ids, pixels, image_attention_mask=sees).logits
+
+    def two_turns(model: Flamingo, ids: Tensor, more: Tensor, pixels: Tensor) -> Tensor:
+        out = model(ids, pixels)
+        return model(more, visual_cache=out.visual_cache, kv_cache=out.kv_cache).logits
+
+    model = Flamingo.from_size("tiny", vision_layers=1, text_layers=1, cross_every=1, resampler_depth=1, **changes)
+    index = lambda b, l: (tokens(b, l), torch.randint(-1, 2, (b, l)), images(1, 2))
+    masked = lambda b, l: (tokens(b, l), torch.randint(2, (b, l, 2)), images(b, 2))
+    cases = {
+        labels: Case(model, call=labels, inputs=lambda b, l: (prompt(b, l), images(b, 2)), sizes=["01", "0"]),
+        padded: Case(
+            model,
+            call=padded,
+            inputs=lambda b, l: (prompt(b, l), padding(b, l, least=3), images(b, 2)),
+            sizes=["01", "01", "0"],
+        ),
+        one_photo: Case(model, call=one_photo, inputs=index, sizes=["01", "01", ""]),
+        image_mask: Case(model, call=image_mask, inputs=masked, sizes=["01", "01", "0"]),
+        two_turns: Case(
+            model,
+            call=two_turns,
+            inputs=lambda b, l: (prompt(b, l), tokens(b, 2), images(b, 2)),
+            sizes=["01", "0", "0"],
+        ),
+    }
+    chosen = cases if changes == {} else [labels]
+    return {f"Flamingo, {variant}: {call.__name__}": cases[call] for call in chosen}
+
+
+# The modules.
+
+
+def cross_attention() -> dict[str, Case]:
+    def masked(layer: CrossAttention, x: Tensor, context: Tensor, lengths: Tensor) -> Tensor:
+        return layer(x, context, mask=SpanMask.key_padding(lengths))
+
+    def causal(layer: CrossAttention, x: Tensor) -> Tensor:
+        return layer(x, mask=SpanMask.causal(x.shape[1], x.shape[1]))
+
+    def dense(layer: CrossAttention, x: Tensor, context: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+        return layer(x, context, mask=mask, bias=bias)
+
+    layer = CrossAttention(16, num_heads=4, num_kv_heads=2, bias=True, qk_norm=nn.LayerNorm)
+    matrix = lambda b, l: (torch.rand(b, 1, l, l + 2) > 0.3, torch.randn(1, 4, l, l + 2))
+    cases = {
+        causal: Case(layer, call=causal, inputs=lambda b, l: (features(b, l),), sizes=["01"]),
+        masked: Case(
+            layer,
+            call=masked,
+            inputs=lambda b, l: (features(b, l), features(b, l + 2), torch.randint(1, l, (b,))),
+            sizes=["01", "01", "0"],
+        ),
+        dense: Case(
+            layer,
+            call=dense,
+            inputs=lambda b, l: (features(b, l), features(1, l + 2), *matrix(b, l)),
+            sizes=["01", "1", "023", "23"],
+        ),
+    }
+    return {f"CrossAttention: {call.__name__}": case for call, case in cases.items()}
+
+
+def gated_cross_attention() -> dict[str, Case]:
+    def media(block: GatedCrossAttention, x: Tensor, context: Tensor, sees: Tensor) -> Tensor:
+        return block(x, context, mask=SpanMask.media(sees, tokens_per_media=4))
+
+    inputs = lambda b, l: (features(b, l), features(b, 12), torch.randint(-1, 3, (b, l)))
+    return {
+        f"GatedCrossAttention: {gate}": Case(
+            GatedCrossAttention(16, num_heads=2, gate=gate, gate_init=0.5),  # type: ignore[arg-type]
+            call=media,
+            inputs=inputs,
+            sizes=["01", "0", "01"],
+        )
+        for gate in ("scalar", "vector")
+    }
+
+
+def resampler() -> dict[str, Case]:
+    def lengths(module: PerceiverResampler, media: Tensor, lengths: Tensor) -> Tensor:
+        return module(media, lengths)
+
+    module = PerceiverResampler(16, depth=1, num_latents=3, num_heads=2)
+    media = lambda b, l: (features(b, 2, l), torch.randint(1, l, (b, 2)))
+    return {
+        "PerceiverResampler": Case(
+            module, call=lambda *x: x[0](x[1]), inputs=lambda b, l: (features(b, l),), sizes=["01"]
+        ),
+        "PerceiverResampler: lengths": Case(module, call=lengths, inputs=media, sizes=["02", "0"]),
+    }
+
+
+def caches() -> dict[str, Case]:
+    def visual(layer: CrossAttention, x: Tensor, photos: Tensor, sees: Tensor) -> Tensor:
+        """Two images, of which the first is dropped when a third comes."""
+        cache = VisualCache(1, max_tokens=8)
+        for part in (photos[:, :8], photos[:, 8:]):
+            cache.append([layer.project(part)], [4] * (part.shape[1] // 4))
+        return layer(x, key_value=cache[0], mask=cache.mask(sees))
+
+    def buffer(x: Tensor, more: Tensor) -> Tensor:
+        kept = TokenBuffer()
+        kept.append(x)
+        kept.append(more)
+        kept.remove(1, 2)
+        return kept.view()
+
+    pair = lambda b, l: (torch.randn(b, 2, l, 4), torch.randn(b, 2, l + 1, 4))
+    return {
+        "VisualCache": Case(
+            CrossAttention(16, num_heads=2),
+            call=visual,
+            inputs=lambda b, l: (features(b, l), features(b, 12), torch.randint(-1, 3, (b, l))),
+            sizes=["01", "0", "01"],
+        ),
+        "TokenBuffer": Case(call=buffer, inputs=pair, sizes=["02", "02"]),
+    }
+
+
+def losses() -> dict[str, Case]:
+    pairs = lambda b, l: (features(b), features(b), torch.tensor(9.0), torch.tensor(-3.0))
+    return {
+        type(loss).__name__: Case(loss, call=lambda loss, *x: loss(*x), inputs=pairs, sizes=["0", "0", "", ""])
+        for loss in (ClipLoss(), SigLipLoss())
+    }
+
+
+def masks() -> dict[str, Case]:
+    """What constructors make of tensors and of sizes, as dense masks."""
+
+    def made(x: Tensor, lengths: Tensor, sees: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        length = x.shape[1]
+        made = [
+            SpanMask.causal(length, length) & SpanMask.key_padding(lengths),
+            SpanMask.window(2, 1, length, length) & SpanMask.from_key_mask(keys),
+            SpanMask.left_padding(lengths, length),
+            SpanMask.prefix_lm(lengths, length, length),
+            SpanMask.media(sees, media_offsets=torch.tensor([0, 2, 4])),
+            SpanMask.packed(lengths, lengths, q_len=2 * length),
+        ]
+        return tuple(mask.to_dense(length) for mask in made)
+
+    inputs = lambda b, l: (
+        torch.zeros(b, l),
+        torch.randint(1, l, (b,)),
+        torch.randint(-1, 2, (b, l)),
+        torch.rand(b, l) > 0.5,
+    )
+    return {"SpanMask": Case(call=made, inputs=inputs, sizes=["01", "0", "01", "01"])}
+
+
+def ops() -> dict[str, Case]:
+    def attention(query: Tensor, key: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        """Two halves of the keys, merged; and what reads the scores."""
+        mask = SpanMask.key_padding(lengths)
+        halves = [mmkernels.cross_attention(query, key, key, mask, return_lse=True) for _ in range(2)]
+        merged, lse = mmkernels.merge_attention(*halves[0], *halves[1])
+        received = mmkernels.attention_received(query, key, mask)
+        return merged, lse, received, mmkernels.attention_weights(query, key, mask)
+
+    def contrastive(image: Tensor, text: Tensor, ids: Tensor, hard: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        loss, stats = mmkernels.info_nce(image, text, scale, image_ids=ids, hard_texts=hard, return_stats=True)
+        pairwise = mmkernels.sigmoid_contrastive(image, text, scale, -10.0, text_ids=ids)
+        return loss, *stats, pairwise, mmkernels.retrieval_ranks(image, text, torch.zeros_like(ids))
+
+    heads = lambda b, l: (torch.randn(b, 4, l, 8), torch.randn(b, 2, l + 2, 8), torch.randint(1, l, (b,)))
+    pairs = lambda b, l: (features(b), features(b), torch.arange(b) // 2, features(l), torch.tensor(9.0))
+    return {
+        "ops: attention": Case(call=attention, inputs=heads, sizes=["02", "02", "0"]),
+        "ops: contrastive": Case(call=contrastive, inputs=pairs, sizes=["0", "0", "0", "0", ""]),
+    }
+
+
+MADE = [
+    clip("tiny"),
+    clip("siglip_tiny"),
+    flamingo("resampler"),
+    flamingo("patches", num_latents=None, gate="vector", qk_norm=True),  # as Idefics without a resampler
+    cross_attention(),
+    gated_cross_attention(),
+    resampler(),
+    caches(),
+    losses(),
+    masks(),
+    ops(),
+]
+CASES = {name: case for made in MADE for name, case in made.items()}
+NOT_CALLED = {"CLIPConfig", "FlamingoConfig", "EmbeddingCache", "EmbeddingCacheError", "SearchResult"}
+
+
+def test_every_model_and_module_has_a_case() -> None:
+    names = {
+        name
+        for package in (mmkernels.nn, mmkernels.models)
+        for name in package.__all__
+        if isinstance(getattr(package, name), type)
+    }
+    assert names - NOT_CALLED == {re.match(r"\w+", name)[0] for name in CASES} - {"SpanMask", "ops"}  # type: ignore[index]
+
+
+def served(program: Any, case: Case) -> None:
+    """The program gives what the module gives, for sizes other than the example's."""
+    for sizes in OTHERS:
+        inputs = case.inputs(*sizes)
+        with torch.no_grad():
+            torch.testing.assert_close(program(*inputs), case(*inputs), msg=lambda text: f"{sizes}: {text}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exported(name: str) -> None:
+    case = CASES[name]
+    with torch.no_grad():
+        program = torch.export.export(case, case.inputs(*EXAMPLE), dynamic_shapes=(case.sizes,))
+    served(program.module(), case)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_traced(name: str) -> None:
+    case = CASES[name]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        program = torch.jit.trace(case, case.inputs(*EXAMPLE), check_trace=False)
+    served(program, case)
