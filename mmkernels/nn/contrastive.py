@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.ops.contrastive.info_nce import info_nce
@@ -13,7 +15,7 @@ _EXCHANGES = ("bidir", "shift", "reduce", "gather")
 
 
 class _OpenClipLoss(nn.Module):
-    """The arguments that both losses share."""
+    """The arguments and attributes that both losses share."""
 
     def __init__(self, cache_labels: bool, rank: int, world_size: int) -> None:
         super().__init__()
@@ -28,10 +30,19 @@ class _OpenClipLoss(nn.Module):
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
+        self.prev_num_logits = 0  # where a subclass may cache labels; nothing here does
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def _replaces(self, base: type[_OpenClipLoss], *methods: str) -> bool:
+        """Whether a subclass of `base`, or an assignment to this object, replaces one of these methods of `base`."""
+        return any(getattr(getattr(self, name), "__func__", None) is not getattr(base, name) for name in methods)
 
 
 class ClipLoss(_OpenClipLoss):
     """CLIP's loss, called as ``open_clip.ClipLoss``: the mean of both directions' cross-entropy.
+
+    A subclass may use or replace `get_logits` and `get_ground_truth`, as of open_clip's class. `forward` calls them
+    only if one is replaced; it then builds the logits, and its memory and time are open_clip's.
 
     Args:
         local_loss, gather_with_grad, use_horovod: how ranks share features; no effect on one rank.
@@ -86,20 +97,48 @@ class ClipLoss(_OpenClipLoss):
                 loss nor any other gradient; the gradient of `logit_bias` is 0.
 
         Returns:
-            A scalar, fp64 for fp64 features and fp32 for all others. (open_clip's loss has the dtype of the logits.)
+            A scalar, fp64 for fp64 features and fp32 for all others. (open_clip's loss has the dtype of the logits; so
+            has this one where a subclass replaces a method.)
 
         Raises:
             TypeError, ValueError: as `mmkernels.info_nce`.
         """
-        loss: Tensor = info_nce(image_features, text_features, logit_scale)
-        if logit_bias is not None:
-            # Kept in the graph, so that a parameter gets a gradient of 0: DDP waits for every gradient.
-            loss = loss + 0.0 * check_scalar("logit_bias", logit_bias, image_features).reshape(())
+        if self._replaces(ClipLoss, "get_logits", "get_ground_truth"):
+            bias = () if logit_bias is None else (logit_bias,)  # older versions' get_logits takes none
+            logits = self.get_logits(image_features, text_features, logit_scale, *bias)
+            labels = self.get_ground_truth(image_features.device, logits[0].shape[0])
+            loss = (F.cross_entropy(logits[0], labels) + F.cross_entropy(logits[1], labels)) / 2
+        else:
+            loss = info_nce(image_features, text_features, logit_scale)
+            if logit_bias is not None:
+                # Kept in the graph, so that a parameter gets a gradient of 0: DDP waits for every gradient.
+                loss = loss + 0.0 * check_scalar("logit_bias", logit_bias, image_features).reshape(())
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the logits of each image with each text ``[N, M]``, and of each text with each image ``[M, N]``.
+
+        They take the memory that `forward` saves. The arguments are those of `forward`.
+        """
+        logits = _logits(image_features, text_features, logit_scale, logit_bias)
+        return logits, logits.T
+
+    def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
+        """Returns the index of each row's positive, int64 ``[num_logits]``: text i belongs to image i."""
+        return torch.arange(num_logits, device=device)
 
 
 class SigLipLoss(_OpenClipLoss):
     """SigLIP's loss, called as ``open_clip.SigLipLoss``: the sum over all pairs, divided by the number of images.
+
+    A subclass may use or replace `get_logits` and `get_ground_truth`, as of open_clip's class. `forward` calls them
+    only if one is replaced; it then builds the logits, and its memory and time are open_clip's.
 
     Args:
         cache_labels: accepted without effect: there are no labels to cache.
@@ -157,14 +196,67 @@ class SigLipLoss(_OpenClipLoss):
             logit_bias: added to each logit; a number or a tensor of one element; None: 0.
 
         Returns:
-            A scalar, fp64 for fp64 features and fp32 for all others. (open_clip's loss has the dtype of the logits.)
+            A scalar, fp64 for fp64 features and fp32 for all others. (open_clip's loss has the dtype of the logits; so
+            has this one where a subclass replaces a method.)
 
         Raises:
             TypeError, ValueError: as `mmkernels.sigmoid_contrastive`.
         """
-        bias = 0.0 if logit_bias is None else logit_bias
-        loss = sigmoid_contrastive(image_features, text_features, logit_scale, bias)
+        loss = self._loss(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """Returns the loss, by open_clip's name and arguments, as its subclasses call it.
+
+        Args:
+            negative_only: no text belongs to an image; then the logits are built.
+        """
+        if not negative_only and not self._replaces(SigLipLoss, "get_logits", "get_ground_truth"):
+            bias = 0.0 if logit_bias is None else logit_bias
+            return sigmoid_contrastive(image_features, text_features, logit_scale, bias)
+        logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+        count, kind = image_features.shape[0], {"negative_only": True} if negative_only else {}
+        signs = self.get_ground_truth(image_features.device, image_features.dtype, count, **kind)
+        return -F.logsigmoid(signs * logits).sum() / count
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """Returns the logits of each image with each text ``[N, M]``; they take the memory that `forward` saves.
+
+        The arguments are those of `forward`.
+        """
+        return _logits(image_features, text_features, logit_scale, logit_bias)
+
+    def get_ground_truth(
+        self, device: torch.device | str, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """Returns 1 for each pair that belongs together and -1 for all others, ``[num_logits, num_logits]``.
+
+        Args:
+            device, dtype: of the result.
+            num_logits: the number of images, and of texts.
+            negative_only: no pair belongs together.
+        """
+        signs = -torch.ones(num_logits, num_logits, device=device, dtype=dtype)
+        return signs if negative_only else signs.fill_diagonal_(1)
+
+
+def _logits(image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None) -> Tensor:
+    """Returns ``logit_scale * image text' + logit_bias``, ``[N, M]``."""
+    logits = logit_scale * image @ text.T
+    return logits if logit_bias is None else logits + logit_bias
 
 
 def _is_integer(x: object) -> bool:

@@ -128,6 +128,13 @@ def test_signatures_are_open_clips() -> None:
     assert of(ClipLoss().forward) == [*needed, ("logit_bias", None), ("output_dict", False)]
     assert of(SigLipLoss().forward) == [*needed, ("logit_bias", inspect.Parameter.empty), ("output_dict", False)]
     assert SigLipLoss().dist_impl == "bidir"
+    bias = ("logit_bias", None)
+    assert of(ClipLoss().get_logits) == of(SigLipLoss().get_logits) == [*needed, bias]
+    count = ("num_logits", inspect.Parameter.empty)
+    device, dtype = (("device", inspect.Parameter.empty), ("dtype", inspect.Parameter.empty))
+    assert of(ClipLoss().get_ground_truth) == [device, count]
+    assert of(SigLipLoss().get_ground_truth) == [device, dtype, count, ("negative_only", False)]
+    assert of(SigLipLoss()._loss) == [*needed, bias, ("negative_only", False)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -188,3 +195,85 @@ def test_bad_inputs(module: Any) -> None:
     bad = image.clone()
     bad[3, 4] = torch.nan
     assert torch.isnan(loss(bad, text, 1.0, 0.0))
+
+
+METHODS = ("get_logits", "get_ground_truth")
+
+
+@pytest.mark.parametrize(("module", "formula"), LOSSES)
+@pytest.mark.parametrize("replaced", [(), METHODS[:1], METHODS[1:], METHODS])
+@pytest.mark.parametrize("bias", [None, -3.0])
+def test_a_subclass_uses_and_replaces_open_clips_methods(
+    module: Any, formula: Any, replaced: tuple[str, ...], bias: float | None
+) -> None:
+    """A loss for distillation, as in open_clip: it needs the logits, and `forward` of the class above."""
+    called: list[str] = []
+
+    class Distilled(module):
+        def forward(self, image: Tensor, text: Tensor, scale: Tensor, logit_bias: Any = None) -> Tensor:  # type: ignore[override]
+            logits = self.get_logits(image, text, scale)
+            called.clear()
+            return (
+                super().forward(image, text, scale, logit_bias) + (logits[0] if module is ClipLoss else logits).mean()
+            )
+
+    def replace(name: str) -> None:
+        def method(self: Any, *given: Any, **named: Any) -> Any:
+            called.append(name)
+            return getattr(super(Distilled, self), name)(*given, **named)
+
+        setattr(Distilled, name, method)
+
+    for name in replaced:
+        replace(name)
+    image, text = features()
+    scale = torch.tensor(5.0, dtype=torch.float64)
+    logit_bias = None if bias is None else torch.tensor(bias, dtype=torch.float64)
+    inputs = (image, text, scale, logit_bias)
+    distilled = lambda *x: formula(*x) + (x[2] * x[0] @ x[1].T).mean()
+    ours, theirs = loss_and_grads(Distilled(), *inputs), loss_and_grads(distilled, *inputs)
+    assert sorted(called) == sorted(replaced)  # without them no logits are built
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_method_that_changes_the_loss_is_honoured() -> None:
+    """Of the class, and of one object; `get_logits` of older versions takes no bias."""
+
+    class Cooler(ClipLoss):
+        def get_logits(self, image: Tensor, text: Tensor, logit_scale: Any) -> Any:  # type: ignore[override]
+            return super().get_logits(image, text, logit_scale / 2)
+
+    image, text = features()
+    want = ClipLoss()(image, text, 5.0)
+    torch.testing.assert_close(Cooler()(image, text, 10.0), want)
+    loss = ClipLoss()
+    loss.get_logits = lambda image, text, scale: ClipLoss.get_logits(loss, image, text, scale / 2)  # type: ignore[method-assign]
+    torch.testing.assert_close(loss(image, text, 10.0, output_dict=True)["contrastive_loss"], want)
+
+
+def test_what_the_methods_return() -> None:
+    image, text = features(5)
+    of_images, of_texts = ClipLoss().get_logits(image, text, 2.0, torch.tensor(-1.0))
+    torch.testing.assert_close(of_images, 2 * image @ text.T - 1)
+    assert torch.equal(of_texts, of_images.T)
+    assert torch.equal(ClipLoss(cache_labels=True).get_ground_truth(image.device, 5), torch.arange(5))
+    siglip = SigLipLoss()
+    assert torch.equal(siglip.get_logits(image, text, 2.0, -1.0), of_images)
+    signs = siglip.get_ground_truth("cpu", torch.float64, 5)
+    assert torch.equal(signs, 2 * torch.eye(5, dtype=torch.float64) - 1)
+    assert torch.equal(siglip.get_ground_truth("cpu", torch.half, 5, negative_only=True), -torch.ones(5, 5).half())
+    negatives = siglip._loss(image, text, 2.0, -1.0, negative_only=True)
+    torch.testing.assert_close(negatives, -F.logsigmoid(-of_images).sum() / 5)
+    assert (siglip.prev_num_logits, siglip.labels) == (0, {})
+
+
+@pytest.mark.parametrize("module", [ClipLoss, SigLipLoss])
+def test_compiled_with_a_scale_of_half_precision(module: Any) -> None:
+    """A model in bfloat16 whose features are widened for the loss."""
+    image, text = features(dtype=torch.float32)
+    inputs = (image, text, torch.tensor(14.25).bfloat16(), torch.tensor(-3.0).half())
+    compiled = torch.compile(module(), backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(loss_and_grads(compiled, *inputs), loss_and_grads(module(), *inputs), strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected)

@@ -42,7 +42,11 @@ def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", 
 
 
 def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
-    """Returns x as a tensor of one element, in the image features' dtype or float32; a number becomes `wide_dtype`."""
+    """Returns x as a tensor of one element on image's device, in image's dtype or float32.
+
+    A number, and a tensor of another real dtype, is converted to `wide_dtype`: as in PyTorch's own arithmetic it does
+    not widen the features, and its gradient comes back in its own dtype.
+    """
     if not isinstance(x, Tensor):
         if isinstance(x, bool) or not isinstance(x, _NUMBERS):
             raise TypeError(f"{name} must be a tensor of one element or a number, got {type(x).__name__}")
@@ -54,10 +58,15 @@ def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
     if x.dtype in (torch.float16, torch.bfloat16) and autocast_dtype(image) is not None:
         x = x.float()
     if x.dtype not in (image.dtype, torch.float32):
-        allowed = "torch.float32" if image.dtype == torch.float32 else f"{image.dtype} or torch.float32"
-        raise TypeError(f"{name} must be {allowed}, got {x.dtype}")
+        if x.dtype == torch.bool or x.is_complex():
+            raise TypeError(f"{name} must be a tensor of a real dtype, got {x.dtype}")
+        x = x.to(wide_dtype(image))
     if x.device != image.device:
-        raise ValueError(f"{name} must be on image's device {image.device}, got {x.device}")
+        if x.dim() or x.device.type != "cpu":
+            raise ValueError(
+                f"{name} must be on image's device {image.device}, or on the CPU without a dim; got {x.device}"
+            )
+        x = x.to(image.device, non_blocking=True)
     return x
 
 

@@ -11,6 +11,7 @@ import torch
 from harness import SPECS, backends
 
 import mmkernels
+from mmkernels.ops.common.dtypes import wide_dtype
 
 NAN = math.nan
 THREE, FIVE, META = torch.zeros(3, 8), torch.zeros(5, 8), torch.zeros(3, 8, device="meta")
@@ -73,7 +74,7 @@ FEATURES: dict[str, Bad] = {
 
 def number(name: str) -> dict[str, Bad]:
     """What a scale or bias can't be."""
-    must = rf"{name} must be torch.float32, got"
+    real = f"{name} must be a tensor of a real dtype, got"
     return {
         f"{name} None": ({name: None}, TypeError, rf"{name} must be a tensor of one element or a number, got NoneType"),
         f"{name} a string": ({name: "20"}, TypeError, rf"{name} must be a tensor .* or a number, got str"),
@@ -87,10 +88,10 @@ def number(name: str) -> dict[str, Bad]:
         f"{name} of two": ({name: torch.ones(2)}, ValueError, rf"{name} must have one element, got shape \(2,\)"),
         f"{name} of none": ({name: torch.ones(0)}, ValueError, rf"{name} must have one element, got shape \(0,\)"),
         f"{name} 2-D": ({name: torch.ones(1, 1)}, ValueError, rf"{name} must have one element, got shape \(1, 1\)"),
-        f"{name} integer": ({name: torch.tensor(3)}, TypeError, f"{must} torch.int64"),
-        f"{name} wider": ({name: torch.ones(1).double()}, TypeError, f"{must} torch.float64"),
-        f"{name} narrower": ({name: torch.ones(1).half()}, TypeError, f"{must} torch.float16"),
-        f"{name} device": ({name: META[0, :1]}, ValueError, rf"{name} must be on image's device cpu, got meta"),
+        f"{name} a bool tensor": ({name: torch.tensor(True)}, TypeError, f"{real} torch.bool"),
+        f"{name} a complex tensor": ({name: torch.tensor(1j)}, TypeError, f"{real} torch.complex64"),
+        f"{name} device": ({name: META[0, :1]}, ValueError, rf"{name} must be on image's device cpu, or .*; got meta"),
+        f"{name} device, no dim": ({name: META[0, 0]}, ValueError, rf"{name} must be on image's device cpu.* got meta"),
     }
 
 
@@ -190,6 +191,36 @@ def test_any_number_is_a_scale(op: str, number: Any) -> None:
     good = GOOD[op] | {"image": torch.eye(3, 8), "text": torch.eye(3, 8)}
     want = getattr(mmkernels, op)(**good | {"logit_scale": torch.tensor(7.0)})
     assert torch.equal(getattr(mmkernels, op)(**good | {"logit_scale": number}), want)
+
+
+ODD = [(torch.float16, ()), (torch.bfloat16, (1,)), (torch.float64, ()), (torch.float64, (1,)), (torch.int32, ())]
+
+
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("dtype", "shape"), ODD)
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, of in GOOD.items() for name in of if "logit" in name])
+def test_a_scale_of_another_dtype_widens_nothing(
+    op: str, name: str, dtype: torch.dtype, shape: tuple[int, ...], features: torch.dtype
+) -> None:
+    """The value of the loss, and its dtype, are those of the number; the gradient has the scale's own dtype."""
+    number = -3.0 if name == "logit_bias" else 7.0
+    good = GOOD[op] | {"image": torch.eye(3, 8, dtype=features), "text": torch.eye(3, 8, dtype=features)}
+    scalar = torch.full(shape, number, dtype=dtype, requires_grad=dtype.is_floating_point)
+    plain = torch.tensor(number, dtype=wide_dtype(good["image"]), requires_grad=True)
+    found, want = (getattr(mmkernels, op)(**good | {name: x}) for x in (scalar, plain))
+    assert found.dtype == want.dtype and torch.equal(found, want)
+    if dtype.is_floating_point:
+        found.backward()
+        want.backward()
+        assert scalar.grad is not None and plain.grad is not None
+        assert scalar.grad.dtype == dtype and torch.equal(scalar.grad, plain.grad.to(dtype).reshape(shape))
+
+
+@pytest.mark.parametrize("op", ["info_nce", "sigmoid_contrastive"])
+def test_a_scale_without_a_dim_may_lie_on_the_cpu(op: str) -> None:
+    """As in PyTorch's own arithmetic with tensors on a device."""
+    good = GOOD[op] | {"image": META, "text": META, "logit_scale": torch.tensor(7.0)}
+    assert getattr(mmkernels, op)(**good).device.type == "meta"
 
 
 @pytest.mark.parametrize("backend", [x for x in backends(SPECS["retrieval_ranks"]) if x != "triton"])

@@ -84,7 +84,8 @@ def info_nce(
             score of a pair is the largest of its image's Q queries (BLIP-2).
         text: ``[M, d]``, image's dtype and device.
         logit_scale: the multiplier itself (1 / temperature, already exponentiated): a number, or a tensor of one
-            element in image's dtype or float32.
+            element in any real dtype. It is used in image's dtype or float32 if it has one of these, else in float32
+            (float64 beside float64 features), and never widens the features.
         image_ids, text_ids: integers ``[N]`` and ``[M]``: what each row is about. One alone serves for both sides.
             Without ids N = M, and text i is image i's only positive.
         same_id: what pairs of one id are. "positive": positives, as many as there are; a row's target is uniform over

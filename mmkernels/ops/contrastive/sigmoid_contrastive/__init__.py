@@ -39,8 +39,9 @@ def sigmoid_contrastive(
         image: features ``[N, d]``, float16, bfloat16, float32 or float64, normalised or not; or ``[N, Q, d]``: the
             score of a pair is the largest of its image's Q queries.
         text: ``[M, d]``, image's dtype and device.
-        logit_scale: the multiplier itself (already exponentiated): a number, or a tensor of one element in image's
-            dtype or float32.
+        logit_scale: the multiplier itself (already exponentiated): a number, or a tensor of one element in any real
+            dtype. It is used in image's dtype or float32 if it has one of these, else in float32 (float64 beside
+            float64 features), and never widens the features.
         logit_bias: added to the scaled scores; as logit_scale. The paper begins at -10, with a scale of 10.
         image_ids, text_ids: integers ``[N]`` and ``[M]``: a pair of one id is positive. One alone serves for both
             sides. Without ids N = M, and text i is image i's only positive.
