@@ -311,13 +311,6 @@ def test_shards(copy: Copy) -> None:
     refused(folder, "index.json: must be JSON")
 
 
-def test_an_index_that_an_earlier_save_left(copy: Copy) -> None:
-    """The whole file is read, as in transformers."""
-    folder = copy("clip")
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"logit_scale": "gone.safetensors"}}')
-    load(folder)
-
-
 def test_a_tied_tensor_may_be_on_disk(copy: Copy) -> None:
     """Older versions saved it twice; the embedding is used, as in transformers."""
     folder = copy("tied")

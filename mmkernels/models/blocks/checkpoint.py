@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 _LARGEST_JSON = 64 * 2**20  # bytes; the index of the largest published checkpoints has some 10 MB
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INDEX = ".safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -45,13 +46,17 @@ def renamed(name: str, table: Mapping[str, str]) -> str | None:
     return None
 
 
-def load_weights(model: nn.Module, folder: Path, names: Names) -> None:
-    """Gives a model on the meta device the weights of a folder. Tensors that the model shares stay shared."""
+def load_weights(model: nn.Module, folder: Path, names: Names, file: object = None) -> None:
+    """Gives a model on the meta device the weights of a folder. Tensors that the model shares stay shared.
+
+    Args:
+        file: what ``transformers_weights`` of ``config.json`` names; None: the folder's usual files.
+    """
     ours = {start: name for name, start in names.table.items()}
     theirs = lambda name: renamed(name, names.table) or name
     weights: dict[str, Tensor] = {}  # by the model's names
     files: dict[str, Path] = {}
-    for path in _weight_files(folder):
+    for path in _weight_files(folder, file):
         for stored, x in _read(path, names.ignored).items():
             name = renamed(stored, ours)
             if name is None:
@@ -85,24 +90,58 @@ def _and_more(names: Collection[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Returns ``model.safetensors``, or the shards that the index lists."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():  # as in transformers: an index beside it is what an earlier save left
+def _weight_files(folder: Path, named: object) -> list[Path]:
+    """Returns the safetensors files that transformers would read.
+
+    That is the file (or index of shards) that ``config.json`` names, or else ``model.safetensors``, or else the shards
+    that ``model.safetensors.index.json`` lists. Other files that an earlier save left are not looked at.
+    """
+    if (folder / "adapter_config.json").is_file():
+        must = "must not hold an adapter, which is not applied here; merge it into the weights and save them again"
+        raise CheckpointError(f"{folder}: {must}; got adapter_config.json")
+    whole, index = folder / "model.safetensors", folder / f"model{_INDEX}"
+    if named is not None:
+        if not isinstance(named, str) or not _is_beside(named, (".safetensors", _INDEX)):
+            must = "transformers_weights must be the name of a safetensors file or of its index beside it"
+            raise CheckpointError(f"{folder / 'config.json'}: {must}, got {repr(named)[:200]}")
+        whole = existing(folder / named)
+        if named.endswith(_INDEX):
+            return _shards(whole)
+    if whole.is_file():
         return [whole]
-    if not index.exists():
-        pickles = [path.name for pattern in _PICKLES for path in sorted(folder.glob(pattern))]
-        why = "pickled weights can run any code when read; save them as safetensors"
-        got = f"{pickles[0]}: {why}" if pickles else "neither"
-        raise FileNotFoundError(f"{folder} must hold {whole.name}, or {index.name} and its shards, got {got}")
+    if index.is_file():
+        return _shards(index)
+    raise FileNotFoundError(f"{folder} must hold {whole.name}, or {index.name} and its shards, got {_instead(folder)}")
+
+
+def _is_beside(name: str, endings: tuple[str, ...]) -> bool:
+    """Whether a name that a file gives is that of a file in the same folder, with one of these endings."""
+    return Path(name).name == name and "\\" not in name and name.endswith(endings)
+
+
+def _shards(index: Path) -> list[Path]:
+    """Returns the files that an index lists."""
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise CheckpointError(f"{index}: weight_map must be an object of file names, got {type(shard_of).__name__}")
     shards = sorted(set(shard_of.values()))
     for shard in shards:
-        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+        if not _is_beside(shard, (".safetensors",)):
             raise CheckpointError(f"{index}: a shard must be the name of a .safetensors file beside it, got {shard!r}")
-    return [existing(folder / shard) for shard in shards]
+    return [existing(index.parent / shard) for shard in shards]
+
+
+def _instead(folder: Path) -> str:
+    """Returns what a folder without weights holds that its user may take for them."""
+    link = folder / "model.safetensors"
+    if link.is_symlink():
+        return f"a link to a missing file, {link} -> {link.readlink()}"
+    others = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    if others:
+        return f"{', '.join(others[:5])}: weights by another name are read if config.json's transformers_weights has it"
+    pickles = [path.name for pattern in _PICKLES for path in sorted(folder.glob(pattern))]
+    why = "pickled weights can run any code when read; save them as safetensors"
+    return f"{pickles[0]}: {why}" if pickles else "neither"
 
 
 def _read(path: Path, ignored: re.Pattern[str]) -> dict[str, Tensor]:
@@ -116,12 +155,20 @@ def _read(path: Path, ignored: re.Pattern[str]) -> dict[str, Tensor]:
             names = [name for name in file.keys() if not ignored.search(name)]  # noqa: SIM118
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: must be a whole safetensors file, got an error: {error}") from error
+        got = "a Git LFS pointer: run git lfs pull" if _is_lfs_pointer(path) else f"an error: {error}"
+        raise CheckpointError(f"{path}: must be a whole safetensors file, got {got}") from error
     for name, x in tensors.items():
         if x.dtype not in _DTYPES:
             allowed = ", ".join(str(dtype) for dtype in _DTYPES)
             raise CheckpointError(f"{path}: {name} must be one of {allowed}, got {x.dtype}")
     return tensors
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what a clone without Git LFS leaves in place of the content."""
+    start = b"version https://git-lfs"
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -140,5 +187,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def existing(path: Path) -> Path:
     """Returns the path of a file of a checkpoint after a check that there is one."""
     if not path.is_file():
-        raise FileNotFoundError(f"the checkpoint's folder must hold {path.name}, got no such file: {path}")
+        got = f"a link to a missing file: {path} -> {path.readlink()}" if path.is_symlink() else f"no such file: {path}"
+        raise FileNotFoundError(f"the checkpoint's folder must hold {path.name}, got {got}")
     return path

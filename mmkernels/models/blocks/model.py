@@ -82,7 +82,10 @@ class Model(nn.Module):
         the model exists.
 
         Args:
-            folder: with ``config.json`` and ``model.safetensors``, or its shards and their index.
+            folder: with ``config.json`` and ``model.safetensors``, or its shards and their index. If it holds more, as
+                after several saves, the files are chosen as transformers chooses them: those that ``config.json`` names
+                in ``transformers_weights``, or else ``model.safetensors``, or else the shards. An adapter beside them
+                is refused.
             dtype: of the parameters, whatever the files hold.
             device: of the parameters.
 
@@ -99,10 +102,11 @@ class Model(nn.Module):
         if not folder.is_dir():
             raise FileNotFoundError(f"folder must be a checkpoint's folder, got {folder}, which is no folder")
         path = existing(folder / "config.json")
-        config = cls._read_config(read_json(path), path)
+        values = read_json(path)
+        config = cls._read_config(values, path)
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, folder, cls._names(config))
+        load_weights(model, folder, cls._names(config), values.get("transformers_weights"))
         return model.to(device=device, dtype=dtype).eval()
 
     @classmethod
