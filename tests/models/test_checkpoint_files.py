@@ -1,4 +1,4 @@
-"""Folders as they occur: saved again, in other shards, as links, beside other files. We load what transformers loads."""
+"""Folders as they occur: saved again, in other shards, as links, beside other files. Transformers says what is read."""
 
 from __future__ import annotations
 
