@@ -58,20 +58,22 @@ def test_missing_images(tmp_path: Path) -> None:
         load_images([], 32)
 
 
-def bomb(width: int, height: int) -> bytes:
-    """Returns a PNG of a few bytes whose header gives a large size."""
+def png(size: tuple[int, int], depth: int, colour: int, row: bytes = b"", transparent: bytes | None = None) -> bytes:
+    """Returns a PNG file: of one row, or, without a row, a few bytes whose header gives a large size."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
+    clear = b"" if transparent is None else chunk(b"tRNS", transparent)
+    content = chunk(b"IDAT", zlib.compress(b"\0" + row if row else b""))
+    return b"\x89PNG\r\n\x1a\n" + header + clear + content + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(("width", "height"), [(12_000, 12_000), (100_000, 100_000), (2**31 - 1, 2**31 - 1)])
 def test_decompression_bombs(tmp_path: Path, width: int, height: int) -> None:
     path = tmp_path / "bomb.png"
-    path.write_bytes(bomb(width, height))
+    path.write_bytes(png((width, height), 8, 2))
     with pytest.raises(ImageError, match=r"bomb.png: must have at most 100000000 pixels, got"):
         load_image(path)
     picture().save(path)
@@ -202,6 +204,33 @@ def test_sixteen_bits_with_a_transparent_grey(tmp_path: Path, transparent: int) 
     loaded = np.asarray(load_image(tmp_path / "image.png"))[..., 0]
     assert np.abs(loaded[:, 1:] - GREY[:, 1:].astype(float)).max() <= 1
     assert loaded[0, 0] == (255 if transparent == 0 else 0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "greys"),
+    [
+        (1, 0, bytes([0b01010000]), [0, 255, 0, 255]),
+        (2, 0, bytes([0b00011011]), [0, 85, 170, 255]),
+        (4, 0, bytes([0x01, 0x5F]), [0, 17, 85, 255]),
+        (8, 0, bytes([0, 1, 85, 255]), [0, 1, 85, 255]),
+        (16, 0, struct.pack(">4H", 0, 1, 21845, 65535), [0, 0, 85, 255]),
+        (8, 2, bytes([0, 0, 0, 1, 1, 1, 85, 85, 85, 255, 255, 255]), [0, 1, 85, 255]),
+    ],
+)
+def test_a_transparent_value_of_any_depth(
+    tmp_path: Path, depth: int, colour: int, row: bytes, greys: list[int]
+) -> None:
+    """The second of four pixels has it."""
+    path, clear = tmp_path / "image.png", struct.pack(">H", 1) * (3 if colour == 2 else 1)
+    for transparent, second in ((None, greys[1]), (clear, 255)):
+        path.write_bytes(png((4, 1), depth, colour, row, transparent))
+        assert np.asarray(load_image(path))[0, :, 0].tolist() == [greys[0], second, *greys[2:]]
+
+
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(png((1, 1), 16, 2, bytes(6), bytes(6)))
+    with pytest.raises(ImageError, match=r"image.png: a PNG of 16-bit colours must have no transparent colour, got"):
+        load_image(tmp_path / "image.png")
 
 
 def patched(path: Path, tag: int, old: int, new: int) -> None:

@@ -53,6 +53,7 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image:
             file = Image.open(path)
         if file.width * file.height > max_pixels:
             raise ImageError(f"{path}: must have at most {max_pixels} pixels, got {file.width} x {file.height}")
+        _correct_transparency(file, path)
         image = ImageOps.exif_transpose(file)
         if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip the values instead of scaling them
             return _scaled(image, file, path).convert("RGB")
@@ -69,6 +70,21 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image:
         raise
     except Exception as error:  # on damaged files the decoders of Pillow raise almost any error
         raise ImageError(f"{path}: must be a whole image, got an error: {error}") from error
+
+
+_FACTORS = {"L;2": 85, "L;4": 17}  # Pillow's raw modes of grey PNGs -> what it multiplies their values by
+
+
+def _correct_transparency(file: Any, path: Path) -> None:
+    """Gives a PNG's transparent colour the scale of its pixels: Pillow scales the pixels alone."""
+    clear = file.info.get("transparency")
+    if file.format != "PNG" or clear is None or not file.tile:
+        return
+    raw = file.tile[0][3]
+    if raw in _FACTORS:
+        file.info["transparency"] = clear * _FACTORS[raw]
+    elif raw == "RGB;16B":
+        raise ImageError(f"{path}: a PNG of 16-bit colours must have no transparent colour, got {clear}")
 
 
 _WHITES = {"I": (255, 65535), "F": (1, 255)}
