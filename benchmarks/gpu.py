@@ -57,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"make gpu: nothing was run: {reason}. On a machine with a GPU it would run:\n{_list_of(chosen)}")
         return 2
     run = Run(chosen, options.out, commit=options.commit, whole=len(chosen) == len(known))
-    run.all(options.seconds)
+    try:
+        run.all(options.seconds)
+    except KeyboardInterrupt:
+        print("make gpu: interrupted; the parts that ran are saved", file=sys.stderr)
+        return 130  # as shells have it
     run.print_table()
     return run.code
 

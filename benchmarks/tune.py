@@ -33,6 +33,7 @@ import torch
 
 from mmkernels import ops
 from mmkernels.bench.gate import Call, Gate, draw_cotangents, draw_inputs, flat
+from mmkernels.interrupts import ends_well
 from mmkernels.machine import versions
 from mmkernels.options import DTYPES, parse_list
 from mmkernels.plan import SHARED_BYTES, Config, Problem
@@ -285,4 +286,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_well("tune.py", "the rows that were found are written"):
+        sys.exit(main())

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+from mmkernels.interrupts import ends_well, interruptible
 from mmkernels.options import BadInput
 from mmkernels.profiling.options import Options
 from mmkernels.runtime.dispatch import BackendError
@@ -17,16 +18,18 @@ try:
 except ImportError:  # `main` says what to install
     typer = None  # type: ignore[assignment]
 
-PROFILE_OUT = Path("profiles")
+PROFILE_OUT, BENCH_OUT = Path("profiles"), Path("build/bench")
 _TOKENS = ",".join(map(str, Options.tokens))
 
 
 def main() -> None:
     """Entry point of the ``mmkernels`` script."""
-    with _one_line_errors():
+    with _one_line_errors(), ends_well("mmkernels"):
         if typer is None:
             raise ModuleNotFoundError("No module named 'typer'", name="typer")
-        _app()(prog_name="mmkernels", standalone_mode=False)
+        code = _app()(prog_name="mmkernels", standalone_mode=False)
+        if code:  # of an end that typer found itself
+            raise SystemExit(code)
 
 
 def _app() -> typer.Typer:
@@ -37,8 +40,15 @@ def _app() -> typer.Typer:
         help="Fused, memory-linear kernels for multimodal models.",
     )
     for command in (doctor, profile, bench, support):
-        app.command()(command)
+        app.command()(interruptible(command))
     return app
+
+
+def _path(text: str | Path) -> Path:
+    """Returns an option's path; ``Path("")`` would be the current folder."""
+    if not str(text):
+        raise typer.BadParameter("must be a path, got an empty text")
+    return Path(text)
 
 
 @contextmanager
@@ -78,7 +88,10 @@ def doctor() -> None:
 
 def profile(
     model: Annotated[str, typer.Argument(help="flamingo")],
-    image: Annotated[Path | None, typer.Option(help="Photograph; default: one that matplotlib ships.")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(parser=_path, metavar="FILE", help="Photograph; default: one that matplotlib ships."),
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Visual tokens per image, one profile each.")] = _TOKENS,
     images: Annotated[int, typer.Option(help="Images in the prompt: crops of the photograph.")] = Options.images,
     text_length: Annotated[int, typer.Option(help="Text tokens in the prompt.")] = Options.text_length,
@@ -90,7 +103,9 @@ def profile(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = "",
     size: Annotated[str, typer.Option(help="Of the model: tiny, small or base; random weights.")] = Options.size,
     train: Annotated[bool, typer.Option("--train", help="Also measure a training step.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for profile.json and profile.png.")] = PROFILE_OUT,
+    out: Annotated[
+        Path, typer.Option(parser=_path, metavar="FOLDER", help="For profile.json and profile.png.")
+    ] = PROFILE_OUT,
 ) -> None:
     """Show what each visual token costs: time by stage, peak memory, drift; fused beside the naive baseline."""
     from mmkernels.options import parse_list
@@ -121,7 +136,9 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")] = "",
     filter: Annotated[str, typer.Option(help="Only rows whose name contains one of these, comma-separated.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Only the headline rows of each op: two minutes.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = Path("build/bench"),
+    out: Annotated[
+        Path, typer.Option(parser=_path, metavar="FOLDER", help="For the JSON and the picture.")
+    ] = BENCH_OUT,
     save: Annotated[bool, typer.Option("--save", help="Write to benchmarks/results/<device>/ instead.")] = False,
 ) -> None:
     """Time ops beside their peers; correctness is checked first, and each row is saved as it finishes."""

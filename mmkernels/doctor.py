@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mmkernels import machine, report
 from mmkernels.meters import memory_why_not
-from mmkernels.report import Footnotes, binary_size
+from mmkernels.report import Footnotes, binary_size, plural
 from mmkernels.runtime import cpu, host
 from mmkernels.runtime.dispatch import BACKENDS, TABLES
 
@@ -47,7 +47,7 @@ def _lines() -> Iterator[tuple[str, str]]:
         yield "commit", commit
     about = machine.describe_machine()
     caches = ", ".join(f"{name.upper()} {binary_size(size)}" for name, size in about["caches_bytes"].items() if size)
-    yield "cpu", f"{machine.device_name()}, {about['isa']}, {about['torch_threads']} threads"
+    yield "cpu", f"{machine.device_name()}, {about['isa']}, {plural(about['torch_threads'], 'thread')}"
     yield "memory", f"{binary_size(about['memory_bytes'])}; caches {caches or 'unknown'}"
     gpus = [f"cuda:{i} {machine.describe_gpu(f'cuda:{i}')['name']}" for i in range(torch.cuda.device_count())]
     yield "gpu", ", ".join(gpus) or ("none" if torch.version.cuda else "none: this torch is built without CUDA")

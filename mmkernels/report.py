@@ -135,12 +135,20 @@ def plural(count: int, what: str) -> str:
 # Files.
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path, *files: str) -> None:
     """Makes the folder, so that one that can't be written to is found before anything is measured.
+
+    Args:
+        files: the names of what will be written.
 
     Raises:
         BadInput: it can't be written to.
     """
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--out must be a folder, got the file {folder}")
+    for name in files:
+        if (folder / name).is_dir():
+            raise BadInput(f"--out must be a folder for the file {name}, got {folder}, in which {name} is a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -153,8 +161,11 @@ def prepare_folder(folder: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes the file in one step, so that it has the old content or the new one at every moment."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 # Progress.

@@ -15,7 +15,7 @@ PACKAGE = Path(mmkernels.__file__).parent
 LAYERS = (
     ("plan",),
     ("runtime",),
-    ("masks", "options"),
+    ("masks", "options", "interrupts"),
     ("targets",),
     ("spec",),
     ("ops",),

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 
 from mmkernels.aot import cache, cuda
 from mmkernels.aot.resources import Row, Usage
+from mmkernels.interrupts import ends_well
 from mmkernels.plan import SHARED_BYTES, TARGETS
-from mmkernels.report import console, table
+from mmkernels.report import console, plural, table
 from mmkernels.runtime import tuning
 
 QUICK = ("sm_90", "gfx942")
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [entry for entry in entries(targets) if options.op in (None, entry.op)]
     if options.frontend:
         count = translate_entries(wanted)
-        print(f"Triton {triton_version()} accepts {len(wanted)} kernels ({count} for the first time){_since(begin)}")
+        accepted = f"{plural(len(wanted), 'kernel')} ({count} for the first time)"
+        print(f"Triton {triton_version()} accepts {accepted}{_since(begin)}")
         return 0
     compilers = versions() if options.op is None else {"triton": triton_version()}
     print(", ".join(f"{name} {version}" for name, version in compilers.items()))
@@ -58,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems = check(rows)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    outcome = f"{len(problems)} problems" if problems else "no problem"
-    print(f"{len(rows)} kernels for {', '.join(targets)}, {compiled} of them compiled now{_since(begin)}: {outcome}")
+    outcome = plural(len(problems), "problem") if problems else "no problem"
+    made = f"{plural(len(rows), 'kernel')} for {', '.join(targets)}, {compiled} of them compiled now"
+    print(f"{made}{_since(begin)}: {outcome}")
     return 1 if problems else 0
 
 
@@ -161,4 +164,5 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_well("mmkernels.aot", "what was compiled is kept"):
+        sys.exit(main())

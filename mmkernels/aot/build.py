@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -40,8 +41,9 @@ def _for_each(wanted: Sequence[Entry], work: Callable[[Entry], Any], suffix: str
     results = {entry.job.key: cache.read(entry.job.key + suffix) for entry in wanted}
     missing = list({entry.job.key: entry for entry in wanted if results[entry.job.key] is None}.values())
     if missing:
-        # Spawned, because a fork would inherit PyTorch's threads.
-        with ProcessPoolExecutor(_PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # Spawned, because a fork would inherit PyTorch's threads. Ctrl-C, which all of them get, is for this process.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(_PROCESSES, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             for entry, result in zip(missing, pool.map(work, missing), strict=True):
                 results[entry.job.key] = result
                 cache.write(entry.job.key + suffix, result)

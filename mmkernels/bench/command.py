@@ -14,13 +14,13 @@ import pytest
 import mmkernels
 from mmkernels.bench import picture, tables
 from mmkernels.bench.plugin import RowsPlugin
+from mmkernels.interrupts import Interrupted
 from mmkernels.machine import device_slug
 from mmkernels.ops import NAMES
 from mmkernels.options import DTYPES, BadInput, check_device, one_of
 from mmkernels.report import WIDTH, console, prepare_folder
 
 _GPU_WIDTH = 130  # columns: a GPU has more peers
-_INTERRUPTED = 130  # exit code, as shells have it
 
 
 def run_bench(
@@ -44,7 +44,8 @@ def run_bench(
 
     Raises:
         BadInput: there is no checkout, no such op or row; `out` can't be written to.
-        SystemExit: a result was wrong, or the run was interrupted.
+        Interrupted: by Ctrl-C; the rows that were measured are printed and saved.
+        SystemExit: a result was wrong.
     """
     folder = find_benchmarks()
     files = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
@@ -65,8 +66,7 @@ def run_bench(
         raise plugin.bad_filter
     _show([out / result.name for result in plugin.results], folder, device)
     if plugin.interrupted:
-        print("mmkernels: interrupted; the rows above are saved", file=sys.stderr)
-        raise SystemExit(_INTERRUPTED)
+        raise Interrupted("the rows above are saved" if plugin.results else "nothing was measured yet")
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise BadInput(f"no row of {', '.join(files)} runs on {device}")
     if code != pytest.ExitCode.OK:

@@ -13,6 +13,8 @@ from mmkernels.runtime.dispatch import BACKENDS
 CHOICES = ("fused", *BACKENDS)
 """What to compare: "fused" is the automatic choice, the others force a backend; "reference" is the naive baseline."""
 
+_NAMES = {"reference": "naive"}
+
 _MOST_IMAGES, _MOST_TOKENS = 1000, 65536
 
 
@@ -71,6 +73,11 @@ class Options:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+
+def name_of(backend: str) -> str:
+    """Returns the name that people read for a backend, in tables, pictures and progress: "reference" is "naive"."""
+    return _NAMES.get(backend, backend)
 
 
 def parse_tokens(text: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from PIL import Image
 
-from mmkernels.profiling.table import compared, crops_of, memory_ratio, summary
+from mmkernels.profiling.table import compared, crops_of, memory_ratio, summary, warnings
 from mmkernels.report import COLOURS, picture, plain, plural, ratio
 
 _TOTAL, _TRAINING = "#000000", "#A06A00"
@@ -35,6 +35,7 @@ def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
         _memory(memory, report)
         _photo(figure, report, photo)
         figure.text(0.06, 0.035, textwrap.fill(summary(report), 165), fontsize=10.5, va="center")
+        figure.text(0.06, 0.865, "  ".join(warnings(report)), fontsize=10.5, color="#B00020", va="center")
 
 
 def _titles(figure: Figure, report: dict[str, Any]) -> None:

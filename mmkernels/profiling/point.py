@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmkernels.meters import peak_memory, time_alternating
 from mmkernels.profiling.adapter import Adapter, Stage
-from mmkernels.profiling.options import Options
+from mmkernels.profiling.options import Options, name_of
 from mmkernels.runtime.dispatch import use_backend
 from mmkernels.runtime.eager import stub_ops
 
@@ -90,7 +90,7 @@ class _Point:
         self._measure_drift()  # first, as it also warms up every backend
         with torch.inference_mode():
             for backend in self._able():
-                self.progress(f"peak memory, {backend}")
+                self.progress(f"peak memory, {name_of(backend)}")
                 self.cells[backend]["peak_memory_bytes"] = self._peak(backend, self._whole)
             self._time_stages()
         if self.options.train:
@@ -200,7 +200,7 @@ class _Point:
 
         steps = {REMOVED: partial(step, REMOVED)}
         for backend in self._able():
-            self.progress(f"training step's peak memory, {backend}")
+            self.progress(f"training step's peak memory, {name_of(backend)}")
             fits = self._fits(partial(step, backend))
             clear()
             if fits:

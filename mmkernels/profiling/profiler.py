@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from PIL import Image
@@ -46,7 +46,17 @@ def steps(options: Options) -> int:
 def profile(
     options: Options, photo: Image.Image, progress: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
-    """Measures, and returns everything in a dictionary that is ready for JSON; the names contain the units.
+    """Measures, and returns the last of the `reports`, which has everything."""
+    *_, report = reports(options, photo, progress)
+    return report
+
+
+def reports(
+    options: Options, photo: Image.Image, progress: Callable[[str], None] = lambda what: None
+) -> Iterator[dict[str, Any]]:
+    """Measures, and yields after each number of tokens what is known by then: a dictionary that is ready for JSON.
+
+    The names in it contain the units.
 
     Args:
         options: what to run.
@@ -58,7 +68,13 @@ def profile(
     """
     adapter = find_model(options)
     photos = crops(photo, options.images)
-    cells = [cell for tokens in options.tokens for cell in measure_point(adapter, options, tokens, photos, progress)]
+    cells: list[Cell] = []
+    for tokens in options.tokens:
+        cells += measure_point(adapter, options, tokens, photos, progress)
+        yield _report(options, adapter, cells)
+
+
+def _report(options: Options, adapter: Adapter, cells: list[Cell]) -> dict[str, Any]:
     return {
         "kind": "mmkernels profile",
         "schema": SCHEMA,

@@ -11,12 +11,11 @@ from rich.text import Text
 
 from mmkernels import report as writer
 from mmkernels.meters import Timing
+from mmkernels.profiling.options import name_of
 from mmkernels.report import MISSING, megabytes, microseconds, milliseconds, plural, ratio
 
 _UNSTEADY = 0.1
 """Above this spread, as a share, the table warns."""
-
-_NAMES = {"reference": "naive"}
 
 _GAINS_LEGEND = (
     "faster: naive time / this backend's time. at most: naive time / time with every op removed (the Amdahl cap); "
@@ -24,22 +23,26 @@ _GAINS_LEGEND = (
 )
 
 
-def name_of(backend: str) -> str:
-    """Returns the name that people read for a backend: "reference" is the naive baseline."""
-    return _NAMES.get(backend, backend)
-
-
 def render(report: dict[str, Any]) -> RenderableType:
     """Returns the whole profile but its last sentence."""
     parts: list[RenderableType] = [_heading(report), _measurements(report), Text(_legend(report), style="dim")]
-    unsteady = _unsteadiness(report)
-    if unsteady > _UNSTEADY:
-        parts.append(
-            Text(f"Unsteady: repeated times differ by {unsteady:.0%} and more. Is the machine busy?", style="red")
-        )
+    parts += [Text(warning, style="red") for warning in warnings(report)]
     if any(cell["amdahl"] for cell in report["cells"]):
         parts += [Text(), _gains(report), Text(_GAINS_LEGEND, style="dim")]
     return Group(*parts)
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """Returns what a reader of the table or of the picture must know: that times vary, or that some are missing."""
+    lines = []
+    unsteady = _unsteadiness(report)
+    if unsteady > _UNSTEADY:
+        lines.append(f"Unsteady: repeated times differ by {unsteady:.0%} and more. Is the machine busy?")
+    measured = {cell["tokens_per_image"] for cell in report["cells"]}
+    missing = [f"{tokens:,}" for tokens in report["settings"]["tokens"] if tokens not in measured]
+    if missing:
+        lines.append(f"Interrupted: {' and '.join(missing)} tokens per image were not measured.")
+    return lines
 
 
 def _unsteadiness(report: dict[str, Any]) -> float:

@@ -16,6 +16,7 @@ from rich.text import Text
 from mmkernels import machine
 from mmkernels.integrations.transformers.support import NOTHING, YES, Support, check
 from mmkernels.integrations.transformers.support_compare import WAYS
+from mmkernels.interrupts import Interrupted
 from mmkernels.report import Footnotes, console, progress_bar, table
 from mmkernels.runtime.dispatch import TABLES, Backend
 from mmkernels.testing.families import find
@@ -38,11 +39,21 @@ def run_support(names: Sequence[str]) -> bool:
 
     Raises:
         BadInput: no family has this name.
+        Interrupted: by Ctrl-C; the families that were checked are in the table.
     """
     families = find(names)
+    rows: list[Support] = []
+    interrupted = False
     with progress_bar(len(families)) as advance, _recorded() as ran:
-        rows = support_table(families, advance)
-    console(WIDTH).print(Group(*_rendered(rows), Text(_facts(ran), style="dim")))
+        try:
+            for family in families:
+                rows += support_table([family], advance)
+        except KeyboardInterrupt:
+            interrupted = True
+    if rows:
+        console(WIDTH).print(Group(*_rendered(rows), Text(_facts(ran), style="dim")))
+    if interrupted:
+        raise Interrupted(f"{len(rows)} of {len(families)} families were checked")
     return not any(row.failures for row in rows)
 
 
