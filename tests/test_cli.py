@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmkernels import cli
+from mmkernels import cli, machine
 from mmkernels.profiling import point
 from mmkernels.runtime.dispatch import BACKENDS, TABLES
 
@@ -61,6 +61,7 @@ def test_profile_prints_tables_and_writes_json_and_picture(mmkernels, tmp_path: 
     assert "first token" in ended.out and "profile.png" in ended.out.replace("\n", "")
     assert "8 tokens x 2 images: against the naive baseline" in ended.out.replace("\n", " ")
     assert "[1/14] 4 tokens per image" in ended.err  # plain lines where there is no terminal
+    assert "peak memory, naive" in ended.err and "reference" not in ended.err + ended.out  # one word everywhere
 
 
 @pytest.mark.parametrize(
@@ -83,12 +84,21 @@ def test_profile_prints_tables_and_writes_json_and_picture(mmkernels, tmp_path: 
         ([*TINY, "--device", "gpu"], "--device must be cpu, cuda or cuda:<number>; got 'gpu'"),
         ([*TINY, "--device", "cuda:99"], "--device 'cuda:99' can't be used"),
         ([*TINY, "--size", "huge"], "--size must be one of tiny, small, base; got 'huge'"),
-        ([*TINY, "--image", "missing.jpg"], "missing.jpg"),
+        ([*TINY, "--image", "missing.jpg"], "--image must be a file, got no such file: missing.jpg"),
+        ([*TINY, "--image", ""], "'--image': must be a path, got an empty text"),
+        ([*TINY, "--image", "."], "--image .: must be an image, got a folder"),
+        ([*TINY, "--image", __file__], "test_cli.py: must be an image, got a format that Pillow does not know"),
         ([*TINY, "--out", "/proc/here"], "--out /proc/here can't be written to"),
+        ([*TINY, "--out", ""], "'--out': must be a path, got an empty text"),
+        ([*TINY, "--out", __file__], f"--out must be a folder, got the file {__file__}"),
+        ([*TINY, "--out", f"{__file__}/inside"], "inside can't be written to: Not a directory"),
+        (["bench", "--out", ""], "'--out': must be a path, got an empty text"),
+        (["bench", "--out", __file__], f"--out must be a folder, got the file {__file__}"),
         (["bench", "no_such_op"], "op must be one of"),
         (["bench", "--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16; got 'fp8'"),
         (["support", "llama", "clap"], "family must be one of llama, "),
-        (["support", "--all"], "--all"),
+        (["support", ""], "family must be one of llama, "),
+        (["support", "--every"], "--every"),
         (["fly"], "fly"),
         (["doctor", "--fast"], "--fast"),
     ],
@@ -123,6 +133,24 @@ def test_bad_image(mmkernels, tmp_path: Path, make) -> None:
     ended = mmkernels(*TINY, "--image", tmp_path / "photo.png", "--out", tmp_path / "out")
     assert ended.code == 2
     assert len(ended.err.splitlines()) == 1 and "photo.png" in ended.err
+
+
+def test_files_that_stand_where_results_go(mmkernels, tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "profile.png")
+    photo = (tmp_path / "profile.png").read_bytes()
+    ended = mmkernels(*TINY, "--image", tmp_path / "profile.png", "--out", tmp_path)
+    assert ended.code == 2 and "--out must be a folder in which profile.png is not the photograph" in ended.err
+    assert (tmp_path / "profile.png").read_bytes() == photo
+    (tmp_path / "profile.json").mkdir()
+    ended = mmkernels(*TINY, "--out", tmp_path)
+    assert ended.code == 2 and ended.err.endswith("in which profile.json is a folder\n")
+
+
+def test_doctor_counts_threads(mmkernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = machine.describe_machine()
+    for threads, words in ((1, ", 1 thread\n"), (2, ", 2 threads\n")):
+        monkeypatch.setattr(machine, "describe_machine", lambda threads=threads: facts | {"torch_threads": threads})
+        assert any(f"{line.rstrip()}\n".endswith(words) for line in mmkernels("doctor").out.splitlines())
 
 
 def test_doctor_names_every_op_and_backend(mmkernels) -> None:

@@ -59,7 +59,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     report.write_json(path, [1])
     with pytest.raises(TypeError):
         report.write_json(path, [2, object()])
-    assert json.loads(path.read_text()) == [1]
+    assert json.loads(path.read_text()) == [1] and list(tmp_path.iterdir()) == [path]
     report.write_json(path, [1, 2])
     assert json.loads(path.read_text()) == [1, 2] and list(tmp_path.iterdir()) == [path]
 
@@ -69,6 +69,12 @@ def test_a_folder_that_can_t_be_written_to_is_found_at_once(tmp_path: Path) -> N
     assert (tmp_path / "new" / "folder").is_dir()
     with pytest.raises(BadInput, match=r"--out /proc/here can't be written to"):
         report.prepare_folder(Path("/proc/here"))
+    (tmp_path / "rows.json").mkdir()
+    with pytest.raises(BadInput, match=r"--out must be a folder for the file rows.json, got .*, in which"):
+        report.prepare_folder(tmp_path, "rows.png", "rows.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=r"--out must be a folder, got the file .*file"):
+        report.prepare_folder(tmp_path / "file")
 
 
 def test_progress_without_a_terminal_is_a_line_a_step(capsys: pytest.CaptureFixture[str]) -> None:

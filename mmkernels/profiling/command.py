@@ -54,4 +54,4 @@ def _open_photo(path: Path) -> Image.Image:
     try:
         return load_image(path)
     except (ImageError, FileNotFoundError) as error:
-        raise BadInput(f"--image {error}") from None
+        raise BadInput(f"--image {str(error).removeprefix('image ')}") from None

@@ -1,6 +1,8 @@
 """The profiler end to end on a tiny model, and on a stand-in model."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mmkernels
+from mmkernels import report as writer
 from mmkernels.profiling import plot, point, profiler, table
 from mmkernels.profiling.adapter import Stage
 from mmkernels.profiling.options import Options
@@ -111,6 +114,29 @@ def test_picture_is_drawn(report: dict[str, Any], tmp_path: Path) -> None:
     with Image.open(tmp_path / "profile.png") as picture:
         assert min(picture.size) > 600
         assert len(picture.convert("RGB").getcolors(2**24)) > 1000
+
+
+@pytest.mark.parametrize(("unsteady", "cut"), [(False, False), (True, False), (False, True), (True, True)])
+def test_warnings_stand_in_the_table_and_in_the_picture(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unsteady: bool, cut: bool
+) -> None:
+    samples = [1.0, 1.0, 2.0, 2.0] if unsteady else [1.0] * 4
+    cells = [cell | {"samples_seconds": {"encode": samples}} for cell in report["cells"]]
+    changed = report | {"cells": [cell for cell in cells if not cut or cell["tokens_per_image"] == 4]}
+    drawn: list[Any] = []
+
+    @contextmanager
+    def picture(*args: Any, **options: Any) -> Iterator[Any]:
+        with writer.picture(*args, **options) as figure:
+            drawn.append(figure)
+            yield figure
+
+    monkeypatch.setattr(plot, "picture", picture)
+    plot.draw(changed, PHOTO, tmp_path / "profile.png")
+    shown = " ".join(text.get_text() for text in drawn[0].texts)
+    for words in (shown, " ".join(render(changed).split())):
+        assert ("Unsteady: repeated times differ by" in words) == unsteady
+        assert ("Interrupted: 8 tokens per image were not measured." in words) == cut
 
 
 def test_a_committed_profile_still_loads_and_plots(tmp_path: Path) -> None:
