@@ -45,10 +45,10 @@ def _app() -> typer.Typer:
 
 
 def _path(text: str | Path) -> Path:
-    """Returns an option's path; ``Path("")`` would be the current folder."""
+    """Returns an option's path; ``Path("")`` would be the current folder, and a shell leaves the ~ in ``--out=~/x``."""
     if not str(text):
         raise typer.BadParameter("must be a path, got an empty text")
-    return Path(text)
+    return Path(text).expanduser()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
         _latency(latency, report)
         _memory(memory, report)
         _photo(figure, report, photo)
-        figure.text(0.06, 0.045, textwrap.fill(summary(report), 165), fontsize=10.5, va="center")
+        figure.text(0.06, 0.055, textwrap.fill(summary(report), 165), fontsize=10.5, va="center")
         figure.text(0.06, 0.006, "  ".join(warnings(report)), fontsize=10.5, color="#B00020", va="bottom")
 
 
