@@ -26,6 +26,18 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in narrow else x for x in tensors)
 
 
+def without_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors of an op that autocast must not round: as they are, or if autocast made some of them narrower than
+    others, in the dtype that holds the values of all."""
+    if autocast_dtype(tensors[0]) is None:
+        return tensors
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        if isinstance(x, Tensor) and x.dtype in DTYPES and dtype in DTYPES:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in DTYPES else x for x in tensors)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast asks for on x's device; None outside autocast."""
     if not torch._C._is_any_autocast_enabled():

@@ -45,6 +45,24 @@ except AttributeError:  # a torch that names them differently: every call takes 
         return True
 
 
+try:
+    _key_included = torch._C._dispatch_tls_is_dispatch_key_included
+    _BATCHED_COTANGENTS = torch._C._dispatch_key_parse("VmapMode")
+except (AttributeError, RuntimeError):  # a torch that names them differently
+
+    def cotangents_are_batched() -> bool:
+        return True
+
+else:
+
+    def cotangents_are_batched() -> bool:
+        """Returns whether autograd runs a backward pass for several cotangents at once (``is_grads_batched``).
+
+        It does so by a vmap of its own, which `transform_active` does not see, on tensors whose type is ``Tensor``.
+        """
+        return _key_included(_BATCHED_COTANGENTS)
+
+
 def call(op: Op, inputs: Any, backend: str) -> Any:
     """Returns an op's outputs.
 
