@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What every op takes."""
+_NUMBERS = (int, float, np.floating, np.integer, torch.SymInt, torch.SymFloat)
 
 
 def check_tensor(name: str, x: object) -> None:
@@ -60,6 +64,33 @@ def requires_grad(x: Tensor) -> bool:
         while torch._C._functorch.is_functorch_wrapped_tensor(x):
             x = torch._C._functorch.get_unwrapped(x)
     return x.requires_grad
+
+
+def as_float(name: str, x: object, must: str) -> float:
+    """Returns x as a float. One that a graph computes stays symbolic: `float` would make a constant of it.
+
+    Args:
+        must: what it must be, for the error.
+
+    Raises:
+        TypeError: x is not a number.
+    """
+    if type(x) is float:
+        return x
+    if isinstance(x, bool) or not isinstance(x, _NUMBERS):
+        raise TypeError(f"{name} must be {must}, got {type(x).__name__}")
+    if isinstance(x, int) and abs(x) >= 2**1023:
+        raise ValueError(f"{name} must be a number that a float can hold, got an integer of {x.bit_length()} bits")
+    number: float = torch.sym_float(x)
+    return number
+
+
+def check_number(name: str, x: object, must: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """Returns x as a float, see `as_float`; raises ValueError if it is not finite, or not from `least` to `most`."""
+    number = as_float(name, x, must)
+    if not (-math.inf < number < math.inf and least <= number <= most):
+        raise ValueError(f"{name} must be {must}, got {x!r}")
+    return number
 
 
 def check_range(

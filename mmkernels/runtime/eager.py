@@ -70,7 +70,7 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
         NotImplementedError: the call would be differentiated by torch.func or in forward mode.
     """
     if torch.compiler.is_compiling():
-        return op.boundary(*inputs, backend)
+        return _cross(op, inputs, backend)
     tensors = op.layout.take_tensors(inputs)
     wanted = None if _stubbed or transform_active() else _gradient_wanted(tensors)
     if wanted is False:
@@ -83,7 +83,7 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
             'PyTorch does not offer to custom operators; use torch.autograd, or backend="reference" where the op has a '
             "naive formula outside of its boundary"
         )
-    return op.boundary(*inputs, backend)
+    return _cross(op, inputs, backend)
 
 
 def record(op: Op, link: Link) -> Any:
@@ -120,6 +120,23 @@ def stub_ops() -> Iterator[None]:
 def stubbed() -> bool:
     """Returns whether `stub_ops` is active."""
     return _stubbed
+
+
+def _cross(op: Op, inputs: Any, backend: str) -> Any:
+    """Returns an op's outputs by its boundary: the one whose numbers are tensors, if the graph does not know one."""
+    if op.symbolic is not None and _has_symbol(inputs):
+        return op.symbolic(inputs, backend)
+    return op.boundary(*inputs, backend)
+
+
+def _has_symbol(inputs: Any) -> bool:
+    """Returns whether a number is not a constant of the graph that is being traced."""
+    if not torch.compiler.is_compiling():
+        return any(isinstance(x, torch.SymFloat) for x in inputs)
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # what traces has imported it, which takes long
+
+    # TorchDynamo shows a SymFloat as a float.
+    return not all(has_static_value(x) for x in inputs if isinstance(x, (float, torch.SymFloat)))
 
 
 def _gradient_wanted(tensors: tuple[Tensor | None, ...]) -> bool | None:

@@ -13,7 +13,7 @@ from mmkernels.runtime import eager
 from mmkernels.runtime.arguments import Layout, leading
 
 if TYPE_CHECKING:
-    from mmkernels.runtime.dispatch import Backend, Op
+    from mmkernels.runtime.dispatch import Backend, Op, Symbolic
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Link:
 
     def __init__(self, inputs: Layout, outputs: Layout, record: Layout, gradient: Gradient) -> None:
         self.inputs, self.outputs, self.record, self.gradient = inputs, outputs, record, gradient
-        self.run: Op | None = None  # the backward pass, where it is an op of its own
+        self.run: Op | Symbolic | None = None  # the backward pass, where it is an op of its own
         flows = [f"grad_{name}" for name in outputs.differentiable]
         needs = [f"need_{name}" for name in inputs.differentiable]
         self._call = record.restore((*inputs.tensors, *gradient.saves, *inputs.others, *flows, *needs))

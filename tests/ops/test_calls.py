@@ -182,41 +182,6 @@ def test_second_derivatives_under_autocast(spec: OpSpec, backend: str) -> None:
         assert bool(y.any()) and float((x - y).norm()) <= 1e-5 * float(y.norm())
 
 
-@each_differentiable_backend
-def test_several_cotangents_at_once(spec: OpSpec, backend: str) -> None:
-    """``is_grads_batched``, as a vectorized Jacobian asks for it, gives what the cotangents give one by one."""
-    case = RICHEST[spec.name]
-    inputs = leaves_of(case, _inputs(spec, case, backend))
-    outputs = [x for x in call(spec, case, inputs, backend) if x.requires_grad]
-    leaves = [inputs[name] for name in case.grads]
-    several = [torch.randn(3, *x.shape, dtype=x.dtype) for x in outputs]
-    grads = lambda flows, batched=False, more=True: torch.autograd.grad(
-        outputs, leaves, flows, is_grads_batched=batched, retain_graph=more, create_graph=batched and more
-    )
-    want = [torch.stack(each) for each in zip(*(grads([x[n] for x in several]) for n in range(3)), strict=True)]
-    for more in (True, False):
-        torch.testing.assert_close([x.detach() for x in grads(several, True, more)], want)
-
-
-@each_differentiable_backend
-def test_second_derivatives_for_several_cotangents_at_once(spec: OpSpec, backend: str) -> None:
-    """As a vectorized Hessian asks for them."""
-    case = UNSEEDED[spec.name]
-    inputs = leaves_of(case, _inputs(spec, case, backend))
-    leaves = [inputs[name] for name in case.grads]
-    outputs = [x for x in call(spec, case, inputs, backend) if x.requires_grad]
-    first = torch.autograd.grad(
-        [x.masked_fill(x == -torch.inf, 0.0).sin().sum() for x in outputs], leaves, create_graph=True
-    )
-    some = [x for x in first if x.requires_grad]
-    several = [torch.randn(2, *x.shape, dtype=x.dtype) for x in some]
-    grads = lambda flows, batched=False: torch.autograd.grad(
-        some, leaves, flows, is_grads_batched=batched, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    want = [torch.stack(each) for each in zip(*(grads([x[n] for x in several]) for n in range(2)), strict=True)]
-    torch.testing.assert_close(list(grads(several, True)), want)
-
-
 @each_differentiable_op
 def test_differentiating_by_transforms_is_refused_or_right(spec: OpSpec) -> None:
     """By torch.func, and in forward mode: custom operators have neither."""

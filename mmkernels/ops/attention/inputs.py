@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.masks import SpanMask
-from mmkernels.runtime.checks import DTYPES, autocast, check_tensor
+from mmkernels.runtime.checks import DTYPES, autocast, check_number, check_tensor
 
 _DTYPES = frozenset(DTYPES)
 
@@ -136,10 +136,9 @@ def take_mask_apart(mask: SpanMask | Tensor | None, query: Tensor, k_len: int) -
 
 def check_scale(scale: float | None, query: Tensor) -> float:
     if scale is None:
-        return 1.0 / math.sqrt(query.shape[3])
-    if isinstance(scale, Tensor) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}")
-    return float(scale)
+        dim = query.shape[3]
+        return 1.0 / math.sqrt(dim) if type(dim) is int else dim**-0.5  # a symbol's square root would be a constant
+    return check_number("scale", scale, "a finite number")
 
 
 class Prepared(NamedTuple):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.runtime.checks import DTYPES, autocast_dtype, check_tensor
+from mmkernels.runtime.checks import DTYPES, as_float, autocast_dtype, check_tensor
 
-_NUMBERS = (int, float, np.floating, np.integer)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -44,11 +42,10 @@ def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", 
 def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
     """Returns x as a tensor of one element, in the image features' dtype or float32; a number becomes `wide_dtype`."""
     if not isinstance(x, Tensor):
-        if isinstance(x, bool) or not isinstance(x, _NUMBERS):
-            raise TypeError(f"{name} must be a tensor of one element or a number, got {type(x).__name__}")
-        if isinstance(x, int) and abs(x) >= 2**1023:
-            raise ValueError(f"{name} must be a number that a float can hold, got an integer of {x.bit_length()} bits")
-        return torch.full((), float(x), dtype=wide_dtype(image), device=image.device)
+        number, dtype = as_float(name, x, "a tensor of one element or a number"), wide_dtype(image)
+        if torch.compiler.is_compiling() or type(number) is not float:  # `torch.full` would make a constant of it
+            return torch.ones((), dtype=dtype, device=image.device) * number
+        return torch.full((), number, dtype=dtype, device=image.device)
     if x.numel() != 1 or x.dim() > 1:
         raise ValueError(f"{name} must have one element, got shape {tuple(x.shape)}")
     if x.dtype in (torch.float16, torch.bfloat16) and autocast_dtype(image) is not None:
