@@ -197,8 +197,8 @@ class Symbolic:
         self.boundary = _define_boundary(f"{op.name}_symbolic", layout, results, body, op.fake, link)
 
     def __call__(self, inputs: Any, backend: str) -> Any:
+        one: Any = torch.ones((), dtype=torch.float64, device="cpu")
         # A product with a tensor is what the compiler can turn into a graph that takes the number as an input.
-        one = torch.ones((), dtype=torch.float64, device="cpu")
         return self.boundary(*(one * x if isinstance(x, (float, torch.SymFloat)) else x for x in inputs), backend)
 
 
@@ -257,10 +257,12 @@ def define(
         gradient: how the op is differentiated; None: it has no gradient.
     """
     layout, given = lay_out(inputs), lay_out(outputs)
-    results = len(given.fields)
-    link = None if gradient is None else _link(name, layout, given, gradient)
-    if link is not None and gradient is not None and gradient.backends:
-        link.run = Op(
+    results, wide = len(given.fields), layout.with_tensors_for_numbers()
+    link = symbolic_link = None
+    if gradient is not None:
+        link, symbolic_link = (_link(name, each, given, gradient) for each in (layout, wide))
+    if link is not None and symbolic_link is not None and gradient is not None and gradient.backends:
+        link.run = backward = Op(
             f"{name}_backward",
             link.record,
             len(layout.differentiable),
@@ -269,12 +271,9 @@ def define(
             SecondLink(link),
             falls_back=True,
         )
+        symbolic_link.run = Symbolic(backward, len(layout.differentiable), None) if layout.numbers else None
     op = Op(name, layout, results, backends, fake, link)
-    if layout.numbers:
-        second = None if gradient is None else _link(name, layout.with_tensors_for_numbers(), given, gradient)
-        if link is not None and second is not None and link.run is not None:
-            second.run = Symbolic(link.run, len(layout.differentiable), None)
-        op.symbolic = Symbolic(op, results, second)
+    op.symbolic = Symbolic(op, results, symbolic_link) if layout.numbers else None
     return op
 
 
