@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmkernels.runtime import eager
 from mmkernels.runtime.arguments import Layout, leading
+from mmkernels.runtime.eager import cotangents_are_batched
 
 if TYPE_CHECKING:
     from mmkernels.runtime.dispatch import Backend, Op, Symbolic
@@ -100,7 +100,7 @@ class Link:
         if self.run is None:
             assert self.gradient.formula_backward is not None
             return self.gradient.formula_backward(call)
-        if eager.cotangents_are_batched():
+        if cotangents_are_batched():
             grads = self.run.boundary(*call, backend)  # whose dispatcher takes the cotangents one by one
         else:
             grads = self.run(call, backend)

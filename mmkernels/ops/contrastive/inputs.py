@@ -8,6 +8,7 @@ from torch import Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.runtime.checks import DTYPES, as_float, autocast_dtype, check_tensor
 
+_DTYPES = frozenset(DTYPES)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -15,9 +16,10 @@ def check_features(image: Tensor, text: Tensor, names: tuple[str, str] = ("image
     """Raise unless image is [N, d] or [N, Q, d] and text [M, d], not empty, and of one dtype and device."""
     first, second = names
     check_tensor(first, image)
-    if image.dim() not in (2, 3) or 0 in image.shape:
-        raise ValueError(f"{first} must be [N, d] or [N, Q, d] with no dim of 0, got shape {tuple(image.shape)}")
-    if image.dtype not in DTYPES:
+    shape = image.shape
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(f"{first} must be [N, d] or [N, Q, d] with no dim of 0, got shape {tuple(shape)}")
+    if image.dtype not in _DTYPES:
         raise TypeError(f"{first} must be float16, bfloat16, float32 or float64, got {image.dtype}")
     check_more_features(second, text, image, first)
 
@@ -29,13 +31,13 @@ def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", 
         of: the name of the image features.
     """
     check_tensor(name, x)
-    dim = image.shape[-1]
-    if x.dim() != 2 or x.shape[1] != dim or x.shape[0] < least:
+    dim, shape = image.shape[-1], x.shape
+    if len(shape) != 2 or shape[1] != dim or shape[0] < least:
         size = "K" if least == 0 else f"M >= {least}"
-        raise ValueError(f"{name} must be [{size}, {dim}], as {of} has {dim} channels, got shape {tuple(x.shape)}")
-    if x.dtype != image.dtype:
+        raise ValueError(f"{name} must be [{size}, {dim}], as {of} has {dim} channels, got shape {tuple(shape)}")
+    if x.dtype is not image.dtype:
         raise TypeError(f"{name} must have {of}'s dtype {image.dtype}, got {x.dtype}")
-    if x.device != image.device:
+    if not (x.is_cpu and image.is_cpu) and x.device != image.device:
         raise ValueError(f"{name} must be on {of}'s device {image.device}, got {x.device}")
 
 
@@ -46,6 +48,7 @@ def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or type(number) is not float:  # `torch.full` would make a constant of it
             return torch.ones((), dtype=dtype, device=image.device) * number
         return torch.full((), number, dtype=dtype, device=image.device)
+    check_tensor(name, x)
     if x.numel() != 1 or x.dim() > 1:
         raise ValueError(f"{name} must have one element, got shape {tuple(x.shape)}")
     if x.dtype in (torch.float16, torch.bfloat16) and autocast_dtype(image) is not None:
@@ -53,7 +56,7 @@ def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
     if x.dtype not in (image.dtype, torch.float32):
         allowed = "torch.float32" if image.dtype == torch.float32 else f"{image.dtype} or torch.float32"
         raise TypeError(f"{name} must be {allowed}, got {x.dtype}")
-    if x.device != image.device:
+    if not (x.is_cpu and image.is_cpu) and x.device != image.device:
         raise ValueError(f"{name} must be on image's device {image.device}, got {x.device}")
     return x
 

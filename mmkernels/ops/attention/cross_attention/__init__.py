@@ -114,7 +114,8 @@ def cross_attention(
     query = given.query
     if gate is not None:
         _check_gate(gate, query)
-    dropout_p = check_number("dropout_p", dropout_p, "between 0 and 1", 0.0, 1.0)
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        dropout_p = check_number("dropout_p", dropout_p, "between 0 and 1", 0.0, 1.0)
     args = Arguments(
         query=query,
         key=given.key,
