@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from mmkernels.runtime.checks import check_range
+from mmkernels.runtime.checks import check_range, check_tensor
 
 Lengths = Tensor | Sequence[int]
 
@@ -51,6 +51,7 @@ class SpanMask:
             span = getattr(self, name)
             if not isinstance(span, Tensor) or span.dtype != torch.int32:
                 raise TypeError(f"{name} must be an int32 tensor, got {_describe(span)}")
+            check_tensor(name, span)
             if span.dim() != 2:
                 raise ValueError(f"{name} must be [B or 1, Lq or 1], got shape {tuple(span.shape)}")
         _check_broadcast("start and end", self.start.shape, self.end.shape)
@@ -58,6 +59,7 @@ class SpanMask:
         if valid is not None:
             if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
                 raise TypeError(f"key_valid must be a bool tensor, got {_describe(valid)}")
+            check_tensor("key_valid", valid)
             if valid.dim() != 2:
                 raise ValueError(f"key_valid must be [B or 1, Lk], got shape {tuple(valid.shape)}")
             _check_broadcast("key_valid and the spans", valid.shape[:1], (max(self.start.shape[0], self.end.shape[0]),))
@@ -96,6 +98,7 @@ class SpanMask:
         """
         if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
             raise TypeError(f"key_mask must be a bool tensor, got {_describe(key_mask)}")
+        check_tensor("key_mask", key_mask)
         if key_mask.dim() != 2:
             raise ValueError(f"key_mask must be [B, Lk], got shape {tuple(key_mask.shape)}")
         start, end = _bounds(key_mask[:, None, :])
@@ -166,6 +169,7 @@ class SpanMask:
         """
         if not isinstance(media_index, Tensor) or media_index.dtype not in _INTEGERS:
             raise TypeError(f"media_index must be an integer tensor, got {_describe(media_index)}")
+        check_tensor("media_index", media_index)
         if media_index.dim() != 2:
             raise ValueError(f"media_index must be [B, Lq], got shape {tuple(media_index.shape)}")
         if (tokens_per_media is None) == (media_offsets is None):
@@ -180,6 +184,7 @@ class SpanMask:
             end = (start + tokens_per_media).clamp(max=_LARGEST) * sees
             return cls((start.clamp(max=_LARGEST) * sees).to(torch.int32), end.to(torch.int32))
         offsets = torch.as_tensor(media_offsets, device=media_index.device)
+        check_tensor("media_offsets", offsets)
         if offsets.dtype not in _INTEGERS:
             raise TypeError(f"media_offsets must be integers, got {offsets.dtype}")
         check_range("media_offsets", offsets, 0, _LARGEST)
@@ -253,6 +258,7 @@ class SpanMask:
     def _from_dense(cls, dense: Tensor) -> tuple[SpanMask, tuple[int, int, int] | None]:
         if not isinstance(dense, Tensor) or dense.dtype != torch.bool:
             raise TypeError(f"dense must be a bool tensor (True = visible), got {_describe(dense)}")
+        check_tensor("dense", dense)
         if dense.dim() == 4 and dense.shape[1] == 1:
             dense = dense[:, 0]
         if dense.dim() != 3:
@@ -322,6 +328,7 @@ def _check_broadcast(what: str, a: Iterable[int], b: Iterable[int]) -> None:
 
 def _lengths(name: str, lengths: Lengths, most: int | None = None) -> Tensor:
     lengths = torch.as_tensor(lengths)
+    check_tensor(name, lengths)
     if lengths.numel() == 0:
         lengths = lengths.to(torch.int32)  # an empty list becomes a float tensor
     if lengths.dtype not in _INTEGERS:

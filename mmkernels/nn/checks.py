@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mmkernels.runtime.checks import check_tensor
+
 
 def check_positive(name: str, size: int) -> None:
     if not isinstance(size, int) or size < 1:
@@ -16,6 +18,7 @@ def check_dropout(dropout: float) -> None:
 
 
 def check_features(name: str, x: Tensor, dim: int) -> None:
+    check_tensor(name, x)
     if x.dim() != 3 or x.shape[-1] != dim:
         raise ValueError(f"{name} must be [B, L, {dim}], got shape {tuple(x.shape)}")
 

@@ -66,6 +66,17 @@ class Layout:
         self.others = tuple(field.name for field in fields if not field.is_tensor)
         self.take_tensors, self.take_others = self.take(self.tensors), self.take(self.others)
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The fields that are floats."""
+        return tuple(field.name for field in self.fields if field.schema_type == "float")
+
+    def with_tensors_for_numbers(self) -> Layout:
+        """Returns the layout of the same record with a tensor in place of each float."""
+        numbers = self.numbers
+        fields = [field._replace(schema_type="Tensor") if field.name in numbers else field for field in self.fields]
+        return Layout(self.record, fields)
+
     def take(self, names: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
         """Returns a function from a record, or its values in order, to those of the fields `names`."""
         places = [self.names.index(name) for name in names]

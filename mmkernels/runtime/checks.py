@@ -2,28 +2,95 @@
 
 from __future__ import annotations
 
+import sys
+from functools import reduce
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What every op takes."""
+PLAIN = frozenset((Tensor, Parameter))
+"""The types of tensors that are nothing else; a look at the type is the cheapest check."""
+_NO_MEMORY = {
+    "CausalBias": "it stands for a mask, which for causal_lower_right is SpanMask.causal(q_len, k_len), and for "
+    "causal_upper_left SpanMask.causal(q_len, q_len)",
+    "NestedTensor": "pad it, and pass the lengths as SpanMask.key_padding; or pack its rows into one sequence, with "
+    "SpanMask.packed",
+    "DTensor": "pass what this rank holds, x.to_local(), or all of it, x.full_tensor()",
+    "MaskedTensor": "pass its data, x.get_data(), and for attention its mask as the argument mask",
+    "UninitializedTensorMixin": "call its module once, which gives it a shape",
+}
+"""Classes of PyTorch whose memory is not what they stand for -> what to pass instead."""
+_STRIDED = torch.strided
+FINITE = sys.float_info.max
+"""The largest float: less than inf."""
+_NUMBERS = (int, float, np.floating, np.integer, torch.SymInt, torch.SymFloat)
 
 
 def check_tensor(name: str, x: object) -> None:
+    """Raise TypeError unless x is a tensor whose values its strides find, or of a class that knows what an op is.
+
+    A class of its own may hold its values elsewhere, and its memory may say nothing: `CausalBias` never writes it. One
+    that overrides ``__torch_dispatch__`` or ``__torch_function__`` is asked by PyTorch, at the op's boundary.
+    """
+    if type(x) in PLAIN and x.layout is _STRIDED and not x.is_nested:  # type: ignore[attr-defined]
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}")
+    if (must := _wrong_class(x) or _wrong_layout(x)) is not None:
+        raise TypeError(f"{name} must be {must}")
+
+
+def _wrong_class(x: Tensor) -> str | None:
+    """Returns what a tensor must be and is not, by its class."""
+    if type(x) in PLAIN or isinstance(x, FakeTensor):
+        return None
+    for base in type(x).__mro__:
+        if base.__name__ in _NO_MEMORY and base.__module__.startswith("torch."):
+            return f"a dense tensor, got {type(x).__name__}: {_NO_MEMORY[base.__name__]}"
+    try:
+        x.detach().dim()
+    except (TypeError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        return f"a tensor that operators take, got {type(x).__name__}: {why}"
+    return None
+
+
+def _wrong_layout(x: Tensor) -> str | None:
+    """Returns what a tensor must be and is not, by its layout in memory."""
+    if x.is_nested:
+        return f"a dense tensor, got a nested one: {_NO_MEMORY['NestedTensor']}"
+    return None if x.layout == _STRIDED else f"a dense tensor, got one of layout {x.layout}"
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype that autocast asks for on their device; as they are outside autocast, float64 always."""
     dtype = autocast_dtype(tensors[0])
-    if dtype is None:
+    return tensors if dtype is None else tuple(_cast(x, dtype) for x in tensors)
+
+
+def without_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors of an op that autocast must not round.
+
+    They are as they are, or if autocast made some of them narrower than others, in the dtype that holds all values.
+    """
+    if autocast_dtype(tensors[0]) is None:
         return tensors
-    narrow = (torch.float32, torch.float16, torch.bfloat16)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in narrow else x for x in tensors)
+    dtypes = [x.dtype for x in tensors if isinstance(x, Tensor) and x.dtype in DTYPES]
+    if len(set(dtypes)) < 2:
+        return tensors
+    dtype = reduce(torch.promote_types, dtypes)
+    return tuple(_cast(x, dtype) for x in tensors)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns x in `dtype`, but for float64, which stays, and for what the op's checks will refuse."""
+    narrow = isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return x.to(dtype) if narrow and _wrong_class(x) is None and _wrong_layout(x) is None else x
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -53,6 +120,33 @@ def requires_grad(x: Tensor) -> bool:
         while torch._C._functorch.is_functorch_wrapped_tensor(x):
             x = torch._C._functorch.get_unwrapped(x)
     return x.requires_grad
+
+
+def as_float(name: str, x: object, must: str) -> float:
+    """Returns x as a float. One that a graph computes stays symbolic: `float` would make a constant of it.
+
+    Args:
+        must: what it must be, for the error.
+
+    Raises:
+        TypeError: x is not a number.
+    """
+    if type(x) is float:
+        return x
+    if isinstance(x, bool) or not isinstance(x, _NUMBERS):
+        raise TypeError(f"{name} must be {must}, got {type(x).__name__}")
+    if isinstance(x, int) and abs(x) >= 2**1023:
+        raise ValueError(f"{name} must be a number that a float can hold, got an integer of {x.bit_length()} bits")
+    number: float = torch.sym_float(x)
+    return number
+
+
+def check_number(name: str, x: object, must: str, least: float = -FINITE, most: float = FINITE) -> float:
+    """Returns x as a float, see `as_float`; raises ValueError if it is not finite, or not from `least` to `most`."""
+    number = x if type(x) is float else as_float(name, x, must)
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be {must}, got {x!r}")
+    return number
 
 
 def check_range(

@@ -141,6 +141,8 @@ class Op:
         falls_back: a forced backend that can't run may be replaced.
     """
 
+    symbolic: Symbolic | None = None  # the boundary for numbers that a graph does not know; an op without numbers: None
+
     def __init__(
         self,
         name: str,
@@ -154,15 +156,8 @@ class Op:
         self.name, self.layout, self.fake = name, layout, fake
         self.choose = partial(choose, name, forced_may_fall_back=falls_back)
         TABLES[name] = tuple(self._bound(entry, results) for entry in backends)
-        LIBRARY.define(f"{name}({layout.schema}, str backend) -> {result_types(results)}")
-        qualified = f"mmkernels::{name}"
-        LIBRARY.impl(name, self._body, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, lambda *values: fake(layout.record._make(values[:-1])), lib=LIBRARY)
-        self.boundary = getattr(torch.ops.mmkernels, name).default
-        torch.library.register_vmap(qualified, self._loop, lib=LIBRARY)
+        self.boundary = _define_boundary(name, layout, results, self.body, fake, link)
         self.recorded = None if link is None else eager.record(self, link)
-        if link is not None:
-            torch.library.register_autograd(qualified, link.backward, setup_context=link.setup_context, lib=LIBRARY)
 
     def _bound(self, entry: Backend, results: int) -> Backend:
         if isinstance(entry.run, cpu.Kernel):
@@ -171,28 +166,77 @@ class Op:
 
     __call__ = eager.call
 
-    def _body(self, *values: Any) -> Any:
+    def body(self, *values: Any) -> Any:
         inputs = self.layout.record._make(values[:-1])
         if eager.stubbed():
             return _map_tensors(Tensor.zero_, self.fake(inputs))
         with torch._C._DisableAutocast():  # the public function has cast what is to be cast
             return self.choose(values[-1], inputs).run(inputs)
 
-    def _loop(self, info: Any, in_dims: tuple[int | None, ...], *values: Any) -> tuple[Any, Any]:
-        """A vmap rule for any op: one call for each slice. Right for every argument; fast where slices are large."""
-        calls = [
-            self.boundary(
-                *(
-                    x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
-                    for x, dim in zip(values, in_dims, strict=True)
-                )
+
+class Symbolic:
+    """A second boundary of an op, ``torch.ops.mmkernels.<name>_symbolic``, with a 0-D tensor for each number.
+
+    A schema's float is a constant of the graph that ``torch.compile`` makes: a number that changes from call to call,
+    or is computed from a shape, would have the graph compiled again for each value. Of a tensor the graph knows only
+    that it is one.
+
+    Args:
+        op: whose body computes it.
+        results: how many tensors the op returns.
+        link: of the op's inputs with tensors for numbers; None: no gradient.
+    """
+
+    def __init__(self, op: Op, results: int, link: Link | None) -> None:
+        layout = op.layout.with_tensors_for_numbers()
+        places = {op.layout.names.index(name) for name in op.layout.numbers}
+
+        def body(*values: Any) -> Any:
+            return op.body(*(float(x) if place in places else x for place, x in enumerate(values)))
+
+        self.boundary = _define_boundary(f"{op.name}_symbolic", layout, results, body, op.fake, link)
+
+    def __call__(self, inputs: Any, backend: str) -> Any:
+        one: Any = torch.ones((), dtype=torch.float64, device="cpu")
+        # A product with a tensor is what the compiler can turn into a graph that takes the number as an input.
+        return self.boundary(*(one * x if isinstance(x, (float, torch.SymFloat)) else x for x in inputs), backend)
+
+
+def _define_boundary(
+    name: str,
+    layout: Layout,
+    results: int,
+    body: Callable[..., Any],
+    fake: Callable[[Any], Any],
+    link: Link | None,
+) -> torch._ops.OpOverload:
+    """Define ``torch.ops.mmkernels.<name>``; see `Op`."""
+    qualified = f"mmkernels::{name}"
+    LIBRARY.define(f"{name}({layout.schema}, str backend) -> {result_types(results)}")
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, lambda *values: fake(layout.record._make(values[:-1])), lib=LIBRARY)
+    boundary: torch._ops.OpOverload = getattr(torch.ops.mmkernels, name).default
+    torch.library.register_vmap(qualified, partial(_loop, boundary), lib=LIBRARY)
+    if link is not None:
+        torch.library.register_autograd(qualified, link.backward, setup_context=link.setup_context, lib=LIBRARY)
+    return boundary
+
+
+def _loop(boundary: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *values: Any) -> tuple[Any, Any]:
+    """A vmap rule for any op: one call for each slice. Right for every argument; fast where slices are large."""
+    calls = [
+        boundary(
+            *(
+                x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(values, in_dims, strict=True)
             )
-            for i in range(info.batch_size)
-        ]
-        if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        stacked = tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
-        return stacked, (0,) * len(stacked)
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    stacked = tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
+    return stacked, (0,) * len(stacked)
 
 
 def define(
@@ -213,21 +257,28 @@ def define(
         gradient: how the op is differentiated; None: it has no gradient.
     """
     layout, given = lay_out(inputs), lay_out(outputs)
-    link = None
+    results, wide = len(given.fields), layout.with_tensors_for_numbers()
+    link = symbolic_link = None
     if gradient is not None:
-        backward = lay_out_backward(name, layout, given, gradient.saves)
-        link = Link(layout, given, backward, gradient)
-        if gradient.backends:
-            link.run = Op(
-                f"{name}_backward",
-                backward,
-                len(layout.differentiable),
-                gradient.backends,
-                link.fake,
-                SecondLink(link),
-                falls_back=True,
-            )
-    return Op(name, layout, len(given.fields), backends, fake, link)
+        link, symbolic_link = (_link(name, each, given, gradient) for each in (layout, wide))
+    if link is not None and symbolic_link is not None and gradient is not None and gradient.backends:
+        link.run = backward = Op(
+            f"{name}_backward",
+            link.record,
+            len(layout.differentiable),
+            gradient.backends,
+            link.fake,
+            SecondLink(link),
+            falls_back=True,
+        )
+        symbolic_link.run = Symbolic(backward, len(layout.differentiable), None) if layout.numbers else None
+    op = Op(name, layout, results, backends, fake, link)
+    op.symbolic = Symbolic(op, results, symbolic_link) if layout.numbers else None
+    return op
+
+
+def _link(name: str, layout: Layout, given: Layout, gradient: Gradient) -> Link:
+    return Link(layout, given, lay_out_backward(name, layout, given, gradient.saves), gradient)
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:

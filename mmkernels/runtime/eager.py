@@ -45,6 +45,24 @@ except AttributeError:  # a torch that names them differently: every call takes 
         return True
 
 
+try:
+    _key_included = torch._C._dispatch_tls_is_dispatch_key_included
+    _BATCHED_COTANGENTS = torch._C._dispatch_key_parse("VmapMode")
+except (AttributeError, RuntimeError):  # a torch that names them differently
+
+    def cotangents_are_batched() -> bool:
+        return True
+
+else:
+
+    def cotangents_are_batched() -> bool:
+        """Returns whether autograd runs a backward pass for several cotangents at once (``is_grads_batched``).
+
+        It does so by a vmap of its own, which `transform_active` does not see, on tensors whose type is ``Tensor``.
+        """
+        return _key_included(_BATCHED_COTANGENTS)
+
+
 def call(op: Op, inputs: Any, backend: str) -> Any:
     """Returns an op's outputs.
 
@@ -52,7 +70,7 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
         NotImplementedError: the call would be differentiated by torch.func or in forward mode.
     """
     if torch.compiler.is_compiling():
-        return op.boundary(*inputs, backend)
+        return _cross(op, inputs, backend)
     tensors = op.layout.take_tensors(inputs)
     wanted = None if _stubbed or transform_active() else _gradient_wanted(tensors)
     if wanted is False:
@@ -65,7 +83,7 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
             'PyTorch does not offer to custom operators; use torch.autograd, or backend="reference" where the op has a '
             "naive formula outside of its boundary"
         )
-    return op.boundary(*inputs, backend)
+    return _cross(op, inputs, backend)
 
 
 def record(op: Op, link: Link) -> Any:
@@ -102,6 +120,23 @@ def stub_ops() -> Iterator[None]:
 def stubbed() -> bool:
     """Returns whether `stub_ops` is active."""
     return _stubbed
+
+
+def _cross(op: Op, inputs: Any, backend: str) -> Any:
+    """Returns an op's outputs by its boundary: the one whose numbers are tensors, if the graph does not know one."""
+    if op.symbolic is not None and _has_symbol(inputs):
+        return op.symbolic(inputs, backend)
+    return op.boundary(*inputs, backend)
+
+
+def _has_symbol(inputs: Any) -> bool:
+    """Returns whether a number is not a constant of the graph that is being traced."""
+    if not torch.compiler.is_compiling():
+        return any(isinstance(x, torch.SymFloat) for x in inputs)
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # what traces has imported it, which takes long
+
+    # TorchDynamo shows a SymFloat as a float.
+    return not all(has_static_value(x) for x in inputs if isinstance(x, (float, torch.SymFloat)))
 
 
 def _gradient_wanted(tensors: tuple[Tensor | None, ...]) -> bool | None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mmkernels.runtime.arguments import Layout, leading
+from mmkernels.runtime.eager import cotangents_are_batched
 
 if TYPE_CHECKING:
-    from mmkernels.runtime.dispatch import Backend
+    from mmkernels.runtime.dispatch import Backend, Op, Symbolic
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Link:
 
     def __init__(self, inputs: Layout, outputs: Layout, record: Layout, gradient: Gradient) -> None:
         self.inputs, self.outputs, self.record, self.gradient = inputs, outputs, record, gradient
-        self.run: Callable[[Any, str], Any] | None = None
+        self.run: Op | Symbolic | None = None  # the backward pass, where it is an op of its own
         flows = [f"grad_{name}" for name in outputs.differentiable]
         needs = [f"need_{name}" for name in inputs.differentiable]
         self._call = record.restore((*inputs.tensors, *gradient.saves, *inputs.others, *flows, *needs))
@@ -99,7 +100,10 @@ class Link:
         if self.run is None:
             assert self.gradient.formula_backward is not None
             return self.gradient.formula_backward(call)
-        grads = self.run(call, backend)
+        if cotangents_are_batched():
+            grads = self.run.boundary(*call, backend)  # whose dispatcher takes the cotangents one by one
+        else:
+            grads = self.run(call, backend)
         return (grads,) if isinstance(grads, Tensor) else grads
 
     def fake(self, call: Any) -> Tensor | tuple[Tensor, ...]:

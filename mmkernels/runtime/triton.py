@@ -35,7 +35,17 @@ def op(module: str, name: str) -> Callable[..., Any]:
         launcher: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return launcher
 
-    return lambda args: load()(args)
+    return lambda args: load()(_resolved(args))
+
+
+def _resolved(args: Any) -> Any:
+    """Returns a record whose tensors lie in memory as they are: one that is negated lazily is written out.
+
+    PyTorch's dispatcher does so for its own operators; a launcher hands the memory itself to a kernel.
+    """
+    if any(isinstance(x, Tensor) and x.is_neg() for x in args):
+        return args._make(x.resolve_neg() if isinstance(x, Tensor) else x for x in args)
+    return args
 
 
 @cache

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mmkernels.masks import SpanMask
-from mmkernels.runtime.checks import DTYPES, autocast, check_tensor
+from mmkernels.runtime.checks import DTYPES, PLAIN, autocast, check_number, check_tensor
 
 _DTYPES = frozenset(DTYPES)
+_STRIDED = torch.strided
 
 
 class Scores(Protocol):
@@ -83,18 +84,21 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor | None = None) -> 
 
 def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the usual case has nothing wrong with it: `check_attention`'s conditions at a third of their time."""
-    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+    if not (type(query) in PLAIN and type(key) in PLAIN and type(value) in PLAIN):
+        return False
+    if not query.layout is key.layout is value.layout is _STRIDED:
         return False
     dtype = query.dtype
     if dtype not in _DTYPES or key.dtype is not dtype or value.dtype is not dtype:
         return False
     if not (query.is_cpu and key.is_cpu and value.is_cpu) and not query.device == key.device == value.device:
         return False
-    if not query.ndim == key.ndim == value.ndim == 4:
+    try:
+        batch, heads, _, dim = query.shape
+        key_batch, key_heads, k_len, key_dim = key.shape
+        b, h, n, value_dim = value.shape
+    except (ValueError, RuntimeError):  # another number of dims; a nested tensor has no shape
         return False
-    batch, heads, _, dim = query.shape
-    key_batch, key_heads, k_len, key_dim = key.shape
-    b, h, n, value_dim = value.shape
     if key_heads == 0 or heads == 0 or heads % key_heads or key_batch not in (1, batch):
         return False
     return b == key_batch and h == key_heads and n == k_len and key_dim == dim > 0 and value_dim > 0
@@ -129,6 +133,7 @@ def take_mask_apart(mask: SpanMask | Tensor | None, query: Tensor, k_len: int) -
         return MaskTensors(mask.start, mask.end, mask.key_valid)
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a SpanMask, a bool tensor or None, got {type(mask).__name__}")
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool (True = visible), got {mask.dtype}; an additive mask is the argument bias")
     return MaskTensors(dense=_broadcastable("mask", mask, query, k_len))
@@ -136,10 +141,9 @@ def take_mask_apart(mask: SpanMask | Tensor | None, query: Tensor, k_len: int) -
 
 def check_scale(scale: float | None, query: Tensor) -> float:
     if scale is None:
-        return 1.0 / math.sqrt(query.shape[3])
-    if isinstance(scale, Tensor) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}")
-    return float(scale)
+        dim = query.shape[3]
+        return 1.0 / math.sqrt(dim) if type(dim) is int else dim**-0.5  # a symbol's square root would be a constant
+    return check_number("scale", scale, "a finite number")
 
 
 class Prepared(NamedTuple):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.runtime.checks import DTYPES, autocast_dtype, check_tensor
+from mmkernels.runtime.checks import DTYPES, as_float, autocast_dtype, check_tensor
 
-_NUMBERS = (int, float, np.floating, np.integer)
+_DTYPES = frozenset(DTYPES)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -17,9 +16,10 @@ def check_features(image: Tensor, text: Tensor, names: tuple[str, str] = ("image
     """Raise unless image is [N, d] or [N, Q, d] and text [M, d], not empty, and of one dtype and device."""
     first, second = names
     check_tensor(first, image)
-    if image.dim() not in (2, 3) or 0 in image.shape:
-        raise ValueError(f"{first} must be [N, d] or [N, Q, d] with no dim of 0, got shape {tuple(image.shape)}")
-    if image.dtype not in DTYPES:
+    shape = image.shape
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(f"{first} must be [N, d] or [N, Q, d] with no dim of 0, got shape {tuple(shape)}")
+    if image.dtype not in _DTYPES:
         raise TypeError(f"{first} must be float16, bfloat16, float32 or float64, got {image.dtype}")
     check_more_features(second, text, image, first)
 
@@ -31,13 +31,13 @@ def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", 
         of: the name of the image features.
     """
     check_tensor(name, x)
-    dim = image.shape[-1]
-    if x.dim() != 2 or x.shape[1] != dim or x.shape[0] < least:
+    dim, shape = image.shape[-1], x.shape
+    if len(shape) != 2 or shape[1] != dim or shape[0] < least:
         size = "K" if least == 0 else f"M >= {least}"
-        raise ValueError(f"{name} must be [{size}, {dim}], as {of} has {dim} channels, got shape {tuple(x.shape)}")
-    if x.dtype != image.dtype:
+        raise ValueError(f"{name} must be [{size}, {dim}], as {of} has {dim} channels, got shape {tuple(shape)}")
+    if x.dtype is not image.dtype:
         raise TypeError(f"{name} must have {of}'s dtype {image.dtype}, got {x.dtype}")
-    if x.device != image.device:
+    if not (x.is_cpu and image.is_cpu) and x.device != image.device:
         raise ValueError(f"{name} must be on {of}'s device {image.device}, got {x.device}")
 
 
@@ -48,11 +48,11 @@ def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
     not widen the features, and its gradient comes back in its own dtype.
     """
     if not isinstance(x, Tensor):
-        if isinstance(x, bool) or not isinstance(x, _NUMBERS):
-            raise TypeError(f"{name} must be a tensor of one element or a number, got {type(x).__name__}")
-        if isinstance(x, int) and abs(x) >= 2**1023:
-            raise ValueError(f"{name} must be a number that a float can hold, got an integer of {x.bit_length()} bits")
-        return torch.full((), float(x), dtype=wide_dtype(image), device=image.device)
+        number, dtype = as_float(name, x, "a tensor of one element or a number"), wide_dtype(image)
+        if torch.compiler.is_compiling() or type(number) is not float:  # `torch.full` would make a constant of it
+            return torch.ones((), dtype=dtype, device=image.device) * number
+        return torch.full((), number, dtype=dtype, device=image.device)
+    check_tensor(name, x)
     if x.numel() != 1 or x.dim() > 1:
         raise ValueError(f"{name} must have one element, got shape {tuple(x.shape)}")
     if x.dtype in (torch.float16, torch.bfloat16) and autocast_dtype(image) is not None:
@@ -61,7 +61,7 @@ def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
         if x.dtype == torch.bool or x.is_complex():
             raise TypeError(f"{name} must be a tensor of a real dtype, got {x.dtype}")
         x = x.to(wide_dtype(image))
-    if x.device != image.device:
+    if not (x.is_cpu and image.is_cpu) and x.device != image.device:
         if x.dim() or x.device.type != "cpu":
             raise ValueError(
                 f"{name} must be on image's device {image.device}, or on the CPU without a dim; got {x.device}"

@@ -65,7 +65,11 @@ BAD = {
 PARTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "merge 3-D": (lambda: merge_attention(OUT[0], LSE, OUT, LSE), ValueError, r"out_a must be 4-D \[B, H, Lq, Dv\]"),
     "merge shapes": (lambda: merge_attention(OUT, LSE, OUT[:1], LSE), ValueError, "out_b must be"),
-    "merge dtypes": (lambda: merge_attention(OUT, LSE, OUT.half(), LSE), ValueError, "out_b must be"),
+    "merge dtypes": (
+        lambda: merge_attention(OUT, LSE, OUT.half(), LSE),
+        TypeError,
+        "out_b must have out_a.s dtype",
+    ),
     "merge lse shape": (lambda: merge_attention(OUT, LSE[:1], OUT, LSE), ValueError, "lse_a must be"),
     "merge lse dtype": (lambda: merge_attention(OUT, LSE, OUT, LSE.half()), TypeError, "lse_b must be torch.float32"),
     "merge device": (

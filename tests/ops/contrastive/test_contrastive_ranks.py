@@ -186,3 +186,16 @@ def test_recall_of_what_is_in_the_gallery_itself(backend: str) -> None:
 def test_retrieval_has_no_gradient(backend: str) -> None:
     query = whole(4, 3).float().requires_grad_()
     assert not retrieval_ranks(query, query, torch.arange(4), backend=backend).requires_grad
+
+
+@each_backend("retrieval_ranks")
+def test_autocast_rounds_no_feature(backend: str) -> None:
+    """Rows that bfloat16 could not tell apart, of which none is nearer than the right one."""
+    query = torch.ones(6, 1)
+    gallery = 1.0 + 1e-4 * torch.arange(6.0)[:, None]
+    for query_dtype in (torch.float32, torch.float16):  # a query that a model made under autocast
+        with torch.autocast("cpu", torch.bfloat16):
+            found = retrieval_ranks(query.to(query_dtype), gallery, torch.arange(6), backend=backend)
+        assert found.tolist() == [5, 4, 3, 2, 1, 0]
+    with pytest.raises(TypeError, match=r"^gallery must have query's dtype torch.float16, got torch.float32"):
+        retrieval_ranks(query.half(), gallery, torch.arange(6), backend=backend)

@@ -13,7 +13,7 @@ from mmkernels.ops.attention.cross_attention.spec import Arguments, Results, ref
 from mmkernels.ops.attention.inputs import prepare
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_tensor
+from mmkernels.runtime.checks import check_number, check_tensor
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -114,8 +114,8 @@ def cross_attention(
     query = given.query
     if gate is not None:
         _check_gate(gate, query)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        dropout_p = check_number("dropout_p", dropout_p, "between 0 and 1", 0.0, 1.0)
     args = Arguments(
         query=query,
         key=given.key,
@@ -128,7 +128,7 @@ def cross_attention(
         gate=gate,
         seed=torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None,
         scale=given.scale,
-        dropout_p=float(dropout_p),
+        dropout_p=dropout_p,
     )
     backend = resolve(backend)
     if backend == "reference" and not torch.compiler.is_compiling():

@@ -65,9 +65,10 @@ def _check(args: Arguments) -> None:
         raise ValueError(f"out_a must be 4-D [B, H, Lq, Dv], got shape {tuple(out_a.shape)}")
     if out_a.dtype not in DTYPES:
         raise TypeError(f"out_a must be float16, bfloat16, float32 or float64, got {out_a.dtype}")
-    if out_b.shape != out_a.shape or out_b.dtype != out_a.dtype:
-        want, got = (out_a.dtype, tuple(out_a.shape)), (out_b.dtype, tuple(out_b.shape))
-        raise ValueError(f"out_b must be {want[0]} {want[1]} as out_a is, got {got[0]} {got[1]}")
+    if out_b.dtype != out_a.dtype:
+        raise TypeError(f"out_b must have out_a's dtype {out_a.dtype}, got {out_b.dtype}")
+    if out_b.shape != out_a.shape:
+        raise ValueError(f"out_b must be {list(out_a.shape)} as out_a is, got shape {tuple(out_b.shape)}")
     wide = wide_dtype(out_a)
     for name in ("lse_a", "lse_b"):
         x = tensors[name]

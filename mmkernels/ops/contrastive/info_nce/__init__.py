@@ -21,7 +21,7 @@ from mmkernels.ops.contrastive.info_nce.reduction import (
 from mmkernels.ops.contrastive.info_nce.spec import reference, reference_backward
 from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_more_features, check_scalar
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import autocast
+from mmkernels.runtime.checks import autocast, check_number
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -154,8 +154,8 @@ def info_nce(
         text_ids=text_ids,
         hard_texts=hard_texts,
         ignore=ignore,
-        label_smoothing=_check_share("label_smoothing", label_smoothing),
-        image_weight=_check_share("image_weight", image_weight),
+        label_smoothing=check_number("label_smoothing", label_smoothing, "a number from 0 to 1", 0.0, 1.0),
+        image_weight=check_number("image_weight", image_weight, "a number from 0 to 1", 0.0, 1.0),
         reduction=reduction,
         stats=return_stats,
     )
@@ -179,14 +179,6 @@ def info_nce(
         images_without_positive=of_images.without_positive,
         texts_without_positive=of_texts.without_positive,
     )
-
-
-def _check_share(name: str, x: float) -> float:
-    if isinstance(x, bool) or not isinstance(x, int | float):
-        raise TypeError(f"{name} must be a number from 0 to 1, got {type(x).__name__}")
-    if not 0.0 <= x <= 1.0:
-        raise ValueError(f"{name} must be a number from 0 to 1, got {x!r}")
-    return float(x)
 
 
 class _Statistics(NamedTuple):

@@ -9,7 +9,7 @@ from mmkernels.ops.contrastive.inputs import check_more_features
 from mmkernels.ops.contrastive.retrieval_ranks import chunked
 from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, Results, reference
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import DTYPES, autocast, check_range, check_tensor
+from mmkernels.runtime.checks import DTYPES, check_range, check_tensor, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 
 __all__ = ["retrieval_ranks"]
@@ -34,6 +34,9 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: 
         library's matrix product may round them apart. A NaN score stands last: a query or right answer with NaN gets
         M - 1. Scores are summed in float32 (float64 for float64 features). No gradient.
 
+    Autocast rounds nothing here: features keep their dtype. Under autocast query and gallery may differ in it, and the
+    wider one is taken.
+
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device or target. Each names the argument, what it
             must be and what it got.
@@ -49,7 +52,7 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: 
         >>> ranks = mmkernels.retrieval_ranks(text, image, torch.arange(1000))
         >>> recall_at_5 = (ranks < 5).float().mean()
     """
-    query, gallery = autocast(query, gallery)
+    query, gallery = without_autocast(query, gallery)
     check_tensor("query", query)
     if query.dim() != 2 or query.shape[1] == 0:
         raise ValueError(f"query must be [N, d] with at least one channel, got shape {tuple(query.shape)}")

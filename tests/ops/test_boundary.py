@@ -1,0 +1,133 @@
+"""What reaches an op besides plain tensors and constants: cotangents in batches, numbers that a graph does not know.
+
+A new op folder is tested here without a line added.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import SPECS, call, gradients, leaves_of, reseed, stand_in
+from ops.test_calls import RICHEST, UNSEEDED, _inputs, each_differentiable_backend
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from mmkernels.spec import Inputs, OpSpec, flatten
+
+# Several cotangents at once.
+
+
+@each_differentiable_backend
+def test_several_cotangents_at_once(spec: OpSpec, backend: str) -> None:
+    """``is_grads_batched``, as a vectorized Jacobian asks for it, gives what the cotangents give one by one."""
+    case = RICHEST[spec.name]
+    inputs = leaves_of(case, _inputs(spec, case, backend))
+    outputs = [x for x in call(spec, case, inputs, backend) if x.requires_grad]
+    leaves = [inputs[name] for name in case.grads]
+    several = [torch.randn(3, *x.shape, dtype=x.dtype) for x in outputs]
+    grads = lambda flows, batched=False, more=True: torch.autograd.grad(
+        outputs, leaves, flows, is_grads_batched=batched, retain_graph=more, create_graph=batched and more
+    )
+    want = [torch.stack(each) for each in zip(*(grads([x[n] for x in several]) for n in range(3)), strict=True)]
+    for more in (True, False):
+        torch.testing.assert_close([x.detach() for x in grads(several, True, more)], want)
+
+
+@each_differentiable_backend
+def test_second_derivatives_for_several_cotangents_at_once(spec: OpSpec, backend: str) -> None:
+    """As a vectorized Hessian asks for them."""
+    case = UNSEEDED[spec.name]
+    inputs = leaves_of(case, _inputs(spec, case, backend))
+    leaves = [inputs[name] for name in case.grads]
+    outputs = [x for x in call(spec, case, inputs, backend) if x.requires_grad]
+    first = torch.autograd.grad(
+        [x.masked_fill(x == -torch.inf, 0.0).sin().sum() for x in outputs], leaves, create_graph=True
+    )
+    some = [x for x in first if x.requires_grad]
+    several = [torch.randn(2, *x.shape, dtype=x.dtype) for x in some]
+    grads = lambda flows, batched=False: torch.autograd.grad(
+        some, leaves, flows, is_grads_batched=batched, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    want = [torch.stack(each) for each in zip(*(grads([x[n] for x in several]) for n in range(2)), strict=True)]
+    torch.testing.assert_close(list(grads(several, True)), want)
+
+
+# Numbers that change from call to call, or are computed from a shape.
+
+NUMBERS = [
+    pytest.param(spec, name, id=f"{spec.name}-{name}")
+    for spec in SPECS.values()
+    for name, parameter in inspect.signature(spec.function).parameters.items()
+    if "float" in str(parameter.annotation)
+]
+each_number = pytest.mark.parametrize(("spec", "name"), NUMBERS)
+
+
+def _compiled(function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    counters.clear()
+    return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+
+
+def _call_with(spec: OpSpec, name: str) -> tuple[Inputs, Callable[..., tuple[Tensor, ...]]]:
+    """Returns inputs, and a function of them and a number for the argument `name`."""
+    case, backend, op = UNSEEDED[spec.name], stand_in(spec), spec.function
+    inputs = {key: x for key, x in leaves_of(case, _inputs(spec, case, backend)).items() if key != name}
+    return inputs, lambda number, inputs: flatten(op(**inputs, **{name: number}, backend=backend))
+
+
+def _same(spec: OpSpec, inputs: Inputs, ways: tuple[Callable[..., Any], Callable[..., Any]], number: Any) -> None:
+    leaves = [inputs[name] for name in UNSEEDED[spec.name].grads if name in inputs]
+    results = []
+    for way in ways:
+        reseed()  # of dropout
+        outputs = way(number, inputs)
+        results.append((outputs, gradients(outputs, leaves)))
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
+@each_number
+@pytest.mark.parametrize("whole", [False, True], ids=["float", "int"])
+def test_a_number_that_changes_is_compiled_twice(spec: OpSpec, name: str, whole: bool) -> None:
+    """First as a constant, then as an input of the graph: as the naive formula is."""
+    inputs, function = _call_with(spec, name)
+    compiled = _compiled(function, None)
+    for number in (0, 1) if whole else (0.1, 0.15, 0.35, 0.8):
+        _same(spec, inputs, (compiled, function), number)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+LENGTHS = (97, 101, 103)  # the size of no other dim, else the graph takes the two for one
+
+
+@each_number
+def test_a_number_computed_from_a_shape_is_compiled_once(spec: OpSpec, name: str) -> None:
+    inputs, function = _call_with(spec, name)
+    of_shape = lambda x, inputs: function(1 / x.shape[0], inputs)
+    compiled = _compiled(of_shape, True)
+    for n in LENGTHS:
+        _same(spec, inputs, (compiled, of_shape), torch.empty(n))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@each_number
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_number_computed_from_a_shape_is_exported(spec: OpSpec, name: str, strict: bool) -> None:
+    inputs, function = _call_with(spec, name)
+    inputs = {key: x.detach() if isinstance(x, Tensor) else x for key, x in inputs.items()}
+
+    class Call(torch.nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return function(1 / x.shape[0], inputs)
+
+    x, *others = (torch.empty(n) for n in LENGTHS)
+    program = torch.export.export(Call(), (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=strict)
+    for x in others:
+        reseed()
+        found = program.module()(x)
+        reseed()
+        torch.testing.assert_close(found, Call()(x), equal_nan=True)
