@@ -73,7 +73,7 @@ struct SoftmaxTile : LogitTile {
         for (std::uint32_t bits = matches(r, v, label_of_text); bits != 0; bits &= bits - 1) {
           const i64 i = v * kLanes + __builtin_ctz(bits);
           float& x = dots[r * kPanel + i];
-          if (!p.ignore || row + r == lane + i) {
+          if (!p.ignore || (!hard && row + r == lane + i)) {
             text_positives[r] += x;
             images.positives[i] += x;
           } else {
@@ -200,7 +200,7 @@ struct SoftmaxScratch : Arena {
   char* copy = take<char>(copy_bytes(p, kPanel));
   char* texts = take<char>(copy_bytes(p, rows));
   std::int32_t* labels = take<std::int32_t>(kPanel);
-  float* positives = take<float>(rows); // sums of a block of hard texts, which nothing reads
+  float* positives = take<float>(rows); // sums of a block of hard texts, which nothing uses
 };
 
 // Calls f(tile) for each tile of all images and a task's texts; its dots are not computed yet.
@@ -254,7 +254,7 @@ inline void softmax(const ContrastiveParams& p, const Task& task, const Sums& im
       tile.count_before();
     }
     if (tile.may_match()) {
-      tile.add_positives(tile.texts.positives);
+      tile.add_positives(of_batch ? tile.texts.positives : s.positives);
     }
     if (!tile.add_together(top)) {
       tile.add_apart();
@@ -288,7 +288,7 @@ inline void best_positives(const ContrastiveParams& p, const Task& task, const R
     }
   };
   each_tile(p, task, s, [&](const LogitTile& tile) {
-    if (!tile.may_match()) {
+    if (!tile.may_match() || (task.hard && p.ignore)) {
       return;
     }
     std::int32_t matching[kMaxRows];
@@ -306,7 +306,9 @@ inline void best_positives(const ContrastiveParams& p, const Task& task, const R
       for (int v = 0; v < kVectors; ++v) {
         for (std::uint32_t bits = tile.matches(r, v); bits != 0; bits &= bits - 1) {
           const i64 n = v * kLanes + __builtin_ctz(bits), image = tile.lane + n;
-          if (!p.ignore || image == text) {
+          if (task.hard) {
+            keep_best(images, image, dots[n] * p.sign, p.text.count + text);
+          } else if (!p.ignore || image == text) {
             keep_best(images, image, dots[n] * p.sign, text);
             keep_best(p.text_ranks, text, dots[n] * p.sign, image);
           }

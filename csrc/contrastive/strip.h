@@ -198,21 +198,24 @@ struct LogitTile {
 
   // Whether any pair may have the same label.
   MMK_INLINE bool may_match() const {
-    return !hard && (p.image_label != nullptr || (row < lane + lanes && lane < row + rows));
+    return hard ? p.hard_label != nullptr : (p.image_label != nullptr || (row < lane + lanes && lane < row + rows));
   }
   // The images of vector v, as low bits.
   MMK_INLINE std::uint32_t live(i64 v) const {
     const i64 left = lanes - v * kLanes;
     return left <= 0 ? 0 : (left >= kLanes ? kAllLanes : (1u << left) - 1);
   }
-  // The image of vector v that has text r's index, if it is there.
+  // The image of vector v that has text r's index, if it is there; none has a hard text's.
   MMK_INLINE std::uint32_t diagonal(i64 r, i64 v) const {
     const i64 i = row + r - lane - v * kLanes;
-    return i >= 0 && i < kLanes ? 1u << i : 0;
+    return !hard && i >= 0 && i < kLanes ? 1u << i : 0;
   }
-  // Text r's label; that of a hard text is one that no image has.
+  // Text r's label; that of a hard text without one is -2, which no image has.
   MMK_INLINE std::int32_t label(i64 r) const {
-    return hard ? -2 : (p.text_label != nullptr ? p.text_label[row + r] : (std::int32_t)(row + r));
+    if (hard) {
+      return p.hard_label != nullptr ? p.hard_label[row + r] : -2;
+    }
+    return p.text_label != nullptr ? p.text_label[row + r] : (std::int32_t)(row + r);
   }
   // The images of vector v that have text r's label or are its positive.
   MMK_INLINE std::uint32_t matches(i64 r, i64 v) const {
@@ -220,7 +223,7 @@ struct LogitTile {
   }
   MMK_INLINE std::uint32_t matches(i64 r, i64 v, std::int32_t label) const {
     std::uint32_t bits = bits_of((IVec)load(labels + v * kLanes) == label - IVec{});
-    if (p.ignore && !hard) { // the positive's label may be another
+    if (p.ignore) { // the positive's label may be another
       bits |= diagonal(r, v) & live(v);
     }
     return bits;
