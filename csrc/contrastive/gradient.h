@@ -30,19 +30,36 @@ struct GradientScratch : Arena {
   float* dots = take<float>(rows * kPanel);
   float* other = take<float>(several ? rows * kPanel : 0);
   std::int32_t* winner = take<std::int32_t>(several ? rows * kPanel : 0);
-  std::int32_t* labels = take<std::int32_t>(lanes);
+  std::int32_t* labels = take<std::int32_t>(round_up(lanes, kPanel));
   char* texts = take<char>(copy_bytes(p, rows));
+  // Of deep rows: a step of a panel, its copy, and a group of columns of the strip.
+  float* panel = take<float>(is_deep(p) ? kDepthStep * kPanel : 0);
+  char* images = take<char>(is_deep(p) ? most(copy_bytes(p, kPanel), lanes* row_bytes(is_dot(p), kPanel)) : 0);
+  float* strip_group = take<float>(is_deep(p) ? product_depth(p, lanes) * kPanel : 0);
   char* by_text = take<char>(rows * text_stride);
   char* by_image = take<char>(several ? 0 : lanes * image_stride);
   float* groups = take<float>(several ? rows * columns_of(p) : product_depth(p, rows) * kPanel);
+
+  StepScratch step() const {
+    return {panel, images, texts};
+  }
 };
+// Images of a strip's gradient.
+inline i64 part_lanes(const ContrastiveParams& p) {
+  return least(strip_lanes(p), p.image.count);
+}
+// Images `lane` to lane + lanes of a strip, from a whole panel on.
+inline Panel panel_of(const ContrastiveParams& p, const Strip& strip, i64 lane, i64 lanes) {
+  const float* packed = is_deep(p) ? nullptr : strip.panels + lane * p.queries * depth_of(p);
+  return {packed, strip.first + lane, lanes};
+}
 inline i64 gradient_scratch(const ContrastiveParams& p) {
   return most(GradientScratch{{nullptr}, p}.used, copy_bytes(p, kPanel));
 }
 
-// A strip is packed panel by panel.
+// A strip is packed panel by panel; one of deep rows is not.
 inline i64 pieces(const ContrastiveParams& p) {
-  return strip_lanes(p) / kPanel;
+  return is_deep(p) ? 0 : (strip_lanes(p) + kPanel - 1) / kPanel;
 }
 inline void pack(const ContrastiveParams& p, const Strip& strip, i64 piece, float* panels, char* rows, char* scratch) {
   const i64 lane = piece * kPanel, lanes = least<i64>(kPanel, strip.count - lane);
@@ -50,8 +67,9 @@ inline void pack(const ContrastiveParams& p, const Strip& strip, i64 piece, floa
     return;
   }
   for (i64 query = 0; query < p.queries; ++query) {
-    float* panel = panels + (piece * p.queries + query) * depth_of(p) * kPanel;
-    const Rows working = pack_panel(p, strip.first + lane, lanes, query, panel, scratch);
+    float* panel = panels + (piece * p.queries + query) * depth_of(p) * panel_lanes(p);
+    const Source images = source_of(p.image, strip.first + lane, query);
+    const Rows working = pack_panel(p, images, lanes, p.dim, panel_lanes(p), panel, scratch);
     if (rows == nullptr) {
       continue;
     }
@@ -65,9 +83,10 @@ inline void pack(const ContrastiveParams& p, const Strip& strip, i64 piece, floa
       }
       continue;
     }
-    const i64 depth = product_depth(p, padded_lanes(strip));
+    const i64 depth = product_depth(p, strip.count);
     for (i64 group = 0; group < groups_of(p); ++group) {
-      group_columns(p, working, lanes, kPanel, group, (float*)rows + (group * depth + product_depth(p, lane)) * kPanel);
+      group_columns(p, from_group(p, working, group), lanes, columns_of(p, group),
+                    (float*)rows + (group * depth + product_depth(p, lane)) * kPanel);
     }
   }
 }
@@ -165,7 +184,7 @@ void gradient_tile(const LogitTile tile, const GradientScratch& s, i64 column, G
   const i64 size = s.size, text_stride = s.text_stride, image_stride = s.image_stride;
   char* by_text = s.by_text + column * size;
   char* by_image = s.several || !tile.p.need_image ? nullptr : s.by_image + column * image_stride;
-  for (i64 v = 0; v < kVectors; ++v) {
+  for (i64 v = 0; v < vectors_of_lanes(tile.lanes); ++v) {
     VectorGradient<Gradient> gradient{tile, v};
     for (i64 first = 0; first < tile.rows; first += kLanes) {
       Vec block[kLanes];
@@ -237,16 +256,23 @@ inline void add_winners(const StripTask& t, const GradientScratch& s, const Logi
 // One group of columns of the gradients of `rows` texts from `row` on.
 template <bool kDot> void text_product(const StripTask& t, const GradientScratch& s, i64 row, i64 rows, i64 group) {
   const ContrastiveParams& p = t.p;
-  const i64 over_lanes = product_depth(p, padded_lanes(t.strip));
+  const i64 over_lanes = product_depth(p, t.strip.count);
   const i64 vectors = vectors_of(p, group), columns = p.dim - group * kPanel; // left
   const Operand a{s.by_text, s.text_stride, 4};
   const float* b = (const float*)t.strip.rows + group * over_lanes * kPanel;
+  if (is_deep(p)) {
+    const Source images = from_column(source_of(p.image, t.strip.first), group * kPanel);
+    const Rows some = fetch(images, t.strip.count, columns_of(p, group), is_dot(p), s.images);
+    group_columns(p, some, t.strip.count, columns_of(p, group), s.strip_group);
+    b = s.strip_group;
+  }
   float* to = t.grad_text(row) + group * kPanel;
   if (columns >= vectors * kLanes) {
-    product<kDot>(a, b, to, p.dim, rows, vectors, over_lanes, !t.first);
+    product<kDot>(a, b, kPanel, to, p.dim, rows, vectors, over_lanes, !t.first);
     return;
   }
-  product<kDot>(a, b, s.dots, kPanel, rows, vectors, over_lanes, false); // a whole vector would pass the end of the row
+  // A whole vector would pass the end of the row.
+  product<kDot>(a, b, kPanel, s.dots, kPanel, rows, vectors, over_lanes, false);
   for (i64 r = 0; r < rows; ++r) {
     for (i64 c = 0; c < columns; c += kLanes) {
       float* at = to + r * p.dim + c;
@@ -256,22 +282,27 @@ template <bool kDot> void text_product(const StripTask& t, const GradientScratch
   }
 }
 
-template <bool kDot> void products(const StripTask& t, const GradientScratch& s, Rows texts, i64 row, i64 rows) {
+// `whole`: the texts, unless they are deep.
+template <bool kDot>
+void products(const StripTask& t, const GradientScratch& s, Source texts, Rows whole, i64 row, i64 rows) {
   const ContrastiveParams& p = t.p;
   for (i64 group = 0; group < groups_of(p); ++group) {
     if (t.need_texts()) {
       text_product<kDot>(t, s, row, rows, group);
     }
     if (p.need_image) {
-      group_columns(p, texts, rows, rows, group, s.groups);
-      product<kDot>({s.by_image, s.image_stride, 4}, s.groups, t.part + group * strip_lanes(p) * kPanel, kPanel,
+      const i64 cols = columns_of(p, group);
+      const Rows some = is_deep(p) ? fetch(from_column(texts, group * kPanel), rows, cols, is_dot(p), s.texts)
+                                   : from_group(p, whole, group);
+      group_columns(p, some, rows, cols, s.groups);
+      product<kDot>({s.by_image, s.image_stride, 4}, s.groups, kPanel, t.part + group * part_lanes(p) * kPanel, kPanel,
                     t.strip.count, vectors_of(p, group), product_depth(p, rows), row > t.task.first);
     }
   }
 }
 
 inline i64 part_floats(const ContrastiveParams& p) {
-  return strip_lanes(p) * (p.queries > 1 ? p.queries * columns_of(p) : groups_of(p) * kPanel);
+  return part_lanes(p) * (p.queries > 1 ? p.queries * columns_of(p) : groups_of(p) * kPanel);
 }
 
 // Several queries: zeros to what `add_winners` adds to.
@@ -311,14 +342,15 @@ template <typename Gradient> void gradient_of(const StripTask& t, GradientSums& 
   }
   for (i64 row = task.first; row < task.last; row += s.rows) {
     const i64 rows = least(s.rows, task.last - row);
-    const Rows texts = fetch(source_of(texts_of(p, task.hard), row), rows, p.dim, is_dot(p), s.texts);
+    const Source source = source_of(texts_of(p, task.hard), row);
+    const Rows texts = fetch_whole(p, source, rows, s.texts);
     if (s.several && wanted) {
       widen_texts(s, texts, rows);
     }
     for (i64 lane = 0; lane < strip.count; lane += kPanel) {
       const i64 lanes = least<i64>(kPanel, strip.count - lane);
-      const float* panel = strip.panels + lane * p.queries * depth_of(p);
-      panel_dots(p, texts, rows, panel, lanes, s.dots, s.other, s.several ? s.winner : nullptr);
+      panel_dots(p, source, texts, rows, panel_of(p, strip, lane, lanes), s.dots, s.other,
+                 s.several ? s.winner : nullptr, s.step());
       const LogitTile tile{p, task.hard, row, rows, strip.first + lane, lanes, s.labels + lane, s.dots};
       gradient_tile<Gradient>(tile, s, lane, sums);
       if (s.several && wanted) {
@@ -326,7 +358,7 @@ template <typename Gradient> void gradient_of(const StripTask& t, GradientSums& 
       }
     }
     if (!s.several && wanted) {
-      with_pairs(s.dot, [&](auto pairs) { products<pairs()>(t, s, texts, row, rows); });
+      with_pairs(s.dot, [&](auto pairs) { products<pairs()>(t, s, source, texts, row, rows); });
     }
   }
 }
@@ -352,7 +384,7 @@ inline void convert(const ContrastiveParams& p, const float* from, i64 rows, Typ
 
 inline void merge(const ContrastiveParams& p, const Strip& strip, const float* parts, i64 count, i64 first, i64 last,
                   Type type, char* to) {
-  const i64 size = bytes_of(type), lanes = strip_lanes(p), apart = part_floats(p);
+  const i64 size = bytes_of(type), lanes = part_lanes(p), apart = part_floats(p);
   for (i64 i = first; i < last; ++i) {
     for (i64 query = 0; query < p.queries; ++query) {
       char* row = to + ((strip.first + i) * p.queries + query) * p.dim * size;

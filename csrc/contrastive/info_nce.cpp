@@ -13,17 +13,17 @@ namespace {
 // The arguments of both passes. `swapped`: images and texts are exchanged, and so must be what comes back.
 struct Inputs {
   Tensor image, text, logit_scale;
-  OptionalTensor image_ids, text_ids, hard_texts;
+  OptionalTensor image_ids, text_ids, hard_texts, hard_text_ids;
   bool ignore, swapped, reduced, mean;
   double label_smoothing, image_weight;
 
   explicit Inputs(const Arguments& args)
       : image(args.tensor("image")), text(args.tensor("text")), logit_scale(args.tensor("logit_scale")),
         image_ids(args.optional_tensor("image_ids")), text_ids(args.optional_tensor("text_ids")),
-        hard_texts(args.optional_tensor("hard_texts")), ignore(args.flag("ignore")),
-        swapped(!hard_texts.has_value() && better_swapped(image, text)), reduced(args.text("reduction") != "none"),
-        mean(args.text("reduction") == "mean"), label_smoothing(args.number("label_smoothing")),
-        image_weight(args.number("image_weight")) {
+        hard_texts(args.optional_tensor("hard_texts")), hard_text_ids(args.optional_tensor("hard_text_ids")),
+        ignore(args.flag("ignore")), swapped(!hard_texts.has_value() && better_swapped(image, text)),
+        reduced(args.text("reduction") != "none"), mean(args.text("reduction") == "mean"),
+        label_smoothing(args.number("label_smoothing")), image_weight(args.number("image_weight")) {
     if (swapped) {
       std::swap(image, text);
       std::swap(image_ids, text_ids);
@@ -35,7 +35,7 @@ struct Inputs {
     ContrastiveLaunch launch(image, text);
     launch.set_scale(logit_scale);
     launch.set_hard(hard_texts);
-    launch.set_ids(image_ids, text_ids, ignore);
+    launch.set_ids(image_ids, text_ids, hard_text_ids, ignore);
     return launch;
   }
 

@@ -28,18 +28,22 @@ inline std::vector<float> padded_array(i64 count, float value = 0.0f) {
 
 // Small numbers in place of ids, equal where the ids are equal.
 struct Labels {
-  std::vector<std::int32_t> image, text;             // padded
-  std::vector<std::int32_t> image_count, text_count; // how many rows each label has
+  std::vector<std::int32_t> image, text, hard;                   // padded
+  std::vector<std::int32_t> image_count, text_count, hard_count; // how many rows each label has
 };
 
-inline Labels labels_of(const Tensor& image_ids, const Tensor& text_ids) {
+inline Labels labels_of(const Tensor& image_ids, const Tensor& text_ids, const OptionalTensor& hard_ids) {
   const Tensor images = image_ids.contiguous(), texts = text_ids.contiguous();
-  const i64 *image_id = images.const_data_ptr<i64>(), *text_id = texts.const_data_ptr<i64>();
-  std::vector<i64> distinct(image_id, image_id + images.numel());
-  distinct.insert(distinct.end(), text_id, text_id + texts.numel());
+  const Tensor hards = hard_ids.has_value() ? hard_ids->contiguous() : images.slice(0, 0, 0);
+  std::vector<i64> distinct;
+  for (const Tensor& ids : {images, texts, hards}) {
+    distinct.insert(distinct.end(), ids.const_data_ptr<i64>(), ids.const_data_ptr<i64>() + ids.numel());
+  }
   std::sort(distinct.begin(), distinct.end());
   distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
-  const auto label = [&](const i64* ids, i64 count, std::vector<std::int32_t>& to, std::vector<std::int32_t>& counts) {
+  const auto label = [&](const Tensor& rows, std::vector<std::int32_t>& to, std::vector<std::int32_t>& counts) {
+    const i64* ids = rows.const_data_ptr<i64>();
+    const i64 count = rows.numel();
     counts.resize(distinct.size());
     to.resize((count + kAlign - 1) / kAlign * kAlign, -1);
     for (i64 i = 0; i < count; ++i) {
@@ -48,8 +52,9 @@ inline Labels labels_of(const Tensor& image_ids, const Tensor& text_ids) {
     }
   };
   Labels labels;
-  label(image_id, images.numel(), labels.image, labels.image_count);
-  label(text_id, texts.numel(), labels.text, labels.text_count);
+  label(images, labels.image, labels.image_count);
+  label(texts, labels.text, labels.text_count);
+  label(hards, labels.hard, labels.hard_count);
   return labels;
 }
 
@@ -115,15 +120,22 @@ public:
     p.sign = value > 0.0 ? 1.0f : (value < 0.0 ? -1.0f : static_cast<float>(value)); // 0, or NaN
   }
 
-  void set_ids(const OptionalTensor& image_ids, const OptionalTensor& text_ids, bool ignore) {
+  // After `set_hard`.
+  void set_ids(const OptionalTensor& image_ids, const OptionalTensor& text_ids, const OptionalTensor& hard_text_ids,
+               bool ignore) {
     has_ids_ = image_ids.has_value();
     TORCH_CHECK_VALUE(has_ids_ == text_ids.has_value(), "image_ids and text_ids must both be given, or neither");
     TORCH_CHECK_VALUE((has_ids_ && !ignore) || p.image.count == p.text.count,
                       "without ids, or to ignore theirs, there must be as many texts as images");
+    TORCH_CHECK_VALUE(has_ids_ || !hard_text_ids.has_value(), "hard_text_ids must come with image_ids");
     if (has_ids_) {
       check_sizes("image_ids", *image_ids, {p.image.count});
       check_sizes("text_ids", *text_ids, {p.text.count});
-      labels_ = labels_of(*image_ids, *text_ids);
+      if (hard_text_ids.has_value()) {
+        check_sizes("hard_text_ids", *hard_text_ids, {p.hard.count});
+      }
+      labels_ = labels_of(*image_ids, *text_ids, hard_text_ids);
+      p.hard_label = hard_text_ids.has_value() ? labels_.hard.data() : nullptr;
       p.image_label = labels_.image.data();
       p.text_label = labels_.text.data();
       p.ignore = ignore;
@@ -191,8 +203,11 @@ private:
   }
   // How many columns have the label of row i.
   i64 same_label(Direction direction, i64 i) const {
-    return direction == Direction::image_to_text ? labels_.text_count[labels_.image[i]]
-                                                 : labels_.image_count[labels_.text[i]];
+    if (direction == Direction::text_to_image) {
+      return labels_.image_count[labels_.text[i]];
+    }
+    const std::int32_t label = labels_.image[i];
+    return static_cast<i64>(labels_.text_count[label]) + labels_.hard_count[label];
   }
 
   at::ScalarType type_;

@@ -50,6 +50,7 @@ struct ContrastiveParams {
 
   // Positive pairs: those of the same label; null: those of the same index.
   const std::int32_t *image_label = nullptr, *text_label = nullptr;
+  const std::int32_t* hard_label = nullptr; // null: no hard text is of an image's label
   bool ignore = false; // only pairs of the same index are positive, other pairs of the same label are hidden
 
   // Softmax forward. Tasks begin at whole vectors of texts, and the arrays are padded to whole vectors.

@@ -9,11 +9,17 @@ namespace mmkernels::MMK_ISA {
 // bit-equal.
 inline void target_scores(const ContrastiveParams& p, const Strip& strip, const Ranks& ranks, char* scratch) {
   const GradientScratch s{{scratch}, p};
-  for (i64 i = 0; i < strip.count; ++i) {
-    const i64 lane = i / kPanel * kPanel, in_panel = i % kPanel / kLanes * kLanes; // the image's vector in its panel
-    const Rows item = fetch(source_of(p.text, ranks.index[i]), 1, p.dim, is_dot(p), s.texts);
-    panel_dots(p, item, 1, strip.panels + lane * depth_of(p) + in_panel, kLanes, s.dots, s.other, nullptr);
-    ranks.best[i] = s.dots[i % kLanes];
+  for (i64 first = 0; first < strip.count; first += kLanes) { // one vector of images with all of its targets
+    const i64 count = least<i64>(kLanes, strip.count - first);
+    Source items = source_of(p.text, 0);
+    items.index = ranks.index + first;
+    Panel panel = panel_of(p, strip, first / kPanel * kPanel, count);
+    panel.packed = panel.packed == nullptr ? nullptr : panel.packed + first % kPanel;
+    panel.first = strip.first + first;
+    panel_dots(p, items, fetch_whole(p, items, count, s.texts), count, panel, s.dots, s.other, nullptr, s.step());
+    for (i64 i = 0; i < count; ++i) {
+      ranks.best[first + i] = s.dots[i * kPanel + i];
+    }
   }
 }
 
@@ -23,10 +29,11 @@ inline void count_before(const ContrastiveParams& p, const Strip& strip, const T
   const i64 step = block_rows(p);
   for (i64 row = task.first; row < task.last; row += step) {
     const i64 rows = least(step, task.last - row);
-    const Rows items = fetch(source_of(p.text, row), rows, p.dim, is_dot(p), s.texts);
+    const Source source = source_of(p.text, row);
+    const Rows items = fetch_whole(p, source, rows, s.texts);
     for (i64 lane = 0; lane < strip.count; lane += kPanel) {
       const i64 lanes = least<i64>(kPanel, strip.count - lane);
-      panel_dots(p, items, rows, strip.panels + lane * depth_of(p), lanes, s.dots, s.other, nullptr);
+      panel_dots(p, source, items, rows, panel_of(p, strip, lane, lanes), s.dots, s.other, nullptr, s.step());
       for (int v = 0; v < vectors_of_lanes(lanes); ++v) {
         const i64 at = lane + v * kLanes;
         const Vec best = load(ranks.best + at);

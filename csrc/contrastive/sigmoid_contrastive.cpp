@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_contrastive(const Arg
   launch.set_scale(logit_scale);
   TORCH_CHECK_VALUE(logit_bias.numel() == 1, "logit_bias must have one element");
   p.bias = static_cast<float>(logit_bias.item().toDouble());
-  launch.set_ids(image_ids, text_ids, false);
+  launch.set_ids(image_ids, text_ids, {}, false);
   p.sigmoid = true;
   p.factor = static_cast<float>(p.scale / count);
   Gradients gradients(launch, image, text, {}, {keep_image, keep_text, false}, kept_type(image));

@@ -73,7 +73,7 @@ struct SoftmaxTile : LogitTile {
         for (std::uint32_t bits = matches(r, v, label_of_text); bits != 0; bits &= bits - 1) {
           const i64 i = v * kLanes + __builtin_ctz(bits);
           float& x = dots[r * kPanel + i];
-          if (!p.ignore || row + r == lane + i) {
+          if (!p.ignore || (!hard && row + r == lane + i)) {
             text_positives[r] += x;
             images.positives[i] += x;
           } else {
@@ -194,13 +194,13 @@ struct SoftmaxTile : LogitTile {
 struct SoftmaxScratch : Arena {
   const ContrastiveParams& p;
   const i64 rows = block_rows(p);
-  float* panel = take<float>(p.queries * depth_of(p) * kPanel);
+  float* panel = take<float>(is_deep(p) ? kDepthStep * kPanel : p.queries * depth_of(p) * panel_lanes(p));
   float* dots = take<float>(rows * kPanel);
   float* other = take<float>(p.queries > 1 ? rows * kPanel : 0);
   char* copy = take<char>(copy_bytes(p, kPanel));
   char* texts = take<char>(copy_bytes(p, rows));
   std::int32_t* labels = take<std::int32_t>(kPanel);
-  float* positives = take<float>(rows); // sums of a block of hard texts, which nothing reads
+  float* positives = take<float>(rows); // sums of a block of hard texts, which nothing uses
 };
 
 // Calls f(tile) for each tile of all images and a task's texts; its dots are not computed yet.
@@ -208,8 +208,9 @@ template <typename F>
 void each_tile(const ContrastiveParams& p, const Task& task, const SoftmaxScratch& s, const F& f) {
   for (i64 lane = 0; lane < p.image.count; lane += kPanel) {
     const i64 lanes = least<i64>(kPanel, p.image.count - lane);
-    for (i64 query = 0; query < p.queries; ++query) {
-      pack_panel(p, lane, lanes, query, s.panel + query * depth_of(p) * kPanel, s.copy);
+    for (i64 query = 0; query < p.queries && !is_deep(p); ++query) {
+      float* panel = s.panel + query * depth_of(p) * panel_lanes(p);
+      pack_panel(p, source_of(p.image, lane, query), lanes, p.dim, panel_lanes(p), panel, s.copy);
     }
     panel_labels(p, lane, lanes, s.labels);
     for (i64 row = task.first; row < task.last; row += s.rows) {
@@ -221,8 +222,9 @@ void each_tile(const ContrastiveParams& p, const Task& task, const SoftmaxScratc
 inline void tile_dots(const LogitTile& tile, const SoftmaxScratch& s, i64 first, i64 count) {
   const ContrastiveParams& p = tile.p;
   const Source source = source_of(texts_of(p, tile.hard), tile.row + first);
-  const Rows texts = fetch(source, count, p.dim, is_dot(p), s.texts);
-  panel_dots(p, texts, count, s.panel, tile.lanes, s.dots, s.other, nullptr);
+  const Panel panel{is_deep(p) ? nullptr : s.panel, tile.lane, tile.lanes};
+  panel_dots(p, source, fetch_whole(p, source, count, s.texts), count, panel, s.dots, s.other, nullptr,
+             {s.panel, s.copy, s.texts});
 }
 
 MMK_INLINE Sums from(const Sums& x, i64 n) {
@@ -254,7 +256,7 @@ inline void softmax(const ContrastiveParams& p, const Task& task, const Sums& im
       tile.count_before();
     }
     if (tile.may_match()) {
-      tile.add_positives(tile.texts.positives);
+      tile.add_positives(of_batch ? tile.texts.positives : s.positives);
     }
     if (!tile.add_together(top)) {
       tile.add_apart();
@@ -288,12 +290,13 @@ inline void best_positives(const ContrastiveParams& p, const Task& task, const R
     }
   };
   each_tile(p, task, s, [&](const LogitTile& tile) {
-    if (!tile.may_match()) {
+    if (!tile.may_match() || (task.hard && p.ignore)) {
       return;
     }
     std::int32_t matching[kMaxRows];
     const i64 count = matching_texts(tile, matching);
-    const bool whole = count * 4 > tile.rows; // a single row costs about four times its share of a whole tile
+    // A single row costs about four times its share of a whole tile, and would pack a deep panel for itself.
+    const bool whole = count * 4 > tile.rows || (is_deep(p) && count > 0);
     if (whole) {
       tile_dots(tile, s, 0, tile.rows);
     }
@@ -306,7 +309,9 @@ inline void best_positives(const ContrastiveParams& p, const Task& task, const R
       for (int v = 0; v < kVectors; ++v) {
         for (std::uint32_t bits = tile.matches(r, v); bits != 0; bits &= bits - 1) {
           const i64 n = v * kLanes + __builtin_ctz(bits), image = tile.lane + n;
-          if (!p.ignore || image == text) {
+          if (task.hard) {
+            keep_best(images, image, dots[n] * p.sign, p.text.count + text);
+          } else if (!p.ignore || image == text) {
             keep_best(images, image, dots[n] * p.sign, text);
             keep_best(p.text_ranks, text, dots[n] * p.sign, image);
           }

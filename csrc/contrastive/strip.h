@@ -7,8 +7,10 @@
 
 namespace mmkernels::MMK_ISA {
 
-constexpr i64 kMaxLanes = 256; // images of a strip
-constexpr i64 kMaxRows = 128;  // texts of a block
+constexpr i64 kMaxLanes = 256;  // images of a strip
+constexpr i64 kMaxRows = 128;   // texts of a block
+constexpr i64 kMaxDepth = 1024; // the depth of rows that are packed as a whole
+constexpr i64 kDepthStep = 512; // the depth that is packed at a time of deeper ones: with a block it fits into a cache
 
 MMK_INLINE bool is_dot(const ContrastiveParams& p) {
   return uses_dot(p.image.type);
@@ -19,12 +21,29 @@ MMK_INLINE i64 depth_of(const ContrastiveParams& p) {
 inline i64 columns_of(const ContrastiveParams& p) {
   return pad_lanes(p.dim);
 }
+// Whether rows are too deep for the cache: panels are then packed step by step, each time that they are multiplied,
+// which costs little beside the product with the texts of a block.
+MMK_INLINE bool is_deep(const ContrastiveParams& p) {
+  return p.queries == 1 && depth_of(p) > kMaxDepth;
+}
+// Columns that are packed at a time.
+MMK_INLINE i64 step_columns(const ContrastiveParams& p) {
+  return is_deep(p) ? kDepthStep * (is_dot(p) ? 2 : 1) : p.dim;
+}
+// Images of a packed panel, in whole vectors: fewer where there are few.
+MMK_INLINE i64 panel_lanes(const ContrastiveParams& p) {
+  return least<i64>(kPanel, round_up(p.image.count, kLanes));
+}
 // Images of a full strip: as many as keep its panels in cache.
 inline i64 strip_lanes(const ContrastiveParams& p) {
   const i64 fit = (1 << 20) / (p.queries * depth_of(p) * 4) / kPanel * kPanel;
-  return most<i64>(kPanel, least(least(fit, kMaxLanes), round_up(p.image.count, kPanel)));
+  const i64 all = p.image.count < kPanel ? panel_lanes(p) : round_up(p.image.count, kPanel);
+  return most(panel_lanes(p), least(least(fit, kMaxLanes), all));
 }
 inline i64 block_rows(const ContrastiveParams& p) {
+  if (is_deep(p)) {
+    return least(kMaxRows, round_up(most(p.text.count, p.hard.count), kLanes));
+  }
   const i64 fit = (1 << 18) / (columns_of(p) * 4) / kLanes * kLanes;
   return most<i64>(kLanes, least(fit, kMaxRows));
 }
@@ -34,9 +53,6 @@ MMK_INLINE i64 groups_of(const ContrastiveParams& p) {
 }
 MMK_INLINE i64 vectors_of(const ContrastiveParams& p, i64 group) {
   return least<i64>(kVectors, columns_of(p) / kLanes - group * kVectors);
-}
-MMK_INLINE i64 padded_lanes(const Strip& strip) {
-  return round_up(strip.count, kPanel);
 }
 MMK_INLINE i64 vectors_of_lanes(i64 lanes) {
   return (lanes + kLanes - 1) / kLanes;
@@ -52,16 +68,20 @@ inline i64 take_multiplied() {
   multiplied_here() = 0;
   return flops;
 }
-// A counted gemm.
+// A counted gemm. b_row: floats from one row of b to the next.
 template <bool kDot>
-void product(Operand a, const void* b, float* c, i64 c_row, i64 rows, i64 vectors, i64 depth, bool add) {
+void product(Operand a, const float* b, i64 b_row, float* c, i64 c_row, i64 rows, i64 vectors, i64 depth, bool add) {
   multiplied_here() += 2 * rows * vectors * kLanes * depth * (kDot ? 2 : 1);
-  gemm<kDot>(a, b, kPanel * 4, c, c_row, rows, vectors, depth, add);
+  gemm<kDot>(a, b, b_row * 4, c, c_row, rows, vectors, depth, add);
 }
 
 // Row r of query q.
 MMK_INLINE Source source_of(const Features& x, i64 row, i64 query = 0) {
   return {x.data + (row * x.row + query * x.query) * bytes_of(x.type), x.type, x.row, x.column, nullptr};
+}
+MMK_INLINE Source from_column(Source x, i64 column) {
+  x.data += column * x.d * bytes_of(x.type);
+  return x;
 }
 MMK_INLINE const Features& texts_of(const ContrastiveParams& p, bool hard) {
   return !hard ? p.text : p.hard;
@@ -72,50 +92,63 @@ MMK_INLINE i64 product_depth(const ContrastiveParams& p, i64 rows) {
   return is_dot(p) ? (rows + 1) / 2 : rows;
 }
 
+// Panels are [depth, panel_lanes]; deep ones are packed later.
 inline i64 panels_bytes(const ContrastiveParams& p) {
-  return strip_lanes(p) * p.queries * depth_of(p) * 4;
+  return is_deep(p) ? 0 : strip_lanes(p) * p.queries * depth_of(p) * 4;
 }
-// The rows of a strip for products: [groups, lanes (or pairs of lanes), kPanel]; with several queries [lanes, queries,
-// columns] in float32.
+// The rows of a strip for products: [groups, images (or pairs of images), kPanel]; with several queries [images,
+// queries, columns] in float32.
 inline i64 rows_bytes(const ContrastiveParams& p) {
   const i64 lanes = strip_lanes(p);
+  if (is_deep(p)) {
+    return 0;
+  }
   if (p.queries > 1) {
     return lanes * p.queries * columns_of(p) * 4;
   }
-  return groups_of(p) * product_depth(p, lanes) * kPanel * 4;
+  return groups_of(p) * product_depth(p, least(lanes, p.image.count)) * kPanel * 4;
 }
 
-// Copies a group of columns of `count` rows to the right operand of a product over rows: [rows (or pairs of rows),
-// kPanel], with zeros for the rows from `count` to `padded`.
-inline void group_columns(const ContrastiveParams& p, Rows rows, i64 count, i64 padded, i64 group, float* to) {
-  const i64 first = group * kPanel, cols = least<i64>(kPanel, p.dim - first);
+// Columns of a group.
+MMK_INLINE i64 columns_of(const ContrastiveParams& p, i64 group) {
+  return least<i64>(kPanel, p.dim - group * kPanel);
+}
+// `rows` from the first column of a group on.
+MMK_INLINE Rows from_group(const ContrastiveParams& p, Rows rows, i64 group) {
+  return {rows.data + group * kPanel * (is_dot(p) ? 2 : 4), rows.stride};
+}
+// Copies `cols` columns of `count` rows, at most a group's, to the right operand of a product over rows: [rows (or
+// pairs of rows), kPanel].
+inline void group_columns(const ContrastiveParams& p, Rows rows, i64 count, i64 cols, float* to) {
   if (is_dot(p)) {
-    for (i64 r = 0; r < padded; r += 2, to += kPanel) {
-      if (r < count) {
-        interleave_rows({rows.data + r * rows.stride + first * 2, rows.stride}, least<i64>(2, count - r), cols,
-                        (char*)to);
-      } else {
-        std::memset(to, 0, kPanel * 4);
-      }
+    for (i64 r = 0; r < count; r += 2, to += kPanel) {
+      interleave_rows({rows.data + r * rows.stride, rows.stride}, least<i64>(2, count - r), cols, (char*)to);
     }
     return;
   }
-  for (i64 r = 0; r < padded; ++r, to += kPanel) {
-    const char* from = rows.data + r * rows.stride + first * 4;
+  for (i64 r = 0; r < count; ++r, to += kPanel) {
+    const char* from = rows.data + r * rows.stride;
     for (i64 c = 0; c < cols; c += kLanes) {
-      store(to + c, r < count ? load_part(from + c * 4, cols - c) : zero());
+      store(to + c, load_part(from + c * 4, cols - c));
     }
   }
 }
 
-// Transposes one panel of one query; returns its rows in the working format.
-MMK_OUTLINE Rows pack_panel(const ContrastiveParams& p, i64 first, i64 count, i64 query, float* to, char* copy) {
-  const Rows rows = fetch(source_of(p.image, first, query), count, p.dim, is_dot(p), copy);
-  transpose_rows(rows, count, depth_of(p), kPanel, to);
+// Transposes `cols` columns of one panel of one query, whose rows are `lanes` long; returns the columns in the working
+// format.
+MMK_OUTLINE Rows pack_panel(const ContrastiveParams& p, Source images, i64 count, i64 cols, i64 lanes, float* to,
+                            char* copy) {
+  const Rows rows = fetch(images, count, cols, is_dot(p), copy);
+  transpose_rows(rows, count, depth_of(is_dot(p), cols), lanes, to);
   return rows;
 }
+// Of a copy of rows in the working format: as many columns as are packed at a time.
 MMK_INLINE i64 copy_bytes(const ContrastiveParams& p, i64 rows) {
-  return rows * row_bytes(is_dot(p), p.dim);
+  return rows * row_bytes(is_dot(p), step_columns(p));
+}
+// The rows of texts as a whole, in the working format; deep ones are fetched step by step.
+MMK_INLINE Rows fetch_whole(const ContrastiveParams& p, Source texts, i64 count, char* to) {
+  return is_deep(p) ? Rows{nullptr, 0} : fetch(texts, count, p.dim, is_dot(p), to);
 }
 
 // 2^logit as a fraction near 1 times 2^whole: dividing by 2^base, for a whole base, rounds nothing.
@@ -136,22 +169,56 @@ MMK_INLINE Power power_of(const ContrastiveParams& p, Vec dot) {
 
 constexpr i64 kChain = 128; // products that are summed in one float32 chain; longer chains round more than a BLAS does
 
-// Dots [rows, kPanel] of texts with a panel of `lanes` images; other lanes hold 0 or padding. Of several queries the
-// largest dot, and if `winner` is given, the index of its query. `other` is a tile of scratch.
-inline void panel_dots(const ContrastiveParams& p, Rows texts, i64 rows, const float* panel, i64 lanes, float* to,
-                       float* other, std::int32_t* winner) {
-  const i64 vectors = vectors_of_lanes(lanes);
-  const i64 depth = depth_of(p);
+// Images [first, first + lanes) as the right operand of products. Deep ones are not packed yet: `packed` is null.
+struct Panel {
+  const float* packed;
+  i64 first, lanes;
+};
+// Where a step of deep rows is packed and copied.
+struct StepScratch {
+  float* panel;
+  char *images, *texts;
+};
+
+// Writes the dots of packed columns to a tile, or adds them.
+inline void add_dots(const ContrastiveParams& p, Rows texts, i64 rows, const float* panel, i64 panel_row, i64 vectors,
+                     i64 depth, float* tile, bool add) {
+  const Operand a{texts.data, texts.stride, 4};
+  if (is_dot(p)) {
+    product<kHasDot>(a, panel, panel_row, tile, kPanel, rows, vectors, depth, add);
+    return;
+  }
+  for (i64 k = 0; k < depth; k += kChain) {
+    product<false>({a.data + k * 4, a.row, 4}, panel + k * panel_row, panel_row, tile, kPanel, rows, vectors,
+                   least(kChain, depth - k), add || k > 0);
+  }
+}
+
+// Deep rows, step by step.
+inline void deep_dots(const ContrastiveParams& p, Source texts, i64 rows, const Panel& panel, float* tile,
+                      const StepScratch& s) {
+  const i64 vectors = vectors_of_lanes(panel.lanes), step = step_columns(p);
+  const Source images = source_of(p.image, panel.first);
+  for (i64 first = 0; first < p.dim; first += step) {
+    const i64 cols = least(step, p.dim - first);
+    pack_panel(p, from_column(images, first), panel.lanes, cols, vectors * kLanes, s.panel, s.images);
+    const Rows some = fetch(from_column(texts, first), rows, cols, is_dot(p), s.texts);
+    add_dots(p, some, rows, s.panel, vectors * kLanes, vectors, depth_of(is_dot(p), cols), tile, first > 0);
+  }
+}
+
+// Dots [rows, kPanel] of texts with a panel; lanes without an image hold 0 or padding. Of several queries the largest
+// dot, and if `winner` is given, the index of its query. `whole`: the texts, unless they are deep. `other` is a tile of
+// scratch.
+inline void panel_dots(const ContrastiveParams& p, Source texts, Rows whole, i64 rows, const Panel& panel, float* to,
+                       float* other, std::int32_t* winner, const StepScratch& s) {
+  const i64 vectors = vectors_of_lanes(panel.lanes), depth = depth_of(p);
   const auto multiply = [&](i64 query, float* tile) {
-    const Operand a{texts.data, texts.stride, 4};
-    const float* b = panel + query * depth * kPanel;
-    if (is_dot(p)) {
-      product<kHasDot>(a, b, tile, kPanel, rows, vectors, depth, false);
+    if (panel.packed == nullptr) {
+      deep_dots(p, texts, rows, panel, tile, s);
     } else {
-      for (i64 k = 0; k < depth; k += kChain) {
-        product<false>({a.data + k * 4, a.row, 4}, b + k * kPanel, tile, kPanel, rows, vectors,
-                       least(kChain, depth - k), k > 0);
-      }
+      const float* packed = panel.packed + query * depth * panel_lanes(p);
+      add_dots(p, whole, rows, packed, panel_lanes(p), vectors, depth, tile, false);
     }
     for (i64 r = 0; vectors < kVectors && r < rows; ++r) {
       std::memset(tile + r * kPanel + vectors * kLanes, 0, (kVectors - vectors) * sizeof(Vec));
@@ -198,21 +265,24 @@ struct LogitTile {
 
   // Whether any pair may have the same label.
   MMK_INLINE bool may_match() const {
-    return !hard && (p.image_label != nullptr || (row < lane + lanes && lane < row + rows));
+    return hard ? p.hard_label != nullptr : (p.image_label != nullptr || (row < lane + lanes && lane < row + rows));
   }
   // The images of vector v, as low bits.
   MMK_INLINE std::uint32_t live(i64 v) const {
     const i64 left = lanes - v * kLanes;
     return left <= 0 ? 0 : (left >= kLanes ? kAllLanes : (1u << left) - 1);
   }
-  // The image of vector v that has text r's index, if it is there.
+  // The image of vector v that has text r's index, if it is there; none has a hard text's.
   MMK_INLINE std::uint32_t diagonal(i64 r, i64 v) const {
     const i64 i = row + r - lane - v * kLanes;
-    return i >= 0 && i < kLanes ? 1u << i : 0;
+    return !hard && i >= 0 && i < kLanes ? 1u << i : 0;
   }
-  // Text r's label; that of a hard text is one that no image has.
+  // Text r's label; that of a hard text without one is -2, which no image has.
   MMK_INLINE std::int32_t label(i64 r) const {
-    return hard ? -2 : (p.text_label != nullptr ? p.text_label[row + r] : (std::int32_t)(row + r));
+    if (hard) {
+      return p.hard_label != nullptr ? p.hard_label[row + r] : -2;
+    }
+    return p.text_label != nullptr ? p.text_label[row + r] : (std::int32_t)(row + r);
   }
   // The images of vector v that have text r's label or are its positive.
   MMK_INLINE std::uint32_t matches(i64 r, i64 v) const {
@@ -220,7 +290,7 @@ struct LogitTile {
   }
   MMK_INLINE std::uint32_t matches(i64 r, i64 v, std::int32_t label) const {
     std::uint32_t bits = bits_of((IVec)load(labels + v * kLanes) == label - IVec{});
-    if (p.ignore && !hard) { // the positive's label may be another
+    if (p.ignore) { // the positive's label may be another
       bits |= diagonal(r, v) & live(v);
     }
     return bits;

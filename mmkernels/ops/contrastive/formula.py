@@ -37,11 +37,16 @@ class Pairs(NamedTuple):
     def transposed(self) -> Pairs:
         return Pairs(self.positive.mT, None if self.hidden is None else self.hidden.mT)
 
-    def with_negatives(self, count: int) -> Pairs:
-        """Returns the pairs with `count` further columns of negatives."""
+    def with_hard_texts(self, count: int, hard: Pairs | None) -> Pairs:
+        """Returns the pairs with `count` further columns, which are `hard`; None: negatives."""
         if count == 0:
             return self
-        return Pairs(F.pad(self.positive, (0, count)), None if self.hidden is None else F.pad(self.hidden, (0, count)))
+
+        def widened(of_batch: Tensor, more: Tensor | None) -> Tensor:
+            return F.pad(of_batch, (0, count)) if more is None else torch.cat([of_batch, more], 1)
+
+        positive, hidden = (None, None) if hard is None else hard
+        return Pairs(widened(self.positive, positive), None if self.hidden is None else widened(self.hidden, hidden))
 
     @property
     def negative(self) -> Tensor:
@@ -82,6 +87,19 @@ def pairs(
         return Pairs(diagonal, None)
     same = image_ids[images, None] == text_ids[texts]
     return Pairs(diagonal, same & ~diagonal) if ignore else Pairs(same, None)
+
+
+def hard_pairs(image_ids: Tensor | None, hard_text_ids: Tensor | None, ignore: bool) -> Pairs | None:
+    """Returns how some images (rows) and all hard texts (columns) belong together; None: all are negatives.
+
+    Args:
+        image_ids, hard_text_ids: [rows] and [K].
+        ignore: pairs with equal ids are hidden; else they are positive.
+    """
+    if image_ids is None or hard_text_ids is None:
+        return None
+    same = image_ids[:, None] == hard_text_ids
+    return Pairs(torch.zeros_like(same), same) if ignore else Pairs(same, None)
 
 
 def best_scores(image: Tensor, text: Tensor) -> Tensor:

@@ -82,17 +82,35 @@ def check_ids(
     if n != m and (paired or image_ids is None or text_ids is None):
         why = "text i is image i's positive" if paired else "without image_ids and text_ids text i is image i's"
         raise ValueError(f"text must have as many rows as image, {n}, as {why}; got {m}")
-    for name, ids, count in (("image_ids", image_ids, n), ("text_ids", text_ids, m)):
-        if ids is None:
-            continue
-        check_tensor(name, ids)
-        if ids.dtype not in _INTEGERS:
-            raise TypeError(f"{name} must be integers, got {ids.dtype}")
-        if tuple(ids.shape) != (count,):
-            raise ValueError(f"{name} must be [{count}], an id for each row, got shape {tuple(ids.shape)}")
-        if ids.device != image.device:
-            raise ValueError(f"{name} must be on image's device {image.device}, got {ids.device}")
-    image_ids, text_ids = (text_ids if image_ids is None else image_ids), (image_ids if text_ids is None else text_ids)
-    if image_ids is None or text_ids is None:
+    if image_ids is None and text_ids is None:
         return None, None
+    for name, ids, count in (("image_ids", image_ids, n), ("text_ids", text_ids, m)):
+        if ids is not None:
+            _check_ids(name, ids, count, image)
+    image_ids, text_ids = (text_ids if image_ids is None else image_ids), (image_ids if text_ids is None else text_ids)
+    assert image_ids is not None and text_ids is not None
     return image_ids.to(torch.int64), text_ids.to(torch.int64)
+
+
+def check_hard_ids(ids: Tensor, hard_texts: Tensor | None, image_ids: Tensor | None, image: Tensor) -> Tensor:
+    """Returns the ids of hard texts as int64.
+
+    Args:
+        image_ids: as `check_ids` returns them.
+    """
+    if hard_texts is None:
+        raise ValueError("hard_texts must be given with hard_text_ids, got None")
+    if image_ids is None:
+        raise ValueError("image_ids or text_ids must be given with hard_text_ids, which are compared to them; got None")
+    _check_ids("hard_text_ids", ids, hard_texts.shape[0], image)
+    return ids.to(torch.int64)
+
+
+def _check_ids(name: str, ids: Tensor, count: int, image: Tensor) -> None:
+    check_tensor(name, ids)
+    if ids.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    if tuple(ids.shape) != (count,):
+        raise ValueError(f"{name} must be [{count}], an id for each row, got shape {tuple(ids.shape)}")
+    if ids.device != image.device:
+        raise ValueError(f"{name} must be on image's device {image.device}, got {ids.device}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.contrastive.formula import Pairs, pairs, queries_of
+from mmkernels.ops.contrastive.formula import Pairs, hard_pairs, pairs, queries_of
 
 STRIP_BYTES = 2**22  # of one band; about six of them are alive at once
 
@@ -20,6 +20,7 @@ class LogitStrips:
         text: [M, d].
         image_ids, text_ids, ignore: see `formula.pairs`.
         hard_texts: [K, d]; None and K = 0 are the same.
+        hard_text_ids: [K].
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class LogitStrips:
         text_ids: Tensor | None,
         ignore: bool = False,
         hard_texts: Tensor | None = None,
+        hard_text_ids: Tensor | None = None,
     ) -> None:
         self.dtype = wide_dtype(image)
         self.image = queries_of(image)  # [N, Q, d]
@@ -38,6 +40,7 @@ class LogitStrips:
         self.text = text.to(self.dtype)
         self.hard = None if hard_texts is None or not len(hard_texts) else hard_texts.to(self.dtype)
         self.image_ids, self.text_ids, self.ignore = image_ids, text_ids, ignore
+        self.hard_text_ids = hard_text_ids
 
     def __iter__(self) -> Iterator[slice]:
         rows, queries, _ = self.image.shape
@@ -63,6 +66,10 @@ class LogitStrips:
             self.image_ids, self.text_ids, ignore=self.ignore,
             images=at, texts=slice(0, self.text.shape[0]), device=self.image.device,
         )  # fmt: skip
+
+    def hard_pairs(self, at: slice) -> Pairs | None:
+        """Returns how the images `at` and all hard texts belong together; None: all are negatives."""
+        return hard_pairs(None if self.image_ids is None else self.image_ids[at], self.hard_text_ids, self.ignore)
 
 
 def add_products(

@@ -72,6 +72,38 @@ FEATURES: dict[str, Bad] = {
 }
 
 
+HARD = {"image_ids": IDS, "hard_texts": FIVE}
+_HARD_IDS = torch.arange(5)
+HARD_IDS: dict[str, Bad] = {
+    "hard ids a list": (HARD | {"hard_text_ids": [0]}, TypeError, r"hard_text_ids must be a tensor, got list"),
+    "float hard ids": (
+        HARD | {"hard_text_ids": _HARD_IDS.float()},
+        TypeError,
+        r"hard_text_ids must be integers, got torch.float32",
+    ),
+    "few hard ids": (
+        HARD | {"hard_text_ids": IDS},
+        ValueError,
+        r"hard_text_ids must be \[5\], an id for each row, got shape \(3,\)",
+    ),
+    "hard ids' device": (
+        HARD | {"hard_text_ids": _HARD_IDS.to("meta")},
+        ValueError,
+        r"hard_text_ids must be on image's device cpu, got meta",
+    ),
+    "hard ids without hard texts": (
+        {"image_ids": IDS, "hard_text_ids": IDS},
+        ValueError,
+        r"hard_texts must be given with hard_text_ids, got None",
+    ),
+    "hard ids alone": (
+        {"hard_texts": FIVE, "hard_text_ids": _HARD_IDS},
+        ValueError,
+        r"image_ids or text_ids must be given with hard_text_ids, .*; got None",
+    ),
+}
+
+
 def number(name: str) -> dict[str, Bad]:
     """What a scale or bias can't be."""
     real = f"{name} must be a tensor of a real dtype, got"
@@ -111,6 +143,7 @@ def share(name: str) -> dict[str, Bad]:
 BAD: dict[str, dict[str, Bad]] = {
     "info_nce": {
         **FEATURES,
+        **HARD_IDS,
         **number("logit_scale"),
         **share("label_smoothing"),
         **share("image_weight"),

@@ -247,7 +247,14 @@ def _private(name: str, **change: Any) -> Any:
     x, numbers = torch.randn(20, 8), torch.arange(20)
     pair = {"image": x, "text": x, "logit_scale": torch.tensor(2.0)}
     ids = {"image_ids": numbers, "text_ids": numbers}
-    more = {"ignore": False, "label_smoothing": 0.1, "image_weight": 0.5, "reduction": "mean", "stats": True}
+    more = {
+        "hard_text_ids": numbers[:3],
+        "ignore": False,
+        "label_smoothing": 0.1,
+        "image_weight": 0.5,
+        "reduction": "mean",
+        "stats": True,
+    }
     grads = {"grad_loss": None, "grad_image_loss": torch.ones(20), "grad_text_loss": None}
     needs = {f"need_{x}": True for x in ("image", "text", "logit_scale", "hard_texts")}
     keeps = {f"keep_{x}": True for x in ("image", "text", "logit_scale", "logit_bias")}
@@ -290,6 +297,11 @@ BAD_HARD: dict[str, Inputs] = {
     "hard texts of other channels": {"hard_texts": X[:, :7]},
     "hard texts of another dtype": {"hard_texts": X.bfloat16()},
     "meta hard texts": {"hard_texts": X.to(META)},
+    "meta hard ids": {"hard_text_ids": SHORT[:3].to(META)},
+    "short hard ids": {"hard_text_ids": SHORT[:2]},
+    "hard ids of half the bits": {"hard_text_ids": SHORT[:3].int()},
+    "hard ids without hard texts": {"hard_texts": None},
+    "hard ids alone": {"image_ids": None, "text_ids": None},
     "other numbers that are ignored": {"ignore": True, "text": torch.randn(300, 8), "text_ids": torch.arange(300)},
 }
 BAD: dict[str, dict[str, Inputs]] = {

@@ -55,10 +55,15 @@ def test_any_ids(backend: str, data: st.DataObject) -> None:
     if same_id == "ignore":
         m = n
     inputs = features(n, m, 4, draw(st.sampled_from([0, 0, 1, 3])), seed=draw(st.integers(0, 99)))
+    found = draw(ids(n, m))
     if draw(st.booleans()):
-        inputs["hard_texts"] = features(draw(st.integers(1, 5)), dim=4, seed=100)["text"]
+        k = draw(st.integers(1, 5))
+        inputs["hard_texts"] = features(k, dim=4, seed=100)["text"]
+        if draw(st.booleans()):
+            pool = st.sampled_from([*found["image_ids"].tolist(), *found["text_ids"].tolist(), 6])
+            found["hard_text_ids"] = _of(draw, pool, k)
     smoothing = draw(st.sampled_from([0.0, 0.0, 0.25, 1.0]))
-    check_rows(backend, inputs, **draw(ids(n, m)), same_id=same_id, label_smoothing=smoothing)
+    check_rows(backend, inputs, **found, same_id=same_id, label_smoothing=smoothing)
 
 
 @each_backend("sigmoid_contrastive")
@@ -161,6 +166,43 @@ def test_one_side_s_ids_serve_for_both(backend: str, same_id: str) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
+@each_backend("info_nce")
+@pytest.mark.parametrize("same_id", ["positive", "ignore"])
+def test_a_queue_with_a_false_negative(backend: str, same_id: str) -> None:
+    """A queue of texts as MoCo's, one of which is a caption of an image of the batch, as a user writes it by hand."""
+    inputs = cast(features(6) | {"hard_texts": features(5, seed=1)["text"]}, dtype_of("info_nce", backend))
+    inputs["hard_texts"][1] = inputs["image"][2]
+    image_ids, queue_ids = torch.arange(6), torch.tensor([17, 2, 18, 19, 20])
+    image, text, scale, queue = leaves = [x.requires_grad_() for x in inputs.values()]
+    loss = info_nce(
+        image, text, scale, image_ids=image_ids, same_id=same_id, hard_texts=queue, hard_text_ids=queue_ids,
+        backend=backend,
+    )  # fmt: skip
+    logits = scale * image @ torch.cat([text, queue]).T  # [6, 6 + 5]
+    same = torch.cat([torch.eye(6) > 0, image_ids[:, None] == queue_ids], 1)
+    if same_id == "positive":  # image 2 has two positives
+        target = same / same.sum(1, keepdim=True)
+    else:
+        target = torch.eye(6, 11)
+        logits = logits.masked_fill(same & (target == 0), -1e4)
+    want = F.cross_entropy(logits, target.to(logits.dtype)) / 2
+    want = want + F.cross_entropy(scale * text @ image.T, torch.arange(6)) / 2
+    torch.testing.assert_close(loss, want.to(loss.dtype))
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves))
+    plain = info_nce(image, text, scale, image_ids=image_ids, same_id=same_id, hard_texts=queue, backend=backend)
+    assert abs(float((loss - plain).detach())) > 0.01
+
+
+@each_backend("info_nce")
+def test_ids_of_hard_texts_that_no_image_has_change_nothing(backend: str) -> None:
+    inputs = features(6) | HARD
+    strange = torch.tensor([60, 61, 60, 62])
+    for same_id in ("positive", "ignore"):
+        options = SAME | {"same_id": same_id}
+        got = _call(backend, inputs, **options, hard_text_ids=strange)
+        torch.testing.assert_close(got, _call(backend, inputs, **options))
+
+
 @each_backend("info_nce", interpreted=False)
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_ids_of_any_integer_type_and_layout(backend: str, dtype: torch.dtype) -> None:
@@ -205,6 +247,8 @@ def test_ids_and_hard_texts_in_more_than_a_tile(backend: str) -> None:
     numbers["image_ids"][[0, n - 1]], numbers["text_ids"][[0, m - 1]] = 99, 99
     dtype = dtype_of("info_nce", backend)
     inputs = cast(features(n, m, 20) | {"hard_texts": features(37, dim=20, seed=1)["text"]}, dtype)
+    numbers["hard_text_ids"] = torch.randint(50, (37,))
+    numbers["hard_text_ids"][36] = 99
     rows, stats = info_nce(**inputs, **numbers, reduction="none", return_stats=True, backend=backend)
     want = by_loops(**cast(inputs, torch.float64), **numbers)
     for mine, true in zip(rows, want, strict=True):

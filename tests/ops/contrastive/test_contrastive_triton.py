@@ -146,7 +146,7 @@ def test_blocks_of_texts_may_arrive_one_by_one(hidden: bool) -> None:
                 other &= torch.arange(40, device=DEVICE)[:, None] != torch.arange(first, last, device=DEVICE)
                 pairs = pairs._replace(kind="hidden", codes=codes)
                 hides.append((other.sum(1), other.sum(0)))
-            block = Block("info_nce", "contrastive", image, part, pairs, diagonal=first)
+            block = Block("info_nce", "contrastive", image, part, pairs._replace(diagonal=first))
             texts = DirectionState(last - first, image, Fields(), own)
             forward.add_block(block, images, texts, scale, products)
             text_losses.append(texts.finish(scale, 0.0, None, hides[-1][1] if hidden else None, 40)[0])

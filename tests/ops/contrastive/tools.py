@@ -80,6 +80,7 @@ def by_loops(
     text_ids: Tensor | None = None,
     same_id: str = "positive",
     hard_texts: Tensor | None = None,
+    hard_text_ids: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Rows, Rows]:
     """Returns the rows of images to texts, and those of texts to images."""
@@ -92,13 +93,23 @@ def by_loops(
             return POSITIVE if same else NEGATIVE
         return POSITIVE if i == j else HIDDEN if same else NEGATIVE
 
+    def kind_of_hard(i: int, k: int) -> str:
+        if image_ids is None or hard_text_ids is None or int(image_ids[i]) != int(hard_text_ids[k]):
+            return NEGATIVE
+        return POSITIVE if same_id == "positive" else HIDDEN
+
     scores = logit_scale * scores_of(image, text)
     of_images, more = scores, 0
     if hard_texts is not None:
         of_images, more = torch.cat([scores, logit_scale * scores_of(image, hard_texts)], 1), len(hard_texts)
     numbers = range(len(image)), range(len(text))
     images = [
-        row_of(of_images[i], [kind(i, j) for j in numbers[1]] + more * [NEGATIVE], label_smoothing) for i in numbers[0]
+        row_of(
+            of_images[i],
+            [kind(i, j) for j in numbers[1]] + [kind_of_hard(i, k) for k in range(more)],
+            label_smoothing,
+        )
+        for i in numbers[0]
     ]
     texts = [row_of(scores[:, j], [kind(i, j) for i in numbers[0]], label_smoothing) for j in numbers[1]]
     return tuple(Rows(torch.stack([x for x, _ in rows]), [rank for _, rank in rows]) for rows in (images, texts))  # type: ignore[return-value]

@@ -19,7 +19,13 @@ from mmkernels.ops.contrastive.info_nce.reduction import (
     with_upstream,
 )
 from mmkernels.ops.contrastive.info_nce.spec import reference, reference_backward
-from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_more_features, check_scalar
+from mmkernels.ops.contrastive.inputs import (
+    check_features,
+    check_hard_ids,
+    check_ids,
+    check_more_features,
+    check_scalar,
+)
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import autocast, check_number
 from mmkernels.runtime.dispatch import Backend, define, resolve
@@ -39,7 +45,7 @@ class ContrastiveStats(NamedTuple):
         text_accuracy: float, of texts.
         image_mean_rank: float, 0 is best; `hard_texts` count.
         text_mean_rank: float.
-        images_without_positive: int64, how many contribute nothing to the loss.
+        images_without_positive: int64, how many contribute nothing to the loss. A positive may be a hard text.
         texts_without_positive: int64.
 
     Example:
@@ -67,6 +73,7 @@ def info_nce(
     text_ids: Tensor | None = None,
     same_id: str = "positive",
     hard_texts: Tensor | None = None,
+    hard_text_ids: Tensor | None = None,
     label_smoothing: float = 0.0,
     image_weight: float = 0.5,
     reduction: str = "mean",
@@ -93,6 +100,9 @@ def info_nce(
             positive (N = M), and the other pairs of the id, false negatives, are left out of both softmaxes.
         hard_texts: ``[K, d]``: more negatives for images, which take no part in the texts' direction: hard captions
             (NegCLIP), or a queue of features (MoCo, ALBEF, BLIP). Differentiated only if it requires a gradient.
+        hard_text_ids: integers ``[K]``: what each hard text is about, to be given with `image_ids` or `text_ids`. A
+            hard text with an image's id is no negative of that image: by `same_id` it is one more of its positives, or
+            left out of its softmax. Without them all hard texts are negatives.
         label_smoothing: 0 to 1, the share of each row's target that is uniform over everything that its softmax
             compares, as in ``F.cross_entropy``.
         image_weight: 0 to 1, the share of the image-to-text direction; the rest is that of text-to-image.
@@ -146,6 +156,8 @@ def info_nce(
     if hard_texts is not None:
         (hard_texts,) = autocast(hard_texts)
         check_more_features("hard_texts", hard_texts, image, least=0)
+    if hard_text_ids is not None:
+        hard_text_ids = check_hard_ids(hard_text_ids, hard_texts, image_ids, image)
     args = Arguments(
         image=image,
         text=text,
@@ -153,6 +165,7 @@ def info_nce(
         image_ids=image_ids,
         text_ids=text_ids,
         hard_texts=hard_texts,
+        hard_text_ids=hard_text_ids,
         ignore=ignore,
         label_smoothing=check_number("label_smoothing", label_smoothing, "a number from 0 to 1", 0.0, 1.0),
         image_weight=check_number("image_weight", image_weight, "a number from 0 to 1", 0.0, 1.0),

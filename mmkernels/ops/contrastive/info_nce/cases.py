@@ -32,6 +32,11 @@ def _hard(k: int, dim: int) -> Callable[[Generator], torch.Tensor]:
     return lambda g: features(g, k, dim)
 
 
+def _queue(dim: int, *ids: int) -> dict[str, Any]:
+    """Hard texts with these ids."""
+    return {"hard_texts": _hard(len(ids), dim), "hard_text_ids": _ids(*ids)}
+
+
 def _aligned(g: Generator) -> Inputs:
     image = features(g, 21, 12)
     return {"image": image, "text": image.clone(), "logit_scale": torch.tensor(100.0, dtype=torch.float64)}
@@ -46,6 +51,9 @@ _CLASSES: dict[str, Any] = {
     "image_ids": _ids(*(i % 3 for i in range(17))),
     "text_ids": _ids(*(i % 3 for i in range(17))),
 }
+_PLACES: dict[str, Any] = {"image_ids": _ids(*range(8))}
+_APART: dict[str, Any] = {"image_ids": _ids(*range(9)), "text_ids": _ids(*range(8, 17)), "reduction": "none"}
+_LEFT_OUT: dict[str, Any] = {"same_id": "ignore", **_queue(16, *(k % 5 for k in range(70)))}
 
 CASES = (
     _case("a square batch", 33, 33, 16),
@@ -60,6 +68,10 @@ CASES = (
     _case("false negatives left out, smoothed", 17, 17, 16, same_id="ignore", label_smoothing=0.1, **_CLASSES),
     _case("hard texts", 18, 18, 16, hard_texts=_hard(37, 16), **_BOTH),
     _case("hard texts, captions, smoothed", 10, 21, 24, hard_texts=_hard(5, 24), label_smoothing=0.1, **_CAPTIONS),
+    _case("hard texts with ids", 10, 21, 24, **_queue(24, *(k % 13 for k in range(37))), **_CAPTIONS, **_BOTH),
+    _case("few positives but hard texts", 9, 9, 16, label_smoothing=0.1, **_queue(16, *range(-6, 14)), **_APART),
+    _case("false negatives of a queue left out", 17, 17, 16, label_smoothing=0.1, **_LEFT_OUT, **_CLASSES),
+    _case("queries, hard texts with ids", 8, 8, 16, queries=3, **_queue(16, 0, 1, 2, 9, 9, 1), **_PLACES, **_BOTH),
     _case("queries of an image", 20, 20, 16, queries=5, **_BOTH),
     _case("queries, captions, hard texts", 10, 21, 24, queries=3, hard_texts=_hard(4, 24), **_CAPTIONS),
     _case("negative scale", 25, 25, 16, scale=-7.0, **_BOTH),

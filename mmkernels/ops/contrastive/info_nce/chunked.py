@@ -14,8 +14,9 @@ from mmkernels.ops.contrastive.strips import LogitStrips, add_products
 
 def _strips(args: Any) -> LogitStrips:
     return LogitStrips(
-        args.image, args.text, args.logit_scale, args.image_ids, args.text_ids, args.ignore, args.hard_texts
-    )
+        args.image, args.text, args.logit_scale, args.image_ids, args.text_ids, args.ignore,
+        args.hard_texts, args.hard_text_ids,
+    )  # fmt: skip
 
 
 # Forward.
@@ -77,7 +78,7 @@ def forward(args: Arguments) -> tuple[Tensor, ...]:
         images.add(at, logits, pairs)
         texts.add(all_texts, logits.mT, pairs.transposed())
         if strips.hard is not None:
-            images.add(at, strips.logits(at, strips.hard), None)
+            images.add(at, strips.logits(at, strips.hard), strips.hard_pairs(at))
     losses = images.loss(args.label_smoothing), texts.loss(args.label_smoothing)
     no_ranks = (args.image.new_empty(0, dtype=torch.int64) for _ in range(2))
     return *losses, images.state(), texts.state(), *(_ranks(strips) if args.stats else no_ranks)
@@ -110,7 +111,7 @@ def _image_ranks(strips: LogitStrips) -> tuple[Tensor, TextPositives]:
         pairs = strips.pairs(at)
         logits = strips.logits(at, strips.text)
         positives = logits.masked_fill(~pairs.positive, -torch.inf)
-        image_ranks[at] = _ranks_of_strip(strips, at, logits, positives, pairs)
+        image_ranks[at] = _ranks_of_strip(strips, at, logits, pairs)
         text_best = positives.amax(0)
         better = (text_best > best) | text_best.isnan()
         best_image = torch.where(better, positives.argmax(0) + at.start, best_image)
@@ -119,20 +120,14 @@ def _image_ranks(strips: LogitStrips) -> tuple[Tensor, TextPositives]:
     return image_ranks, TextPositives(counts, best, best_image)
 
 
-def _ranks_of_strip(strips: LogitStrips, at: slice, logits: Tensor, positives: Tensor, pairs: Pairs) -> Tensor:
-    """Returns the ranks of a strip's images, [rows].
-
-    Args:
-        logits, positives: [rows, M], all logits, and only the positives' (-inf elsewhere).
-    """
-    best, index = positives.amax(1), positives.argmax(1)
-    negative = pairs.negative
-    before, negatives = count_before(logits, best, index, negative), negative.sum(1)
+def _ranks_of_strip(strips: LogitStrips, at: slice, logits: Tensor, pairs: Pairs) -> Tensor:
+    """Returns the ranks of a strip's images, [rows], from the batch's logits and pairs [rows, M]."""
     if strips.hard is not None:
-        hard = strips.logits(at, strips.hard)
-        before += count_before(hard, best, index, torch.ones_like(hard, dtype=torch.bool), first=len(strips.text))
-        negatives += len(strips.hard)
-    return ranks(before, best, negatives, pairs.positive.any(1))
+        logits = torch.cat([logits, strips.logits(at, strips.hard)], 1)
+        pairs = pairs.with_hard_texts(len(strips.hard), strips.hard_pairs(at))
+    positives = logits.masked_fill(~pairs.positive, -torch.inf)
+    best, index, negative = positives.amax(1), positives.argmax(1), pairs.negative
+    return ranks(count_before(logits, best, index, negative), best, negative.sum(1), pairs.positive.any(1))
 
 
 def _text_ranks(strips: LogitStrips, positives: TextPositives) -> Tensor:
@@ -172,6 +167,10 @@ class LogitGradient:
         into += torch.where(self.of_softmax[at, None] == 0.0, 0.0, gradient)
 
 
+_Block = tuple[Tensor, Pairs | None, Tensor | None, LogitGradient | None]
+"""Texts, how they and some images belong together, their gradient, and the gradient of their direction's logits."""
+
+
 def backward(args: Any) -> tuple[Tensor, ...]:
     """Returns the gradients of image, text, logit_scale and hard_texts, empty where none is needed."""
     strips = _strips(args)
@@ -190,15 +189,17 @@ def backward(args: Any) -> tuple[Tensor, ...]:
     for at in strips:
         rows = strips.image[at].to(strips.dtype)
         row_grad = torch.zeros_like(rows)
-        for texts, pairs, grad in ((strips.text, strips.pairs(at), text_grad), (strips.hard, None, hard_grad)):
-            if texts is None:
-                continue
+        blocks: list[_Block] = [(strips.text, strips.pairs(at), text_grad, of_texts)]
+        if strips.hard is not None:
+            blocks.append((strips.hard, strips.hard_pairs(at), hard_grad, None))
+        for texts, pairs, grad, of_columns in blocks:
             dots, winner = strips.dots(at, texts)
             logits, logits_grad = dots * strips.scale, torch.zeros_like(dots)
             if of_images is not None:
                 of_images.add(logits_grad, at, logits, pairs)
-            if of_texts is not None and pairs is not None:
-                of_texts.add(logits_grad.mT, all_texts, logits.mT, pairs.transposed())
+            if of_columns is not None:
+                assert pairs is not None
+                of_columns.add(logits_grad.mT, all_texts, logits.mT, pairs.transposed())
             scale_grad += (logits_grad * dots).sum()
             add_products(logits_grad.mul_(strips.scale), winner, rows, texts, row_grad, grad)
         if image_grad is not None:

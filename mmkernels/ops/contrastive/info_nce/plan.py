@@ -24,6 +24,12 @@ def _everything() -> Inputs:
     return inputs | {"hard_texts": inputs["text"]}
 
 
+def _with_hard_ids(inputs: Inputs) -> Inputs:
+    """With a queue of texts whose ids count."""
+    hard = {"hard_texts": inputs["text"], "hard_text_ids": inputs["text_ids"]}
+    return inputs | hard
+
+
 def _heaviest(*grads: str, stats: bool = False) -> Problem:
     def make(g: Generator, dim: int) -> Inputs:
         inputs = plans.heavy_pairs(g, dim)
@@ -41,6 +47,18 @@ PLAN = Plan(
         Variant("bfloat16 D768 place info_nce", lambda: plans.features(768), _GRADS, TARGETS),
         Variant("bfloat16 D768 everything info_nce", _everything, (*_GRADS, "hard_texts"), _HOPPER),
         Variant("bfloat16 D768 hidden info_nce", _hidden, _GRADS, _HOPPER),
+        Variant(
+            "bfloat16 D768 everything, hard ids info_nce",
+            lambda: _with_hard_ids(_everything()),
+            (*_GRADS, "hard_texts"),
+            _HOPPER,
+        ),
+        Variant(
+            "bfloat16 D768 hidden, hard ids info_nce",
+            lambda: _with_hard_ids(_hidden()),
+            (*_GRADS, "hard_texts"),
+            _HOPPER,
+        ),
         Variant("float32 D100 place info_nce", lambda: plans.features(100, torch.float32), _GRADS, _HOPPER),
     ),
     # Where the op's time goes: nearly all tiles of nearly all calls.

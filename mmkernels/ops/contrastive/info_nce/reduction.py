@@ -27,6 +27,7 @@ class Arguments(NamedTuple):
     image_ids: Tensor | None  # int64 [N]
     text_ids: Tensor | None  # int64 [M]
     hard_texts: Differentiable | None  # [K, d]
+    hard_text_ids: Tensor | None  # int64 [K]
     ignore: bool  # same_id == "ignore"
     label_smoothing: float
     image_weight: float

@@ -16,6 +16,7 @@ from mmkernels.ops.contrastive.formula import (
     Pairs,
     best_scores,
     count_before,
+    hard_pairs,
     pairs,
     queries_of,
     ranks,
@@ -66,7 +67,10 @@ def _pairs(args: Any) -> tuple[Pairs, Pairs]:
         args.image_ids, args.text_ids, ignore=args.ignore,
         images=slice(0, len(args.image)), texts=slice(0, len(args.text)), device=args.image.device,
     )  # fmt: skip
-    return found.with_negatives(0 if args.hard_texts is None else len(args.hard_texts)), found.transposed()
+    if args.hard_texts is None:
+        return found, found.transposed()
+    hard = hard_pairs(args.image_ids, args.hard_text_ids, args.ignore)
+    return found.with_hard_texts(len(args.hard_texts), hard), found.transposed()
 
 
 def _cross_entropy(logits: Tensor, pairs: Pairs, label_smoothing: float) -> Tensor:

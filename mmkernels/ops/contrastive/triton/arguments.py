@@ -16,13 +16,16 @@ class Strides(NamedTuple):
     text_row: Any
 
 
+NO_DIAGONAL = -(2**31 - 16)  # text j + NO_DIAGONAL is below 0 for every j
+
+
 class Sizes(NamedTuple):
     """The part of the logits that a launch covers.
 
     Args:
         first_row, end_row: the images first_row <= i < end_row.
         columns: the number of texts.
-        diagonal: text j is the positive of image j + diagonal.
+        diagonal: text j is the positive of image j + diagonal; `NO_DIAGONAL`: of none.
         row_tiles, column_tiles: the number of tiles down and across.
     """
 

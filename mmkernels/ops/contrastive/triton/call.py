@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmkernels.ops.common.triton.launch import ceil_div, has_tma_layout, precision, stride_unit
 from mmkernels.ops.contrastive.formula import queries_of
-from mmkernels.ops.contrastive.triton.arguments import Codes, Sizes, Strides, Strip, Tile
+from mmkernels.ops.contrastive.triton.arguments import NO_DIAGONAL, Codes, Sizes, Strides, Strip, Tile
 from mmkernels.runtime.triton import multiprocessors
 from mmkernels.runtime.tuning import architecture, config
 
@@ -36,12 +36,14 @@ class Pairing(NamedTuple):
         kind: the kernels' PAIRS, see pairs.py.
         codes: int32 [N] and [M]; None without ids.
         positives, hidden: of images and of texts, int64, how many pairs each row has; None: one, and none.
+        diagonal: `Sizes.diagonal`.
     """
 
     kind: str
     codes: Codes | None = None
     positives: tuple[Tensor | None, Tensor | None] = (None, None)
     hidden: tuple[Tensor | None, Tensor | None] = (None, None)
+    diagonal: int = 0
 
 
 def pairing(image_ids: Tensor | None, text_ids: Tensor | None, ignore: bool) -> Pairing:
@@ -49,18 +51,39 @@ def pairing(image_ids: Tensor | None, text_ids: Tensor | None, ignore: bool) -> 
     if image_ids is None or text_ids is None:
         return Pairing("diagonal")
     image_ids, text_ids = image_ids.contiguous(), text_ids.contiguous()
-    images, texts = image_ids.sort().values, text_ids.sort().values
-    first = torch.searchsorted(texts, image_ids)
-    same_texts = torch.searchsorted(texts, image_ids, right=True) - first  # [N]
+    codes, same_texts = _codes(image_ids, text_ids)
+    images = image_ids.sort().values
     same_images = torch.searchsorted(images, text_ids, right=True) - torch.searchsorted(images, text_ids)  # [M]
-    codes = Codes(
-        image=first.where(same_texts > 0, -1).to(torch.int32),
-        text=torch.searchsorted(texts, text_ids).to(torch.int32),
-    )
     if not ignore:
         return Pairing("code", codes, positives=(same_texts, same_images))
     same_partner = (image_ids == text_ids).to(torch.int64)
     return Pairing("hidden", codes, hidden=(same_texts - same_partner, same_images - same_partner))
+
+
+def hard_pairing(pairs: Pairing, image_ids: Tensor | None, hard_text_ids: Tensor | None) -> tuple[Pairing, Pairing]:
+    """Returns the batch's pairing with what the images have among the hard texts, and the pairing with hard texts.
+
+    Args:
+        pairs: of the batch.
+        image_ids, hard_text_ids: int64 [N] and [K].
+    """
+    if image_ids is None or hard_text_ids is None:
+        return pairs, Pairing("none")
+    codes, same = _codes(image_ids.contiguous(), hard_text_ids.contiguous())
+    (positives, of_texts), (hidden, hidden_of_texts) = pairs.positives, pairs.hidden
+    if positives is not None:
+        return pairs._replace(positives=(positives + same, of_texts)), Pairing("code", codes)
+    assert hidden is not None
+    return pairs._replace(hidden=(hidden + same, hidden_of_texts)), Pairing("hidden", codes, diagonal=NO_DIAGONAL)
+
+
+def _codes(image_ids: Tensor, text_ids: Tensor) -> tuple[Codes, Tensor]:
+    """Returns the codes, and int64 [N], how many texts have an image's id."""
+    texts = text_ids.sort().values
+    first = torch.searchsorted(texts, image_ids)
+    same = torch.searchsorted(texts, image_ids, right=True) - first
+    text = torch.searchsorted(texts, text_ids)
+    return Codes(image=first.where(same > 0, -1).to(torch.int32), text=text.to(torch.int32)), same
 
 
 class Block:
@@ -70,18 +93,18 @@ class Block:
         op, kernel: name the configuration.
         image: [N, d] or [N, Q, d].
         text: [M, d].
-        pairing: None: no pair is positive (hard texts).
-        diagonal: text j is the positive of image j + diagonal, if the pairing is by position.
+        pairing: None: no pair is positive.
+        hard: the texts are hard texts, which have no direction of their own.
     """
 
     def __init__(
-        self, op: str, kernel: str, image: Tensor, text: Tensor, pairing: Pairing | None, diagonal: int = 0
+        self, op: str, kernel: str, image: Tensor, text: Tensor, pairing: Pairing | None, hard: bool = False
     ) -> None:
         self.image, self.text = queries_of(dense_rows(image)), dense_rows(text)
         self.rows, self.queries, dim = self.image.shape
         self.columns = self.text.shape[0]
         self.pairing = Pairing("none") if pairing is None else pairing
-        self.diagonal = diagonal
+        self.hard = hard
         plan = config(op, kernel, image.device, image.dtype, dim)
         if self.queries > 1:  # the largest dot products are held beside those of one query
             plan = replace(plan, block_k=max(16, plan.block_k // 2))
@@ -137,7 +160,7 @@ class Block:
 
     def sizes(self, at: slice) -> Sizes:
         down, across = self.tiles(at)
-        return Sizes(at.start, at.stop, self.columns, self.diagonal, down, across)
+        return Sizes(at.start, at.stop, self.columns, self.pairing.diagonal, down, across)
 
     def tiles(self, at: slice) -> tuple[int, int]:
         """Returns the number of tiles of the rows `at`, down and across."""

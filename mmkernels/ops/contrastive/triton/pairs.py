@@ -2,7 +2,7 @@
 
 The constant PAIRS says which pairs are positive:
 
-    "none": no pair (hard texts)
+    "none": no pair (hard texts without ids)
     "diagonal": text j and image j + `Sizes.diagonal`
     "code": a pair with equal `Codes`
     "hidden": as "diagonal", and other pairs with equal codes are hidden

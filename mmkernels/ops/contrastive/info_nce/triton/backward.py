@@ -17,7 +17,7 @@ from torch import Tensor
 from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.info_nce.triton.states import CLASS_FACTOR, POSITIVE_FACTOR, softmax_factors
 from mmkernels.ops.contrastive.triton.arguments import Strip
-from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, loss_scale_of, pairing
+from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, hard_pairing, loss_scale_of, pairing
 from mmkernels.ops.contrastive.triton.pairs import (
     crosses_diagonal,
     has_hidden_pairs,
@@ -60,11 +60,11 @@ class Factors(NamedTuple):
 
 
 @triton.jit
-def load_factors(factors, field, at, sizes, PAIRS: tl.constexpr):
+def load_factors(factors, field, at, sizes):
     """Returns one field of a tile's rows [rows] and columns [columns]; of hard texts 0."""
     row = tl.load(factors.image + tl.cast(factors.rows, tl.int64) * field + at.i, mask=at.i < sizes.end_row, other=0.0)
     column = tl.zeros_like(at.j).to(tl.float32)
-    if PAIRS != "none":
+    if factors.text is not None:
         offset = tl.cast(sizes.columns, tl.int64) * field
         column = tl.load(factors.text + offset + at.j, mask=at.j < sizes.columns, other=0.0)
     return row, column
@@ -77,31 +77,31 @@ def weighted_sum(x, row, column):
 
 
 @triton.jit
-def reference_range(factors, row_tile, column_tile, PAIRS: tl.constexpr):
+def reference_range(factors, row_tile, column_tile):
     """Returns the smallest and the largest reference of a tile's rows and columns."""
     low, high = tl.load(factors.image_ranges + 2 * row_tile), tl.load(factors.image_ranges + 2 * row_tile + 1)
-    if PAIRS != "none":
+    if factors.text is not None:
         low = tl.minimum(low, tl.load(factors.text_ranges + 2 * column_tile))
         high = tl.maximum(high, tl.load(factors.text_ranges + 2 * column_tile + 1))
     return low, high
 
 
 @triton.jit
-def softmax_gradients(dots, scale, factors, base, at, sizes, PAIRS: tl.constexpr, EXACT: tl.constexpr):
+def softmax_gradients(dots, scale, factors, base, at, sizes, EXACT: tl.constexpr):
     """Returns each probability times the gradient of its line's loss, summed over both directions: [rows, columns]."""
     live, live_column = at.i < sizes.end_row, at.j < sizes.columns
     reference = tl.load(factors.image + at.i, mask=live, other=0.0)
     weight = tl.load(factors.image + factors.rows + at.i, mask=live, other=0.0)
-    if PAIRS != "none":
+    if factors.text is not None:
         column_reference = tl.load(factors.text + at.j, mask=live_column, other=0.0)
         column_weight = tl.load(factors.text + sizes.columns + at.j, mask=live_column, other=0.0)
     if EXACT:
         gradient = tl.exp2(exponents(dots, scale, reference[:, None])) * weight[:, None]
-        if PAIRS != "none":
+        if factors.text is not None:
             gradient += tl.exp2(exponents(dots, scale, column_reference[None, :])) * column_weight[None, :]
     else:
         weights = (weight * tl.exp2(base - reference))[:, None]
-        if PAIRS != "none":
+        if factors.text is not None:
             weights = weights + (column_weight * tl.exp2(base - column_reference))[None, :]
         gradient = tl.exp2(tl.fma(dots, scale, -base)) * weights
     return gradient
@@ -128,26 +128,26 @@ def gradient_tile(
         near = may_have_positives(codes, at, sizes, PAIRS)
         if near:
             positive = tl.where(positive_pairs(codes, at, sizes, PAIRS), dots, 0.0)
-            row, column = load_factors(factors, POSITIVE_FACTOR, at, sizes, PAIRS)
+            row, column = load_factors(factors, POSITIVE_FACTOR, at, sizes)
             of_targets += weighted_sum(positive, row, column)
     if SMOOTH:
         visible = dots
         if EXACT:
             visible = tl.where(visible_pairs(codes, at, sizes, PAIRS), visible, 0.0)
-        row, column = load_factors(factors, CLASS_FACTOR, at, sizes, PAIRS)
+        row, column = load_factors(factors, CLASS_FACTOR, at, sizes)
         of_targets += weighted_sum(visible, row, column)
-    gradient = softmax_gradients(dots, scale, factors, base, at, sizes, PAIRS=PAIRS, EXACT=EXACT)
+    gradient = softmax_gradients(dots, scale, factors, base, at, sizes, EXACT=EXACT)
     if EXACT:
         gradient = tl.where(visible_pairs(codes, at, sizes, PAIRS), gradient, 0.0)
     total = tl.sum(tl.sum(gradient * dots, 1), 0) - of_targets
     tl.store(scale_partials + n, tl.where(tl.load(logit_scale).to(tl.float32) < 0, -total, total))
     if SUBTRACT:
         if near:
-            row, column = load_factors(factors, POSITIVE_FACTOR, at, sizes, PAIRS)
+            row, column = load_factors(factors, POSITIVE_FACTOR, at, sizes)
             positive = positive_pairs(codes, at, sizes, PAIRS)
             gradient = tl.where(positive, gradient - row[:, None] - column[None, :], gradient)
     if SMOOTH:
-        row, column = load_factors(factors, CLASS_FACTOR, at, sizes, PAIRS)
+        row, column = load_factors(factors, CLASS_FACTOR, at, sizes)
         smoothed = gradient - row[:, None] - column[None, :]
         if EXACT and PAIRS == "hidden":
             smoothed = tl.where(visible_pairs(codes, at, sizes, PAIRS), smoothed, gradient)
@@ -193,7 +193,7 @@ def info_nce_gradient_kernel(
     for t in tl.range(tl.program_id(0), sizes.row_tiles * sizes.column_tiles, tl.num_programs(0), flatten=FLATTEN_LOOP):
         corner = tile_corner(t, sizes, TILE)
         dots, winner = best_dots(image, text, corner, strides, sizes, TILE)
-        low, high = reference_range(factors, corner.first_row // TILE.BLOCK_Q, corner.column_tile, PAIRS)
+        low, high = reference_range(factors, corner.first_row // TILE.BLOCK_Q, corner.column_tile)
         base = tl.floor(0.5 * (low + high))  # close to all references, so that the exponents lose no bits
         gradient_epilogue(
             dots, winner, logit_scale, codes, factors, base, strip, scale_partials, t, corner, sizes,
@@ -213,7 +213,7 @@ def exact_info_nce_gradient_kernel(
     """
     for t in tl.range(tl.program_id(0), sizes.row_tiles * sizes.column_tiles, tl.num_programs(0)):
         corner = tile_corner(t, sizes, TILE)
-        low, high = reference_range(factors, corner.first_row // TILE.BLOCK_Q, corner.column_tile, PAIRS)
+        low, high = reference_range(factors, corner.first_row // TILE.BLOCK_Q, corner.column_tile)
         at = position(corner, TILE.BLOCK_Q, TILE.BLOCK_K)
         recompute = ((high - low <= _WIDEST) & (tl.maximum(high, -low) < LARGE)) == 0
         recompute = recompute | is_ragged(at, sizes)
@@ -233,10 +233,12 @@ def backward(args: Any) -> tuple[Tensor, ...]:
     """Returns the gradients of image, text, logit_scale and hard_texts, empty where none is needed."""
     image, logit_scale, hard_texts = args.image, args.logit_scale, args.hard_texts
     label_smoothing = args.label_smoothing
-    block = Block(OP, "contrastive_grad", image, args.text, pairing(args.image_ids, args.text_ids, args.ignore))
+    pairs = pairing(args.image_ids, args.text_ids, args.ignore)
+    block = Block(OP, "contrastive_grad", image, args.text, pairs)
     blocks, need_texts = [block], [args.need_text]
     if hard_texts is not None and len(hard_texts):
-        blocks.append(Block(OP, "contrastive_grad", image, hard_texts, None))
+        _, of_hard = hard_pairing(pairs, args.image_ids, args.hard_text_ids)
+        blocks.append(Block(OP, "contrastive_grad", image, hard_texts, of_hard, hard=True))
         need_texts.append(args.need_hard_texts)
     loss_scale = loss_scale_of(image.dtype)
     largest = _largest(image, args.grad_image_loss, args.grad_text_loss)
@@ -252,10 +254,9 @@ def backward(args: Any) -> tuple[Tensor, ...]:
     def fill(block: Block, at: slice, strip: Strip) -> Tensor:
         down, across = block.tiles(at)
         scale_partials = largest.new_empty((1 + block.halved) * down * across)
-        hard = block.pairs == "none"
         arguments = (
             *block.operands, logit_scale, block.pairing.codes,
-            factors._replace(text=None, text_ranges=None) if hard else factors,
+            factors._replace(text=None, text_ranges=None) if block.hard else factors,
             strip, scale_partials, block.strides, block.sizes(at),
         )  # fmt: skip
         constants = {"PAIRS": block.pairs, "SMOOTH": label_smoothing > 0, "HALVED": block.halved, "TILE": block.tile}

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mmkernels.ops.common.triton.constants import INFINITY
 from mmkernels.ops.contrastive.info_nce.reduction import Arguments
-from mmkernels.ops.contrastive.info_nce.triton.states import REFERENCE, SUM, DirectionState, Fields
+from mmkernels.ops.contrastive.info_nce.triton.states import REFERENCE, SUM, Best, DirectionState, Fields
 from mmkernels.ops.contrastive.triton import call as triton_call
-from mmkernels.ops.contrastive.triton.call import Block, pairing
+from mmkernels.ops.contrastive.triton.call import Block, hard_pairing, pairing
 from mmkernels.ops.contrastive.triton.pairs import crosses_diagonal, fill_invisible, may_have_positives, positive_pairs
 from mmkernels.ops.contrastive.triton.tiles import (
     LARGE,
@@ -58,7 +58,8 @@ def best_positives_kernel(
 ):  # fmt: skip
     """Store the best positive of each row and column of tiles that have positives, and its index. Grid: (programs,).
 
-    The results, [1, tiles, lines], hold scores of -inf beforehand, and keep them in all other tiles.
+    The results, [1, tiles, lines], hold scores of -inf beforehand, and keep them in all other tiles. Hard texts have
+    only those of rows.
     """
     for t in tl.range(tl.program_id(0), sizes.row_tiles * sizes.column_tiles, tl.num_programs(0)):
         corner = tile_corner(t, sizes, TILE)
@@ -75,9 +76,10 @@ def best_positives_kernel(
             best, index = best_of_lines(scores, positive, is_nan, at.j, 1)
             store_partial(row_scores, 0, rows, best)
             store_partial(row_indices, 0, rows, index)
-            best, index = best_of_lines(scores, positive, is_nan, at.i, 0)
-            store_partial(column_scores, 0, columns, best)
-            store_partial(column_indices, 0, columns, index)
+            if column_scores is not None:
+                best, index = best_of_lines(scores, positive, is_nan, at.i, 0)
+                store_partial(column_scores, 0, columns, best)
+                store_partial(column_indices, 0, columns, index)
 
 
 @triton.jit
@@ -95,11 +97,11 @@ def count_before(
         scores = tl.where(positive_pairs(codes, at, sizes, PAIRS), nan, scores)
     best = tl.load(row_best.score + at.i, mask=rows.live, other=0.0)[:, None]
     before = scores > best
-    if PAIRS != "none":  # hard texts come after all texts, so equal ones rank behind
+    if PAIRS != "none":  # other hard texts come after all positives, so equal ones rank behind
         index = tl.load(row_best.index + at.i, mask=rows.live, other=0)[:, None]
         before = before | ((scores == best) & (at.j[None, :] < index))
     store_partial(row_partials, FIELD, rows, tl.sum(before.to(tl.int32), 1))
-    if PAIRS != "none":
+    if column_partials is not None:
         best = tl.load(column_best.score + at.j, mask=columns.live, other=0.0)[None, :]
         index = tl.load(column_best.index + at.j, mask=columns.live, other=0)[None, :]
         before = (scores > best) | ((scores == best) & (at.i[:, None] < index))
@@ -117,7 +119,8 @@ def store_positive_sums(
         positive = tl.where(positive_pairs(codes, at, sizes, PAIRS), dots, 0.0)
         row_sum, column_sum = tl.sum(positive, 1), tl.sum(positive, 0)
     store_partial(row_partials, FIELD, rows, row_sum)
-    store_partial(column_partials, FIELD, columns, column_sum)
+    if column_partials is not None:
+        store_partial(column_partials, FIELD, columns, column_sum)
 
 
 @triton.jit
@@ -129,7 +132,7 @@ def info_nce_kernel(
 
     row_partials, column_partials: float32 [fields, tiles, lines] of REFERENCE, SUM and FIELDS; hard texts have only
     those of rows.
-    row_best, column_best: `Best`, read if FIELDS has a field for ranks.
+    row_best, column_best: `Best`, read if FIELDS has a field for ranks. Indices count from the block's first text.
     """
     for t in tl.range(tl.program_id(0), sizes.row_tiles * sizes.column_tiles, tl.num_programs(0), flatten=FLATTEN_LOOP):
         corner = tile_corner(t, sizes, TILE)
@@ -151,7 +154,7 @@ def info_nce_kernel(
         if FIELDS.all > 0:
             visible = fill_invisible(dots, codes, at, sizes, 0.0, PAIRS)
             store_partial(row_partials, FIELDS.all, rows, tl.sum(visible, 1))
-            if PAIRS != "none":
+            if column_partials is not None:
                 store_partial(column_partials, FIELDS.all, columns, tl.sum(visible, 0))
         dots = fill_invisible(dots, codes, at, sizes, -INFINITY, PAIRS)
         scale = above_zero(scale)
@@ -162,7 +165,7 @@ def info_nce_kernel(
         precise = tl.where(tl.abs(top) < LARGE, 1.0, 0.0)
         store_partial(row_partials, REFERENCE, rows, tl.zeros_like(at.i).to(tl.float32) + top)
         store_partial(row_partials, SUM, rows, tl.sum(weights, 1) * precise)
-        if PAIRS != "none":
+        if column_partials is not None:
             store_partial(column_partials, REFERENCE, columns, tl.zeros_like(at.j).to(tl.float32) + top)
             store_partial(column_partials, SUM, columns, tl.sum(weights, 0) * precise)
 
@@ -183,7 +186,7 @@ def exact_info_nce_kernel(
         at = position(corner, TILE.BLOCK_Q, TILE.BLOCK_K)
         rows, columns = row_lines(at, sizes), column_lines(at, sizes)
         smallest = tl.min(load_partial(row_partials, SUM, rows, 1.0), 0)
-        if PAIRS != "none":
+        if column_partials is not None:
             smallest = tl.minimum(smallest, tl.min(load_partial(column_partials, SUM, columns, 1.0), 0))
         recompute = (smallest >= _SMALLEST_SUM) == 0
         if PAIRS == "diagonal" or PAIRS == "hidden":
@@ -201,7 +204,7 @@ def exact_info_nce_kernel(
             top, total = softmax_partial(dots, scale, 1)
             store_partial(row_partials, REFERENCE, rows, top)
             store_partial(row_partials, SUM, rows, total)
-            if PAIRS != "none":
+            if column_partials is not None:
                 top, total = softmax_partial(dots, scale, 0)
                 store_partial(column_partials, REFERENCE, columns, top)
                 store_partial(column_partials, SUM, columns, total)
@@ -212,19 +215,24 @@ def forward(args: Arguments) -> tuple[Tensor, ...]:
     image, text, logit_scale, hard_texts = args.image, args.text, args.logit_scale, args.hard_texts
     label_smoothing = args.label_smoothing
     pairs = pairing(args.image_ids, args.text_ids, args.ignore)
+    hard = None
+    if hard_texts is not None and len(hard_texts):
+        pairs, of_hard = hard_pairing(pairs, args.image_ids, args.hard_text_ids)
+        hard = Block(OP, "contrastive", image, hard_texts, of_hard, hard=True)
     block = Block(OP, "contrastive", image, text, pairs)
-    hard = None if hard_texts is None or not len(hard_texts) else Block(OP, "contrastive", image, hard_texts, None)
     by_code = pairs.kind == "code"
     fields = Fields.of(positive=by_code, all=label_smoothing > 0, before=args.stats)
     positive_dots = None if by_code else image.new_empty(block.rows, dtype=torch.float32)
     images, texts = (DirectionState(n, image, fields, positive_dots) for n in (block.rows, block.columns))
     if args.stats:
         add_best(block, images, texts, logit_scale)
+        if hard is not None and hard.pairs == "code":
+            add_best(hard, images, texts, logit_scale, first_column=block.columns)
     add_block(block, images, texts, logit_scale, positive_dots)
     columns = block.columns
     if hard is not None:
         columns += hard.columns
-        add_block(hard, images, texts, logit_scale, None)
+        add_block(hard, images, texts, logit_scale, positive_dots, first_column=block.columns)
     image_loss, image_state, image_rank = images.finish(
         logit_scale, label_smoothing, pairs.positives[0], pairs.hidden[0], columns
     )
@@ -234,48 +242,67 @@ def forward(args: Arguments) -> tuple[Tensor, ...]:
     return image_loss, text_loss, image_state, text_state, image_rank, text_rank
 
 
-def add_best(block: Block, images: DirectionState, texts: DirectionState, logit_scale: Tensor) -> None:
-    """Add a block's best positives to both directions."""
+def add_best(
+    block: Block, images: DirectionState, texts: DirectionState, logit_scale: Tensor, first_column: int = 0
+) -> None:
+    """Add a block's best positives to both directions; hard texts only to the images.
+
+    Args:
+        first_column: the number of the block's first text among all that images are compared to.
+    """
     _, across = block.tiles(slice(0, block.rows))
-    for at in block.groups(8 * (across * block.config.block_q + block.columns), triton_call.PARTIAL_BYTES):
+    columns = 0 if block.hard else block.columns
+    for at in block.groups(8 * (across * block.config.block_q + columns), triton_call.PARTIAL_BYTES):
         down, across = block.tiles(at)
-        shapes = (1, across, at.stop - at.start), (1, down, block.columns)
-        row_scores, column_scores = (
-            logit_scale.new_full(shape, -torch.inf, dtype=torch.float32) for shape in shapes
-        )  # fmt: skip
-        row_indices, column_indices = (
-            logit_scale.new_empty(shape, dtype=torch.int32) for shape in shapes
-        )  # fmt: skip
+        rows = _no_best(logit_scale, across, at.stop - at.start)
+        others = None if block.hard else _no_best(logit_scale, down, columns)
         launch(
             best_positives_kernel, block.grid(at), block.config,
-            *block.operands, logit_scale, block.pairing.codes, row_scores, row_indices, column_scores, column_indices,
+            *block.operands, logit_scale, block.pairing.codes, *rows, *((None, None) if others is None else others),
             block.strides, block.sizes(at), PAIRS=block.pairs, TILE=block.tile,
         )  # fmt: skip
-        images.add_best(row_scores, row_indices, at.start)
-        texts.add_best(column_scores, column_indices)
+        if first_column:  # where there is no positive, the index means nothing
+            rows = rows._replace(index=torch.where(rows.score == -torch.inf, rows.index, rows.index + first_column))
+        images.add_best(*rows, at.start)
+        if others is not None:
+            texts.add_best(*others)
+
+
+def _no_best(like: Tensor, tiles: int, lines: int) -> Best:
+    """Returns the best positives [1, tiles, lines] before there are any."""
+    score = like.new_full((1, tiles, lines), -torch.inf, dtype=torch.float32)
+    return Best(score, like.new_empty(score.shape, dtype=torch.int32))
 
 
 def add_block(
-    block: Block, images: DirectionState, texts: DirectionState, logit_scale: Tensor, positive_dots: Tensor | None
+    block: Block,
+    images: DirectionState,
+    texts: DirectionState,
+    logit_scale: Tensor,
+    positive_dots: Tensor | None,
+    first_column: int = 0,
 ) -> None:
     """Add a block of texts to both directions; hard texts only to the images.
 
     Args:
         positive_dots: float32 [N], receives the dot products of the pairs on the diagonal.
+        first_column: the number of the block's first text among all that images are compared to.
     """
-    hard = block.pairs == "none"
-    fields = images.fields.without_positive() if hard else images.fields
+    fields = images.fields if block.pairs != "none" else images.fields.without_positive()
+    best = images.best
+    if best is not None and first_column:
+        best = best._replace(index=best.index - first_column)
     _, across = block.tiles(slice(0, block.rows))
-    columns = 0 if hard else block.columns
+    columns = 0 if block.hard else block.columns
     tile_bytes = 4 * fields.size * (across * block.config.block_q + columns)
     for at in block.groups(tile_bytes, triton_call.PARTIAL_BYTES):
         down, across = block.tiles(at)
         rows = logit_scale.new_empty(fields.size, across, at.stop - at.start, dtype=torch.float32)
-        others = None if hard else rows.new_empty(fields.size, down, columns)
+        others = None if block.hard else rows.new_empty(fields.size, down, columns)
         features = (*block.operands, logit_scale, block.pairing.codes)
         launch(
             info_nce_kernel, block.grid(at), block.config,
-            *features, rows, others, images.best, texts.best, block.strides, block.sizes(at),
+            *features, rows, others, best, texts.best, block.strides, block.sizes(at),
             PAIRS=block.pairs, FIELDS=fields, FLATTEN_LOOP=block.flatten_loop, TILE=block.tile,
         )  # fmt: skip
         launch(
