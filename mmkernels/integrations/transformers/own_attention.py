@@ -68,7 +68,7 @@ def allowed(model: Any) -> str | None:
         return NAME
     if not (model.config.sub_configs or model.config.base_config_key):
         raise NotImplementedError(_refusal(own))
-    warnings.warn(f"{type(model).__name__} keeps its own attention, {own}: it has no attention interface", stacklevel=4)
+    warnings.warn(f"{own} has no attention interface: {type(model).__name__} keeps it as it is", stacklevel=4)
     return None
 
 
