@@ -86,12 +86,22 @@ def test_without_a_mask_a_module_that_does_not_say_is_refused() -> None:
         attention(UNKNOWN, query, key, value, mask, is_causal=is_causal)
 
 
-def test_a_mask_that_shows_everything_needs_no_word_of_the_module() -> None:
+@pytest.mark.parametrize("q_len", [L, L + 5])
+def test_a_mask_that_eager_leaves_out_needs_no_word_of_the_module_and_no_size(q_len: int) -> None:
+    """BLIP-2 makes its mask for queries and text, and gives it to the attention of the queries alone."""
     query, key, value = inputs()
     both_ways = masking_utils.bidirectional_mask_function
-    mask = make_mask(B, L, L, mask_function=both_ways, allow_is_bidirectional_skip=True)
+    mask = make_mask(B, q_len, L, mask_function=both_ways, allow_is_bidirectional_skip=True)
     for module in (UNKNOWN, CAUSAL):
         torch.testing.assert_close(attention(module, query, key, value, mask)[0], formula(query, key, value)[0])
+
+
+def test_a_mask_of_one_new_token_is_for_its_keys_alone() -> None:
+    """DeepSeek-V4 adds keys of its own, of which some are hidden."""
+    query, key, value = inputs()
+    mask = make_mask(B, 1, L - 2, q_offset=L - 3)
+    with pytest.raises(NotImplementedError, match="its mask was made for"):
+        attention(CAUSAL, query[:, :, :1], key, value, mask)
 
 
 def test_one_query_sees_every_key() -> None:

@@ -58,7 +58,9 @@ def make_mask(
     shape = (batch_size, 1, q_length, kv_length)
     if keys is None:
         newest = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 >= kv_offset + kv_length
-        if (bidirectional and allow_is_bidirectional_skip) or (causal and newest and allow_is_causal_skip):
+        if bidirectional and allow_is_bidirectional_skip:
+            return ModelMask(None, shape, device, omitted=True)
+        if causal and newest and allow_is_causal_skip:
             return ModelMask(None, shape, device)
     first = q_offset - kv_offset  # the key at the first query's position
     spans: SpanMask | None

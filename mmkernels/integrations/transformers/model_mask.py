@@ -53,13 +53,17 @@ class ModelMask:
     Args:
         visible: what the mask shows. A matrix is bool and broadcastable to `shape`.
         shape: of the matrix that the model sees.
+        omitted: transformers' "eager" has None here, as nothing is hidden, so that a model may use it for other sizes.
     """
 
     dtype = torch.bool
     requires_grad = False
 
-    def __init__(self, visible: Visible, shape: tuple[int, ...], device: torch.device | str) -> None:
+    def __init__(
+        self, visible: Visible, shape: tuple[int, ...], device: torch.device | str, omitted: bool = False
+    ) -> None:
         self.visible = visible
+        self.omitted = omitted
         self.shape = torch.Size(shape)
         self.device = torch.device(device)
 
@@ -93,7 +97,7 @@ class ModelMask:
         if device is None or device == self.device:
             return self
         if self.visible is None:
-            return ModelMask(None, self.shape, device)
+            return ModelMask(None, self.shape, device, self.omitted)
         return ModelMask(self.visible.to(device, non_blocking=kwargs.get("non_blocking", False)), self.shape, device)
 
     def type_as(self, other: Tensor | ModelMask) -> ModelMask:
