@@ -67,6 +67,8 @@ def shrink(config: Config) -> Config:
         config: as ``to_dict()`` of a configuration with its default values.
     """
     config = {name: value for name, value in config.items() if name not in _DERIVED}
+    if config and all(re.fullmatch(r"\d+", str(name)) for name in config):  # something for each of some layers
+        return {name: shrink(part) if isinstance(part, dict) else part for name, part in config.items() if int(name) < LAYERS}
     counts = {name: count for name, count in config.items() if _is_size(count) and _LAYERS.match(name)}
     kept = _kept_layers(config, set(counts.values()))
     small: Config = {}

@@ -102,10 +102,10 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
             return _uncalled(row, family, model, inputs)
         return replace(
             row,
-            forward=_outcome(compare.forward),
-            gradients=_outcome(compare.gradients),
-            loading=_outcome(compare.loading),
-            generation={way: _outcome(compare.generation, way) for way in ways} if model.can_generate() else {},
+            forward=outcome(compare.forward),
+            gradients=outcome(compare.gradients),
+            loading=outcome(compare.loading),
+            generation={way: outcome(compare.generation, way) for way in ways} if model.can_generate() else {},
         )
 
 
@@ -162,7 +162,7 @@ def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool]) -> li
     return [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
 
 
-def _outcome(compare: Callable[..., None], *args: Any) -> str:
+def outcome(compare: Callable[..., None], *args: Any) -> str:
     """Returns the cell of a comparison. An exception becomes a cell too, so that the table is completed."""
     try:
         compare(*args)
