@@ -77,7 +77,7 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
         return op.choose(backend, inputs).run(inputs)
     if wanted and op.recorded is not None:
         return op.recorded(*inputs, backend)
-    if op.recorded is not None and (_in_grad_transform() or _has_tangent(tensors)):
+    if op.recorded is not None and differentiated_by_transform(tensors):
         raise NotImplementedError(
             f"{op.name} can't be differentiated by torch.func (grad, vjp, jvp, jacrev, ...) or in forward mode, which "
             'PyTorch does not offer to custom operators; use torch.autograd, or backend="reference" where the op has a '
@@ -154,6 +154,11 @@ def _gradient_wanted(tensors: tuple[Tensor | None, ...]) -> bool | None:
         if recording and x.requires_grad:
             wanted = True
     return wanted
+
+
+def differentiated_by_transform(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Returns whether torch.func or forward mode differentiates a call on these tensors, which no op can offer."""
+    return _in_grad_transform() or _has_tangent(tensors)
 
 
 def _in_grad_transform() -> bool:

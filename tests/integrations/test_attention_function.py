@@ -19,7 +19,8 @@ from mmkernels.integrations.transformers.masks import make_mask
 
 B, H, L, D = 2, 4, 6, 8
 MODULE: Any = SimpleNamespace(is_causal=False)
-CAUSAL: Any = SimpleNamespace()  # causal, which transformers assumes of a module without the attribute
+CAUSAL: Any = SimpleNamespace(is_causal=True)
+UNKNOWN: Any = SimpleNamespace()
 LOWEST = torch.finfo(torch.float64).min
 
 
@@ -74,6 +75,33 @@ def test_without_a_mask_the_module_says_whether_it_is_causal(
     out, weights = attention(module, query, key, value, None, is_causal=is_causal)
     torch.testing.assert_close(out, formula(query, key, value, bias)[0])
     assert weights is None and out.is_contiguous() and out.shape == (B, L, H, D)
+
+
+def test_without_a_mask_a_module_that_does_not_say_is_refused() -> None:
+    """transformers' "sdpa" takes it for causal, its "eager" for not."""
+    query, key, value = inputs()
+    with pytest.raises(NotImplementedError, match=r"SimpleNamespace: it passes no mask and has no `is_causal`"):
+        attention(UNKNOWN, query, key, value, None)
+    for is_causal, mask in ((False, None), (None, make_mask(B, L, L))):
+        attention(UNKNOWN, query, key, value, mask, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("q_len", [L, L + 5])
+def test_a_mask_that_eager_leaves_out_needs_no_word_of_the_module_and_no_size(q_len: int) -> None:
+    """BLIP-2 makes its mask for queries and text, and gives it to the attention of the queries alone."""
+    query, key, value = inputs()
+    both_ways = masking_utils.bidirectional_mask_function
+    mask = make_mask(B, q_len, L, mask_function=both_ways, allow_is_bidirectional_skip=True)
+    for module in (UNKNOWN, CAUSAL):
+        torch.testing.assert_close(attention(module, query, key, value, mask)[0], formula(query, key, value)[0])
+
+
+def test_a_mask_of_one_new_token_is_for_its_keys_alone() -> None:
+    """DeepSeek-V4 adds keys of its own, of which some are hidden."""
+    query, key, value = inputs()
+    mask = make_mask(B, 1, L - 2, q_offset=L - 3)
+    with pytest.raises(NotImplementedError, match="its mask was made for"):
+        attention(CAUSAL, query[:, :, :1], key, value, mask)
 
 
 def test_one_query_sees_every_key() -> None:
@@ -262,7 +290,8 @@ def test_masks_of_a_wrong_kind() -> None:
     with pytest.raises(ValueError, match="must broadcast to"):
         attention(MODULE, query, key, value, torch.zeros(B, H, L, L + 1) - 0.5)
     for batch, q_len, k_len in ((B, L + 1, L), (B, L, L + 2), (B + 1, L, L)):
-        with pytest.raises(ValueError, match=r"attention_mask must be made for \[2, 1, 6, 6\], got one for"):
+        refused = rf"SimpleNamespace: its mask was made for \[{batch}, 1, {q_len}, {k_len}\] and its scores are \[2, 4, 6, 6\]"
+        with pytest.raises(NotImplementedError, match=refused):
             attention(MODULE, query, key, value, make_mask(batch, q_len, k_len))
 
 

@@ -96,7 +96,7 @@ def test_supported(comparison, name: str, every_way: bool) -> None:
         ways = [ways[(place + step) % len(ways)] for step in (0, 2)]
     row = check(FAMILIES[name], comparison(name), ways)
     assert row.failures == {} and row.refused == ""
-    assert (row.forward, row.gradients) == (YES, YES)
+    assert (row.forward, row.gradients, row.loading) == (YES, YES, YES)
     assert row.outside == OUTSIDE.get(name, {}) and row.inside.total() > 0
     assert list(row.generation) == ([] if name in EMBED else ways)
     assert set(row.not_offered) == ({"assisted"} & set(ways) if name in NEVER_ASSISTED else set())
@@ -108,7 +108,8 @@ def test_supported(comparison, name: str, every_way: bool) -> None:
 def test_refused(comparison, name: str) -> None:
     row = check(FAMILIES[name], comparison(name))
     assert REFUSED[name] in row.refused
-    assert (row.forward, row.gradients, row.generation, row.failures) == (NOTHING, NOTHING, {}, {})
+    assert (row.forward, row.gradients, row.loading, row.generation) == (NOTHING, NOTHING, NOTHING, {})
+    assert row.failures == {}
     assert row.calls.total == 0 and not row.inside
 
 

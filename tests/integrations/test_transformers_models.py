@@ -247,16 +247,36 @@ def test_from_pretrained_and_a_part_of_a_model(tmp_path: Path) -> None:
         assert calls.total == attention_calls, implementation
 
 
-@pytest.mark.parametrize("name", ["bloom", "visual_bert", "roformer"])
+@pytest.mark.parametrize("name", ["bloom", "visual_bert", "roformer", "falcon"])
 def test_a_model_without_the_interface_is_refused_and_not_misread(name: str, tmp_path: Path) -> None:
-    """`from_pretrained` accepts any registered name; these models would add a matrix of bools to their scores."""
-    class_name = {"bloom": "BloomModel", "visual_bert": "VisualBertModel", "roformer": "RoFormerModel"}[name]
+    """transformers accepts any registered name; these models would add bools to their scores, or raise a `KeyError`."""
+    class_name = {"bloom": "BloomModel", "visual_bert": "VisualBertModel", "roformer": "RoFormerModel"}.get(name)
+    class_name = class_name or "FalconForCausalLM"
     config = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64} if name == "bloom" else encoder()
     model = models.build(class_name, config)
     model.save_pretrained(tmp_path)
+    refused = pytest.raises(NotImplementedError, match=rf"is not for .* of transformers.models.{name}: .*use attn_imple")
+    with refused:
+        type(model).from_pretrained(tmp_path, attn_implementation="mmkernels")
+    with refused:
+        type(model)._from_config(model.config, attn_implementation="mmkernels")
+    model.config._attn_implementation_internal = "mmkernels"  # past every check
+    with refused:
+        model(IDS, attention_mask=LEFT)
+
+
+@pytest.mark.parametrize("name", ["got_ocr2", "deepseek_vl_hybrid"])
+def test_a_part_with_an_attention_of_its_own_keeps_it(name: str, tmp_path: Path) -> None:
+    """The line that users write does what `set_attn_implementation` does, and warns or not as the part has its name."""
+    model, inputs = FAMILIES[name].build()
+    model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="mmkernels")
-    with pytest.raises(NotImplementedError, match=f"is not for .* of transformers.models.{name}"):
-        loaded(IDS, attention_mask=LEFT)
+    model.set_attn_implementation("mmkernels")
+    with counting() as expected_calls:
+        expected = model(**inputs).logits
+    with counting() as calls:
+        torch.testing.assert_close(loaded(**inputs).logits, expected)
+    assert calls.total == expected_calls.total > 0
 
 
 def test_on_the_meta_device() -> None:

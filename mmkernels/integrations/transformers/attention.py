@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from mmkernels.integrations.transformers.counts import active
-from mmkernels.integrations.transformers.masks import ModelMask, causal_from
+from mmkernels.integrations.transformers.formula import attention_formula
+from mmkernels.integrations.transformers.masks import causal_from
 from mmkernels.integrations.transformers.matrices import read_matrix
+from mmkernels.integrations.transformers.model_mask import USE_ANOTHER, ModelMask, Visible
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_weights import attention_weights
 from mmkernels.ops.attention.cross_attention import cross_attention
 from mmkernels.ops.attention.formula import probabilities
-
-Mask = SpanMask | Tensor | None
+from mmkernels.runtime.eager import differentiated_by_transform
 
 _UNSUPPORTED = {
     "softcap": "cap on the scores",
@@ -47,8 +48,10 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention for ``AttentionInterface``.
 
+    Differentiated by torch.func or in forward mode it is computed by the formula, in the memory that ``"eager"`` takes.
+
     Args:
-        module: the model's attention; if `is_causal` is None, its attribute of that name counts (True without one).
+        module: the model's attention; if `is_causal` is None, its attribute of that name counts.
         query: ``[B or 1, Hq, Lq, D]``. key: ``[B or 1, Hkv, Lk, D]``. value: ``[B or 1, Hkv, Lk, Dv]``.
         attention_mask: the result of `make_mask`; or a matrix that the model built, bool (True = visible) or numbers to
             add to the scores; or None: with `is_causal` and more than one query, query i sees the keys 0 to i.
@@ -61,8 +64,9 @@ def attention(
         ``[B, Lq, Hq, Dv]`` contiguous, and the probabilities or None.
 
     Raises:
-        NotImplementedError: the model needs something that `cross_attention` lacks, such as ``softcap``.
-        TypeError, ValueError: as `mmkernels.cross_attention`; or the mask was made for other sizes.
+        NotImplementedError: the model needs something that `cross_attention` lacks, such as ``softcap``; or its mask
+            was made for other sizes; or there is no mask and nothing says whether the model is causal.
+        TypeError, ValueError: as `mmkernels.cross_attention`.
     """
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
@@ -78,6 +82,9 @@ def attention(
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
         bias = bias.to(query.dtype)
     _count(mask, bias)
+    if not torch.compiler.is_compiling() and differentiated_by_transform((query, key, value, bias)):
+        out, weights = attention_formula(query, key, value, mask, bias, s_aux, scaling, dropout)
+        return out, (weights if _weights_requested(output_attentions) else None)
     if s_aux is None:
         out, sink = cross_attention(query, key, value, mask, bias=bias, scale=scaling, dropout_p=dropout), None
     else:
@@ -99,19 +106,14 @@ def _mask(
     k_len: int,
     attention_mask: ModelMask | Tensor | None,
     is_causal: bool | None,
-) -> tuple[Mask, Tensor | None]:
+) -> tuple[Visible, Tensor | None]:
     """Returns the mask and the bias for `cross_attention`."""
     if attention_mask is None:
-        q_len = query.shape[2]
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if q_len == 1 or not causal:
-            return None, None
-        return causal_from(0, q_len, query.device), None  # keys after the last query are hidden
+        return _unmasked(module, query, is_causal), None
     if isinstance(attention_mask, ModelMask):
-        sizes = (query.shape[0], 1, query.shape[2], k_len)
-        if attention_mask.shape != sizes:
-            raise ValueError(f"attention_mask must be made for {list(sizes)}, got one for {list(attention_mask.shape)}")
-        return attention_mask.spans, None
+        attention_mask = _visible(module, query, k_len, attention_mask)
+        if attention_mask is None or isinstance(attention_mask, SpanMask):
+            return attention_mask, None
     if not isinstance(attention_mask, Tensor):
         raise TypeError(
             f"attention_mask must be a tensor, None or made for {'mmkernels'!r}, got {type(attention_mask).__name__}; "
@@ -121,7 +123,38 @@ def _mask(
     return mask, bias
 
 
-def _count(mask: Mask, bias: Tensor | None) -> None:
+def _unmasked(module: torch.nn.Module, query: Tensor, is_causal: bool | None) -> Visible:
+    """Returns what a query sees where the model passes no mask."""
+    q_len = query.shape[2]
+    if q_len == 1 or is_causal is False:
+        return None
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if causal is None:
+        raise NotImplementedError(
+            f'attn_implementation="mmkernels" is not for {type(module).__name__}: it passes no mask and has no '
+            f'`is_causal`, which transformers\' "sdpa" reads as causal and "eager" as not; {USE_ANOTHER}'
+        )
+    return causal_from(0, q_len, query.device) if causal else None  # keys after the last query are hidden
+
+
+def _visible(module: torch.nn.Module, query: Tensor, k_len: int, mask: ModelMask) -> Visible:
+    """Returns what a mask shows.
+
+    Raises:
+        NotImplementedError: the mask is of another size, because the model changed the keys and not the mask.
+    """
+    if mask.omitted:
+        return None
+    sizes = (query.shape[0], query.shape[1], query.shape[2], k_len)
+    if mask.shape[-1] != k_len or mask.ndim != 4 or any(n not in (1, m) for n, m in zip(mask.shape, sizes)):
+        raise NotImplementedError(
+            f'attn_implementation="mmkernels" is not for {type(module).__name__}: its mask was made for '
+            f"{list(mask.shape)} and its scores are {list(sizes)}; {USE_ANOTHER}"
+        )
+    return mask.visible
+
+
+def _count(mask: Visible, bias: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     for calls in active():
@@ -155,7 +188,7 @@ def _find_collector() -> Any:
 _collector = _find_collector()
 
 
-def _weights(query: Tensor, key: Tensor, mask: Mask, bias: Tensor | None, scale: float | None) -> Tensor:
+def _weights(query: Tensor, key: Tensor, mask: Visible, bias: Tensor | None, scale: float | None) -> Tensor:
     """Returns the probabilities [B, Hq, Lq, Lk], with a gradient if one is needed: only the formula has one."""
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, bias))):
         return attention_weights(query, key, mask, bias=bias, scale=scale)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,88 +11,13 @@ from torch import Tensor
 from transformers import masking_utils
 
 from mmkernels.integrations.transformers.counts import count_conversion
+from mmkernels.integrations.transformers.model_mask import ModelMask
+from mmkernels.integrations.transformers.own_attention import check_config
 from mmkernels.integrations.transformers.solving import UnreadableError
 from mmkernels.integrations.transformers.symbols import read
 from mmkernels.masks import SpanMask
 from mmkernels.runtime.checks import can_look
 from mmkernels.runtime.eager import transform_active
-
-_OWN_ATTENTION = (
-    'attn_implementation="mmkernels" is not for {}: it has no attention interface, and its own attention adds masks to '
-    'the scores; use "eager" there'
-)
-
-
-def _of_the_matrix(operator: str) -> Callable[..., Any]:
-    """Returns a method of `ModelMask` that applies this operator to the matrix."""
-    return lambda mask, *others: getattr(mask.dense(), operator)(*others)
-
-
-class ModelMask:
-    """Spans that look like the bool ``[B, 1, Lq, Lk]`` that a model expects as its mask.
-
-    Most models only pass the mask to their attention. A model that does more with it, such as slicing or ``torch.cat``,
-    gets the matrix, which is counted. Adding it to scores is refused: only a model's own attention does so, and there a
-    matrix of bools would hide nothing.
-    """
-
-    dtype = torch.bool
-    ndim = 4
-
-    def __init__(self, spans: SpanMask, shape: tuple[int, ...]) -> None:
-        self.spans = spans
-        self.shape = torch.Size(shape)
-
-    @property
-    def device(self) -> torch.device:
-        return self.spans.device
-
-    def dim(self) -> int:
-        return self.ndim
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def to(self, *args: Any, **kwargs: Any) -> ModelMask:
-        """Returns the mask on another device; the dtype stays bool."""
-        device = kwargs.get("device", args[0] if args else None)
-        device = device.device if isinstance(device, Tensor) else device
-        device = torch.device(device) if isinstance(device, str | int) else device
-        if not isinstance(device, torch.device) or device == self.device:
-            return self
-        return ModelMask(self.spans.to(device, non_blocking=kwargs.get("non_blocking", False)), self.shape)
-
-    def contiguous(self, *args: Any, **kwargs: Any) -> ModelMask:
-        """Returns itself, as do the methods that copy: the spans are never written to."""
-        return self
-
-    clone = detach = contiguous
-
-    def dense(self) -> Tensor:
-        """Returns the matrix, bool ``[B, 1, Lq, Lk]``."""
-        count_conversion("the model changes the mask itself")
-        return self.spans.to_dense(self.shape[3]).expand(self.shape)
-
-    __getitem__, __eq__, __ne__ = map(_of_the_matrix, ("__getitem__", "__eq__", "__ne__"))
-    __invert__, __and__, __or__ = map(_of_the_matrix, ("__invert__", "__and__", "__or__"))
-    __rand__, __ror__ = __and__, __or__
-    __hash__ = object.__hash__
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("spans", "shape"):  # `copy` reads these before they exist
-            raise AttributeError(name)
-        return getattr(self.dense(), name)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Gives the matrix to any function of PyTorch except sums."""
-        if function.__name__.strip("_") in ("add", "radd", "iadd", "sub", "rsub", "isub"):
-            raise NotImplementedError(_OWN_ATTENTION.format("this model"))
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
 
 def make_mask(
     batch_size: int,
@@ -109,15 +33,16 @@ def make_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> ModelMask | Tensor | None:
+) -> ModelMask:
     """The function for ``AttentionMaskInterface``: called once a forward pass and kind of mask, for all layers.
 
     The arguments are those of ``transformers.masking_utils.sdpa_mask``. On an accelerator, masks that depend on data
     (image blocks, packed sequences) wait for the device once.
 
     Returns:
-        a `ModelMask`; None if nothing is hidden and the caller allows it; a bool tensor ``[B, 1, Lq, Lk]`` if the
-        function can't be read or no span mask equals it: the reason is counted.
+        a mask of spans; of a matrix if the function can't be read or no span mask equals it, and the reason is counted.
+        Never None, not even where nothing is hidden: a model with an attention of its own would not apply it, and a
+        module that does not say whether it is causal would be taken for one that is.
 
     Raises:
         NotImplementedError: the model does not use transformers' attention interface, and would misread the mask.
@@ -126,16 +51,17 @@ def make_mask(
     if isinstance(attention_mask, ModelMask):  # a model may request a mask twice
         return attention_mask
     if not torch.compiler.is_compiling():
-        _check_interface(type(kwargs.get("config")).__module__)
+        check_config(kwargs.get("config"))
     causal = mask_function is masking_utils.causal_mask_function
     bidirectional = mask_function is masking_utils.bidirectional_mask_function
     keys = _visible_keys(attention_mask, kv_length, kv_offset)
+    shape = (batch_size, 1, q_length, kv_length)
     if keys is None:
-        if bidirectional and allow_is_bidirectional_skip:
-            return None
         newest = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 >= kv_offset + kv_length
+        if bidirectional and allow_is_bidirectional_skip:
+            return ModelMask(None, shape, device, omitted=True)
         if causal and newest and allow_is_causal_skip:
-            return None
+            return ModelMask(None, shape, device)
     first = q_offset - kv_offset  # the key at the first query's position
     spans: SpanMask | None
     if causal:
@@ -149,7 +75,7 @@ def make_mask(
         spans, reason = _read(mask_function, batch_size, query + q_offset, key + kv_offset)
     if spans is None:
         count_conversion(reason)
-        return masking_utils.sdpa_mask(
+        matrix = masking_utils.sdpa_mask(
             batch_size,
             q_length,
             kv_length,
@@ -161,32 +87,11 @@ def make_mask(
             use_vmap=use_vmap,
             device=device,
         )
+        return ModelMask(matrix, matrix.shape, matrix.device)
     if keys is not None:
         spans = _hide(spans, keys)
     count_conversion()
-    return ModelMask(spans, (batch_size, 1, q_length, kv_length))
-
-
-@cache
-def _check_interface(config_module: str) -> None:
-    """Refuses models of transformers whose attention does not use the interface, and so would misread masks.
-
-    ``from_pretrained`` and configurations accept any registered name for them.
-    """
-    package, _, _ = config_module.rpartition(".")
-    modules = [module for name, module in sys.modules.items() if name.startswith(f"{package}.modeling_")]
-    if not package.startswith("transformers.models.") or any(
-        hasattr(module, "ALL_ATTENTION_FUNCTIONS") for module in modules
-    ):
-        return
-    attention_classes = [
-        name
-        for module in modules
-        for name, thing in vars(module).items()
-        if "Attention" in name and isinstance(thing, type) and thing.__module__ == module.__name__
-    ]
-    if attention_classes:  # else it only wraps other models
-        raise NotImplementedError(_OWN_ATTENTION.format(f"{attention_classes[0]} of {package}"))
+    return ModelMask(spans, shape, spans.device)
 
 
 def _visible_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:

@@ -6,11 +6,14 @@ import inspect
 import threading
 from typing import Any
 
-NAME = "mmkernels"
+from mmkernels.integrations.transformers.own_attention import NAME, guard
+
+__all__ = ["NAME", "register"]
 
 _NEEDS = {  # the arguments that transformers passes to the two functions
     "attention": ("module", "query", "key", "value", "attention_mask", "dropout", "scaling"),
     "mask": ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"),
+    "guard": ("requested_attention", "is_init_check"),
 }
 _lock = threading.Lock()
 
@@ -21,7 +24,8 @@ def register() -> None:
     Afterwards every model that uses transformers' attention interface accepts it: in ``from_pretrained(...,
     attn_implementation="mmkernels")``, in a configuration, by ``model.set_attn_implementation("mmkernels")``, or for a
     part of a model by ``set_attn_implementation({"vision_config": "mmkernels"})``. ``mmkernels support`` shows which
-    families use it.
+    families use it. A model that has only an attention of its own is refused with `NotImplementedError` when it is
+    built; a part of a model that has one keeps it, with a warning.
 
     Raises:
         ImportError: transformers is missing, or has another interface than this module is written for.
@@ -38,7 +42,7 @@ def register() -> None:
         >>> model(torch.randn(1, 3, 32, 32)).last_hidden_state.shape
         torch.Size([1, 17, 32])
     """
-    attention_interface, mask_interface = _interfaces()
+    attention_interface, mask_interface, model_class = _interfaces()
     from mmkernels.integrations.transformers.attention import attention
     from mmkernels.integrations.transformers.masks import make_mask
 
@@ -48,21 +52,23 @@ def register() -> None:
             if _name(registered) != _name(function):
                 raise ValueError(f"{interface.__name__} already has another {NAME!r}: {_name(registered)}")
             interface.register(NAME, function)
+        guard(model_class)
 
 
-def _interfaces() -> tuple[Any, Any]:
-    """Returns transformers' two registries after a check that they are as this module expects."""
+def _interfaces() -> tuple[Any, Any, Any]:
+    """Returns transformers' two registries and its base class, after a check that they are as this module expects."""
     try:
         import transformers
     except ImportError as error:
         raise ImportError('this needs transformers: pip install "mmkernels[models]"') from error
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
         from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
         _check_arguments(AttentionInterface._global_mapping["sdpa"], _NEEDS["attention"])
         _check_arguments(AttentionMaskInterface._global_mapping["sdpa"], _NEEDS["mask"])
         _check_arguments(sdpa_mask, _NEEDS["mask"])
+        _check_arguments(PreTrainedModel.get_correct_attn_implementation, _NEEDS["guard"])
         for function in (causal_mask_function, bidirectional_mask_function):
             _check_arguments(function, ("batch_idx", "head_idx", "q_idx", "kv_idx"))
     except (ImportError, AttributeError, KeyError, TypeError) as error:
@@ -70,7 +76,7 @@ def _interfaces() -> tuple[Any, Any]:
             f"transformers {getattr(transformers, '__version__', '(unknown version)')} has another attention interface "
             f"than mmkernels supports (5.17 to 5.x): {error}"
         ) from error
-    return AttentionInterface, AttentionMaskInterface
+    return AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 
 def _name(function: Any) -> str:

@@ -40,6 +40,7 @@ class Support:
         calls: attention calls of one forward pass, by mask.
         inside, outside: how many modules of each attention class called ``"mmkernels"``, and how many did not.
         forward, gradients: `YES`, or "no: " and the reason; `NOTHING` if nothing was compared.
+        loading: the same for ``from_pretrained`` and ``_from_config`` with ``attn_implementation="mmkernels"``.
         generation: the same for each of `WAYS`, or "not offered: " and why transformers' own attention does not support
             it; empty for a model that does not generate.
         refused: why nothing was compared, or "".
@@ -52,13 +53,14 @@ class Support:
     outside: Counter[str] = field(default_factory=Counter)
     forward: str = NOTHING
     gradients: str = NOTHING
+    loading: str = NOTHING
     generation: dict[str, str] = field(default_factory=dict)
     refused: str = ""
 
     @property
     def failures(self) -> dict[str, str]:
         """What is not equal, with the reason."""
-        cells = {"forward": self.forward, "gradients": self.gradients} | self.generation
+        cells = {"forward": self.forward, "gradients": self.gradients, "loading": self.loading} | self.generation
         return {name: cell.removeprefix("no: ") for name, cell in cells.items() if cell.startswith("no: ")}
 
     @property
@@ -100,9 +102,10 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
             return _uncalled(row, family, model, inputs)
         return replace(
             row,
-            forward=_outcome(compare.forward),
-            gradients=_outcome(compare.gradients),
-            generation={way: _outcome(compare.generation, way) for way in ways} if model.can_generate() else {},
+            forward=outcome(compare.forward),
+            gradients=outcome(compare.gradients),
+            loading=outcome(compare.loading),
+            generation={way: outcome(compare.generation, way) for way in ways} if model.can_generate() else {},
         )
 
 
@@ -111,9 +114,9 @@ def _uncalled(row: Support, family: Family, model: Any, inputs: Inputs) -> Suppo
     own = f"transformers keeps its own attention, {model.config._attn_implementation}, where it is set"
     config = copy.deepcopy(model.config)
     config._attn_implementation = NAME
-    built = type(model)(config).eval()
-    built.load_state_dict(model.state_dict())
     try:
+        built = type(model)(config).eval()
+        built.load_state_dict(model.state_dict())
         with counting() as calls:
             outputs = one_pass(family, built, inputs).outputs
     except NotImplementedError as error:
@@ -159,7 +162,7 @@ def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool]) -> li
     return [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
 
 
-def _outcome(compare: Callable[..., None], *args: Any) -> str:
+def outcome(compare: Callable[..., None], *args: Any) -> str:
     """Returns the cell of a comparison. An exception becomes a cell too, so that the table is completed."""
     try:
         compare(*args)

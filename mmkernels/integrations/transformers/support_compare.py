@@ -7,15 +7,17 @@ error of transformers' own attention, plus a floor. Padding is not compared: wha
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mmkernels.integrations.transformers.counts import counting
 from mmkernels.integrations.transformers.registration import NAME
 from mmkernels.spec import cast
 from mmkernels.testing.models import Family, Inputs, seeded
@@ -89,6 +91,41 @@ class Comparison:
         self.model.set_attn_implementation(implementation)
         return one_pass(self.family, self.model, self.inputs)
 
+    def on(self, inputs: Inputs) -> Comparison:
+        """Returns the comparison of the same models on other inputs."""
+        other = copy.copy(self)
+        other.inputs, other._wide_inputs = inputs, cast(inputs, torch.float64)
+        for computed in ("truth", "baseline"):
+            other.__dict__.pop(computed, None)
+        return other
+
+    def loading(self) -> None:
+        """Raises `NotEqual` if a model with ``attn_implementation="mmkernels"`` from the start is not as one set to it."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            for way, load in (("_from_config", self._built), ("from_pretrained", partial(_loaded, self.model, folder))):
+                switched = load()
+                switched.set_attn_implementation(NAME)
+                expected, calls = self._counted(switched)
+                outputs, same_calls = self._counted(load(attn_implementation=NAME))
+                _check_names("outputs", outputs, expected)
+                different = [name for name, x in outputs.items() if not torch.equal(x, expected[name])]
+                if different or calls != same_calls:
+                    what = ", ".join(different) or f"{same_calls} attention calls, not {calls}"
+                    raise NotEqual(f"{way}(attn_implementation={NAME!r}) differs from set_attn_implementation: {what}")
+
+    def _built(self, **options: str) -> Any:
+        config = copy.deepcopy(self.model.config)
+        config._attn_implementation = None  # as in a folder: a choice is not saved
+        built = type(self.model)._from_config(config, **options).eval()
+        built.load_state_dict(self.model.state_dict())
+        return built
+
+    def _counted(self, model: Any) -> tuple[dict[str, Tensor], int]:
+        with counting() as calls, torch.no_grad():
+            outputs = outputs_of(self.family, model, self.inputs)
+        return outputs, calls.total
+
     def forward(self) -> None:
         """Raises `NotEqual` if an output differs."""
         ours = self._run(NAME).outputs
@@ -134,6 +171,11 @@ class Comparison:
         return _Generated(out.sequences, torch.stack(out.logits))
 
 
+def _loaded(model: Any, folder: str, **options: str) -> Any:
+    with seeded(0):  # weights that the folder lacks, because transformers ties them, are drawn
+        return type(model).from_pretrained(folder, **options).eval()
+
+
 class _Generated(NamedTuple):
     tokens: Tensor
     logits: Tensor
@@ -149,12 +191,18 @@ class Results(NamedTuple):
 def one_pass(family: Family, model: Any, inputs: Inputs) -> Results:
     """Returns the outputs of one forward pass, and the gradients of their sum with fixed random weights."""
     model.zero_grad()
-    with seeded(1):  # ViLT draws which patches it uses
-        outputs = _valid(family, model(**inputs), inputs)
+    with seeded(1):
+        outputs = outputs_of(family, model, inputs)
         weights = [torch.randn(x.shape, dtype=torch.float64).to(x.dtype) for x in outputs.values()]
     torch.autograd.backward(list(outputs.values()), weights)
     grads = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
     return Results({name: x.detach() for name, x in outputs.items()}, grads)
+
+
+def outputs_of(family: Family, model: Any, inputs: Inputs) -> dict[str, Tensor]:
+    """Returns the outputs of one forward pass that are not padding."""
+    with seeded(1):  # ViLT draws which patches it uses
+        return _valid(family, model(**inputs), inputs)
 
 
 def _valid(family: Family, output: Any, inputs: Inputs) -> dict[str, Tensor]:

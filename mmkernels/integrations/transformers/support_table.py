@@ -30,6 +30,7 @@ _LEGEND = (
     "modules: attention modules that ran on mmkernels, of all that ran.\n"
     "spans, dense, none, bias: their calls in one forward pass, by mask.\n"
     "forward, gradient: float32 is at most twice as far from float64 as transformers' own attention (sdpa, eager).\n"
+    "loading: from_pretrained and _from_config with attn_implementation=\"mmkernels\" equal set_attn_implementation.\n"
     "generation: the same tokens as transformers' own attention."
 )
 
@@ -101,7 +102,7 @@ def _facts(ran: Counter[str]) -> str:
 def _rendered(rows: Sequence[Support]) -> Iterator[Table | Text]:
     notes = Footnotes()
     numbers = (Column(name, justify="right") for name in ("modules", "spans", "dense", "none", "bias"))
-    words = map(Column, ("forward", "gradient", "generation", "notes"))
+    words = map(Column, ("forward", "gradient", "loading", "generation", "notes"))
     yield table([_row(row, notes) for row in rows], [Column("family", no_wrap=True), *numbers, *words])
     yield Text("\n".join(notes.lines()))
     yield Text(_LEGEND, style="dim")
@@ -112,7 +113,7 @@ def _row(row: Support, notes: Footnotes) -> list[Text]:
     counts = [str(count) for count in (calls.spans, calls.dense, calls.unmasked, calls.bias)]
     inside, ran = row.inside.total(), row.inside.total() + row.outside.total()
     cells = [f"{inside} of {ran}" if ran else NOTHING, *(counts if inside else [NOTHING] * 4)]
-    judged = [_judged(row.forward), _judged(row.gradients), _generation(row)]
+    judged = [*map(_judged, (row.forward, row.gradients, row.loading)), _generation(row)]
     return [Text(row.name), *map(Text, cells), *judged, Text(notes.mark(*_notes(row)))]
 
 
