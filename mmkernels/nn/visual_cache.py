@@ -29,6 +29,9 @@ class VisualCache:
     image that a token sees is known on the device only, and reading it would synchronise a GPU at every step. In
     Flamingo a token sees the last image before it, so the oldest image is the least likely to be needed.)
 
+    In a program of `torch.export` or `torch.jit.trace`, the images that are appended inside of it are the example's in
+    number and in numbers of tokens; the batch and the text may have any size.
+
     Args:
         num_layers: cross-attention layers.
         max_tokens: the largest number of visual tokens; None: no limit.
