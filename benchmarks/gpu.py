@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the JSON; default: benchmarks/results/<device>")
     parser.add_argument("--commit", default="", help="what to note as the commit, where there is no repository")
     options = parser.parse_args(arguments)
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out must be a folder, got the file {options.out}")
     known = all_parts()
     names = [name for name in re.split(r"[,\s]+", options.parts) if name]
     if names == ["help"]:

@@ -221,7 +221,9 @@ def write(path: Path, row: dict[str, Any]) -> None:
     rows = json.loads(path.read_text()) if path.exists() else []
     rows = [old for old in rows if _key(old) != _key(row)] + [row]
     lines = ",\n".join("  " + json.dumps(each) for each in sorted(rows, key=_key))
-    path.write_text(f"[\n{lines}\n]\n")
+    unfinished = path.with_name(f".{path.name}.unfinished")  # an interruption leaves the old rows
+    unfinished.write_text(f"[\n{lines}\n]\n")
+    unfinished.replace(path)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, str, int]:
@@ -254,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=8, help="processes that compile beforehand; 0: none")
     parser.add_argument("--out", type=Path, help="file to write; default: the op's tuned.json")
     options = parser.parse_args(arguments)
+    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
+        parser.error(f"--out must be a file in a folder that exists, got {str(options.out)!r}")
     end = time.monotonic() + options.seconds
     from gpu import gpu_why_not  # beside this file
 

@@ -165,24 +165,26 @@ def test_a_row_that_fails_leaves_the_others(
     assert configurations(folder / "out" / "fake.json") == ["one", "three"]
 
 
-def test_a_run_that_is_interrupted_keeps_what_it_measured(folder: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_interrupted_keeps_what_it_measured(folder: Path, number: signal.Signals, code: int) -> None:
     """What it has measured is on the disk before the signal comes, so that any other end leaves it there too."""
-    code = "import sys; from pathlib import Path; from mmkernels import cli; from mmkernels.bench import command\n"
-    code += "command.find_benchmarks = lambda: Path('benchmarks')\n"
-    code += "sys.argv = ['mmkernels', 'bench', 'fake', '--device', 'cpu', '--out', 'out']; cli.main()"
+    program = "import sys; from pathlib import Path; from mmkernels import cli; from mmkernels.bench import command\n"
+    program += "command.find_benchmarks = lambda: Path('benchmarks')\n"
+    program += "sys.argv = ['mmkernels', 'bench', 'fake', '--device', 'cpu', '--out', 'out']; cli.main()"
     environment = os.environ | {"AT_TWO": "wait", "PYTHONPATH": str(ROOT)}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, **pipes)
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=folder, env=environment, **pipes)
     saved = folder / "out" / "fake.json"
     end = time.monotonic() + 300
     while not saved.exists() and time.monotonic() < end and process.poll() is None:
         time.sleep(0.05)
     assert configurations(saved) == ["one"] and results(saved)["expected_rows"] == 3
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert configurations(saved) == ["one"] and (folder / "out" / "fake.png").exists()
-    assert "2 of 3 rows were not measured" in out and "interrupted" in err
+    assert "2 of 3 rows were not measured" in out
+    assert err.splitlines()[-1] == "mmkernels: interrupted; the rows above are saved"
 
 
 def test_a_bar_on_a_terminal_names_the_row_and_what_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,6 +317,23 @@ def served(program: Any, case: Case) -> None:
             torch.testing.assert_close(program(*inputs), case(*inputs))
 
 
+@pytest.mark.parametrize("trace", [True, False])
+def test_a_program_refuses_another_number_of_images(trace: bool) -> None:
+    """The places of images are Python numbers, so that a program has those of the example."""
+    case = CASES["Flamingo, resampler: labels"]
+    ids, pixels = case.inputs(*EXAMPLE)
+    program: Any
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        if trace:
+            program = torch.jit.trace(case, (ids, pixels), check_trace=False)
+        else:
+            program = torch.export.export(case, (ids, pixels), dynamic_shapes=(case.sizes,)).module()
+    program(ids, pixels)
+    with pytest.raises(Exception, match=r"shape|size|Guard"):
+        program(ids, torch.cat([pixels, pixels], dim=1))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_exported(name: str) -> None:
     case = CASES[name]

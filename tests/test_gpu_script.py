@@ -54,6 +54,12 @@ def test_help_lists_the_parts_and_a_wrong_name_is_an_error(capsys: Any) -> None:
     assert "no part is called nosuch" in capsys.readouterr().err
 
 
+def test_a_file_where_results_go(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["help", "--out", __file__])
+    assert end.value.code == 2 and f"--out must be a folder, got the file {__file__}" in capsys.readouterr().err
+
+
 def test_every_op_s_bench_file_is_a_part_with_seconds_by_its_rows() -> None:
     seconds = {part.name: part.seconds for part in PARTS}
     assert set(ops.NAMES) < set(seconds) and "transformers" not in seconds  # whole models, no op

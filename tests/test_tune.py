@@ -192,6 +192,13 @@ def test_attention_s_heaviest_calls_are_the_ops() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_results_can_t_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in ("", tmp_path, tmp_path / "none" / "tuned.json"):
+        with pytest.raises(SystemExit) as end:
+            tune.main(["cross_attention", "--out", str(out)])
+        assert end.value.code == 2 and "--out must be a file in a folder that exists, got" in capsys.readouterr().err
+
+
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main(["cross_attention"]) == 2
     assert "nothing was searched: there is no GPU" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_positive
 from mmkernels.nn.cross_attention import KeyValue
 from mmkernels.nn.token_buffer import TokenBuffer
-from mmkernels.runtime.checks import check_range
+from mmkernels.runtime.checks import check_range, is_traced
 
 _Sizes = tuple[int, int, int, torch.dtype, torch.device]
 """Batch, heads, head width, dtype and device."""
@@ -28,6 +28,9 @@ class VisualCache:
     With a token budget, the oldest images are evicted to make room for new ones. (Not the least recently used: the
     image that a token sees is known on the device only, and reading it would synchronise a GPU at every step. In
     Flamingo a token sees the last image before it, so the oldest image is the least likely to be needed.)
+
+    In a program of `torch.export` or `torch.jit.trace`, the images that are appended inside of it are the example's in
+    number and in numbers of tokens, or the program raises; the batch and the text may have any size.
 
     Args:
         num_layers: cross-attention layers.
@@ -121,9 +124,11 @@ class VisualCache:
         self._check(key_values, lengths)
         ids = list(range(self._next_id, self._next_id + len(lengths)))
         skip = self._make_room(lengths)  # how many of the new images do not fit
-        skipped_tokens = sum(lengths[:skip])
+        skipped_tokens, count = sum(lengths[:skip]), sum(lengths)
         for buffers, tensors in zip(self._layers, key_values):
             for buffer, tokens in zip(buffers, tensors):
+                if is_traced():  # the program raises where it is given other images
+                    tokens = tokens.reshape(*tokens.shape[:2], count, tokens.shape[3])
                 buffer.append(tokens[:, :, skipped_tokens:])
         self._sizes = [(_sizes(key), _sizes(value)) for key, value in key_values]
         self._lengths.update(list(zip(ids, lengths))[skip:])

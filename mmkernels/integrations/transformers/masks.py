@@ -67,7 +67,8 @@ def make_mask(
     if causal:
         spans = causal_from(first, q_length, device)
     elif bidirectional:
-        spans = SpanMask(*(torch.tensor([[n]], dtype=torch.int32, device=device) for n in (0, kv_length)))
+        zero = torch.zeros((1, 1), dtype=torch.int32, device=device)
+        spans = SpanMask(zero, zero + kv_length)  # in a trace, torch.tensor would fix the example's length
     elif torch.compiler.is_compiling():
         spans, reason = _window(q_length, first, device, local_size, allow_is_causal_skip, **kwargs), ""
     else:
