@@ -103,16 +103,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def can_look(x: Tensor) -> bool:
-    """Whether Python may branch on a tensor's values: not where a graph is traced, and not without values."""
+    """Whether Python may branch on a tensor's values: not in a trace, nor without values, nor within ``torch.vmap``."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or x.is_meta:
         return False
-    return not isinstance(x, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):  # by `torch.vmap`, which runs once for all of its slices
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return not isinstance(x, FakeTensor)
 
 
 def requires_grad(x: Tensor) -> bool:
-    """Whether autograd records what is done with x, inside of ``torch.vmap`` too, where x itself doesn't say."""
-    if not (x.requires_grad or torch.compiler.is_compiling()):
-        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+    """Whether autograd records what is done with x, at any level of ``torch.func``'s transforms."""
+    if not torch.compiler.is_compiling():
+        while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
             x = torch._C._functorch.get_unwrapped(x)
     return x.requires_grad
 
@@ -158,9 +162,7 @@ def check_range(
     Args:
         note: said of the least value.
     """
-    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.is_batchedtensor(x):
+    if x.device.type != "cpu" or x.numel() == 0 or not can_look(x):
         return
     low, high = (int(value) for value in x.aminmax())
     if (least is not None and low < least) or (most is not None and high > most):
