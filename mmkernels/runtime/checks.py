@@ -25,7 +25,7 @@ _NO_MEMORY = {
     "UninitializedTensorMixin": "call its module once, which gives it a shape",
 }
 """Classes of PyTorch whose memory is not what they stand for -> what to pass instead."""
-_STRIDED = torch.strided
+_STRIDED, _FLOATING = torch.strided, frozenset(DTYPES)
 FINITE = sys.float_info.max
 """The largest float: less than inf."""
 _NUMBERS = (int, float, np.floating, np.integer, torch.SymInt, torch.SymFloat)
@@ -43,6 +43,15 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if (must := _wrong_class(x) or _wrong_layout(x)) is not None:
         raise TypeError(f"{name} must be {must}")
+
+
+def check_floating(name: str, x: object) -> None:
+    """Raise TypeError unless x is a tensor as in `check_tensor`, of one of `DTYPES`."""
+    if type(x) in PLAIN and x.layout is _STRIDED and x.dtype in _FLOATING and not x.is_nested:  # type: ignore[attr-defined]
+        return
+    check_tensor(name, x)
+    if isinstance(x, Tensor) and x.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def _wrong_class(x: Tensor) -> str | None:
