@@ -25,7 +25,7 @@ _NO_MEMORY = {
     "UninitializedTensorMixin": "call its module once, which gives it a shape",
 }
 """Classes of PyTorch whose memory is not what they stand for -> what to pass instead."""
-_STRIDED = torch.strided
+_STRIDED, _FLOATING = torch.strided, frozenset(DTYPES)
 FINITE = sys.float_info.max
 """The largest float: less than inf."""
 _NUMBERS = (int, float, np.floating, np.integer, torch.SymInt, torch.SymFloat)
@@ -43,6 +43,15 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if (must := _wrong_class(x) or _wrong_layout(x)) is not None:
         raise TypeError(f"{name} must be {must}")
+
+
+def check_floating(name: str, x: object) -> None:
+    """Raise TypeError unless x is a tensor as in `check_tensor`, of one of `DTYPES`."""
+    if type(x) in PLAIN and x.layout is _STRIDED and x.dtype in _FLOATING and not x.is_nested:  # type: ignore[attr-defined]
+        return
+    check_tensor(name, x)
+    if isinstance(x, Tensor) and x.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def _wrong_class(x: Tensor) -> str | None:
@@ -103,10 +112,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def can_look(x: Tensor) -> bool:
-    """Whether Python may branch on a tensor's values: not where a graph is traced, and not without values."""
+    """Whether Python may branch on a tensor's values: not in a trace, nor without values, nor within ``torch.vmap``."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or x.is_meta:
         return False
-    return not isinstance(x, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):  # by `torch.vmap`, which runs once for all of its slices
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return not isinstance(x, FakeTensor)
 
 
 def is_traced() -> bool:
@@ -115,9 +128,9 @@ def is_traced() -> bool:
 
 
 def requires_grad(x: Tensor) -> bool:
-    """Whether autograd records what is done with x, inside of ``torch.vmap`` too, where x itself doesn't say."""
-    if not (x.requires_grad or torch.compiler.is_compiling()):
-        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+    """Whether autograd records what is done with x, at any level of ``torch.func``'s transforms."""
+    if not torch.compiler.is_compiling():
+        while not x.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(x):
             x = torch._C._functorch.get_unwrapped(x)
     return x.requires_grad
 
@@ -163,11 +176,7 @@ def check_range(
     Args:
         note: said of the least value.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return
-    if x.numel() == 0:
-        return
-    if torch._C._functorch.is_batchedtensor(x):
+    if x.device.type != "cpu" or x.numel() == 0 or not can_look(x):
         return
     low, high = (int(value) for value in x.aminmax())
     if (least is not None and low < least) or (most is not None and high > most):

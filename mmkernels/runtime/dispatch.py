@@ -158,6 +158,7 @@ class Op:
         TABLES[name] = tuple(self._bound(entry, results) for entry in backends)
         self.boundary = _define_boundary(name, layout, results, self.body, fake, link)
         self.recorded = None if link is None else eager.record(self, link)
+        self.transformed = None if link is None else eager.transformable(self, link)
 
     def _bound(self, entry: Backend, results: int) -> Backend:
         if isinstance(entry.run, cpu.Kernel):
@@ -216,27 +217,10 @@ def _define_boundary(
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, lambda *values: fake(layout.record._make(values[:-1])), lib=LIBRARY)
     boundary: torch._ops.OpOverload = getattr(torch.ops.mmkernels, name).default
-    torch.library.register_vmap(qualified, partial(_loop, boundary), lib=LIBRARY)
+    torch.library.register_vmap(qualified, partial(eager.loop, boundary), lib=LIBRARY)
     if link is not None:
         torch.library.register_autograd(qualified, link.backward, setup_context=link.setup_context, lib=LIBRARY)
     return boundary
-
-
-def _loop(boundary: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *values: Any) -> tuple[Any, Any]:
-    """A vmap rule for any op: one call for each slice. Right for every argument; fast where slices are large."""
-    calls = [
-        boundary(
-            *(
-                x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
-                for x, dim in zip(values, in_dims, strict=True)
-            )
-        )
-        for i in range(info.batch_size)
-    ]
-    if isinstance(calls[0], Tensor):
-        return torch.stack(calls), 0
-    stacked = tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
-    return stacked, (0,) * len(stacked)
 
 
 def define(

@@ -7,7 +7,7 @@ straight to its backend, or through one autograd function. Every other call take
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -66,23 +66,26 @@ else:
 def call(op: Op, inputs: Any, backend: str) -> Any:
     """Returns an op's outputs.
 
+    Under ``torch.func``'s reverse-mode transforms the op's own kernels run, within ``torch.vmap`` slice by slice. In
+    forward mode the naive formula runs: no kernel computes a derivative in that direction.
+
     Raises:
-        NotImplementedError: the call would be differentiated by torch.func or in forward mode.
+        NotImplementedError: a backend is forced for a call that is differentiated in forward mode.
     """
     if torch.compiler.is_compiling():
-        return _cross(op, inputs, backend)
+        return _naive(op, inputs, backend) if op.transformed and _transform() else _cross(op, inputs, backend)
     tensors = op.layout.take_tensors(inputs)
     wanted = None if _stubbed or transform_active() else _gradient_wanted(tensors)
     if wanted is False:
         return op.choose(backend, inputs).run(inputs)
     if wanted and op.recorded is not None:
         return op.recorded(*inputs, backend)
-    if op.recorded is not None and differentiated_by_transform(tensors):
-        raise NotImplementedError(
-            f"{op.name} can't be differentiated by torch.func (grad, vjp, jvp, jacrev, ...) or in forward mode, which "
-            'PyTorch does not offer to custom operators; use torch.autograd, or backend="reference" where the op has a '
-            "naive formula outside of its boundary"
-        )
+    if op.transformed is not None:
+        transform = _transform()
+        if transform == "forward" or _has_tangent(tensors):
+            return _naive(op, inputs, backend)
+        if transform == "reverse":
+            return op.transformed(*inputs, backend)
     return _cross(op, inputs, backend)
 
 
@@ -104,6 +107,41 @@ def record(op: Op, link: Link) -> Any:
 
     # The base class's method: `Function.apply` first looks for transforms, of which there are none here, for 3 us.
     return super(torch.autograd.Function, Recorded).apply
+
+
+def transformable(op: Op, link: Link) -> Any:
+    """Returns what `record` returns, for calls within ``torch.func``'s transforms."""
+
+    class Transformed(torch.autograd.Function):
+        @staticmethod
+        def forward(*values: Any) -> Any:
+            return call(op, op.layout.record._make(values[:-1]), values[-1])
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *values: Any) -> tuple[Any, Any]:
+            return loop(Transformed.apply, info, in_dims, *values)
+
+        setup_context = staticmethod(link.setup_context)
+        backward = staticmethod(link.backward)
+
+    return Transformed.apply
+
+
+def loop(function: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *values: Any) -> tuple[Any, Any]:
+    """A vmap rule for any op: one call for each slice. Right for every argument; fast where slices are large."""
+    calls = [
+        function(
+            *(
+                x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(values, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    stacked = tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
+    return stacked, (0,) * len(stacked)
 
 
 @contextmanager
@@ -156,15 +194,34 @@ def _gradient_wanted(tensors: tuple[Tensor | None, ...]) -> bool | None:
     return wanted
 
 
-def differentiated_by_transform(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Returns whether torch.func or forward mode differentiates a call on these tensors, which no op can offer."""
-    return _in_grad_transform() or _has_tangent(tensors)
+def _naive(op: Op, inputs: Any, backend: str) -> Any:
+    """Returns an op's outputs by the naive formula in PyTorch's own operators, which have every derivative."""
+    if backend not in ("", "reference"):
+        raise NotImplementedError(
+            f"{op.name} must have backend=None to be differentiated in forward mode (jvp, jacfwd, hessian) or by "
+            f"torch.func in compiled code, which only the naive formula can be; got {backend!r}"
+        )
+    run = op.choose("reference", inputs).run
+    if torch.compiler.is_compiling():  # TorchDynamo knows neither `leading` nor `_DisableAutocast`
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return run(inputs)
+    with torch._C._DisableAutocast():
+        return run(inputs)
 
 
-def _in_grad_transform() -> bool:
+def _transform() -> str:
+    """Returns whether a transform of ``torch.func`` differentiates the call, "forward" or "reverse"; "": none does."""
     stack = torch._C._functorch.get_interpreter_stack()
-    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
-    return stack is not None and any(level.key() in kinds for level in stack)
+    if stack is None:
+        return ""
+    kinds = [level.key() for level in stack]
+    transforms = torch._C._functorch.TransformType
+    return "forward" if transforms.Jvp in kinds else "reverse" if transforms.Grad in kinds else ""
+
+
+# TorchDynamo, which enters the transforms that it traces, calls it and takes its result for a constant of the graph.
+# `torch.compiler.assume_constant_result` sets the same, but imports TorchDynamo.
+_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:

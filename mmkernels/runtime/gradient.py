@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -148,37 +148,68 @@ def second_derivatives(
         formula: that record -> the op's differentiable outputs.
         grads: what flows back to the gradient of each differentiable input; None: nothing.
     """
-    again = torch.is_grad_enabled()
     inputs, flows = link.inputs.differentiable, [f"grad_{name}" for name in link.outputs.differentiable]
-    with torch._C._DisableAutocast(), torch.enable_grad():
-        nodes = {name: _new_node(x) for name in (*inputs, *flows) if (x := getattr(call, name)) is not None}
+    given = {name: x for name in (*inputs, *flows) if (x := getattr(call, name)) is not None}
+    leaves = [name for name in inputs if name in given]
+
+    def outputs(nodes: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns those outputs to which something flows back, and what."""
         results = formula(call._replace(**nodes))
-        outputs = [(y, nodes[flow]) for y, flow in zip(results, flows, strict=True) if flow in nodes]
-        leaves = [name for name in inputs if name in nodes]
-        first = torch.autograd.grad(
-            [y for y, _ in outputs],
-            [nodes[name] for name in leaves],
-            [flow for _, flow in outputs],
-            create_graph=True,
-            allow_unused=True,
-        )
-        flowing = dict(zip(inputs, grads, strict=True))
-        back = [
-            (x, flow)
-            for name, x in zip(leaves, first, strict=True)
-            if x is not None and (flow := flowing[name]) is not None
-        ]
-        if not back:
+        some = [(y, nodes[flow]) for y, flow in zip(results, flows, strict=True) if flow in nodes]
+        return [y for y, _ in some], [flow for _, flow in some]
+
+    back = {name: flow for name, flow in zip(inputs, grads, strict=True) if flow is not None and name in given}
+    with torch._C._DisableAutocast():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return _twice_by_transforms(outputs, given, leaves, back)
+        return _twice_by_autograd(outputs, given, leaves, back)
+
+
+_Outputs = Callable[[Mapping[str, Tensor]], tuple[list[Tensor], list[Tensor]]]
+
+
+def _twice_by_autograd(
+    outputs: _Outputs, given: dict[str, Tensor], leaves: list[str], back: dict[str, Tensor]
+) -> dict[str, Tensor | None]:
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        nodes = {name: _new_node(x) for name, x in given.items()}
+        results, flows = outputs(nodes)
+        ends = [nodes[name] for name in leaves]
+        first = torch.autograd.grad(results, ends, flows, create_graph=True, allow_unused=True)
+        found = [(x, back[name]) for name, x in zip(leaves, first, strict=True) if x is not None and name in back]
+        if not found:
             return {}
-        names = list(nodes)
         second = torch.autograd.grad(
-            [x for x, _ in back],
-            [nodes[name] for name in names],
-            [flow for _, flow in back],
+            [x for x, _ in found],
+            list(nodes.values()),
+            [flow for _, flow in found],
             create_graph=again,
             allow_unused=True,
         )
-    return dict(zip(names, second, strict=True))
+    return dict(zip(nodes, second, strict=True))
+
+
+def _twice_by_transforms(
+    outputs: _Outputs, given: dict[str, Tensor], leaves: list[str], back: dict[str, Tensor]
+) -> dict[str, Tensor | None]:
+    """As `_twice_by_autograd`, which ``torch.func``'s transforms do not let run within them."""
+
+    def first(nodes: dict[str, Tensor]) -> dict[str, Tensor]:
+        flows: list[Tensor] = []
+
+        def results(some: dict[str, Tensor]) -> list[Tensor]:
+            ys, flows[:] = outputs(nodes | some)
+            return ys
+
+        pull: Any = torch.func.vjp(results, {name: nodes[name] for name in leaves})[1]
+        return dict(pull(list(flows))[0])
+
+    ours: Any
+    pull: Any
+    ours, pull, *_ = torch.func.vjp(first, given)
+    flows = {name: back[name] if name in back else torch.zeros_like(x) for name, x in ours.items()}
+    return dict(pull(flows)[0])
 
 
 def _new_node(x: Tensor) -> Tensor:

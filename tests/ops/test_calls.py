@@ -33,7 +33,6 @@ from layouts import embedded, far_apart
 from ops.cpu_tools import DTYPES, ISAS, needs_kernels, python
 from pairwise import kinds, parametrize
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels import BackendError, SpanMask, use_backend
@@ -54,7 +53,6 @@ DIFFERENTIABLE = [spec for spec in SPECS.values() if RICHEST[spec.name].grads]
 EXACTLY: dict[str, Any] = {"rtol": 0, "atol": 0}
 
 each_op = pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
-each_differentiable_op = pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
 each_differentiable_backend = pytest.mark.parametrize(
     ("spec", "backend"),
     [pytest.param(spec, name, id=f"{spec.name}-{name}") for spec in DIFFERENTIABLE for name in backends(spec)],
@@ -180,35 +178,6 @@ def test_second_derivatives_under_autocast(spec: OpSpec, backend: str) -> None:
         found = product()
     for x, y in zip(found, want, strict=True):
         assert bool(y.any()) and float((x - y).norm()) <= 1e-5 * float(y.norm())
-
-
-@each_differentiable_op
-def test_differentiating_by_transforms_is_refused_or_right(spec: OpSpec) -> None:
-    """By torch.func, and in forward mode: custom operators have neither."""
-    case = UNSEEDED[spec.name]
-    name, inputs = case.grads[0], draw(case)
-    loss = lambda x, backend=None: call(spec, case, inputs | {name: x}, backend)[0].square().sum()
-    refused = rf'{spec.name} can.t be differentiated by torch.func .* or in forward mode.*"reference"'
-    with pytest.raises(NotImplementedError, match=refused):
-        torch.func.grad(loss)(inputs[name])
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=refused):
-        loss(forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name])))
-    leaf = inputs[name].clone().requires_grad_()
-    (want,) = torch.autograd.grad(loss(leaf), leaf)
-    if spec.name in ("cross_attention", "info_nce", "sigmoid_contrastive"):  # not within a boundary, see ADR 1
-        torch.testing.assert_close(torch.func.grad(loss)(inputs[name], "reference"), want)
-
-
-@pytest.mark.parametrize("spec", [x for x in SPECS.values() if x not in DIFFERENTIABLE], ids=lambda spec: spec.name)
-def test_an_op_without_a_gradient_runs_within_a_transform(spec: OpSpec) -> None:
-    case = UNSEEDED[spec.name]
-
-    def total(x: Tensor) -> Tensor:
-        found = call(spec, case, draw(case), None)
-        return x * sum(y.sum() for y in found)
-
-    want = sum(y.sum() for y in call(spec, case, draw(case), None))
-    torch.testing.assert_close(torch.func.grad(total)(torch.ones((), dtype=torch.float64)).to(want), want)
 
 
 # Compiled code.

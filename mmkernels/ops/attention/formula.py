@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmkernels.ops.attention.inputs import Scores
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.runtime.checks import can_look
 
 _HIDDEN = float("-inf")
 
@@ -25,8 +26,11 @@ def visible_keys(scores: Scores) -> Tensor | None:
 
 
 def all_finite(*tensors: Tensor | None) -> bool:
-    """Whether no element is NaN or inf, in one pass each. Syncs. (A sum that overflows reads as not finite.)"""
-    return all(x is None or bool(x.sum(dtype=wide_dtype(x)).isfinite()) for x in tensors)
+    """Whether no element is NaN or inf, in one pass each. Syncs. (A sum that overflows reads as not finite.)
+
+    False too where Python may not look at values, as within ``torch.vmap``.
+    """
+    return all(x is None or (can_look(x) and bool(x.sum(dtype=wide_dtype(x)).isfinite())) for x in tensors)
 
 
 def probabilities(
@@ -38,7 +42,7 @@ def probabilities(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attention's probabilities, 0 where hidden, [B, Hq, Lq, Lk]; the log-sum-exp; and the whole visible mask."""
-    if bias is not None and bool(torch.isneginf(bias).any()):
+    if bias is not None and not (can_look(bias) and not bool(torch.isneginf(bias).any())):
         shown = ~torch.isneginf(bias)
         visible = shown if visible is None else visible & shown
     if visible is None:

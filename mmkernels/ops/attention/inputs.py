@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.masks import SpanMask
-from mmkernels.runtime.checks import DTYPES, PLAIN, autocast, check_number, check_tensor
+from mmkernels.runtime.checks import DTYPES, PLAIN, autocast, check_floating, check_number, check_tensor
 
 _DTYPES = frozenset(DTYPES)
 _STRIDED = torch.strided
@@ -54,11 +54,9 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor | None = None) -> 
         return
     tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
     for name, x in tensors.items():
-        check_tensor(name, x)
+        check_floating(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name} must be 4-D [B, H, L, D], got shape {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.dtype != query.dtype:
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
         if x.device != query.device:

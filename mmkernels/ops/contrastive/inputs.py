@@ -6,21 +6,18 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.runtime.checks import DTYPES, as_float, autocast_dtype, check_tensor
+from mmkernels.runtime.checks import as_float, autocast_dtype, check_floating, check_tensor
 
-_DTYPES = frozenset(DTYPES)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_features(image: Tensor, text: Tensor, names: tuple[str, str] = ("image", "text")) -> None:
     """Raise unless image is [N, d] or [N, Q, d] and text [M, d], not empty, and of one dtype and device."""
     first, second = names
-    check_tensor(first, image)
+    check_floating(first, image)
     shape = image.shape
     if len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"{first} must be [N, d] or [N, Q, d] with no dim of 0, got shape {tuple(shape)}")
-    if image.dtype not in _DTYPES:
-        raise TypeError(f"{first} must be float16, bfloat16, float32 or float64, got {image.dtype}")
     check_more_features(second, text, image, first)
 
 

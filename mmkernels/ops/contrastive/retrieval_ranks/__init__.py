@@ -9,7 +9,7 @@ from mmkernels.ops.contrastive.inputs import check_more_features
 from mmkernels.ops.contrastive.retrieval_ranks import chunked
 from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, Results, reference
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import DTYPES, check_range, check_tensor, without_autocast
+from mmkernels.runtime.checks import check_floating, check_range, check_tensor, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 
 __all__ = ["retrieval_ranks"]
@@ -53,11 +53,9 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: 
         >>> recall_at_5 = (ranks < 5).float().mean()
     """
     query, gallery = without_autocast(query, gallery)
-    check_tensor("query", query)
+    check_floating("query", query)
     if query.dim() != 2 or query.shape[1] == 0:
         raise ValueError(f"query must be [N, d] with at least one channel, got shape {tuple(query.shape)}")
-    if query.dtype not in DTYPES:
-        raise TypeError(f"query must be float16, bfloat16, float32 or float64, got {query.dtype}")
     check_more_features("gallery", gallery, query, "query")
     check_tensor("target", target)
     if target.dtype != torch.int64:
