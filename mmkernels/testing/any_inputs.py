@@ -63,7 +63,7 @@ def _media(name: str, config: Any) -> Iterator[Tensor]:
     """Yields images or sound in the shapes that models take."""
     parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
     size = _first(parts, "image_size", "img_size", default=32)
-    height, width = (size[-2:] if isinstance(size, list | tuple) else (size, size))
+    height, width = size[-2:] if isinstance(size, list | tuple) else (size, size)
     channels = _first(parts, "num_channels", "in_channels", "in_chans", default=3)
     bins = _first(parts, *_BINS, default=16)
     if name.startswith("pixel_values"):
