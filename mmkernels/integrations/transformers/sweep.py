@@ -220,7 +220,9 @@ class _Running:
             return replace(self.row, note=f"took more than {seconds:.0f} seconds")
         return None
 
-    def stop(self) -> None:
+    def stop(self, patience: float = 0.0) -> None:
+        """Ends the process; `patience`: seconds in which it may end by itself."""
+        self.process.join(patience)
         self.process.kill()
         self.process.join()
         self.results.close()
@@ -263,7 +265,7 @@ def sweep(
                 row = one.ended(seconds)
                 if row is not None:
                     running.remove(one)
-                    one.stop()
+                    one.stop(patience=0.0 if row.result == ENDED else 5.0)
                     yield row
     finally:
         for one in running:
