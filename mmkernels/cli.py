@@ -152,11 +152,21 @@ def bench(
 
 def support(
     families: Annotated[list[str] | None, typer.Argument(help="Names as in the table; default: all of it.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every model type of transformers, small by rule: ten minutes or more.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="With --all: the file for the table.")] = Path("build/support.md"),
 ) -> None:
     """Run small transformers models of each family on "mmkernels", and show which equal transformers' own attention."""
-    from mmkernels.integrations.transformers.support_table import run_support
+    if every:
+        from mmkernels.integrations.transformers.sweep_table import run_sweep
 
-    if not run_support(families or ()):
+        fine = run_sweep(families or (), out)
+    else:
+        from mmkernels.integrations.transformers.support_table import run_support
+
+        fine = run_support(families or ())
+    if not fine:
         raise SystemExit(1)
 
 

@@ -51,6 +51,14 @@ def table(rows: Iterable[Sequence[Any]], columns: Sequence[str | Column], *, tex
     return lines
 
 
+def markdown(rows: Iterable[Sequence[str]], titles: Sequence[str]) -> str:
+    """Returns a table in Markdown, one line for each row."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(
+        f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in row)} |\n" for row in lines
+    )
+
+
 class Footnotes:
     """Numbers the notes below a table: the same text has the same number."""
 

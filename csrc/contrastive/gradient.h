@@ -32,10 +32,10 @@ struct GradientScratch : Arena {
   std::int32_t* winner = take<std::int32_t>(several ? rows * kPanel : 0);
   std::int32_t* labels = take<std::int32_t>(round_up(lanes, kPanel));
   char* texts = take<char>(copy_bytes(p, rows));
-  // Of deep rows: a step of a panel, its copy, and a group of columns of the strip.
-  float* panel = take<float>(is_deep(p) ? kDepthStep * kPanel : 0);
-  char* images = take<char>(is_deep(p) ? most(copy_bytes(p, kPanel), lanes* row_bytes(is_dot(p), kPanel)) : 0);
-  float* strip_group = take<float>(is_deep(p) ? product_depth(p, lanes) * kPanel : 0);
+  // Of products in steps: of a panel, its copy, and a group of columns of the strip.
+  float* panel = take<float>(in_steps(p) ? kDepthStep * kPanel : 0);
+  char* images = take<char>(in_steps(p) ? most(copy_bytes(p, kPanel), lanes* row_bytes(is_dot(p), kPanel)) : 0);
+  float* strip_group = take<float>(in_steps(p) ? product_depth(p, lanes) * kPanel : 0);
   char* by_text = take<char>(rows * text_stride);
   char* by_image = take<char>(several ? 0 : lanes * image_stride);
   float* groups = take<float>(several ? rows * columns_of(p) : product_depth(p, rows) * kPanel);
@@ -50,16 +50,16 @@ inline i64 part_lanes(const ContrastiveParams& p) {
 }
 // Images `lane` to lane + lanes of a strip, from a whole panel on.
 inline Panel panel_of(const ContrastiveParams& p, const Strip& strip, i64 lane, i64 lanes) {
-  const float* packed = is_deep(p) ? nullptr : strip.panels + lane * p.queries * depth_of(p);
+  const float* packed = in_steps(p) ? nullptr : strip.panels + lane * p.queries * depth_of(p);
   return {packed, strip.first + lane, lanes};
 }
 inline i64 gradient_scratch(const ContrastiveParams& p) {
   return most(GradientScratch{{nullptr}, p}.used, copy_bytes(p, kPanel));
 }
 
-// A strip is packed panel by panel; one of deep rows is not.
+// A strip is packed panel by panel, but for products in steps.
 inline i64 pieces(const ContrastiveParams& p) {
-  return is_deep(p) ? 0 : (strip_lanes(p) + kPanel - 1) / kPanel;
+  return in_steps(p) ? 0 : (strip_lanes(p) + kPanel - 1) / kPanel;
 }
 inline void pack(const ContrastiveParams& p, const Strip& strip, i64 piece, float* panels, char* rows, char* scratch) {
   const i64 lane = piece * kPanel, lanes = least<i64>(kPanel, strip.count - lane);
@@ -260,7 +260,7 @@ template <bool kDot> void text_product(const StripTask& t, const GradientScratch
   const i64 vectors = vectors_of(p, group), columns = p.dim - group * kPanel; // left
   const Operand a{s.by_text, s.text_stride, 4};
   const float* b = (const float*)t.strip.rows + group * over_lanes * kPanel;
-  if (is_deep(p)) {
+  if (in_steps(p)) {
     const Source images = from_column(source_of(p.image, t.strip.first), group * kPanel);
     const Rows some = fetch(images, t.strip.count, columns_of(p, group), is_dot(p), s.images);
     group_columns(p, some, t.strip.count, columns_of(p, group), s.strip_group);
@@ -282,7 +282,7 @@ template <bool kDot> void text_product(const StripTask& t, const GradientScratch
   }
 }
 
-// `whole`: the texts, unless they are deep.
+// `whole`: the texts, unless there are steps.
 template <bool kDot>
 void products(const StripTask& t, const GradientScratch& s, Source texts, Rows whole, i64 row, i64 rows) {
   const ContrastiveParams& p = t.p;
@@ -292,8 +292,8 @@ void products(const StripTask& t, const GradientScratch& s, Source texts, Rows w
     }
     if (p.need_image) {
       const i64 cols = columns_of(p, group);
-      const Rows some = is_deep(p) ? fetch(from_column(texts, group * kPanel), rows, cols, is_dot(p), s.texts)
-                                   : from_group(p, whole, group);
+      const Rows some = in_steps(p) ? fetch(from_column(texts, group * kPanel), rows, cols, is_dot(p), s.texts)
+                                    : from_group(p, whole, group);
       group_columns(p, some, rows, cols, s.groups);
       product<kDot>({s.by_image, s.image_stride, 4}, s.groups, kPanel, t.part + group * part_lanes(p) * kPanel, kPanel,
                     t.strip.count, vectors_of(p, group), product_depth(p, rows), row > t.task.first);

@@ -46,8 +46,15 @@ inline Labels labels_of(const Tensor& image_ids, const Tensor& text_ids, const O
     const i64 count = rows.numel();
     counts.resize(distinct.size());
     to.resize((count + kAlign - 1) / kAlign * kAlign, -1);
+    auto found = distinct.begin();
     for (i64 i = 0; i < count; ++i) {
-      to[i] = static_cast<std::int32_t>(std::lower_bound(distinct.begin(), distinct.end(), ids[i]) - distinct.begin());
+      if (*found < ids[i] && found + 1 != distinct.end()) { // ids often rise
+        ++found;
+      }
+      if (*found != ids[i]) {
+        found = std::lower_bound(distinct.begin(), distinct.end(), ids[i]);
+      }
+      to[i] = static_cast<std::int32_t>(found - distinct.begin());
       ++counts[to[i]];
     }
   };

@@ -11,6 +11,13 @@ inline void target_scores(const ContrastiveParams& p, const Strip& strip, const 
   const GradientScratch s{{scratch}, p};
   for (i64 first = 0; first < strip.count; first += kLanes) { // one vector of images with all of its targets
     const i64 count = least<i64>(kLanes, strip.count - first);
+    if (has_few_rows(p)) {
+      const Vec dots = paired_dots(p, ranks.index + first, strip.first + first, count, s.step());
+      for (i64 i = 0; i < count; ++i) {
+        ranks.best[first + i] = dots[i];
+      }
+      continue;
+    }
     Source items = source_of(p.text, 0);
     items.index = ranks.index + first;
     Panel panel = panel_of(p, strip, first / kPanel * kPanel, count);

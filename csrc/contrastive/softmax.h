@@ -17,27 +17,27 @@ MMK_INLINE void add_sums(float* reference, float* sum, Vec base, Vec more) {
   store(reference, now);
 }
 
-// A tile of logits, and the running sums of its rows and columns.
-struct SoftmaxTile : LogitTile {
+// A tile of logits, and the running sums of its rows and columns. kCount: the vectors that have images.
+template <int kCount> struct SoftmaxTile : LogitTile {
   Sums texts, images; // from the first ones on
   Ranks text_ranks, image_ranks;
 
   // A whole index near the largest logit in base 2, ignoring NaN. Hides the lanes without an image.
   float largest_logit() const {
     const Vec scale = set1(p.high);
-    Vec top[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
+    Vec top[kCount];
+    for (int v = 0; v < kCount; ++v) {
       top[v] = set1(-kInf);
     }
     for (i64 r = 0; r < rows; ++r) {
-      for (i64 i = lanes; i < kPanel; ++i) {
+      for (i64 i = lanes; i < kCount * kLanes; ++i) {
         dots[r * kPanel + i] = p.hidden;
       }
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kCount; ++v) {
         top[v] = max_skip_nan(top[v], load(dots + r * kPanel + v * kLanes) * scale);
       }
     }
-    for (int v = 1; v < kVectors; ++v) {
+    for (int v = 1; v < kCount; ++v) {
       top[0] = max_skip_nan(top[0], top[v]);
     }
     return largest(round_to_whole(top[0]));
@@ -46,10 +46,10 @@ struct SoftmaxTile : LogitTile {
   // Adds all dots that are not hidden to their sums, for label smoothing.
   void add_all(float* of_texts) const {
     const bool hides = p.ignore && may_match();
-    Vec columns[kVectors] = {};
+    Vec columns[kCount] = {};
     for (i64 r = 0; r < rows; ++r) {
       Vec line = zero();
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kCount; ++v) {
         std::uint32_t visible = live(v);
         if (hides) {
           visible &= ~matches(r, v) | diagonal(r, v);
@@ -60,7 +60,7 @@ struct SoftmaxTile : LogitTile {
       }
       of_texts[r] += sum(line);
     }
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kCount; ++v) {
       store(images.all + v * kLanes, load(images.all + v * kLanes) + columns[v]);
     }
   }
@@ -69,7 +69,7 @@ struct SoftmaxTile : LogitTile {
   void add_positives(float* text_positives) const {
     for (i64 r = 0; r < rows; ++r) {
       const std::int32_t label_of_text = label(r);
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kCount; ++v) {
         for (std::uint32_t bits = matches(r, v, label_of_text); bits != 0; bits &= bits - 1) {
           const i64 i = v * kLanes + __builtin_ctz(bits);
           float& x = dots[r * kPanel + i];
@@ -88,7 +88,7 @@ struct SoftmaxTile : LogitTile {
   // Returns false, and adds nothing, where that is not exact.
   bool add_together(float top) const {
     const Vec base = set1(top), small = set1(kSmall);
-    Vec columns[kVectors] = {};
+    Vec columns[kCount] = {};
     float text_sums[kMaxRows];
     bool exact = true;
     for (i64 r = 0; r < rows; r += kLanes) {
@@ -98,7 +98,7 @@ struct SoftmaxTile : LogitTile {
         if (r + n < rows) {
           const float* at = dots + (r + n) * kPanel;
           Vec line = zero();
-          for (int v = 0; v < kVectors; ++v) {
+          for (int v = 0; v < kCount; ++v) {
             const Vec e = power_of(p, load(at + v * kLanes)).over(base);
             columns[v] += e;
             line += e;
@@ -110,13 +110,13 @@ struct SoftmaxTile : LogitTile {
       store(text_sums + r, sums);
       exact = exact && bits_of(sums >= small) == kAllLanes;
     }
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kCount; ++v) {
       exact = exact && (bits_of(columns[v] >= small) & live(v)) == live(v);
     }
     if (!exact) {
       return false;
     }
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kCount; ++v) {
       add_sums(images.reference + v * kLanes, images.sum + v * kLanes, base, columns[v]);
     }
     if (!hard) {
@@ -130,7 +130,7 @@ struct SoftmaxTile : LogitTile {
   // The same with two exponentials a pair, each relative to the largest logit of its row or column.
   void add_apart() const {
     const Vec scale = set1(p.high);
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kCount; ++v) {
       const float* column = dots + v * kLanes;
       Vec top = load(images.reference + v * kLanes), more = zero();
       for (i64 r = 0; r < rows; ++r) {
@@ -145,12 +145,12 @@ struct SoftmaxTile : LogitTile {
     for (i64 r = 0; !hard && r < rows; ++r) {
       const float* line = dots + r * kPanel;
       Vec top = set1(-kInf), more = zero();
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kCount; ++v) {
         top = max_skip_nan(top, round_to_whole(load(line + v * kLanes) * scale));
       }
       const float most_of_row = most(texts.reference[r], largest(top));
       const float base = most_of_row == -kInf ? 0.0f : most_of_row;
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kCount; ++v) {
         more += power_of(p, load(line + v * kLanes)).over(set1(base));
       }
       texts.sum[r] = texts.sum[r] * exp2(set1(texts.reference[r] - base))[0] + sum(more);
@@ -167,7 +167,7 @@ struct SoftmaxTile : LogitTile {
       // Hard texts come after the batch's.
       const std::int32_t index = (std::int32_t)((!hard ? 0 : p.text.count) + row + r);
       std::int32_t count = 0;
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kCount; ++v) {
         const Vec x = load(dots + r * kPanel + v * kLanes) * set1(p.sign), best_of_image = load(best + v * kLanes);
         const std::uint32_t counted = live(v) & ~matches(r, v);
         IVec lower;
@@ -194,7 +194,7 @@ struct SoftmaxTile : LogitTile {
 struct SoftmaxScratch : Arena {
   const ContrastiveParams& p;
   const i64 rows = block_rows(p);
-  float* panel = take<float>(is_deep(p) ? kDepthStep * kPanel : p.queries * depth_of(p) * panel_lanes(p));
+  float* panel = take<float>(in_steps(p) ? kDepthStep * kPanel : p.queries * depth_of(p) * panel_lanes(p));
   float* dots = take<float>(rows * kPanel);
   float* other = take<float>(p.queries > 1 ? rows * kPanel : 0);
   char* copy = take<char>(copy_bytes(p, kPanel));
@@ -208,7 +208,7 @@ template <typename F>
 void each_tile(const ContrastiveParams& p, const Task& task, const SoftmaxScratch& s, const F& f) {
   for (i64 lane = 0; lane < p.image.count; lane += kPanel) {
     const i64 lanes = least<i64>(kPanel, p.image.count - lane);
-    for (i64 query = 0; query < p.queries && !is_deep(p); ++query) {
+    for (i64 query = 0; query < p.queries && !in_steps(p); ++query) {
       float* panel = s.panel + query * depth_of(p) * panel_lanes(p);
       pack_panel(p, source_of(p.image, lane, query), lanes, p.dim, panel_lanes(p), panel, s.copy);
     }
@@ -222,7 +222,7 @@ void each_tile(const ContrastiveParams& p, const Task& task, const SoftmaxScratc
 inline void tile_dots(const LogitTile& tile, const SoftmaxScratch& s, i64 first, i64 count) {
   const ContrastiveParams& p = tile.p;
   const Source source = source_of(texts_of(p, tile.hard), tile.row + first);
-  const Panel panel{is_deep(p) ? nullptr : s.panel, tile.lane, tile.lanes};
+  const Panel panel{in_steps(p) ? nullptr : s.panel, tile.lane, tile.lanes};
   panel_dots(p, source, fetch_whole(p, source, count, s.texts), count, panel, s.dots, s.other, nullptr,
              {s.panel, s.copy, s.texts});
 }
@@ -234,32 +234,43 @@ MMK_INLINE Ranks from(const Ranks& x, i64 n) {
   return x.best == nullptr ? Ranks{} : Ranks{x.best + n, x.index + n, x.before + n};
 }
 
+// Adds a tile, whose dots are computed, to the sums of both directions.
+template <int kCount>
+void add_tile(const LogitTile& logits, const Sums& images, const Ranks& image_ranks, const SoftmaxScratch& s) {
+  const ContrastiveParams& p = logits.p;
+  const bool of_batch = !logits.hard;
+  const SoftmaxTile<kCount> tile{logits, of_batch ? from(p.text_sums, logits.row) : Sums{}, from(images, logits.lane),
+                                 of_batch ? from(p.text_ranks, logits.row) : Ranks{}, from(image_ranks, logits.lane)};
+  const float top = tile.largest_logit();
+  if (images.all != nullptr) {
+    if (of_batch) {
+      tile.add_all(tile.texts.all);
+    } else {
+      std::memset(s.positives, 0, tile.rows * sizeof(float));
+      tile.add_all(s.positives);
+    }
+  }
+  if (image_ranks.best != nullptr) {
+    tile.count_before();
+  }
+  if (tile.may_match()) {
+    tile.add_positives(of_batch ? tile.texts.positives : s.positives);
+  }
+  if (!tile.add_together(top)) {
+    tile.add_apart();
+  }
+}
+
 // The images' arrays are padded to whole panels, the texts' to whole vectors past the end of each task.
 inline void softmax(const ContrastiveParams& p, const Task& task, const Sums& images, const Ranks& image_ranks,
                     char* scratch) {
   const SoftmaxScratch s{{scratch}, p};
-  each_tile(p, task, s, [&](const LogitTile& logits) {
-    tile_dots(logits, s, 0, logits.rows);
-    const bool of_batch = !task.hard;
-    const SoftmaxTile tile{logits, of_batch ? from(p.text_sums, logits.row) : Sums{}, from(images, logits.lane),
-                           of_batch ? from(p.text_ranks, logits.row) : Ranks{}, from(image_ranks, logits.lane)};
-    const float top = tile.largest_logit();
-    if (images.all != nullptr) {
-      if (of_batch) {
-        tile.add_all(tile.texts.all);
-      } else {
-        std::memset(s.positives, 0, tile.rows * sizeof(float));
-        tile.add_all(s.positives);
-      }
-    }
-    if (image_ranks.best != nullptr) {
-      tile.count_before();
-    }
-    if (tile.may_match()) {
-      tile.add_positives(of_batch ? tile.texts.positives : s.positives);
-    }
-    if (!tile.add_together(top)) {
-      tile.add_apart();
+  each_tile(p, task, s, [&](const LogitTile& tile) {
+    tile_dots(tile, s, 0, tile.rows);
+    if (tile.lanes <= kLanes) {
+      add_tile<1>(tile, images, image_ranks, s);
+    } else {
+      add_tile<kVectors>(tile, images, image_ranks, s);
     }
   });
 }
@@ -296,7 +307,7 @@ inline void best_positives(const ContrastiveParams& p, const Task& task, const R
     std::int32_t matching[kMaxRows];
     const i64 count = matching_texts(tile, matching);
     // A single row costs about four times its share of a whole tile, and would pack a deep panel for itself.
-    const bool whole = count * 4 > tile.rows || (is_deep(p) && count > 0);
+    const bool whole = count * 4 > tile.rows || (in_steps(p) && count > 0);
     if (whole) {
       tile_dots(tile, s, 0, tile.rows);
     }

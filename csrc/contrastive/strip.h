@@ -11,6 +11,7 @@ constexpr i64 kMaxLanes = 256;  // images of a strip
 constexpr i64 kMaxRows = 128;   // texts of a block
 constexpr i64 kMaxDepth = 1024; // the depth of rows that are packed as a whole
 constexpr i64 kDepthStep = 512; // the depth that is packed at a time of deeper ones: with a block it fits into a cache
+constexpr i64 kFewRows = kLanes / 2; // with so few images or texts, channels are lanes: images would leave most empty
 
 MMK_INLINE bool is_dot(const ContrastiveParams& p) {
   return uses_dot(p.image.type);
@@ -21,14 +22,17 @@ MMK_INLINE i64 depth_of(const ContrastiveParams& p) {
 inline i64 columns_of(const ContrastiveParams& p) {
   return pad_lanes(p.dim);
 }
-// Whether rows are too deep for the cache: panels are then packed step by step, each time that they are multiplied,
-// which costs little beside the product with the texts of a block.
-MMK_INLINE bool is_deep(const ContrastiveParams& p) {
-  return p.queries == 1 && depth_of(p) > kMaxDepth;
+MMK_INLINE bool has_few_rows(const ContrastiveParams& p) {
+  return p.queries == 1 && depth_of(p) >= kLanes && least(p.image.count, most(p.text.count, p.hard.count)) <= kFewRows;
+}
+// Whether products go over their depth step by step. Rows that are too deep for the cache are packed then, each time
+// that they are multiplied, which costs little beside the product with the texts of a block; few rows are not packed.
+MMK_INLINE bool in_steps(const ContrastiveParams& p) {
+  return has_few_rows(p) || (p.queries == 1 && depth_of(p) > kMaxDepth);
 }
 // Columns that are packed at a time.
 MMK_INLINE i64 step_columns(const ContrastiveParams& p) {
-  return is_deep(p) ? kDepthStep * (is_dot(p) ? 2 : 1) : p.dim;
+  return in_steps(p) ? least(p.dim, kDepthStep * (is_dot(p) ? 2 : 1)) : p.dim;
 }
 // Images of a packed panel, in whole vectors: fewer where there are few.
 MMK_INLINE i64 panel_lanes(const ContrastiveParams& p) {
@@ -41,7 +45,7 @@ inline i64 strip_lanes(const ContrastiveParams& p) {
   return most(panel_lanes(p), least(least(fit, kMaxLanes), all));
 }
 inline i64 block_rows(const ContrastiveParams& p) {
-  if (is_deep(p)) {
+  if (in_steps(p)) {
     return least(kMaxRows, round_up(most(p.text.count, p.hard.count), kLanes));
   }
   const i64 fit = (1 << 18) / (columns_of(p) * 4) / kLanes * kLanes;
@@ -92,15 +96,15 @@ MMK_INLINE i64 product_depth(const ContrastiveParams& p, i64 rows) {
   return is_dot(p) ? (rows + 1) / 2 : rows;
 }
 
-// Panels are [depth, panel_lanes]; deep ones are packed later.
+// Panels are [depth, panel_lanes]; products in steps have none.
 inline i64 panels_bytes(const ContrastiveParams& p) {
-  return is_deep(p) ? 0 : strip_lanes(p) * p.queries * depth_of(p) * 4;
+  return in_steps(p) ? 0 : strip_lanes(p) * p.queries * depth_of(p) * 4;
 }
 // The rows of a strip for products: [groups, images (or pairs of images), kPanel]; with several queries [images,
 // queries, columns] in float32.
 inline i64 rows_bytes(const ContrastiveParams& p) {
   const i64 lanes = strip_lanes(p);
-  if (is_deep(p)) {
+  if (in_steps(p)) {
     return 0;
   }
   if (p.queries > 1) {
@@ -146,9 +150,9 @@ MMK_OUTLINE Rows pack_panel(const ContrastiveParams& p, Source images, i64 count
 MMK_INLINE i64 copy_bytes(const ContrastiveParams& p, i64 rows) {
   return rows * row_bytes(is_dot(p), step_columns(p));
 }
-// The rows of texts as a whole, in the working format; deep ones are fetched step by step.
+// The rows of texts as a whole, in the working format; products in steps fetch theirs.
 MMK_INLINE Rows fetch_whole(const ContrastiveParams& p, Source texts, i64 count, char* to) {
-  return is_deep(p) ? Rows{nullptr, 0} : fetch(texts, count, p.dim, is_dot(p), to);
+  return in_steps(p) ? Rows{nullptr, 0} : fetch(texts, count, p.dim, is_dot(p), to);
 }
 
 // 2^logit as a fraction near 1 times 2^whole: dividing by 2^base, for a whole base, rounds nothing.
@@ -169,12 +173,13 @@ MMK_INLINE Power power_of(const ContrastiveParams& p, Vec dot) {
 
 constexpr i64 kChain = 128; // products that are summed in one float32 chain; longer chains round more than a BLAS does
 
-// Images [first, first + lanes) as the right operand of products. Deep ones are not packed yet: `packed` is null.
+// Images [first, first + lanes) as the right operand of products. Products in steps have not packed them: `packed` is
+// null.
 struct Panel {
   const float* packed;
   i64 first, lanes;
 };
-// Where a step of deep rows is packed and copied.
+// Where a step of rows is packed and copied.
 struct StepScratch {
   float* panel;
   char *images, *texts;
@@ -194,28 +199,127 @@ inline void add_dots(const ContrastiveParams& p, Rows texts, i64 rows, const flo
   }
 }
 
-// Deep rows, step by step.
-inline void deep_dots(const ContrastiveParams& p, Source texts, i64 rows, const Panel& panel, float* tile,
-                      const StepScratch& s) {
-  const i64 vectors = vectors_of_lanes(panel.lanes), step = step_columns(p);
-  const Source images = source_of(p.image, panel.first);
-  for (i64 first = 0; first < p.dim; first += step) {
-    const i64 cols = least(step, p.dim - first);
-    pack_panel(p, from_column(images, first), panel.lanes, cols, vectors * kLanes, s.panel, s.images);
-    const Rows some = fetch(from_column(texts, first), rows, cols, is_dot(p), s.texts);
-    add_dots(p, some, rows, s.panel, vectors * kLanes, vectors, depth_of(is_dot(p), cols), tile, first > 0);
+// Sums of products along kLanes channels at a time, of kTexts x kImages pairs of rows: at [t * kImages + i] that of
+// text t and image i, or at [i] that of text i and image i (kPaired). Each is the same sum in the same order.
+template <bool kDot, int kTexts, int kImages, bool kPaired = false>
+MMK_INLINE Vec channel_dots(const char* const* texts, const char* const* images, i64 depth) {
+  Vec acc[kLanes] = {};
+  const auto add = [&](i64 k, i64 count) {
+    Vec x[kImages];
+#pragma GCC unroll 16
+    for (int i = 0; i < kImages; ++i) {
+      x[i] = load_part(images[i] + k * 4, count);
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < kTexts; ++t) {
+      const Vec y = load_part(texts[t] + k * 4, count);
+      if constexpr (kPaired) {
+        acc[t] = multiply_add<kDot>(y, x[t], acc[t]);
+        continue;
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kImages && !kPaired; ++i) {
+        acc[t * kImages + i] = multiply_add<kDot>(y, x[i], acc[t * kImages + i]);
+      }
+    }
+  };
+  i64 k = 0;
+  for (; k + kLanes <= depth; k += kLanes) {
+    add(k, kLanes);
+  }
+  if (k < depth) {
+    add(k, depth - k);
+  }
+  return sum_each(acc);
+}
+
+// Adds dots of few rows to a tile, kTexts x kImages at a time.
+template <bool kDot, int kTexts, int kImages>
+void add_few_dots(Rows texts, i64 rows, Rows images, i64 lanes, i64 depth, float* tile) {
+  for (i64 r = 0; r < rows; r += kTexts) {
+    const char* text[kTexts];
+    for (int t = 0; t < kTexts; ++t) { // the last row stands for those past the end
+      text[t] = texts.data + least(r + t, rows - 1) * texts.stride;
+    }
+    for (i64 first = 0; first < lanes; first += kImages) {
+      const char* image[kImages];
+      for (int i = 0; i < kImages; ++i) {
+        image[i] = images.data + least(first + i, lanes - 1) * images.stride;
+      }
+      const Vec sums = channel_dots<kDot, kTexts, kImages>(text, image, depth);
+      for (i64 n = 0; n < least<i64>(kTexts, rows - r) * kImages; ++n) {
+        tile[(r + n / kImages) * kPanel + first + n % kImages] += sums[n];
+      }
+    }
+  }
+}
+template <bool kDot> void add_few_dots(Rows texts, i64 rows, Rows images, i64 lanes, i64 depth, float* tile) {
+  multiplied_here() += 2 * rows * lanes * depth * (kDot ? 2 : 1);
+  if (rows == 1 && lanes == 1) {
+    add_few_dots<kDot, 1, 1>(texts, rows, images, lanes, depth, tile);
+  } else if (rows == 1) {
+    add_few_dots<kDot, 1, 4>(texts, rows, images, lanes, depth, tile);
+  } else if (lanes == 1) {
+    add_few_dots<kDot, 4, 1>(texts, rows, images, lanes, depth, tile);
+  } else {
+    add_few_dots<kDot, kLanes / 4, 4>(texts, rows, images, lanes, depth, tile);
   }
 }
 
+// Products step by step.
+inline void step_dots(const ContrastiveParams& p, Source texts, i64 rows, const Panel& panel, float* tile,
+                      const StepScratch& s) {
+  const i64 vectors = vectors_of_lanes(panel.lanes), step = step_columns(p);
+  const Source images = source_of(p.image, panel.first);
+  if (has_few_rows(p)) {
+    std::memset(tile, 0, rows * kPanel * sizeof(float));
+  }
+  for (i64 first = 0; first < p.dim; first += step) {
+    const i64 cols = least(step, p.dim - first), depth = depth_of(is_dot(p), cols);
+    const Rows some = fetch(from_column(texts, first), rows, cols, is_dot(p), s.texts);
+    if (has_few_rows(p)) {
+      const Rows of_images = fetch(from_column(images, first), panel.lanes, cols, is_dot(p), s.images);
+      with_pairs(is_dot(p),
+                 [&](auto pairs) { add_few_dots<pairs()>(some, rows, of_images, panel.lanes, depth, tile); });
+      continue;
+    }
+    pack_panel(p, from_column(images, first), panel.lanes, cols, vectors * kLanes, s.panel, s.images);
+    add_dots(p, some, rows, s.panel, vectors * kLanes, vectors, depth, tile, first > 0);
+  }
+}
+
+// Of each of `count` images, as few, the dot with one text, as `add_few_dots` computes it.
+inline Vec paired_dots(const ContrastiveParams& p, const std::int32_t* texts, i64 first_image, i64 count,
+                       const StepScratch& s) {
+  Vec total = zero();
+  for (i64 first = 0, step = step_columns(p); first < p.dim; first += step) {
+    const i64 cols = least(step, p.dim - first), depth = depth_of(is_dot(p), cols);
+    const Rows images = fetch(from_column(source_of(p.image, first_image), first), count, cols, is_dot(p), s.images);
+    const char *text[kLanes], *image[kLanes];
+    for (i64 i = 0; i < kLanes; ++i) {
+      const i64 n = least(i, count - 1);
+      char* copy = s.texts + n * row_bytes(is_dot(p), step);
+      text[i] = i > n ? text[n] : fetch(from_column(source_of(p.text, texts[n]), first), 1, cols, is_dot(p), copy).data;
+      image[i] = images.data + n * images.stride;
+    }
+    with_pairs(is_dot(p), [&](auto pairs) {
+      total += count == 1 ? channel_dots<pairs(), 1, 1>(text, image, depth)
+                          : channel_dots<pairs(), kLanes, kLanes, true>(text, image, depth);
+    });
+  }
+  multiplied_here() += 2 * count * p.dim;
+  return total;
+}
+
 // Dots [rows, kPanel] of texts with a panel; lanes without an image hold 0 or padding. Of several queries the largest
-// dot, and if `winner` is given, the index of its query. `whole`: the texts, unless they are deep. `other` is a tile of
-// scratch.
+// dot, and if `winner` is given, the index of its query. `whole`: the texts, unless there are steps. `other` is a tile
+// of scratch.
 inline void panel_dots(const ContrastiveParams& p, Source texts, Rows whole, i64 rows, const Panel& panel, float* to,
                        float* other, std::int32_t* winner, const StepScratch& s) {
   const i64 vectors = vectors_of_lanes(panel.lanes), depth = depth_of(p);
   const auto multiply = [&](i64 query, float* tile) {
     if (panel.packed == nullptr) {
-      deep_dots(p, texts, rows, panel, tile, s);
+      step_dots(p, texts, rows, panel, tile, s);
     } else {
       const float* packed = panel.packed + query * depth * panel_lanes(p);
       add_dots(p, whole, rows, packed, panel_lanes(p), vectors, depth, tile, false);

@@ -29,7 +29,7 @@ def candidates(model: Any) -> Iterator[Inputs]:
     names = _arguments(model)
     main = model.main_input_name
     config = model.config
-    text = {"input_ids": tokens(2, LENGTH)} if "input_ids" in names else {}
+    text = {"input_ids": _text(config)} if "input_ids" in names else {}
     target = {}
     if "decoder_input_ids" in names and (config.is_encoder_decoder or main != "input_ids"):
         target = {"decoder_input_ids": tokens(2, LENGTH // 2)}
@@ -44,6 +44,18 @@ def candidates(model: Any) -> Iterator[Inputs]:
                 yield media
                 if text:
                     yield text | media
+
+
+def _text(config: Any) -> Tensor:
+    """Returns text that ends as a tokenizer ends it: some models pool at the end, and at the first place without one.
+
+    [2, LENGTH]
+    """
+    ids = tokens(2, LENGTH)
+    end = _first([config, *(getattr(config, key, None) for key in config.sub_configs)], "eos_token_id", default=None)
+    if isinstance(end, int):
+        ids[:, -1] = end
+    return ids
 
 
 def padded(inputs: Inputs, side: str) -> Inputs:
@@ -63,7 +75,7 @@ def _media(name: str, config: Any) -> Iterator[Tensor]:
     """Yields images or sound in the shapes that models take."""
     parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
     size = _first(parts, "image_size", "img_size", default=32)
-    height, width = (size[-2:] if isinstance(size, list | tuple) else (size, size))
+    height, width = size[-2:] if isinstance(size, list | tuple) else (size, size)
     channels = _first(parts, "num_channels", "in_channels", "in_chans", default=3)
     bins = _first(parts, *_BINS, default=16)
     if name.startswith("pixel_values"):

@@ -29,8 +29,14 @@ SIZES: list[tuple[re.Pattern[str], int]] = [
         (r"^(\w+_)?(head_dim|dim_head|d_kv|head_size|attention_head_size)$", HEAD_DIM),
         (r"^(qk_head_dim|query_pre_attn_scalar)$", HEAD_DIM),
         (r"^(kv|q|o)_lora_rank$", HEAD_DIM),
-        (r"^(\w+_)?(hidden_size|d_model|model_dim|embed_dim|emb_dim|hidden_dim|n_embd|dim|width|out_hidden_size)$", WIDTH),
-        (r"^(\w+_)?(hidden_size_\w+|embedding_size|embedding_dim|word_embed_proj_dim|projection_dim|output_dim)$", WIDTH),
+        (
+            r"^(\w+_)?(hidden_size|d_model|model_dim|embed_dim|emb_dim|hidden_dim|n_embd|dim|width|out_hidden_size)$",
+            WIDTH,
+        ),
+        (
+            r"^(\w+_)?(hidden_size_\w+|embedding_size|embedding_dim|word_embed_proj_dim|projection_dim|output_dim)$",
+            WIDTH,
+        ),
         (r"^(vision_)?output_size$|^(text|encoder|decoder|projector|cross_attention)_(hidden|embed)_\w+$", WIDTH),
         (r"^lru_width$|^proj_dim$|^d_embed$|^bottleneck_dim$|^channels$|^output_channels$", WIDTH),
         (r"^(\w+_)?(intermediate_size\w*|ffn_dim|ffn_hidden_size|mlp_dim|d_ff|d_inner|linear_units|n_inner)$", 96),
@@ -68,7 +74,11 @@ def shrink(config: Config) -> Config:
     """
     config = {name: value for name, value in config.items() if name not in _DERIVED}
     if config and all(re.fullmatch(r"\d+", str(name)) for name in config):  # something for each of some layers
-        return {name: shrink(part) if isinstance(part, dict) else part for name, part in config.items() if int(name) < LAYERS}
+        return {
+            name: shrink(part) if isinstance(part, dict) else part
+            for name, part in config.items()
+            if int(name) < LAYERS
+        }
     counts = {name: count for name, count in config.items() if _is_size(count) and _LAYERS.match(name)}
     kept = _kept_layers(config, set(counts.values()))
     small: Config = {}
@@ -81,7 +91,9 @@ def shrink(config: Config) -> Config:
             small[name] = _list(name, value, kept)
         else:
             small[name] = _number(name, value)
-    if config.get("num_key_value_heads") == config.get("num_attention_heads") and _is_size(small.get("num_key_value_heads")):
+    if config.get("num_key_value_heads") == config.get("num_attention_heads") and _is_size(
+        small.get("num_key_value_heads")
+    ):
         small["num_key_value_heads"] = small["num_attention_heads"]
     if "qk_rope_head_dim" in small and config.get("head_dim") == config["qk_rope_head_dim"]:
         small["head_dim"] = small["qk_rope_head_dim"]

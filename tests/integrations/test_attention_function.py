@@ -62,13 +62,13 @@ LOWER = torch.ones(L, L, dtype=torch.bool).tril()
     [
         (MODULE, None, L, torch.zeros(L, L)),
         (MODULE, True, L, hidden(LOWER)),
-        (CAUSAL, None, L, hidden(LOWER)),
+        (UNKNOWN, True, L, hidden(LOWER)),
         (CAUSAL, False, L, torch.zeros(L, L)),
         # more keys than queries, as in an empty static cache: causal from the first key on
-        (CAUSAL, None, L + 3, hidden(torch.ones(L, L + 3, dtype=torch.bool).tril())),
+        (CAUSAL, True, L + 3, hidden(torch.ones(L, L + 3, dtype=torch.bool).tril())),
     ],
 )
-def test_without_a_mask_the_module_says_whether_it_is_causal(
+def test_without_a_mask_the_call_says_whether_it_is_causal(
     module: Any, is_causal: bool | None, k_len: int, bias: Tensor
 ) -> None:
     query, key, value = inputs(k_len)
@@ -77,13 +77,14 @@ def test_without_a_mask_the_module_says_whether_it_is_causal(
     assert weights is None and out.is_contiguous() and out.shape == (B, L, H, D)
 
 
-def test_without_a_mask_a_module_that_does_not_say_is_refused() -> None:
-    """transformers' "sdpa" takes it for causal, its "eager" for not."""
+@pytest.mark.parametrize("module", [UNKNOWN, CAUSAL])
+def test_without_a_mask_a_module_that_may_be_causal_is_refused(module: Any) -> None:
+    """transformers' "sdpa" takes it for causal, its "eager" for not: BridgeTower's cross-modal layers of images."""
     query, key, value = inputs()
-    with pytest.raises(NotImplementedError, match=r"SimpleNamespace: it passes no mask and has no `is_causal`"):
-        attention(UNKNOWN, query, key, value, None)
-    for is_causal, mask in ((False, None), (None, make_mask(B, L, L))):
-        attention(UNKNOWN, query, key, value, mask, is_causal=is_causal)
+    with pytest.raises(NotImplementedError, match=r"SimpleNamespace: it passes neither a mask nor `is_causal`"):
+        attention(module, query, key, value, None)
+    for is_causal, mask in ((False, None), (True, None), (None, make_mask(B, L, L))):
+        attention(module, query, key, value, mask, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("q_len", [L, L + 5])
@@ -290,7 +291,8 @@ def test_masks_of_a_wrong_kind() -> None:
     with pytest.raises(ValueError, match="must broadcast to"):
         attention(MODULE, query, key, value, torch.zeros(B, H, L, L + 1) - 0.5)
     for batch, q_len, k_len in ((B, L + 1, L), (B, L, L + 2), (B + 1, L, L)):
-        refused = rf"SimpleNamespace: its mask was made for \[{batch}, 1, {q_len}, {k_len}\] and its scores are \[2, 4, 6, 6\]"
+        made, scores = rf"\[{batch}, 1, {q_len}, {k_len}\]", r"\[2, 4, 6, 6\]"
+        refused = rf"SimpleNamespace: its mask was made for {made} and its scores are {scores}"
         with pytest.raises(NotImplementedError, match=refused):
             attention(MODULE, query, key, value, make_mask(batch, q_len, k_len))
 
@@ -298,7 +300,7 @@ def test_masks_of_a_wrong_kind() -> None:
 def test_meta_tensors_have_shapes() -> None:
     query, key, value = (x.to("meta") for x in inputs())
     for mask in (None, make_mask(B, L, L, device="meta"), VISIBLE["holes"].to("meta"), hidden(LOWER).to("meta")):
-        out, weights = attention(CAUSAL, query, key, value, mask, output_attentions=True)
+        out, weights = attention(MODULE, query, key, value, mask, output_attentions=True)
         assert out.shape == (B, L, H, D) and weights is not None and weights.shape == (B, H, L, L)
 
 

@@ -255,7 +255,9 @@ def test_a_model_without_the_interface_is_refused_and_not_misread(name: str, tmp
     config = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64} if name == "bloom" else encoder()
     model = models.build(class_name, config)
     model.save_pretrained(tmp_path)
-    refused = pytest.raises(NotImplementedError, match=rf"is not for .* of transformers.models.{name}: .*use attn_imple")
+    refused = pytest.raises(
+        NotImplementedError, match=rf"is not for .* of transformers.models.{name}: .*use attn_imple"
+    )
     with refused:
         type(model).from_pretrained(tmp_path, attn_implementation="mmkernels")
     with refused:

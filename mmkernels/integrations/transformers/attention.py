@@ -51,7 +51,8 @@ def attention(
     Differentiated by torch.func or in forward mode it is computed by the formula, in the memory that ``"eager"`` takes.
 
     Args:
-        module: the model's attention; if `is_causal` is None, its attribute of that name counts.
+        module: the model's attention; if there is no mask and `is_causal` is None, its attribute ``is_causal`` must be
+            False.
         query: ``[B or 1, Hq, Lq, D]``. key: ``[B or 1, Hkv, Lk, D]``. value: ``[B or 1, Hkv, Lk, Dv]``.
         attention_mask: the result of `make_mask`; or a matrix that the model built, bool (True = visible) or numbers to
             add to the scores; or None: with `is_causal` and more than one query, query i sees the keys 0 to i.
@@ -65,7 +66,7 @@ def attention(
 
     Raises:
         NotImplementedError: the model needs something that `cross_attention` lacks, such as ``softcap``; or its mask
-            was made for other sizes; or there is no mask and nothing says whether the model is causal.
+            was made for other sizes; or there is no mask and the call does not say that it is causal.
         TypeError, ValueError: as `mmkernels.cross_attention`.
     """
     for name, what in _UNSUPPORTED.items():
@@ -111,9 +112,10 @@ def _mask(
     if attention_mask is None:
         return _unmasked(module, query, is_causal), None
     if isinstance(attention_mask, ModelMask):
-        attention_mask = _visible(module, query, k_len, attention_mask)
-        if attention_mask is None or isinstance(attention_mask, SpanMask):
-            return attention_mask, None
+        visible = _visible(module, query, k_len, attention_mask)
+        if not isinstance(visible, Tensor):
+            return visible, None
+        attention_mask = visible
     if not isinstance(attention_mask, Tensor):
         raise TypeError(
             f"attention_mask must be a tensor, None or made for {'mmkernels'!r}, got {type(attention_mask).__name__}; "
@@ -124,17 +126,21 @@ def _mask(
 
 
 def _unmasked(module: torch.nn.Module, query: Tensor, is_causal: bool | None) -> Visible:
-    """Returns what a query sees where the model passes no mask."""
+    """Returns what a query sees where the model passes no mask; `make_mask` always returns one.
+
+    Raises:
+        NotImplementedError: only the module says that it is causal, or nothing does. transformers' "eager" then hides
+            nothing and its "sdpa" the later keys, and models rely on either.
+    """
     q_len = query.shape[2]
-    if q_len == 1 or is_causal is False:
+    if q_len == 1 or is_causal is False or (is_causal is None and getattr(module, "is_causal", None) is False):
         return None
-    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-    if causal is None:
+    if is_causal is None:
         raise NotImplementedError(
-            f'attn_implementation="mmkernels" is not for {type(module).__name__}: it passes no mask and has no '
+            f'attn_implementation="mmkernels" is not for {type(module).__name__}: it passes neither a mask nor '
             f'`is_causal`, which transformers\' "sdpa" reads as causal and "eager" as not; {USE_ANOTHER}'
         )
-    return causal_from(0, q_len, query.device) if causal else None  # keys after the last query are hidden
+    return causal_from(0, q_len, query.device)  # keys after the last query are hidden
 
 
 def _visible(module: torch.nn.Module, query: Tensor, k_len: int, mask: ModelMask) -> Visible:

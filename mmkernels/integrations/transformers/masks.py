@@ -19,6 +19,7 @@ from mmkernels.masks import SpanMask
 from mmkernels.runtime.checks import can_look
 from mmkernels.runtime.eager import transform_active
 
+
 def make_mask(
     batch_size: int,
     q_length: int,
@@ -88,6 +89,7 @@ def make_mask(
             use_vmap=use_vmap,
             device=device,
         )
+        assert matrix is not None  # neither way to leave it out is allowed
         return ModelMask(matrix, matrix.shape, matrix.device)
     if keys is not None:
         spans = _hide(spans, keys)

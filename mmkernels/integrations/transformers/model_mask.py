@@ -32,7 +32,7 @@ _BOOL_ARGUMENT = {
     "masked_fill": (1, "mask"),
     "scaled_dot_product_attention": (3, "attn_mask"),
 }
-"""Operators that take a bool in this place, or read True as visible there: the model must know that the mask is bool."""
+"""Operators that take a bool in this place, or read True as visible: the model must know that the mask is bool."""
 
 _BOOL_ALONE = {"and", "rand", "or", "ror", "invert", "bitwise_and", "bitwise_or", "bitwise_not"}
 """Operators that numbers lack, so that the model must know that the mask is bool."""

@@ -7,9 +7,11 @@ fails by a ``KeyError`` where it looks the name up in its table of classes, or m
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -41,9 +43,7 @@ def guard(model_class: Any) -> None:
         return
 
     @functools.wraps(original)
-    def get_correct_attn_implementation(
-        self: Any, requested_attention: str | None, is_init_check: bool = False
-    ) -> str:
+    def get_correct_attn_implementation(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention == NAME and is_init_check:
             requested_attention = allowed(self)
         return original(self, requested_attention, is_init_check)
@@ -66,10 +66,31 @@ def allowed(model: Any) -> str | None:
         for table in _tables(sys.modules.get(type(model).__module__)):
             table.setdefault(NAME, table.get("sdpa", table["eager"]))  # the model's own; its other parts use ours
         return NAME
-    if not (model.config.sub_configs or model.config.base_config_key):
+    if not _is_part(type(model.config)) and all(map(_is_own, _parts(model.config))):
         raise NotImplementedError(_refusal(own))
     warnings.warn(f"{own} has no attention interface: {type(model).__name__} keeps it as it is", stacklevel=4)
     return None
+
+
+def _is_part(config_class: Any) -> bool:
+    """Returns whether a configuration is written for a part of another model."""
+    package = config_class.__module__.rpartition(".")[0]
+    beside = [module for name, module in sys.modules.items() if name.startswith(f"{package}.configuration_")]
+    wholes = (getattr(thing, "sub_configs", None) or {} for module in beside for thing in vars(module).values())
+    return bool(config_class.base_config_key) or any(config_class in whole.values() for whole in wholes)
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Yields the configurations of all parts of a model, and of theirs."""
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            yield part
+            yield from _parts(part)
+
+
+def _is_own(config: Any) -> bool:
+    return bool(_of_package(type(config).__module__.rpartition(".")[0]))
 
 
 def _refusal(own: str) -> str:
@@ -89,10 +110,12 @@ def _of_class(model_class: type) -> str:
 @cache
 def _of_package(package: str) -> str:
     """Returns the attention class of a package of transformers that has no attention interface, else ""."""
+    if not package.startswith("transformers.models."):
+        return ""
+    with suppress(ImportError):
+        importlib.import_module(f"{package}.modeling_{package.rpartition('.')[2]}")
     modules = [module for name, module in sys.modules.items() if name.startswith(f"{package}.modeling_")]
-    if not package.startswith("transformers.models.") or any(
-        hasattr(module, "ALL_ATTENTION_FUNCTIONS") for module in modules
-    ):
+    if any(hasattr(module, "ALL_ATTENTION_FUNCTIONS") for module in modules):
         return ""
     attention_classes = [
         name

@@ -28,6 +28,7 @@ from mmkernels.integrations.transformers.support_compare import (
 from mmkernels.testing.models import Family, Inputs
 
 YES, NOTHING = "yes", "-"
+BUILT_ONLY = "no: called where the model is built with it, but not where it is set"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _uncalled(row: Support, family: Family, model: Any, inputs: Inputs) -> Suppo
     except NotImplementedError as error:
         return replace(row, refused=f"{own}; built with it: {one_line(error)}")
     if calls.total:
-        return replace(row, forward="no: called where the model is built with it, but not where it is set")
+        return replace(row, forward=BUILT_ONLY)
     for name, expected in one_pass(family, model, inputs).outputs.items():
         if not torch.equal(outputs[name], expected):
             return replace(row, forward=f"no: {name} changes where the model is built with it")

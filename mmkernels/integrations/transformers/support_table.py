@@ -30,7 +30,7 @@ _LEGEND = (
     "modules: attention modules that ran on mmkernels, of all that ran.\n"
     "spans, dense, none, bias: their calls in one forward pass, by mask.\n"
     "forward, gradient: float32 is at most twice as far from float64 as transformers' own attention (sdpa, eager).\n"
-    "loading: from_pretrained and _from_config with attn_implementation=\"mmkernels\" equal set_attn_implementation.\n"
+    'loading: from_pretrained and _from_config with attn_implementation="mmkernels" equal set_attn_implementation.\n'
     "generation: the same tokens as transformers' own attention."
 )
 

@@ -1,4 +1,4 @@
-"""Every model type of transformers on ``"mmkernels"``, small by rule: `check_class` for one, `sweep` for all, guarded."""
+"""Model types of transformers on ``"mmkernels"``, small by rule: `check_class` for one, `sweep` for many, guarded."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel  # imported here, once for all processes
 from transformers.models.auto import modeling_auto
 
-from mmkernels.integrations.transformers.support import NOTHING, YES, Support, check, outcome, quiet
+from mmkernels.integrations.transformers.support import BUILT_ONLY, NOTHING, YES, Support, check, outcome, quiet
 from mmkernels.integrations.transformers.support_compare import Comparison, one_line
 from mmkernels.options import BadInput
 from mmkernels.testing.any_inputs import PADDINGS, can_pad, candidates, padded
@@ -105,6 +105,7 @@ def check_class(model_type: str, name: str) -> Row:
 def family_by_rule(name: str) -> Family:
     """Returns a class with a small configuration; its inputs are found by trying."""
     model_class: type[PreTrainedModel] = getattr(transformers, name)
+    assert model_class.config_class is not None
     config = shrink(model_class.config_class().to_dict()) | {"experts_implementation": "eager"}  # others lack float64
     return Family(name, name, config, dict, only_forward=("decoder_input_ids",))
 
@@ -147,14 +148,19 @@ def _compared(row: Row, compare: Comparison) -> Row:
     support = check(compare.family, compare, ways=())
     if support.refused:
         some = any("Attention" in type(module).__name__ for module in compare.model.modules())
-        note = support.refused if some else ""
+        note = support.refused.partition("; use")[0] if some else ""
         return replace(row, result=REFUSED if some else NO_ATTENTION, note=note)
     cells = {"forward": support.forward, "gradients": support.gradients, "loading": support.loading}
+    remarks = list[str]()
     unpadded = compare.inputs
-    if support.forward == YES:
+    if support.forward == BUILT_ONLY:
+        built = compare.built_with_it()
+        cells |= {"forward": outcome(built.forward), "gradients": outcome(built.gradients)}
+        remarks.append("transformers does not let set_attn_implementation change it: give the name when it is loaded")
+    elif support.forward == YES:
         if can_pad(compare.model, unpadded):
             cells |= {side: _on_padding(compare.on(padded(unpadded, side))) for side in PADDINGS}
-        if isinstance(compare.model, GenerationMixin) and compare.model.can_generate():
+        if isinstance(compare.model, GenerationMixin):
             side = "left" if cells.get("left") == YES else ""
             cells["generation"] = outcome(
                 (compare.on(padded(unpadded, side)) if side else compare).generation, "greedy"
@@ -162,7 +168,7 @@ def _compared(row: Row, compare: Comparison) -> Row:
     notes = [f"{name}: {cell.removeprefix('no: ')}" for name, cell in cells.items() if cell.startswith("no: ")]
     refused = all("NotImplementedError" in note for note in notes)
     result = EQUAL if not notes else REFUSED if refused else DIFFERS
-    return replace(row, result=result, note="; ".join([*notes, *_remarks(support, cells)]), **_short(cells))
+    return replace(row, result=result, note="; ".join([*notes, *remarks, *_remarks(support, cells)]), **_short(cells))
 
 
 def _on_padding(compare: Comparison) -> str:
@@ -214,7 +220,9 @@ class _Running:
             return replace(self.row, note=f"took more than {seconds:.0f} seconds")
         return None
 
-    def stop(self) -> None:
+    def stop(self, patience: float = 0.0) -> None:
+        """Ends the process; `patience`: seconds in which it may end by itself."""
+        self.process.join(patience)
         self.process.kill()
         self.process.join()
         self.results.close()
@@ -257,7 +265,7 @@ def sweep(
                 row = one.ended(seconds)
                 if row is not None:
                     running.remove(one)
-                    one.stop()
+                    one.stop(patience=0.0 if row.result == ENDED else 5.0)
                     yield row
     finally:
         for one in running:

@@ -64,6 +64,10 @@ TASKS = {
     ),
     "wide: shorter strips and blocks": _problem(300, 140, 1100, hard=20),
     "wide queries": _problem(40, 60, 300, queries=5),
+    "deep: packed in steps": _problem(70, 140, 2103, hard=20, ids=30, label_smoothing=0.1, scale=20.0),
+    "deep, ignored": _problem(20, 20, 2103, hard=140, ids=9, same_id="ignore", scale=20.0),
+    "few images in steps": _problem(2, 300, 1101, hard=20, ids=3, scale=20.0),
+    "few texts in steps": _problem(300, 2, 1101, hard=2, ids=3, scale=20.0),
     "queries in several strips": _problem(530, 150, 17, queries=2, ids=40, hard=20, label_smoothing=0.1),
     "one class": _problem(130, 140, 16, ids=1),
     "sharp": _problem(300, 300, 64, scale=100.0),
@@ -138,7 +142,8 @@ def _ranked(seed: int = 0) -> tuple[list[tuple[Inputs, Any]], list[tuple[Inputs,
         if hard:
             inputs["hard_texts"] = _whole(g, hard, dim)
         losses.append((inputs, info_nce(**inputs, return_stats=True, backend="reference")[1]))
-    for n, m, dim in ((300, 530, 11), (1, 1500, 3), (1500, 1, 3), (65, 129, 1), (257, 127, 1100)):
+    shapes = ((300, 530, 11), (1, 1500, 3), (1500, 1, 3), (65, 129, 1), (257, 127, 1100))
+    for n, m, dim in (*shapes, (70, 130, 2103), (2, 300, 701), (300, 2, 701), (1, 1, 33)):
         query, gallery, target = _whole(g, n, dim), _whole(g, m, dim), torch.randint(m, (n,), generator=g)
         inputs = {"query": query, "gallery": gallery, "target": target}
         retrievals.append((inputs, retrieval_ranks(**inputs, backend="reference")))
@@ -189,6 +194,21 @@ def test_again_the_same_bits(id: str, isa: str, dtype: torch.dtype) -> None:
 # Layouts.
 
 
+@each_isa
+@each_dtype
+@pytest.mark.parametrize(("n", "m", "dim"), [(20, 35, 2103), (2, 35, 601)], ids=["deep", "few rows"])
+def test_steps_of_rows_in_any_layout(isa: str, dtype: torch.dtype, n: int, m: int, dim: int) -> None:
+    """Products in steps of channels copy what they can't read in place: the same bits as of whole rows."""
+    inputs = cast(_problem(n, m, dim, hard=5, ids=3), dtype, always_wide=WIDE)
+    with cpu.use_isa(isa):
+        want = _step(inputs, dtype)
+        for view in (lambda x: x.mT.contiguous().mT, lambda x: x.repeat_interleave(2, -1)[:, 1::2]):
+            views = {name: view(x) if x.dim() == 2 else x for name, x in inputs.items() if isinstance(x, Tensor)}
+            assert not views["image"].is_contiguous()
+            for found, true in zip(_step(inputs | views, dtype), want, strict=True):
+                assert torch.equal(found, true)
+
+
 # How much is multiplied, and what it takes of memory.
 
 
@@ -229,8 +249,19 @@ def test_products(isa: str, dtype: torch.dtype) -> None:
         x, y = inputs["image"], inputs["text"]
         ranks = _multiplied(lambda: retrieval_ranks(x, y, torch.arange(n), backend="cpu"))
         assert 2 * n * (m + 1) * dim <= ranks <= 2 * n * (m + 16) * dim  # the targets' own scores come first
+        few = _multiplied(lambda: retrieval_ranks(x[:2], y, torch.arange(2), backend="cpu"))
+        assert few == 2 * 2 * (m + 1) * dim
         ragged = _multiplied(lambda: info_nce(x[:70, :17], y[:70, :17], 3.0, backend="cpu"))
         assert 2 * 70 * 70 * 17 <= ragged <= 2 * 128 * 70 * 18
+
+
+def test_memory_of_few_deep_rows() -> None:
+    """Nothing is padded to the images of a panel, which for 4 rows would take 16 times the features."""
+    x, y = (F.normalize(torch.randn(4, 65_536), dim=1).requires_grad_() for _ in range(2))
+    torch.set_num_threads(1)
+    first = lambda: torch.autograd.grad(info_nce(x[:, :600], y[:, :600], 20.0, backend="cpu"), (x, y))
+    train = lambda: torch.autograd.grad(info_nce(x, y, 20.0, backend="cpu"), (x, y))
+    assert peak_of(train, first) < 2 * x.numel() * 4 + 4e6
 
 
 @pytest.mark.slow

@@ -1,0 +1,80 @@
+"""``mmkernels support --all``: the table of all model types of transformers, ``docs/support.md``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+from mmkernels import machine
+from mmkernels.integrations.transformers.sweep import DIFFERS, RESULTS, Row, model_types, sweep
+from mmkernels.report import console, markdown, plural, prepare_folder, progress_bar, table
+
+COMMAND = "mmkernels support --all --out docs/support.md"
+
+_COLUMNS = ("model type", "class", "result", "forward", "gradient", "left", "right", "loading", "generation", "note")
+_CELLS = (*("model_type", "model", "result", "forward", "gradients", "left", "right", "loading", "generation", "note"),)
+
+_EXPLANATION = """\
+Which models of transformers run on `attn_implementation="mmkernels"`, found by running them: look yours up by the
+`model_type` in its `config.json`. Each model type is tried by one class, the one that generates text if there is one,
+else the base model. Its configuration is made by a rule from the names of its fields (`hidden_size`, ...) and never by
+hand, and all of its parameters are drawn anew. `mmkernels support` has fewer models with sharper checks:
+images among the text, all ways to generate.
+
+- **forward, gradient**: in float32 at most twice as far from the model in float64 as transformers' own attention.
+- **left, right**: the same with padding on this side, at the positions that are not padding.
+- **loading**: `from_pretrained` and `_from_config` with `attn_implementation="mmkernels"` give the same as
+  `set_attn_implementation`.
+- **generation**: the same tokens, greedy, with left padding where the model takes it.
+- `-`: not compared, because the class has no such thing or because transformers' own attention fails there too.
+
+A model of text and images is given text alone where it takes that; in most cases its image encoder has a model type of
+its own. "not built" and "eager fails" say nothing about the model: the rule is too simple for it.
+"""
+
+
+def run_sweep(names: Sequence[str], out: Path) -> bool:
+    """Checks the model types of these names, or all, and writes the table. Returns whether nothing differs.
+
+    Interrupted, it writes the rows that it has.
+
+    Raises:
+        BadInput: there is no such model type, or the file can't be written.
+    """
+    chosen = model_types(names)
+    prepare_folder(out.parent)
+    rows: list[Row] = []
+    try:
+        with progress_bar(len(chosen)) as advance:
+            for row in sweep(chosen, advance):
+                rows.append(row)
+                if row.result == DIFFERS:
+                    advance.result(f"{row.model_type}: {row.note}")
+    finally:
+        out.write_text(page(rows, len(chosen)))
+    counts = Counter(row.result for row in rows)
+    console().print(table([(result, str(counts[result])) for result in RESULTS], ("result", "model types")))
+    console().print(f"written to {out}")
+    return not counts[DIFFERS]
+
+
+def page(rows: Sequence[Row], wanted: int) -> str:
+    """Returns the page in Markdown. `wanted`: how many rows there would be if it had not been interrupted."""
+    versions = machine.versions()
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("mmkernels", "torch", "transformers"))
+    counts = Counter(row.result for row in rows)
+    found = [(result, str(counts[result]), meaning) for result, meaning in RESULTS.items()]
+    cells = [[getattr(row, name) for name in _CELLS] for row in sorted(rows, key=lambda row: row.model_type)]
+    interrupted = f"\nInterrupted after {len(rows)} of {plural(wanted, 'model type')}.\n" if len(rows) < wanted else ""
+    return "\n".join(
+        (
+            "# Models of transformers\n",
+            f"<!-- Written by `{COMMAND}`; do not edit. -->\n",
+            _EXPLANATION,
+            f"Found on {date.today():%Y-%m-%d} with {packages} by `{COMMAND}`.\n{interrupted}",
+            markdown(found, ("result", "model types", "what it means")),
+            markdown(cells, _COLUMNS),
+        )
+    )
