@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mmkernels.integrations.transformers.counts import active
-from mmkernels.integrations.transformers.formula import attention_formula
 from mmkernels.integrations.transformers.masks import causal_from
 from mmkernels.integrations.transformers.matrices import read_matrix
 from mmkernels.integrations.transformers.model_mask import USE_ANOTHER, ModelMask, Visible
@@ -17,7 +16,6 @@ from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_weights import attention_weights
 from mmkernels.ops.attention.cross_attention import cross_attention
 from mmkernels.ops.attention.formula import probabilities
-from mmkernels.runtime.eager import differentiated_by_transform
 
 _UNSUPPORTED = {
     "softcap": "cap on the scores",
@@ -48,7 +46,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention for ``AttentionInterface``.
 
-    Differentiated by torch.func or in forward mode it is computed by the formula, in the memory that ``"eager"`` takes.
+    Under torch.func or in forward mode, as `mmkernels.cross_attention`.
 
     Args:
         module: the model's attention; if there is no mask and `is_causal` is None, its attribute ``is_causal`` must be
@@ -83,9 +81,6 @@ def attention(
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
         bias = bias.to(query.dtype)
     _count(mask, bias)
-    if not torch.compiler.is_compiling() and differentiated_by_transform((query, key, value, bias)):
-        out, weights = attention_formula(query, key, value, mask, bias, s_aux, scaling, dropout)
-        return out, (weights if _weights_requested(output_attentions) else None)
     if s_aux is None:
         out, sink = cross_attention(query, key, value, mask, bias=bias, scale=scaling, dropout_p=dropout), None
     else:
