@@ -65,6 +65,16 @@ def test_the_commands_of_a_page_exist(page: Path) -> None:
         check_command(words)
 
 
+def test_each_line_of_troubleshooting_names_a_test() -> None:
+    page = (ROOT / "docs" / "guide" / "troubleshooting.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| what you see")]
+    assert lines
+    for line in lines:
+        named = re.search(r"\| `(tests/\S+\.py)::(test_\w+)` \|$", line)
+        assert named, line
+        assert re.search(rf"^ *def {named[2]}\(", (ROOT / named[1]).read_text(), re.MULTILINE), named[0]
+
+
 @pytest.mark.parametrize(
     "line",
     [
