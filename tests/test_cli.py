@@ -146,6 +146,11 @@ def test_files_that_stand_where_results_go(mmkernels, tmp_path: Path) -> None:
     assert ended.code == 2 and ended.err.endswith("in which profile.json is a folder\n")
 
 
+def test_an_option_s_path_may_begin_with_the_home_folder() -> None:
+    """A shell leaves the ~ in ``--out=~/x``."""
+    assert cli._path("~/x") == Path.home() / "x" and cli._path(cli.PROFILE_OUT) == cli.PROFILE_OUT
+
+
 def test_doctor_counts_threads(mmkernels, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = machine.describe_machine()
     for threads, words in ((1, ", 1 thread\n"), (2, ", 2 threads\n")):

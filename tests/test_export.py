@@ -317,35 +317,39 @@ def served(program: Any, case: Case) -> None:
             torch.testing.assert_close(program(*inputs), case(*inputs))
 
 
-@pytest.mark.parametrize("trace", [True, False])
-def test_a_program_refuses_another_number_of_images(trace: bool) -> None:
-    """The places of images are Python numbers, so that a program has those of the example."""
-    case = CASES["Flamingo, resampler: labels"]
-    ids, pixels = case.inputs(*EXAMPLE)
-    program: Any
+def exported(case: Case) -> Any:
+    with torch.no_grad():
+        return torch.export.export(case, case.inputs(*EXAMPLE), dynamic_shapes=(case.sizes,)).module()
+
+
+def traced(case: Case) -> Any:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        if trace:
-            program = torch.jit.trace(case, (ids, pixels), check_trace=False)
-        else:
-            program = torch.export.export(case, (ids, pixels), dynamic_shapes=(case.sizes,)).module()
-    program(ids, pixels)
-    with pytest.raises(Exception, match=r"shape|size|Guard"):
-        program(ids, torch.cat([pixels, pixels], dim=1))
+        return torch.jit.trace(case, case.inputs(*EXAMPLE), check_trace=False)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_exported(name: str) -> None:
-    case = CASES[name]
-    with torch.no_grad():
-        program = torch.export.export(case, case.inputs(*EXAMPLE), dynamic_shapes=(case.sizes,))
-    served(program.module(), case)
+    served(exported(CASES[name]), CASES[name])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_traced(name: str) -> None:
-    case = CASES[name]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        program = torch.jit.trace(case, case.inputs(*EXAMPLE), check_trace=False)
-    served(program, case)
+    served(traced(CASES[name]), CASES[name])
+
+
+@pytest.mark.parametrize("name", ["CrossAttention: dense", "ops: contrastive", "ClipLoss", "SigLipLoss"])
+def test_traced_with_the_naive_formulas(name: str) -> None:
+    with mmkernels.use_backend("reference"):
+        served(traced(CASES[name]), CASES[name])
+
+
+@pytest.mark.parametrize("program", [exported, traced])
+def test_a_program_refuses_another_number_of_images(program: Any) -> None:
+    """The places of images are Python numbers, so that a program has those of the example."""
+    case = CASES["Flamingo, resampler: labels"]
+    ids, pixels = case.inputs(*EXAMPLE)
+    made = program(case)
+    made(ids, pixels)
+    with pytest.raises(Exception, match=r"shape|size|Guard"):
+        made(ids, torch.cat([pixels, pixels], dim=1))

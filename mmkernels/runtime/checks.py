@@ -127,6 +127,11 @@ def is_traced() -> bool:
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
+def in_graph() -> bool:
+    """Whether a graph is recorded now: by `torch.compile`, `torch.export` or `torch.jit.trace`."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 def requires_grad(x: Tensor) -> bool:
     """Whether autograd records what is done with x, at any level of ``torch.func``'s transforms."""
     if not torch.compiler.is_compiling():

@@ -14,6 +14,8 @@ import transformers
 from checkpoints import configure, load, refused
 from clip_checkpoints import build
 
+from mmkernels.models import CLIP
+
 Copy = Callable[[str], Path]
 SHARDS, FEWER, WHOLE = "10KB", "60KB", "1GB"
 
@@ -67,9 +69,18 @@ def test_links_as_in_the_hubs_cache(tmp_path: Path, size: str) -> None:
         blob = path.rename(blobs / f"{number:040}")
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", blob.name))
     same_as_theirs(snapshot)
+    refused(tmp_path, rf"a snapshot in the hub's cache, such as \['{snapshot}'\], got {tmp_path}", FileNotFoundError)
     lost = next(path for path in snapshot.glob("*.safetensors"))
     lost.resolve().unlink()
     refused(snapshot, f"a link to a missing file.* {re.escape(str(lost))} -> ../../blobs/", FileNotFoundError)
+
+
+def test_paths_as_users_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "model")
+    assert torch.equal(CLIP.from_pretrained("~/model").logit_scale, load(tmp_path / "model").logit_scale)
+    with pytest.raises(FileNotFoundError, match=r"openai/clip, which is no folder; .*snapshot_download"):
+        CLIP.from_pretrained("openai/clip")
 
 
 @pytest.mark.parametrize("name", ["more.safetensors", "more.safetensors.index.json"])

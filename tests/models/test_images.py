@@ -46,6 +46,12 @@ def test_files_that_are_not_images(tmp_path: Path, content: bytes) -> None:
         load_image(path)
 
 
+def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    picture().save(tmp_path / "photo.png")
+    assert load_image("~/photo.png").size == (70, 50)
+
+
 def test_missing_images(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"got no such file: .*gone.jpg"):
         load_image(tmp_path / "gone.jpg")

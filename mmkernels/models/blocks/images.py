@@ -42,7 +42,7 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise ImportError("reading images needs Pillow: pip install mmkernels[models]") from error
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         raise ImageError(f"{path}: must be an image, got a folder")
     if not path.exists():

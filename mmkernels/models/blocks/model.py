@@ -98,9 +98,13 @@ class Model(nn.Module):
                 expected and what was found.
         """
         _check_dtype(dtype)
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if not folder.is_dir():
-            raise FileNotFoundError(f"folder must be a checkpoint's folder, got {folder}, which is no folder")
+            hint = "a model of the hub is downloaded by huggingface_hub.snapshot_download, which returns its folder"
+            raise FileNotFoundError(f"folder must be a checkpoint's folder, got {folder}, which is no folder; {hint}")
+        if (folder / "snapshots").is_dir() and not (folder / "config.json").exists():
+            inner = sorted(str(path) for path in (folder / "snapshots").iterdir())
+            raise FileNotFoundError(f"folder must be a snapshot in the hub's cache, such as {inner[:2]}, got {folder}")
         path = existing(folder / "config.json")
         values = read_json(path)
         config = cls._read_config(values, path)

@@ -13,7 +13,7 @@ from mmkernels.ops.attention.cross_attention.spec import Arguments, Results, ref
 from mmkernels.ops.attention.inputs import prepare
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_number, check_tensor
+from mmkernels.runtime.checks import check_number, check_tensor, in_graph
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -131,7 +131,7 @@ def cross_attention(
         dropout_p=dropout_p,
     )
     backend = resolve(backend)
-    if backend == "reference" and not torch.compiler.is_compiling():
+    if backend == "reference" and not in_graph():
         out, lse = reference(args, need_lse=return_lse)
     else:
         out, lse = OP(args, backend)

@@ -27,7 +27,7 @@ from mmkernels.ops.contrastive.inputs import (
     check_scalar,
 )
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import autocast, check_number
+from mmkernels.runtime.checks import autocast, check_number, in_graph
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -173,7 +173,7 @@ def info_nce(
         stats=return_stats,
     )
     backend = resolve(backend)
-    if backend == "reference" and not torch.compiler.is_compiling():
+    if backend == "reference" and not in_graph():
         naive = with_reduction(partial(reference, need_states=return_stats or image_ids is not None))
         with torch._C._DisableAutocast():  # the features have been cast
             results = Results._make(naive(args))

@@ -13,7 +13,7 @@ from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_sc
 from mmkernels.ops.contrastive.sigmoid_contrastive import chunked
 from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, Results, formula, kept_dtype, reference
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import autocast, requires_grad
+from mmkernels.runtime.checks import autocast, in_graph, requires_grad
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -89,7 +89,7 @@ def sigmoid_contrastive(
         keep_logit_bias=recording and requires_grad(logit_bias),
     )
     backend = resolve(backend)
-    if backend == "reference" and not torch.compiler.is_compiling():
+    if backend == "reference" and not in_graph():
         with torch._C._DisableAutocast():  # the features have been cast
             return formula(args)
     loss: Tensor
