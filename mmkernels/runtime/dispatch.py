@@ -171,6 +171,10 @@ class Op:
         inputs = self.layout.record._make(values[:-1])
         if eager.stubbed():
             return _map_tensors(Tensor.zero_, self.fake(inputs))
+        if self.recorded is not None and eager.has_tangent(self.layout.take_tensors(inputs)):
+            raise NotImplementedError(
+                f"{self.name} in a graph has no derivative in forward mode; compile the function within the dual level"
+            )
         with torch._C._DisableAutocast():  # the public function has cast what is to be cast
             return self.choose(values[-1], inputs).run(inputs)
 
