@@ -211,10 +211,11 @@ class VisualCache:
             raise ValueError(f"lengths must be positive, got {lengths}")
         if self.max_tokens is not None and max(lengths, default=0) > self.max_tokens:
             raise ValueError(f"max_tokens must hold the largest image, of {max(lengths)} tokens, got {self.max_tokens}")
-        batch = self.batch_size or key_values[0][0].shape[0]
+        batch = self.batch_size
         for layer, (key, value) in enumerate(key_values):
             for name, x in (("key", key), ("value", value)):
                 check_tensor(f"{name} of layer {layer}", x)
+                batch = batch or len(x)
                 if x.dim() != 4 or x.shape[0] != batch or x.shape[2] != sum(lengths):
                     raise ValueError(
                         f"{name} of layer {layer} must be [{batch}, H, {sum(lengths)}, D], got shape {tuple(x.shape)}"

@@ -20,7 +20,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.testing._internal.two_tensor import TwoTensor
 
 from mmkernels import SpanMask, cross_attention
-from mmkernels.nn import CrossAttention
+from mmkernels.nn import CrossAttention, VisualCache
 from mmkernels.spec import Case, OpSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # several of these kinds are prototypes, and say so
@@ -184,6 +184,8 @@ def test_masks_and_modules_refuse_by_name_too() -> None:
         ("dense", rows[None], SpanMask.from_dense),
         ("media_index", lengths[None], lambda x: SpanMask.media(x, 3)),
         ("media_offsets", lengths, lambda x: SpanMask.media(lengths[None], media_offsets=x)),
+        ("key of layer 0", torch.ones(1, 2, 3, 4), lambda x: VisualCache(1).append([(x, x)], [3])),
+        ("image_ids", lengths[None], VisualCache(1).mask),
         ("context", torch.randn(2, 3, 8), lambda x: CrossAttention(8, num_heads=2)(torch.randn(2, 3, 8), x)),
     ]
     for name, x, make in makers:
