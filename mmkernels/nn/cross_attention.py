@@ -121,7 +121,7 @@ class CrossAttention(nn.Module):
         bias: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Tensor:
-        """Returns ``[B, Lq, dim]``, in the dtype of `x`.
+        """Returns ``[B, Lq, dim]``, in the dtype of `x`, or under autocast in the autocast dtype.
 
         Args:
             x: ``[B, Lq, dim]``.

@@ -11,7 +11,7 @@ from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_positive
 from mmkernels.nn.cross_attention import KeyValue
 from mmkernels.nn.token_buffer import TokenBuffer
-from mmkernels.runtime.checks import check_range, is_traced
+from mmkernels.runtime.checks import check_range, check_tensor, is_traced
 
 _Sizes = tuple[int, int, int, torch.dtype, torch.device]
 """Batch, heads, head width, dtype and device."""
@@ -180,6 +180,7 @@ class VisualCache:
         Args:
             image_ids: the id of the image of each token, integers ``[B, Lq]``; -1: none.
         """
+        check_tensor("image_ids", image_ids)
         if image_ids.is_floating_point() or image_ids.dtype == torch.bool:
             raise TypeError(f"image_ids must be integers, got {image_ids.dtype}")
         check_range("image_ids", image_ids, -1, self._next_id - 1, note=" (none)")
@@ -192,6 +193,7 @@ class VisualCache:
         Args:
             images: which images it sees, bool ``[B, Lq, next_id]``.
         """
+        check_tensor("images", images)
         if images.dtype != torch.bool:
             raise TypeError(f"images must be bool, got {images.dtype}")
         if images.shape[-1] != self._next_id:
@@ -214,9 +216,11 @@ class VisualCache:
             raise ValueError(f"lengths must be positive, got {lengths}")
         if self.max_tokens is not None and max(lengths, default=0) > self.max_tokens:
             raise ValueError(f"max_tokens must hold the largest image, of {max(lengths)} tokens, got {self.max_tokens}")
-        batch = self.batch_size or key_values[0][0].shape[0]
+        batch = self.batch_size
         for layer, (key, value) in enumerate(key_values):
             for name, x in (("key", key), ("value", value)):
+                check_tensor(f"{name} of layer {layer}", x)
+                batch = batch or len(x)
                 if x.dim() != 4 or x.shape[0] != batch or x.shape[2] != sum(lengths):
                     raise ValueError(
                         f"{name} of layer {layer} must be [{batch}, H, {sum(lengths)}, D], got shape {tuple(x.shape)}"

@@ -151,6 +151,8 @@ def as_float(name: str, x: object, must: str) -> float:
     """
     if type(x) is float:
         return x
+    if isinstance(x, Tensor) and x.dim() == 0 and torch._C._get_tracing_state() is not None:
+        return float(x)  # `torch.jit.trace` makes tensors of sizes and of what is computed from them
     if isinstance(x, bool) or not isinstance(x, _NUMBERS):
         raise TypeError(f"{name} must be {must}, got {type(x).__name__}")
     if isinstance(x, int) and abs(x) >= 2**1023:

@@ -171,6 +171,10 @@ class Op:
         inputs = self.layout.record._make(values[:-1])
         if eager.stubbed():
             return _map_tensors(Tensor.zero_, self.fake(inputs))
+        if self.recorded is not None and eager.has_tangent(self.layout.take_tensors(inputs)):
+            raise NotImplementedError(
+                f"{self.name} in a graph has no derivative in forward mode; compile the function within the dual level"
+            )
         with torch._C._DisableAutocast():  # the public function has cast what is to be cast
             return self.choose(values[-1], inputs).run(inputs)
 
@@ -244,18 +248,14 @@ def define(
     results, wide = len(given.fields), layout.with_tensors_for_numbers()
     link = symbolic_link = None
     if gradient is not None:
-        link, symbolic_link = (_link(name, each, given, gradient) for each in (layout, wide))
-    if link is not None and symbolic_link is not None and gradient is not None and gradient.backends:
-        link.run = backward = Op(
-            f"{name}_backward",
-            link.record,
-            len(layout.differentiable),
-            gradient.backends,
-            link.fake,
-            SecondLink(link),
-            falls_back=True,
-        )
-        symbolic_link.run = Symbolic(backward, len(layout.differentiable), None) if layout.numbers else None
+        link = _link(name, layout, given, gradient)
+        symbolic_link = _link(name, wide, given, gradient)
+        if gradient.backends:
+            count = len(layout.differentiable)
+            second = SecondLink(link)
+            run = Op(f"{name}_backward", link.record, count, gradient.backends, link.fake, second, falls_back=True)
+            link.run = run
+            symbolic_link.run = Symbolic(run, count, None) if layout.numbers else None
     op = Op(name, layout, results, backends, fake, link)
     op.symbolic = Symbolic(op, results, symbolic_link) if layout.numbers else None
     return op

@@ -73,7 +73,9 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
         NotImplementedError: a backend is forced for a call that is differentiated in forward mode.
     """
     if torch.compiler.is_compiling():
-        return _naive(op, inputs, backend) if op.transformed and _transform() else _cross(op, inputs, backend)
+        if op.transformed is not None and _is_traced_in_a_transform():
+            return _naive(op, inputs, backend)
+        return _cross(op, inputs, backend)
     tensors = op.layout.take_tensors(inputs)
     wanted = None if _stubbed or transform_active() else _gradient_wanted(tensors)
     if wanted is False:
@@ -82,7 +84,7 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
         return op.recorded(*inputs, backend)
     if op.transformed is not None:
         transform = _transform()
-        if transform == "forward" or _has_tangent(tensors):
+        if transform == "forward" or has_tangent(tensors):
             return _naive(op, inputs, backend)
         if transform == "reverse":
             return op.transformed(*inputs, backend)
@@ -219,12 +221,18 @@ def _transform() -> str:
     return "forward" if transforms.Jvp in kinds else "reverse" if transforms.Grad in kinds else ""
 
 
+def _is_traced_in_a_transform() -> bool:
+    """Returns whether the graph that is being traced differentiates its calls by ``torch.func`` or in forward mode."""
+    return _transform() != "" or forward_ad._current_level >= 0
+
+
 # TorchDynamo, which enters the transforms that it traces, calls it and takes its result for a constant of the graph.
 # `torch.compiler.assume_constant_result` sets the same, but imports TorchDynamo.
-_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_traced_in_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
+def has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Returns whether a tensor is a dual number of forward mode."""
     if forward_ad._current_level < 0:
         return False
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)

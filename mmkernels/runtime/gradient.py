@@ -88,9 +88,11 @@ class Link:
             if flows[flow] is None:
                 flows = (*flows[:flow], torch.zeros_like(kept[place]), *flows[flow + 1 :])
         needs = self._needs(ctx.needs_input_grad)
-        if self._prepared:
-            needs = tuple(need and others[at] for need, at in zip(needs, self._prepared, strict=True))
-        given = self._run(self._call((*kept, *others, *flows, *needs)), ctx.backend)
+        call = self._call((*kept, *others, *flows, *needs))
+        if not self._prepared or all(others[at] for at, need in zip(self._prepared, needs, strict=True) if need):
+            given = self._run(call, ctx.backend)
+        else:  # the graph was made for calls without this gradient, by a tracer or for `torch.export`
+            given = formula_derivatives(self, call)
         for place, need, grad in zip(self._places, needs, given, strict=True):
             if need:
                 found[place] = grad
@@ -135,6 +137,27 @@ class SecondLink(Link):
         assert self.first.gradient.formula is not None
         given = second_derivatives(self.first, call, self.first.gradient.formula, grads)
         return (*(given.get(name) for name in self.inputs.names), None)
+
+
+def formula_derivatives(link: Link, call: Any) -> list[Tensor | None]:
+    """Returns the gradients of an op's differentiable inputs by the naive formula, None where none is wanted.
+
+    Args:
+        link: of the op.
+        call: the record of its backward pass.
+    """
+    wanted = [name for name in link.inputs.differentiable if getattr(call, f"need_{name}")]
+    flows = [getattr(call, f"grad_{name}") for name in link.outputs.differentiable]
+    formula, again = link.gradient.formula, torch.is_grad_enabled()
+    assert formula is not None
+    with torch._C._DisableAutocast(), torch.enable_grad():
+        nodes = {name: _new_node(getattr(call, name)) for name in wanted}
+        some = [(y, x) for y, x in zip(formula(call._replace(**nodes)), flows, strict=True) if x is not None]
+        grads = torch.autograd.grad(
+            [y for y, _ in some], list(nodes.values()), [x for _, x in some], create_graph=again, allow_unused=True
+        )
+    found = dict(zip(nodes, grads, strict=True))
+    return [found.get(name) for name in link.inputs.differentiable]
 
 
 def second_derivatives(

@@ -1,4 +1,5 @@
-"""What reaches an op besides plain tensors and constants: cotangents in batches, numbers that a graph does not know.
+"""What reaches an op besides plain tensors and constants: cotangents in batches, numbers that a graph does not know,
+gradients that it was not made for.
 
 A new op folder is tested here without a line added.
 """
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from harness import SPECS, call, gradients, leaves_of, reseed, stand_in
-from ops.test_calls import RICHEST, UNSEEDED, _inputs, each_differentiable_backend
+from ops.test_calls import DIFFERENTIABLE, RICHEST, UNSEEDED, _inputs, each_differentiable_backend
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -91,12 +92,12 @@ def _same(spec: OpSpec, inputs: Inputs, ways: tuple[Callable[..., Any], Callable
 
 
 @each_number
-@pytest.mark.parametrize("whole", [False, True], ids=["float", "int"])
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float", "int"])
 def test_a_number_that_changes_is_compiled_twice(spec: OpSpec, name: str, whole: bool) -> None:
     """First as a constant, then as an input of the graph: as the naive formula is."""
     inputs, function = _call_with(spec, name)
     compiled = _compiled(function, None)
-    for number in (0, 1) if whole else (0.1, 0.15, 0.35, 0.8):
+    for number in (0, 1) if whole else (0.1, 0.35, 0.8):
         _same(spec, inputs, (compiled, function), number)
     assert counters["stats"]["unique_graphs"] <= 2
 
@@ -131,3 +132,41 @@ def test_a_number_computed_from_a_shape_is_exported(spec: OpSpec, name: str, str
         found = program.module()(x)
         reseed()
         torch.testing.assert_close(found, Call()(x), equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@each_number
+def test_a_number_that_a_trace_takes_for_a_tensor(spec: OpSpec, name: str) -> None:
+    """``torch.jit.trace`` shows sizes, and what is computed from them, as tensors without a dim."""
+    inputs, function = _call_with(spec, name)
+    inputs = {key: x.detach() if isinstance(x, Tensor) else x for key, x in inputs.items()}
+    call = lambda x: function(1 / x.shape[0], inputs)[0]
+    x = torch.empty(4)
+    results = []
+    for f in (torch.jit.trace(call, (x,), check_trace=False), call):
+        reseed()
+        results.append(f(x))
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
+# Gradients that a graph was not made for.
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("way", ["torch.jit.trace", "torch.export"])
+def test_gradients_through_a_graph_that_was_made_without(spec: OpSpec, way: str) -> None:
+    case, op = UNSEEDED[spec.name], spec.function
+    inputs = _inputs(spec, case, stand_in(spec))
+    function = lambda *some: flatten(op(**inputs | dict(zip(case.grads, some, strict=True))))[0]
+
+    class Call(torch.nn.Module):
+        def forward(self, *some: Tensor) -> Tensor:
+            return function(*some)
+
+    values = tuple(inputs[name] for name in case.grads)
+    made = torch.jit.trace(function, values, check_trace=False) if way == "torch.jit.trace" else None
+    made = made or torch.export.export(Call(), values).module()
+    leaves = [x.clone().requires_grad_() for x in values]
+    found, want = (torch.autograd.grad(f(*leaves).sin().sum(), leaves) for f in (made, function))
+    torch.testing.assert_close(found, want)

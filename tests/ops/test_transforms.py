@@ -6,6 +6,7 @@ A new op folder is tested here without a line added.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from mmkernels.spec import OpSpec
+from mmkernels.spec import OpSpec, flatten
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -115,7 +116,12 @@ def test_forward_mode(spec: OpSpec, transform: str) -> None:
 
 @pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
 @pytest.mark.parametrize(
-    "transform", ["jvp", *(pytest.param(x, marks=pytest.mark.slow) for x in ("grad", "vmap of grad", "grad of vmap"))]
+    "transform",
+    [
+        "jvp",
+        "dual numbers",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("grad", "vmap of grad", "grad of vmap")),
+    ],
 )
 def test_compiled(spec: OpSpec, transform: str) -> None:
     """A boundary that the compiler sees has neither derivative: jvp would drop its share without a word."""
@@ -131,8 +137,24 @@ def test_compiled(spec: OpSpec, transform: str) -> None:
     x = inputs[name]
     direction = torch.randn_like(x)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: function(loss, x, direction), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), want(loss, x, direction))
+    compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    if transform == "dual numbers":  # which are made outside of the graph
+        found = function(compiled(loss), x, direction)
+    else:
+        found = compiled(lambda x: function(loss, x, direction))(x)
+    torch.testing.assert_close(found, want(loss, x, direction))
+
+
+@pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
+def test_dual_numbers_in_a_graph_that_was_made_without_are_refused(spec: OpSpec) -> None:
+    case, op = UNSEEDED[spec.name], spec.function
+    name, inputs = case.grads[0], draw(case)
+    loss = lambda x: flatten(op(**inputs | {name: x}))[0].sum()
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled(inputs[name])
+    with pytest.raises(NotImplementedError, match=rf"^{spec.name} in a graph has no derivative in forward mode"):
+        _dual(compiled, inputs[name], torch.ones_like(inputs[name]))
 
 
 @pytest.mark.parametrize("spec", [x for x in SPECS.values() if x not in DIFFERENTIABLE], ids=lambda spec: spec.name)

@@ -140,7 +140,8 @@ def take_mask_apart(mask: SpanMask | Tensor | None, query: Tensor, k_len: int) -
 def check_scale(scale: float | None, query: Tensor) -> float:
     if scale is None:
         dim = query.shape[3]
-        return 1.0 / math.sqrt(dim) if type(dim) is int else dim**-0.5  # a symbol's square root would be a constant
+        # `math.sqrt` would make a constant of a symbol.
+        return dim**-0.5 if isinstance(dim, torch.SymInt) else 1.0 / math.sqrt(dim)
     return check_number("scale", scale, "a finite number")
 
 

@@ -41,6 +41,8 @@ def attention_received(
         ``[B, Hq, Lk]`` float32 (float64 for float64 inputs). A key that no query sees receives 0; without query_weights
         a head's row sums to the number of queries that see something.
 
+    Under autocast query and key are cast to the autocast dtype; the result stays float32.
+
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape or device.
 

@@ -40,6 +40,8 @@ def attention_weights(
         ``[B, Hq, R, Lk]`` float32 (float64 for float64 inputs), 0 where hidden; a row sums to 1, or to 0 where its
         query sees nothing.
 
+    Under autocast query and key are cast to the autocast dtype; the result stays float32.
+
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape or device.
         IndexError: a row out of range (CPU tensors outside ``torch.compile``; elsewhere PyTorch's own indexing check).

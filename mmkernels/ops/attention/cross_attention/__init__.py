@@ -89,7 +89,8 @@ def cross_attention(
     Returns:
         ``[B, Hq, Lq, Dv]`` in query's dtype, in memory laid out as ``[B, Lq, Hq, Dv]``; with `return_lse` also
         ``[B, Hq, Lq]`` in float32 (float64 for float64 inputs). Both are differentiable with respect to query, key,
-        value, bias and gate. Second derivatives are computed by the reference formula, at its memory cost.
+        value, bias and gate. Second derivatives, and those in forward mode, are computed by the reference formula, at
+        its memory cost.
 
     Under autocast query, key and value are cast to the autocast dtype.
 

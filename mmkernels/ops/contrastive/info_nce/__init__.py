@@ -118,8 +118,8 @@ def info_nce(
     Returns:
         a float32 tensor without a dim (float64 for float64 features); with reduction="none" the pair of ``[N]`` and
         ``[M]``; with `return_stats` the pair of that and the statistics. A row without a positive gives 0 and no
-        gradient. Differentiable by image, text, logit_scale and hard_texts; second derivatives are computed by the
-        reference formula, at its memory cost. NaN among the features
+        gradient. Differentiable by image, text, logit_scale and hard_texts; second derivatives, and those in forward
+        mode, are computed by the reference formula, at its memory cost. NaN among the features
         makes the loss NaN; so does inf, unless all that it gives are logits of -inf: nothing of what is compared.
 
     Under autocast image, text and hard_texts are cast to the autocast dtype.

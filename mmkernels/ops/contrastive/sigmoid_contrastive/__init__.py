@@ -51,9 +51,9 @@ def sigmoid_contrastive(
 
     Returns:
         a float32 tensor without a dim (float64 for float64 features): the sum over all pairs divided by N, the number
-        of images, as in the paper. Differentiable by image, text, logit_scale and logit_bias; second derivatives are
-        computed by the reference formula, at its memory cost. NaN among the features makes the loss NaN, inf makes it
-        NaN or inf, as the logits' signs have it.
+        of images, as in the paper. Differentiable by image, text, logit_scale and logit_bias; second derivatives, and
+        those in forward mode, are computed by the reference formula, at its memory cost. NaN among the features makes
+        the loss NaN, inf makes it NaN or inf, as the logits' signs have it.
 
     Under autocast image and text are cast to the autocast dtype.
 
