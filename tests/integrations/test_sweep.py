@@ -85,7 +85,6 @@ def test_inputs_follow_from_the_names_of_arguments() -> None:
         ("splinter", EQUAL, ""),  # its modules don't say whether they are causal
         ("gemma2", REFUSED, "no cap on the scores"),
         ("git", REFUSED, "applies the attention mask itself (add)"),
-        ("bridgetower", REFUSED, "passes neither a mask nor `is_causal`"),
         ("bloom", REFUSED, "BloomAttention of transformers.models.bloom: it has no attention interface"),
         ("longcat_flash", EQUAL, "does not let set_attn_implementation change it"),
         ("mamba", NO_ATTENTION, ""),
