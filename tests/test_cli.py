@@ -99,6 +99,8 @@ def test_profile_prints_tables_and_writes_json_and_picture(mmkernels, tmp_path: 
         (["support", "llama", "clap"], "family must be one of llama, "),
         (["support", ""], "family must be one of llama, "),
         (["support", "--every"], "--every"),
+        (["support", "--all", "lama"], "model type must be one that transformers "),
+        (["support", "--all", "llama", "--out", "/proc/here/support.md"], "--out /proc/here can't be written to"),
         (["fly"], "fly"),
         (["doctor", "--fast"], "--fast"),
     ],
@@ -184,7 +186,7 @@ def test_support_prints_a_row_for_each_family(mmkernels) -> None:
     assert max(map(len, lines)) <= 120
     rows = {line.split()[0]: line for line in lines if line[1:2].isalpha()}
     assert "greedy, sampled, beam, static, assisted" in rows["llama"] and "[" not in rows["llama"]
-    assert rows["llama"].split()[1:10] == ["2", "of", "2", "2", "0", "0", "0", "yes", "yes"]
+    assert rows["llama"].split()[1:11] == ["2", "of", "2", "2", "0", "0", "0", "yes", "yes", "yes"]
     assert "greedy, sampled, beam, static [1]" in " ".join(rows["blip_2"].split())
     assert "4 of 5" in rows["siglip"] and "0 of 2" in rows["vilt"] and "yes" not in rows["vilt"]
     notes = " ".join(ended.out.split())

@@ -117,9 +117,11 @@ def check_mmkernels(words: list[str]) -> None:
     assert name in known, name
     options = known[name].make_context(name, rest).params
     if name == "support":
+        from mmkernels.integrations.transformers.sweep import model_types
         from mmkernels.testing.families import find
 
-        find(options["families"] or ())
+        known_names = model_types if options["every"] else find
+        known_names(options["families"] or ())
     if name == "bench":
         assert (ROOT / "benchmarks" / f"bench_{options['op']}.py").exists(), options["op"]
         for dtype in (options["dtype"] or "fp32,bf16").split(","):

@@ -32,6 +32,11 @@ def test_footnotes_have_one_number_each() -> None:
     assert notes.lines() == ["[1] a", "[2] b"]
 
 
+def test_a_table_in_markdown_keeps_each_row_on_its_line() -> None:
+    text = report.markdown([["a", "b | c"], ["d\ne", ""]], ["one", "two"])
+    assert text == "| one | two |\n| --- | --- |\n| a | b \\| c |\n| d e |  |\n"
+
+
 def test_texts_stand_on_the_left_and_numbers_on_the_right() -> None:
     console = Console(width=40)
     with console.capture() as printed:

@@ -175,8 +175,8 @@ def test_a_model_with_an_attention_of_its_own_is_equal_to_eager_or_refused(use: 
 
         def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
             x = self.embed(input_ids)
-            inputs = {"inputs_embeds": x, "attention_mask": attention_mask}
-            mask = make(config=self.config, **inputs, **({"cache": None} if make is create_causal_mask else {}))
+            no_cache = (None,) if make is create_causal_mask else ()
+            mask = make(self.config, x, attention_mask, *no_cache)
             query, key, value = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
             scores: Tensor = query @ key.mT
             return apply(scores, mask).softmax(-1) @ value
