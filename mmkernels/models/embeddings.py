@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkernels.models.embeddings_arguments import check_settings, keyed, place_of
+from mmkernels.models.embeddings_damage import EmbeddingCacheError, Repair, repair
 from mmkernels.models.embeddings_keys import content_key, fingerprint, key_bytes
+from mmkernels.models.embeddings_memory import Memory
 from mmkernels.models.embeddings_rows import Encoded, best, converted, top
-from mmkernels.models.embeddings_store import DTYPES, EmbeddingCacheError, Store, one_thread_if_forked
+from mmkernels.models.embeddings_store import Store, one_thread_if_forked
 from mmkernels.nn.checks import check_positive, described
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.runtime.checks import check_range
 
 __all__ = ["EmbeddingCache", "EmbeddingCacheError", "SearchResult", "content_key", "fingerprint"]
-
-_MISSING: Any = object()
 
 
 class SearchResult(NamedTuple):
@@ -104,21 +103,16 @@ class EmbeddingCache:
         verify: bool = True,
         lock_timeout: float = 60.0,
     ) -> None:
-        _check_arguments(folder, model_id, dtype, normalize, lock_timeout)
+        check_settings(folder, model_id, dtype, normalize, lock_timeout)
         check_positive("memory_limit", memory_limit)
         self._settings = {
             **{"folder": folder, "model_id": model_id, "dtype": dtype, "normalize": normalize},
             **{"storage_options": storage_options, "memory_limit": memory_limit},
             **{"verify": verify, "lock_timeout": lock_timeout},
         }
-        self._place = _place(folder)
+        self._place = place_of(folder)
         self._store = Store(self._place, model_id, dtype, normalize, storage_options, verify, lock_timeout)
-        self._memory_limit = memory_limit
-        self._row_of: dict[bytes, int] = {}
-        self._numbers = array("q")  # ascending; where none is missing, 0 to n - 1
-        self._keys: list[bytes] = []  # of these rows
-        self._held = torch.empty(0, 0)  # rows in memory, float32, with room for more
-        self._held_rows = 0
+        self._memory = Memory(self._store, memory_limit)
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -151,10 +145,10 @@ class EmbeddingCache:
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(self._row_of)
+        return len(self._memory)
 
     def __contains__(self, key: str) -> bool:
-        return key_bytes("key", key) in self._row_of
+        return key_bytes("key", key) in self._memory.row_of
 
     def __repr__(self) -> str:
         shape = f"{len(self)} rows of {self.dim}" if len(self) else "empty"
@@ -164,7 +158,7 @@ class EmbeddingCache:
         """Returns the rows ``[n]`` int64 of n keys. ValueError: a key is not in the cache."""
         rows = []
         for key in keys:
-            rows.append(self._row_of.get(key_bytes("keys", key), -1))
+            rows.append(self._memory.row_of.get(key_bytes("keys", key), -1))
             if rows[-1] < 0:
                 raise ValueError(f"keys must be in the cache, got {key}, which is not")
         return torch.tensor(rows, dtype=torch.int64)
@@ -172,8 +166,8 @@ class EmbeddingCache:
     def keys_of(self, rows: Tensor | None = None) -> list[str]:
         """Returns the keys of rows ``[n]`` int64. None: all, in order."""
         if rows is None:
-            return [key.hex() for key in self._keys]
-        return [self._keys[place].hex() for place in self._places("rows", rows).tolist()]
+            return [key.hex() for key in self._memory.keys]
+        return [self._memory.keys[place].hex() for place in self._places("rows", rows).tolist()]
 
     def read(self, rows: Tensor | None = None) -> Tensor:
         """Returns a copy of the embeddings as they are stored, from memory where a search has read them.
@@ -187,13 +181,11 @@ class EmbeddingCache:
         Raises:
             EmbeddingCacheError: rows are missing or damaged.
         """
-        places = self._places("rows", rows) if rows is not None else torch.arange(len(self))
+        places = None if rows is None else self._places("rows", rows)
+        if not len(self):
+            return torch.empty(0, self.dim or 0, dtype=self.dtype)
         with one_thread_if_forked():
-            if self._held_rows == len(self):
-                return self._held[places].to(self.dtype) if len(self) else torch.empty(0, 0, dtype=self.dtype)
-            different, back = places.unique(return_inverse=True)
-            read = self._store.rows(self._number_array()[different.numpy()]).to(self.dtype)
-            return read if len(different) == len(places) and (back[1:] > back[:-1]).all() else read[back]
+            return self._memory.read(places).to(self.dtype, copy=rows is None)
 
     def refresh(self) -> int:
         """Takes the rows that other processes have appended since this cache was opened (`encode` and `add` do so too).
@@ -207,23 +199,8 @@ class EmbeddingCache:
         if not self._store.refresh():
             return 0
         before = len(self)
-        self._take(*self._store.new())
+        self._memory.take(*self._store.new())
         return len(self) - before
-
-    def _take(self, numbers: list[int], keys: list[bytes]) -> list[int]:
-        """Takes new rows of the store. Returns those whose key has a lower row, so that they don't count."""
-        new, doubled = dict(zip(keys, numbers)), []
-        if len(new) < len(keys) or not new.keys().isdisjoint(self._row_of):
-            new = {}
-            for number, key in zip(numbers, keys):
-                if key in self._row_of or key in new:
-                    doubled.append(number)
-                else:
-                    new[key] = number
-        self._row_of.update(new)
-        self._numbers.extend(new.values())
-        self._keys.extend(new)
-        return doubled
 
     # Appending.
 
@@ -266,9 +243,9 @@ class EmbeddingCache:
         batch: dict[bytes, Any] = {}  # not encoded yet
         encoded = Encoded()  # but not stored yet
         try:
-            for item, key in _keyed(items, keys):
+            for item, key in keyed(items, keys):
                 wanted.append(key)
-                if key not in self._row_of and key not in encoded.keys:
+                if key not in self._memory.row_of and key not in encoded.keys:
                     batch.setdefault(key, item)
                 if len(batch) == batch_size:
                     self._encode(encode_fn, batch, encoded)
@@ -276,7 +253,7 @@ class EmbeddingCache:
         finally:
             if encoded.keys:
                 self._append(*encoded.taken())
-        return torch.tensor([self._row_of[key] for key in wanted], dtype=torch.int64)
+        return torch.tensor([self._memory.row_of[key] for key in wanted], dtype=torch.int64)
 
     def add(self, keys: Iterable[str], embeddings: Tensor) -> Tensor:
         """Appends embeddings that were computed elsewhere, in one commit. A key that is in the cache keeps its row.
@@ -292,11 +269,11 @@ class EmbeddingCache:
         rows = self._prepared("embeddings", embeddings, len(names), self.dim)
         first: dict[bytes, int] = {}
         for place, key in enumerate(names):
-            if key not in self._row_of:
+            if key not in self._memory.row_of:
                 first.setdefault(key, place)
         if first:
             self._append(list(first), rows if len(first) == len(rows) else rows[list(first.values())])
-        return torch.tensor([self._row_of[key] for key in names], dtype=torch.int64)
+        return torch.tensor([self._memory.row_of[key] for key in names], dtype=torch.int64)
 
     def _encode(self, encode_fn: Callable[[list[Any]], Tensor], batch: dict[bytes, Any], encoded: Encoded) -> None:
         """Encodes a batch, and stores the encoded rows if they are many or old enough."""
@@ -313,12 +290,12 @@ class EmbeddingCache:
     def _append(self, keys: list[bytes], rows: Tensor) -> None:
         """Stores rows of different keys, but for keys that another process has stored since the last refresh."""
         self.refresh()
-        new = [place for place, key in enumerate(keys) if key not in self._row_of]
+        new = [place for place, key in enumerate(keys) if key not in self._memory.row_of]
         if not new:
             return
         if len(new) < len(keys):
             keys, rows = [keys[place] for place in new], rows[new]
-        doubled = self._take(*self._store.append(keys, rows))
+        doubled = self._memory.take(*self._store.append(keys, rows))
         if doubled:  # another process stored some of them at the same moment; its rows count, as they came first
             self._store.delete(doubled)
         self._store.join_files()
@@ -349,11 +326,11 @@ class EmbeddingCache:
         self._check_some()
         queries, k = self._query(query), min(k, len(self))
         with one_thread_if_forked():
-            scores, places = self._nearest(queries, k, probes) if approximate else best(queries, k, self._blocks)
+            scores, places = self._nearest(queries, k, probes) if approximate else best(queries, k, self._memory.blocks)
         if not (scores.isfinite() | (places < 0)).all():
             raise ValueError("query must be small enough for inner products in float32, got one that is inf or NaN")
-        rows = torch.from_numpy(self._number_array())[places.clamp(min=0)].where(places >= 0, -1)
-        names = [[self._keys[place].hex() if place >= 0 else "" for place in line] for line in places.tolist()]
+        rows = torch.from_numpy(self._memory.numbers())[places.clamp(min=0)].where(places >= 0, -1)
+        names = [[self._memory.keys[place].hex() if place >= 0 else "" for place in line] for line in places.tolist()]
         return SearchResult(scores.to(query.device), rows.to(query.device), names)
 
     def create_index(self, kind: str = "IVF_FLAT", **options: Any) -> None:
@@ -389,7 +366,7 @@ class EmbeddingCache:
             raise ValueError(f"target must be for {len(queries)} queries, got {len(places)}")
         device = query.device
         with one_thread_if_forked(), torch.autocast(device.type, enabled=False):  # float32, also under autocast
-            blocks = [block for _, block in self._blocks()]
+            blocks = [block for _, block in self._memory.blocks()]
             gallery = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
             return retrieval_ranks(queries.to(device), gallery.to(device), places.to(device), backend=backend)
 
@@ -397,7 +374,7 @@ class EmbeddingCache:
         """As `best`, of the rows that the index leads to."""
         self._check_index()
         scores, places = torch.full((len(query), k), -torch.inf), torch.full((len(query), k), -1)
-        numbers = self._number_array()
+        numbers = self._memory.numbers()
         for n, found in enumerate(
             self._store.nearest(query.numpy(), 4 * k, probes)
         ):  # more: their order is the index's
@@ -407,33 +384,24 @@ class EmbeddingCache:
             places[n, : values.shape[1]] = torch.from_numpy(np.searchsorted(numbers, found))[order]
         return scores, places
 
-    # Rows in memory.
+    @staticmethod
+    def repair(folder: str | Path, *, storage_options: dict[str, str] | None = None) -> Repair:
+        """Makes a damaged cache usable: leaves out the rows that can't be read, and keeps all others.
 
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """All rows float32, in parts: the place of the first, and ``[n, d]``. From memory, if they fit."""
-        if 4 * len(self) * (self.dim or 0) <= self._memory_limit:
-            yield 0, self._hold()
-            return
-        step, numbers = self._store.rows_together(), self._number_array()
-        for start in range(0, len(numbers), step):
-            yield start, self._store.rows(numbers[start : start + step])
+        It reads the whole cache. If the newest manifest is damaged, the one before counts: the rows of the last append
+        are lost, or are numbered anew (in a bucket, go back to a version of the object instead). Rows that are left out
+        are encoded again by the next `encode` that meets their content. No other process may append meanwhile.
 
-    def _hold(self) -> Tensor:
-        """All rows ``[N, d]`` float32; those that are new since the last call are read from the store."""
-        count = len(self)
-        if len(self._held) < count:
-            room = torch.empty(max(count, len(self._held) * 5 // 4), self.dim or 0)
-            if self._held_rows:
-                room[: self._held_rows] = self._held[: self._held_rows]
-            self._held = room
-        if self._held_rows < count:
-            new = self._number_array()[self._held_rows :]
-            self._store.rows(new, out=self._held[self._held_rows : count])
-            self._held_rows = count
-        return self._held[:count]
+        Args:
+            folder, storage_options: as in `EmbeddingCache`.
 
-    def _number_array(self) -> np.ndarray:
-        return np.array(self._numbers, dtype=np.int64)
+        Returns:
+            What was left out. Open the cache again afterwards.
+
+        Raises:
+            EmbeddingCacheError: there is no manifest that is whole.
+        """
+        return repair(Store(place_of(folder), None, None, None, storage_options, True, 60.0))
 
     # Checks.
 
@@ -461,14 +429,8 @@ class EmbeddingCache:
         if rows.dim() != 1:
             raise ValueError(f"{name} must be [n], got shape {tuple(rows.shape)}")
         rows = rows.cpu()
-        check_range(name, rows, 0, self._numbers[-1] if self._numbers else -1)
-        if len(self._numbers) == len(self) and self._numbers[-1:] == array("q", [len(self) - 1]):  # none is missing
-            return rows
-        numbers = self._number_array()
-        places = torch.from_numpy(np.searchsorted(numbers, rows.numpy()))
-        if missing := rows[torch.from_numpy(numbers)[places] != rows].tolist():
-            raise ValueError(f"{name} must be rows of the cache, got {missing[0]}, which is not there")
-        return places
+        check_range(name, rows, 0, self._memory.largest())
+        return self._memory.places(name, rows)
 
     def _check_some(self) -> None:
         if not len(self):
@@ -479,41 +441,5 @@ class EmbeddingCache:
             raise TypeError("an index must be of a float32 or float16 cache, got torch.bfloat16, stored as its bits")
 
 
-def _keyed(items: Iterable[Any], keys: Iterable[str] | None) -> Iterator[tuple[Any, bytes]]:
-    if keys is None:
-        for item in items:
-            yield item, bytes.fromhex(content_key(item))
-        return
-    for item, key in itertools.zip_longest(items, keys, fillvalue=_MISSING):
-        if item is _MISSING or key is _MISSING:
-            raise ValueError(f"keys must be as many as items, got {'more' if item is _MISSING else 'fewer'}")
-        yield item, key_bytes("keys", key)
-
-
 def _opened(settings: dict[str, Any]) -> EmbeddingCache:
     return EmbeddingCache(**settings)
-
-
-def _place(folder: str | Path) -> str | Path:
-    """A folder, or the URI of an object store."""
-    if isinstance(folder, str) and "://" in folder:
-        return folder.rstrip("/")
-    return Path(folder).expanduser()
-
-
-def _check_arguments(folder: Any, model_id: Any, dtype: Any, normalize: Any, lock_timeout: Any) -> None:
-    if not isinstance(folder, (str, Path)):
-        raise TypeError(f"folder must be a str or a Path, got {type(folder).__name__}")
-    place = _place(folder)
-    if isinstance(place, Path) and place.exists() and not place.is_dir():
-        raise ValueError(f"folder must be a folder, got {folder}, which is a file")
-    if not isinstance(model_id, str):
-        raise TypeError(f"model_id must be a str, got {type(model_id).__name__}")
-    if not model_id:
-        raise ValueError("model_id must name the model, got an empty str")
-    if dtype is not None and dtype not in DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(str(known) for known in DTYPES)}, got {dtype}")
-    if normalize is not None and not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be True, False or None, got {normalize!r}")
-    if not isinstance(lock_timeout, (int, float)) or not lock_timeout >= 0:
-        raise ValueError(f"lock_timeout must be seconds, 0 or more, got {lock_timeout!r}")

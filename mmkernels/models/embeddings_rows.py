@@ -89,7 +89,7 @@ def best(query: Tensor, k: int, blocks: Callable[[], Iterator[tuple[int, Tensor]
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Returns the k largest of each row of ``[n, m]``, best first, and their columns; of equal ones the first."""
     if scores.shape[1] <= k:
-        return scores.sort(dim=1, descending=True, stable=True)  # type: ignore[return-value]
+        return scores.sort(dim=1, descending=True, stable=True)
     values, columns = scores.topk(k, dim=1)  # of those that equal the last, any
     columns, order = columns.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)

@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkernels.models.embeddings_damage import EmbeddingCacheError, damaged
+
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KEY_BYTES = 32
@@ -34,7 +36,6 @@ KEY_BYTES = 32
 _TABLE, _HEADER, _FORMAT = "embeddings", b"mmkernels", 2
 _COLUMNS = ["key", "vector", "crc"]
 _TAKE_BYTES = 32 * 2**20  # of rows that are read together
-_TAKE_LOST = 1024  # rows of a damaged file that are tried together
 _FILES, _MOST_FILES = 64, 512  # small data files that are joined, see `compact`
 _APPENDS = 8  # after so many commits, of all processes, it is looked at
 _KEPT = timedelta(seconds=10)  # for which files that were joined are left to readers in other processes
@@ -71,10 +72,6 @@ class one_thread_if_forked:
             torch.set_num_threads(self._threads)
 
 
-class EmbeddingCacheError(ValueError):
-    """An embedding cache that is damaged, gone, of another format, or another model's."""
-
-
 class Header(NamedTuple):
     """What a table's schema says of all its rows."""
 
@@ -104,15 +101,15 @@ class Store:
 
     Args:
         place: a folder, or the URI of an object store.
-        dtype, normalized: what the table must hold. None: what it holds; float32 and True where it holds nothing when
-            the first rows are made ready.
+        model_id, dtype, normalized: what the table must hold. None: what it holds; float32 and True where it holds
+            nothing when the first rows are made ready.
         storage_options, verify, lock_timeout: as in `EmbeddingCache`.
     """
 
     def __init__(
         self,
         place: str | Path,
-        model_id: str,
+        model_id: str | None,
         dtype: torch.dtype | None,
         normalized: bool | None,
         storage_options: dict[str, str] | None,
@@ -128,11 +125,17 @@ class Store:
         self._seen = -1  # the largest number that `new` has returned
         self._next: int | None = 0  # the number of the next row, where it is known
         self._pid = os.getpid()
+        self._synced = set(os.listdir(self.folder / "data")) if self.folder and self.folder.is_dir() else set[str]()
         if isinstance(place, Path) and (place / "manifest.json").exists():
             raise EmbeddingCacheError(
                 f"{place}: must be a cache of format {_FORMAT}, got one of format 1 (manifest.json and shards), which "
                 "this version of mmkernels does not read: delete the folder or name another one, and encode again"
             )
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the table's files; None in an object store."""
+        return self.place / f"{_TABLE}.lance" if isinstance(self.place, Path) else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,8 +197,9 @@ class Store:
             metadata = self._call(lambda: self._table.schema.metadata) or {}
             header = Header.from_json(metadata[_HEADER])
         except (EmbeddingCacheError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).removeprefix(f"{self.place}: ")
             raise EmbeddingCacheError(
-                f"{self.place}: can't be opened as a cache, as its newest manifest is damaged or it is none: {error}. "
+                f"{self.place}: can't be opened as a cache, as its newest manifest is damaged or it is none: {reason}. "
                 "EmbeddingCache.repair(folder) goes back to the newest manifest that is whole"
             ) from error
         for name, given, stored in (
@@ -228,7 +232,7 @@ class Store:
                 raise ValueError(
                     f"embeddings must be [n, {self.header.dim}], as in this cache, got {tuple(rows.shape)}"
                 )
-            data, files = self._to_arrow(keys, rows), self._data_files()
+            data = self._to_arrow(keys, rows)
             try:
                 version = self._call(partial(self._create if self._table is None else self._add, data))
                 break
@@ -241,9 +245,11 @@ class Store:
                     ) from error
             time.sleep(random.uniform(0, 0.05))
             self.refresh()  # raises if the folder is gone, or another model's cache is in it by now
-        if isinstance(self.place, Path):
-            _sync(self._folder / "data", self._data_files() - files)
-            _sync(self._folder / "_versions", [f"{2**64 - 1 - version}.manifest"])
+        if self.folder is not None:
+            files = set(os.listdir(self.folder / "data"))
+            _sync(self.folder / "data", files - self._synced)
+            _sync(self.folder / "_versions", [f"{2**64 - 1 - version}.manifest"])
+            self._synced = files
         first, self._next = self._next if version == self._version + 1 else None, None
         if first is not None:  # no other process has committed meanwhile, so there is nothing to read
             self._version, self._next, self._seen = version, first + len(keys), first + len(keys) - 1
@@ -296,15 +302,6 @@ class Store:
             lambda: self._table.create_index(metric="dot", vector_column_name="vector", index_type=kind, **options)
         )
 
-    @property
-    def _folder(self) -> Path:
-        return Path(self.place) / f"{_TABLE}.lance"
-
-    def _data_files(self) -> set[str]:
-        """The names of a folder's data files."""
-        folder = self._folder / "data"
-        return set(os.listdir(folder)) if isinstance(self.place, Path) and folder.is_dir() else set()
-
     def _to_arrow(self, keys: list[bytes], rows: Tensor) -> Any:
         pa = self._arrow
         header = self.header or Header(self.model_id, self.dtype, self.normalized, rows.shape[1], uuid.uuid4().hex)
@@ -333,7 +330,7 @@ class Store:
         try:
             found = self._newest(read)
         except EmbeddingCacheError as error:
-            raise self._damaged(self._all_ids(), error) from error
+            raise damaged(self, self.places()[0], error) from error
         numbers, keys = _numbers(found), _key_bytes(found)
         if not len(numbers):
             return [], []
@@ -349,11 +346,11 @@ class Store:
         for start in range(0, len(ids), step):
             part = ids[start : start + step]
             try:
-                found, rows, _ = self._newest(partial(self._take, part))
+                found, rows = self._newest(partial(self._take, part))
             except EmbeddingCacheError as error:
-                raise self._damaged(part, error) from error
+                raise damaged(self, part, error) from error
             if len(found) < len(part):
-                raise self._damaged(part, "they are missing, or have another checksum")
+                raise damaged(self, part, "they are missing, or have another checksum")
             out[start : start + step] = rows
         return out
 
@@ -371,10 +368,14 @@ class Store:
 
         return [np.sort(self._newest(partial(one, vector))) for vector in query]
 
-    def lost(self) -> np.ndarray:
-        """Returns the numbers of all rows that can't be read, or whose checksum is wrong."""
-        self.refresh()
-        return self._lost(self._all_ids()) if self._table is not None else np.empty(0, np.int64)
+    def whole(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the numbers of those of the rows that are there and have their checksums. Raises where files fail."""
+        return self._call(partial(self._take, numbers))[0]
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the numbers of all rows, and the number of each one's file, as the manifest lists them."""
+        found = self._call(lambda: self._table.search().select(["_rowid", "_rowaddr"]).limit(None).to_arrow())
+        return _numbers(found), (found["_rowaddr"].to_numpy() >> np.uint64(32)).astype(np.int64)
 
     def _newest(self, read: Callable[[], T]) -> T:
         """Reads, and again in the newest version if files of the one that is open are gone, since they were joined."""
@@ -384,8 +385,8 @@ class Store:
             self._call(lambda: self._table.checkout_latest())
             return self._call(read)
 
-    def _take(self, ids: np.ndarray) -> tuple[np.ndarray, Tensor, list[bytes]]:
-        """Returns the numbers, rows and keys of those of the rows that are there and have their checksums, in order."""
+    def _take(self, ids: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Returns the numbers and rows float32 of those of the rows that are there, and have their checksums."""
         assert self.header is not None
         found = self._table.take_row_ids(ids.tolist()).select(_COLUMNS).with_row_id().to_arrow()
         numbers, keys, crc = _numbers(found), _key_bytes(found), found["crc"].to_numpy()
@@ -401,69 +402,7 @@ class Store:
         order = order[whole[order]]
         if len(order) < len(numbers) or (order[1:] < order[:-1]).any():
             numbers, rows = numbers[order], rows[torch.from_numpy(order)]
-        return numbers, rows.float(), [keys[KEY_BYTES * n : KEY_BYTES * (n + 1)] for n in order]
-
-    # Damage.
-
-    def _all_ids(self) -> np.ndarray:
-        return np.sort(_numbers(self._call(lambda: self._table.search().select(["_rowid"]).limit(None).to_arrow())))
-
-    def _damaged(self, ids: np.ndarray, cause: object) -> EmbeddingCacheError:
-        """Returns the error that names those of the rows that are lost."""
-        lost = self._lost(ids)
-        if not len(lost):  # it was not the file that failed
-            return EmbeddingCacheError(str(cause))
-        return EmbeddingCacheError(
-            f"{self.place}: {len(lost)} rows can't be read, rows {_spans(lost)}: {cause}. "
-            "EmbeddingCache.repair(folder) leaves them out and keeps all others"
-        )
-
-    def _lost(self, ids: np.ndarray) -> np.ndarray:
-        """Returns those of the rows that can't be read: file by file, in parts where a file fails, then in halves."""
-        where = self._call(lambda: self._table.search().select(["_rowid", "_rowaddr"]).limit(None).to_arrow())
-        numbers, files = _numbers(where), where["_rowaddr"].to_numpy() >> np.uint64(32)
-        lost = [np.setdiff1d(ids, numbers)]
-        for file in np.unique(files):
-            here = np.intersect1d(numbers[files == file], ids)
-            parts = [here[start : start + _TAKE_LOST] for start in range(0, len(here), _TAKE_LOST)]
-            missing = [self._missing(part) for part in parts]
-            if any(part is not None for part in missing) or len(here) <= _TAKE_LOST:  # not a file that is gone
-                missing = [self._halves(part) if found is None else found for part, found in zip(parts, missing)]
-            lost += [part if found is None else found for part, found in zip(parts, missing)]
-        return np.sort(np.concatenate(lost))
-
-    def _halves(self, ids: np.ndarray) -> np.ndarray:
-        missing = self._missing(ids)
-        if missing is not None:
-            return missing
-        middle = len(ids) // 2
-        return np.concatenate([self._halves(ids[:middle]), self._halves(ids[middle:])]) if middle else ids
-
-    def _missing(self, ids: np.ndarray) -> np.ndarray | None:
-        """Returns those of the rows that are not there or have wrong checksums; None: they can't be read together."""
-        try:
-            return np.setdiff1d(ids, self._call(lambda: self._take(ids))[0])
-        except (EmbeddingCacheError, OSError):
-            return None
-
-
-def set_manifests_aside(store: Store) -> list[str]:
-    """Moves the newest manifests out of a folder until one is whole. Returns their names."""
-    aside: list[str] = []
-    while True:
-        try:
-            store.refresh()
-            if store.header is not None:
-                store._all_ids()
-            return aside
-        except EmbeddingCacheError:
-            folder = store._folder if isinstance(store.place, Path) else None
-            newest = min(folder.glob("_versions/*.manifest"), default=None) if folder else None  # they count down
-            if folder is None or newest is None:
-                raise
-            (folder / "damaged").mkdir(exist_ok=True)
-            newest.rename(folder / "damaged" / newest.name)
-            aside.append(newest.name)
+        return numbers, rows.float()
 
 
 def _import(name: str) -> Any:
@@ -513,10 +452,3 @@ def _key_bytes(found: Any) -> bytes:
         chunk.buffers()[1][KEY_BYTES * chunk.offset : KEY_BYTES * (chunk.offset + len(chunk))].to_pybytes()
         for chunk in found["key"].chunks
     )
-
-
-def _spans(ids: np.ndarray) -> str:
-    """Ascending numbers as a text: 3, 7 to 12."""
-    runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
-    names = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more runs" if len(names) > 20 else "")
