@@ -12,10 +12,11 @@ from torch import Tensor
 
 from mmkernels.models.embeddings_arguments import check_settings, keyed, place_of
 from mmkernels.models.embeddings_damage import EmbeddingCacheError, Repair, repair
+from mmkernels.models.embeddings_forks import one_thread_if_forked
 from mmkernels.models.embeddings_keys import content_key, fingerprint, key_bytes
 from mmkernels.models.embeddings_memory import Memory
 from mmkernels.models.embeddings_rows import Encoded, best, converted, top
-from mmkernels.models.embeddings_store import Store, one_thread_if_forked
+from mmkernels.models.embeddings_store import Store
 from mmkernels.nn.checks import check_positive, described
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.runtime.checks import check_range
@@ -127,7 +128,7 @@ class EmbeddingCache:
 
     @property
     def model_id(self) -> str:
-        return self._store.model_id
+        return str(self._store.model_id)
 
     @property
     def dtype(self) -> torch.dtype:

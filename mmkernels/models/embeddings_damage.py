@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mmkernels.models.embeddings_store import Store
 
+HINT = "latest_version_hint.json"  # LanceDB's note of the newest manifest, beside them
 _PART = 1024  # rows of a damaged file that are tried together
 
 
@@ -28,23 +30,28 @@ class Repair(NamedTuple):
 
 
 def repair(store: Store) -> Repair:
-    """Deletes rows that can't be read from the table, after going back to a manifest that is whole."""
-    manifests: list[str] = []
+    """Goes back to a manifest that is whole, and deletes the rows that can't be read from the table."""
+    aside: list[Path] = []
     while True:
         try:
             store.refresh()
             numbers = store.places()[0] if store.header else np.empty(0, np.int64)
             break
         except EmbeddingCacheError:
-            newest = min(store.folder.glob("_versions/*.manifest"), default=None) if store.folder else None
-            if store.folder is None or newest is None:
+            versions = store.folder / "_versions" if store.folder else Path()
+            if (versions / HINT).exists():  # it may name one that is gone
+                (versions / HINT).unlink()
+                continue
+            newest = min(versions.glob("*.manifest"), default=None)  # the names count down
+            if newest is None:  # none is whole: it is another fault
+                for path in aside:
+                    path.rename(versions / path.name)
                 raise
-            (store.folder / "damaged").mkdir(exist_ok=True)
-            newest.rename(store.folder / "damaged" / newest.name)  # the names count down
-            manifests.append(newest.name)
+            (versions.parent / "damaged").mkdir(exist_ok=True)
+            aside.append(newest.rename(versions.parent / "damaged" / newest.name))
     lost = _lost(store, numbers)
     store.delete(lost.tolist())
-    return Repair(torch.from_numpy(lost), manifests)
+    return Repair(torch.from_numpy(lost), [path.name for path in aside])
 
 
 def damaged(store: Store, numbers: np.ndarray, cause: object) -> EmbeddingCacheError:

@@ -63,24 +63,33 @@ class Memory:
         """Returns the rows float32 at these places; None: all."""
         if self._held == len(self):
             return self._rows[: len(self)] if places is None else self._rows[places]
-        if places is None:
-            return self._store.rows(self.numbers())
-        different, back = places.unique(return_inverse=True)
-        return self._store.rows(self.numbers()[different.numpy()])[back]
+        numbers = self.numbers() if places is None else self.numbers()[places.unique().numpy()]
+        rows = self._stored(numbers, torch.empty(len(numbers), self._dim))
+        return rows if places is None else rows[places.unique(return_inverse=True)[1]]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Gives all rows float32, the place of the first and ``[n, d]``: as one if they fit into memory, where they stay."""
-        dim = self._store.header.dim if self._store.header else 0
-        if 4 * len(self) * dim <= self._limit:
+        """Gives all rows float32, the place of the first and ``[n, d]``: all at once if they fit into memory."""
+        if 4 * len(self) * self._dim <= self._limit:
             if len(self._rows) < len(self):
-                room = torch.empty(max(len(self), len(self._rows) * 5 // 4), dim)
-                room[: self._held] = self._rows[: self._held] if self._held else 0.0
+                room = torch.empty(max(len(self), len(self._rows) * 5 // 4), self._dim)
+                if self._held:
+                    room[: self._held] = self._rows[: self._held]
                 self._rows = room
-            if self._held < len(self):
-                self._store.rows(self.numbers()[self._held :], out=self._rows[self._held : len(self)])
-                self._held = len(self)
+            self._stored(self.numbers()[self._held :], self._rows[self._held : len(self)])
+            self._held = len(self)
             yield 0, self._rows[: len(self)]
             return
         step, numbers = self._store.rows_together(), self.numbers()
         for start in range(0, len(numbers), step):
             yield start, self._store.rows(numbers[start : start + step])
+
+    @property
+    def _dim(self) -> int:
+        return self._store.header.dim if self._store.header else 0
+
+    def _stored(self, numbers: np.ndarray, out: Tensor) -> Tensor:
+        """Reads rows from the store into `out`, and returns it."""
+        step = self._store.rows_together()
+        for start in range(0, len(numbers), step):
+            out[start : start + step] = self._store.rows(numbers[start : start + step])
+        return out

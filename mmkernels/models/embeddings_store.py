@@ -1,8 +1,8 @@
 """The rows of an `EmbeddingCache`: a table of LanceDB, in a folder or a bucket.
 
 LanceDB keeps rows in data files and, for each commit, a manifest that lists them; a commit is one atomic step. What it
-leaves to its users is here: checksums, as it reads damaged bytes as they are; syncing, which it does not do; forks, in
-whose children it can crash; joining small files; and a way back after damage.
+leaves to its users is here: checksums, as it reads damaged bytes as they are; syncing, which it does not do; joining
+small files; and, in files of their own, forks and a way back after damage.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import threading
 import time
 import uuid
 import warnings
@@ -27,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.models.embeddings_damage import EmbeddingCacheError, damaged
+from mmkernels.models.embeddings_damage import HINT, EmbeddingCacheError, damaged
+from mmkernels.models.embeddings_forks import calls_lance
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,40 +36,13 @@ KEY_BYTES = 32
 _TABLE, _HEADER, _FORMAT = "embeddings", b"mmkernels", 2
 _COLUMNS = ["key", "vector", "crc"]
 _TAKE_BYTES = 32 * 2**20  # of rows that are read together
-_FILES, _MOST_FILES = 64, 512  # small data files that are joined, see `compact`
+_FILES, _MOST_FILES = 64, 512  # small data files that are joined, see `join_files`
 _APPENDS = 8  # after so many commits, of all processes, it is looked at
 _KEPT = timedelta(seconds=10)  # for which files that were joined are left to readers in other processes
 _NEW_TABLE = {"new_table_enable_stable_row_ids": "true"}  # rows keep their numbers when files are joined
 _SOURCE_LINE = re.compile(r", /\S+\.rs:\d+:\d+")  # of LanceDB, which its errors name
 _WRITE_ERRORS = re.compile(r"\(os error (\d+)\)")
 _REPEAT = re.compile(r"conflict|not found|already exists", re.IGNORECASE)  # errors of a commit that another overtook
-
-_calls = threading.RLock()
-_forked = False
-
-
-def _in_child() -> None:
-    global _forked
-    _forked = True
-    _calls.release()
-
-
-# A fork waits for calls of LanceDB in other threads: the child of a fork in the middle of one can crash in LanceDB.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_calls.acquire, after_in_parent=_calls.release, after_in_child=_in_child)
-
-
-class one_thread_if_forked:
-    """PyTorch on one thread in a forked child, which has none of OpenMP's threads and would wait for them for good."""
-
-    def __enter__(self) -> None:
-        self._threads = torch.get_num_threads()
-        if _forked and self._threads > 1:
-            torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        if _forked and self._threads > 1:
-            torch.set_num_threads(self._threads)
 
 
 class Header(NamedTuple):
@@ -116,7 +89,7 @@ class Store:
         verify: bool,
         lock_timeout: float,
     ) -> None:
-        self._lancedb, self._arrow = _import("lancedb"), _import("pyarrow")
+        _lancedb()
         self.place, self.model_id, self._options = place, model_id, storage_options or {}
         self._dtype, self._normalized, self._verify, self._timeout = dtype, normalized, verify, lock_timeout
         self.header: Header | None = None
@@ -124,13 +97,19 @@ class Store:
         self._version = self._files_to_join = 0
         self._seen = -1  # the largest number that `new` has returned
         self._next: int | None = 0  # the number of the next row, where it is known
-        self._pid = os.getpid()
         self._synced = set(os.listdir(self.folder / "data")) if self.folder and self.folder.is_dir() else set[str]()
         if isinstance(place, Path) and (place / "manifest.json").exists():
             raise EmbeddingCacheError(
                 f"{place}: must be a cache of format {_FORMAT}, got one of format 1 (manifest.json and shards), which "
                 "this version of mmkernels does not read: delete the folder or name another one, and encode again"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_table"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        vars(self).setdefault("_table", None)
 
     @property
     def folder(self) -> Path | None:
@@ -157,32 +136,44 @@ class Store:
 
     def _call(self, what: Callable[[], T]) -> T:
         """Returns what a function that calls LanceDB returns, and makes its errors OSError or EmbeddingCacheError."""
-        with _calls:
-            try:
-                if self._table is not None and self._pid != os.getpid():  # a table does not cross a fork
-                    self._open()
-                return what()
-            except BaseException as error:  # LanceDB's panics are no Exceptions
-                if isinstance(error, (EmbeddingCacheError, KeyboardInterrupt, SystemExit)):
-                    raise
-                text = _SOURCE_LINE.sub("", str(error))
-                if number := _WRITE_ERRORS.search(text):
-                    raise OSError(int(number[1]), f"{self.place}: {text}") from error
-                raise EmbeddingCacheError(f"{self.place}: {text or type(error).__name__}") from error
+        try:
+            if self._table is None and self.header is not None:  # after a pickle
+                self._open()
+            return what()
+        except BaseException as error:  # LanceDB's panics are no Exceptions
+            if isinstance(error, (EmbeddingCacheError, KeyboardInterrupt, SystemExit)):
+                raise
+            text = _SOURCE_LINE.sub("", str(error))
+            if number := _WRITE_ERRORS.search(text):
+                raise OSError(int(number[1]), f"{self.place}: {text}") from error
+            raise EmbeddingCacheError(f"{self.place}: {text or type(error).__name__}") from error
 
     def _connect(self) -> Any:
-        return self._lancedb.connect(str(self.place), storage_options=self._options or None)
+        return _lancedb().connect(str(self.place), storage_options=self._options or None)
 
     def _open(self) -> None:
-        self._pid, self._table = os.getpid(), None
+        self._table = None
         if isinstance(self.place, Path) and not self.place.is_dir():
             return
+        hint = self._hinted()  # before the table is opened, as another process may commit meanwhile
         try:
             self._table = self._connect().open_table(_TABLE)
         except ValueError as error:
             if "not found" not in str(error):
                 raise
+        if hint > (self._table.version if self._table else 0):
+            self._table = None
+            raise EmbeddingCacheError(f"the manifest of version {hint} is gone")
 
+    def _hinted(self) -> int:
+        """Returns the version of a folder's newest manifest, as LanceDB notes it beside them; 0 without a note."""
+        try:
+            assert self.folder is not None
+            return int(json.loads((self.folder / "_versions" / HINT).read_bytes())["version"])
+        except (AssertionError, OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    @calls_lance
     def refresh(self) -> bool:
         """Takes the newest version of the table. Returns whether it is another one than before."""
         if self.header and isinstance(self.place, Path) and not self.place.is_dir():
@@ -199,8 +190,8 @@ class Store:
         except (EmbeddingCacheError, KeyError, TypeError, ValueError) as error:
             reason = str(error).removeprefix(f"{self.place}: ")
             raise EmbeddingCacheError(
-                f"{self.place}: can't be opened as a cache, as its newest manifest is damaged or it is none: {reason}. "
-                "EmbeddingCache.repair(folder) goes back to the newest manifest that is whole"
+                f"{self.place}: can't be opened: {reason}. If its newest manifest is damaged, "
+                "EmbeddingCache.repair(folder) goes back to the one before"
             ) from error
         for name, given, stored in (
             ("model_id", self.model_id, header.model_id),
@@ -216,6 +207,7 @@ class Store:
 
     # Writing.
 
+    @calls_lance
     def append(self, keys: list[bytes], rows: Tensor) -> tuple[list[int], list[bytes]]:
         """Commits rows ``[n, d]`` with their keys, ``[n]`` of 32 bytes; they are on the disk when this returns.
 
@@ -269,12 +261,14 @@ class Store:
     def _add(self, data: Any) -> int:
         return int(self._table.add(data).version)
 
-    def delete(self, ids: list[int]) -> None:
+    @calls_lance
+    def delete(self, numbers: list[int]) -> None:
         """Deletes rows; their numbers are not given again."""
-        for start in range(0, len(ids), 2**14):
-            listed = ",".join(map(str, ids[start : start + 2**14]))
+        for start in range(0, len(numbers), 2**14):
+            listed = ",".join(map(str, numbers[start : start + 2**14]))
             self._call(partial(self._table.delete, f"_rowid in ({listed})"))
 
+    @calls_lance
     def join_files(self) -> None:
         """Joins the small data files that many appends leave, so that neither reading nor appending slows down.
 
@@ -297,14 +291,14 @@ class Store:
         except (EmbeddingCacheError, OSError):  # another process joins them, a file is damaged, the disk is full
             self._files_to_join = small
 
+    @calls_lance
     def create_index(self, kind: str, options: dict[str, Any]) -> None:
-        self._call(
-            lambda: self._table.create_index(metric="dot", vector_column_name="vector", index_type=kind, **options)
-        )
+        make = partial(self._table.create_index, metric="dot", vector_column_name="vector", index_type=kind)
+        self._call(lambda: make(**options))
 
     def _to_arrow(self, keys: list[bytes], rows: Tensor) -> Any:
-        pa = self._arrow
-        header = self.header or Header(self.model_id, self.dtype, self.normalized, rows.shape[1], uuid.uuid4().hex)
+        pa = importlib.import_module("pyarrow")
+        header = self.header or Header(str(self.model_id), self.dtype, self.normalized, rows.shape[1], uuid.uuid4().hex)
         stored = (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy()  # Arrow has no bfloat16
         columns = {
             "key": pa.FixedSizeBinaryArray.from_buffers(
@@ -318,6 +312,7 @@ class Store:
 
     # Reading.
 
+    @calls_lance
     def new(self) -> tuple[list[int], list[bytes]]:
         """Returns the numbers and the keys of the rows that are new since the last call, in order."""
         if self._table is None:
@@ -329,7 +324,7 @@ class Store:
 
         try:
             found = self._newest(read)
-        except EmbeddingCacheError as error:
+        except (EmbeddingCacheError, OSError) as error:
             raise damaged(self, self.places()[0], error) from error
         numbers, keys = _numbers(found), _key_bytes(found)
         if not len(numbers):
@@ -338,27 +333,23 @@ class Store:
         self._seen = int(numbers[order[-1]])
         return numbers[order].tolist(), [keys[KEY_BYTES * n : KEY_BYTES * (n + 1)] for n in order.tolist()]
 
-    def rows(self, ids: np.ndarray, out: Tensor | None = None) -> Tensor:
-        """Returns the rows ``[n, d]`` float32 of ascending numbers ``[n]``."""
-        assert self.header is not None
-        out = torch.empty(len(ids), self.header.dim) if out is None else out
-        step = self.rows_together()
-        for start in range(0, len(ids), step):
-            part = ids[start : start + step]
-            try:
-                found, rows = self._newest(partial(self._take, part))
-            except EmbeddingCacheError as error:
-                raise damaged(self, part, error) from error
-            if len(found) < len(part):
-                raise damaged(self, part, "they are missing, or have another checksum")
-            out[start : start + step] = rows
-        return out
+    @calls_lance
+    def rows(self, numbers: np.ndarray) -> Tensor:
+        """Returns the rows ``[n, d]`` float32 of ascending numbers ``[n]``: about `rows_together` at once, at most."""
+        try:
+            found, rows = self._newest(partial(self._take, numbers))
+        except (EmbeddingCacheError, OSError) as error:
+            raise damaged(self, numbers, error) from error
+        if len(found) < len(numbers):
+            raise damaged(self, numbers, "they are missing, or have another checksum")
+        return rows
 
     def rows_together(self) -> int:
-        """How many rows are read at once."""
+        """How many rows should be read at once."""
         assert self.header is not None
         return max(1, _TAKE_BYTES // (4 * self.header.dim))
 
+    @calls_lance
     def nearest(self, query: np.ndarray, k: int, probes: int) -> list[np.ndarray]:
         """Returns, for each query of ``[n, d]``, the numbers of about k rows that the index finds, ascending."""
 
@@ -368,10 +359,12 @@ class Store:
 
         return [np.sort(self._newest(partial(one, vector))) for vector in query]
 
+    @calls_lance
     def whole(self, numbers: np.ndarray) -> np.ndarray:
         """Returns the numbers of those of the rows that are there and have their checksums. Raises where files fail."""
         return self._call(partial(self._take, numbers))[0]
 
+    @calls_lance
     def places(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the numbers of all rows, and the number of each one's file, as the manifest lists them."""
         found = self._call(lambda: self._table.search().select(["_rowid", "_rowaddr"]).limit(None).to_arrow())
@@ -381,14 +374,14 @@ class Store:
         """Reads, and again in the newest version if files of the one that is open are gone, since they were joined."""
         try:
             return self._call(read)
-        except EmbeddingCacheError:
+        except (EmbeddingCacheError, OSError):
             self._call(lambda: self._table.checkout_latest())
             return self._call(read)
 
-    def _take(self, ids: np.ndarray) -> tuple[np.ndarray, Tensor]:
+    def _take(self, wanted: np.ndarray) -> tuple[np.ndarray, Tensor]:
         """Returns the numbers and rows float32 of those of the rows that are there, and have their checksums."""
         assert self.header is not None
-        found = self._table.take_row_ids(ids.tolist()).select(_COLUMNS).with_row_id().to_arrow()
+        found = self._table.take_row_ids(wanted.tolist()).select(_COLUMNS).with_row_id().to_arrow()
         numbers, keys, crc = _numbers(found), _key_bytes(found), found["crc"].to_numpy()
         stored = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         stored = np.require(stored, requirements="W").reshape(len(numbers), self.header.dim)
@@ -405,13 +398,13 @@ class Store:
         return numbers, rows.float()
 
 
-def _import(name: str) -> Any:
+def _lancedb() -> Any:
+    """The module, which takes a while to import and is optional."""
     try:
-        with warnings.catch_warnings():
-            module = importlib.import_module(name)
+        module = importlib.import_module("lancedb")
     except ImportError as error:
         raise ImportError('EmbeddingCache needs lancedb: pip install "mmkernels[retrieval]"') from error
-    # Once in a child: "a small chance of deadlock remains". Forks wait for calls here, and tables are opened again.
+    # What it says at a fork, "a small chance of deadlock remains", holds for calls in the child; none are made there.
     warnings.filterwarnings("ignore", "lancedb fork support is experimental", RuntimeWarning)
     return module
 
@@ -431,10 +424,10 @@ def _sync(folder: Path, names: Iterable[str]) -> None:
 
 def _checksums(keys: bytes, rows: np.ndarray) -> np.ndarray:
     """CRC-32 of each row's key and bytes, ``[n]`` uint32."""
-    data, size = memoryview(np.ascontiguousarray(rows)).cast("B"), rows.shape[1] * rows.itemsize
+    view, size = memoryview(rows.tobytes()), rows.shape[1] * rows.itemsize
     return np.fromiter(
         (
-            zlib.crc32(data[n * size : (n + 1) * size], zlib.crc32(keys[KEY_BYTES * n : KEY_BYTES * (n + 1)]))
+            zlib.crc32(view[n * size : (n + 1) * size], zlib.crc32(keys[KEY_BYTES * n : KEY_BYTES * (n + 1)]))
             for n in range(len(rows))
         ),
         np.uint32,
