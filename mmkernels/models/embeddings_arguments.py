@@ -41,8 +41,8 @@ def check_settings(folder: Any, model_id: Any, dtype: Any, normalize: Any, lock_
         raise TypeError(f"model_id must be a str, got {type(model_id).__name__}")
     if not model_id:
         raise ValueError("model_id must name the model, got an empty str")
-    if dtype is not None and dtype not in DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(str(known) for known in DTYPES)}, got {dtype}")
+    if dtype is not None and dtype not in DTYPES.values():
+        raise TypeError(f"dtype must be one of {', '.join(str(known) for known in DTYPES.values())}, got {dtype}")
     if normalize is not None and not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True, False or None, got {normalize!r}")
     if not isinstance(lock_timeout, (int, float)) or not lock_timeout >= 0:

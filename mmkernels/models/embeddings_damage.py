@@ -35,6 +35,8 @@ def repair(store: Store) -> Repair:
     while True:
         try:
             store.refresh()
+            if aside and store.header is None:
+                raise EmbeddingCacheError(f"{store.place}: can't be opened: none of its manifests is whole")
             numbers = store.places()[0] if store.header else np.empty(0, np.int64)
             break
         except EmbeddingCacheError:
@@ -68,6 +70,8 @@ def damaged(store: Store, numbers: np.ndarray, cause: object) -> EmbeddingCacheE
 
 def _lost(store: Store, numbers: np.ndarray) -> np.ndarray:
     """Returns those of the rows that can't be read: file by file; in parts, then in halves, where a file fails."""
+    if not len(numbers):
+        return numbers
     known, files = store.places()
     lost = [np.setdiff1d(numbers, known)]
     for file in np.unique(files):
