@@ -16,7 +16,7 @@ from mmkernels.models.embeddings_forks import one_thread_if_forked
 from mmkernels.models.embeddings_keys import content_key, fingerprint, key_bytes
 from mmkernels.models.embeddings_memory import Memory
 from mmkernels.models.embeddings_rows import Encoded, best, converted, top
-from mmkernels.models.embeddings_store import Store
+from mmkernels.models.embeddings_store import INDEXES, Store
 from mmkernels.nn.checks import check_positive, described
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.runtime.checks import check_range
@@ -334,19 +334,21 @@ class EmbeddingCache:
         names = [[self._memory.keys[place].hex() if place >= 0 else "" for place in line] for line in places.tolist()]
         return SearchResult(scores.to(query.device), rows.to(query.device), names)
 
-    def create_index(self, kind: str = "IVF_FLAT", **options: Any) -> None:
+    def create_index(self, kind: str = "IvfFlat", **options: Any) -> None:
         """Makes or replaces the index in the store that a search with ``approximate=True`` uses, by LanceDB.
 
         Args:
-            kind: LanceDB's `index_type`: ``IVF_FLAT`` compares whole rows; ``IVF_PQ`` is smaller, and misses more.
-            options: of LanceDB's `create_index`, such as ``num_partitions``.
+            kind: a class of ``lancedb.index``: ``IvfFlat`` compares whole rows; ``IvfPq`` is smaller, and misses more.
+            options: that class's, such as ``num_partitions``.
 
         Raises:
-            TypeError: a bfloat16 cache: LanceDB can't compare its bits.
-            ValueError: an empty cache. EmbeddingCacheError: LanceDB can't make it, for example of too few rows.
+            TypeError: a bfloat16 cache: LanceDB can't compare its bits; an option that the class does not have.
+            ValueError: an empty cache, another kind. EmbeddingCacheError: LanceDB can't make it.
         """
         self._check_some()
         self._check_index()
+        if kind not in INDEXES:
+            raise ValueError(f"kind must be one of {', '.join(INDEXES)}, got {kind!r}")
         self._store.create_index(kind, options)
 
     def ranks(self, query: Tensor, target: Tensor | Sequence[str], *, backend: str | None = None) -> Tensor:

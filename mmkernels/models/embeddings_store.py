@@ -31,6 +31,7 @@ from mmkernels.models.embeddings_forks import calls_lance
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+INDEXES = ("IvfFlat", "IvfSq", "IvfPq", "IvfRq", "HnswFlat", "HnswSq", "HnswPq")
 KEY_BYTES = 32
 
 _TABLE, _HEADER, _FORMAT = "embeddings", b"mmkernels", 2
@@ -226,7 +227,7 @@ class Store:
                 )
             data = self._to_arrow(keys, rows)
             try:
-                version = self._call(partial(self._create if self._table is None else self._add, data))
+                version = self._call(partial(self._create if self.header is None else self._add, data))
                 break
             except EmbeddingCacheError as error:
                 if not _REPEAT.search(str(error)):
@@ -293,8 +294,8 @@ class Store:
 
     @calls_lance
     def create_index(self, kind: str, options: dict[str, Any]) -> None:
-        make = partial(self._table.create_index, metric="dot", vector_column_name="vector", index_type=kind)
-        self._call(lambda: make(**options))
+        config = getattr(importlib.import_module("lancedb.index"), kind)(distance_type="dot", **options)
+        self._call(lambda: self._table.create_index("vector", config=config))
 
     def _to_arrow(self, keys: list[bytes], rows: Tensor) -> Any:
         pa = importlib.import_module("pyarrow")
@@ -315,7 +316,7 @@ class Store:
     @calls_lance
     def new(self) -> tuple[list[int], list[bytes]]:
         """Returns the numbers and the keys of the rows that are new since the last call, in order."""
-        if self._table is None:
+        if self.header is None:
             return [], []
 
         def read() -> Any:

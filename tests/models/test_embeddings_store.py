@@ -270,15 +270,16 @@ def test_forks_and_pickles(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         signal.alarm(100)
-        right = cache.search(units(TEXTS), 1).rows[:, 0].tolist() == list(range(10))
-        right &= cache.encode(["new", "text 3"], Encoder()).tolist() == [10, 3]
-        right &= torch.equal(pickle.loads(pickle.dumps(cache)).read(), cache.read()) and len(cache) == 11
         try:
-            EmbeddingCache(tmp_path / "cache", "model-b")
-            right = False
-        except EmbeddingCacheError:
-            pass
-        os._exit(0 if right else 1)
+            assert cache.search(units(TEXTS), 1).rows[:, 0].tolist() == list(range(10))
+            assert cache.encode(["new", "text 3"], Encoder()).tolist() == [10, 3] and len(cache) == 11
+            assert torch.equal(pickle.loads(pickle.dumps(cache)).read(), cache.read())
+            with pytest.raises(EmbeddingCacheError, match="model_id must be 'model-a'"):
+                EmbeddingCache(tmp_path / "cache", "model-b")
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+        os._exit(0)
     torch.set_num_threads(threads)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert cache.refresh() == 1
