@@ -1,27 +1,27 @@
-"""`EmbeddingCache`: embeddings on disk, keyed by content, with a FAISS index beside them."""
+"""`EmbeddingCache`: embeddings in a folder or a bucket, keyed by content, in a table of LanceDB."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.models.embeddings_files import DTYPES, LARGEST_INTEGER, EmbeddingCacheError, is_finite
-from mmkernels.models.embeddings_index import RowIndex
+from mmkernels.models.embeddings_arguments import check_settings, keyed, place_of
+from mmkernels.models.embeddings_damage import EmbeddingCacheError, Repair, repair
+from mmkernels.models.embeddings_forks import one_thread_if_forked
 from mmkernels.models.embeddings_keys import content_key, fingerprint, key_bytes
-from mmkernels.models.embeddings_store import Encoded, Store
+from mmkernels.models.embeddings_memory import Memory
+from mmkernels.models.embeddings_rows import Encoded, best, converted, top
+from mmkernels.models.embeddings_store import INDEXES, Store
 from mmkernels.nn.checks import check_positive, described
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.runtime.checks import check_range
 
 __all__ = ["EmbeddingCache", "EmbeddingCacheError", "SearchResult", "content_key", "fingerprint"]
-
-_MISSING: Any = object()
-_BLOCK = 2**20  # elements that are converted together
 
 
 class SearchResult(NamedTuple):
@@ -36,32 +36,37 @@ class SearchResult(NamedTuple):
 
 
 class EmbeddingCache:
-    """Embeddings of one model on disk: encode once, search many times, append later.
+    """Embeddings of one model in a store: encode once, search many times, append later.
 
     The key of a row is a hash of the content that was encoded (`content_key`): the same content is never encoded twice,
-    whatever its name or order. The number of a row never changes. The folder holds safetensors shards, one or more for
-    each call that appends; ``manifest.json``, which lists them with their checksums; and an ``index-*.faiss``, made at
-    the first search. Each file is written under another name, synced and renamed, under a lock: a crash, a full disk or
-    another process that appends at the same time never loses or damages existing rows. Reading takes no lock.
+    whatever its name or order. Rows are numbered in the order in which they are stored, by all processes together. A
+    number never changes and is not given twice; numbers are missing where two processes stored the same content at the
+    same moment (the lower one counts), and where `repair` left out damaged rows.
 
-    Nothing is written before the first rows are added. Rows are mapped from the files, not read into memory. Keys take
-    about 180 bytes of memory a row, and the index 4 d bytes after the first search. Append in batches: every call that
-    appends makes a file. Use each object in one thread; any number of objects, in any processes, can share a folder.
+    The rows are a LanceDB table, ``embeddings.lance``, with columns ``key``, ``vector`` (bfloat16: its bits as int16)
+    and ``crc``, a checksum of the two, which is compared whenever a row is read. Any number of objects, in any
+    processes, can share it: each append is one atomic commit, and takes no lock. Use each object in one thread. An
+    object can be used after a fork, and pickled: what travels is the folder and the settings.
+
+    Keys take about 180 bytes of memory a row. The first search reads all rows into memory, as float32 (4 d bytes a
+    row), up to `memory_limit`; above, each search reads them from the store. Nothing is written before the first rows.
 
     Args:
-        folder: the folder of the cache; it is made with the first rows.
+        folder: a folder, which is made with the first rows, or a URI of an object store, as LanceDB takes it:
+            ``s3://bucket/prefix``, ``gs://bucket/prefix``.
         model_id: the model that encodes: a name with a version, or `fingerprint(model)`. A cache belongs to one model.
         dtype: in which rows are stored: float32, float16 or bfloat16. None: that of the cache; float32 in a new one.
         normalize: whether rows and queries are scaled to length 1, so that inner products are cosines. None: that of
             the cache; True in a new one.
-        verify: whether to read every file when it is opened (about 1 GB a second from memory), to compare checksums and
-            to check for NaN. False: only names, sizes, shapes and dtypes are compared.
-        lock_timeout: seconds to wait for another process that writes.
+        storage_options: what the object store needs, as LanceDB takes it (endpoint, region, keys); a pickle holds it.
+        memory_limit: bytes of rows that are kept in memory.
+        verify: whether checksums are compared: 2 us for a row of 2 KB.
+        lock_timeout: seconds for which an append is repeated while commits of other processes are in its way.
 
     Raises:
-        EmbeddingCacheError: a file is missing, damaged or does not match the manifest; or the cache has another model,
-            dtype or normalization.
-        ImportError: safetensors is not installed.
+        EmbeddingCacheError: rows are missing or damaged (`repair` keeps all others); or the cache has another model,
+            dtype, normalization or format.
+        ImportError: lancedb is not installed.
         TypeError, ValueError: a wrong argument.
 
     Example:
@@ -94,22 +99,36 @@ class EmbeddingCache:
         *,
         dtype: torch.dtype | None = None,
         normalize: bool | None = None,
+        storage_options: dict[str, str] | None = None,
+        memory_limit: int = 4 * 2**30,
         verify: bool = True,
         lock_timeout: float = 60.0,
     ) -> None:
-        _check_arguments(folder, model_id, dtype, normalize, lock_timeout)
-        self._store = Store(Path(folder), model_id, dtype, normalize, verify, lock_timeout)
-        self._index = RowIndex(self._store)
+        check_settings(folder, model_id, dtype, normalize, lock_timeout)
+        check_positive("memory_limit", memory_limit)
+        self._settings = {
+            **{"folder": folder, "model_id": model_id, "dtype": dtype, "normalize": normalize},
+            **{"storage_options": storage_options, "memory_limit": memory_limit},
+            **{"verify": verify, "lock_timeout": lock_timeout},
+        }
+        self._place = place_of(folder)
+        self._store = Store(self._place, model_id, dtype, normalize, storage_options, verify, lock_timeout)
+        self._memory = Memory(self._store, memory_limit)
+        self.refresh()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened, (self._settings,)
 
     # Content.
 
     @property
-    def folder(self) -> Path:
-        return self._store.folder
+    def folder(self) -> str | Path:
+        """The folder, or the URI."""
+        return self._place
 
     @property
     def model_id(self) -> str:
-        return self._store.model_id
+        return str(self._store.model_id)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,14 +142,14 @@ class EmbeddingCache:
     @property
     def dim(self) -> int | None:
         """d; None before the first rows."""
-        return self._store.dim
+        return self._store.header.dim if self._store.header else None
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(self._store)
+        return len(self._memory)
 
     def __contains__(self, key: str) -> bool:
-        return key_bytes("key", key) in self._store.row_of
+        return key_bytes("key", key) in self._memory.row_of
 
     def __repr__(self) -> str:
         shape = f"{len(self)} rows of {self.dim}" if len(self) else "empty"
@@ -140,30 +159,37 @@ class EmbeddingCache:
         """Returns the rows ``[n]`` int64 of n keys. ValueError: a key is not in the cache."""
         rows = []
         for key in keys:
-            rows.append(self._store.row_of.get(key_bytes("keys", key), -1))
+            rows.append(self._memory.row_of.get(key_bytes("keys", key), -1))
             if rows[-1] < 0:
                 raise ValueError(f"keys must be in the cache, got {key}, which is not")
         return torch.tensor(rows, dtype=torch.int64)
 
-    def keys_of(self, rows: Tensor) -> list[str]:
-        """Returns the keys of rows ``[n]`` int64."""
-        return [key.hex() for key in self._store.keys_of(self._check_rows("rows", rows))]
+    def keys_of(self, rows: Tensor | None = None) -> list[str]:
+        """Returns the keys of rows ``[n]`` int64. None: all, in order."""
+        if rows is None:
+            return [key.hex() for key in self._memory.keys]
+        return [self._memory.keys[place].hex() for place in self._places("rows", rows).tolist()]
 
     def read(self, rows: Tensor | None = None) -> Tensor:
-        """Returns a copy of the embeddings as they are stored.
+        """Returns a copy of the embeddings as they are stored, from memory where a search has read them.
 
         Args:
             rows: ``[n]`` int64. None: all, in order.
 
         Returns:
             ``[n, d]`` in the cache's dtype; ``[0, 0]`` of a cache without rows.
+
+        Raises:
+            EmbeddingCacheError: rows are missing or damaged.
         """
-        if rows is not None:
-            return self._store.read(self._check_rows("rows", rows))
-        return torch.cat([torch.empty(0, self.dim or 0, dtype=self.dtype), *self._store.blocks()])
+        places = None if rows is None else self._places("rows", rows)
+        if not len(self):
+            return torch.empty(0, self.dim or 0, dtype=self.dtype)
+        with one_thread_if_forked():
+            return self._memory.read(places).to(self.dtype, copy=rows is None)
 
     def refresh(self) -> int:
-        """Adds the rows that other processes have appended since this cache was opened (`encode` and `add` do so too).
+        """Takes the rows that other processes have appended since this cache was opened (`encode` and `add` do so too).
 
         Returns:
             The number of new rows.
@@ -171,7 +197,11 @@ class EmbeddingCache:
         Raises:
             EmbeddingCacheError: as on opening, or the folder is gone or holds another cache.
         """
-        return self._store.refresh()
+        if not self._store.refresh():
+            return 0
+        before = len(self)
+        self._memory.take(*self._store.new())
+        return len(self) - before
 
     # Appending.
 
@@ -185,8 +215,9 @@ class EmbeddingCache:
     ) -> Tensor:
         """Returns the rows of items. Items whose content is not in the cache are encoded and appended.
 
-        Content that occurs twice is encoded once. Rows are stored while the work goes on; if an error or an interrupt
-        ends it, all rows that were encoded before are kept. For a progress bar, give ``tqdm(items)``.
+        Content that occurs twice is encoded once. Rows are stored while the work goes on, every 2,048 rows, 16 MB or
+        five seconds: what a process that is killed loses is less than that and a batch. After an error or an interrupt
+        in Python all rows that were encoded before are kept. For a progress bar, give ``tqdm(items)``.
 
         Args:
             items: anything that `content_key` takes, or that `keys` are given for; a generator too: no more than a
@@ -202,29 +233,31 @@ class EmbeddingCache:
         Raises:
             TypeError, ValueError: as `content_key`; embeddings of another shape or d, NaN, inf (also as the cache's
                 dtype), or of length 0 where they are normalized; as many keys as items are needed.
-            TimeoutError: another process held the lock for too long.
+            TimeoutError: commits of other processes were in the way for longer than `lock_timeout`.
             OSError: the disk is full, or the like. EmbeddingCacheError: as `refresh`.
         """
         check_positive("batch_size", batch_size)
         if isinstance(items, (str, bytes)):
             raise TypeError(f"items must be a list of items, got one {type(items).__name__}")
+        self.refresh()
         wanted: list[bytes] = []
         batch: dict[bytes, Any] = {}  # not encoded yet
-        encoded = Encoded()  # but not on disk yet
+        encoded = Encoded()  # but not stored yet
         try:
-            for item, key in _keyed(items, keys):
+            for item, key in keyed(items, keys):
                 wanted.append(key)
-                if key not in self._store.row_of and key not in encoded.keys:
+                if key not in self._memory.row_of and key not in encoded.keys:
                     batch.setdefault(key, item)
                 if len(batch) == batch_size:
                     self._encode(encode_fn, batch, encoded)
             self._encode(encode_fn, batch, encoded)
         finally:
-            encoded.append_to(self._store)
-        return torch.tensor([self._store.row_of[key] for key in wanted], dtype=torch.int64)
+            if encoded.keys:
+                self._append(*encoded.taken())
+        return torch.tensor([self._memory.row_of[key] for key in wanted], dtype=torch.int64)
 
     def add(self, keys: Iterable[str], embeddings: Tensor) -> Tensor:
-        """Appends embeddings that were computed elsewhere. A key that is in the cache keeps its row.
+        """Appends embeddings that were computed elsewhere, in one commit. A key that is in the cache keeps its row.
 
         Args:
             keys: n keys, as `content_key` returns them. Of equal keys the first counts.
@@ -237,101 +270,151 @@ class EmbeddingCache:
         rows = self._prepared("embeddings", embeddings, len(names), self.dim)
         first: dict[bytes, int] = {}
         for place, key in enumerate(names):
-            if key not in self._store.row_of:
+            if key not in self._memory.row_of:
                 first.setdefault(key, place)
-        entries = iter(first.items())
-        while part := dict(itertools.islice(entries, self._store.rows_per_shard(rows.shape[1]))):
-            self._store.append(list(part), rows[list(part.values())])
-        return torch.tensor([self._store.row_of[key] for key in names], dtype=torch.int64)
+        if first:
+            self._append(list(first), rows if len(first) == len(rows) else rows[list(first.values())])
+        return torch.tensor([self._memory.row_of[key] for key in names], dtype=torch.int64)
 
     def _encode(self, encode_fn: Callable[[list[Any]], Tensor], batch: dict[bytes, Any], encoded: Encoded) -> None:
-        """Encodes a batch, and writes the encoded rows if they fill a shard."""
+        """Encodes a batch, and stores the encoded rows if they are many or old enough."""
         if not batch:
             return
         with torch.no_grad():
             result = encode_fn(list(batch.values()))
-        rows = self._prepared("encode_fn's result", result, len(batch), self.dim or encoded.dim)
-        encoded.keys.update(dict.fromkeys(batch))
-        encoded.blocks.append(rows)
+        dim = self.dim or (encoded.blocks[0].shape[1] if encoded.blocks else None)
+        encoded.add(batch, self._prepared("encode_fn's result", result, len(batch), dim))
         batch.clear()
-        if len(encoded.keys) >= self._store.rows_per_shard(rows.shape[1]):
-            encoded.append_to(self._store)
+        if encoded.are_due():
+            self._append(*encoded.taken())
+
+    def _append(self, keys: list[bytes], rows: Tensor) -> None:
+        """Stores rows of different keys, but for keys that another process has stored since the last refresh."""
+        self.refresh()
+        new = [place for place, key in enumerate(keys) if key not in self._memory.row_of]
+        if not new:
+            return
+        if len(new) < len(keys):
+            keys, rows = [keys[place] for place in new], rows[new]
+        doubled = self._memory.take(*self._store.append(keys, rows))
+        if doubled:  # another process stored some of them at the same moment; its rows count, as they came first
+            self._store.delete(doubled)
+        self._store.join_files()
 
     # Searching.
 
-    def search(self, query: Tensor, k: int) -> SearchResult:
-        """Returns the k rows with the largest inner products: exact, by FAISS's IndexFlatIP in float32.
-
-        The index is loaded (or built) at the first search; rows appended since are added to it. It is saved when an
-        eighth or more of its rows are new and no other process writes, see `update_index`. A damaged index is built
-        again, with a warning.
+    def search(self, query: Tensor, k: int, *, approximate: bool = False, probes: int = 20) -> SearchResult:
+        """Returns the k rows with the largest inner products, in float32: of all rows, unless `approximate`.
 
         Args:
             query: floats ``[n, d]``; scaled to length 1 where the cache is normalized.
             k: how many; where the cache has fewer rows, all of them are returned.
+            approximate: whether to compare only the rows that the index of `create_index` leads to. Their scores are
+                exact, but rows can be missed. Rows that were stored after the index was made are all compared.
+            probes: how many of the index's partitions are searched: more miss less, and take longer.
 
         Returns:
-            scores ``[n, min(k, rows)]`` float32, best first (of equal ones the lower row first; which of them come in
-            as the last is FAISS's choice), their rows int64 and their keys. Tensors lie on the query's device.
+            scores ``[n, min(k, rows)]`` float32, best first (of equal ones the lower row), their rows int64 and their
+            keys. Tensors lie on the query's device. Where an approximate search finds fewer than k, the rest has score
+            -inf, row -1 and key "".
 
         Raises:
-            ImportError: faiss is not installed.
-            EmbeddingCacheError: as `refresh`.
+            EmbeddingCacheError: as `read`.
             ValueError: another d, NaN or inf in the query or in an inner product, k < 1, an empty cache.
         """
         check_positive("k", k)
+        check_positive("probes", probes)
         self._check_some()
-        scores, rows = self._index.search(self._query(query), k)
-        if not scores.isfinite().all() or (rows < 0).any():
+        queries, k = self._query(query), min(k, len(self))
+        with one_thread_if_forked():
+            scores, places = self._nearest(queries, k, probes) if approximate else best(queries, k, self._memory.blocks)
+        if not (scores.isfinite() | (places < 0)).all():
             raise ValueError("query must be small enough for inner products in float32, got one that is inf or NaN")
-        rows, order = rows.sort(dim=1)
-        scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-        rows = rows.gather(1, order)
-        keys = iter(self.keys_of(rows.reshape(-1)))
-        names = [list(itertools.islice(keys, rows.shape[1])) for _ in range(rows.shape[0])]
+        rows = torch.from_numpy(self._memory.numbers())[places.clamp(min=0)].where(places >= 0, -1)
+        names = [[self._memory.keys[place].hex() if place >= 0 else "" for place in line] for line in places.tolist()]
         return SearchResult(scores.to(query.device), rows.to(query.device), names)
 
+    def create_index(self, kind: str = "IvfFlat", **options: Any) -> None:
+        """Makes or replaces the index in the store that a search with ``approximate=True`` uses, by LanceDB.
+
+        Args:
+            kind: a class of ``lancedb.index``: ``IvfFlat`` compares whole rows; ``IvfPq`` is smaller, and misses more.
+            options: that class's, such as ``num_partitions``.
+
+        Raises:
+            TypeError: a bfloat16 cache: LanceDB can't compare its bits; an option that the class does not have.
+            ValueError: an empty cache, another kind. EmbeddingCacheError: LanceDB can't make it.
+        """
+        self._check_some()
+        self._check_index()
+        if kind not in INDEXES:
+            raise ValueError(f"kind must be one of {', '.join(INDEXES)}, got {kind!r}")
+        self._store.create_index(kind, options)
+
     def ranks(self, query: Tensor, target: Tensor | Sequence[str], *, backend: str | None = None) -> Tensor:
-        """Returns the rank of the target of each query among all rows, for recall@k: exact, and without faiss.
+        """Returns the rank of the target of each query among all rows, for recall@k: exact, in float32.
 
         Args:
             query: floats ``[n, d]``; scaled to length 1 where the cache is normalized.
             target: the correct result of each query: rows ``[n]`` int64, or n keys.
-            backend: of `mmkernels.retrieval_ranks`, which computes it, in float32.
+            backend: of `mmkernels.retrieval_ranks`, which computes it, with all rows in memory.
 
         Returns:
             ``[n]`` int64 on the query's device, 0: best; of equal scores the lower row comes first.
         """
         self._check_some()
         queries = self._query(query)
-        rows = self._check_rows("target", target) if isinstance(target, Tensor) else self.rows_of(target)
-        if len(rows) != len(queries):
-            raise ValueError(f"target must be for {len(queries)} queries, got {len(rows)}")
-        gallery = self._index.rows()  # if the index holds them in memory
-        if gallery is None:
-            gallery = torch.cat([torch.empty(0, queries.shape[1]), *self._store.blocks()])  # float32
+        places = self._places("target", target if isinstance(target, Tensor) else self.rows_of(target))
+        if len(places) != len(queries):
+            raise ValueError(f"target must be for {len(queries)} queries, got {len(places)}")
         device = query.device
-        with torch.autocast(device.type, enabled=False):  # float32, also under autocast
-            return retrieval_ranks(queries.to(device), gallery.to(device), rows.to(device), backend=backend)
+        with one_thread_if_forked(), torch.autocast(device.type, enabled=False):  # float32, also under autocast
+            blocks = [block for _, block in self._memory.blocks()]
+            gallery = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+            return retrieval_ranks(queries.to(device), gallery.to(device), places.to(device), backend=backend)
 
-    def update_index(self) -> None:
-        """Updates and saves the index, unless it is current: the next process that searches only has to load it.
+    def _nearest(self, query: Tensor, k: int, probes: int) -> tuple[Tensor, Tensor]:
+        """As `best`, of the rows that the index leads to."""
+        self._check_index()
+        scores, places = torch.full((len(query), k), -torch.inf), torch.full((len(query), k), -1)
+        numbers = self._memory.numbers()
+        for n, found in enumerate(
+            self._store.nearest(query.numpy(), 4 * k, probes)
+        ):  # more: their order is the index's
+            found = found[np.isin(found, numbers)]  # without those that don't count, or came since the last refresh
+            values, order = top(query[n : n + 1] @ self._store.rows(found).T, k)
+            scores[n, : values.shape[1]] = values
+            places[n, : values.shape[1]] = torch.from_numpy(np.searchsorted(numbers, found))[order]
+        return scores, places
+
+    @staticmethod
+    def repair(folder: str | Path, *, storage_options: dict[str, str] | None = None) -> Repair:
+        """Makes a damaged cache usable: leaves out the rows that can't be read, and keeps all others.
+
+        It reads the whole cache. If the newest manifest is damaged, the one before counts: the rows of the last append
+        are lost, or are numbered anew (in a bucket, go back to a version of the object instead). Rows that are left out
+        are encoded again by the next `encode` that meets their content. No other process may append meanwhile.
+
+        Args:
+            folder, storage_options: as in `EmbeddingCache`.
+
+        Returns:
+            What was left out. Open the cache again afterwards.
 
         Raises:
-            OSError: it can't be written. TimeoutError: another process held the lock for too long.
+            EmbeddingCacheError: there is no manifest that is whole.
         """
-        self._check_some()
-        self._index.save()
+        return repair(Store(place_of(folder), None, None, None, storage_options, True, 60.0))
 
     # Checks.
 
     def _query(self, query: Tensor) -> Tensor:
-        """A query as the index takes it: ``[n, d]`` float32 on the CPU."""
+        """A query ``[n, d]`` float32 on the CPU."""
         if not isinstance(query, Tensor) or not query.is_floating_point():
             raise TypeError(f"query must be a tensor of floats, got {described(query)}")
         if query.dim() != 2 or query.shape[1] != self.dim:
             raise ValueError(f"query must be [n, {self.dim}], got shape {tuple(query.shape)}")
-        return _converted("query", query, torch.float32, self.normalize)
+        return converted("query", query, torch.float32, self.normalize)
 
     def _prepared(self, name: str, rows: Tensor, count: int, dim: int | None) -> Tensor:
         """Rows as they are stored: ``[count, d]`` on the CPU."""
@@ -339,69 +422,27 @@ class EmbeddingCache:
             raise TypeError(f"{name} must be a tensor of floats, got {described(rows)}")
         if rows.dim() != 2 or len(rows) != count or not rows.shape[1] or (dim and rows.shape[1] != dim):
             raise ValueError(f"{name} must be [{count}, {dim or 'd'}], got shape {tuple(rows.shape)}")
-        if rows.shape[1] > LARGEST_INTEGER:  # what a manifest may say
-            raise ValueError(f"{name} must have a d of at most {LARGEST_INTEGER}, got shape {tuple(rows.shape)}")
         self._store.settle()
-        return _converted(name, rows, self.dtype, self.normalize)
+        return converted(name, rows, self.dtype, self.normalize)
 
-    def _check_rows(self, name: str, rows: Tensor) -> Tensor:
+    def _places(self, name: str, rows: Tensor) -> Tensor:
+        """The places of rows ``[n]`` among those that there are."""
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
             raise TypeError(f"{name} must be an int64 tensor, got {described(rows)}")
         if rows.dim() != 1:
             raise ValueError(f"{name} must be [n], got shape {tuple(rows.shape)}")
         rows = rows.cpu()
-        check_range(name, rows, 0, len(self) - 1)
-        return rows
+        check_range(name, rows, 0, self._memory.largest())
+        return self._memory.places(name, rows)
 
     def _check_some(self) -> None:
         if not len(self):
             raise ValueError(f"the cache must hold rows to be searched, got an empty one, {self.folder}")
 
-
-def _keyed(items: Iterable[Any], keys: Iterable[str] | None) -> Iterator[tuple[Any, bytes]]:
-    if keys is None:
-        for item in items:
-            yield item, bytes.fromhex(content_key(item))
-        return
-    for item, key in itertools.zip_longest(items, keys, fillvalue=_MISSING):
-        if item is _MISSING or key is _MISSING:
-            raise ValueError(f"keys must be as many as items, got {'more' if item is _MISSING else 'fewer'}")
-        yield item, key_bytes("keys", key)
+    def _check_index(self) -> None:
+        if self.dtype == torch.bfloat16:
+            raise TypeError("an index must be of a float32 or float16 cache, got torch.bfloat16, stored as its bits")
 
 
-def _converted(name: str, rows: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
-    """``[n, d]`` on the CPU, of length 1 if asked, finite, contiguous."""
-    rows = rows.detach().cpu()
-    out = torch.empty(rows.shape, dtype=dtype)
-    step = max(1, _BLOCK // rows.shape[1])
-    for start in range(0, len(rows), step):
-        block = rows[start : start + step]
-        if normalize:
-            wide = block.double()  # a large float32's square overflows
-            length = wide.norm(dim=1, keepdim=True)
-            if bool((length == 0).any()):
-                row = start + int((length == 0).nonzero()[0, 0])
-                raise ValueError(f"{name} must have a length, to be normalized, got zeros in row {row}")
-            block = wide / length
-        out[start : start + step] = block
-    if not is_finite(out):
-        row = int((~out.isfinite()).any(dim=1).nonzero()[0])
-        raise ValueError(f"{name} must be finite as {dtype}, got NaN or inf in row {row}")
-    return out
-
-
-def _check_arguments(folder: Any, model_id: Any, dtype: Any, normalize: Any, lock_timeout: Any) -> None:
-    if not isinstance(folder, (str, Path)):
-        raise TypeError(f"folder must be a str or a Path, got {type(folder).__name__}")
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise ValueError(f"folder must be a folder, got {folder}, which is a file")
-    if not isinstance(model_id, str):
-        raise TypeError(f"model_id must be a str, got {type(model_id).__name__}")
-    if not model_id:
-        raise ValueError("model_id must name the model, got an empty str")
-    if dtype is not None and dtype not in DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(str(known) for known in DTYPES)}, got {dtype}")
-    if normalize is not None and not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be True, False or None, got {normalize!r}")
-    if not isinstance(lock_timeout, (int, float)) or not lock_timeout >= 0:
-        raise ValueError(f"lock_timeout must be seconds, 0 or more, got {lock_timeout!r}")
+def _opened(settings: dict[str, Any]) -> EmbeddingCache:
+    return EmbeddingCache(**settings)

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmkernels.models.embeddings_files import sha256_of
-
 _KEY = re.compile(r"[0-9a-f]{64}")
 _ORIENTATION = 0x0112  # the EXIF tag
 
@@ -46,7 +44,11 @@ def content_key(item: Any) -> str:
         False
     """
     if isinstance(item, Path):
-        return sha256_of(item, b"bytes\0")
+        digest = hashlib.sha256(b"bytes\0")
+        with item.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
     kind, content = _content(item)
     digest = hashlib.sha256(kind.encode() + b"\0")
     digest.update(content)

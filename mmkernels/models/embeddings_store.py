@@ -1,210 +1,448 @@
-"""The rows of an `EmbeddingCache`: open shards, the row of each key, and appending."""
+"""The rows of an `EmbeddingCache`: a table of LanceDB, in a folder or a bucket.
+
+LanceDB keeps rows in data files and, for each commit, a manifest that lists them; a commit is one atomic step. What it
+leaves to its users is here: checksums, as it reads damaged bytes as they are; syncing, which it does not do; joining
+small files; and, in files of their own, forks and a way back after damage.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
+import importlib
+import json
+import os
+import random
+import re
+import time
+import uuid
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.models.embeddings_files import (
-    KEY_BYTES,
-    MANIFEST,
-    EmbeddingCacheError,
-    Manifest,
-    SavedIndex,
-    locked,
-    open_shard,
-    read_manifest,
-    write_manifest,
-    write_shard,
-)
+from mmkernels.models.embeddings_damage import HINT, EmbeddingCacheError, damaged
+from mmkernels.models.embeddings_forks import calls_lance
 
-_SHARD_BYTES = 64 * 2**20  # of a shard, at most: what writing one takes in memory, and what an interrupt can cost
+T = TypeVar("T")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+INDEXES = ("IvfFlat", "IvfSq", "IvfPq", "IvfRq", "HnswFlat", "HnswSq", "HnswPq")
+KEY_BYTES = 32
+
+_TABLE, _HEADER, _FORMAT = "embeddings", b"mmkernels", 2
+_COLUMNS = ["key", "vector", "crc"]
+_TAKE_BYTES = 32 * 2**20  # of rows that are read together
+_FILES, _MOST_FILES = 64, 512  # small data files that are joined, see `join_files`
+_APPENDS = 8  # after so many commits, of all processes, it is looked at
+_KEPT = timedelta(seconds=10)  # for which files that were joined are left to readers in other processes
+_NEW_TABLE = {"new_table_enable_stable_row_ids": "true"}  # rows keep their numbers when files are joined
+_SOURCE_LINE = re.compile(r", /\S+\.rs:\d+:\d+")  # of LanceDB, which its errors name
+_WRITE_ERRORS = re.compile(r"\(os error (\d+)\)")
+_REPEAT = re.compile(r"conflict|not found|already exists", re.IGNORECASE)  # errors of a commit that another overtook
+
+
+class Header(NamedTuple):
+    """What a table's schema says of all its rows."""
+
+    model_id: str
+    dtype: torch.dtype
+    normalized: bool
+    dim: int
+    table: str
+    """A random name: a table that takes the place of another has another one."""
+
+    def to_json(self) -> str:
+        values = [_FORMAT, self.model_id, str(self.dtype)[6:], self.normalized, self.dim, self.table]
+        return json.dumps([*values, zlib.crc32(json.dumps(values).encode())])
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Header:
+        version, model_id, dtype, normalized, dim, table, crc = json.loads(text)
+        if zlib.crc32(json.dumps([version, model_id, dtype, normalized, dim, table]).encode()) != crc:
+            raise ValueError("another checksum")
+        if version != _FORMAT:
+            raise ValueError(f"format {version}, where this version of mmkernels reads {_FORMAT}")
+        return cls(model_id, DTYPES[dtype], normalized, dim, table)
 
 
 class Store:
-    """A folder's rows, open.
+    """The table of a folder or a bucket.
 
     Args:
-        dtype, normalized: what the folder must hold. None: what it holds; float32 and True where it holds nothing when
-            the first rows are made ready.
-        verify, lock_timeout: as in `EmbeddingCache`.
+        place: a folder, or the URI of an object store.
+        model_id, dtype, normalized: what the table must hold. None: what it holds; float32 and True where it holds
+            nothing when the first rows are made ready.
+        storage_options, verify, lock_timeout: as in `EmbeddingCache`.
     """
 
     def __init__(
         self,
-        folder: Path,
-        model_id: str,
+        place: str | Path,
+        model_id: str | None,
         dtype: torch.dtype | None,
         normalized: bool | None,
+        storage_options: dict[str, str] | None,
         verify: bool,
         lock_timeout: float,
     ) -> None:
-        self.folder, self.model_id, self.verify, self.lock_timeout = folder, model_id, verify, lock_timeout
-        self.manifest: Manifest | None = None
-        self.row_of: dict[bytes, int] = {}
-        self.keys: list[Tensor] = []  # each shard's [rows, 32] uint8
-        self.embeddings: list[Tensor] = []  # each shard's [rows, d]
-        self._dtype, self._normalized = dtype, normalized
-        self.refresh()
+        _lancedb()
+        self.place, self.model_id, self._options = place, model_id, storage_options or {}
+        self._dtype, self._normalized, self._verify, self._timeout = dtype, normalized, verify, lock_timeout
+        self.header: Header | None = None
+        self._table: Any = None
+        self._version = self._files_to_join = 0
+        self._seen = -1  # the largest number that `new` has returned
+        self._next: int | None = 0  # the number of the next row, where it is known
+        self._synced = set(os.listdir(self.folder / "data")) if self.folder and self.folder.is_dir() else set[str]()
+        if isinstance(place, Path) and (place / "manifest.json").exists():
+            raise EmbeddingCacheError(
+                f"{place}: must be a cache of format {_FORMAT}, got one of format 1 (manifest.json and shards), which "
+                "this version of mmkernels does not read: delete the folder or name another one, and encode again"
+            )
 
-    def __len__(self) -> int:
-        return len(self.row_of)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_table"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        vars(self).setdefault("_table", None)
 
     @property
-    def dim(self) -> int | None:
-        return self.manifest.dim if self.manifest else None
+    def folder(self) -> Path | None:
+        """The folder of the table's files; None in an object store."""
+        return self.place / f"{_TABLE}.lance" if isinstance(self.place, Path) else None
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._dtype or (self.manifest.dtype if self.manifest else torch.float32)
+        return self._dtype or (self.header.dtype if self.header else torch.float32)
 
     @property
     def normalized(self) -> bool:
         if self._normalized is not None:
             return self._normalized
-        return self.manifest.normalized if self.manifest else True
-
-    @property
-    def saved_index(self) -> SavedIndex | None:
-        return self.manifest.index if self.manifest else None
-
-    def rows_per_shard(self, dim: int) -> int:
-        return max(1, _SHARD_BYTES // (dim * self.dtype.itemsize + KEY_BYTES))
+        return self.header.normalized if self.header else True
 
     def settle(self) -> None:
         """Before rows are made ready: from here on `dtype` and `normalized` are what they are now."""
-        if self.manifest is None:
+        if self.header is None:
             self.refresh()
         self._dtype, self._normalized = self.dtype, self.normalized
 
-    def check_folder(self) -> None:
-        """Raise where the folder of an open cache is gone."""
-        if not self.folder.is_dir():
-            raise EmbeddingCacheError(f"{self.folder}: must be the folder that this cache is in, got none: it is gone")
+    # Calls of LanceDB.
 
-    def refresh(self) -> int:
-        """Adds the rows that other processes have appended, and returns their number."""
-        manifest = read_manifest(self.folder)
-        if manifest is None and self.manifest is None:
+    def _call(self, what: Callable[[], T]) -> T:
+        """Returns what a function that calls LanceDB returns, and makes its errors OSError or EmbeddingCacheError."""
+        try:
+            if self._table is None and self.header is not None:  # after a pickle
+                self._open()
+            return what()
+        except BaseException as error:  # LanceDB's panics are no Exceptions
+            if isinstance(error, (EmbeddingCacheError, KeyboardInterrupt, SystemExit)):
+                raise
+            text = _SOURCE_LINE.sub("", str(error))
+            if number := _WRITE_ERRORS.search(text):
+                raise OSError(int(number[1]), f"{self.place}: {text}") from error
+            raise EmbeddingCacheError(f"{self.place}: {text or type(error).__name__}") from error
+
+    def _connect(self) -> Any:
+        return _lancedb().connect(str(self.place), storage_options=self._options or None)
+
+    def _open(self) -> None:
+        self._table = None
+        if isinstance(self.place, Path) and not self.place.is_dir():
+            return
+        hint = self._hinted()  # before the table is opened, as another process may commit meanwhile
+        try:
+            self._table = self._connect().open_table(_TABLE)
+        except ValueError as error:
+            if "not found" not in str(error):
+                raise
+        if hint > (self._table.version if self._table else 0):
+            self._table = None
+            raise EmbeddingCacheError(f"the manifest of version {hint} is gone")
+
+    def _hinted(self) -> int:
+        """Returns the version of a folder's newest manifest, as LanceDB notes it beside them; 0 without a note."""
+        try:
+            assert self.folder is not None
+            return int(json.loads((self.folder / "_versions" / HINT).read_bytes())["version"])
+        except (AssertionError, OSError, ValueError, KeyError, TypeError):
             return 0
-        self.check_folder()
-        held = self.manifest.shards if self.manifest else ()
-        if manifest is None or manifest.shards[: len(held)] != held:
+
+    @calls_lance
+    def refresh(self) -> bool:
+        """Takes the newest version of the table. Returns whether it is another one than before."""
+        if self.header and isinstance(self.place, Path) and not self.place.is_dir():
+            raise EmbeddingCacheError(f"{self.place}: must be the folder of this cache, got none: it is gone")
+        try:
+            self._call(self._open if self._table is None else lambda: self._table.checkout_latest())
+            if self._table is None:
+                return False
+            version = self._call(lambda: self._table.version)
+            if version == self._version:
+                return False
+            metadata = self._call(lambda: self._table.schema.metadata) or {}
+            header = Header.from_json(metadata[_HEADER])
+        except (EmbeddingCacheError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).removeprefix(f"{self.place}: ")
             raise EmbeddingCacheError(
-                f"{self.folder / MANIFEST}: must list what this cache was opened with, got another list; open it again"
-            )
+                f"{self.place}: can't be opened: {reason}. If its newest manifest is damaged, "
+                "EmbeddingCache.repair(folder) goes back to the one before"
+            ) from error
         for name, given, stored in (
-            ("model_id", self.model_id, manifest.model_id),
-            ("dtype", self._dtype, manifest.dtype),
-            ("normalize", self._normalized, manifest.normalized),
-            ("d", self.dim, manifest.dim),
+            ("model_id", self.model_id, header.model_id),
+            ("dtype", self._dtype, header.dtype),
+            ("normalize", self._normalized, header.normalized),
         ):
-            if given is not None and given != stored:
-                raise EmbeddingCacheError(f"{self.folder}: {name} must be {stored!r}, as in this cache, got {given!r}")
-        new = manifest.shards[len(held) :]
-        self._take([open_shard(self.folder, shard, manifest, self.verify) for shard in new])
-        self.manifest = manifest
-        return sum(shard.rows for shard in new)
+            if given not in (None, stored):
+                raise EmbeddingCacheError(f"{self.place}: {name} must be {stored!r}, as in this cache, got {given!r}")
+        if self.header not in (None, header):
+            raise EmbeddingCacheError(f"{self.place}: must be the cache that was opened, got another; open it again")
+        self.header, self._version, self._next = header, version, None
+        return True
 
-    def append(self, keys: list[bytes], rows: Tensor) -> None:
-        """Write rows ``[n, d]`` of n different keys as one shard, but for keys that another process appended since."""
-        with self.lock(self.lock_timeout):
-            manifest = self.manifest or Manifest(self.model_id, rows.shape[1], self.dtype, self.normalized)
-            if rows.shape[1] != manifest.dim:
-                raise ValueError(f"embeddings must be [n, {manifest.dim}], as in this cache, got {tuple(rows.shape)}")
-            new = [place for place, key in enumerate(keys) if key not in self.row_of]
-            if not new:
-                return
-            if len(new) < len(keys):
-                keys, rows = [keys[place] for place in new], rows[new]
-            if self.manifest is None:
-                write_manifest(self.folder, manifest)  # first: shards without one are a damaged cache
-            names = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
-            shard = write_shard(self.folder, len(manifest.shards), names, rows)
-            manifest = replace(manifest, shards=(*manifest.shards, shard))
-            write_manifest(self.folder, manifest)
-            self._take([open_shard(self.folder, shard, manifest, verify=False)])
-            self.manifest = manifest
+    # Writing.
 
-    @contextlib.contextmanager
-    def lock(self, timeout: float) -> Iterator[None]:
-        """Holds the lock of the folder, after a refresh. The folder of a new cache is made."""
-        if self.manifest is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.check_folder()
-        with locked(self.folder, timeout):
-            self.refresh()
-            yield
+    @calls_lance
+    def append(self, keys: list[bytes], rows: Tensor) -> tuple[list[int], list[bytes]]:
+        """Commits rows ``[n, d]`` with their keys, ``[n]`` of 32 bytes; they are on the disk when this returns.
 
-    def record_index(self, saved: SavedIndex) -> None:
-        """Note in the manifest what the index on disk covers. The caller holds the lock."""
-        assert self.manifest is not None
-        manifest = replace(self.manifest, index=saved)
-        write_manifest(self.folder, manifest)
-        self.manifest = manifest
+        Returns:
+            As `new`, these rows among them.
 
-    def keys_of(self, rows: Tensor) -> list[bytes]:
-        return _split(_gather(self.keys, rows)) if len(rows) else []
+        Raises:
+            TimeoutError: commits of other processes were in the way for too long.
+            OSError: the disk is full, or the like.
+        """
+        end = time.monotonic() + self._timeout
+        while True:
+            if self.header is not None and self.header.dim != rows.shape[1]:
+                raise ValueError(
+                    f"embeddings must be [n, {self.header.dim}], as in this cache, got {tuple(rows.shape)}"
+                )
+            data = self._to_arrow(keys, rows)
+            try:
+                version = self._call(partial(self._create if self.header is None else self._add, data))
+                break
+            except EmbeddingCacheError as error:
+                if not _REPEAT.search(str(error)):
+                    raise
+                if time.monotonic() > end:
+                    raise TimeoutError(
+                        f"{self.place}: no commit in lock_timeout = {self._timeout} s: {error}"
+                    ) from error
+            time.sleep(random.uniform(0, 0.05))
+            self.refresh()  # raises if the folder is gone, or another model's cache is in it by now
+        if self.folder is not None:
+            files = set(os.listdir(self.folder / "data"))
+            _sync(self.folder / "data", files - self._synced)
+            _sync(self.folder / "_versions", [f"{2**64 - 1 - version}.manifest"])
+            self._synced = files
+        first, self._next = self._next if version == self._version + 1 else None, None
+        if first is not None:  # no other process has committed meanwhile, so there is nothing to read
+            self._version, self._next, self._seen = version, first + len(keys), first + len(keys) - 1
+            return list(range(first, self._next)), keys
+        self.refresh()
+        found = self.new()
+        if version == self._version:  # these rows are the last
+            self._next = self._seen + 1
+        return found
 
-    def read(self, rows: Tensor) -> Tensor:
-        return _gather(self.embeddings, rows) if len(rows) else torch.empty(0, self.dim or 0, dtype=self.dtype)
+    def _create(self, data: Any) -> int:
+        options = {**self._options, **_NEW_TABLE}
+        self._table = self._connect().create_table(_TABLE, data, storage_options=options)
+        self.header = Header.from_json(data.schema.metadata[_HEADER])
+        return int(self._table.version)
 
-    def blocks(self, start: int = 0) -> Iterator[Tensor]:
-        """The embeddings from a row on, as each shard has them: mapped from its file, not to be written."""
-        for rows in self.embeddings:
-            if start < len(rows):
-                yield rows[max(start, 0) :]
-            start -= len(rows)
+    def _add(self, data: Any) -> int:
+        return int(self._table.add(data).version)
 
-    def _take(self, shards: list[tuple[Tensor, Tensor]]) -> None:
-        """Adds open shards."""
-        new: dict[bytes, int] = {}
-        count = len(self)
-        for keys, _ in shards:
-            new.update(zip(_split(keys), range(count, count + len(keys))))
-            count += len(keys)
-        if len(new) != count - len(self) or not new.keys().isdisjoint(self.row_of):
-            raise EmbeddingCacheError(f"{self.folder}: must hold every key once, got one twice in its shards")
-        self.row_of.update(new)
-        self.keys += [keys for keys, _ in shards]
-        self.embeddings += [embeddings for _, embeddings in shards]
+    @calls_lance
+    def delete(self, numbers: list[int]) -> None:
+        """Deletes rows; their numbers are not given again."""
+        for start in range(0, len(numbers), 2**14):
+            listed = ",".join(map(str, numbers[start : start + 2**14]))
+            self._call(partial(self._table.delete, f"_rowid in ({listed})"))
+
+    @calls_lance
+    def join_files(self) -> None:
+        """Joins the small data files that many appends leave, so that neither reading nor appending slows down.
+
+        LanceDB copies all files of less than a million rows for it. So this waits until their new rows are a quarter of
+        the table, or until there are very many.
+        """
+        if self._version % _APPENDS:
+            return
+        stats = self._call(lambda: self._table.stats())
+        files, largest = stats["fragment_stats"], stats["fragment_stats"]["lengths"]["max"]
+        small = files["num_small_fragments"]
+        new = stats["num_rows"] - largest * max(1, files["num_fragments"] - small)
+        if small < _MOST_FILES and 4 * new < stats["num_rows"]:
+            return
+        if small < self._files_to_join + _FILES:
+            return
+        try:
+            self._call(lambda: self._table.optimize(cleanup_older_than=_KEPT))
+            self._files_to_join = 0
+        except (EmbeddingCacheError, OSError):  # another process joins them, a file is damaged, the disk is full
+            self._files_to_join = small
+
+    @calls_lance
+    def create_index(self, kind: str, options: dict[str, Any]) -> None:
+        config = getattr(importlib.import_module("lancedb.index"), kind)(distance_type="dot", **options)
+        self._call(lambda: self._table.create_index("vector", config=config))
+
+    def _to_arrow(self, keys: list[bytes], rows: Tensor) -> Any:
+        pa = importlib.import_module("pyarrow")
+        header = self.header or Header(str(self.model_id), self.dtype, self.normalized, rows.shape[1], uuid.uuid4().hex)
+        stored = (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy()  # Arrow has no bfloat16
+        columns = {
+            "key": pa.FixedSizeBinaryArray.from_buffers(
+                pa.binary(KEY_BYTES), len(keys), [None, pa.py_buffer(b"".join(keys))]
+            ),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), rows.shape[1]),
+            "crc": pa.array(_checksums(b"".join(keys), stored)),
+        }
+        fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
+        return pa.table(list(columns.values()), pa.schema(fields, metadata={_HEADER: header.to_json().encode()}))
+
+    # Reading.
+
+    @calls_lance
+    def new(self) -> tuple[list[int], list[bytes]]:
+        """Returns the numbers and the keys of the rows that are new since the last call, in order."""
+        if self.header is None:
+            return [], []
+
+        def read() -> Any:
+            query = self._table.search().select(["key"]).with_row_id(True)
+            return (query if self._seen < 0 else query.where(f"_rowid > {self._seen}")).limit(None).to_arrow()
+
+        try:
+            found = self._newest(read)
+        except (EmbeddingCacheError, OSError) as error:
+            raise damaged(self, self.places()[0], error) from error
+        numbers, keys = _numbers(found), _key_bytes(found)
+        if not len(numbers):
+            return [], []
+        order = np.argsort(numbers, kind="stable")
+        self._seen = int(numbers[order[-1]])
+        return numbers[order].tolist(), [keys[KEY_BYTES * n : KEY_BYTES * (n + 1)] for n in order.tolist()]
+
+    @calls_lance
+    def rows(self, numbers: np.ndarray) -> Tensor:
+        """Returns the rows ``[n, d]`` float32 of ascending numbers ``[n]``: about `rows_together` at once, at most."""
+        try:
+            found, rows = self._newest(partial(self._take, numbers))
+        except (EmbeddingCacheError, OSError) as error:
+            raise damaged(self, numbers, error) from error
+        if len(found) < len(numbers):
+            raise damaged(self, numbers, "they are missing, or have another checksum")
+        return rows
+
+    def rows_together(self) -> int:
+        """How many rows should be read at once."""
+        assert self.header is not None
+        return max(1, _TAKE_BYTES // (4 * self.header.dim))
+
+    @calls_lance
+    def nearest(self, query: np.ndarray, k: int, probes: int) -> list[np.ndarray]:
+        """Returns, for each query of ``[n, d]``, the numbers of about k rows that the index finds, ascending."""
+
+        def one(vector: np.ndarray) -> np.ndarray:
+            search = self._table.search(vector, vector_column_name="vector").distance_type("dot").nprobes(probes)
+            return _numbers(search.select(["crc", "_distance"]).with_row_id(True).limit(k).to_arrow())
+
+        return [np.sort(self._newest(partial(one, vector))) for vector in query]
+
+    @calls_lance
+    def whole(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the numbers of those of the rows that are there and have their checksums. Raises where files fail."""
+        return self._call(partial(self._take, numbers))[0]
+
+    @calls_lance
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the numbers of all rows, and the number of each one's file, as the manifest lists them."""
+        found = self._call(lambda: self._table.search().select(["_rowid", "_rowaddr"]).limit(None).to_arrow())
+        return _numbers(found), (found["_rowaddr"].to_numpy() >> np.uint64(32)).astype(np.int64)
+
+    def _newest(self, read: Callable[[], T]) -> T:
+        """Reads, and again in the newest version if files of the one that is open are gone, since they were joined."""
+        try:
+            return self._call(read)
+        except (EmbeddingCacheError, OSError):
+            self._call(lambda: self._table.checkout_latest())
+            return self._call(read)
+
+    def _take(self, wanted: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Returns the numbers and rows float32 of those of the rows that are there, and have their checksums."""
+        assert self.header is not None
+        found = self._table.take_row_ids(wanted.tolist()).select(_COLUMNS).with_row_id().to_arrow()
+        numbers, keys, crc = _numbers(found), _key_bytes(found), found["crc"].to_numpy()
+        stored = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        stored = np.require(stored, requirements="W").reshape(len(numbers), self.header.dim)
+        whole = np.ones(len(numbers), bool)
+        if self._verify:
+            whole = crc == _checksums(keys, stored)
+        rows = torch.from_numpy(stored)
+        if self.header.dtype == torch.bfloat16:
+            rows = rows.view(torch.bfloat16)
+        order = np.argsort(numbers, kind="stable")
+        order = order[whole[order]]
+        if len(order) < len(numbers) or (order[1:] < order[:-1]).any():
+            numbers, rows = numbers[order], rows[torch.from_numpy(order)]
+        return numbers, rows.float()
 
 
-class Encoded:
-    """Rows that are encoded and not on disk yet."""
-
-    def __init__(self) -> None:
-        self.keys: dict[bytes, None] = {}
-        self.blocks: list[Tensor] = []
-
-    @property
-    def dim(self) -> int | None:
-        return self.blocks[0].shape[1] if self.blocks else None
-
-    def append_to(self, store: Store) -> None:
-        """Write them as a shard, and forget them, whether or not that succeeds."""
-        keys, blocks = list(self.keys), self.blocks
-        self.keys, self.blocks = {}, []
-        if keys:
-            store.append(keys, torch.cat(blocks))
+def _lancedb() -> Any:
+    """The module, which takes a while to import and is optional."""
+    try:
+        module = importlib.import_module("lancedb")
+    except ImportError as error:
+        raise ImportError('EmbeddingCache needs lancedb: pip install "mmkernels[retrieval]"') from error
+    # What it says at a fork, "a small chance of deadlock remains", holds for calls in the child; none are made there.
+    warnings.filterwarnings("ignore", "lancedb fork support is experimental", RuntimeWarning)
+    return module
 
 
-def _gather(shards: list[Tensor], rows: Tensor) -> Tensor:
-    """``[n, w]`` at rows ``[n]`` of all shards' ``[rows, w]`` together."""
-    ends = torch.tensor([len(shard) for shard in shards]).cumsum(0)
-    shard_of = torch.bucketize(rows, ends, right=True)
-    out = torch.empty(len(rows), shards[0].shape[1], dtype=shards[0].dtype)
-    for number in shard_of.unique().tolist():
-        here = shard_of == number
-        out[here] = shards[number][rows[here] - (int(ends[number]) - len(shards[number]))]
-    return out
+def _sync(folder: Path, names: Iterable[str]) -> None:
+    """Writes files and their folder through to the disk, which LanceDB leaves to the system."""
+    for name in (*names, "."):
+        try:
+            descriptor = os.open(folder / name, os.O_RDONLY)
+        except FileNotFoundError:  # joined with others meanwhile
+            continue
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def _split(keys: Tensor) -> list[bytes]:
-    data = keys.numpy().tobytes()
-    return [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
+def _checksums(keys: bytes, rows: np.ndarray) -> np.ndarray:
+    """CRC-32 of each row's key and bytes, ``[n]`` uint32."""
+    view, size = memoryview(rows.tobytes()), rows.shape[1] * rows.itemsize
+    return np.fromiter(
+        (
+            zlib.crc32(view[n * size : (n + 1) * size], zlib.crc32(keys[KEY_BYTES * n : KEY_BYTES * (n + 1)]))
+            for n in range(len(rows))
+        ),
+        np.uint32,
+        len(rows),
+    )
+
+
+def _numbers(found: Any) -> np.ndarray:
+    return found["_rowid"].to_numpy().astype(np.int64)
+
+
+def _key_bytes(found: Any) -> bytes:
+    """The keys of an Arrow table, one after the other."""
+    return b"".join(
+        chunk.buffers()[1][KEY_BYTES * chunk.offset : KEY_BYTES * (chunk.offset + len(chunk))].to_pybytes()
+        for chunk in found["key"].chunks
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -50,5 +49,17 @@ def units(texts: list[str]) -> Tensor:
     return F.normalize(torch.stack([Encoder().row(text) for text in texts]).double()).float()
 
 
-def manifest(cache: EmbeddingCache) -> dict[str, Any]:
-    return json.loads((cache.folder / "manifest.json").read_text())
+def intact(folder: Path, texts: list[str]) -> None:
+    """The cache holds these texts, each once and as it was encoded, and the next append works."""
+    cache = open_cache(folder)
+    keys = [content_key(text) for text in texts]
+    assert len(cache) == len(texts) and all(key in cache for key in keys)
+    torch.testing.assert_close(cache.read(cache.rows_of(keys)), units(texts))
+    with_next = len(cache.encode(["the next"], Encoder()))
+    assert with_next == 1 and len(open_cache(folder)) == len({*texts, "the next"})
+
+
+def files(folder: Path, kind: str) -> list[Path]:
+    """The files of a cache: its "data", or "_versions", the newest first."""
+    found = (folder / "cache" / "embeddings.lance" / kind).iterdir()
+    return sorted(path for path in found if path.suffix in (".lance", ".manifest"))

@@ -58,6 +58,7 @@ def test_a_first_encoder_that_is_wrong(tmp_path: Path) -> None:
         (lambda c: c.search(torch.ones(1, D, dtype=torch.int64), 1), TypeError, "query must be a tensor of floats"),
         (lambda c: c.search(np.ones((1, D)), 1), TypeError, "query must be a tensor of floats, got ndarray"),
         (lambda c: c.search(torch.ones(1, D), 0), ValueError, "k must be a positive integer, got 0"),
+        (lambda c: c.search(torch.ones(1, D), 1, probes=0), ValueError, "probes must be a positive integer, got 0"),
         (lambda c: c.search(torch.ones(1, D), 1.5), ValueError, "k must be a positive integer, got 1.5"),
         (lambda c: c.ranks(torch.full((1, D), torch.nan), torch.tensor([0])), ValueError, "query must be finite"),
         (lambda c: c.ranks(torch.ones(2, D), torch.tensor([0])), ValueError, "target must be for 2 queries, got 1"),
@@ -83,13 +84,6 @@ def test_bad_arguments(tmp_path: Path, call: Callable[[Any], Any], error: type[E
     assert len(open_cache(tmp_path)) == 10
 
 
-def test_rows_too_wide_for_a_manifest(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path)
-    with pytest.raises(ValueError, match=r"embeddings must have a d of at most 16777216, got shape \(1, 16777217\)"):
-        cache.add([content_key("a")], torch.ones(1, 1).expand(1, 2**24 + 1))
-    assert not cache.folder.exists()
-
-
 def test_inner_products_that_overflow(tmp_path: Path) -> None:
     cache = filled(tmp_path, normalize=False)
     with pytest.raises(ValueError, match="query must be small enough for inner products in float32"):
@@ -106,6 +100,7 @@ def test_inner_products_that_overflow(tmp_path: Path) -> None:
         ({"dtype": torch.float64}, TypeError, "dtype must be one of torch.float32, .* got torch.float64"),
         ({"dtype": "float16"}, TypeError, "dtype must be one of torch.float32, .* got float16"),
         ({"normalize": 1}, TypeError, "normalize must be True, False or None, got 1"),
+        ({"memory_limit": 0}, ValueError, "memory_limit must be a positive integer, got 0"),
         ({"lock_timeout": float("nan")}, ValueError, "lock_timeout must be seconds, 0 or more, got nan"),
     ],
 )

@@ -1,0 +1,49 @@
+"""The arguments of an `EmbeddingCache`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mmkernels.models.embeddings_keys import content_key, key_bytes
+from mmkernels.models.embeddings_store import DTYPES
+
+_MISSING: Any = object()
+
+
+def keyed(items: Iterable[Any], keys: Iterable[str] | None) -> Iterator[tuple[Any, bytes]]:
+    if keys is None:
+        for item in items:
+            yield item, bytes.fromhex(content_key(item))
+        return
+    for item, key in itertools.zip_longest(items, keys, fillvalue=_MISSING):
+        if item is _MISSING or key is _MISSING:
+            raise ValueError(f"keys must be as many as items, got {'more' if item is _MISSING else 'fewer'}")
+        yield item, key_bytes("keys", key)
+
+
+def place_of(folder: str | Path) -> str | Path:
+    """A folder, or the URI of an object store."""
+    if isinstance(folder, str) and "://" in folder:
+        return folder.rstrip("/")
+    return Path(folder).expanduser()
+
+
+def check_settings(folder: Any, model_id: Any, dtype: Any, normalize: Any, lock_timeout: Any) -> None:
+    if not isinstance(folder, (str, Path)):
+        raise TypeError(f"folder must be a str or a Path, got {type(folder).__name__}")
+    place = place_of(folder)
+    if isinstance(place, Path) and place.exists() and not place.is_dir():
+        raise ValueError(f"folder must be a folder, got {folder}, which is a file")
+    if not isinstance(model_id, str):
+        raise TypeError(f"model_id must be a str, got {type(model_id).__name__}")
+    if not model_id:
+        raise ValueError("model_id must name the model, got an empty str")
+    if dtype is not None and dtype not in DTYPES.values():
+        raise TypeError(f"dtype must be one of {', '.join(str(known) for known in DTYPES.values())}, got {dtype}")
+    if normalize is not None and not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be True, False or None, got {normalize!r}")
+    if not isinstance(lock_timeout, (int, float)) or not lock_timeout >= 0:
+        raise ValueError(f"lock_timeout must be seconds, 0 or more, got {lock_timeout!r}")

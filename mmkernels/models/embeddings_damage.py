@@ -1,0 +1,110 @@
+"""What is lost of a damaged `EmbeddingCache`, and a way back to the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmkernels.models.embeddings_store import Store
+
+HINT = "latest_version_hint.json"  # LanceDB's note of the newest manifest, beside them
+_PART = 1024  # rows of a damaged file that are tried together
+
+
+class EmbeddingCacheError(ValueError):
+    """An embedding cache that is damaged, gone, of another format, or another model's."""
+
+
+class Repair(NamedTuple):
+    """The result of `EmbeddingCache.repair`."""
+
+    rows: Tensor
+    """The rows that were left out ``[n]`` int64."""
+    manifests: list[str]
+    """The names of damaged manifests, which lie in the folder ``embeddings.lance/damaged`` now."""
+
+
+def repair(store: Store) -> Repair:
+    """Goes back to a manifest that is whole, and deletes the rows that can't be read from the table."""
+    aside: list[Path] = []
+    while True:
+        try:
+            store.refresh()
+            if aside and store.header is None:
+                raise EmbeddingCacheError(f"{store.place}: can't be opened: none of its manifests is whole")
+            numbers = store.places()[0] if store.header else np.empty(0, np.int64)
+            break
+        except EmbeddingCacheError:
+            versions = store.folder / "_versions" if store.folder else Path()
+            if (versions / HINT).exists():  # it may name one that is gone
+                (versions / HINT).unlink()
+                continue
+            newest = min(versions.glob("*.manifest"), default=None)  # the names count down
+            if newest is None:  # none is whole: it is another fault
+                for path in aside:
+                    path.rename(versions / path.name)
+                raise
+            (versions.parent / "damaged").mkdir(exist_ok=True)
+            aside.append(newest.rename(versions.parent / "damaged" / newest.name))
+    lost = _lost(store, numbers)
+    store.delete(lost.tolist())
+    return Repair(torch.from_numpy(lost), [path.name for path in aside])
+
+
+def damaged(store: Store, numbers: np.ndarray, cause: object) -> EmbeddingCacheError:
+    """Returns the error that says which of the rows can't be read."""
+    lost = _lost(store, numbers)
+    if not len(lost):  # what failed has passed
+        return EmbeddingCacheError(str(cause))
+    cause = str(cause).removeprefix(f"{store.place}: ")
+    return EmbeddingCacheError(
+        f"{store.place}: {len(lost)} rows can't be read, rows {_spans(lost)}: {cause}. "
+        "EmbeddingCache.repair(folder) leaves them out and keeps all others"
+    )
+
+
+def _lost(store: Store, numbers: np.ndarray) -> np.ndarray:
+    """Returns those of the rows that can't be read: file by file; in parts, then in halves, where a file fails."""
+    if not len(numbers):
+        return numbers
+    known, files = store.places()
+    lost = [np.setdiff1d(numbers, known)]
+    for file in np.unique(files):
+        here = np.intersect1d(known[files == file], numbers)
+        parts = np.split(here, range(_PART, len(here), _PART))
+        missing = [_missing(store, part) for part in parts]
+        some = len(parts) == 1 or any(found is not None for found in missing)  # else the file is gone, or its end
+        for part, found in zip(parts, missing):
+            lost.append(found if found is not None else _halves(store, part) if some else part)
+    return np.sort(np.concatenate(lost))
+
+
+def _halves(store: Store, numbers: np.ndarray) -> np.ndarray:
+    """As `_lost`, of rows that can't be read together."""
+    if len(numbers) == 1:
+        return numbers
+    lost = []
+    for half in np.array_split(numbers, 2):
+        found = _missing(store, half)
+        lost.append(_halves(store, half) if found is None else found)
+    return np.concatenate(lost)
+
+
+def _missing(store: Store, numbers: np.ndarray) -> np.ndarray | None:
+    """Returns those of the rows that are not there or have wrong checksums; None if they can't be read together."""
+    try:
+        return np.setdiff1d(numbers, store.whole(numbers))
+    except (EmbeddingCacheError, OSError):
+        return None
+
+
+def _spans(numbers: np.ndarray) -> str:
+    """Ascending numbers as a text: 3, 7 to 12."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    names = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
