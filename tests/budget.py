@@ -4,9 +4,9 @@
 
     set-up 171 + lint and types 56 + GPU kernels compiled 110 + tests that run no op 40      = 377
     left for two processes:                                               2 (900 - 377)      = 1,046
-    the budgets of the 7 ops below:      21,800 runs of 7.7 ms + 1,480 interpreted of 0.29 s = 597
+    the budgets of the 7 ops below:      21,900 runs of 7.7 ms + 1,480 interpreted of 0.29 s = 598
     13 more ops with the default budget: 13,000 runs of 7.7 ms +   780 interpreted of 0.29 s = 326
-    spare, as one process ends before the other                                              = 123
+    spare, as one process ends before the other                                              = 122
 """
 
 from __future__ import annotations
@@ -41,6 +41,6 @@ BUDGET = {
     "attention_received": Budget(native=1_300, interpreted=165),
     "attention_weights": Budget(native=1_300, interpreted=160),
     "info_nce": Budget(native=3_200, interpreted=360),
-    "sigmoid_contrastive": Budget(native=1_500, interpreted=130),
+    "sigmoid_contrastive": Budget(native=1_600, interpreted=130),
     "retrieval_ranks": Budget(native=1_000, interpreted=100),
 }
