@@ -182,7 +182,7 @@ def _no(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers' warnings about tiny models and classes that refuse an implementation, and progress bars."""
+    """Silences transformers: warnings about tiny models and classes that refuse an implementation, progress bars."""
     before = transformers.logging.get_verbosity()
     had_bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.CRITICAL)
