@@ -35,6 +35,13 @@ def candidates(model: Any) -> Iterator[Inputs]:
         target = {"decoder_input_ids": tokens(2, LENGTH // 2)}
     if text:
         yield text | target
+        if "bbox" in names:
+            yield text | target | {"bbox": torch.tensor([10, 20, 60, 90]).expand(2, LENGTH, 4)}
+    grids = [name for name in ("grid_thw", "image_grid_thw") if name in names]
+    if grids:
+        for name in (main, "hidden_states", "pixel_values"):
+            if name in names:
+                yield {name: _patches(config), grids[0]: torch.tensor([[1, 4, 6], [1, 4, 4]])}
     for name in dict.fromkeys((main, "pixel_values", "input_features", "input_values")):
         if name in names and name != "input_ids":
             for value in _media(name, config):
@@ -92,6 +99,19 @@ def _media(name: str, config: Any) -> Iterator[Tensor]:
         yield torch.randn(2, 2000)
         yield torch.randn(2, 1, 2000)
         yield torch.randn(2, 64, bins)
+
+
+def _patches(config: Any) -> Tensor:
+    """Returns the patches of two images, [patches, channels * frames * size * size]."""
+    channels, frames, size = (
+        _first([config], *names, default=default)
+        for names, default in (
+            (("in_channels", "num_channels"), 3),
+            (("temporal_patch_size",), 1),
+            (("patch_size",), 8),
+        )
+    )
+    return torch.randn(40, channels * frames * size * size)
 
 
 def _first(parts: list[Any], *names: str, default: Any) -> Any:

@@ -34,7 +34,7 @@ SIZES: list[tuple[re.Pattern[str], int]] = [
             WIDTH,
         ),
         (
-            r"^(\w+_)?(hidden_size_\w+|embedding_size|embedding_dim|word_embed_proj_dim|projection_dim|output_dim)$",
+            r"^(\w+_)?(hidden_size_\w+|embedding_size|embedding_dim|word_embed_proj_dim|projection_dim|projection_size|output_dim)$",
             WIDTH,
         ),
         (r"^(vision_)?output_size$|^(text|encoder|decoder|projector|cross_attention)_(hidden|embed)_\w+$", WIDTH),
@@ -97,6 +97,8 @@ def shrink(config: Config) -> Config:
         small["num_key_value_heads"] = small["num_attention_heads"]
     if "qk_rope_head_dim" in small and config.get("head_dim") == config["qk_rope_head_dim"]:
         small["head_dim"] = small["qk_rope_head_dim"]
+    if "head_dim" in small and small["head_dim"] is None:
+        small["head_dim"] = HEAD_DIM
     _renumber_tokens(small)
     return small
 

@@ -182,12 +182,16 @@ def _no(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers' warnings about tiny models and about classes that refuse an implementation."""
+    """Silences transformers: warnings about tiny models and classes that refuse an implementation, progress bars."""
     before = transformers.logging.get_verbosity()
+    had_bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers.logging.set_verbosity(before)
+        if had_bars:
+            transformers.logging.enable_progress_bar()

@@ -45,7 +45,7 @@ MEMORY = 6 * 2**30
 PARAMETERS = 20_000_000
 """A class is given up beyond these: seconds, bytes of address space that it adds, parameters."""
 
-_MAPPINGS = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM")
+_MAPPINGS = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "CAUSAL_LM")
 """Kinds of classes that generate, in the order of preference; a model type without one is tried by its base class."""
 
 
