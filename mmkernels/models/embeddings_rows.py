@@ -77,7 +77,8 @@ def best(query: Tensor, k: int, blocks: Callable[[], Iterator[tuple[int, Tensor]
         found, where = torch.empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.int64)
         for start, block in blocks():
             for part in block.split(max(1, _SCORES // len(some))):
-                values, columns = top(some @ part.T, k)
+                products = (part @ some[0])[None] if len(some) == 1 else some @ part.T  # the first is faster for one
+                values, columns = top(products, k)
                 where = torch.cat([where, columns + start], dim=1)
                 found, order = top(torch.cat([found, values], dim=1), k)  # of equal ones the earlier block's are first
                 where = where.gather(1, order)

@@ -216,8 +216,7 @@ def test_what_is_appended_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_approximate_search(tmp_path: Path, dtype: torch.dtype) -> None:
     """Its recall of the exact one's rows, by the number of partitions that are searched; its scores are exact."""
-    rows = torch.randn(40, D).repeat(50, 1) + 0.4 * torch.randn(2000, D)  # 40 clusters
-    query = rows[:100] + 0.1 * torch.randn(100, D)
+    rows, query = torch.randn(2000, D), torch.randn(100, D)  # without clusters, which an index finds easily
     cache = open_cache(tmp_path, dtype=dtype)
     cache.add([content_key(str(n)) for n in range(2000)], rows)
     cache.create_index(num_partitions=32)
@@ -227,7 +226,7 @@ def test_approximate_search(tmp_path: Path, dtype: torch.dtype) -> None:
         hits = (found.rows[:, :, None] == exact.rows[:, None]).any(dim=1)
         recall.append(hits.float().mean().item())
         torch.testing.assert_close(found.scores[:, 0][hits[:, 0]], exact.scores[:, 0][hits[:, 0]])
-    assert 0.3 < recall[0] < recall[1] and recall[1] > 0.9 and recall[2] > 0.999
+    assert 0.1 < recall[0] < recall[1] - 0.1 and recall[1] > 0.6 and recall[2] > 0.999
     cache.add([content_key("new")], query[:1])
     assert cache.search(query[:1], 1, approximate=True, probes=1).rows.tolist() == [[2000]]  # newer than the index
 
