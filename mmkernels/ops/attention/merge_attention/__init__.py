@@ -10,7 +10,7 @@ from torch import Tensor
 from mmkernels.ops.attention.merge_attention import chunked
 from mmkernels.ops.attention.merge_attention.spec import Arguments, Results, reference
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.runtime.checks import check_floating, check_tensor
+from mmkernels.runtime.checks import DTYPES, check_floating, check_tensor
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -59,11 +59,12 @@ def _check(args: Arguments) -> None:
     tensors, out_a, out_b = args._asdict(), args.out_a, args.out_b
     for name, x in tensors.items():
         check_tensor(name, x)
-        if x.device != out_a.device:
+        if not (x.is_cpu and out_a.is_cpu) and x.device != out_a.device:
             raise ValueError(f"{name} must be on out_a's device {out_a.device}, got {x.device}")
     if out_a.dim() != 4:
         raise ValueError(f"out_a must be 4-D [B, H, Lq, Dv], got shape {tuple(out_a.shape)}")
-    check_floating("out_a", out_a)
+    if out_a.dtype not in DTYPES:
+        check_floating("out_a", out_a)
     if out_b.dtype != out_a.dtype:
         raise TypeError(f"out_b must have out_a's dtype {out_a.dtype}, got {out_b.dtype}")
     if out_b.shape != out_a.shape:

@@ -62,7 +62,7 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: 
         raise TypeError(f"target must be int64, got {target.dtype}")
     if tuple(target.shape) != (query.shape[0],):
         raise ValueError(f"target must be [{query.shape[0]}], one for each query, got shape {tuple(target.shape)}")
-    if target.device != query.device:
+    if not (target.is_cpu and query.is_cpu) and target.device != query.device:
         raise ValueError(f"target must be on query's device {query.device}, got {target.device}")
     check_range("target", target, 0, gallery.shape[0] - 1)  # compiled code leaves it to the backends
     args = Arguments(query=query.detach(), gallery=gallery.detach(), target=target)
