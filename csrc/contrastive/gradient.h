@@ -2,7 +2,7 @@
 // orientations and the working format; two products with it give the gradients of the texts and of the images.
 #pragma once
 
-#include "strip.h"
+#include "dots.h"
 
 namespace mmkernels::MMK_ISA {
 

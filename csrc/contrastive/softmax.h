@@ -1,7 +1,7 @@
 // The softmax sums of both directions from one pass over tiles of logits.
 #pragma once
 
-#include "strip.h"
+#include "dots.h"
 
 namespace mmkernels::MMK_ISA {
 
