@@ -144,9 +144,10 @@ def _visible(module: torch.nn.Module, query: Tensor, k_len: int, mask: ModelMask
     Raises:
         NotImplementedError: the mask is of another size, because the model changed the keys and not the mask.
     """
-    if mask.omitted:
-        return None
-    sizes = (query.shape[0], query.shape[1], query.shape[2], k_len)
+    batch, heads, q_len, _ = query.shape
+    if mask.omitted or mask.shape == (batch, 1, q_len, k_len):
+        return mask.visible
+    sizes = (batch, heads, q_len, k_len)
     if mask.shape[-1] != k_len or mask.ndim != 4 or any(n not in (1, m) for n, m in zip(mask.shape, sizes)):
         raise NotImplementedError(
             f'attn_implementation="mmkernels" is not for {type(module).__name__}: its mask was made for '
