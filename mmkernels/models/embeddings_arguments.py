@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mmkernels.models.embeddings_format import DTYPES
 from mmkernels.models.embeddings_keys import content_key, key_bytes
-from mmkernels.models.embeddings_store import DTYPES
 
 _MISSING: Any = object()
 

@@ -40,6 +40,7 @@ def repair(store: Store) -> Repair:
             numbers = store.places()[0] if store.header else np.empty(0, np.int64)
             break
         except EmbeddingCacheError:
+            store.close()
             versions = store.folder / "_versions" if store.folder else Path()
             if (versions / HINT).exists():  # it may name one that is gone
                 (versions / HINT).unlink()

@@ -63,9 +63,10 @@ class Memory:
         """Returns the rows float32 at these places; None: all."""
         if self._held == len(self):
             return self._rows[: len(self)] if places is None else self._rows[places]
-        numbers = self.numbers() if places is None else self.numbers()[places.unique().numpy()]
-        rows = self._stored(numbers, torch.empty(len(numbers), self._dim))
-        return rows if places is None else rows[places.unique(return_inverse=True)[1]]
+        if places is None:
+            return self._stored(self.numbers(), torch.empty(len(self), self._dim))
+        different, back = places.unique(return_inverse=True)
+        return self._stored(self.numbers()[different.numpy()], torch.empty(len(different), self._dim))[back]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Gives all rows float32, the place of the first and ``[n, d]``: all at once if they fit into memory."""

@@ -15,12 +15,11 @@ import re
 import time
 import uuid
 import warnings
-import zlib
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,13 +27,12 @@ from torch import Tensor
 
 from mmkernels.models.embeddings_damage import HINT, EmbeddingCacheError, damaged
 from mmkernels.models.embeddings_forks import calls_lance
+from mmkernels.models.embeddings_format import FORMAT, HEADER, KEY_BYTES, Header, checksums, keys_of, numbers_of
 
 T = TypeVar("T")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INDEXES = ("IvfFlat", "IvfSq", "IvfPq", "IvfRq", "HnswFlat", "HnswSq", "HnswPq")
-KEY_BYTES = 32
 
-_TABLE, _HEADER, _FORMAT = "embeddings", b"mmkernels", 2
+_TABLE = "embeddings"
 _COLUMNS = ["key", "vector", "crc"]
 _TAKE_BYTES = 32 * 2**20  # of rows that are read together
 _FILES, _MOST_FILES = 64, 512  # small data files that are joined, see `join_files`
@@ -44,30 +42,6 @@ _NEW_TABLE = {"new_table_enable_stable_row_ids": "true"}  # rows keep their numb
 _SOURCE_LINE = re.compile(r", /\S+\.rs:\d+:\d+")  # of LanceDB, which its errors name
 _WRITE_ERRORS = re.compile(r"\(os error (\d+)\)")
 _REPEAT = re.compile(r"conflict|not found|already exists", re.IGNORECASE)  # errors of a commit that another overtook
-
-
-class Header(NamedTuple):
-    """What a table's schema says of all its rows."""
-
-    model_id: str
-    dtype: torch.dtype
-    normalized: bool
-    dim: int
-    table: str
-    """A random name: a table that takes the place of another has another one."""
-
-    def to_json(self) -> str:
-        values = [_FORMAT, self.model_id, str(self.dtype)[6:], self.normalized, self.dim, self.table]
-        return json.dumps([*values, zlib.crc32(json.dumps(values).encode())])
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Header:
-        version, model_id, dtype, normalized, dim, table, crc = json.loads(text)
-        if zlib.crc32(json.dumps([version, model_id, dtype, normalized, dim, table]).encode()) != crc:
-            raise ValueError("another checksum")
-        if version != _FORMAT:
-            raise ValueError(f"format {version}, where this version of mmkernels reads {_FORMAT}")
-        return cls(model_id, DTYPES[dtype], normalized, dim, table)
 
 
 class Store:
@@ -101,7 +75,7 @@ class Store:
         self._synced = set(os.listdir(self.folder / "data")) if self.folder and self.folder.is_dir() else set[str]()
         if isinstance(place, Path) and (place / "manifest.json").exists():
             raise EmbeddingCacheError(
-                f"{place}: must be a cache of format {_FORMAT}, got one of format 1 (manifest.json and shards), which "
+                f"{place}: must be a cache of format {FORMAT}, got one of format 1 (manifest.json and shards), which "
                 "this version of mmkernels does not read: delete the folder or name another one, and encode again"
             )
 
@@ -149,6 +123,10 @@ class Store:
                 raise OSError(int(number[1]), f"{self.place}: {text}") from error
             raise EmbeddingCacheError(f"{self.place}: {text or type(error).__name__}") from error
 
+    def close(self) -> None:
+        """Forgets the table, so that `refresh` opens it anew."""
+        self._table, self.header, self._version = None, None, 0
+
     def _connect(self) -> Any:
         return _lancedb().connect(str(self.place), storage_options=self._options or None)
 
@@ -187,7 +165,7 @@ class Store:
             if version == self._version:
                 return False
             metadata = self._call(lambda: self._table.schema.metadata) or {}
-            header = Header.from_json(metadata[_HEADER])
+            header = Header.from_json(metadata[HEADER])
         except (EmbeddingCacheError, KeyError, TypeError, ValueError) as error:
             reason = str(error).removeprefix(f"{self.place}: ")
             raise EmbeddingCacheError(
@@ -256,7 +234,7 @@ class Store:
     def _create(self, data: Any) -> int:
         options = {**self._options, **_NEW_TABLE}
         self._table = self._connect().create_table(_TABLE, data, storage_options=options)
-        self.header = Header.from_json(data.schema.metadata[_HEADER])
+        self.header = Header.from_json(data.schema.metadata[HEADER])
         return int(self._table.version)
 
     def _add(self, data: Any) -> int:
@@ -306,10 +284,10 @@ class Store:
                 pa.binary(KEY_BYTES), len(keys), [None, pa.py_buffer(b"".join(keys))]
             ),
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), rows.shape[1]),
-            "crc": pa.array(_checksums(b"".join(keys), stored)),
+            "crc": pa.array(checksums(b"".join(keys), stored)),
         }
         fields = [pa.field(name, column.type, nullable=False) for name, column in columns.items()]
-        return pa.table(list(columns.values()), pa.schema(fields, metadata={_HEADER: header.to_json().encode()}))
+        return pa.table(list(columns.values()), pa.schema(fields, metadata={HEADER: header.to_json().encode()}))
 
     # Reading.
 
@@ -327,7 +305,7 @@ class Store:
             found = self._newest(read)
         except (EmbeddingCacheError, OSError) as error:
             raise damaged(self, self.places()[0], error) from error
-        numbers, keys = _numbers(found), _key_bytes(found)
+        numbers, keys = numbers_of(found), keys_of(found)
         if not len(numbers):
             return [], []
         order = np.argsort(numbers, kind="stable")
@@ -356,7 +334,7 @@ class Store:
 
         def one(vector: np.ndarray) -> np.ndarray:
             search = self._table.search(vector, vector_column_name="vector").distance_type("dot").nprobes(probes)
-            return _numbers(search.select(["crc", "_distance"]).with_row_id(True).limit(k).to_arrow())
+            return numbers_of(search.select(["crc", "_distance"]).with_row_id(True).limit(k).to_arrow())
 
         return [np.sort(self._newest(partial(one, vector))) for vector in query]
 
@@ -369,7 +347,7 @@ class Store:
     def places(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the numbers of all rows, and the number of each one's file, as the manifest lists them."""
         found = self._call(lambda: self._table.search().select(["_rowid", "_rowaddr"]).limit(None).to_arrow())
-        return _numbers(found), (found["_rowaddr"].to_numpy() >> np.uint64(32)).astype(np.int64)
+        return numbers_of(found), (found["_rowaddr"].to_numpy() >> np.uint64(32)).astype(np.int64)
 
     def _newest(self, read: Callable[[], T]) -> T:
         """Reads, and again in the newest version if files of the one that is open are gone, since they were joined."""
@@ -383,12 +361,12 @@ class Store:
         """Returns the numbers and rows float32 of those of the rows that are there, and have their checksums."""
         assert self.header is not None
         found = self._table.take_row_ids(wanted.tolist()).select(_COLUMNS).with_row_id().to_arrow()
-        numbers, keys, crc = _numbers(found), _key_bytes(found), found["crc"].to_numpy()
+        numbers, keys, crc = numbers_of(found), keys_of(found), found["crc"].to_numpy()
         stored = found["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         stored = np.require(stored, requirements="W").reshape(len(numbers), self.header.dim)
         whole = np.ones(len(numbers), bool)
         if self._verify:
-            whole = crc == _checksums(keys, stored)
+            whole = crc == checksums(keys, stored)
         rows = torch.from_numpy(stored)
         if self.header.dtype == torch.bfloat16:
             rows = rows.view(torch.bfloat16)
@@ -421,28 +399,3 @@ def _sync(folder: Path, names: Iterable[str]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _checksums(keys: bytes, rows: np.ndarray) -> np.ndarray:
-    """CRC-32 of each row's key and bytes, ``[n]`` uint32."""
-    view, size = memoryview(rows.tobytes()), rows.shape[1] * rows.itemsize
-    return np.fromiter(
-        (
-            zlib.crc32(view[n * size : (n + 1) * size], zlib.crc32(keys[KEY_BYTES * n : KEY_BYTES * (n + 1)]))
-            for n in range(len(rows))
-        ),
-        np.uint32,
-        len(rows),
-    )
-
-
-def _numbers(found: Any) -> np.ndarray:
-    return found["_rowid"].to_numpy().astype(np.int64)
-
-
-def _key_bytes(found: Any) -> bytes:
-    """The keys of an Arrow table, one after the other."""
-    return b"".join(
-        chunk.buffers()[1][KEY_BYTES * chunk.offset : KEY_BYTES * (chunk.offset + len(chunk))].to_pybytes()
-        for chunk in found["key"].chunks
-    )
