@@ -44,7 +44,9 @@ def repair(store: Store) -> Repair:
             return Repair(torch.from_numpy(lost), [path.name for path in aside])
         except EmbeddingCacheError:
             store.close()
-            versions = store.folder / "_versions" if store.folder else Path()
+            if store.folder is None:
+                raise
+            versions = store.folder / "_versions"
             if (versions / HINT).exists():  # it may name one that is gone
                 (versions / HINT).unlink()
                 continue
