@@ -37,11 +37,16 @@ def repair(store: Store) -> Repair:
             store.refresh()
             if aside and store.header is None:
                 raise EmbeddingCacheError(f"{store.place}: can't be opened: none of its manifests is whole")
-            numbers = store.places()[0] if store.header else np.empty(0, np.int64)
-            break
+            lost = _lost(store, store.places()[0] if store.header else np.empty(0, np.int64))
+            store.delete(lost.tolist())
+            store.close()
+            store.refresh()
+            return Repair(torch.from_numpy(lost), [path.name for path in aside])
         except EmbeddingCacheError:
             store.close()
-            versions = store.folder / "_versions" if store.folder else Path()
+            if store.folder is None:
+                raise
+            versions = store.folder / "_versions"
             if (versions / HINT).exists():  # it may name one that is gone
                 (versions / HINT).unlink()
                 continue
@@ -52,9 +57,6 @@ def repair(store: Store) -> Repair:
                 raise
             (versions.parent / "damaged").mkdir(exist_ok=True)
             aside.append(newest.rename(versions.parent / "damaged" / newest.name))
-    lost = _lost(store, numbers)
-    store.delete(lost.tolist())
-    return Repair(torch.from_numpy(lost), [path.name for path in aside])
 
 
 def damaged(store: Store, numbers: np.ndarray, cause: object) -> EmbeddingCacheError:
