@@ -37,10 +37,10 @@ class Budget(NamedTuple):
 DEFAULT = Budget(native=1_000, interpreted=60)
 # The first op of each family pays for what the family shares: models, integrations, every instruction set and mask.
 BUDGET = {
-    "cross_attention": Budget(native=12_500, interpreted=505),
+    "cross_attention": Budget(native=12_900, interpreted=505),
     "attention_received": Budget(native=1_300, interpreted=165),
     "attention_weights": Budget(native=1_300, interpreted=160),
-    "info_nce": Budget(native=3_200, interpreted=360),
-    "sigmoid_contrastive": Budget(native=1_600, interpreted=130),
+    "info_nce": Budget(native=3_300, interpreted=360),
+    "sigmoid_contrastive": Budget(native=1_650, interpreted=130),
     "retrieval_ranks": Budget(native=1_000, interpreted=100),
 }

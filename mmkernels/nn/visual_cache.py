@@ -220,7 +220,7 @@ class VisualCache:
         for layer, (key, value) in enumerate(key_values):
             for name, x in (("key", key), ("value", value)):
                 check_tensor(f"{name} of layer {layer}", x)
-                batch = batch or len(x)
+                batch = batch or x.shape[0] if x.dim() else batch
                 if x.dim() != 4 or x.shape[0] != batch or x.shape[2] != sum(lengths):
                     raise ValueError(
                         f"{name} of layer {layer} must be [{batch}, H, {sum(lengths)}, D], got shape {tuple(x.shape)}"

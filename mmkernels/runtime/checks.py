@@ -183,7 +183,7 @@ def check_range(
     Args:
         note: said of the least value.
     """
-    if x.device.type != "cpu" or x.numel() == 0 or not can_look(x):
+    if x.device.type != "cpu" or not can_look(x) or x.numel() == 0:
         return
     low, high = (int(value) for value in x.aminmax())
     if (least is not None and low < least) or (most is not None and high > most):

@@ -142,6 +142,7 @@ def pretend(model_type: str, name: str) -> Row:
     return Row(model_type, name, EQUAL)
 
 
+@pytest.mark.slow  # five processes that import transformers, and half a minute of hanging
 def test_a_class_that_hangs_crashes_or_takes_all_memory_is_a_row(capfd: pytest.CaptureFixture[str]) -> None:
     kinds = ["hangs", "crashes", "takes all memory", "talks", "works"]
     begun: list[str] = []

@@ -55,7 +55,7 @@ def check_scalar(name: str, x: Tensor | float, image: Tensor) -> Tensor:
     if x.dtype in (torch.float16, torch.bfloat16) and autocast_dtype(image) is not None:
         x = x.float()
     if x.dtype not in (image.dtype, torch.float32):
-        if x.dtype == torch.bool or x.is_complex():
+        if x.dtype == torch.bool or x.is_complex() or x.is_quantized:
             raise TypeError(f"{name} must be a tensor of a real dtype, got {x.dtype}")
         x = x.to(wide_dtype(image))
     if not (x.is_cpu and image.is_cpu) and x.device != image.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from harness import draw, generator, name_of, peak_of, poison
 from ops.contrastive.cpu_tools import WAYS, WIDE, case_of, check_kernel, each_way
 from ops.contrastive.tools import features
-from ops.cpu_tools import each_dtype, each_isa, needs_kernels
+from ops.cpu_tools import DTYPES, ISAS, each_dtype, each_isa, needs_kernels
 from pairwise import cover, parametrize, traits
 from torch import Generator, Tensor
 
@@ -194,12 +195,15 @@ def test_again_the_same_bits(id: str, isa: str, dtype: torch.dtype) -> None:
 # Layouts.
 
 
-@each_isa
-@each_dtype
-@pytest.mark.parametrize(("n", "m", "dim"), [(20, 35, 2103), (2, 35, 601)], ids=["deep", "few rows"])
-def test_steps_of_rows_in_any_layout(isa: str, dtype: torch.dtype, n: int, m: int, dim: int) -> None:
+@parametrize(
+    "isa, dtype, sizes",
+    list(itertools.product(ISAS, DTYPES, [(20, 35, 2103), (2, 35, 601)])),
+    lambda row: dict(zip(("isa", "dtype", "sizes"), row, strict=True)),
+    ids=lambda row: f"{row[0]}-{name_of(row[1])}-{row[2][2]}",
+)
+def test_steps_of_rows_in_any_layout(isa: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
     """Products in steps of channels copy what they can't read in place: the same bits as of whole rows."""
-    inputs = cast(_problem(n, m, dim, hard=5, ids=3), dtype, always_wide=WIDE)
+    inputs = cast(_problem(*sizes, hard=5, ids=3), dtype, always_wide=WIDE)
     with cpu.use_isa(isa):
         want = _step(inputs, dtype)
         for view in (lambda x: x.mT.contiguous().mT, lambda x: x.repeat_interleave(2, -1)[:, 1::2]):
