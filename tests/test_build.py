@@ -61,6 +61,7 @@ def test_without_compiler_python_parts_install_and_say_so(checkout: Path, tmp_pa
 
 
 @needs_compiler
+@pytest.mark.slow  # compiles
 def test_broken_source_fails_where_the_extension_is_required(checkout: Path) -> None:
     for family in ("attention", "contrastive"):  # CMake takes sources by pattern: what is left builds in seconds
         shutil.rmtree(checkout / "csrc" / family)
