@@ -286,24 +286,30 @@ MMK_INLINE Span begin_decode(const DecodeScratch& s, const KeyList& list, i64 kv
   return hull;
 }
 
-// Multiplies the queries with the keys of places [a, a + n), replaces the scores by weights, and rescales earlier sums.
-// Returns whether every row sees all of these keys.
-MMK_INLINE bool weigh_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows) {
+// Multiplies the queries with the keys of places [a, a + n).
+MMK_INLINE void score_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows) {
   const AttentionParams& p = s.p;
-  const bool is_dot = s.is_dot;
   const Source source = at_keys(source_of(p.key, kv / p.key_heads, kv % p.key_heads), list, a, n);
-  const Rows keys = fetch(source, n, p.dim, is_dot, s.key_copy);
-  const i64 query_row = row_bytes(is_dot, p.dim), depth = depth_of(is_dot, p.dim), padded = pad_lanes(p.value_dim);
-  if (kHasDot && is_dot) {
+  const Rows keys = fetch(source, n, p.dim, s.is_dot, s.key_copy);
+  const i64 query_row = row_bytes(s.is_dot, p.dim), depth = depth_of(s.is_dot, p.dim);
+  if (kHasDot && s.is_dot) {
     dot_rows<kHasDot>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
   } else {
     dot_rows<false>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
   }
+}
+
+// As score_keys, then replaces the scores by weights, and rescales earlier sums. Returns whether every row sees all of
+// these keys.
+MMK_INLINE bool weigh_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows) {
+  const AttentionParams& p = s.p;
+  const i64 padded = pad_lanes(p.value_dim);
+  score_keys(s, list, kv, a, n, rows);
   bool all = true;
   for (i64 r = 0; r < rows; ++r) {
     float* scores = s.scores + r * kDecodeKeys;
     all &= mask_row(p, list, s.rows[r], a, a + n, scores);
-    const float rescale = exponentiate_row(s.rows[r], n, scores, is_dot);
+    const float rescale = exponentiate_row(s.rows[r], n, scores, s.is_dot);
     if (rescale != 1.0f) {
       for (i64 c = 0; c < padded; c += kLanes) {
         float* at = s.out + r * padded + c;

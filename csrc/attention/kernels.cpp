@@ -26,6 +26,7 @@ const AttentionKernels attention_kernels = {
     .scores_lse = scores_lse,
     .received = received,
     .weights = weights,
+    .few_weights = few_weights,
 };
 
 } // namespace mmkernels::MMK_ISA

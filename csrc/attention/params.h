@@ -116,6 +116,8 @@ struct AttentionKernels {
   void (*scores_lse)(const AttentionParams&, std::int64_t kv, std::int64_t panel, char* scratch);
   void (*received)(const AttentionParams&, std::int64_t kv, std::int64_t head, std::int64_t split, char* scratch);
   void (*weights)(const AttentionParams&, std::int64_t kv, std::int64_t panel, char* scratch);
+  // Few queries: rows [first, first + count), at most decode_rows, of key head `kv`, with the scratch of decode.
+  void (*few_weights)(const AttentionParams&, std::int64_t kv, std::int64_t first, std::int64_t count, char* scratch);
 };
 
 } // namespace mmkernels

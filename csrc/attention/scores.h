@@ -2,7 +2,7 @@
 // or written (attention_weights).
 #pragma once
 
-#include "forward.h"
+#include "decode.h"
 
 namespace mmkernels::MMK_ISA {
 
@@ -121,6 +121,106 @@ inline void weights(const AttentionParams& p, i64 kv, i64 index, char* memory) {
                           [](float* at, Vec block, i64 n) { store_part(at, block, n); });
   };
   each_probability_tile(p, kv, index, 0, list.count, memory, write);
+}
+
+// Few queries, as in decode.h: rows of logarithms are written where their probabilities belong, and replaced there once
+// the whole row is known.
+
+inline bool sees_place(const AttentionParams& p, const KeyList& list, const DecodeRow& row, i64 place) {
+  const i64 j = key_at(list, place);
+  if (place < row.span.first || place >= row.span.last) {
+    return false;
+  }
+  if (p.dense != nullptr && p.dense[row.b * p.dense_b + row.h * p.dense_h + row.i * p.dense_i + j * p.dense_j] == 0) {
+    return false;
+  }
+  if (p.key_valid.data != nullptr && p.key_valid.data[row.b * p.key_valid.b + j * p.key_valid.i] == 0) {
+    return false;
+  }
+  const View& bias = p.bias;
+  return bias.data == nullptr ||
+         load_one(row_at(bias, row.b, row.h, row.i) + j * bias.d * bytes_of(bias.type), bias.type) != -kInf;
+}
+
+// Writes one row's logarithms of places [a, a + n) at their keys; keys between them that are in no list are hidden.
+inline void write_logarithms(const KeyList& list, i64 a, i64 n, const float* scores, float* to) {
+  if (list.index == nullptr) {
+    std::memcpy(to + a, scores, n * 4);
+    return;
+  }
+  for (i64 j = 0; j < n; ++j) {
+    const i64 key = key_at(list, a + j);
+    for (i64 hidden = a + j == 0 ? key : key_at(list, a + j - 1) + 1; hidden < key; ++hidden) {
+      to[hidden] = -kInf;
+    }
+    to[key] = scores[j];
+  }
+}
+
+// Calls f(vector) for each vector of from[0, n), the last one filled with -inf, and stores what f returns.
+template <typename F> MMK_INLINE void each_vector(float* from, i64 n, const F& f) {
+  i64 j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    store(from + j, f(load(from + j)));
+  }
+  if (j < n) {
+    float rest[kLanes];
+    store(rest, set1(-kInf));
+    std::memcpy(rest, from + j, (n - j) * 4);
+    store_part(from + j, f(load(rest)), n - j);
+  }
+}
+
+// Replaces the logarithms at the keys of places [hull.first, hull.last) by probabilities times the query's weight.
+inline void normalise_row(const AttentionParams& p, const KeyList& list, const DecodeRow& row, Span hull, float* to) {
+  const View& x = p.query_weights;
+  const float weight = x.data == nullptr ? 1.0f : ((const float*)x.data)[row.b * x.b + row.h * x.h + row.i * x.l];
+  const i64 first = key_at(list, hull.first), n = key_at(list, hull.last - 1) + 1 - first;
+  const Vec base = set1(row.maximum == -kInf ? 0.0f : row.maximum);
+  Vec sums = zero();
+  each_vector(to + first, n, [&](Vec logarithms) {
+    const Vec w = exp2(logarithms - base);
+    sums += w;
+    return w;
+  });
+  const float total = sum(sums);
+  if (total > 0.0f && total < kInf) {
+    const Vec factor = set1(weight / total);
+    each_vector(to + first, n, [&](Vec w) { return w * factor; });
+  } else if (row.sees) { // a score is NaN or inf, or all are -inf
+    std::memset(to + first, 0, n * 4);
+    for (i64 place = hull.first; place < hull.last; ++place) {
+      to[key_at(list, place)] = sees_place(p, list, row, place) ? __builtin_nanf("") : 0.0f;
+    }
+  }
+}
+
+// Rows [first, first + count) of kv, of `weights`, which has zeros before.
+inline void few_weights(const AttentionParams& p, i64 kv, i64 first, i64 count, char* memory) {
+  const DecodeScratch s{{memory}, p};
+  const KeyList list = list_of(p, kv);
+  const Span hull = begin_decode(s, list, kv, first, count);
+  const auto result = [&](const DecodeRow& row) {
+    return p.weights + ((row.b * p.heads + row.h) * p.q_len + row.i) * p.k_len;
+  };
+  for (i64 a = hull.first; a < hull.last; a += kDecodeKeys) {
+    const i64 n = least(kDecodeKeys, hull.last - a);
+    score_keys(s, list, kv, a, n, count);
+    for (i64 r = 0; r < count; ++r) {
+      DecodeRow& row = s.rows[r];
+      float* scores = s.scores + r * kDecodeKeys;
+      mask_row(p, list, row, a, a + n, scores);
+      Vec maximum = set1(row.maximum);
+      for (i64 j = 0; j < pad_lanes(n); j += kLanes) {
+        maximum = max_skip_nan(maximum, load(scores + j));
+      }
+      row.maximum = largest(maximum);
+      write_logarithms(list, a, n, scores, result(row));
+    }
+  }
+  for (i64 r = 0; r < count && hull.first < hull.last; ++r) {
+    normalise_row(p, list, s.rows[r], hull, result(s.rows[r]));
+  }
 }
 
 } // namespace mmkernels::MMK_ISA
