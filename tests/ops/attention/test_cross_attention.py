@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -218,6 +219,20 @@ def test_one_boundary_in_a_compiled_graph_with_a_backend_block_and_masks_made_in
     torch.testing.assert_close(call(q, k, v, lengths), want)
     ops = [n for n in graphs[0].graph.nodes if n.target == torch.ops.mmkernels.cross_attention.default]
     assert len(graphs) == 1 and len(ops) == 1 and ops[0].args[-1] == "chunked"
+
+
+def test_graphs_are_made_after_one_with_a_backend_block() -> None:
+    """The compiler writes the choice back; a later graph must read what it wrote."""
+    q, k, v = qkv()
+
+    def block() -> Tensor:
+        with use_backend("chunked"):
+            return cross_attention(q, k, v)
+
+    compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    for call in (block, lambda: cross_attention(q, k, v), block):
+        torch._dynamo.reset()
+        torch.testing.assert_close(compiled(call)(), cross_attention(q, k, v))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
