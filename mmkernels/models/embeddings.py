@@ -43,7 +43,7 @@ class EmbeddingCache:
     number never changes and is not given twice; numbers are missing where two processes stored the same content at the
     same moment (the lower one counts), and where `repair` left out damaged rows.
 
-    The rows are a LanceDB table, ``embeddings.lance``, with columns ``key``, ``vector`` (bfloat16: its bits as int16)
+    The rows are a LanceDB table (in a folder ``embeddings.lance``) with columns ``key``, ``vector`` (bfloat16: its bits as int16)
     and ``crc``, a checksum of the two, which is compared whenever a row is read. Any number of objects, in any
     processes, can share it: each append is one atomic commit, and takes no lock. Use each object in one thread. An
     object can be used after a fork, and pickled: what travels is the folder and the settings.
@@ -290,7 +290,8 @@ class EmbeddingCache:
 
     def _append(self, keys: list[bytes], rows: Tensor) -> None:
         """Stores rows of different keys, but for keys that another process has stored since the last refresh."""
-        self.refresh()
+        if self._store.may_have_changed():
+            self.refresh()
         new = [place for place, key in enumerate(keys) if key not in self._memory.row_of]
         if not new:
             return

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import shutil
 import time
 import uuid
 import warnings
@@ -33,15 +34,16 @@ T = TypeVar("T")
 INDEXES = ("IvfFlat", "IvfSq", "IvfPq", "IvfRq", "HnswFlat", "HnswSq", "HnswPq")
 
 _TABLE = "embeddings"
+_CHOSEN = "chosen"  # in a bucket: the table that holds the name of the other
 _COLUMNS = ["key", "vector", "crc"]
 _TAKE_BYTES = 32 * 2**20  # of rows that are read together
-_FILES, _MOST_FILES = 64, 512  # small data files that are joined, see `join_files`
+_FILES, _MOST_FILES = 64, 512  # data files that are joined, see `join_files`
 _APPENDS = 8  # after so many commits, of all processes, it is looked at
 _KEPT = timedelta(seconds=10)  # for which files that were joined are left to readers in other processes
 _NEW_TABLE = {"new_table_enable_stable_row_ids": "true"}  # rows keep their numbers when files are joined
 _SOURCE_LINE = re.compile(r", /\S+\.rs:\d+:\d+")  # of LanceDB, which its errors name
 _WRITE_ERRORS = re.compile(r"\(os error (\d+)\)")
-_REPEAT = re.compile(r"conflict|not found|already exists", re.IGNORECASE)  # errors of a commit that another overtook
+_REPEAT = re.compile(r"conflict|incompatible transaction|not found|already exists", re.IGNORECASE)  # errors of a commit that another overtook
 
 
 class Store:
@@ -72,6 +74,7 @@ class Store:
         self._version = self._files_to_join = 0
         self._seen = -1  # the largest number that `new` has returned
         self._next: int | None = 0  # the number of the next row, where it is known
+        self._time = 0  # of the folder's last change, in ns, when this object last committed
         self._synced = set(os.listdir(self.folder / "data")) if self.folder and self.folder.is_dir() else set[str]()
         if isinstance(place, Path) and (place / "manifest.json").exists():
             raise EmbeddingCacheError(
@@ -136,13 +139,19 @@ class Store:
             return
         hint = self._hinted()  # before the table is opened, as another process may commit meanwhile
         try:
-            self._table = self._connect().open_table(_TABLE)
+            self._table = self._connect().open_table(_TABLE if self.folder else self._chosen())
         except ValueError as error:
             if "not found" not in str(error):
                 raise
         if hint > (self._table.version if self._table else 0):
             self._table = None
             raise EmbeddingCacheError(f"the manifest of version {hint} is gone")
+
+    def _chosen(self) -> str:
+        """Returns the name of the table in a bucket."""
+        table = self._connect().open_table(_CHOSEN)
+        table.checkout(1)
+        return str(table.to_arrow()["table"][0])
 
     def _hinted(self) -> int:
         """Returns the version of a folder's newest manifest, as LanceDB notes it beside them; 0 without a note."""
@@ -184,6 +193,17 @@ class Store:
         self.header, self._version, self._next = header, version, None
         return True
 
+    def may_have_changed(self) -> bool:
+        """Whether to `refresh` before an append.
+
+        False where the folder's time is that of this object's last commit. A commit of another process in the same tick
+        of its clock is missed, and found by the append.
+        """
+        try:
+            return self.folder is None or os.stat(self.folder / "_versions").st_mtime_ns != self._time
+        except OSError:
+            return True
+
     # Writing.
 
     @calls_lance
@@ -197,30 +217,22 @@ class Store:
             TimeoutError: commits of other processes were in the way for too long.
             OSError: the disk is full, or the like.
         """
-        end = time.monotonic() + self._timeout
-        while True:
+
+        def commit() -> int:
             if self.header is not None and self.header.dim != rows.shape[1]:
                 raise ValueError(
                     f"embeddings must be [n, {self.header.dim}], as in this cache, got {tuple(rows.shape)}"
                 )
             data = self._to_arrow(keys, rows)
-            try:
-                version = self._call(partial(self._create if self.header is None else self._add, data))
-                break
-            except EmbeddingCacheError as error:
-                if not _REPEAT.search(str(error)):
-                    raise
-                if time.monotonic() > end:
-                    raise TimeoutError(
-                        f"{self.place}: no commit in lock_timeout = {self._timeout} s: {error}"
-                    ) from error
-            time.sleep(random.uniform(0, 0.05))
-            self.refresh()  # raises if the folder is gone, or another model's cache is in it by now
+            return self._create(data) if self.header is None else self._add(data)
+
+        version = self._commit(commit)
         if self.folder is not None:
             files = set(os.listdir(self.folder / "data"))
             _sync(self.folder / "data", files - self._synced)
             _sync(self.folder / "_versions", [f"{2**64 - 1 - version}.manifest"])
             self._synced = files
+            self._time = os.stat(self.folder / "_versions").st_mtime_ns
         first, self._next = self._next if version == self._version + 1 else None, None
         if first is not None:  # no other process has committed meanwhile, so there is nothing to read
             self._version, self._next, self._seen = version, first + len(keys), first + len(keys) - 1
@@ -231,9 +243,57 @@ class Store:
             self._next = self._seen + 1
         return found
 
+    def _commit(self, what: Callable[[], T]) -> T:
+        """Returns what a function returns that commits; repeats it where a commit of another process was in its way."""
+        end = time.monotonic() + self._timeout
+        while True:
+            try:
+                return self._call(what)
+            except EmbeddingCacheError as error:
+                if not _REPEAT.search(str(error)):
+                    raise
+                if time.monotonic() > end:
+                    raise TimeoutError(
+                        f"{self.place}: no commit in lock_timeout = {self._timeout} s: {error}"
+                    ) from error
+            time.sleep(random.uniform(0, 0.05))
+            self.refresh()  # raises if the folder is gone, or another model's cache is in it by now
+
     def _create(self, data: Any) -> int:
-        options = {**self._options, **_NEW_TABLE}
-        self._table = self._connect().create_table(_TABLE, data, storage_options=options)
+        """Makes the table with its first rows, unless another process has made one meanwhile.
+
+        LanceDB can't be asked to: a table that has come to be during `create_table` is replaced, in a second version.
+        So in a folder the table is made elsewhere and renamed, which fails if there is one. In a bucket each process
+        makes a table of its own, and the first version of another table says which of them counts.
+        """
+        options, name = {**self._options, **_NEW_TABLE}, f"{_TABLE}-{uuid.uuid4().hex}"
+        if isinstance(self.place, Path):
+            assert self.folder is not None
+            hidden = self.place / f".{name}"
+            try:
+                _lancedb().connect(str(hidden)).create_table(_TABLE, data, storage_options=options)
+                for part in ("data", "_versions"):
+                    _sync(hidden / self.folder.name / part, os.listdir(hidden / self.folder.name / part))
+                (hidden / self.folder.name).rename(self.folder)
+            except OSError as error:
+                if self.folder.exists():
+                    raise EmbeddingCacheError("the table already exists") from error
+                raise
+            finally:
+                shutil.rmtree(hidden, ignore_errors=True)
+            self._open()
+        else:
+            bucket = self._connect()
+            made = bucket.create_table(name, data, storage_options=options)
+            try:
+                bucket.create_table(_CHOSEN, [{"table": name}])
+            except (RuntimeError, ValueError) as error:
+                if not _REPEAT.search(str(error)):
+                    raise
+            if self._chosen() != name:
+                bucket.drop_table(name)
+                raise EmbeddingCacheError("the table already exists")
+            self._table = made
         self.header = Header.from_json(data.schema.metadata[HEADER])
         return int(self._table.version)
 
@@ -245,24 +305,20 @@ class Store:
         """Deletes rows; their numbers are not given again."""
         for start in range(0, len(numbers), 2**14):
             listed = ",".join(map(str, numbers[start : start + 2**14]))
-            self._call(partial(self._table.delete, f"_rowid in ({listed})"))
+            self._commit(lambda: self._table.delete(f"_rowid in ({listed})"))
 
     @calls_lance
     def join_files(self) -> None:
         """Joins the small data files that many appends leave, so that neither reading nor appending slows down.
 
-        LanceDB copies all files of less than a million rows for it. So this waits until their new rows are a quarter of
-        the table, or until there are very many.
+        LanceDB copies all files of less than a million rows for it. So the larger they are, the more files are waited
+        for.
         """
         if self._version % _APPENDS:
             return
         stats = self._call(lambda: self._table.stats())
-        files, largest = stats["fragment_stats"], stats["fragment_stats"]["lengths"]["max"]
-        small = files["num_small_fragments"]
-        new = stats["num_rows"] - largest * max(1, files["num_fragments"] - small)
-        if small < _MOST_FILES and 4 * new < stats["num_rows"]:
-            return
-        if small < self._files_to_join + _FILES:
+        small = stats["fragment_stats"]["num_small_fragments"]
+        if small < self._files_to_join + min(max(_FILES, stats["total_bytes"] // 2**20), _MOST_FILES):
             return
         try:
             self._call(lambda: self._table.optimize(cleanup_older_than=_KEPT))

@@ -168,23 +168,30 @@ def test_rows_stored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert one._store._table.count_rows() == 5  # the second ones are deleted
 
 
-def test_threads_that_make_a_cache_at_once(tmp_path: Path) -> None:
-    caches, rows = [open_cache(tmp_path) for _ in range(4)], dict[int, list[int]]()
-    go = threading.Barrier(4)
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_a_cache_that_several_make_at_once(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """LanceDB lets the last one that makes a table replace the others': each row must be there all the same."""
+    where = str(tmp_path / "cache") if place == "folder" else "s3://bucket/photos"
+    options = request.getfixturevalue("bucket") if place == "bucket" else None
+    for attempt in range(4):
+        caches = [EmbeddingCache(f"{where}-{attempt}", "m", storage_options=options) for _ in range(4)]
+        rows, go = dict[int, list[int]](), threading.Barrier(4)
 
-    def work(number: int) -> None:
-        go.wait()
-        rows[number] = caches[number].encode(["shared", f"text {number}"], Encoder()).tolist()
+        def work(number: int) -> None:
+            go.wait()
+            rows[number] = caches[number].encode(["shared", f"text {number}"], Encoder()).tolist()
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    cache = open_cache(tmp_path)
-    assert len(cache) == 5
-    for number in range(4):
-        assert cache.rows_of([content_key("shared"), content_key(f"text {number}")]).tolist() == rows[number]
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        cache = EmbeddingCache(f"{where}-{attempt}", "m", storage_options=options)
+        assert len(cache) == 5
+        for number in range(4):
+            assert cache.rows_of([content_key("shared"), content_key(f"text {number}")]).tolist() == rows[number]
+        if place == "folder":
+            assert os.listdir(f"{where}-{attempt}") == ["embeddings.lance"]
 
 
 def test_commits_that_others_overtake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
