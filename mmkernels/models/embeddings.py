@@ -43,9 +43,9 @@ class EmbeddingCache:
     number never changes and is not given twice; numbers are missing where two processes stored the same content at the
     same moment (the lower one counts), and where `repair` left out damaged rows.
 
-    The rows are a LanceDB table (in a folder ``embeddings.lance``) with columns ``key``, ``vector`` (bfloat16: its bits as int16)
-    and ``crc``, a checksum of the two, which is compared whenever a row is read. Any number of objects, in any
-    processes, can share it: each append is one atomic commit, and takes no lock. Use each object in one thread. An
+    The rows are a LanceDB table (in a folder ``embeddings.lance``) with columns ``key``, ``vector`` (bfloat16: its bits
+    as int16) and ``crc``, a checksum of the two, which is compared whenever a row is read. Any number of objects, in
+    any processes, can share it: each append is one atomic commit, and takes no lock. Use each object in one thread. An
     object can be used after a fork, and pickled: what travels is the folder and the settings.
 
     Keys take about 180 bytes of memory a row. The first search reads all rows into memory, as float32 (4 d bytes a

@@ -43,7 +43,7 @@ _KEPT = timedelta(seconds=10)  # for which files that were joined are left to re
 _NEW_TABLE = {"new_table_enable_stable_row_ids": "true"}  # rows keep their numbers when files are joined
 _SOURCE_LINE = re.compile(r", /\S+\.rs:\d+:\d+")  # of LanceDB, which its errors name
 _WRITE_ERRORS = re.compile(r"\(os error (\d+)\)")
-_REPEAT = re.compile(r"conflict|incompatible transaction|not found|already exists", re.IGNORECASE)  # errors of a commit that another overtook
+_OVERTAKEN = re.compile(r"conflict|incompatible transaction|not found|already exists", re.IGNORECASE)  # in errors
 
 
 class Store:
@@ -250,7 +250,7 @@ class Store:
             try:
                 return self._call(what)
             except EmbeddingCacheError as error:
-                if not _REPEAT.search(str(error)):
+                if not _OVERTAKEN.search(str(error)):
                     raise
                 if time.monotonic() > end:
                     raise TimeoutError(
@@ -288,7 +288,7 @@ class Store:
             try:
                 bucket.create_table(_CHOSEN, [{"table": name}])
             except (RuntimeError, ValueError) as error:
-                if not _REPEAT.search(str(error)):
+                if not _OVERTAKEN.search(str(error)):
                     raise
             if self._chosen() != name:
                 bucket.drop_table(name)
@@ -300,12 +300,15 @@ class Store:
     def _add(self, data: Any) -> int:
         return int(self._table.add(data).version)
 
+    def _delete(self, where: str) -> None:
+        self._table.delete(where)
+
     @calls_lance
     def delete(self, numbers: list[int]) -> None:
         """Deletes rows; their numbers are not given again."""
         for start in range(0, len(numbers), 2**14):
             listed = ",".join(map(str, numbers[start : start + 2**14]))
-            self._commit(lambda: self._table.delete(f"_rowid in ({listed})"))
+            self._commit(partial(self._delete, f"_rowid in ({listed})"))
 
     @calls_lance
     def join_files(self) -> None:

@@ -168,30 +168,35 @@ def test_rows_stored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert one._store._table.count_rows() == 5  # the second ones are deleted
 
 
-@pytest.mark.parametrize("place", ["folder", "bucket"])
-def test_a_cache_that_several_make_at_once(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def made_at_once(where: str, options: dict[str, str] | None) -> None:
+    caches = [EmbeddingCache(where, "m", storage_options=options) for _ in range(4)]
+    rows, go = dict[int, list[int]](), threading.Barrier(4)
+
+    def work(number: int) -> None:
+        go.wait()
+        rows[number] = caches[number].encode(["shared", f"text {number}"], Encoder()).tolist()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cache = EmbeddingCache(where, "m", storage_options=options)
+    assert len(cache) == 5
+    for number in range(4):
+        assert cache.rows_of([content_key("shared"), content_key(f"text {number}")]).tolist() == rows[number]
+
+
+def test_folders_that_threads_make_at_once(tmp_path: Path) -> None:
     """LanceDB lets the last one that makes a table replace the others': each row must be there all the same."""
-    where = str(tmp_path / "cache") if place == "folder" else "s3://bucket/photos"
-    options = request.getfixturevalue("bucket") if place == "bucket" else None
     for attempt in range(4):
-        caches = [EmbeddingCache(f"{where}-{attempt}", "m", storage_options=options) for _ in range(4)]
-        rows, go = dict[int, list[int]](), threading.Barrier(4)
+        made_at_once(str(tmp_path / str(attempt)), None)
+        assert os.listdir(tmp_path / str(attempt)) == ["embeddings.lance"]
 
-        def work(number: int) -> None:
-            go.wait()
-            rows[number] = caches[number].encode(["shared", f"text {number}"], Encoder()).tolist()
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        cache = EmbeddingCache(f"{where}-{attempt}", "m", storage_options=options)
-        assert len(cache) == 5
-        for number in range(4):
-            assert cache.rows_of([content_key("shared"), content_key(f"text {number}")]).tolist() == rows[number]
-        if place == "folder":
-            assert os.listdir(f"{where}-{attempt}") == ["embeddings.lance"]
+def test_buckets_that_threads_make_at_once(bucket: dict[str, str]) -> None:
+    for attempt in range(4):
+        made_at_once(f"s3://bucket/{attempt}", bucket)
 
 
 def test_commits_that_others_overtake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
