@@ -202,7 +202,7 @@ def measure_kernels(turn: Turn) -> Result:
 
 # Running commands.
 
-MMKERNELS = ("-m", "mmkernels.cli")
+MMKERNELS = ("-m", "mmkernels")
 PYTEST = ("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:warnings")
 
 

@@ -216,6 +216,11 @@ def test_help(mmkernels) -> None:
     assert mmkernels().code == 2
 
 
+def test_as_a_module() -> None:
+    ended = subprocess.run([sys.executable, "-m", "mmkernels", "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0 and "Usage: mmkernels " in ended.stdout
+
+
 PROFILE, SUPPORT = ["profile", "flamingo"], ["support", "llama"]
 MISSING = {"typer": PROFILE, "matplotlib": PROFILE, "transformers": SUPPORT, "rich": SUPPORT}
 

@@ -1,0 +1,5 @@
+"""``python -m mmkernels``: the command ``mmkernels``."""
+
+from mmkernels.cli import main
+
+main()
