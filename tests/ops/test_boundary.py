@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SPECS, call, cotangent, gradients, leaves_of, reseed, stand_in
+from harness import SPECS, call, cotangent, draw, gradients, leaves_of, reseed, stand_in, tensors_of
 from ops.test_calls import DIFFERENTIABLE, RICHEST, UNSEEDED, _inputs, each_differentiable_backend
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -156,6 +156,26 @@ def test_a_number_that_a_trace_takes_for_a_tensor(spec: OpSpec, name: str) -> No
         reseed()
         results.append(f(x))
     torch.testing.assert_close(*results, equal_nan=True)
+
+
+# Sizes that a graph knows, as those of a parameter are, beside sizes that are symbols.
+
+ARGUMENTS = [
+    pytest.param(spec, name, id=f"{spec.name}-{name}")
+    for spec in SPECS.values()
+    for name, x in draw(RICHEST[spec.name]).items()
+    if tensors_of({name: x})
+]
+
+
+@pytest.mark.parametrize(("spec", "name"), ARGUMENTS)
+def test_one_argument_whose_sizes_are_constants_of_the_graph(spec: OpSpec, name: str) -> None:
+    case = RICHEST[spec.name]
+    inputs = _inputs(spec, case, stand_in(spec))
+    for x in tensors_of({name: inputs[name]}):
+        torch._dynamo.mark_static(x)
+    compiled = _compiled(spec.function, True)
+    torch.testing.assert_close(call(spec, case, inputs, None, compiled), call(spec, case, inputs, None), equal_nan=True)
 
 
 # Gradients that a graph was not made for.
