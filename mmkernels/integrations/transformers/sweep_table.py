@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmkernels import machine
 from mmkernels.integrations.transformers.sweep import DIFFERS, RESULTS, Row, model_types, sweep
+from mmkernels.options import BadInput
 from mmkernels.report import console, markdown, plural, prepare_folder, progress_bar, table
 
 COMMAND = "mmkernels support --all --out docs/support.md"
@@ -44,6 +45,8 @@ def run_sweep(names: Sequence[str], out: Path) -> bool:
         BadInput: there is no such model type, or the file can't be written.
     """
     chosen = model_types(names)
+    if out.is_dir():
+        raise BadInput(f"--out must be a file, got the folder {out}")
     prepare_folder(out.parent)
     rows: list[Row] = []
     try:
