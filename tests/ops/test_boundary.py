@@ -183,6 +183,19 @@ def test_one_argument_whose_sizes_are_constants_of_the_graph(spec: OpSpec, name:
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
 @pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
+def test_a_trace_of_what_requires_a_gradient_passes_its_check(spec: OpSpec) -> None:
+    """The check traces again under ``no_grad``."""
+    case = UNSEEDED[spec.name]
+    inputs = leaves_of(case, _inputs(spec, case, stand_in(spec)))
+    function = lambda *some: flatten(spec.function(**inputs | dict(zip(case.grads, some, strict=True))))[0]
+    leaves = tuple(inputs[name] for name in case.grads)
+    results = [f(*leaves) for f in (torch.jit.trace(function, leaves), function)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), leaves) for x in results))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
 @pytest.mark.parametrize("way", ["torch.jit.trace", "torch.export"])
 def test_gradients_through_a_graph_that_was_made_without(spec: OpSpec, way: str) -> None:
     case, op = UNSEEDED[spec.name], spec.function
