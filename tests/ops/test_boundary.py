@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SPECS, call, cotangent, draw, gradients, leaves_of, reseed, stand_in, tensors_of
+from harness import SPECS, call, cotangent, draw, gradients, leaves_of, reseed, run, stand_in, tensors_of
 from ops.test_calls import DIFFERENTIABLE, RICHEST, UNSEEDED, _inputs, each_differentiable_backend
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -176,6 +176,24 @@ def test_one_argument_whose_sizes_are_constants_of_the_graph(spec: OpSpec, name:
         torch._dynamo.mark_static(x)
     compiled = _compiled(spec.function, True)
     torch.testing.assert_close(call(spec, case, inputs, None, compiled), call(spec, case, inputs, None), equal_nan=True)
+
+
+# PyTorch's default dtype.
+
+
+@each_differentiable_backend
+def test_pytorch_s_default_dtype_changes_no_result(spec: OpSpec, backend: str) -> None:
+    """A quotient of integers, and a tensor made of a number, have that dtype: 8 bits of precision here."""
+    case = RICHEST[spec.name]
+    inputs = _inputs(spec, case, backend)
+    want = run(spec, case, inputs, backend)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = run(spec, case, inputs, backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("outputs", "grads"):
+        torch.testing.assert_close(getattr(found, name), getattr(want, name), rtol=0, atol=0, equal_nan=True)
 
 
 # Gradients that a graph was not made for.

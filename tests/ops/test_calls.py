@@ -131,19 +131,6 @@ def _with_all_gradients(op: str, backend: str) -> Result:
 
 
 @each_differentiable_backend
-def test_pytorch_s_default_dtype_changes_no_result(spec: OpSpec, backend: str) -> None:
-    """A quotient of integers, and a tensor made of a number, have that dtype: 8 bits of precision here."""
-    case = RICHEST[spec.name]
-    inputs, want = _inputs(spec, case, backend), _with_all_gradients(spec.name, backend)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        found = run(spec, case, inputs, backend)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    _same(found, want, exactly=True)
-
-
-@each_differentiable_backend
 def test_a_graph_is_made_where_one_is_wanted_and_may_be_walked_twice(spec: OpSpec, backend: str) -> None:
     case = RICHEST[spec.name]
     inputs = leaves_of(case, _inputs(spec, case, backend))
