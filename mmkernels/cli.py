@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -18,12 +19,14 @@ try:
 except ImportError:  # `main` says what to install
     typer = None  # type: ignore[assignment]
 
-PROFILE_OUT, BENCH_OUT = Path("profiles"), Path("build/bench")
+PROFILE_OUT, BENCH_OUT, SUPPORT_OUT = Path("profiles"), Path("build/bench"), Path("build/support.md")
 _TOKENS = ",".join(map(str, Options.tokens))
 
 
 def main() -> None:
     """Entry point of the ``mmkernels`` script."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a path may have letters that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _one_line_errors(), ends_well("mmkernels"):
         if typer is None:
             raise ModuleNotFoundError("No module named 'typer'", name="typer")
@@ -155,13 +158,18 @@ def support(
     every: Annotated[
         bool, typer.Option("--all", help="Every model type of transformers, small by rule: ten minutes or more.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="With --all: the file for the table.")] = Path("build/support.md"),
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=_path, metavar="FILE", help=f"With --all: for the table; default: {SUPPORT_OUT}."),
+    ] = None,
 ) -> None:
     """Run small transformers models of each family on "mmkernels", and show which equal transformers' own attention."""
     if every:
         from mmkernels.integrations.transformers.sweep_table import run_sweep
 
-        fine = run_sweep(families or (), out)
+        fine = run_sweep(families or (), out or SUPPORT_OUT)
+    elif out is not None:
+        raise BadInput(f"--out is for the table of --all, which must be given too; got {out} alone")
     else:
         from mmkernels.integrations.transformers.support_table import run_support
 

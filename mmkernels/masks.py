@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree
@@ -87,6 +88,7 @@ class SpanMask:
             lengths: ``[B]`` integers, a tensor or a list; 0 to `k_len`.
             k_len: the number of keys, padding included.
         """
+        _check_size("k_len", k_len)
         lengths = _lengths("lengths", lengths, most=k_len)
         return cls((k_len - lengths)[:, None], torch.full_like(lengths, k_len)[:, None])
 
@@ -138,11 +140,10 @@ class SpanMask:
             right: how many keys after it; None: all.
         """
         for name, size in (("left", left), ("right", right)):
-            if size is not None and size < 0:
-                raise ValueError(f"{name} must be >= 0 or None (unlimited), got {size}")
+            if size is not None:
+                _check_size(name, size, " or None (unlimited)")
         for name, size in (("q_len", q_len), ("k_len", k_len)):
-            if size < 0:
-                raise ValueError(f"{name} must be >= 0, got {size}")
+            _check_size(name, size)
         position = torch.arange(k_len - q_len, k_len, dtype=torch.int32, device=device)[None]  # [1, Lq]
         # A larger size shows no further key and could overflow.
         left, right = (size if size is None else min(size, q_len + k_len) for size in (left, right))
@@ -178,8 +179,7 @@ class SpanMask:
         sees = media_index >= 0
         if media_offsets is None:
             assert tokens_per_media is not None
-            if tokens_per_media < 0:
-                raise ValueError(f"tokens_per_media must be >= 0, got {tokens_per_media}")
+            _check_size("tokens_per_media", tokens_per_media)
             start = media_index.long().clamp(0, _LARGEST) * tokens_per_media  # an index past int32 shows no key
             end = (start + tokens_per_media).clamp(max=_LARGEST) * sees
             return cls((start.clamp(max=_LARGEST) * sees).to(torch.int32), end.to(torch.int32))
@@ -221,8 +221,8 @@ class SpanMask:
         if q_lengths.shape != k_lengths.shape:
             raise ValueError(f"q_lengths and k_lengths must have one length, got {len(q_lengths)} and {len(k_lengths)}")
         q_end, k_end = q_lengths.cumsum(0), k_lengths.cumsum(0)
-        if q_len is not None and q_len < 0:
-            raise ValueError(f"q_len must be >= 0, got {q_len}")
+        if q_len is not None:
+            _check_size("q_len", q_len)
         if q_len is None:
             q_len = int(q_lengths.sum())
         position = torch.arange(q_len, device=q_lengths.device)
@@ -322,8 +322,21 @@ def _describe(x: object) -> str:
 
 def _check_broadcast(what: str, a: Iterable[int], b: Iterable[int]) -> None:
     a, b = tuple(a), tuple(b)
-    if any(m != n and 1 not in (m, n) for m, n in zip(a, b, strict=True)):
+    if any(m != n and m != 1 and n != 1 for m, n in zip(a, b, strict=True)):
         raise ValueError(f"{what} must broadcast, got shapes {a} and {b}")
+
+
+def _check_size(name: str, size: object, note: str = "") -> None:
+    """Raise unless a size is an integer that is not negative; in a trace sizes are tensors.
+
+    Args:
+        note: what else it may be.
+    """
+    whole = isinstance(size, int | np.integer | torch.SymInt) and not isinstance(size, bool)
+    if not whole and not (isinstance(size, Tensor) and size.dim() == 0 and size.dtype in _INTEGERS):
+        raise TypeError(f"{name} must be an integer{note}, got {size if isinstance(size, float) else _describe(size)}")
+    if size < 0:  # type: ignore[operator]
+        raise ValueError(f"{name} must be >= 0{note}, got {size}")
 
 
 def _lengths(name: str, lengths: Lengths, most: int | None = None) -> Tensor:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +97,15 @@ def test_profile_prints_tables_and_writes_json_and_picture(mmkernels, tmp_path: 
         (["bench", "--out", __file__], f"--out must be a folder, got the file {__file__}"),
         (["bench", "no_such_op"], "op must be one of"),
         (["bench", "--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16; got 'fp8'"),
+        (["bench", "--dtype", ","], "--dtype must be one of fp32, bf16, fp16; got ''"),
         (["support", "llama", "clap"], "family must be one of llama, "),
         (["support", ""], "family must be one of llama, "),
         (["support", "--every"], "--every"),
         (["support", "--all", "lama"], "model type must be one that transformers "),
         (["support", "--all", "llama", "--out", "/proc/here/support.md"], "--out /proc/here can't be written to"),
+        (["support", "--all", "llama", "--out", "/"], "--out must be a file, got the folder /"),
+        (["support", "--all", "llama", "--out", ""], "'--out': must be a path, got an empty text"),
+        (["support", "llama", "--out", "here.md"], "--out is for the table of --all, which must be given too"),
         (["fly"], "fly"),
         (["doctor", "--fast"], "--fast"),
     ],
@@ -151,6 +156,16 @@ def test_files_that_stand_where_results_go(mmkernels, tmp_path: Path) -> None:
 def test_an_option_s_path_may_begin_with_the_home_folder() -> None:
     """A shell leaves the ~ in ``--out=~/x``."""
     assert cli._path("~/x") == Path.home() / "x" and cli._path(cli.PROFILE_OUT) == cli.PROFILE_OUT
+
+
+def test_letters_that_a_terminal_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as those of a folder's name; before, what had been measured was followed by an error's traceback."""
+    stream = TextIOWrapper(BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(cli, "_app", lambda: lambda **options: print("written to \u00f6"))
+    cli.main()
+    stream.flush()
+    assert stream.buffer.getvalue() == rb"written to \xf6" + os.linesep.encode()
 
 
 def test_doctor_counts_threads(mmkernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def run_bench(
         files = {op: files[op]}
     elif quick:
         files = {name: path for name, path in files.items() if name in NAMES}
-    for dtype in dtypes:
+    for dtype in dtypes or ("",):
         one_of("--dtype", dtype, tuple(DTYPES))
     check_device(device)
     out = folder / "results" / device_slug(device) if save else out

@@ -28,6 +28,7 @@ from mmkernels.models.blocks.vision import VisionTransformer
 from mmkernels.models.flamingo_config import FlamingoConfig
 from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
 from mmkernels.nn.checks import check_positive
+from mmkernels.runtime.checks import broadcasts
 
 SIZES = {
     # For tests.
@@ -291,7 +292,7 @@ class Flamingo(Model):
         if images < cache.num_images:
             raise ValueError(f"visual_cache must have the {cache.num_images} images of kv_cache's text, got {images}")
         batch = input_ids.shape[0]
-        if visual_cache.batch_size not in (0, 1, batch):
+        if visual_cache.batch_size != 0 and not broadcasts(visual_cache.batch_size, batch):
             raise ValueError(f"visual_cache must have batch 1 or {batch}, got {visual_cache.batch_size}")
         if pixel_values is not None:
             self._check_pixels(pixel_values, batch)
@@ -316,7 +317,7 @@ class Flamingo(Model):
         if pixel_values.dim() != 5 or tuple(pixel_values.shape[2:]) != square or not pixel_values.is_floating_point():
             got = f"{pixel_values.dtype} {tuple(pixel_values.shape)}"
             raise ValueError(f"pixel_values must be floating [B, N, {', '.join(map(str, square))}], got {got}")
-        if pixel_values.shape[0] not in (1, batch):
+        if not broadcasts(pixel_values.shape[0], batch):
             raise ValueError(f"pixel_values must have batch 1 or input_ids' {batch}, got {pixel_values.shape[0]}")
 
     @torch.no_grad()

@@ -132,6 +132,14 @@ def in_graph() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
+def broadcasts(n: int, size: int) -> bool:
+    """Whether a dim of n fits one of `size`.
+
+    Not ``n in (1, size)``: TorchDynamo takes that for False if n is a constant of the graph and `size` a symbol.
+    """
+    return n == 1 or n == size
+
+
 def requires_grad(x: Tensor) -> bool:
     """Whether autograd records what is done with x, at any level of ``torch.func``'s transforms."""
     if not torch.compiler.is_compiling():

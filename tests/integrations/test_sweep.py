@@ -30,6 +30,7 @@ from mmkernels.integrations.transformers.sweep import (
     sweep,
 )
 from mmkernels.integrations.transformers.sweep_table import page, run_sweep
+from mmkernels.interrupts import Interrupted
 from mmkernels.options import BadInput
 from mmkernels.testing.any_inputs import LENGTH, SHORT, candidates, padded
 from mmkernels.testing.shrink import HEADS, VOCABULARY, WIDTH, shrink
@@ -194,7 +195,7 @@ def test_the_command_writes_what_it_has(interrupted: bool, tmp_path: Path, monke
     monkeypatch.setattr(sweep_table, "sweep", found)
     out = tmp_path / "new" / "support.md"
     if interrupted:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match=f"^2 of 3 model types are in {out}$"):
             run_sweep(["llama", "vit", "bert"], out)
         assert "Interrupted after 2 of 3 model types" in out.read_text()
     else:

@@ -266,8 +266,16 @@ def test_a_tiff_of_12_bits(tmp_path: Path) -> None:
     assert np.abs(np.asarray(load_image(path))[..., 0] - GREY.astype(float)).max() <= 1
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_every_orientation(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [
+        ("PNG", "RGB"),
+        ("JPEG", "RGB"),
+        ("WEBP", "RGB"),
+        *(("TIFF", x) for x in ("RGB", "L", "P", "I;16", "RGBA", "CMYK")),
+    ],
+)
+def test_every_orientation(tmp_path: Path, form: str, mode: str) -> None:
     """A dark corner, which is at the top left where the camera is upright."""
     upright = Image.new("L", (64, 48), 255)
     upright.paste(0, (0, 0, 16, 16))
@@ -281,10 +289,22 @@ def test_every_orientation(tmp_path: Path, form: str) -> None:
         for move in moves:
             image = image.transpose(move)
         exif[0x0112] = orientation
-        image.convert("RGB").save(tmp_path / "image", form, exif=exif)
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+        else:
+            image = image.convert("RGB").convert(mode)
+        image.save(tmp_path / "image", form, exif=exif)
         loaded = load_image(tmp_path / "image")
         assert loaded.size == upright.size, orientation
         assert np.abs(np.asarray(loaded)[..., 0] - np.asarray(upright).astype(float)).max() < 60, orientation
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_signed_integers_are_refused(tmp_path: Path, bits: int) -> None:
+    values = (RAMP * 127).astype(f"u{bits // 8}")
+    Image.fromarray(values).save(path := tmp_path / "image.tiff", tiffinfo={339: 2})
+    with pytest.raises(ImageError, match=f"integers must be unsigned or of 32 bits, got signed ones of {bits} bits"):
+        load_image(path)
 
 
 def test_the_first_picture_of_several(tmp_path: Path) -> None:

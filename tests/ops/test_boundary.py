@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SPECS, call, cotangent, gradients, leaves_of, reseed, stand_in
+from harness import SPECS, call, cotangent, draw, gradients, leaves_of, reseed, run, stand_in, tensors_of
 from ops.test_calls import DIFFERENTIABLE, RICHEST, UNSEEDED, _inputs, each_differentiable_backend
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -158,7 +158,58 @@ def test_a_number_that_a_trace_takes_for_a_tensor(spec: OpSpec, name: str) -> No
     torch.testing.assert_close(*results, equal_nan=True)
 
 
+# Sizes that a graph knows, as those of a parameter are, beside sizes that are symbols.
+
+ARGUMENTS = [
+    pytest.param(spec, name, id=f"{spec.name}-{name}")
+    for spec in SPECS.values()
+    for name, x in draw(RICHEST[spec.name]).items()
+    if tensors_of({name: x})
+]
+
+
+@pytest.mark.parametrize(("spec", "name"), ARGUMENTS)
+def test_one_argument_whose_sizes_are_constants_of_the_graph(spec: OpSpec, name: str) -> None:
+    case = RICHEST[spec.name]
+    inputs = _inputs(spec, case, stand_in(spec))
+    for x in tensors_of({name: inputs[name]}):
+        torch._dynamo.mark_static(x)
+    compiled = _compiled(spec.function, True)
+    torch.testing.assert_close(call(spec, case, inputs, None, compiled), call(spec, case, inputs, None), equal_nan=True)
+
+
+# PyTorch's default dtype.
+
+
+@each_differentiable_backend
+def test_pytorch_s_default_dtype_changes_no_result(spec: OpSpec, backend: str) -> None:
+    """A quotient of integers, and a tensor made of a number, have that dtype: 8 bits of precision here."""
+    case = RICHEST[spec.name]
+    inputs = _inputs(spec, case, backend)
+    want = run(spec, case, inputs, backend)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = run(spec, case, inputs, backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("outputs", "grads"):
+        torch.testing.assert_close(getattr(found, name), getattr(want, name), rtol=0, atol=0, equal_nan=True)
+
+
 # Gradients that a graph was not made for.
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
+def test_a_trace_of_what_requires_a_gradient_passes_its_check(spec: OpSpec) -> None:
+    """The check traces again under ``no_grad``."""
+    case = UNSEEDED[spec.name]
+    inputs = leaves_of(case, _inputs(spec, case, stand_in(spec)))
+    function = lambda *some: flatten(spec.function(**inputs | dict(zip(case.grads, some, strict=True))))[0]
+    leaves = tuple(inputs[name] for name in case.grads)
+    results = [f(*leaves) for f in (torch.jit.trace(function, leaves), function)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), leaves) for x in results))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated

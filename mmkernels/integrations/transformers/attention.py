@@ -16,6 +16,7 @@ from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_weights import attention_weights
 from mmkernels.ops.attention.cross_attention import cross_attention
 from mmkernels.ops.attention.formula import probabilities
+from mmkernels.runtime.checks import broadcasts
 
 _UNSUPPORTED = {
     "softcap": "cap on the scores",
@@ -148,7 +149,7 @@ def _visible(module: torch.nn.Module, query: Tensor, k_len: int, mask: ModelMask
     if mask.omitted or mask.shape == (batch, 1, q_len, k_len):
         return mask.visible
     sizes = (batch, heads, q_len, k_len)
-    if mask.shape[-1] != k_len or mask.ndim != 4 or any(n not in (1, m) for n, m in zip(mask.shape, sizes)):
+    if mask.shape[-1] != k_len or mask.ndim != 4 or not all(map(broadcasts, mask.shape, sizes)):
         raise NotImplementedError(
             f'attn_implementation="mmkernels" is not for {type(module).__name__}: its mask was made for '
             f"{list(mask.shape)} and its scores are {list(sizes)}; {USE_ANOTHER}"

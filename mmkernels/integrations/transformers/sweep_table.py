@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mmkernels import machine
 from mmkernels.integrations.transformers.sweep import DIFFERS, RESULTS, Row, model_types, sweep
+from mmkernels.interrupts import Interrupted
+from mmkernels.options import BadInput
 from mmkernels.report import console, markdown, plural, prepare_folder, progress_bar, table
 
 COMMAND = "mmkernels support --all --out docs/support.md"
@@ -42,8 +44,11 @@ def run_sweep(names: Sequence[str], out: Path) -> bool:
 
     Raises:
         BadInput: there is no such model type, or the file can't be written.
+        Interrupted: by Ctrl-C.
     """
     chosen = model_types(names)
+    if out.is_dir():
+        raise BadInput(f"--out must be a file, got the folder {out}")
     prepare_folder(out.parent)
     rows: list[Row] = []
     try:
@@ -52,6 +57,8 @@ def run_sweep(names: Sequence[str], out: Path) -> bool:
                 rows.append(row)
                 if row.result == DIFFERS:
                     advance.result(f"{row.model_type}: {row.note}")
+    except KeyboardInterrupt:
+        raise Interrupted(f"{len(rows)} of {plural(len(chosen), 'model type')} are in {out}") from None
     finally:
         out.write_text(page(rows, len(chosen)))
     counts = Counter(row.result for row in rows)

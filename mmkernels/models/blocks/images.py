@@ -31,7 +31,8 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image:
     - of 32-bit integers, 255 if no value is above it, else 65,535;
     - of floats, 1 if no value is above it, else 255.
 
-    A picture with values outside of these ranges, or with NaN, is refused: its scale is not known.
+    A picture with values outside of these ranges, with NaN, or of signed integers of 8 or 16 bits, is refused: its
+    scale is not known.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -48,19 +49,21 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image:
     if not path.exists():
         raise FileNotFoundError(f"image must be a file, got no such file: {path}")
     try:
-        with warnings.catch_warnings():
+        # From a stream: Pillow 13 maps an uncompressed TIFF that it has the name of by the size after its rotation.
+        with path.open("rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is checked below
-            file = Image.open(path)
-        if file.width * file.height > max_pixels:
-            raise ImageError(f"{path}: must have at most {max_pixels} pixels, got {file.width} x {file.height}")
-        _correct_transparency(file, path)
-        image = ImageOps.exif_transpose(file)
-        if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip the values instead of scaling them
-            return _scaled(image, file, path).convert("RGB")
-        if image.has_transparency_data:  # on white, as in transformers
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return image.convert("RGB")
+            file = Image.open(stream)
+            if file.width * file.height > max_pixels:
+                raise ImageError(f"{path}: must have at most {max_pixels} pixels, got {file.width} x {file.height}")
+            _refuse_signed(file, path)
+            _correct_transparency(file, path)
+            image = ImageOps.exif_transpose(file)
+            if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip the values instead of scaling them
+                return _scaled(image, file, path).convert("RGB")
+            if image.has_transparency_data:  # on white, as in transformers
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+            return image.convert("RGB")
     except UnidentifiedImageError as error:
         got = "a format that Pillow does not know" if path.stat().st_size else "an empty file"
         raise ImageError(f"{path}: must be an image, got {got}") from error
@@ -70,6 +73,13 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image:
         raise
     except Exception as error:  # on damaged files the decoders of Pillow raise almost any error
         raise ImageError(f"{path}: must be a whole image, got an error: {error}") from error
+
+
+def _refuse_signed(file: Any, path: Path) -> None:
+    """Refuses a TIFF of signed integers of 8 or 16 bits: Pillow takes the former for unsigned ones."""
+    tags = getattr(file, "tag_v2", {})
+    if tags.get(_SAMPLE_FORMAT, (1,))[0] == 2 and tags.get(_BITS, (1,))[0] <= 16:
+        raise ImageError(f"{path}: integers must be unsigned or of 32 bits, got signed ones of {tags[_BITS][0]} bits")
 
 
 _FACTORS = {"L;2": 85, "L;4": 17}  # Pillow's raw modes of grey PNGs -> what it multiplies their values by
@@ -90,7 +100,7 @@ def _correct_transparency(file: Any, path: Path) -> None:
 _WHITES = {"I": (255, 65535), "F": (1, 255)}
 """Which values of 32 bits may be white."""
 _SIXTEEN_BITS = ("PNG", "PPM")  # formats whose integers of more than 8 bits have 16, also where Pillow says 32
-_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 
 def _scaled(image: Image, file: Any, path: Path) -> Image:

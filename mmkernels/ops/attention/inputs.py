@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.masks import SpanMask
-from mmkernels.runtime.checks import DTYPES, PLAIN, autocast, check_floating, check_number, check_tensor
+from mmkernels.runtime.checks import DTYPES, PLAIN, autocast, broadcasts, check_floating, check_number, check_tensor
 
 _DTYPES = frozenset(DTYPES)
 _STRIDED = torch.strided
@@ -67,7 +67,7 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor | None = None) -> 
     if key.shape[3] != dim:
         raise ValueError(f"key must have query's head dim {dim}, got shape {tuple(key.shape)}")
     for name, x in tensors.items():
-        if x.shape[0] not in (1, batch):
+        if not broadcasts(x.shape[0], batch):
             raise ValueError(f"{name} must have batch 1 or query's {batch}, got shape {tuple(x.shape)}")
         if x.shape[1] < 1 or heads % x.shape[1]:
             raise ValueError(f"{name} must have a number of heads that divides query's {heads}, got {x.shape[1]}")
@@ -97,7 +97,7 @@ def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
         b, h, n, value_dim = value.shape
     except (ValueError, RuntimeError):  # another number of dims; a nested tensor has no shape
         return False
-    if key_heads == 0 or heads == 0 or heads % key_heads or key_batch not in (1, batch):
+    if key_heads == 0 or heads == 0 or heads % key_heads or (key_batch != 1 and key_batch != batch):
         return False
     return b == key_batch and h == key_heads and n == k_len and key_dim == dim > 0 and value_dim > 0
 
@@ -117,12 +117,12 @@ def take_mask_apart(mask: SpanMask | Tensor | None, query: Tensor, k_len: int) -
     if isinstance(mask, SpanMask):
         batch, q_len = query.shape[0], query.shape[2]
         b, i = mask.shape
-        if b not in (1, batch):
+        if not broadcasts(b, batch):
             raise ValueError(f"mask must be for batch 1 or {batch}, got {b}")
-        if i not in (1, q_len):
+        if not broadcasts(i, q_len):
             raise ValueError(f"mask must be for 1 or {q_len} queries, got {i}")
         if mask.key_valid is not None:
-            if mask.key_valid.shape[0] not in (1, batch):
+            if not broadcasts(mask.key_valid.shape[0], batch):
                 raise ValueError(f"mask.key_valid must be for batch 1 or {batch}, got {mask.key_valid.shape[0]}")
             if mask.key_valid.shape[1] != k_len:
                 raise ValueError(f"mask.key_valid must be for {k_len} keys, got {mask.key_valid.shape[1]}")
@@ -183,6 +183,6 @@ def _broadcastable(name: str, x: Tensor, query: Tensor, k_len: int) -> Tensor:
     target = (batch, heads, q_len, k_len)
     if x.device != query.device:
         raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
-    if x.dim() > 4 or any(m not in (1, n) for m, n in zip(reversed(x.shape), reversed(target), strict=False)):
+    if x.dim() > 4 or any(not broadcasts(*dims) for dims in zip(reversed(x.shape), reversed(target), strict=False)):
         raise ValueError(f"{name} must broadcast to [B, Hq, Lq, Lk] = {list(target)}, got shape {tuple(x.shape)}")
     return x.reshape((1,) * (4 - x.dim()) + tuple(x.shape)) if x.dim() < 4 else x

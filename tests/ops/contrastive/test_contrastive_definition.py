@@ -10,7 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import dtype_of, each_backend
-from ops.contrastive.tools import BIAS, check_gradients, features, open_clip, open_clip_sigmoid, scores_of
+from ops.contrastive.tools import (
+    BIAS,
+    check_gradients,
+    each_exact_backend,
+    features,
+    open_clip,
+    open_clip_sigmoid,
+    scores_of,
+)
 from torch import Tensor
 
 from mmkernels import info_nce, sigmoid_contrastive
@@ -111,6 +119,39 @@ PUBLISHED: dict[str, tuple[Callable[[Inputs], Tensor], Inputs]] = {
 def test_info_nce_is_what_others_publish(backend: str, name: str) -> None:
     formula, inputs = PUBLISHED[name]
     compare(backend, "info_nce", info_nce, formula, inputs)
+
+
+@each_exact_backend
+def test_float64_is_float64_to_its_last_digits(backend: str) -> None:
+    """Counts of rows and of positives are integers, whose quotients have 24 bits unless they are converted."""
+    ids = {"image_ids": torch.tensor([4, 4, 4, 1, 7, 0]), "text_ids": torch.tensor([4, 7, 4, 1, 7, 9, 4, 7, 5])}
+    inputs = features(6, 9) | ids  # of the images 5 have a positive, of the texts 7
+    leaves = [inputs[name].requires_grad_() for name in ("image", "text", "logit_scale")]
+    loss, stats = info_nce(**inputs, return_stats=True, backend=backend)
+    logits, positive = naive_logits(inputs), (ids["image_ids"][:, None] == ids["text_ids"]).double()
+    both = [(x[y.any(1)], y[y.any(1)]) for x, y in ((logits, positive), (logits.T, positive.T))]
+    want = torch.stack([(-(x.log_softmax(1) * y).sum(1) / y.sum(1)).mean() for x, y in both]).mean()
+    exactly = {"rtol": 1e-13, "atol": 1e-14}
+    torch.testing.assert_close(loss, want, **exactly)
+    for found, true in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves), strict=True):
+        torch.testing.assert_close(found, true, **exactly)
+    shares = [5 * stats.image_accuracy, 5 * stats.image_mean_rank, 7 * stats.text_accuracy, 7 * stats.text_mean_rank]
+    torch.testing.assert_close(torch.stack(shares), torch.stack(shares).round(), **exactly)
+
+
+@each_backend("info_nce")
+def test_several_positives_are_counted_whatever_pytorch_s_default_dtype_is(backend: str) -> None:
+    def found() -> list[Tensor]:
+        floats = {name: x.to(dtype_of("info_nce", backend)).requires_grad_() for name, x in features(6, 9).items()}
+        loss, stats = info_nce(**floats, **IDS, return_stats=True, backend=backend)
+        return [loss.detach(), *torch.autograd.grad(loss, list(floats.values())), *stats]
+
+    want = found()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        torch.testing.assert_close(found(), want, rtol=0, atol=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def compare(

@@ -10,7 +10,7 @@ from mmkernels.ops.attention.attention_received.spec import Arguments, Results, 
 from mmkernels.ops.attention.inputs import prepare
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_tensor
+from mmkernels.runtime.checks import broadcasts, check_tensor
 from mmkernels.runtime.dispatch import Backend, define, resolve
 
 __all__ = ["attention_received"]
@@ -80,7 +80,7 @@ def _check_weights(weights: Tensor, query: Tensor) -> Tensor:
     if weights.device != query.device:
         raise ValueError(f"query_weights must be on query's device {query.device}, got {weights.device}")
     shape = tuple(weights.shape)
-    if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2] != q_len:
+    if len(shape) != 3 or not broadcasts(shape[0], batch) or not broadcasts(shape[1], heads) or shape[2] != q_len:
         raise ValueError(f"query_weights must be [1 or {batch}, 1 or {heads}, {q_len}], got shape {shape}")
     return weights.detach()
 

@@ -13,7 +13,7 @@ from mmkernels.ops.attention.cross_attention.spec import Arguments, Results, ref
 from mmkernels.ops.attention.inputs import prepare
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_number, check_tensor, in_graph
+from mmkernels.runtime.checks import broadcasts, check_number, check_tensor, in_graph
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -146,7 +146,7 @@ def _check_gate(gate: Tensor, query: Tensor) -> None:
         raise TypeError(f"gate must be {query.dtype} or float32, got {gate.dtype}")
     if gate.device != query.device:
         raise ValueError(f"gate must be on query's device {query.device}, got {gate.device}")
-    if gate.dim() > 1 or gate.numel() not in (1, heads):
+    if gate.dim() > 1 or not broadcasts(gate.numel(), heads):
         raise ValueError(f"gate must be a scalar or [Hq] = [{heads}], got shape {tuple(gate.shape)}")
 
 

@@ -16,6 +16,7 @@ from mmkernels.ops.attention.formula import probabilities, visible_keys, weighte
 from mmkernels.ops.attention.philox import keep_mask, keep_scale
 from mmkernels.ops.common.cases import normal
 from mmkernels.runtime.arguments import Differentiable
+from mmkernels.runtime.checks import broadcasts
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec, Parts, Shard
 from mmkernels.targets import AtPeakShare, BandwidthShare, PeakShare, Rate, Speedup, Target, YardstickShare
 
@@ -125,7 +126,7 @@ def _finite(x: Tensor) -> Tensor:
 
 def _sum_repeats(grad: Tensor, x: Tensor) -> Tensor:
     """Returns the gradient summed over repeated heads and a shared batch."""
-    if grad.dim() == 4 and x.shape[1] not in (1, grad.shape[1]):
+    if grad.dim() == 4 and not broadcasts(x.shape[1], grad.shape[1]):
         grad = grad.unflatten(1, (x.shape[1], -1)).sum(2)
     return grad.sum_to_size(x.shape)
 

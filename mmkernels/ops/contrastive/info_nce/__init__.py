@@ -205,8 +205,9 @@ class _Statistics(NamedTuple):
     def of(cls, state: Tensor, rank: Tensor) -> _Statistics:
         has_positive = state[POSITIVES] > 0
         count = has_positive.sum()
-        accuracy = ((rank == 0) & has_positive).sum() / count
-        mean_rank = torch.where(has_positive, rank, 0).sum() / count
+        # Of two integers the quotient would have PyTorch's default dtype.
+        accuracy = ((rank == 0) & has_positive).sum().to(state.dtype) / count
+        mean_rank = torch.where(has_positive, rank, 0).sum().to(state.dtype) / count
         return cls(accuracy, mean_rank, has_positive.numel() - count)
 
 

@@ -71,7 +71,10 @@ def _weight(args: Any, weight: float, rows: int, state: Tensor) -> Tensor | floa
         return weight
     all_positive = args.image_ids is None or args.ignore or state.numel() == 0
     # A number where it can be: operators on tensors would cost more time than a small call's kernels.
-    return weight / rows if all_positive else weight / (state[POSITIVES] > 0).sum().clamp(min=1)
+    if all_positive:
+        return weight / rows
+    # As integers the counts would give a quotient of PyTorch's default dtype.
+    return weight / (state[POSITIVES] > 0).sum().clamp(min=1).to(state.dtype)
 
 
 def _flow(args: Any, rows: Tensor | None, weight: float, state: Tensor) -> Tensor | None:

@@ -140,7 +140,7 @@ def logit_gradient(logits: Tensor, pairs: Pairs, grad: Tensor, label_smoothing: 
         grad: [rows], of the losses.
     """
     count = pairs.positive.sum(1, keepdim=True)
-    target = pairs.positive / count.clamp(min=1)
+    target = pairs.positive.to(wide_dtype(logits)) / count.clamp(min=1)
     if label_smoothing > 0.0:
         uniform = pairs.visible(torch.ones_like(target), 0.0) / pairs.classes()[:, None]
         target = (1.0 - label_smoothing) * target + label_smoothing * uniform

@@ -75,7 +75,8 @@ def sigmoid_contrastive(
     image_ids, text_ids = check_ids(image_ids, text_ids, image, text, paired=False)
     logit_scale = check_scalar("logit_scale", logit_scale, image)
     logit_bias = check_scalar("logit_bias", logit_bias, image)
-    recording = torch.is_grad_enabled()
+    # `torch.jit.trace` traces once more without gradients, and demands the same graph.
+    recording = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
     args = Arguments(
         image=image,
         text=text,
