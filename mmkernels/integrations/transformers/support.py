@@ -29,6 +29,8 @@ from mmkernels.testing.models import Family, Inputs
 
 YES, NOTHING = "yes", "-"
 BUILT_ONLY = "no: called where the model is built with it, but not where it is set"
+NOT_SET = "transformers does not let set_attn_implementation change it: give the name when it is loaded"
+"""What to say of a model whose attention stays as it is built, with whatever name."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Support:
         generation: the same for each of `WAYS`, or "not offered: " and why transformers' own attention does not support
             it; empty for a model that does not generate.
         refused: why nothing was compared, or "".
+        built: a model was built for each implementation, because transformers' own can't be set here either.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Support:
     loading: str = NOTHING
     generation: dict[str, str] = field(default_factory=dict)
     refused: str = ""
+    built: bool = False
 
     @property
     def failures(self) -> dict[str, str]:
@@ -80,7 +84,8 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
     """Runs a family on ``"mmkernels"`` and on transformers' own attention, and compares.
 
     A family is refused if the attention function lacks something that it needs, or if no module calls the function. In
-    the second case the model is also built with the implementation in its configuration before it is refused.
+    the second case the model is also built with the implementation in its configuration before it is refused; if it
+    calls the function then, and transformers does not let any implementation be set, models that are built are compared.
 
     Args:
         compare: of this family; None: a new one. Its truth and baseline are kept for later checks.
@@ -100,9 +105,16 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
             return replace(row, forward=_no(error))
         row = replace(row, calls=calls, inside=inside, outside=outside)
         if not inside:
-            return _uncalled(row, family, model, inputs)
+            row = _uncalled(row, family, model, inputs)
+            if not row.built:
+                return row
+            compare = compare.by_building
+            calls, inside, outside = _trace(compare.on(NAME), inputs)
         return replace(
             row,
+            calls=calls,
+            inside=inside,
+            outside=outside,
             forward=outcome(compare.forward),
             gradients=outcome(compare.gradients),
             loading=outcome(compare.loading),
@@ -123,25 +135,38 @@ def _uncalled(row: Support, family: Family, model: Any, inputs: Inputs) -> Suppo
     except NotImplementedError as error:
         return replace(row, refused=f"{own}; built with it: {one_line(error)}")
     if calls.total:
-        return replace(row, forward=BUILT_ONLY)
+        return replace(row, built=True) if _keeps(built, inputs) else replace(row, forward=BUILT_ONLY)
     for name, expected in one_pass(family, model, inputs).outputs.items():
         if not torch.equal(outputs[name], expected):
             return replace(row, forward=f"no: {name} changes where the model is built with it")
     return replace(row, refused=f"{own}, and where the model is built with it")
 
 
+def _keeps(model: Any, inputs: Inputs) -> bool:
+    """Returns whether a model that is built with ``"mmkernels"`` keeps it where "eager" is set."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), counting() as calls:
+        model(**inputs)
+    return calls.total > 0
+
+
 def _trace(model: Any, inputs: Inputs) -> tuple[Calls, Counter[str], Counter[str]]:
-    """Returns the calls of one forward pass, and the classes of the attention modules that made a call or made none."""
+    """Returns the calls of one forward pass, and the classes of the attention modules that made a call or made none.
+
+    A call belongs to the innermost module that runs, whatever its name; a module that makes none is an attention by its
+    class's name, unless it contains another one or is a part of a module that made a call.
+    """
     called: dict[nn.Module, bool] = {}
+    running: list[int] = []  # for each module that runs: the calls before it, and those of its parts
     with torch.no_grad(), torch.random.fork_rng(devices=()), counting() as calls, ExitStack() as hooks:
-        for module in _attention_modules(model):
-            for hook in _watch(module, calls, called):
+        for module in model.modules():
+            for hook in _watch(module, calls, called, running):
                 hooks.callback(hook.remove)
         model(**inputs)
-    inside, outside = Counter[str](), Counter[str]()
-    for module, did_call in called.items():
-        (inside if did_call else outside)[type(module).__name__] += 1
-    return calls, inside, outside
+    inside = [module for module, did_call in called.items() if did_call]
+    within = {part for module in inside for part in module.modules()}
+    outside = [module for module in _attention_modules(model) if module in called and module not in within]
+    return calls, Counter(type(module).__name__ for module in inside), Counter(type(m).__name__ for m in outside)
 
 
 def _attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -150,15 +175,16 @@ def _attention_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in named if not set(module.modules()) & set(named) - {module}]
 
 
-def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool]) -> list[Any]:
-    """Registers hooks that note in `called` whether every run of the module made a call."""
-    before: list[int] = []
+def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool], running: list[int]) -> list[Any]:
+    """Registers hooks that note in `called` whether every run of the module made a call of its own."""
 
     def start(module: nn.Module, args: Any) -> None:
-        before.append(calls.total)
+        running.append(calls.total)
 
     def end(module: nn.Module, args: Any, out: Any) -> None:
-        called[module] = called.get(module, True) and calls.total > before.pop()
+        made = calls.total - running.pop()
+        running[:] = [before + made for before in running]
+        called[module] = called.get(module, True) and made > 0
 
     return [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
 

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from mmkernels import machine
-from mmkernels.integrations.transformers.support import NOTHING, YES, Support, check
+from mmkernels.integrations.transformers.support import NOT_SET, NOTHING, YES, Support, check
 from mmkernels.integrations.transformers.support_compare import WAYS
 from mmkernels.interrupts import Interrupted
 from mmkernels.report import Footnotes, console, progress_bar, table
@@ -136,6 +136,8 @@ def _notes(row: Support) -> Iterator[str]:
         yield row.refused
     elif row.inside and row.outside:
         yield f"modules with an attention of their own: {', '.join(sorted(row.outside))}"
+    if row.built:
+        yield NOT_SET
     for reason in row.calls.reasons:
         yield f"mask made dense: {reason}"
     for what, reason in row.failures.items():
