@@ -411,7 +411,7 @@ def test_it_says_what_to_install(saved: Callable[[str], Saved], monkeypatch: pyt
     for package in ("safetensors", "transformers"):
         with monkeypatch.context() as patch:
             patch.setitem(__import__("sys").modules, package, None)
-            refused(saved("clip").folder, rf"needs {package}: pip install mmkernels\[models\]", ImportError)
+            refused(saved("clip").folder, rf'needs {package}: pip install "mmkernels\[models\]"', ImportError)
 
 
 def test_names() -> None:

@@ -47,7 +47,7 @@ class Support:
         generation: the same for each of `WAYS`, or "not offered: " and why transformers' own attention does not support
             it; empty for a model that does not generate.
         refused: why nothing was compared, or "".
-        built: a model was built for each implementation, because transformers' own can't be set here either.
+        built: a model was built for each implementation, because transformers lets none be set.
     """
 
     name: str
@@ -85,7 +85,7 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
 
     A family is refused if the attention function lacks something that it needs, or if no module calls the function. In
     the second case the model is also built with the implementation in its configuration before it is refused; if it
-    calls the function then, and transformers does not let any implementation be set, models that are built are compared.
+    calls the function then, and transformers does not let it be set to "eager" either, built models are compared.
 
     Args:
         compare: of this family; None: a new one. Its truth and baseline are kept for later checks.

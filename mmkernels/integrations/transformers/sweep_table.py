@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 
 from mmkernels import machine
+from mmkernels.integrations.transformers.registration import register
 from mmkernels.integrations.transformers.sweep import DIFFERS, RESULTS, Row, model_types, sweep
 from mmkernels.report import console, markdown, plural, prepare_folder, progress_bar, table
 
@@ -42,8 +43,10 @@ def run_sweep(names: Sequence[str], out: Path) -> bool:
 
     Raises:
         BadInput: there is no such model type, or the file can't be written.
+        ImportError: as `mmkernels.integrations.transformers.register`.
     """
     chosen = model_types(names)
+    register()
     prepare_folder(out.parent)
     rows: list[Row] = []
     try:
