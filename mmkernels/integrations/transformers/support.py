@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,14 +22,13 @@ from mmkernels.integrations.transformers.support_compare import (
     NotEqual,
     NotOffered,
     one_line,
-    one_pass,
 )
 from mmkernels.testing.models import Family, Inputs
 
 YES, NOTHING = "yes", "-"
 BUILT_ONLY = "no: called where the model is built with it, but not where it is set"
-NOT_SET = "transformers does not let set_attn_implementation change it: give the name when it is loaded"
-"""What to say of a model whose attention stays as it is built, with whatever name."""
+NOT_SET = "transformers does not let set_attn_implementation change all of it: give the name when it is loaded"
+"""What to say of a model of which a part keeps the attention that it is built with, whatever is set."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,9 @@ class Support:
 def check(family: Family, compare: Comparison | None = None, ways: Collection[str] = WAYS) -> Support:
     """Runs a family on ``"mmkernels"`` and on transformers' own attention, and compares.
 
-    A family is refused if the attention function lacks something that it needs, or if no module calls the function. In
-    the second case the model is also built with the implementation in its configuration before it is refused; if it
-    calls the function then, and transformers does not let it be set to "eager" either, built models are compared.
+    A family is refused if the attention function lacks something that it needs, or if no module calls the function,
+    neither where it is set nor where the model is built with it. If more modules call it in a model that is built with
+    it, and go on to do so where "eager" is set, transformers does not let them be set: built models are compared.
 
     Args:
         compare: of this family; None: a new one. Its truth and baseline are kept for later checks.
@@ -104,17 +102,15 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
         except Exception as error:
             return replace(row, forward=_no(error))
         row = replace(row, calls=calls, inside=inside, outside=outside)
-        if not inside:
-            row = _uncalled(row, family, model, inputs)
-            if not row.built:
-                return row
+        row = replace(row, built=_keeps_attention(compare, calls.total))
+        if row.built:
             compare = compare.by_building
             calls, inside, outside = _trace(compare.on(NAME), inputs)
+            row = replace(row, calls=calls, inside=inside, outside=outside)
+        elif not inside:
+            return _uncalled(row, compare)
         return replace(
             row,
-            calls=calls,
-            inside=inside,
-            outside=outside,
             forward=outcome(compare.forward),
             gradients=outcome(compare.gradients),
             loading=outcome(compare.loading),
@@ -122,32 +118,33 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
         )
 
 
-def _uncalled(row: Support, family: Family, model: Any, inputs: Inputs) -> Support:
+def _keeps_attention(compare: Comparison, calls: int) -> bool:
+    """Returns whether more than these calls are made where the model is built, and "eager" can't be set there.
+
+    Before transformers 5.20 parts of parts keep their attention, and parts that have a copy of the configuration (T5).
+    """
+    with suppress(Exception):  # `Comparison.loading` tells of a model that can't be built
+        built = compare.built(NAME)
+        if compare.counted(built)[1] > calls:
+            built.set_attn_implementation("eager")
+            return compare.counted(built)[1] > 0
+    return False
+
+
+def _uncalled(row: Support, compare: Comparison) -> Support:
     """Returns the row of a model that does not call ``"mmkernels"`` after it was set, by building the model with it."""
+    model = compare.model
     own = f"transformers keeps its own attention, {model.config._attn_implementation}, where it is set"
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = NAME
     try:
-        built = type(model)(config).eval()
-        built.load_state_dict(model.state_dict())
-        with counting() as calls:
-            outputs = one_pass(family, built, inputs).outputs
+        outputs, calls = compare.counted(compare.built(NAME))
     except NotImplementedError as error:
         return replace(row, refused=f"{own}; built with it: {one_line(error)}")
-    if calls.total:
-        return replace(row, built=True) if _keeps(built, inputs) else replace(row, forward=BUILT_ONLY)
-    for name, expected in one_pass(family, model, inputs).outputs.items():
+    if calls:
+        return replace(row, forward=BUILT_ONLY)
+    for name, expected in compare.counted(model)[0].items():
         if not torch.equal(outputs[name], expected):
             return replace(row, forward=f"no: {name} changes where the model is built with it")
     return replace(row, refused=f"{own}, and where the model is built with it")
-
-
-def _keeps(model: Any, inputs: Inputs) -> bool:
-    """Returns whether a model that is built with ``"mmkernels"`` keeps it where "eager" is set."""
-    model.set_attn_implementation("eager")
-    with torch.no_grad(), counting() as calls:
-        model(**inputs)
-    return calls.total > 0
 
 
 def _trace(model: Any, inputs: Inputs) -> tuple[Calls, Counter[str], Counter[str]]:
