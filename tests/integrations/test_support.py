@@ -5,6 +5,7 @@ Truth and baseline of a family are computed once; its tests share an xdist group
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mmkernels.integrations.transformers import NAME, register, support
+from mmkernels.integrations.transformers import NAME, counting, register, support
 from mmkernels.integrations.transformers.support import NOTHING, YES, check, quiet
 from mmkernels.integrations.transformers.support_compare import WAYS, Comparison, NotEqual
 from mmkernels.integrations.transformers.support_table import support_table
@@ -246,6 +247,24 @@ def test_a_model_that_nothing_can_be_set_on_is_compared_as_it_is_built(
     assert row.built and row.refused == "" and row.inside == {"LlamaAttention": 2}
     expected = set() if make is None else {"forward", "gradients", "greedy", "beam", "static", "assisted"}
     assert set(row.failures) - {"sampled"} == expected  # a sampled token may be the same by chance
+
+
+def test_a_part_that_cannot_be_set_is_reached_by_loading() -> None:
+    model, inputs = FAMILIES["t5"].build()
+    for implementation in ("mmkernels", "eager"):
+        register()
+        model.set_attn_implementation(implementation)
+        with counting() as set_calls:
+            model(**inputs)
+        config = copy.deepcopy(model.config)
+        config._attn_implementation = None
+        loaded = type(model)._from_config(config, attn_implementation=implementation)
+        with counting() as calls:
+            loaded(**inputs)
+        assert calls.total == (6 if implementation == NAME else 0)
+        assert set_calls.total == (0 if "t5" in KEEPS else calls.total)
+        assert loaded.encoder.config._attn_implementation == implementation
+        assert (model.encoder.config._attn_implementation == implementation) == ("t5" not in KEEPS)
 
 
 def test_a_call_belongs_to_the_innermost_module_whatever_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
