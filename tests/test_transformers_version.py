@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import transformers
 from PIL import Image
 
 from mmkernels.cli import main
@@ -32,7 +32,7 @@ def test_the_versions_are_those_of_pyproject() -> None:
 @pytest.mark.parametrize("version", ["4.57.6", "5.16.1", "6.0.0", "6.1.0.dev0", "unknown"])
 @pytest.mark.parametrize("what", USES)
 def test_another_version_is_refused_by_both_versions(what: str, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(importlib.import_module("transformers"), "__version__", version)
     message = f'{what} needs transformers >=5.17,<6, got {version}: pip install "transformers>=5.17,<6"'
     with pytest.raises(VersionError, match=f"^{re.escape(message)}$"):
         USES[what]()
@@ -40,15 +40,15 @@ def test_another_version_is_refused_by_both_versions(what: str, version: str, mo
 
 @pytest.mark.parametrize("version", ["5.17.0", "5.30.0.dev0", "5.100"])
 def test_versions_in_between_are_not_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
-    assert import_transformers("this") is transformers
+    monkeypatch.setattr(importlib.import_module("transformers"), "__version__", version)
+    assert import_transformers("this") is sys.modules["transformers"]
 
 
 @pytest.mark.parametrize("arguments", [["support", "llama"], ["support", "--all", "llama"]])
 def test_a_command_says_it_in_one_line(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.16.1")
+    monkeypatch.setattr(importlib.import_module("transformers"), "__version__", "5.16.1")
     monkeypatch.setattr(sys, "argv", ["mmkernels", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
