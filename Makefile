@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup profile bench gpu test test-all sanitize lint format clean
+.PHONY: help setup profile bench gpu test test-all test-oldest sanitize lint format clean
 
 PYTHON ?= python3
 PROFILE_ARGS ?=
@@ -17,6 +17,9 @@ WORKERS ?= 2
 SEED := $(or $(SEED),$(shell od -An -N3 -tu4 /dev/urandom | tr -d ' '))
 # The other end of what pyproject.toml allows: its language differs from that of the Triton that is installed.
 OLDEST_TRITON := triton==3.6.0
+# The same of transformers, with the packages of which it wants older versions than the one that is installed.
+OLDEST_TRANSFORMERS := transformers==5.17.0
+WITH_OLDEST_TRANSFORMERS := huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 SMOKE_ARGS := --size tiny --tokens 8,16 --out build/smoke
 
 # With a compiler and Python's headers, an extension that does not build is an error (setup.py); else Python parts do.
@@ -97,8 +100,16 @@ test: setup lint ## lint, types, C++ build, unit tests, GPU kernels interpreted 
 
 test-all: DRAWN := --seed $(SEED)
 test-all: AOT_ARGS := --all
-test-all: setup lint ## the same in full: every combination, every GPU target, inputs drawn with a new SEED
+test-all: setup lint test-oldest ## the same in full: every combination, every GPU target, inputs drawn with a new SEED
 	$(run_tests)
+
+test-oldest: setup ## what uses transformers, on the oldest version of it that pyproject.toml allows
+	$(call heading,pytest with $(OLDEST_TRANSFORMERS))
+	@test -d .venv/$(OLDEST_TRANSFORMERS) || $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps \
+		--target .venv/$(OLDEST_TRANSFORMERS) $(OLDEST_TRANSFORMERS) $(WITH_OLDEST_TRANSFORMERS)
+	@PYTHONPATH=$(abspath .venv)/$(OLDEST_TRANSFORMERS) $(ONE_THREAD) $(call pytest,oldest,tests/integrations tests/models \
+		tests/test_transformers_version.py tests/test_guide.py tests/test_cli.py,not alone and not slow) $(SHARED)
+	$(finish)
 
 # Python itself is not instrumented, so the sanitizer's runtime comes first by hand, with the C++ runtime whose exceptions
 # it watches; what it can't know of (leaks at exit, memory meters, code that torch compiles) is left out.

@@ -13,6 +13,7 @@ from mmkernels.interrupts import ends_well, interruptible
 from mmkernels.options import BadInput
 from mmkernels.profiling.options import Options
 from mmkernels.runtime.dispatch import BackendError
+from mmkernels.transformers_version import VersionError
 
 try:
     import typer
@@ -70,7 +71,7 @@ def _one_line_errors() -> Iterator[None]:
 
 def _message(error: Exception) -> str | None:
     """Returns what to tell the user; None: this is a fault of the program."""
-    if isinstance(error, BadInput | BackendError):
+    if isinstance(error, BadInput | BackendError | VersionError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]

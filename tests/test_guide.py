@@ -51,7 +51,8 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     assert code.strip(), "a page without Python"
     file = tmp_path / f"{page.stem}.py"
     file.write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))  # other versions come first
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment["TMPDIR"] = str(tmp_path)
     ended = subprocess.run([sys.executable, file], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

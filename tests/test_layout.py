@@ -15,7 +15,7 @@ PACKAGE = Path(mmkernels.__file__).parent
 LAYERS = (
     ("plan",),
     ("runtime",),
-    ("masks", "options", "interrupts"),
+    ("masks", "options", "interrupts", "transformers_version"),
     ("targets",),
     ("spec",),
     ("ops",),

@@ -408,10 +408,11 @@ def test_dtype_and_storage(copy: Copy, variant: str) -> None:
 
 
 def test_it_says_what_to_install(saved: Callable[[str], Saved], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved("clip").folder
     for package in ("safetensors", "transformers"):
         with monkeypatch.context() as patch:
             patch.setitem(__import__("sys").modules, package, None)
-            refused(saved("clip").folder, rf"needs {package}: pip install mmkernels\[models\]", ImportError)
+            refused(folder, rf'needs {package}: pip install "mmkernels\[models\]"', ImportError)
 
 
 def test_names() -> None:

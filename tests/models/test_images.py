@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from mmkernels.models.blocks.images import ImageError, load_image, load_images
@@ -117,8 +118,14 @@ def test_transparent_pixels_become_white_as_in_transformers(tmp_path: Path, mode
         picture().convert("P").save(path, transparency=picture().convert("P").getpixel((0, 0)))
     else:
         image.convert(mode).save(path)
-    expected = IdeficsImageProcessorPil(image_size=32)([Image.open(path)], return_tensors="pt")
+    processor = IdeficsImageProcessorPil(image_size=32)
+    read = Image.open(path)
+    on_white = Image.alpha_composite(Image.new("RGBA", read.size, "white"), read.convert("RGBA")).convert("RGB")
+    expected = processor([on_white], return_tensors="pt")
     torch.testing.assert_close(load_images([path], 32), torch.as_tensor(expected))
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 21):  # it drops the alpha
+        expected = processor([read.convert("RGB")], return_tensors="pt")
+    torch.testing.assert_close(processor([read], return_tensors="pt"), expected)
 
 
 RAMP = np.tile(np.linspace(0, 1, 140), (90, 1))

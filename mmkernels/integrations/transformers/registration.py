@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from mmkernels.integrations.transformers.own_attention import NAME, guard
+from mmkernels.transformers_version import RANGE, VersionError, import_transformers
 
 __all__ = ["NAME", "register"]
 
@@ -28,7 +29,8 @@ def register() -> None:
     built; a part of a model that has one keeps it, with a warning.
 
     Raises:
-        ImportError: transformers is missing, or has another interface than this module is written for.
+        ImportError: transformers is missing, is older than 5.17 or not below 6, or has another interface than this
+            module is written for.
         ValueError: another function is registered by this name.
 
     Example:
@@ -57,10 +59,7 @@ def register() -> None:
 
 def _interfaces() -> tuple[Any, Any, Any]:
     """Returns transformers' two registries and its base class, after a check that they are as this module expects."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError('this needs transformers: pip install "mmkernels[models]"') from error
+    transformers = import_transformers('attn_implementation="mmkernels"')
     try:
         from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
         from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
@@ -72,9 +71,9 @@ def _interfaces() -> tuple[Any, Any, Any]:
         for function in (causal_mask_function, bidirectional_mask_function):
             _check_arguments(function, ("batch_idx", "head_idx", "q_idx", "kv_idx"))
     except (ImportError, AttributeError, KeyError, TypeError) as error:
-        raise ImportError(
-            f"transformers {getattr(transformers, '__version__', '(unknown version)')} has another attention interface "
-            f"than mmkernels supports (5.17 to 5.x): {error}"
+        raise VersionError(
+            f"transformers {transformers.__version__} has another attention interface than mmkernels is written for "
+            f"({RANGE}): {error}"
         ) from error
     return AttentionInterface, AttentionMaskInterface, PreTrainedModel
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,12 +22,13 @@ from mmkernels.integrations.transformers.support_compare import (
     NotEqual,
     NotOffered,
     one_line,
-    one_pass,
 )
 from mmkernels.testing.models import Family, Inputs
 
 YES, NOTHING = "yes", "-"
 BUILT_ONLY = "no: called where the model is built with it, but not where it is set"
+NOT_SET = "transformers does not let set_attn_implementation change all of it: give the name when it is loaded"
+"""What to say of a model of which a part keeps the attention that it is built with, whatever is set."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Support:
         generation: the same for each of `WAYS`, or "not offered: " and why transformers' own attention does not support
             it; empty for a model that does not generate.
         refused: why nothing was compared, or "".
+        built: a model was built for each implementation, because transformers lets none be set.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Support:
     loading: str = NOTHING
     generation: dict[str, str] = field(default_factory=dict)
     refused: str = ""
+    built: bool = False
 
     @property
     def failures(self) -> dict[str, str]:
@@ -79,8 +81,9 @@ class Support:
 def check(family: Family, compare: Comparison | None = None, ways: Collection[str] = WAYS) -> Support:
     """Runs a family on ``"mmkernels"`` and on transformers' own attention, and compares.
 
-    A family is refused if the attention function lacks something that it needs, or if no module calls the function. In
-    the second case the model is also built with the implementation in its configuration before it is refused.
+    A family is refused if the attention function lacks something that it needs, or if no module calls the function,
+    neither where it is set nor where the model is built with it. If more modules call it in a model that is built with
+    it, and go on to do so where "eager" is set, transformers does not let them be set: built models are compared.
 
     Args:
         compare: of this family; None: a new one. Its truth and baseline are kept for later checks.
@@ -99,8 +102,13 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
         except Exception as error:
             return replace(row, forward=_no(error))
         row = replace(row, calls=calls, inside=inside, outside=outside)
-        if not inside:
-            return _uncalled(row, family, model, inputs)
+        row = replace(row, built=_keeps_attention(compare, calls.total))
+        if row.built:
+            compare = compare.by_building
+            calls, inside, outside = _trace(compare.on(NAME), inputs)
+            row = replace(row, calls=calls, inside=inside, outside=outside)
+        elif not inside:
+            return _uncalled(row, compare)
         return replace(
             row,
             forward=outcome(compare.forward),
@@ -110,38 +118,52 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
         )
 
 
-def _uncalled(row: Support, family: Family, model: Any, inputs: Inputs) -> Support:
+def _keeps_attention(compare: Comparison, calls: int) -> bool:
+    """Returns whether more than these calls are made where the model is built, and "eager" can't be set there.
+
+    Before transformers 5.20 parts of parts keep their attention, and parts that have a copy of the configuration (T5).
+    """
+    with suppress(Exception):  # `Comparison.loading` tells of a model that can't be built
+        built = compare.built(NAME)
+        if compare.counted(built)[1] > calls:
+            built.set_attn_implementation("eager")
+            return compare.counted(built)[1] > 0
+    return False
+
+
+def _uncalled(row: Support, compare: Comparison) -> Support:
     """Returns the row of a model that does not call ``"mmkernels"`` after it was set, by building the model with it."""
+    model = compare.model
     own = f"transformers keeps its own attention, {model.config._attn_implementation}, where it is set"
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = NAME
     try:
-        built = type(model)(config).eval()
-        built.load_state_dict(model.state_dict())
-        with counting() as calls:
-            outputs = one_pass(family, built, inputs).outputs
+        outputs, calls = compare.counted(compare.built(NAME))
     except NotImplementedError as error:
         return replace(row, refused=f"{own}; built with it: {one_line(error)}")
-    if calls.total:
+    if calls:
         return replace(row, forward=BUILT_ONLY)
-    for name, expected in one_pass(family, model, inputs).outputs.items():
+    for name, expected in compare.counted(model)[0].items():
         if not torch.equal(outputs[name], expected):
             return replace(row, forward=f"no: {name} changes where the model is built with it")
     return replace(row, refused=f"{own}, and where the model is built with it")
 
 
 def _trace(model: Any, inputs: Inputs) -> tuple[Calls, Counter[str], Counter[str]]:
-    """Returns the calls of one forward pass, and the classes of the attention modules that made a call or made none."""
+    """Returns the calls of one forward pass, and the classes of the attention modules that made a call or made none.
+
+    A call belongs to the innermost module that runs, whatever its name; a module that makes none is an attention by its
+    class's name, unless it contains another one or is a part of a module that made a call.
+    """
     called: dict[nn.Module, bool] = {}
+    running: list[int] = []  # for each module that runs: the calls before it, and those of its parts
     with torch.no_grad(), torch.random.fork_rng(devices=()), counting() as calls, ExitStack() as hooks:
-        for module in _attention_modules(model):
-            for hook in _watch(module, calls, called):
+        for module in model.modules():
+            for hook in _watch(module, calls, called, running):
                 hooks.callback(hook.remove)
         model(**inputs)
-    inside, outside = Counter[str](), Counter[str]()
-    for module, did_call in called.items():
-        (inside if did_call else outside)[type(module).__name__] += 1
-    return calls, inside, outside
+    inside = [module for module, did_call in called.items() if did_call]
+    within = {part for module in inside for part in module.modules()}
+    outside = [module for module in _attention_modules(model) if module in called and module not in within]
+    return calls, Counter(type(module).__name__ for module in inside), Counter(type(m).__name__ for m in outside)
 
 
 def _attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -150,15 +172,16 @@ def _attention_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in named if not set(module.modules()) & set(named) - {module}]
 
 
-def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool]) -> list[Any]:
-    """Registers hooks that note in `called` whether every run of the module made a call."""
-    before: list[int] = []
+def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool], running: list[int]) -> list[Any]:
+    """Registers hooks that note in `called` whether every run of the module made a call of its own."""
 
     def start(module: nn.Module, args: Any) -> None:
-        before.append(calls.total)
+        running.append(calls.total)
 
     def end(module: nn.Module, args: Any, out: Any) -> None:
-        called[module] = called.get(module, True) and calls.total > before.pop()
+        made = calls.total - running.pop()
+        running[:] = [before + made for before in running]
+        called[module] = called.get(module, True) and made > 0
 
     return [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
 

@@ -62,6 +62,7 @@ class Comparison:
         self._wide, wide_inputs = family.build()
         self._wide.double()
         self._wide_inputs = cast(wide_inputs, torch.float64)
+        self._built_on: dict[tuple[str, torch.dtype], Any] | None = None  # None: the models can be set
 
     @cached_property
     def truth(self) -> Results:
@@ -77,65 +78,84 @@ class Comparison:
         accepted = []
         for name in ("sdpa", "eager"):
             with suppress(ValueError):  # the model refuses it
-                self.model.set_attn_implementation(name)
+                self.on(name)
                 accepted.append(name)
         return accepted
 
+    def on(self, implementation: str) -> Any:
+        """Returns the float32 model, on this implementation until the next call."""
+        return self._on(implementation, self.model)
+
+    def _on(self, implementation: str, model: Any) -> Any:
+        if self._built_on is None:
+            model.set_attn_implementation(implementation)
+            return model
+        key = implementation, model.dtype
+        if key not in self._built_on:
+            self._built_on[key] = _built(model, attn_implementation=implementation)
+        return self._built_on[key]
+
     def run_wide(self, implementation: str) -> Results:
         """Returns outputs and gradients in float64."""
-        self._wide.set_attn_implementation(implementation)
+        model = self._on(implementation, self._wide)
         with float64():
-            return one_pass(self.family, self._wide, self._wide_inputs)
+            return one_pass(self.family, model, self._wide_inputs)
 
     def _run(self, implementation: str) -> Results:
-        self.model.set_attn_implementation(implementation)
-        return one_pass(self.family, self.model, self.inputs)
+        return one_pass(self.family, self.on(implementation), self.inputs)
 
-    def on(self, inputs: Inputs) -> Comparison:
+    def with_inputs(self, inputs: Inputs) -> Comparison:
         """Returns the comparison of the same models on other inputs, padded ones.
 
         The baseline is "eager" alone: where a query sees nothing, "sdpa" is far from it, and would allow anything.
         """
-        other = copy.copy(self)
+        other = self._without_results()
         other.inputs, other._wide_inputs = inputs, cast(inputs, torch.float64)
-        for computed in ("truth", "baseline"):
-            other.__dict__.pop(computed, None)
         other.__dict__["_own_implementations"] = ["eager"]
         return other
 
-    def built_with_it(self) -> Comparison:
-        """Returns the comparison of a model that is built with ``"mmkernels"``, for one that can't be set to it."""
+    @cached_property
+    def by_building(self) -> Comparison:
+        """The comparison of models that are built with each implementation, for one that can't be set to it."""
+        other = self._without_results()
+        other._built_on = {}
+        return other
+
+    def _without_results(self) -> Comparison:
         other = copy.copy(self)
-        other.__dict__ |= {"truth": self.truth, "baseline": self.baseline}
-        other.model = self._built(attn_implementation=NAME)
+        for computed in ("truth", "baseline", "_own_implementations", "by_building"):
+            other.__dict__.pop(computed, None)
         return other
 
     def loading(self) -> None:
         """Raises `NotEqual` if a model that is built or loaded with ``"mmkernels"`` is not as one that is set to it."""
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
-            for way, load in (("_from_config", self._built), ("from_pretrained", partial(_loaded, self.model, folder))):
-                switched = load()
+            for way, load in (
+                ("_from_config", partial(_built, self.model)),
+                ("from_pretrained", partial(_loaded, self.model, folder)),
+            ):
+                switched = self.on(NAME) if self._built_on is not None else load()
                 switched.set_attn_implementation(NAME)
-                expected, calls = self._counted(switched)
-                outputs, calls_when_loaded = self._counted(load(attn_implementation=NAME))
+                expected, calls = self.counted(switched)
+                outputs, calls_when_loaded = self.counted(load(attn_implementation=NAME))
                 what = f"{way}(attn_implementation={NAME!r})"
                 if calls_when_loaded < calls:
                     raise NotEqual(f"{what} makes {calls_when_loaded} attention calls, set_attn_implementation {calls}")
                 _check_names(f"outputs after {what}", outputs, expected)
-                for name, x in expected.items():  # more calls: set_attn_implementation does not reach every part
-                    rounding = FLOOR * float(x.abs().max()) if calls_when_loaded > calls else 0.0
+                # more calls: set_attn_implementation does not reach every part
+                exact = self._built_on is None and calls_when_loaded == calls
+                for name, x in expected.items():
+                    rounding = 0.0 if exact else FLOOR * float(x.abs().max())
                     if not float((outputs[name] - x).abs().max()) <= rounding:
                         raise NotEqual(f"{name} after {what} is another than after set_attn_implementation")
 
-    def _built(self, **options: str) -> Any:
-        config = copy.deepcopy(self.model.config)
-        config._attn_implementation = None  # as in a folder: a choice is not saved
-        built = type(self.model)._from_config(config, **options).eval()
-        built.load_state_dict(self.model.state_dict())
-        return built
+    def built(self, implementation: str) -> Any:
+        """Returns a copy of the float32 model that is built with this implementation."""
+        return _built(self.model, attn_implementation=implementation)
 
-    def _counted(self, model: Any) -> tuple[dict[str, Tensor], int]:
+    def counted(self, model: Any) -> tuple[dict[str, Tensor], int]:
+        """Returns a model's outputs and its attention calls on ``"mmkernels"``."""
         with counting() as calls, torch.no_grad():
             outputs = outputs_of(self.family, model, self.inputs)
         return outputs, calls.total
@@ -160,18 +180,16 @@ class Comparison:
     def generation(self, way: str) -> None:
         """Raises `NotEqual` if tokens differ, or the logits that they were chosen by."""
         try:
-            self.model.set_attn_implementation(self._own_implementations[0])
-            theirs = self._generate(self.model, self.inputs, way)
+            theirs = self._generate(self.on(self._own_implementations[0]), self.inputs, way)
         except Exception as error:
             raise NotOffered(one_line(error)) from error
-        self.model.set_attn_implementation(NAME)
-        ours = self._generate(self.model, self.inputs, way)
+        ours = self._generate(self.on(NAME), self.inputs, way)
         _check_tokens(ours.tokens, theirs.tokens)
         if way == "sampled":  # float64 would draw other random numbers
             return
-        self._wide.set_attn_implementation("eager")
+        wide = self._on("eager", self._wide)
         with float64():
-            true = self._generate(self._wide, self._wide_inputs, way)
+            true = self._generate(wide, self._wide_inputs, way)
         _check_tokens(ours.tokens, true.tokens)
         _check_error("logits", ours.logits, [theirs.logits], true.logits)
 
@@ -184,6 +202,15 @@ class Comparison:
         with torch.no_grad(), seeded(1):
             out = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
         return _Generated(out.sequences, torch.stack(out.logits))
+
+
+def _built(model: Any, **options: str) -> Any:
+    """Returns a copy of the model that is built anew."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = None  # as in a folder: a choice is not saved
+    built = type(model)._from_config(config, **options).to(model.dtype).eval()
+    built.load_state_dict(model.state_dict())
+    return built.requires_grad_(True)
 
 
 def _loaded(model: Any, folder: str, **options: str) -> Any:

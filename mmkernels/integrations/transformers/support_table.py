@@ -14,7 +14,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from mmkernels import machine
-from mmkernels.integrations.transformers.support import NOTHING, YES, Support, check
+from mmkernels.integrations.transformers.registration import register
+from mmkernels.integrations.transformers.support import NOT_SET, NOTHING, YES, Support, check
 from mmkernels.integrations.transformers.support_compare import WAYS
 from mmkernels.interrupts import Interrupted
 from mmkernels.report import Footnotes, console, progress_bar, table
@@ -40,9 +41,11 @@ def run_support(names: Sequence[str]) -> bool:
 
     Raises:
         BadInput: no family has this name.
+        ImportError: as `mmkernels.integrations.transformers.register`.
         Interrupted: by Ctrl-C; the families that were checked are in the table.
     """
     families = find(names)
+    register()
     rows: list[Support] = []
     interrupted = False
     with progress_bar(len(families)) as advance, _recorded() as ran:
@@ -136,6 +139,8 @@ def _notes(row: Support) -> Iterator[str]:
         yield row.refused
     elif row.inside and row.outside:
         yield f"modules with an attention of their own: {', '.join(sorted(row.outside))}"
+    if row.built:
+        yield NOT_SET
     for reason in row.calls.reasons:
         yield f"mask made dense: {reason}"
     for what, reason in row.failures.items():

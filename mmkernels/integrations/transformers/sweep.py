@@ -20,7 +20,7 @@ import transformers
 from transformers import GenerationMixin, PreTrainedModel  # imported here, once for all processes
 from transformers.models.auto import modeling_auto
 
-from mmkernels.integrations.transformers.support import BUILT_ONLY, NOTHING, YES, Support, check, outcome, quiet
+from mmkernels.integrations.transformers.support import NOT_SET, NOTHING, YES, Support, check, outcome, quiet
 from mmkernels.integrations.transformers.support_compare import Comparison, one_line
 from mmkernels.options import BadInput
 from mmkernels.testing.any_inputs import PADDINGS, can_pad, candidates, padded
@@ -153,17 +153,16 @@ def _compared(row: Row, compare: Comparison) -> Row:
     cells = {"forward": support.forward, "gradients": support.gradients, "loading": support.loading}
     remarks = list[str]()
     unpadded = compare.inputs
-    if support.forward == BUILT_ONLY:
-        built = compare.built_with_it()
-        cells |= {"forward": outcome(built.forward), "gradients": outcome(built.gradients)}
-        remarks.append("transformers does not let set_attn_implementation change it: give the name when it is loaded")
-    elif support.forward == YES:
+    if support.built:
+        compare = compare.by_building
+        remarks.append(NOT_SET)
+    if support.forward == YES:
         if can_pad(compare.model, unpadded):
-            cells |= {side: _on_padding(compare.on(padded(unpadded, side))) for side in PADDINGS}
+            cells |= {side: _on_padding(compare.with_inputs(padded(unpadded, side))) for side in PADDINGS}
         if isinstance(compare.model, GenerationMixin):
             side = "left" if cells.get("left") == YES else ""
             cells["generation"] = outcome(
-                (compare.on(padded(unpadded, side)) if side else compare).generation, "greedy"
+                (compare.with_inputs(padded(unpadded, side)) if side else compare).generation, "greedy"
             )
     notes = [f"{name}: {cell.removeprefix('no: ')}" for name, cell in cells.items() if cell.startswith("no: ")]
     refused = all("NotImplementedError" in note for note in notes)

@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 
 from mmkernels import machine
+from mmkernels.integrations.transformers.registration import register
 from mmkernels.integrations.transformers.sweep import DIFFERS, RESULTS, Row, model_types, sweep
 from mmkernels.interrupts import Interrupted
 from mmkernels.options import BadInput
@@ -45,10 +46,12 @@ def run_sweep(names: Sequence[str], out: Path) -> bool:
     Raises:
         BadInput: there is no such model type, or the file can't be written.
         Interrupted: by Ctrl-C.
+        ImportError: as `mmkernels.integrations.transformers.register`.
     """
     chosen = model_types(names)
     if out.is_dir():
         raise BadInput(f"--out must be a file, got the folder {out}")
+    register()
     prepare_folder(out.parent)
     rows: list[Row] = []
     try:

@@ -149,7 +149,7 @@ def _read(path: Path, ignored: re.Pattern[str]) -> dict[str, Tensor]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise ImportError("reading a checkpoint needs safetensors: pip install mmkernels[models]") from error
+        raise ImportError('reading a checkpoint needs safetensors: pip install "mmkernels[models]"') from error
     try:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if not ignored.search(name)]  # noqa: SIM118

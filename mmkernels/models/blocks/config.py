@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.checkpoint import CheckpointError
+from mmkernels.transformers_version import import_transformers
 
 # The largest sizes that are accepted: above any published model, but small enough to build the model on the meta
 # device.
@@ -68,7 +69,7 @@ def read_config(values: dict[str, Any], architectures: Mapping[str, str], where:
         where: how errors name the object: usually the path of the file.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, or of another version than `mmkernels.transformers_version` has.
         CheckpointError: the model type or architecture is another one, or transformers refuses a value.
     """
     model_type, got = values.get("model_type"), values.get("architectures")
@@ -77,15 +78,12 @@ def read_config(values: dict[str, Any], architectures: Mapping[str, str], where:
         raise CheckpointError(f"{where}: model_type must be one of {', '.join(architectures)}, got {given}")
     if got not in (None, [], [architectures[model_type]]):
         raise CheckpointError(f"{where}: architectures must be {[architectures[model_type]]}, got {repr(got)[:200]}")
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise ImportError("reading a checkpoint needs transformers: pip install mmkernels[models]") from error
+    config_class = import_transformers("reading a checkpoint").AutoConfig
     values = _without_labels(values)
     try:
-        return AutoConfig.for_model(**values)
+        return config_class.for_model(**values)
     except Exception as error:  # transformers raises errors of many kinds
-        section = _refused_section(type(AutoConfig.for_model(model_type)), values)
+        section = _refused_section(type(config_class.for_model(model_type)), values)
         raise CheckpointError(f"{where}{section}: {' '.join(str(error).split())[:500]}") from error
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmkernels.transformers_version import import_transformers
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -42,7 +44,7 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image:
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install mmkernels[models]") from error
+        raise ImportError('reading images needs Pillow: pip install "mmkernels[models]"') from error
     path = Path(path).expanduser()
     if path.is_dir():
         raise ImageError(f"{path}: must be an image, got a folder")
@@ -60,7 +62,7 @@ def load_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image:
             image = ImageOps.exif_transpose(file)
             if image.mode == "F" or image.mode.startswith("I"):  # Pillow would clip the values instead of scaling them
                 return _scaled(image, file, path).convert("RGB")
-            if image.has_transparency_data:  # on white, as in transformers
+            if image.has_transparency_data:  # on white, as transformers does from 5.21 on; before, it drops the alpha
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
             return image.convert("RGB")
@@ -153,10 +155,7 @@ def load_images(paths: Sequence[str | Path], image_size: int, *, max_pixels: int
 
 def to_pixels(images: Sequence[Image], image_size: int) -> Tensor:
     """Returns pixel values of RGB images, float32 ``[N, 3, image_size, image_size]``, prepared as in transformers."""
-    try:
-        from transformers import IdeficsImageProcessorPil
-    except ImportError as error:
-        raise ImportError("preparing images needs transformers: pip install mmkernels[models]") from error
+    processor_class = import_transformers("preparing images").IdeficsImageProcessorPil
     # With Pillow, not torchvision, the same file gives the same pixels on every machine.
-    pixels: Any = IdeficsImageProcessorPil(image_size=image_size)(list(images), return_tensors="pt")
+    pixels: Any = processor_class(image_size=image_size)(list(images), return_tensors="pt")
     return torch.as_tensor(pixels, dtype=torch.float32)
