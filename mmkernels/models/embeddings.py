@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +44,9 @@ class EmbeddingCache:
     number never changes and is not given twice; numbers are missing where two processes stored the same content at the
     same moment (the lower one counts), and where `repair` left out damaged rows.
 
-    The rows are a LanceDB table (in a folder ``embeddings.lance``) with columns ``key``, ``vector`` (bfloat16: its bits as int16)
-    and ``crc``, a checksum of the two, which is compared whenever a row is read. Any number of objects, in any
-    processes, can share it: each append is one atomic commit, and takes no lock. Use each object in one thread. An
+    The rows are a LanceDB table (in a folder ``embeddings.lance``) with columns ``key``, ``vector`` (bfloat16: its bits
+    as int16) and ``crc``, a checksum of the two, which is compared whenever a row is read. Any number of objects, in
+    any processes, can share it: each append is one atomic commit, and takes no lock. Use each object in one thread. An
     object can be used after a fork, and pickled: what travels is the folder and the settings.
 
     Keys take about 180 bytes of memory a row. The first search reads all rows into memory, as float32 (4 d bytes a
@@ -104,20 +105,20 @@ class EmbeddingCache:
         verify: bool = True,
         lock_timeout: float = 60.0,
     ) -> None:
-        check_settings(folder, model_id, dtype, normalize, lock_timeout)
+        self._place = place_of(folder)
+        check_settings(model_id, dtype, normalize, lock_timeout)
         check_positive("memory_limit", memory_limit)
-        self._settings = {
-            **{"folder": folder, "model_id": model_id, "dtype": dtype, "normalize": normalize},
+        self._settings: dict[str, Any] = {
+            **{"folder": self._place, "model_id": model_id, "dtype": dtype, "normalize": normalize},
             **{"storage_options": storage_options, "memory_limit": memory_limit},
             **{"verify": verify, "lock_timeout": lock_timeout},
         }
-        self._place = place_of(folder)
         self._store = Store(self._place, model_id, dtype, normalize, storage_options, verify, lock_timeout)
         self._memory = Memory(self._store, memory_limit)
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened, (self._settings,)
+        return partial(type(self), **self._settings), ()
 
     # Content.
 
@@ -252,8 +253,7 @@ class EmbeddingCache:
                     self._encode(encode_fn, batch, encoded)
             self._encode(encode_fn, batch, encoded)
         finally:
-            if encoded.keys:
-                self._append(*encoded.taken())
+            self._append_encoded(encoded)
         return torch.tensor([self._memory.row_of[key] for key in wanted], dtype=torch.int64)
 
     def add(self, keys: Iterable[str], embeddings: Tensor) -> Tensor:
@@ -286,7 +286,17 @@ class EmbeddingCache:
         encoded.add(batch, self._prepared("encode_fn's result", result, len(batch), dim))
         batch.clear()
         if encoded.are_due():
-            self._append(*encoded.taken())
+            self._append_encoded(encoded)
+
+    def _append_encoded(self, encoded: Encoded) -> None:
+        if not encoded.keys:
+            return
+        keys, rows = encoded.taken()
+        try:
+            self._append(keys, rows)
+        except KeyboardInterrupt:  # before, within or after a commit
+            self._append(keys, rows)
+            raise
 
     def _append(self, keys: list[bytes], rows: Tensor) -> None:
         """Stores rows of different keys, but for keys that another process has stored since the last refresh."""
@@ -443,7 +453,3 @@ class EmbeddingCache:
     def _check_index(self) -> None:
         if self.dtype == torch.bfloat16:
             raise TypeError("an index must be of a float32 or float16 cache, got torch.bfloat16, stored as its bits")
-
-
-def _opened(settings: dict[str, Any]) -> EmbeddingCache:
-    return EmbeddingCache(**settings)

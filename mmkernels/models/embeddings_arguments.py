@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from mmkernels.models.embeddings_format import DTYPES
 from mmkernels.models.embeddings_keys import content_key, key_bytes
 
 _MISSING: Any = object()
+_OBJECT_STORE = re.compile(r"(?!file|memory|shared-memory)[a-z][a-z0-9+-]*://[^/]", re.IGNORECASE)
 
 
 def keyed(items: Iterable[Any], keys: Iterable[str] | None) -> Iterator[tuple[Any, bytes]]:
@@ -24,19 +27,23 @@ def keyed(items: Iterable[Any], keys: Iterable[str] | None) -> Iterator[tuple[An
         yield item, key_bytes("keys", key)
 
 
-def place_of(folder: str | Path) -> str | Path:
-    """A folder, or the URI of an object store."""
-    if isinstance(folder, str) and "://" in folder:
-        return folder.rstrip("/")
-    return Path(folder).expanduser()
-
-
-def check_settings(folder: Any, model_id: Any, dtype: Any, normalize: Any, lock_timeout: Any) -> None:
+def place_of(folder: Any) -> str | Path:
+    """The absolute path of a folder, or the URI of an object store."""
     if not isinstance(folder, (str, Path)):
         raise TypeError(f"folder must be a str or a Path, got {type(folder).__name__}")
-    place = place_of(folder)
-    if isinstance(place, Path) and place.exists() and not place.is_dir():
+    if folder == "":
+        raise ValueError("folder must name a folder, got an empty str")
+    if isinstance(folder, str) and "://" in folder:
+        if not _OBJECT_STORE.match(folder):
+            raise ValueError(f"folder must be a path or the URI of an object store, got {folder}")
+        return folder.rstrip("/")
+    place = Path(os.path.expanduser(folder)).absolute()
+    if place.exists() and not place.is_dir():
         raise ValueError(f"folder must be a folder, got {folder}, which is a file")
+    return place
+
+
+def check_settings(model_id: Any, dtype: Any, normalize: Any, lock_timeout: Any) -> None:
     if not isinstance(model_id, str):
         raise TypeError(f"model_id must be a str, got {type(model_id).__name__}")
     if not model_id:

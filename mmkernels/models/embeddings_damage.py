@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 HINT = "latest_version_hint.json"  # LanceDB's note of the newest manifest, beside them
 _PART = 1024  # rows of a damaged file that are tried together
+_OLDER = 10  # manifests in which rows are looked for
 
 
 class EmbeddingCacheError(ValueError):
@@ -24,7 +25,7 @@ class Repair(NamedTuple):
     """The result of `EmbeddingCache.repair`."""
 
     rows: Tensor
-    """The rows that were left out ``[n]`` int64."""
+    """The rows that are lost ``[n]`` int64."""
     manifests: list[str]
     """The names of damaged manifests, which lie in the folder ``embeddings.lance/damaged`` now."""
 
@@ -35,13 +36,16 @@ def repair(store: Store) -> Repair:
     while True:
         try:
             store.refresh()
-            if aside and store.header is None:
-                raise EmbeddingCacheError(f"{store.place}: can't be opened: none of its manifests is whole")
-            lost = _lost(store, store.places()[0] if store.header else np.empty(0, np.int64))
+            if store.header is None:
+                raise EmbeddingCacheError(f"{store.place}: must hold a cache, to be repaired, got none")
+            lost = _lost(store, store.places()[0])
+            numbers, keys, rows = _in_older_manifest(store, lost)
             store.delete(lost.tolist())
             store.close()
             store.refresh()
-            return Repair(torch.from_numpy(lost), [path.name for path in aside])
+            if keys:
+                store.append(keys, rows)
+            return Repair(torch.from_numpy(np.setdiff1d(lost, numbers)), [path.name for path in aside])
         except EmbeddingCacheError:
             store.close()
             if store.folder is None:
@@ -57,6 +61,24 @@ def repair(store: Store) -> Repair:
                 raise
             (versions.parent / "damaged").mkdir(exist_ok=True)
             aside.append(newest.rename(versions.parent / "damaged" / newest.name))
+
+
+def _in_older_manifest(store: Store, lost: np.ndarray) -> tuple[np.ndarray, list[bytes], Tensor]:
+    """Returns the numbers, keys and rows of those that an older manifest leads to: the newest has a wrong entry."""
+    nothing = np.empty(0, np.int64), list[bytes](), torch.empty(0, 0)
+    if not len(lost):
+        return nothing
+    newest = store.version
+    for version in range(newest - 1, max(newest - _OLDER, 0), -1):
+        try:
+            store.look_at(version)
+            found = np.setdiff1d(lost, _lost(store, lost))
+            return store.whole(found) if len(found) else nothing
+        except (EmbeddingCacheError, OSError):  # joined since, or damaged
+            continue
+        finally:
+            store.look_at(None)
+    return nothing
 
 
 def damaged(store: Store, numbers: np.ndarray, cause: object) -> EmbeddingCacheError:
@@ -77,8 +99,9 @@ def _lost(store: Store, numbers: np.ndarray) -> np.ndarray:
         return numbers
     known, files = store.places()
     lost = [np.setdiff1d(numbers, known)]
-    for file in np.unique(files):
-        here = np.intersect1d(known[files == file], numbers)
+    asked = np.isin(known, numbers)
+    for file in np.unique(files[asked]):
+        here = np.sort(known[asked & (files == file)])
         parts = np.split(here, range(_PART, len(here), _PART))
         missing = [_missing(store, part) for part in parts]
         some = len(parts) == 1 or any(found is not None for found in missing)  # else the file is gone, or its end
@@ -101,7 +124,7 @@ def _halves(store: Store, numbers: np.ndarray) -> np.ndarray:
 def _missing(store: Store, numbers: np.ndarray) -> np.ndarray | None:
     """Returns those of the rows that are not there or have wrong checksums; None if they can't be read together."""
     try:
-        return np.setdiff1d(numbers, store.whole(numbers))
+        return np.setdiff1d(numbers, store.whole(numbers)[0])
     except (EmbeddingCacheError, OSError):
         return None
 
