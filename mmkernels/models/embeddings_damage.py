@@ -33,6 +33,7 @@ class Repair(NamedTuple):
 def repair(store: Store) -> Repair:
     """Goes back to a manifest that is whole, and deletes the rows that can't be read from the table."""
     aside: list[Path] = []
+    first: EmbeddingCacheError | None = None
     while True:
         try:
             store.refresh()
@@ -46,8 +47,9 @@ def repair(store: Store) -> Repair:
             if keys:
                 store.append(keys, rows)
             return Repair(torch.from_numpy(np.setdiff1d(lost, numbers)), [path.name for path in aside])
-        except EmbeddingCacheError:
+        except EmbeddingCacheError as error:
             store.close()
+            first = first or error
             if store.folder is None:
                 raise
             versions = store.folder / "_versions"
@@ -58,9 +60,10 @@ def repair(store: Store) -> Repair:
             if newest is None:  # none is whole: it is another fault
                 for path in aside:
                     path.rename(versions / path.name)
-                raise
-            (versions.parent / "damaged").mkdir(exist_ok=True)
-            aside.append(newest.rename(versions.parent / "damaged" / newest.name))
+                raise first from None
+            damaged_folder = versions.parent / "damaged"
+            damaged_folder.mkdir(exist_ok=True)
+            aside.append(newest.rename(damaged_folder / newest.name))
 
 
 def _in_older_manifest(store: Store, lost: np.ndarray) -> tuple[np.ndarray, list[bytes], Tensor]:
@@ -83,6 +86,8 @@ def _in_older_manifest(store: Store, lost: np.ndarray) -> tuple[np.ndarray, list
 
 def damaged(store: Store, numbers: np.ndarray, cause: object) -> EmbeddingCacheError:
     """Returns the error that says which of the rows can't be read."""
+    store.refresh()  # raises where the folder is gone, or holds another cache
+    store.version = 0  # so that the next refresh takes what is new
     lost = _lost(store, numbers)
     if not len(lost):  # what failed has passed
         return EmbeddingCacheError(str(cause))

@@ -31,7 +31,10 @@ class Header(NamedTuple):
     @classmethod
     def of(cls, schema: Any) -> Header:
         """Reads it. Raises ValueError, KeyError or TypeError where the schema is not one of `schema`."""
-        version, model_id, dtype, normalized, dim, table, crc = json.loads((schema.metadata or {})[_HEADER])
+        text = (schema.metadata or {}).get(_HEADER)
+        if text is None:
+            raise ValueError("it is a table of something else")
+        version, model_id, dtype, normalized, dim, table, crc = json.loads(text)
         if zlib.crc32(json.dumps([version, model_id, dtype, normalized, dim, table]).encode()) != crc:
             raise ValueError("its header has another checksum")
         if version != FORMAT:

@@ -71,7 +71,7 @@ class Store:
         self._seen = -1  # the largest number that `new` has returned
         self._next: int | None = 0  # the number of the next row, where it is known
         self._time = 0  # of the folder's last change, in ns, when this object last committed
-        self._synced = set(os.listdir(self.folder / "data")) if self.folder and self.folder.is_dir() else set[str]()
+        self._synced = self._data_files()
         if isinstance(place, Path) and (place / "manifest.json").exists():
             raise EmbeddingCacheError(
                 f"{place}: must be a cache of format {FORMAT}, got one of format 1 (manifest.json and shards), which "
@@ -192,6 +192,12 @@ class Store:
         """
         return self.folder is None or self._folder_time() != self._time
 
+    def _data_files(self) -> set[str]:
+        try:
+            return set(os.listdir(self.folder / "data")) if self.folder else set()
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
     def _folder_time(self) -> int:
         """The time of the folder's last change in ns; 0 without one."""
         try:
@@ -227,7 +233,7 @@ class Store:
 
         version = self._commit(commit)
         if self.folder is not None:
-            files = set(os.listdir(self.folder / "data"))
+            files = self._data_files()
             sync(self.folder / "data", files - self._synced)
             sync(self.folder / "_versions", [f"{2**64 - 1 - version}.manifest"])
             self._synced = files
