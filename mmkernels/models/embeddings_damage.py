@@ -31,7 +31,7 @@ class Repair(NamedTuple):
 
 
 def repair(store: Store) -> Repair:
-    """Goes back to a manifest that is whole, and deletes the rows that can't be read from the table."""
+    """Goes back to a manifest that leads to rows, and deletes those that can't be read from the table."""
     aside: list[Path] = []
     first: EmbeddingCacheError | None = None
     while True:
@@ -39,31 +39,38 @@ def repair(store: Store) -> Repair:
             store.refresh()
             if store.header is None:
                 raise EmbeddingCacheError(f"{store.place}: must hold a cache, to be repaired, got none")
-            lost = _lost(store, store.places()[0])
-            numbers, keys, rows = _in_older_manifest(store, lost)
-            store.delete(lost.tolist())
-            store.close()
-            store.refresh()
-            if keys:
-                store.append(keys, rows)
-            return Repair(torch.from_numpy(np.setdiff1d(lost, numbers)), [path.name for path in aside])
+            known = store.places()[0]
+            lost = _lost(store, known)
+            if len(lost) < len(known):
+                break
+            raise EmbeddingCacheError(f"{store.place}: can't be repaired: none of its {len(lost)} rows can be read")
         except EmbeddingCacheError as error:
-            store.close()
             first = first or error
-            if store.folder is None:
-                raise
-            versions = store.folder / "_versions"
-            if (versions / HINT).exists():  # it may name one that is gone
-                (versions / HINT).unlink()
-                continue
-            newest = min(versions.glob("*.manifest"), default=None)  # the names count down
-            if newest is None:  # none is whole: it is another fault
-                for path in aside:
-                    path.rename(versions / path.name)
+            store.close()
+            if not _set_newest_aside(store, aside):
                 raise first from None
-            damaged_folder = versions.parent / "damaged"
-            damaged_folder.mkdir(exist_ok=True)
-            aside.append(newest.rename(damaged_folder / newest.name))
+    numbers, keys, rows = _in_older_manifest(store, lost)
+    if keys:
+        store.commit(keys, rows.to(store.dtype))
+    store.delete(lost.tolist())
+    return Repair(torch.from_numpy(np.setdiff1d(lost, numbers)), [path.name for path in aside])
+
+
+def _set_newest_aside(store: Store, aside: list[Path]) -> bool:
+    """Moves the newest manifest. Returns whether there was one; if not, it is another fault, and all are put back."""
+    if store.folder is None:
+        return False
+    versions, damaged_ones = store.folder / "_versions", store.folder / "damaged"
+    if (versions / HINT).exists():  # it may name one that is gone
+        (versions / HINT).unlink()
+    elif newest := min(versions.glob("*.manifest"), default=None):  # the names count down
+        damaged_ones.mkdir(exist_ok=True)
+        aside.append(newest.rename(damaged_ones / newest.name))
+    else:
+        for path in aside:
+            path.rename(versions / path.name)
+        return False
+    return True
 
 
 def _in_older_manifest(store: Store, lost: np.ndarray) -> tuple[np.ndarray, list[bytes], Tensor]:

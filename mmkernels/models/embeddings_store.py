@@ -209,17 +209,31 @@ class Store:
 
     @calls_lance
     def append(self, keys: list[bytes], rows: Tensor) -> tuple[list[int], list[bytes]]:
+        """As `commit`. Returns as `new`, these rows among them."""
+        version = self.commit(keys, rows)
+        first, self._next = self._next if version == self.version + 1 else None, None
+        if first is not None:  # no other process has committed meanwhile, so there is nothing to read
+            self.version, self._next, self._seen = version, first + len(keys), first + len(keys) - 1
+            return list(range(first, self._next)), keys
+        self.refresh()
+        found = self.new()
+        if version == self.version:  # these rows are the last
+            self._next = self._seen + 1
+        return found
+
+    @calls_lance
+    def commit(self, keys: list[bytes], rows: Tensor) -> int:
         """Commits rows ``[n, d]`` with their keys, ``[n]`` of 32 bytes; they are on the disk when this returns.
 
         Returns:
-            As `new`, these rows among them.
+            The version of the table.
 
         Raises:
             TimeoutError: commits of other processes were in the way for too long.
             OSError: the disk is full, or the like.
         """
 
-        def commit() -> int:
+        def add() -> int:
             if self.header is not None and self.header.dim != rows.shape[1]:
                 raise ValueError(
                     f"embeddings must be [n, {self.header.dim}], as in this cache, got {tuple(rows.shape)}"
@@ -231,24 +245,16 @@ class Store:
             self.header = header
             return int(self._table.version)
 
-        version = self._commit(commit)
+        version = self._repeated(add)
         if self.folder is not None:
             files = self._data_files()
             sync(self.folder / "data", files - self._synced)
             sync(self.folder / "_versions", [f"{2**64 - 1 - version}.manifest"])
             self._synced = files
             self._time = self._folder_time()
-        first, self._next = self._next if version == self.version + 1 else None, None
-        if first is not None:  # no other process has committed meanwhile, so there is nothing to read
-            self.version, self._next, self._seen = version, first + len(keys), first + len(keys) - 1
-            return list(range(first, self._next)), keys
-        self.refresh()
-        found = self.new()
-        if version == self.version:  # these rows are the last
-            self._next = self._seen + 1
-        return found
+        return version
 
-    def _commit(self, what: Callable[[], T]) -> T:
+    def _repeated(self, what: Callable[[], T]) -> T:
         """Returns what a function returns that commits; repeats it where a commit of another process was in its way."""
         end = time.monotonic() + self._timeout
         while True:
@@ -272,7 +278,7 @@ class Store:
         """Deletes rows; their numbers are not given again."""
         for start in range(0, len(numbers), 2**14):
             listed = ",".join(map(str, numbers[start : start + 2**14]))
-            self._commit(partial(self._delete, f"_rowid in ({listed})"))
+            self._repeated(partial(self._delete, f"_rowid in ({listed})"))
 
     def _delete(self, which: str) -> None:
         self._table.delete(which)
