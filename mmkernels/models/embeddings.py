@@ -16,7 +16,7 @@ from mmkernels.models.embeddings_damage import EmbeddingCacheError, Repair, repa
 from mmkernels.models.embeddings_forks import one_thread_if_forked
 from mmkernels.models.embeddings_keys import content_key, fingerprint, key_bytes
 from mmkernels.models.embeddings_memory import Memory
-from mmkernels.models.embeddings_rows import Encoded, best, converted, top
+from mmkernels.models.embeddings_rows import Encoded, best, converted, floats, integers, top
 from mmkernels.models.embeddings_store import INDEXES, Store
 from mmkernels.nn.checks import check_positive, described
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
@@ -106,7 +106,7 @@ class EmbeddingCache:
         lock_timeout: float = 60.0,
     ) -> None:
         self._place = place_of(folder)
-        check_settings(model_id, dtype, normalize, lock_timeout)
+        check_settings(model_id, dtype, normalize, storage_options, verify, lock_timeout)
         check_positive("memory_limit", memory_limit)
         self._settings: dict[str, Any] = {
             **{"folder": self._place, "model_id": model_id, "dtype": dtype, "normalize": normalize},
@@ -163,7 +163,7 @@ class EmbeddingCache:
             rows.append(self._memory.row_of.get(key_bytes("keys", key), -1))
             if rows[-1] < 0:
                 raise ValueError(f"keys must be in the cache, got {key}, which is not")
-        return torch.tensor(rows, dtype=torch.int64)
+        return integers(rows)
 
     def keys_of(self, rows: Tensor | None = None) -> list[str]:
         """Returns the keys of rows ``[n]`` int64. None: all, in order."""
@@ -185,7 +185,7 @@ class EmbeddingCache:
         """
         places = None if rows is None else self._places("rows", rows)
         if not len(self):
-            return torch.empty(0, self.dim or 0, dtype=self.dtype)
+            return floats(0, self.dim or 0).to(self.dtype)
         with one_thread_if_forked():
             return self._memory.read(places).to(self.dtype, copy=rows is None)
 
@@ -238,8 +238,10 @@ class EmbeddingCache:
             OSError: the disk is full, or the like. EmbeddingCacheError: as `refresh`.
         """
         check_positive("batch_size", batch_size)
-        if isinstance(items, (str, bytes)):
+        if isinstance(items, (str, bytes, bytearray, Path)) or items is None:
             raise TypeError(f"items must be a list of items, got one {type(items).__name__}")
+        if not callable(encode_fn):
+            raise TypeError(f"encode_fn must be a function, got {type(encode_fn).__name__}")
         self.refresh()
         wanted: list[bytes] = []
         batch: dict[bytes, Any] = {}  # not encoded yet
@@ -254,7 +256,7 @@ class EmbeddingCache:
             self._encode(encode_fn, batch, encoded)
         finally:
             self._append_encoded(encoded)
-        return torch.tensor([self._memory.row_of[key] for key in wanted], dtype=torch.int64)
+        return integers([self._memory.row_of[key] for key in wanted])
 
     def add(self, keys: Iterable[str], embeddings: Tensor) -> Tensor:
         """Appends embeddings that were computed elsewhere, in one commit. A key that is in the cache keeps its row.
@@ -274,7 +276,7 @@ class EmbeddingCache:
                 first.setdefault(key, place)
         if first:
             self._append(list(first), rows if len(first) == len(rows) else rows[list(first.values())])
-        return torch.tensor([self._memory.row_of[key] for key in names], dtype=torch.int64)
+        return integers([self._memory.row_of[key] for key in names])
 
     def _encode(self, encode_fn: Callable[[list[Any]], Tensor], batch: dict[bytes, Any], encoded: Encoded) -> None:
         """Encodes a batch, and stores the encoded rows if they are many or old enough."""
@@ -387,7 +389,7 @@ class EmbeddingCache:
     def _nearest(self, query: Tensor, k: int, probes: int) -> tuple[Tensor, Tensor]:
         """As `best`, of the rows that the index leads to."""
         self._check_index()
-        scores, places = torch.full((len(query), k), -torch.inf), torch.full((len(query), k), -1)
+        scores, places = floats(len(query), k).fill_(-torch.inf), floats(len(query), k).long().fill_(-1)
         numbers = self._memory.numbers()
         for n, found in enumerate(
             self._store.nearest(query.numpy(), 4 * k, probes)

@@ -43,7 +43,9 @@ def place_of(folder: Any) -> str | Path:
     return place
 
 
-def check_settings(model_id: Any, dtype: Any, normalize: Any, lock_timeout: Any) -> None:
+def check_settings(
+    model_id: Any, dtype: Any, normalize: Any, storage_options: Any, verify: Any, lock_timeout: Any
+) -> None:
     if not isinstance(model_id, str):
         raise TypeError(f"model_id must be a str, got {type(model_id).__name__}")
     if not model_id:
@@ -52,5 +54,10 @@ def check_settings(model_id: Any, dtype: Any, normalize: Any, lock_timeout: Any)
         raise TypeError(f"dtype must be one of {', '.join(str(known) for known in DTYPES.values())}, got {dtype}")
     if normalize is not None and not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True, False or None, got {normalize!r}")
+    options = storage_options or {}
+    if not isinstance(options, dict) or not all(isinstance(part, str) for pair in options.items() for part in pair):
+        raise TypeError(f"storage_options must be a dict of texts, got {storage_options!r}")
+    if not isinstance(verify, bool):
+        raise TypeError(f"verify must be True or False, got {verify!r}")
     if not isinstance(lock_timeout, (int, float)) or not lock_timeout >= 0:
         raise ValueError(f"lock_timeout must be seconds, 0 or more, got {lock_timeout!r}")

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkernels.models.embeddings_rows import floats
+
 if TYPE_CHECKING:
     from mmkernels.models.embeddings_store import Store
 
@@ -41,7 +43,7 @@ def repair(store: Store) -> Repair:
                 raise EmbeddingCacheError(f"{store.place}: must hold a cache, to be repaired, got none")
             known = store.places()[0]
             lost = _lost(store, known)
-            if len(lost) < len(known):
+            if len(lost) < len(known) or not len(known):
                 break
             raise EmbeddingCacheError(f"{store.place}: can't be repaired: none of its {len(lost)} rows can be read")
         except EmbeddingCacheError as error:
@@ -75,7 +77,7 @@ def _set_newest_aside(store: Store, aside: list[Path]) -> bool:
 
 def _in_older_manifest(store: Store, lost: np.ndarray) -> tuple[np.ndarray, list[bytes], Tensor]:
     """Returns the numbers, keys and rows of those that an older manifest leads to: the newest has a wrong entry."""
-    nothing = np.empty(0, np.int64), list[bytes](), torch.empty(0, 0)
+    nothing = np.empty(0, np.int64), list[bytes](), floats(0, 0)
     if not len(lost):
         return nothing
     newest = store.version

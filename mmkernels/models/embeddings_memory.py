@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkernels.models.embeddings_rows import floats
 from mmkernels.models.embeddings_store import Store
 
 
@@ -20,7 +21,7 @@ class Memory:
         self.row_of: dict[bytes, int] = {}
         self.keys: list[bytes] = []  # by place
         self._numbers = array("q")  # by place, ascending
-        self._rows = torch.empty(0, 0)  # float32, with room for more
+        self._rows = floats(0, 0)  # with room for more
         self._held = 0  # so many of them are there
 
     def __len__(self) -> int:
@@ -64,15 +65,15 @@ class Memory:
         if self._held == len(self):
             return self._rows[: len(self)] if places is None else self._rows[places]
         if places is None:
-            return self._stored(self.numbers(), torch.empty(len(self), self._dim))
+            return self._stored(self.numbers(), floats(len(self), self._dim))
         different, back = places.unique(return_inverse=True)
-        return self._stored(self.numbers()[different.numpy()], torch.empty(len(different), self._dim))[back]
+        return self._stored(self.numbers()[different.numpy()], floats(len(different), self._dim))[back]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Gives all rows float32, the place of the first and ``[n, d]``: all at once if they fit into memory."""
         if 4 * len(self) * self._dim <= self._limit:
             if len(self._rows) < len(self):
-                room = torch.empty(max(len(self), len(self._rows) * 5 // 4), self._dim)
+                room = floats(max(len(self), len(self._rows) * 5 // 4), self._dim)
                 if self._held:
                     room[: self._held] = self._rows[: self._held]
                 self._rows = room

@@ -81,6 +81,23 @@ def test_stored_dtypes(tmp_path: Path, dtype: torch.dtype, normalize: bool) -> N
     torch.testing.assert_close(again.ranks(expected, torch.arange(5)), truth_ranks(expected, expected, normalize))
 
 
+def test_defaults_of_pytorch(tmp_path: Path) -> None:
+    """A default dtype or device, as they are set while a model is loaded, changes no row."""
+    query, cache = units(["text 3"]), open_cache(tmp_path)
+    expected = units(TEXTS)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            rows = cache.add([content_key(text) for text in TEXTS], expected)
+            with torch.device("meta"):
+                assert torch.equal(cache.read(rows), cache.read())
+                scores, found, _ = cache.search(query, 2)
+                assert found[0, 0] == 3 and scores.dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(cache.read(), expected)
+
+
 def truth_ranks(query: Tensor, gallery: Tensor, normalize: bool) -> Tensor:
     query = F.normalize(query.double()).float() if normalize else query.float()
     order = (query @ gallery.float().T).sort(dim=1, descending=True, stable=True).indices

@@ -72,6 +72,14 @@ def test_a_first_encoder_that_is_wrong(tmp_path: Path) -> None:
         (lambda c: c.rows_of(["text 0"]), ValueError, "keys must be 64 hexadecimal digits each"),
         (lambda c: "text 0" in c, ValueError, "key must be 64 hexadecimal digits each"),
         (lambda c: c.encode("text 0", Encoder()), TypeError, "items must be a list of items, got one str"),
+        (lambda c: c.encode(None, Encoder()), TypeError, "items must be a list of items, got one NoneType"),
+        (lambda c: c.encode(["a"], None), TypeError, "encode_fn must be a function, got NoneType"),
+        (
+            lambda c: c.search(torch.ones(1, D).to_sparse(), 1),
+            TypeError,
+            "query must be dense, .* got torch.sparse_coo",
+        ),
+        (lambda c: c.search(torch.ones(1, D, device="meta"), 1), TypeError, "query must be dense, .* got one on meta"),
         (lambda c: c.encode([3], Encoder()), TypeError, "item must be a text, bytes, .* got int"),
         (lambda c: c.encode(["a"], Encoder(), batch_size=0), ValueError, "batch_size must be a positive integer"),
         (lambda c: c.add([content_key("a")], torch.ones(2, D)), ValueError, r"embeddings must be \[1, 16\]"),
@@ -105,6 +113,8 @@ def test_inner_products_that_overflow(tmp_path: Path) -> None:
         ({"dtype": "float16"}, TypeError, "dtype must be one of torch.float32, .* got float16"),
         ({"normalize": 1}, TypeError, "normalize must be True, False or None, got 1"),
         ({"memory_limit": 0}, ValueError, "memory_limit must be a positive integer, got 0"),
+        ({"storage_options": {"a": 1}}, TypeError, "storage_options must be a dict of texts, got {'a': 1}"),
+        ({"verify": "no"}, TypeError, "verify must be True or False, got 'no'"),
         ({"lock_timeout": float("nan")}, ValueError, "lock_timeout must be seconds, 0 or more, got nan"),
     ],
 )
