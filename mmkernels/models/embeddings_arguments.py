@@ -9,8 +9,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mmkernels.models.embeddings_format import DTYPES
 from mmkernels.models.embeddings_keys import content_key, key_bytes
+from mmkernels.nn.checks import check_positive, described
 
 _MISSING: Any = object()
 _OBJECT_STORE = re.compile(r"(?!file|memory|shared-memory)[a-z][a-z0-9+-]*://[^/]", re.IGNORECASE)
@@ -43,6 +47,30 @@ def place_of(folder: Any) -> str | Path:
     return place
 
 
+def check_encode(items: Any, encode_fn: Any, batch_size: Any) -> None:
+    check_positive("batch_size", batch_size)
+    if isinstance(items, (str, bytes, bytearray, Path)) or items is None:
+        raise TypeError(f"items must be a list of items, got one {type(items).__name__}")
+    if not callable(encode_fn):
+        raise TypeError(f"encode_fn must be a function, got {type(encode_fn).__name__}")
+
+
+def check_floats(name: str, x: Any, count: int | None, dim: int | None) -> None:
+    """Floats ``[count, dim]``. None: any number."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a tensor of floats, got {described(x)}")
+    if x.dim() != 2 or not x.shape[1] or count not in (None, len(x)) or dim not in (None, x.shape[1]):
+        wanted = f"[{'n' if count is None else count}, {dim or 'd'}]"
+        raise ValueError(f"{name} must be {wanted}, got shape {tuple(x.shape)}")
+
+
+def check_rows(name: str, rows: Any) -> None:
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor, got {described(rows)}")
+    if rows.dim() != 1:
+        raise ValueError(f"{name} must be [n], got shape {tuple(rows.shape)}")
+
+
 def check_settings(
     model_id: Any, dtype: Any, normalize: Any, storage_options: Any, verify: Any, lock_timeout: Any
 ) -> None:
@@ -54,9 +82,11 @@ def check_settings(
         raise TypeError(f"dtype must be one of {', '.join(str(known) for known in DTYPES.values())}, got {dtype}")
     if normalize is not None and not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True, False or None, got {normalize!r}")
-    options = storage_options or {}
-    if not isinstance(options, dict) or not all(isinstance(part, str) for pair in options.items() for part in pair):
-        raise TypeError(f"storage_options must be a dict of texts, got {storage_options!r}")
+    if storage_options is not None and not isinstance(storage_options, dict):
+        raise TypeError(f"storage_options must be a dict, got {type(storage_options).__name__}")
+    for name, value in (storage_options or {}).items():  # no value is shown: some are secret
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"storage_options must hold texts, got {type(value).__name__} for {name!r}")
     if not isinstance(verify, bool):
         raise TypeError(f"verify must be True or False, got {verify!r}")
     if not isinstance(lock_timeout, (int, float)) or not lock_timeout >= 0:

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.models.embeddings_rows import floats
+from mmkernels.models.embeddings_arguments import check_rows
+from mmkernels.models.embeddings_rows import floats, top
 from mmkernels.models.embeddings_store import Store
+from mmkernels.runtime.checks import check_range
 
 
 class Memory:
@@ -51,7 +53,10 @@ class Memory:
         return self._numbers[-1] if self._numbers else -1
 
     def places(self, name: str, rows: Tensor) -> Tensor:
-        """Returns the places of rows ``[n]`` between 0 and the largest; `name` is the argument's, for the error."""
+        """Returns the places of rows ``[n]`` int64; `name` is the argument's, for the error."""
+        check_rows(name, rows)
+        rows = rows.cpu()
+        check_range(name, rows, 0, self.largest())
         if self.largest() == len(self) - 1:  # no number is missing
             return rows
         numbers = torch.from_numpy(self.numbers())
@@ -84,6 +89,17 @@ class Memory:
         step, numbers = self._store.rows_together(), self.numbers()
         for start in range(0, len(numbers), step):
             yield start, self._store.rows(numbers[start : start + step])
+
+    def nearest(self, query: Tensor, k: int, probes: int) -> tuple[Tensor, Tensor]:
+        """As `best`, of the rows that the store's index leads to. Where they are too few: score -inf and place -1."""
+        scores, places = floats(len(query), k).fill_(-torch.inf), floats(len(query), k).long().fill_(-1)
+        numbers = self.numbers()
+        for n, found in enumerate(self._store.nearest(query.numpy(), 4 * k, probes)):  # more, as it orders them roughly
+            found = found[np.isin(found, numbers)]  # without those that don't count, or came since the last refresh
+            values, order = top(query[n : n + 1] @ self._store.rows(found).T, k)
+            scores[n, : values.shape[1]] = values
+            places[n, : values.shape[1]] = torch.from_numpy(np.searchsorted(numbers, found))[order]
+        return scores, places
 
     @property
     def _dim(self) -> int:

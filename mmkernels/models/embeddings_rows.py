@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,17 @@ def floats(*shape: int) -> Tensor:
 
 def integers(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+class SearchResult(NamedTuple):
+    """The result of `EmbeddingCache.search`, best first."""
+
+    scores: Tensor
+    """Inner products ``[n, k]`` float32."""
+    rows: Tensor
+    """Rows of the cache ``[n, k]`` int64."""
+    keys: list[list[str]]
+    """The keys of these rows, n lists of k."""
 
 
 class Encoded:

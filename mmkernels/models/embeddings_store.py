@@ -128,6 +128,10 @@ class Store:
         """Forgets the table, so that `refresh` opens it anew."""
         self._table, self.header, self.version = None, None, 0
 
+    def forget(self) -> None:
+        """Forgets what was read, so that `refresh` and `new` read it again."""
+        self.version, self._seen, self._next, self._time = 0, -1, None, 0
+
     def _open(self) -> None:
         self._table = None
         hint = self._hinted()  # before the table is opened, as another process may commit meanwhile

@@ -177,6 +177,8 @@ def test_search_is_exact(tmp_path: Path) -> None:
     assert rows.dtype == torch.int64 and torch.equal(rows, expected.indices)
     torch.testing.assert_close(scores, expected.values, rtol=0, atol=1e-6)
     assert keys == [[content_key(texts[row]) for row in line] for line in rows.tolist()]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cache.search(query, 7).scores, scores)
     again = open_cache(tmp_path).search(query.double(), 7)
     assert torch.equal(again.rows, rows) and torch.equal(again.scores, scores)
     none = cache.search(query[:0], 7)

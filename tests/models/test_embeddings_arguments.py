@@ -113,7 +113,7 @@ def test_inner_products_that_overflow(tmp_path: Path) -> None:
         ({"dtype": "float16"}, TypeError, "dtype must be one of torch.float32, .* got float16"),
         ({"normalize": 1}, TypeError, "normalize must be True, False or None, got 1"),
         ({"memory_limit": 0}, ValueError, "memory_limit must be a positive integer, got 0"),
-        ({"storage_options": {"a": 1}}, TypeError, "storage_options must be a dict of texts, got {'a': 1}"),
+        ({"storage_options": {"a": 1}}, TypeError, "storage_options must hold texts, got int for 'a'"),
         ({"verify": "no"}, TypeError, "verify must be True or False, got 'no'"),
         ({"lock_timeout": float("nan")}, ValueError, "lock_timeout must be seconds, 0 or more, got nan"),
     ],

@@ -96,7 +96,7 @@ def test_rows_are_stored_after_seconds(tmp_path: Path, monkeypatch: pytest.Monke
     assert stored == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "after", "later"])
 def test_an_interrupt_within_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """What was encoded is kept, once."""
     cache, calls, add = filled(tmp_path, ["first"]), iter(range(1)), embeddings_store.Store._add
@@ -108,7 +108,15 @@ def test_an_interrupt_within_a_commit(tmp_path: Path, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
         return add(store, data) if when == "before" else store._table.version
 
-    monkeypatch.setattr(embeddings_store.Store, "_add", interrupted)
+    def interrupted_later(store: Any, *rows: Any) -> Any:
+        found = append(store, *rows)
+        if next(calls, None) is not None:
+            raise KeyboardInterrupt
+        return found
+
+    append = embeddings_store.Store.append
+    name, change = ("append", interrupted_later) if when == "later" else ("_add", interrupted)
+    monkeypatch.setattr(embeddings_store.Store, name, change)
     with pytest.raises(KeyboardInterrupt):
         cache.encode(TEXTS, Encoder(), batch_size=4)
     monkeypatch.undo()
