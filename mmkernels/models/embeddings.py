@@ -374,10 +374,10 @@ class EmbeddingCache:
     def repair(folder: str | Path, *, storage_options: dict[str, str] | None = None) -> Repair:
         """Makes a damaged cache usable: leaves out the rows that can't be read, and keeps all others.
 
-        It reads the whole cache. If the newest manifest can't be read, the one before counts, and the rows of the last
-        append are lost (in a bucket, go back to a version of the object instead). Rows that only an older manifest leads
-        to get new numbers. Rows that are left out are encoded again by the next `encode` that meets their content. No
-        other process may append meanwhile.
+        It reads the whole cache. If the newest manifest can't be used, the one before counts, and the rows of the last
+        append are lost (in a bucket, go back to a version of the object instead). Rows that only an older manifest
+        leads to get new numbers. Rows that are left out are encoded again by the next `encode` that meets their
+        content. No other process may append meanwhile.
 
         Args:
             folder, storage_options: as in `EmbeddingCache`.
@@ -388,7 +388,7 @@ class EmbeddingCache:
         Raises:
             EmbeddingCacheError: there is no cache, or no row of it can be read; nothing was changed.
         """
-        return repair(Store(place_of(folder), None, None, None, storage_options, True, 60.0))
+        return repair(Store(place_of(folder), None, None, None, storage_options, True, 1.0))
 
     # Checks.
 

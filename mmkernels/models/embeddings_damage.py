@@ -35,7 +35,7 @@ class Repair(NamedTuple):
 def repair(store: Store) -> Repair:
     """Goes back to a manifest that leads to rows, and deletes those that can't be read from the table."""
     aside: list[Path] = []
-    first: EmbeddingCacheError | None = None
+    first: Exception | None = None
     while True:
         try:
             store.refresh()
@@ -43,18 +43,18 @@ def repair(store: Store) -> Repair:
                 raise EmbeddingCacheError(f"{store.place}: must hold a cache, to be repaired, got none")
             known = store.places()[0]
             lost = _lost(store, known)
-            if len(lost) < len(known) or not len(known):
-                break
-            raise EmbeddingCacheError(f"{store.place}: can't be repaired: none of its {len(lost)} rows can be read")
-        except EmbeddingCacheError as error:
+            if len(lost) == len(known) > 0:
+                raise EmbeddingCacheError(f"{store.place}: can't be repaired: none of its {len(lost)} rows can be read")
+            numbers, keys, rows = _in_older_manifest(store, lost)
+            store.delete(lost.tolist())
+            break
+        except (EmbeddingCacheError, TimeoutError) as error:
             first = first or error
             store.close()
             if not _set_newest_aside(store, aside):
                 raise first from None
-    numbers, keys, rows = _in_older_manifest(store, lost)
     if keys:
         store.commit(keys, rows.to(store.dtype))
-    store.delete(lost.tolist())
     return Repair(torch.from_numpy(np.setdiff1d(lost, numbers)), [path.name for path in aside])
 
 
