@@ -165,10 +165,7 @@ class EmbeddingCache:
             rows: ``[n]`` int64. None: all, in order.
 
         Returns:
-            ``[n, d]`` in the cache's dtype; ``[0, 0]`` of a cache without rows.
-
-        Raises:
-            EmbeddingCacheError: rows are missing or damaged.
+            ``[n, d]`` in the cache's dtype; ``[0, 0]`` of a cache without rows. EmbeddingCacheError: rows are damaged.
         """
         places = None if rows is None else self._memory.places("rows", rows)
         if not len(self):
@@ -180,10 +177,7 @@ class EmbeddingCache:
         """Takes the rows that other processes have appended since this cache was opened (`encode` and `add` do so too).
 
         Returns:
-            The number of new rows.
-
-        Raises:
-            EmbeddingCacheError: as on opening, or the folder is gone or holds another cache.
+            The number of new rows. EmbeddingCacheError: as on opening; the folder is gone or holds another cache.
         """
         if not self._store.refresh():
             return 0
@@ -383,10 +377,8 @@ class EmbeddingCache:
             folder, storage_options: as in `EmbeddingCache`.
 
         Returns:
-            What was left out. Open the cache again afterwards.
-
-        Raises:
-            EmbeddingCacheError: there is no cache, or no row of it can be read; nothing was changed.
+            What was left out. Open the cache again afterwards. EmbeddingCacheError: no row can be read; nothing was
+            changed.
         """
         return repair(Store(place_of(folder), None, None, None, storage_options, True, 1.0))
 

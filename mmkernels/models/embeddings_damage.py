@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -105,6 +106,16 @@ def damaged(store: Store, numbers: np.ndarray, cause: object) -> EmbeddingCacheE
         f"{store.place}: {len(lost)} rows can't be read, rows {_spans(lost)}: {cause}. "
         "EmbeddingCache.repair(folder) leaves them out and keeps all others"
     )
+
+
+def check_written(store: Store, seen: int) -> None:
+    """Raises OSError if rows after `seen` can't be read, and deletes them, so that they are not taken for stored."""
+    store.look_at(None)
+    known = store.places()[0]
+    lost = _lost(store, known[known > seen])
+    if len(lost):
+        store.delete(lost.tolist())
+        raise OSError(errno.ENOSPC, f"{store.place}: a file of {len(lost)} rows is incomplete: the disk is full")
 
 
 def _lost(store: Store, numbers: np.ndarray) -> np.ndarray:

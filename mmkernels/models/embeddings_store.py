@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.models.embeddings_damage import HINT, EmbeddingCacheError, damaged
+from mmkernels.models.embeddings_damage import HINT, EmbeddingCacheError, check_written, damaged
 from mmkernels.models.embeddings_forks import calls_lance
-from mmkernels.models.embeddings_format import COLUMNS, FORMAT, Header, different_numbers, keys_of, numbers_of
-from mmkernels.models.embeddings_table import folder_of, lancedb, make_table, open_table, sync
+from mmkernels.models.embeddings_format import COLUMNS, Header, different_numbers, keys_of, numbers_of
+from mmkernels.models.embeddings_table import check_format, folder_of, incomplete, lancedb, make_table, open_table, sync
 
 T = TypeVar("T")
 INDEXES = ("IvfFlat", "IvfSq", "IvfPq", "IvfRq", "HnswFlat", "HnswSq", "HnswPq")
@@ -72,11 +72,7 @@ class Store:
         self._next: int | None = 0  # the number of the next row, where it is known
         self._time = 0  # of the folder's last change, in ns, when this object last committed
         self._synced = self._data_files()
-        if isinstance(place, Path) and (place / "manifest.json").exists():
-            raise EmbeddingCacheError(
-                f"{place}: must be a cache of format {FORMAT}, got one of format 1 (manifest.json and shards), which "
-                "this version of mmkernels does not read: delete the folder or name another one, and encode again"
-            )
+        check_format(place)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_table"}
@@ -252,9 +248,11 @@ class Store:
         version = self._repeated(add)
         if self.folder is not None:
             files = self._data_files()
-            sync(self.folder / "data", files - self._synced)
+            new, self._synced = files - self._synced, files
+            sync(self.folder / "data", new)
             sync(self.folder / "_versions", [f"{2**64 - 1 - version}.manifest"])
-            self._synced = files
+            if incomplete(self.folder / "data", new):  # if not another process is writing it
+                check_written(self, self._seen)
             self._time = self._folder_time()
         return version
 

@@ -8,6 +8,8 @@ replaced, says which of them counts.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import os
 import shutil
@@ -18,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from mmkernels.models.embeddings_damage import EmbeddingCacheError
+from mmkernels.models.embeddings_format import FORMAT
 
 _TABLE = "embeddings"
+_END = b"LANC"  # of each data file
 _CHOSEN = "chosen"  # in a bucket: the table that holds the name of the other
 _NEW = {"new_table_enable_stable_row_ids": "true"}  # rows keep their numbers when files are joined
 
@@ -64,6 +68,9 @@ def make_table(place: str | Path, options: dict[str, str], data: Any) -> Any:
         hidden = folder.with_name(f".{name}")
         try:
             lancedb().connect(str(hidden)).create_table(_TABLE, data, storage_options={**options, **_NEW})
+            made = hidden / folder.name / "data"
+            if incomplete(made, os.listdir(made)):
+                raise OSError(errno.ENOSPC, "a file is incomplete: the disk is full")
             for part in ("data", "_versions"):
                 sync(hidden / folder.name / part, os.listdir(hidden / folder.name / part))
             (hidden / folder.name).rename(folder)
@@ -105,6 +112,25 @@ def sync(folder: Path, names: Iterable[str]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def incomplete(folder: Path, names: Iterable[str]) -> list[str]:
+    """Returns those of the data files that have no end: LanceDB overlooks a full disk in the last write of a file."""
+    found = []
+    for name in names:
+        with contextlib.suppress(FileNotFoundError), open(folder / name, "rb") as file:
+            file.seek(-min(len(_END), file.seek(0, os.SEEK_END)), os.SEEK_END)
+            if file.read() != _END:
+                found.append(name)
+    return found
+
+
+def check_format(place: str | Path) -> None:
+    if isinstance(place, Path) and (place / "manifest.json").exists():
+        raise EmbeddingCacheError(
+            f"{place}: must be a cache of format {FORMAT}, got one of format 1 (manifest.json and shards), which this "
+            "version of mmkernels does not read: delete the folder or name another one, and encode again"
+        )
 
 
 def _first(chosen: Any) -> str:
