@@ -311,8 +311,7 @@ class EmbeddingCache:
             -inf, row -1 and key "".
 
         Raises:
-            EmbeddingCacheError: as `read`.
-            ValueError: another d, NaN or inf in the query or in an inner product, k < 1, an empty cache.
+            EmbeddingCacheError, ValueError: as `read`; another d, NaN or inf in the query or a product, k < 1, no rows.
         """
         check_positive("k", k)
         check_positive("probes", probes)
@@ -371,18 +370,13 @@ class EmbeddingCache:
         It reads the whole cache. If the newest manifest can't be used, the one before counts, and the rows of the last
         append are lost (in a bucket, go back to a version of the object instead). Rows that only an older manifest
         leads to get new numbers. Rows that are left out are encoded again by the next `encode` that meets their
-        content. No other process may append meanwhile.
-
-        Args:
-            folder, storage_options: as in `EmbeddingCache`.
+        content. No other process may append meanwhile. The arguments are those of `EmbeddingCache`.
 
         Returns:
             What was left out. Open the cache again afterwards. EmbeddingCacheError: no row can be read; nothing was
             changed.
         """
         return repair(Store(place_of(folder), None, None, None, storage_options, True, 1.0))
-
-    # Checks.
 
     def _query(self, query: Tensor) -> Tensor:
         """A query ``[n, d]`` float32 on the CPU."""

@@ -8,8 +8,6 @@ small files; and, in files of their own, forks and a way back after damage.
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import random
 import re
 import time
@@ -24,10 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.models.embeddings_damage import HINT, EmbeddingCacheError, check_written, damaged
+from mmkernels.models.embeddings_damage import EmbeddingCacheError, check_written, damaged
 from mmkernels.models.embeddings_forks import calls_lance
 from mmkernels.models.embeddings_format import COLUMNS, Header, different_numbers, keys_of, numbers_of
-from mmkernels.models.embeddings_table import check_format, folder_of, incomplete, lancedb, make_table, open_table, sync
+from mmkernels.models.embeddings_table import (
+    check_format,
+    data_files,
+    folder_of,
+    folder_time,
+    incomplete,
+    lancedb,
+    make_table,
+    open_table,
+    sync,
+)
 
 T = TypeVar("T")
 INDEXES = ("IvfFlat", "IvfSq", "IvfPq", "IvfRq", "HnswFlat", "HnswSq", "HnswPq")
@@ -35,6 +43,7 @@ INDEXES = ("IvfFlat", "IvfSq", "IvfPq", "IvfRq", "HnswFlat", "HnswSq", "HnswPq")
 _TAKE_BYTES = 32 * 2**20  # of rows that are read together
 _FILES, _MOST_FILES = 64, 512  # data files that are joined, see `join_files`
 _APPENDS = 8  # after so many commits, of all processes, it is looked at
+_ALL_KEPT = timedelta(days=36500)
 _KEPT = timedelta(seconds=10)  # for which files that were joined are left to readers in other processes
 _SOURCE_LINE = re.compile(r", /\S+\.rs:\d+:\d+")  # of LanceDB, which its errors name
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -71,7 +80,7 @@ class Store:
         self._seen = -1  # the largest number that `new` has returned
         self._next: int | None = 0  # the number of the next row, where it is known
         self._time = 0  # of the folder's last change, in ns, when this object last committed
-        self._synced = self._data_files()
+        self._synced = data_files(self.folder)
         check_format(place)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,25 +139,13 @@ class Store:
 
     def _open(self) -> None:
         self._table = None
-        hint = self._hinted()  # before the table is opened, as another process may commit meanwhile
         self._table = open_table(self.place, self._options)
-        if self._table is not None and hint > self._table.version:
-            self._table = None
-            raise EmbeddingCacheError(f"the manifest of version {hint} is gone")
-
-    def _hinted(self) -> int:
-        """Returns the version of a folder's newest manifest, as LanceDB notes it beside them; 0 without a note."""
-        try:
-            assert self.folder is not None
-            return int(json.loads((self.folder / "_versions" / HINT).read_bytes())["version"])
-        except (AssertionError, OSError, ValueError, KeyError, TypeError):
-            return 0
 
     @calls_lance
     def refresh(self) -> bool:
         """Takes the newest version of the table. Returns whether it is another one than before."""
         self._check_there()
-        changed, now = self.may_have_changed(), self._folder_time()
+        changed, now = self.may_have_changed(), folder_time(self.folder)
         try:
             self._call(self._open if self._table is None else lambda: self._table.checkout_latest())
             if self._table is None:
@@ -190,20 +187,7 @@ class Store:
         False where the folder's time is that of this object's last commit or `refresh`. A commit of another process in
         the same tick of its clock is missed, and found by the append.
         """
-        return self.folder is None or self._folder_time() != self._time
-
-    def _data_files(self) -> set[str]:
-        try:
-            return set(os.listdir(self.folder / "data")) if self.folder else set()
-        except (FileNotFoundError, NotADirectoryError):
-            return set()
-
-    def _folder_time(self) -> int:
-        """The time of the folder's last change in ns; 0 without one."""
-        try:
-            return os.stat(self.folder / "_versions").st_mtime_ns if self.folder else 0
-        except OSError:
-            return 0
+        return self.folder is None or folder_time(self.folder) != self._time
 
     # Writing.
 
@@ -247,14 +231,20 @@ class Store:
 
         version = self._repeated(add)
         if self.folder is not None:
-            files = self._data_files()
-            new, self._synced = files - self._synced, files
-            sync(self.folder / "data", new)
-            sync(self.folder / "_versions", [f"{2**64 - 1 - version}.manifest"])
-            if incomplete(self.folder / "data", new):  # if not another process is writing it
+            if self._sync_new(version):  # if not another process is writing it
                 check_written(self, self._seen)
-            self._time = self._folder_time()
+            self._time = folder_time(self.folder)
         return version
+
+    def _sync_new(self, version: int) -> list[str]:
+        """Syncs a manifest, and the data files that are new. Returns those of them that are incomplete."""
+        if self.folder is None:
+            return []
+        files = data_files(self.folder)
+        new, self._synced = files - self._synced, files
+        sync(self.folder / "data", new)
+        sync(self.folder / "_versions", [f"{2**64 - 1 - version}.manifest"])
+        return incomplete(self.folder / "data", new)
 
     def _repeated(self, what: Callable[[], T]) -> T:
         """Returns what a function returns that commits; repeats it where a commit of another process was in its way."""
@@ -299,6 +289,8 @@ class Store:
         if small < self._files_to_join + min(max(_FILES, stats["total_bytes"] // 2**20), _MOST_FILES):
             return
         try:
+            self._call(lambda: self._table.optimize(cleanup_older_than=_ALL_KEPT))
+            self._sync_new(self._table.version)  # before what was joined is deleted
             self._call(lambda: self._table.optimize(cleanup_older_than=_KEPT))
             self._files_to_join = 0
         except (EmbeddingCacheError, OSError):  # another process joins them, a file is damaged, the disk is full

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import json
 import os
 import shutil
 import uuid
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmkernels.models.embeddings_damage import EmbeddingCacheError
+from mmkernels.models.embeddings_damage import HINT, EmbeddingCacheError
 from mmkernels.models.embeddings_format import FORMAT
 
 _TABLE = "embeddings"
@@ -51,7 +52,11 @@ def open_table(place: str | Path, options: dict[str, str]) -> Any:
         return None
     database = lancedb().connect(str(place), storage_options=options or None)
     if folder:
-        return database.open_table(_TABLE)
+        hint = _hinted(folder)  # before the table is opened, as another process may commit meanwhile
+        table = database.open_table(_TABLE)
+        if hint > table.version:
+            raise EmbeddingCacheError(f"the manifest of version {hint} is gone")
+        return table
     try:
         chosen = database.open_table(_CHOSEN)
     except ValueError as error:
@@ -95,6 +100,21 @@ def make_table(place: str | Path, options: dict[str, str], data: Any) -> Any:
     return made
 
 
+def data_files(folder: Path | None) -> set[str]:
+    try:
+        return set(os.listdir(folder / "data")) if folder else set()
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def folder_time(folder: Path | None) -> int:
+    """The time of the last change of the folder's manifests in ns; 0 without one."""
+    try:
+        return os.stat(folder / "_versions").st_mtime_ns if folder else 0
+    except OSError:
+        return 0
+
+
 def remove_unfinished(place: Path) -> None:
     """Removes what processes left that were killed while they made the table. One that still makes it is too late."""
     for hidden in place.glob(f".{_TABLE}-*"):
@@ -131,6 +151,14 @@ def check_format(place: str | Path) -> None:
             f"{place}: must be a cache of format {FORMAT}, got one of format 1 (manifest.json and shards), which this "
             "version of mmkernels does not read: delete the folder or name another one, and encode again"
         )
+
+
+def _hinted(folder: Path) -> int:
+    """Returns the version of the newest manifest, as LanceDB notes it beside them; 0 without a note."""
+    try:
+        return int(json.loads((folder / "_versions" / HINT).read_bytes())["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _first(chosen: Any) -> str:
