@@ -107,8 +107,6 @@ class EmbeddingCache:
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), **self._settings), ()
 
-    # Content.
-
     @property
     def folder(self) -> str | Path:
         """The folder, or the URI."""
