@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mmkernels.models.embeddings_arguments import check_settings, keyed, place_of
+from mmkernels.models.embeddings_arguments import check_encode, check_floats, check_settings, keyed, place_of
 from mmkernels.models.embeddings_damage import EmbeddingCacheError, Repair, repair
 from mmkernels.models.embeddings_forks import one_thread_if_forked
 from mmkernels.models.embeddings_keys import content_key, fingerprint, key_bytes
 from mmkernels.models.embeddings_memory import Memory
-from mmkernels.models.embeddings_rows import Encoded, best, converted, top
+from mmkernels.models.embeddings_rows import Encoded, SearchResult, best, converted, floats, integers
 from mmkernels.models.embeddings_store import INDEXES, Store
-from mmkernels.nn.checks import check_positive, described
+from mmkernels.nn.checks import check_positive
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
-from mmkernels.runtime.checks import check_range
 
 __all__ = ["EmbeddingCache", "EmbeddingCacheError", "SearchResult", "content_key", "fingerprint"]
-
-
-class SearchResult(NamedTuple):
-    """The result of `EmbeddingCache.search`, best first."""
-
-    scores: Tensor
-    """Inner products ``[n, k]`` float32."""
-    rows: Tensor
-    """Rows of the cache ``[n, k]`` int64."""
-    keys: list[list[str]]
-    """The keys of these rows, n lists of k."""
 
 
 class EmbeddingCache:
@@ -104,22 +92,20 @@ class EmbeddingCache:
         verify: bool = True,
         lock_timeout: float = 60.0,
     ) -> None:
-        check_settings(folder, model_id, dtype, normalize, lock_timeout)
+        self._place = place_of(folder)
+        check_settings(model_id, dtype, normalize, storage_options, verify, lock_timeout)
         check_positive("memory_limit", memory_limit)
-        self._settings = {
-            **{"folder": folder, "model_id": model_id, "dtype": dtype, "normalize": normalize},
+        self._settings: dict[str, Any] = {
+            **{"folder": self._place, "model_id": model_id, "dtype": dtype, "normalize": normalize},
             **{"storage_options": storage_options, "memory_limit": memory_limit},
             **{"verify": verify, "lock_timeout": lock_timeout},
         }
-        self._place = place_of(folder)
         self._store = Store(self._place, model_id, dtype, normalize, storage_options, verify, lock_timeout)
         self._memory = Memory(self._store, memory_limit)
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened, (self._settings,)
-
-    # Content.
+        return partial(type(self), **self._settings), ()
 
     @property
     def folder(self) -> str | Path:
@@ -162,13 +148,13 @@ class EmbeddingCache:
             rows.append(self._memory.row_of.get(key_bytes("keys", key), -1))
             if rows[-1] < 0:
                 raise ValueError(f"keys must be in the cache, got {key}, which is not")
-        return torch.tensor(rows, dtype=torch.int64)
+        return integers(rows)
 
     def keys_of(self, rows: Tensor | None = None) -> list[str]:
         """Returns the keys of rows ``[n]`` int64. None: all, in order."""
         if rows is None:
             return [key.hex() for key in self._memory.keys]
-        return [self._memory.keys[place].hex() for place in self._places("rows", rows).tolist()]
+        return [self._memory.keys[place].hex() for place in self._memory.places("rows", rows).tolist()]
 
     def read(self, rows: Tensor | None = None) -> Tensor:
         """Returns a copy of the embeddings as they are stored, from memory where a search has read them.
@@ -177,14 +163,11 @@ class EmbeddingCache:
             rows: ``[n]`` int64. None: all, in order.
 
         Returns:
-            ``[n, d]`` in the cache's dtype; ``[0, 0]`` of a cache without rows.
-
-        Raises:
-            EmbeddingCacheError: rows are missing or damaged.
+            ``[n, d]`` in the cache's dtype; ``[0, 0]`` of a cache without rows. EmbeddingCacheError: rows are damaged.
         """
-        places = None if rows is None else self._places("rows", rows)
+        places = None if rows is None else self._memory.places("rows", rows)
         if not len(self):
-            return torch.empty(0, self.dim or 0, dtype=self.dtype)
+            return floats(0, self.dim or 0).to(self.dtype)
         with one_thread_if_forked():
             return self._memory.read(places).to(self.dtype, copy=rows is None)
 
@@ -192,10 +175,7 @@ class EmbeddingCache:
         """Takes the rows that other processes have appended since this cache was opened (`encode` and `add` do so too).
 
         Returns:
-            The number of new rows.
-
-        Raises:
-            EmbeddingCacheError: as on opening, or the folder is gone or holds another cache.
+            The number of new rows. EmbeddingCacheError: as on opening; the folder is gone or holds another cache.
         """
         if not self._store.refresh():
             return 0
@@ -236,9 +216,7 @@ class EmbeddingCache:
             TimeoutError: commits of other processes were in the way for longer than `lock_timeout`.
             OSError: the disk is full, or the like. EmbeddingCacheError: as `refresh`.
         """
-        check_positive("batch_size", batch_size)
-        if isinstance(items, (str, bytes)):
-            raise TypeError(f"items must be a list of items, got one {type(items).__name__}")
+        check_encode(items, encode_fn, batch_size)
         self.refresh()
         wanted: list[bytes] = []
         batch: dict[bytes, Any] = {}  # not encoded yet
@@ -252,9 +230,8 @@ class EmbeddingCache:
                     self._encode(encode_fn, batch, encoded)
             self._encode(encode_fn, batch, encoded)
         finally:
-            if encoded.keys:
-                self._append(*encoded.taken())
-        return torch.tensor([self._memory.row_of[key] for key in wanted], dtype=torch.int64)
+            self._append_encoded(encoded)
+        return integers([self._memory.row_of[key] for key in wanted])
 
     def add(self, keys: Iterable[str], embeddings: Tensor) -> Tensor:
         """Appends embeddings that were computed elsewhere, in one commit. A key that is in the cache keeps its row.
@@ -274,7 +251,7 @@ class EmbeddingCache:
                 first.setdefault(key, place)
         if first:
             self._append(list(first), rows if len(first) == len(rows) else rows[list(first.values())])
-        return torch.tensor([self._memory.row_of[key] for key in names], dtype=torch.int64)
+        return integers([self._memory.row_of[key] for key in names])
 
     def _encode(self, encode_fn: Callable[[list[Any]], Tensor], batch: dict[bytes, Any], encoded: Encoded) -> None:
         """Encodes a batch, and stores the encoded rows if they are many or old enough."""
@@ -286,7 +263,19 @@ class EmbeddingCache:
         encoded.add(batch, self._prepared("encode_fn's result", result, len(batch), dim))
         batch.clear()
         if encoded.are_due():
-            self._append(*encoded.taken())
+            self._append_encoded(encoded)
+
+    def _append_encoded(self, encoded: Encoded) -> None:
+        if not encoded.keys:
+            return
+        keys, rows = encoded.taken()
+        try:
+            self._append(keys, rows)
+        except (KeyboardInterrupt, SystemExit):  # before, within or after a commit
+            self._store.forget()
+            self._memory = Memory(self._store, self._settings["memory_limit"])
+            self._append(keys, rows)
+            raise
 
     def _append(self, keys: list[bytes], rows: Tensor) -> None:
         """Stores rows of different keys, but for keys that another process has stored since the last refresh."""
@@ -320,15 +309,15 @@ class EmbeddingCache:
             -inf, row -1 and key "".
 
         Raises:
-            EmbeddingCacheError: as `read`.
-            ValueError: another d, NaN or inf in the query or in an inner product, k < 1, an empty cache.
+            EmbeddingCacheError, ValueError: as `read`; another d, NaN or inf in the query or a product, k < 1, no rows.
         """
         check_positive("k", k)
         check_positive("probes", probes)
-        self._check_some()
-        queries, k = self._query(query), min(k, len(self))
-        with one_thread_if_forked():
-            scores, places = self._nearest(queries, k, probes) if approximate else best(queries, k, self._memory.blocks)
+        if approximate:
+            self._check_index()
+        queries, k, memory = self._query(query), min(k, len(self)), self._memory
+        with one_thread_if_forked(), torch.autocast("cpu", enabled=False):
+            scores, places = memory.nearest(queries, k, probes) if approximate else best(queries, k, memory.blocks)
         if not (scores.isfinite() | (places < 0)).all():
             raise ValueError("query must be small enough for inner products in float32, got one that is inf or NaN")
         rows = torch.from_numpy(self._memory.numbers())[places.clamp(min=0)].where(places >= 0, -1)
@@ -346,7 +335,6 @@ class EmbeddingCache:
             TypeError: a bfloat16 cache: LanceDB can't compare its bits; an option that the class does not have.
             ValueError: an empty cache, another kind. EmbeddingCacheError: LanceDB can't make it.
         """
-        self._check_some()
         self._check_index()
         if kind not in INDEXES:
             raise ValueError(f"kind must be one of {', '.join(INDEXES)}, got {kind!r}")
@@ -363,9 +351,8 @@ class EmbeddingCache:
         Returns:
             ``[n]`` int64 on the query's device, 0: best; of equal scores the lower row comes first.
         """
-        self._check_some()
         queries = self._query(query)
-        places = self._places("target", target if isinstance(target, Tensor) else self.rows_of(target))
+        places = self._memory.places("target", target if isinstance(target, Tensor) else self.rows_of(target))
         if len(places) != len(queries):
             raise ValueError(f"target must be for {len(queries)} queries, got {len(places)}")
         device = query.device
@@ -374,76 +361,38 @@ class EmbeddingCache:
             gallery = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
             return retrieval_ranks(queries.to(device), gallery.to(device), places.to(device), backend=backend)
 
-    def _nearest(self, query: Tensor, k: int, probes: int) -> tuple[Tensor, Tensor]:
-        """As `best`, of the rows that the index leads to."""
-        self._check_index()
-        scores, places = torch.full((len(query), k), -torch.inf), torch.full((len(query), k), -1)
-        numbers = self._memory.numbers()
-        for n, found in enumerate(
-            self._store.nearest(query.numpy(), 4 * k, probes)
-        ):  # more: their order is the index's
-            found = found[np.isin(found, numbers)]  # without those that don't count, or came since the last refresh
-            values, order = top(query[n : n + 1] @ self._store.rows(found).T, k)
-            scores[n, : values.shape[1]] = values
-            places[n, : values.shape[1]] = torch.from_numpy(np.searchsorted(numbers, found))[order]
-        return scores, places
-
     @staticmethod
     def repair(folder: str | Path, *, storage_options: dict[str, str] | None = None) -> Repair:
         """Makes a damaged cache usable: leaves out the rows that can't be read, and keeps all others.
 
-        It reads the whole cache. If the newest manifest is damaged, the one before counts: the rows of the last append
-        are lost, or are numbered anew (in a bucket, go back to a version of the object instead). Rows that are left out
-        are encoded again by the next `encode` that meets their content. No other process may append meanwhile.
-
-        Args:
-            folder, storage_options: as in `EmbeddingCache`.
+        It reads the whole cache. If the newest manifest can't be used, the one before counts, and the rows of the last
+        append are lost (in a bucket, go back to a version of the object instead). Rows that only an older manifest
+        leads to get new numbers. Rows that are left out are encoded again by the next `encode` that meets their
+        content. No other process may append meanwhile. The arguments are those of `EmbeddingCache`.
 
         Returns:
-            What was left out. Open the cache again afterwards.
-
-        Raises:
-            EmbeddingCacheError: there is no manifest that is whole.
+            What was left out. Open the cache again afterwards. EmbeddingCacheError: no row can be read; nothing was
+            changed.
         """
-        return repair(Store(place_of(folder), None, None, None, storage_options, True, 60.0))
-
-    # Checks.
+        return repair(Store(place_of(folder), None, None, None, storage_options, True, 1.0))
 
     def _query(self, query: Tensor) -> Tensor:
         """A query ``[n, d]`` float32 on the CPU."""
-        if not isinstance(query, Tensor) or not query.is_floating_point():
-            raise TypeError(f"query must be a tensor of floats, got {described(query)}")
-        if query.dim() != 2 or query.shape[1] != self.dim:
-            raise ValueError(f"query must be [n, {self.dim}], got shape {tuple(query.shape)}")
+        self._check_some()
+        check_floats("query", query, None, self.dim)
         return converted("query", query, torch.float32, self.normalize)
 
     def _prepared(self, name: str, rows: Tensor, count: int, dim: int | None) -> Tensor:
         """Rows as they are stored: ``[count, d]`` on the CPU."""
-        if not isinstance(rows, Tensor) or not rows.is_floating_point():
-            raise TypeError(f"{name} must be a tensor of floats, got {described(rows)}")
-        if rows.dim() != 2 or len(rows) != count or not rows.shape[1] or (dim and rows.shape[1] != dim):
-            raise ValueError(f"{name} must be [{count}, {dim or 'd'}], got shape {tuple(rows.shape)}")
+        check_floats(name, rows, count, dim)
         self._store.settle()
         return converted(name, rows, self.dtype, self.normalize)
-
-    def _places(self, name: str, rows: Tensor) -> Tensor:
-        """The places of rows ``[n]`` among those that there are."""
-        if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int64 tensor, got {described(rows)}")
-        if rows.dim() != 1:
-            raise ValueError(f"{name} must be [n], got shape {tuple(rows.shape)}")
-        rows = rows.cpu()
-        check_range(name, rows, 0, self._memory.largest())
-        return self._memory.places(name, rows)
 
     def _check_some(self) -> None:
         if not len(self):
             raise ValueError(f"the cache must hold rows to be searched, got an empty one, {self.folder}")
 
     def _check_index(self) -> None:
+        self._check_some()
         if self.dtype == torch.bfloat16:
             raise TypeError("an index must be of a float32 or float16 cache, got torch.bfloat16, stored as its bits")
-
-
-def _opened(settings: dict[str, Any]) -> EmbeddingCache:
-    return EmbeddingCache(**settings)

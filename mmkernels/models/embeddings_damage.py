@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,11 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkernels.models.embeddings_rows import floats
+
 if TYPE_CHECKING:
     from mmkernels.models.embeddings_store import Store
 
 HINT = "latest_version_hint.json"  # LanceDB's note of the newest manifest, beside them
 _PART = 1024  # rows of a damaged file that are tried together
+_OLDER = 10  # manifests in which rows are looked for
 
 
 class EmbeddingCacheError(ValueError):
@@ -24,43 +28,76 @@ class Repair(NamedTuple):
     """The result of `EmbeddingCache.repair`."""
 
     rows: Tensor
-    """The rows that were left out ``[n]`` int64."""
+    """The rows that are lost ``[n]`` int64."""
     manifests: list[str]
     """The names of damaged manifests, which lie in the folder ``embeddings.lance/damaged`` now."""
 
 
 def repair(store: Store) -> Repair:
-    """Goes back to a manifest that is whole, and deletes the rows that can't be read from the table."""
+    """Goes back to a manifest that leads to rows, and deletes those that can't be read from the table."""
     aside: list[Path] = []
+    first: Exception | None = None
     while True:
         try:
             store.refresh()
-            if aside and store.header is None:
-                raise EmbeddingCacheError(f"{store.place}: can't be opened: none of its manifests is whole")
-            lost = _lost(store, store.places()[0] if store.header else np.empty(0, np.int64))
+            if store.header is None:
+                raise EmbeddingCacheError(f"{store.place}: must hold a cache, to be repaired, got none")
+            known = store.places()[0]
+            lost = _lost(store, known)
+            if len(lost) == len(known) > 0:
+                raise EmbeddingCacheError(f"{store.place}: can't be repaired: none of its {len(lost)} rows can be read")
+            numbers, keys, rows = _in_older_manifest(store, lost)
             store.delete(lost.tolist())
+            break
+        except (EmbeddingCacheError, TimeoutError) as error:
+            first = first or error
             store.close()
-            store.refresh()
-            return Repair(torch.from_numpy(lost), [path.name for path in aside])
-        except EmbeddingCacheError:
-            store.close()
-            if store.folder is None:
-                raise
-            versions = store.folder / "_versions"
-            if (versions / HINT).exists():  # it may name one that is gone
-                (versions / HINT).unlink()
-                continue
-            newest = min(versions.glob("*.manifest"), default=None)  # the names count down
-            if newest is None:  # none is whole: it is another fault
-                for path in aside:
-                    path.rename(versions / path.name)
-                raise
-            (versions.parent / "damaged").mkdir(exist_ok=True)
-            aside.append(newest.rename(versions.parent / "damaged" / newest.name))
+            if not _set_newest_aside(store, aside):
+                raise first from None
+    if keys:
+        store.commit(keys, rows.to(store.dtype))
+    return Repair(torch.from_numpy(np.setdiff1d(lost, numbers)), [path.name for path in aside])
+
+
+def _set_newest_aside(store: Store, aside: list[Path]) -> bool:
+    """Moves the newest manifest. Returns whether there was one; if not, it is another fault, and all are put back."""
+    if store.folder is None:
+        return False
+    versions, damaged_ones = store.folder / "_versions", store.folder / "damaged"
+    if (versions / HINT).exists():  # it may name one that is gone
+        (versions / HINT).unlink()
+    elif newest := min(versions.glob("*.manifest"), default=None):  # the names count down
+        damaged_ones.mkdir(exist_ok=True)
+        aside.append(newest.rename(damaged_ones / newest.name))
+    else:
+        for path in aside:
+            path.rename(versions / path.name)
+        return False
+    return True
+
+
+def _in_older_manifest(store: Store, lost: np.ndarray) -> tuple[np.ndarray, list[bytes], Tensor]:
+    """Returns the numbers, keys and rows of those that an older manifest leads to: the newest has a wrong entry."""
+    nothing = np.empty(0, np.int64), list[bytes](), floats(0, 0)
+    if not len(lost):
+        return nothing
+    newest = store.version
+    for version in range(newest - 1, max(newest - _OLDER, 0), -1):
+        try:
+            store.look_at(version)
+            found = np.setdiff1d(lost, _lost(store, lost))
+            return store.whole(found) if len(found) else nothing
+        except (EmbeddingCacheError, OSError):  # joined since, or damaged
+            continue
+        finally:
+            store.look_at(None)
+    return nothing
 
 
 def damaged(store: Store, numbers: np.ndarray, cause: object) -> EmbeddingCacheError:
     """Returns the error that says which of the rows can't be read."""
+    store.refresh()  # raises where the folder is gone, or holds another cache
+    store.version = 0  # so that the next refresh takes what is new
     lost = _lost(store, numbers)
     if not len(lost):  # what failed has passed
         return EmbeddingCacheError(str(cause))
@@ -71,14 +108,25 @@ def damaged(store: Store, numbers: np.ndarray, cause: object) -> EmbeddingCacheE
     )
 
 
+def check_written(store: Store, seen: int) -> None:
+    """Raises OSError if rows after `seen` can't be read, and deletes them, so that they are not taken for stored."""
+    store.look_at(None)
+    known = store.places()[0]
+    lost = _lost(store, known[known > seen])
+    if len(lost):
+        store.delete(lost.tolist())
+        raise OSError(errno.ENOSPC, f"{store.place}: a file of {len(lost)} rows is incomplete: the disk is full")
+
+
 def _lost(store: Store, numbers: np.ndarray) -> np.ndarray:
     """Returns those of the rows that can't be read: file by file; in parts, then in halves, where a file fails."""
     if not len(numbers):
         return numbers
     known, files = store.places()
     lost = [np.setdiff1d(numbers, known)]
-    for file in np.unique(files):
-        here = np.intersect1d(known[files == file], numbers)
+    asked = np.isin(known, numbers)
+    for file in np.unique(files[asked]):
+        here = np.sort(known[asked & (files == file)])
         parts = np.split(here, range(_PART, len(here), _PART))
         missing = [_missing(store, part) for part in parts]
         some = len(parts) == 1 or any(found is not None for found in missing)  # else the file is gone, or its end
@@ -101,7 +149,7 @@ def _halves(store: Store, numbers: np.ndarray) -> np.ndarray:
 def _missing(store: Store, numbers: np.ndarray) -> np.ndarray | None:
     """Returns those of the rows that are not there or have wrong checksums; None if they can't be read together."""
     try:
-        return np.setdiff1d(numbers, store.whole(numbers))
+        return np.setdiff1d(numbers, store.whole(numbers)[0])
     except (EmbeddingCacheError, OSError):
         return None
 

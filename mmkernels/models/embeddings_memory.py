@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkernels.models.embeddings_arguments import check_rows
+from mmkernels.models.embeddings_rows import floats, top
 from mmkernels.models.embeddings_store import Store
+from mmkernels.runtime.checks import check_range
 
 
 class Memory:
@@ -20,7 +23,7 @@ class Memory:
         self.row_of: dict[bytes, int] = {}
         self.keys: list[bytes] = []  # by place
         self._numbers = array("q")  # by place, ascending
-        self._rows = torch.empty(0, 0)  # float32, with room for more
+        self._rows = floats(0, 0)  # with room for more
         self._held = 0  # so many of them are there
 
     def __len__(self) -> int:
@@ -50,7 +53,10 @@ class Memory:
         return self._numbers[-1] if self._numbers else -1
 
     def places(self, name: str, rows: Tensor) -> Tensor:
-        """Returns the places of rows ``[n]`` between 0 and the largest; `name` is the argument's, for the error."""
+        """Returns the places of rows ``[n]`` int64; `name` is the argument's, for the error."""
+        check_rows(name, rows)
+        rows = rows.cpu()
+        check_range(name, rows, 0, self.largest())
         if self.largest() == len(self) - 1:  # no number is missing
             return rows
         numbers = torch.from_numpy(self.numbers())
@@ -64,15 +70,15 @@ class Memory:
         if self._held == len(self):
             return self._rows[: len(self)] if places is None else self._rows[places]
         if places is None:
-            return self._stored(self.numbers(), torch.empty(len(self), self._dim))
+            return self._stored(self.numbers(), floats(len(self), self._dim))
         different, back = places.unique(return_inverse=True)
-        return self._stored(self.numbers()[different.numpy()], torch.empty(len(different), self._dim))[back]
+        return self._stored(self.numbers()[different.numpy()], floats(len(different), self._dim))[back]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Gives all rows float32, the place of the first and ``[n, d]``: all at once if they fit into memory."""
         if 4 * len(self) * self._dim <= self._limit:
             if len(self._rows) < len(self):
-                room = torch.empty(max(len(self), len(self._rows) * 5 // 4), self._dim)
+                room = floats(max(len(self), len(self._rows) * 5 // 4), self._dim)
                 if self._held:
                     room[: self._held] = self._rows[: self._held]
                 self._rows = room
@@ -83,6 +89,17 @@ class Memory:
         step, numbers = self._store.rows_together(), self.numbers()
         for start in range(0, len(numbers), step):
             yield start, self._store.rows(numbers[start : start + step])
+
+    def nearest(self, query: Tensor, k: int, probes: int) -> tuple[Tensor, Tensor]:
+        """As `best`, of the rows that the store's index leads to. Where they are too few: score -inf and place -1."""
+        scores, places = floats(len(query), k).fill_(-torch.inf), floats(len(query), k).long().fill_(-1)
+        numbers = self.numbers()
+        for n, found in enumerate(self._store.nearest(query.numpy(), 4 * k, probes)):  # more, as it orders them roughly
+            found = found[np.isin(found, numbers)]  # without those that don't count, or came since the last refresh
+            values, order = top(query[n : n + 1] @ self._store.rows(found).T, k)
+            scores[n, : values.shape[1]] = values
+            places[n, : values.shape[1]] = torch.from_numpy(np.searchsorted(numbers, found))[order]
+        return scores, places
 
     @property
     def _dim(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,26 @@ _SCORES = 2**25  # inner products that are computed together
 _ROWS = 2048  # rows that one query is compared with at once
 _QUERIES = 1024  # queries that are searched together
 _STORED_ROWS, _STORED_BYTES, _STORED_SECONDS = 2048, 16 * 2**20, 5.0  # encoded rows wait for the first of these
+
+
+def floats(*shape: int) -> Tensor:
+    """Returns float32 on the CPU without values, whatever PyTorch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+class SearchResult(NamedTuple):
+    """The result of `EmbeddingCache.search`, best first."""
+
+    scores: Tensor
+    """Inner products ``[n, k]`` float32."""
+    rows: Tensor
+    """Rows of the cache ``[n, k]`` int64."""
+    keys: list[list[str]]
+    """The keys of these rows, n lists of k."""
 
 
 class Encoded:
@@ -42,8 +63,10 @@ class Encoded:
 
 def converted(name: str, rows: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
     """Returns rows ``[n, d]`` on the CPU, of length 1 if asked, finite, contiguous."""
+    if rows.layout != torch.strided or rows.is_meta:
+        raise TypeError(f"{name} must be dense, with values, got {'one on meta' if rows.is_meta else rows.layout}")
     rows = rows.detach().cpu()
-    out = torch.empty(rows.shape, dtype=dtype)
+    out = torch.empty(rows.shape, dtype=dtype, device="cpu")
     step = max(1, _BLOCK // rows.shape[1])
     for start in range(0, len(rows), step):
         block = rows[start : start + step]
@@ -72,10 +95,10 @@ def best(query: Tensor, k: int, blocks: Callable[[], Iterator[tuple[int, Tensor]
     Returns:
         Scores ``[n, k]`` float32, best first, and places int64.
     """
-    scores, places = torch.empty(len(query), k), torch.empty(len(query), k, dtype=torch.int64)
+    scores, places = floats(len(query), k), floats(len(query), k).long()
     for first in range(0, len(query), _QUERIES):
         some = query[first : first + _QUERIES]
-        found, where = torch.empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.int64)
+        found, where = floats(len(some), 0), floats(len(some), 0).long()
         for start, block in blocks():
             for part in block.split(max(1, _SCORES // len(some))):
                 values, columns = top(_products(some, part), k)

@@ -81,6 +81,23 @@ def test_stored_dtypes(tmp_path: Path, dtype: torch.dtype, normalize: bool) -> N
     torch.testing.assert_close(again.ranks(expected, torch.arange(5)), truth_ranks(expected, expected, normalize))
 
 
+def test_defaults_of_pytorch(tmp_path: Path) -> None:
+    """A default dtype or device, as they are set while a model is loaded, changes no row."""
+    query, cache = units(["text 3"]), open_cache(tmp_path)
+    expected = units(TEXTS)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            rows = cache.add([content_key(text) for text in TEXTS], expected)
+            with torch.device("meta"):
+                assert torch.equal(cache.read(rows), cache.read())
+                scores, found, _ = cache.search(query, 2)
+                assert found[0, 0] == 3 and scores.dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(cache.read(), expected)
+
+
 def truth_ranks(query: Tensor, gallery: Tensor, normalize: bool) -> Tensor:
     query = F.normalize(query.double()).float() if normalize else query.float()
     order = (query @ gallery.float().T).sort(dim=1, descending=True, stable=True).indices
@@ -160,6 +177,8 @@ def test_search_is_exact(tmp_path: Path) -> None:
     assert rows.dtype == torch.int64 and torch.equal(rows, expected.indices)
     torch.testing.assert_close(scores, expected.values, rtol=0, atol=1e-6)
     assert keys == [[content_key(texts[row]) for row in line] for line in rows.tolist()]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cache.search(query, 7).scores, scores)
     again = open_cache(tmp_path).search(query.double(), 7)
     assert torch.equal(again.rows, rows) and torch.equal(again.scores, scores)
     none = cache.search(query[:0], 7)

@@ -10,15 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from embedding_caches import TEXTS, D, Encoder, files, filled, intact, open_cache, units
+from embedding_caches import TEXTS, D, Encoder, filled, intact, open_cache, units
 from torch import Tensor
 
 from mmkernels.models import embeddings_rows, embeddings_store
@@ -98,16 +96,47 @@ def test_rows_are_stored_after_seconds(tmp_path: Path, monkeypatch: pytest.Monke
     assert stored == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("when", ["before", "after", "later"])
+def test_an_interrupt_within_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """What was encoded is kept, once."""
+    cache, calls, add = filled(tmp_path, ["first"]), iter(range(1)), embeddings_store.Store._add
+
+    def interrupted(store: Any, data: Any) -> int:
+        if when == "after":
+            add(store, data)
+        if next(calls, None) is not None:
+            raise KeyboardInterrupt
+        return add(store, data) if when == "before" else store._table.version
+
+    def interrupted_later(store: Any, *rows: Any) -> Any:
+        found = append(store, *rows)
+        if next(calls, None) is not None:
+            raise KeyboardInterrupt
+        return found
+
+    append = embeddings_store.Store.append
+    name, change = ("append", interrupted_later) if when == "later" else ("_add", interrupted)
+    monkeypatch.setattr(embeddings_store.Store, name, change)
+    with pytest.raises(KeyboardInterrupt):
+        cache.encode(TEXTS, Encoder(), batch_size=4)
+    monkeypatch.undo()
+    assert len(cache) == 11
+    intact(tmp_path, ["first", *TEXTS])
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     cache, limits = filled(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in (0, 100, 1500):
+    other = open_cache(tmp_path / "other")
+    texts = [f"text {n}" for n in range(40)]
+    for size in (0, 100, 1500, 3900):  # LanceDB does not notice it in the last write of a file, that of 3,900 bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # no file grows beyond it
         try:
-            with pytest.raises(OSError, match=r"cache: .*File too large"):
-                cache.encode([f"text {n}" for n in range(40)], Encoder())
+            for one in (cache, other):
+                with pytest.raises(OSError, match=r"cache: .*(File too large|is incomplete: the disk is full)"):
+                    one.encode(texts, Encoder())
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert len(cache) == 10
+        assert len(cache) == len(open_cache(tmp_path)) == 10 and len(other) == 0
     intact(tmp_path, TEXTS)
 
 
@@ -166,37 +195,6 @@ def test_rows_stored_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ValueError, match="rows must be rows of the cache, got 3, which is not there"):
             cache.read(torch.tensor([3]))
     assert one._store._table.count_rows() == 5  # the second ones are deleted
-
-
-def made_at_once(where: str, options: dict[str, str] | None) -> None:
-    caches = [EmbeddingCache(where, "m", storage_options=options) for _ in range(4)]
-    rows, go = dict[int, list[int]](), threading.Barrier(4)
-
-    def work(number: int) -> None:
-        go.wait()
-        rows[number] = caches[number].encode(["shared", f"text {number}"], Encoder()).tolist()
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    cache = EmbeddingCache(where, "m", storage_options=options)
-    assert len(cache) == 5
-    for number in range(4):
-        assert cache.rows_of([content_key("shared"), content_key(f"text {number}")]).tolist() == rows[number]
-
-
-def test_folders_that_threads_make_at_once(tmp_path: Path) -> None:
-    """LanceDB lets the last one that makes a table replace the others': each row must be there all the same."""
-    for attempt in range(4):
-        made_at_once(str(tmp_path / str(attempt)), None)
-        assert os.listdir(tmp_path / str(attempt)) == ["embeddings.lance"]
-
-
-def test_buckets_that_threads_make_at_once(bucket: dict[str, str]) -> None:
-    for attempt in range(4):
-        made_at_once(f"s3://bucket/{attempt}", bucket)
 
 
 def test_commits_that_others_overtake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,9 +262,14 @@ def test_a_cache_that_is_gone(tmp_path: Path) -> None:
     for call in (cache.refresh, lambda: cache.encode(["new"], Encoder())):
         with pytest.raises(EmbeddingCacheError, match="must be the folder of this cache, got none: it is gone"):
             call()
-    filled(tmp_path, ["other"]).encode(["another"], Encoder())
-    with pytest.raises(EmbeddingCacheError, match="must be the cache that was opened, got another"):
-        cache.refresh()
+    with pytest.raises(EmbeddingCacheError, match=r"cache: must be the folder of this cache, got none: it is gone$"):
+        cache.read()
+    for texts in (["other"], ["another"]):  # the first one has the version of the one that is gone
+        filled(tmp_path, texts)
+        for call in (cache.refresh, cache.read, lambda: cache.add([content_key("new")], torch.ones(1, D))):
+            with pytest.raises(EmbeddingCacheError, match="must be the cache that was opened, got another"):
+                call()
+    assert len(open_cache(tmp_path)) == 2
 
 
 # Forked and pickled.
@@ -298,136 +301,3 @@ def test_forks_and_pickles(tmp_path: Path) -> None:
     torch.testing.assert_close(cache.read(), units([*TEXTS, "new"]))
     again = pickle.loads(pickle.dumps(cache))
     assert again.folder == cache.folder and torch.equal(again.read(), cache.read())
-
-
-# Damaged.
-
-
-def damage(path: Path, how: str) -> None:
-    data = path.read_bytes()
-    if how == "deleted":
-        path.unlink()
-    elif how == "cut":
-        path.write_bytes(data[: len(data) // 2])
-    else:
-        middle = len(data) // 3  # in the rows
-        path.write_bytes(data[:middle] + bytes([data[middle] ^ 16]) + data[middle + 1 :])
-
-
-@pytest.mark.parametrize("how", ["deleted", "cut", "flipped"])
-def test_damaged_data(tmp_path: Path, how: str) -> None:
-    """Each data file in turn: the error names the rows that are lost, and all others are kept, with their numbers."""
-    cache = open_cache(tmp_path / "made")
-    for start in range(0, 40, 10):
-        cache.encode([f"text {n}" for n in range(start, start + 10)], Encoder())
-    lost_rows = set[int]()
-    for number in range(4):
-        shutil.copytree(tmp_path / "made", tmp_path / str(number))
-        damage(files(tmp_path / str(number), "data")[number], how)
-        with pytest.raises(
-            EmbeddingCacheError, match=r"\d+ rows can't be read, rows \d.*EmbeddingCache.repair\(folder\)"
-        ):
-            open_cache(tmp_path / str(number)).read()
-        lost, manifests = EmbeddingCache.repair(tmp_path / str(number) / "cache")
-        lost_rows.update(lost.tolist())
-        assert manifests == [] and len(lost) == (1 if how == "flipped" else 10)
-        texts = [f"text {n}" for n in range(40) if n not in lost.tolist()]
-        again = open_cache(tmp_path / str(number))
-        assert again.rows_of(map(content_key, texts)).tolist() == [int(text[5:]) for text in texts]
-        torch.testing.assert_close(again.read(), units(texts))
-        assert torch.equal(again.search(units(texts), 1).rows[:, 0], again.rows_of(map(content_key, texts)))
-        encoder = Encoder()
-        again.encode([f"text {n}" for n in range(40)], encoder)
-        assert encoder.encoded == [f"text {n}" for n in lost.tolist()] and len(again) == 40
-        assert len(EmbeddingCache.repair(tmp_path / str(number) / "cache").rows) == 0
-    assert len(lost_rows) == (4 if how == "flipped" else 40)
-
-
-def test_flipped_bytes_unverified(tmp_path: Path) -> None:
-    """LanceDB reads them as they are: what the checksums are for."""
-    filled(tmp_path)
-    damage(files(tmp_path, "data")[0], "flipped")
-    assert not torch.equal(open_cache(tmp_path, verify=False).read(), units(TEXTS))
-    with pytest.raises(EmbeddingCacheError, match="1 rows can't be read"):
-        open_cache(tmp_path).search(units(TEXTS), 1)
-
-
-@pytest.mark.parametrize("how", ["deleted", "cut", "another header"])
-def test_damaged_manifests(tmp_path: Path, how: str) -> None:
-    cache = filled(tmp_path, TEXTS[:5])
-    cache.encode(TEXTS, Encoder())
-    cache.encode(["last"], Encoder())
-    newest = files(tmp_path, "_versions")[0]
-    if how == "another header":
-        newest.write_bytes(newest.read_bytes().replace(b"model-a", b"model-b"))
-    else:
-        damage(newest, how)
-    with pytest.raises(
-        EmbeddingCacheError, match=r"cache: can't be opened: .* EmbeddingCache.repair\(folder\) goes back"
-    ):
-        open_cache(tmp_path)
-    lost, manifests = EmbeddingCache.repair(tmp_path / "cache")
-    assert len(lost) == 0 and len(manifests) == (how != "deleted")
-    intact(tmp_path, TEXTS)
-
-
-def test_nothing_is_moved_where_no_manifest_is_whole(tmp_path: Path) -> None:
-    filled(tmp_path)
-    found = files(tmp_path, "_versions")
-    for path in found:
-        damage(path, "cut")
-    with pytest.raises(EmbeddingCacheError, match="can't be opened"):
-        EmbeddingCache.repair(tmp_path / "cache")
-    assert files(tmp_path, "_versions") == found
-
-
-def test_a_cache_of_format_1(tmp_path: Path) -> None:
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "manifest.json").write_text('{"format": 1}')
-    with pytest.raises(EmbeddingCacheError, match=r"got one of format 1 .*: delete the folder .* and encode again"):
-        open_cache(tmp_path)
-
-
-# Places.
-
-
-def test_places_as_users_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    for folder in ("~/a", Path("~/a"), "a", tmp_path / "a", f"{tmp_path}/a/"):
-        cache = EmbeddingCache(folder, "m")
-        assert cache.encode(["text"], Encoder()).tolist() == [0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """A bucket named "bucket" on a local server, and the options to reach it."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
-    server.start()
-    host, port = server.get_host_and_port()
-    client = pytest.importorskip("boto3").client(
-        "s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1", **keys
-    )
-    client.create_bucket(Bucket="bucket")
-    yield {"endpoint": f"http://{host}:{port}", "allow_http": "true", "region": "us-east-1", **keys}
-    server.stop()
-
-
-def test_a_bucket(bucket: dict[str, str]) -> None:
-    cache = EmbeddingCache("s3://bucket/photos/", "m", storage_options=bucket)
-    assert len(cache) == 0 and cache.encode(TEXTS, Encoder(), batch_size=4).tolist() == list(range(10))
-    other = EmbeddingCache("s3://bucket/photos", "m", storage_options=bucket)
-    assert other.encode(["text 3", "new"], Encoder()).tolist() == [3, 10]
-    assert cache.refresh() == 1 and pickle.loads(pickle.dumps(cache)).keys_of() == cache.keys_of()
-    torch.testing.assert_close(other.read(), units([*TEXTS, "new"]))
-    assert other.search(units(["text 7"]), 1).rows.tolist() == [[7]]
-    with pytest.raises(EmbeddingCacheError, match="s3://bucket/photos: model_id must be 'm'"):
-        EmbeddingCache("s3://bucket/photos", "n", storage_options=bucket)
-    assert len(EmbeddingCache.repair("s3://bucket/photos", storage_options=bucket).rows) == 0
-
-
-def test_no_bucket(bucket: dict[str, str]) -> None:
-    with pytest.raises((EmbeddingCacheError, OSError), match="s3://nothing/photos: "):
-        EmbeddingCache("s3://nothing/photos", "m", storage_options=bucket).encode(TEXTS, Encoder())
