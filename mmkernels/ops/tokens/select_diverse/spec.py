@@ -177,10 +177,10 @@ def _benchmark(tokens: int, dim: int, keep: int, method: str) -> Callable[[Gener
 SPEC = OpSpec(
     name="select_diverse",
     cases=(
-        _case("determinant, three images", (40, 1, 25), (11, 1, 0), 24, "determinant"),
-        _case("determinant, with qualities", (70, 30), (20, 13), 33, "determinant", quality=True),
-        _case("distance, three images", (40, 1, 25), (11, 1, 9), 24, "distance"),
-        _case("distance, odd sizes", (67,), (31,), 13, "distance"),
+        _case("determinant, three images", (40, 1, 9), (6, 1, 0), 24, "determinant"),
+        _case("determinant, with qualities", (40, 15), (7, 4), 33, "determinant", quality=True),
+        _case("distance, three images", (40, 1, 9), (5, 1, 3), 24, "distance"),
+        _case("distance, odd sizes", (67,), (7,), 13, "distance"),
         _case("two channels", (9,), (3,), 2, "distance"),
         _case("no image", (), (), 4, "determinant"),
         Case("determinant, tokens that are alike", _alike("determinant")),
