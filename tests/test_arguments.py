@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmkernels import ops
 from mmkernels.runtime import cpu
-from mmkernels.runtime.arguments import Differentiable, lay_out, lay_out_backward
+from mmkernels.runtime.arguments import Differentiable, Sizes, lay_out, lay_out_backward
 from mmkernels.runtime.backends import cpu_kernel
 from mmkernels.runtime.dispatch import TABLES, Backend, BackendError, define
 from mmkernels.runtime.gradient import Gradient
@@ -24,6 +24,7 @@ class Arguments(NamedTuple):
     scale: float
     flag: bool
     kind: str
+    lengths: Sizes
 
 
 class Results(NamedTuple):
@@ -33,7 +34,7 @@ class Results(NamedTuple):
 
 def test_schemas_follow_from_the_record() -> None:
     inputs, outputs = lay_out(Arguments), lay_out(Results)
-    assert inputs.schema == "Tensor x, Tensor? weight, Tensor index, float scale, bool flag, str kind"
+    assert inputs.schema == "Tensor x, Tensor? weight, Tensor index, float scale, bool flag, str kind, SymInt[] lengths"
     assert inputs.differentiable == ("x", "weight") and inputs.tensors == ("x", "weight", "index")
     backward = lay_out_backward("toy", inputs, outputs, ["state"])
     more = "Tensor state, Tensor? grad_y, bool need_x, bool need_weight"
@@ -43,7 +44,7 @@ def test_schemas_follow_from_the_record() -> None:
 
 def test_a_record_is_restored_from_its_tensors_and_numbers() -> None:
     layout, x = lay_out(Arguments), torch.zeros(1)
-    args = Arguments(x, None, x, 2.0, True, "a")
+    args = Arguments(x, None, x, 2.0, True, "a", (1, 2))
     restored = layout.restore((*layout.tensors, *layout.others))(
         (*layout.take_tensors(args), *layout.take_others(args))
     )

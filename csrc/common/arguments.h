@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "tensors.h"
 
@@ -34,6 +35,9 @@ public:
   }
   bool flag(std::string_view name) const {
     return value(name).toBool();
+  }
+  std::vector<i64> sizes(std::string_view name) const {
+    return value(name).toIntVector();
   }
 
 private:

@@ -26,7 +26,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 from torch import Tensor
 
-__all__ = ["Differentiable", "Layout", "lay_out", "lay_out_backward", "leading", "result_types"]
+__all__ = ["Differentiable", "Layout", "Sizes", "lay_out", "lay_out_backward", "leading", "result_types"]
 
 _MARK = "differentiable"
 Differentiable = Annotated[Tensor, _MARK]
@@ -35,7 +35,10 @@ Differentiable = Annotated[Tensor, _MARK]
 leading: Callable[[Any], Tensor] = itemgetter(0)
 """Returns a record's first argument, whose device and dtype are those of the call."""
 
-_SCHEMA_TYPES = {Tensor: "Tensor", float: "float", bool: "bool", int: "int", str: "str"}
+Sizes = tuple[int, ...]
+"""The type of an argument that is a list of sizes, which the host knows: a graph may hold them as symbols."""
+
+_SCHEMA_TYPES = {Tensor: "Tensor", float: "float", bool: "bool", int: "int", str: "str", Sizes: "SymInt[]"}
 
 
 class _Field(NamedTuple):

@@ -1,0 +1,140 @@
+"""What the ops on visual tokens take: tokens of many images in one tensor, and sizes that the host knows.
+
+Images are packed, ``x [tokens, C]`` with one (t, h, w) or one length an image; or all of one size,
+``x [images, tokens, C]``. An output's shape follows from the sizes alone, so nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import SymInt, Tensor
+
+from mmkernels.runtime.arguments import Sizes
+from mmkernels.runtime.checks import check_floating
+
+__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_keep", "check_lengths", "grid_as", "lengths_as"]
+
+Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
+"""(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""
+Lengths = Tensor | Sequence[int] | int
+"""The tokens of each image: integers ``[images]``, or one number for all images of ``x [images, tokens, C]``."""
+
+
+class Images(NamedTuple):
+    """Tokens of images, packed."""
+
+    x: Tensor
+    """``[tokens, C]``: a view of what was given."""
+    sizes: Sizes
+    """t, h, w of each image one after the other; or the length of each."""
+    batched: bool
+    """Whether ``x`` was given as ``[images, tokens, C]``, so that results have this form too."""
+
+    def unpack(self, y: Tensor) -> Tensor:
+        """Returns tokens ``[tokens', C']`` of the same images in the form in which x was given."""
+        return y.unflatten(0, (self.images, -1)) if self.batched else y
+
+    @property
+    def images(self) -> int:
+        return self.x.shape[0] if self.batched else len(self.sizes)
+
+
+def check_grid(x: Tensor, grid: Grid, name: str = "x") -> Images:
+    """Returns the tokens packed, with the flat list of (t, h, w).
+
+    Raises:
+        TypeError: x is not a floating tensor, or grid holds no integers.
+        ValueError: x has another shape than `Grid` says, or the grid does not match its tokens.
+    """
+    check_floating(name, x)
+    sizes = _integers("grid", grid, "(t, h, w) for each image")
+    if x.dim() == 3 and len(sizes) == 3:
+        sizes = sizes * x.shape[0]
+    if len(sizes) % 3:
+        raise ValueError(f"grid must be (t, h, w) for each image, got {len(sizes)} numbers")
+    tokens = [prod(sizes[at : at + 3]) for at in range(0, len(sizes), 3)]
+    return _packed(name, x, sizes, tokens, "grid")
+
+
+def check_lengths(x: Tensor, lengths: Lengths, name: str = "x") -> Images:
+    """As `check_grid`, with one length an image, 0 too."""
+    check_floating(name, x)
+    sizes = _integers("lengths", (lengths,) if isinstance(lengths, (int, SymInt)) else lengths, "the tokens of each image", 0)
+    if x.dim() == 3 and len(sizes) == 1:
+        sizes = sizes * x.shape[0]
+    return _packed(name, x, sizes, list(sizes), "lengths")
+
+
+def grid_as(given: Grid, sizes: Sizes) -> Grid:
+    """Returns a flat list of (t, h, w) in the form of a grid that was given: a tensor, tuples, or one tuple."""
+    rows = [tuple(sizes[at : at + 3]) for at in range(0, len(sizes), 3)]
+    if isinstance(given, Tensor):
+        return torch.tensor(rows if given.dim() == 2 else rows[0], dtype=given.dtype, device=given.device)
+    return tuple(rows) if len(given) == 0 or isinstance(given[0], Sequence) else rows[0]
+
+
+def lengths_as(given: Lengths, sizes: Sizes) -> Lengths:
+    """Returns lengths in the form of those that were given: a tensor, a tuple, or one number."""
+    if isinstance(given, Tensor):
+        return torch.tensor(sizes if given.dim() else sizes[0], dtype=given.dtype, device=given.device)
+    return sizes[0] if isinstance(given, int) else tuple(sizes)
+
+
+def _packed(name: str, x: Tensor, sizes: Sizes, tokens: list[int], what: str) -> Images:
+    if x.dim() == 3:
+        for image, count in enumerate(tokens):
+            if count != x.shape[1]:
+                raise ValueError(f"{what} must match {name}'s {x.shape[1]} tokens an image, got {count} in {image}")
+        if len(tokens) != x.shape[0]:
+            raise ValueError(f"{what} must be for {name}'s {x.shape[0]} images, got {len(tokens)}")
+        return Images(x.flatten(0, 1), sizes, True)
+    if x.dim() != 2:
+        raise ValueError(f"{name} must be [tokens, C] or [images, tokens, C], got shape {tuple(x.shape)}")
+    if sum(tokens) != x.shape[0]:
+        raise ValueError(f"{what} must match {name}'s {x.shape[0]} tokens, got {sum(tokens)} in {len(tokens)} images")
+    return Images(x, sizes, False)
+
+
+def _integers(name: str, values: object, must: str, least: int = 1) -> Sizes:
+    """Returns integers of at least `least` as a flat tuple."""
+    if isinstance(values, Tensor):
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, {must}, got {values.dtype}")
+        if values.dim() > 2:
+            raise ValueError(f"{name} must be {must}, got shape {tuple(values.shape)}")
+        values = values.flatten().tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name} must be integers, {must}, got {type(values).__name__}")
+    flat: list[int] = []
+    for value in values:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            if name == "grid" and len(value) != 3:
+                raise ValueError(f"grid must be {must}, got {tuple(value)}")
+            flat.extend(value)
+        else:
+            flat.append(value)
+    for number in flat:
+        if isinstance(number, bool) or not isinstance(number, (int, SymInt)):
+            raise TypeError(f"{name} must be integers, {must}, got {type(number).__name__}")
+        if number < least:
+            raise ValueError(f"{name} must be {least} or more, got {number}")
+    return tuple(flat)
+
+
+def check_keep(keep: Lengths, given: Images) -> Sizes:
+    """Returns how many tokens are kept of each image of `given`, whose sizes are lengths."""
+    kept = _integers("keep", (keep,) if isinstance(keep, (int, SymInt)) else keep, "the tokens to keep of each image", 0)
+    if len(kept) == 1 and (isinstance(keep, (int, SymInt)) or given.batched):
+        kept = kept * len(given.sizes)
+    if len(kept) != len(given.sizes):
+        raise ValueError(f"keep must be for {len(given.sizes)} images, got {len(kept)}")
+    for image, (count, length) in enumerate(zip(kept, given.sizes, strict=True)):
+        if count > length:
+            raise ValueError(f"keep must be at most an image's tokens, got {count} of {length} in image {image}")
+    if given.batched and len(set(kept)) > 1:
+        raise ValueError(f"keep must be the same for all images of [images, tokens, C], got {kept}")
+    return kept
