@@ -11,6 +11,7 @@ from mmkernels.ops.attention.merge_attention import merge_attention
 from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
+from mmkernels.ops.tokens.scatter_tokens import scatter_tokens
 from mmkernels.runtime.dispatch import BackendError, use_backend
 
 try:
@@ -30,6 +31,7 @@ __all__ = [
     "merge_attention",
     "ops",
     "retrieval_ranks",
+    "scatter_tokens",
     "sigmoid_contrastive",
     "use_backend",
 ]
