@@ -56,6 +56,14 @@ MMK_INLINE void add_rows(char* to, const char* a, const char* b, i64 bytes, Type
   }
 }
 
+inline void weigh_row(char* to, const char* from, float weight, i64 bytes, Type type) {
+  const i64 size = bytes_of(type);
+  for (i64 at = 0; at < bytes; at += kLanes * size) {
+    const i64 count = (bytes - at) / size;
+    store_from_f32(to + at, type, load_as_f32(from + at, type, count) * weight, count);
+  }
+}
+
 inline void compose_rows(const ComposeParams& p, i64 first, i64 last) {
   for (i64 row = first; row < last; ++row) {
     const i64 source = p.source[row];
@@ -65,6 +73,8 @@ inline void compose_rows(const ComposeParams& p, i64 first, i64 last) {
       std::memset(to, 0, p.bytes);
     } else if (source >= 0 && p.add) {
       add_rows(to, row_at(p.base, row), from, p.bytes, p.type);
+    } else if (source >= 0 && p.weights != nullptr && p.weights[row] != 1.0f) {
+      weigh_row(to, from, p.weights[row], p.bytes, p.type);
     } else if (p.stream) {
       stream_row(to, from, p.bytes);
     } else {

@@ -14,13 +14,14 @@ struct RowsOf {
   std::int64_t inner = 1, outer_bytes = 0, row_bytes = 0;
 };
 
-// Row r of the result is row source[r] of `picked`, plus row r of `base` if `add`; where source[r] is -1, row r of
-// `base`.
+// Row r of the result is row source[r] of `picked`, times weights[r] if there are weights, plus row r of `base` if
+// `add`; where source[r] is -1, row r of `base`.
 struct ComposeParams {
   RowsOf base, picked;
   const std::int32_t* source;
-  char* out;          // contiguous rows
-  std::int64_t bytes; // of a row
+  const float* weights; // null: all are 1; not together with `add`
+  char* out;            // contiguous rows
+  std::int64_t bytes;   // of a row
   Type type;
   bool add;
   bool stream; // stores pass by the caches; rows and `out` are aligned to cache lines

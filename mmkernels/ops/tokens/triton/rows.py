@@ -31,7 +31,7 @@ def row_offsets(row, strides):
 
 @triton.jit
 def compose_kernel(
-    base, picked, source, out, base_strides, picked_strides, rows, columns,
+    base, picked, source, weights, out, base_strides, picked_strides, rows, columns,
     ADD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Writes one tile: see `mmkernels.ops.tokens.rows.compose`. Grid: (tiles of rows, tiles of columns)."""
@@ -47,6 +47,9 @@ def compose_kernel(
     if picked is not None:
         at = row_offsets(number, picked_strides)[:, None] + column[None, :] * picked_strides.column
         other = tl.load(picked + at, mask=live & there, other=0.0)
+        if weights is not None:
+            weight = tl.load(weights + row, mask=row < rows, other=0.0)
+            other = (weight[:, None] * other.to(tl.float32)).to(other.dtype)
         if ADD:
             other = (tile.to(tl.float32) + other.to(tl.float32)).to(tile.dtype)
         tile = tl.where(there, other, tile)
@@ -54,7 +57,14 @@ def compose_kernel(
 
 
 def compose(
-    op: str, out: Tensor, base: Tensor | None, picked: Tensor | None, source: Tensor, *, add: bool = False
+    op: str,
+    out: Tensor,
+    base: Tensor | None,
+    picked: Tensor | None,
+    source: Tensor,
+    weights: Tensor | None = None,
+    *,
+    add: bool = False,
 ) -> None:
     """Write to `out`, which is contiguous, what `mmkernels.ops.tokens.rows.compose` returns.
 
@@ -62,6 +72,7 @@ def compose(
         op: whose plan has the tile sizes.
         base, picked: ``[rows, C]`` or ``[outer, inner, C]``, of any strides.
         source: integers ``[rows]``.
+        weights: float32 ``[rows]``: what the rows of `picked` are multiplied by.
     """
     if not out.numel():
         return
@@ -69,7 +80,7 @@ def compose(
     plan = config(op, "compose", out.device, out.dtype, columns)
     launch(
         compose_kernel, (ceil_div(len(source), plan.block_q), ceil_div(columns, plan.block_k)), plan,
-        base, picked, source, out, _strides(base), _strides(picked), len(source), columns,
+        base, picked, source, weights, out, _strides(base), _strides(picked), len(source), columns,
         ADD=add, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
     )  # fmt: skip
 
