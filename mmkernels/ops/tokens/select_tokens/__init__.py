@@ -29,7 +29,14 @@ _MERGES = ("mean", "visionzip", "prumerge")
 
 
 class Selection(NamedTuple):
-    """What `select_tokens` returns."""
+    """What `select_tokens` returns.
+
+    Example:
+        >>> import torch, mmkernels
+        >>> x, lengths, positions = mmkernels.select_tokens(torch.randn(8, 4), [5, 3], (2, 1), torch.arange(8.0))
+        >>> lengths, positions
+        ((2, 1), tensor([3, 4, 7]))
+    """
 
     x: Tensor
     """The tokens that were kept, in the order in which they were: ``[kept, C]`` or ``[images, keep, C]``."""
