@@ -21,7 +21,7 @@ def flatten(outputs: Any) -> tuple[Tensor, ...]:
     """Returns the tensors of a call's result: of one tensor, or of tuples of tensors and sizes."""
     if isinstance(outputs, Tensor):
         return (outputs,)
-    return tuple(x for part in outputs for x in flatten(part)) if isinstance(outputs, tuple) else ()
+    return tuple(x for part in outputs for x in flatten(part)) if isinstance(outputs, (tuple, list)) else ()
 
 
 @dataclass(frozen=True)

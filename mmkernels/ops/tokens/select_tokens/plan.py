@@ -12,7 +12,7 @@ from mmkernels.spec import Inputs
 _TOKENS = 1024
 # (rows, columns, warps, stages). Chosen by registers and shared memory; none has been timed on a GPU yet.
 _NEAREST = {"sm_90": (128, 128, 8, 3), "sm_100": (128, 128, 8, 3), "gfx942": (128, 64, 8, 2)}
-_SUM = (8, 256, 4, 1)
+_SUM = (16, 256, 4, 1)
 
 
 def _inputs(dim: int, dtype: torch.dtype, merge: bool | str = False, over: str = "image") -> Inputs:
@@ -50,6 +50,6 @@ PLAN = Plan(
     ),
     searches={
         "nearest": Search((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4), _MERGED, Problem(_timed)),
-        "sum": Search((4, 8, 16), (128, 256, 512), (4, 8), (1,), _MERGED, Problem(_timed)),
+        "sum": Search((16, 32), (64, 128, 256, 512), (4, 8), (1,), _MERGED, Problem(_timed)),
     },
 )
