@@ -6,12 +6,14 @@ Nothing waits for a device: shapes follow from lengths that the host knows.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from mmkernels.runtime.arguments import Sizes
+from mmkernels.runtime.checks import in_graph
 
 __all__ = ["best", "image_of", "on_device", "share_of", "starts_of"]
 
@@ -62,6 +64,17 @@ def starts_of(sizes: Sizes) -> Sizes:
 
 
 def on_device(values: Sizes | list[int], device: torch.device) -> Tensor:
-    """Returns integers as a tensor: from pinned memory, so that a GPU's queue is not waited for."""
-    numbers = torch.tensor(values, dtype=torch.int64)
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    """Returns integers as a tensor, which must not be written.
+
+    A GPU's queue is not waited for, and what was copied there once is kept: a CUDA graph that is captured after a first
+    call of the same sizes holds no copy from the host.
+    """
+    if device.type == "cuda" and not in_graph():
+        return _on_gpu(tuple(values), device)
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=256)
+def _on_gpu(values: Sizes, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.int64).pin_memory().to(device, non_blocking=True)

@@ -154,6 +154,35 @@ def test_strips_of_similarities(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(select_tokens(**inputs, **more, backend="chunked"), want)
 
 
+@each_backend("select_tokens", interpreted=False)
+@pytest.mark.parametrize("merge", [False, True])
+def test_many_images_and_a_large_one(backend: str, merge: bool) -> None:
+    for lengths, keep in (((31, 40) * 100, (3, 7) * 100), ((10_000,), (300,))):
+        x, scores = torch.randn(sum(lengths), 8), torch.rand(sum(lengths))
+        found = select_tokens(x, lengths, keep, scores, merge_rest=merge, backend=backend)
+        first, at = 0, 0
+        for n, k in zip(lengths, keep, strict=True):
+            want = scores[first : first + n].topk(k).indices.sort().values + first
+            assert torch.equal(found.positions[at : at + k], want)
+            first, at = first + n, at + k
+        if merge:  # nothing is lost
+            more: Any = {"merge_rest": "prumerge", "metric": x, "backend": backend}
+            total = select_tokens(torch.ones(len(x), 1), lengths, keep, scores, **more).x.sum()
+            rest = scores.sum() - scores[found.positions].sum()
+            torch.testing.assert_close(total, sum(keep) + rest)
+
+
+@each_backend("select_tokens", interpreted=False)
+def test_a_metric_of_another_dtype(backend: str) -> None:
+    """As keys are beside hidden states under autocast."""
+    metric, scores = torch.randn(30, 16), torch.rand(30)
+    inputs: dict[str, Any] = {"lengths": [30], "keep": 6, "scores": scores, "merge_rest": True, "backend": backend}
+    for x in (torch.randn(30, 4), torch.randn(30, 4).bfloat16()):
+        for dtype in (torch.bfloat16, torch.float64):
+            want = select_tokens(x, metric=metric.to(dtype).float(), **inputs)
+            torch.testing.assert_close(select_tokens(x, metric=metric.to(dtype), **inputs).x, want.x)
+
+
 def test_forms_of_results() -> None:
     x, scores = torch.randn(2, 6, 4), torch.rand(2, 6)
     kept = select_tokens(x, 6, 2, scores)
@@ -248,10 +277,10 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"metric must be \[9, 'D'\] as x is, got shape \(8, 3\)",
     ),
-    "metric's dtype": (
-        GOOD | {"merge_rest": True, "metric": torch.zeros(9, 3).half()},
+    "metric integers": (
+        GOOD | {"merge_rest": True, "metric": torch.zeros(9, 3).int()},
         TypeError,
-        r"metric must have x's dtype torch.float32, got torch.float16",
+        r"metric must be float16.*got torch.int32",
     ),
     "metric's device": (
         GOOD | {"merge_rest": True, "metric": torch.zeros(9, 3, device="meta")},

@@ -80,10 +80,10 @@ def select_tokens(
             kept token ``x_i`` and the tokens ``x_j`` that are merged into it make, with "mean" (or True), the mean of
             all of them; with "visionzip" ``x_i`` plus the mean of all ``x_j``, as VisionZip makes contextual tokens;
             with "prumerge" ``x_i + sum_j scores_j x_j``, as PruMerge supplements the tokens that it keeps (there
-            ``x_j`` are the 32 most similar tokens of each ``x_i``; scores are the attention of the class token). Tokens
-            of an image that keeps none are left out.
-        metric: ``[tokens, D]`` or ``[images, tokens, D]`` in x's dtype: what similarities are of, such as the keys of
-            an attention layer; None: x itself.
+            ``x_j`` are the 32 most similar tokens of each ``x_i``; scores, finite, are the attention of the class
+            token). Tokens of an image that keeps none are left out.
+        metric: ``[tokens, D]`` or ``[images, tokens, D]`` of any of these dtypes, on x's device: what similarities are
+            of, such as the keys of an attention layer; None: x itself.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
             float16), "chunked" (any device, float64 too) or "reference". Similarities are summed in float32 (float64
             for a float64 x), in tiles: only "reference" stores them.
@@ -198,10 +198,10 @@ def _check_metric(metric: Tensor, x: Tensor, merge: str) -> Tensor:
         raise ValueError("metric must be None without merge_rest, got a tensor")
     if metric.dim() != x.dim() or metric.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"metric must be {[*x.shape[:-1], 'D']} as x is, got shape {tuple(metric.shape)}")
-    if metric.dtype != x.dtype:
-        raise TypeError(f"metric must have x's dtype {x.dtype}, got {metric.dtype}")
     if metric.device != x.device:
         raise ValueError(f"metric must be on x's device {x.device}, got {metric.device}")
+    if metric.dtype == torch.float64:
+        metric = metric.to(wide_dtype(x))
     return metric.flatten(0, 1) if metric.dim() == 3 else metric
 
 
