@@ -12,6 +12,8 @@ from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
 from mmkernels.ops.tokens.select_diverse import select_diverse
+from mmkernels.ops.tokens.scatter_tokens import scatter_tokens
+from mmkernels.ops.tokens.select_tokens import Selection, select_tokens
 from mmkernels.runtime.dispatch import BackendError, use_backend
 
 try:
@@ -22,6 +24,7 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 __all__ = [
     "BackendError",
     "ContrastiveStats",
+    "Selection",
     "SpanMask",
     "__version__",
     "attention_received",
@@ -32,6 +35,8 @@ __all__ = [
     "ops",
     "retrieval_ranks",
     "select_diverse",
+    "scatter_tokens",
+    "select_tokens",
     "sigmoid_contrastive",
     "use_backend",
 ]

@@ -2,6 +2,8 @@
 // its name.
 #include "../common/table.h"
 #include "diverse.h"
+#include "nearest.h"
+#include "rows.h"
 
 namespace mmkernels::MMK_ISA {
 
@@ -11,6 +13,20 @@ const DiverseKernels diverse_kernels = {
     .read = read_token,
     .dots = token_dots,
     .subtract = subtract_rows,
+};
+
+extern const RowKernels row_kernels;
+const RowKernels row_kernels = {.compose = compose_rows};
+
+extern const NearestKernels nearest_kernels;
+const NearestKernels nearest_kernels = {
+    .rows = kNearestRows,
+    .panel = kPanel,
+    .panels_bytes = nearest_panels_bytes,
+    .scratch = nearest_scratch,
+    .pack = pack_kept,
+    .nearest = nearest,
+    .sum = sum_tokens,
 };
 
 } // namespace mmkernels::MMK_ISA

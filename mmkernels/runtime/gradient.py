@@ -32,6 +32,10 @@ class Gradient:
         contiguous: gradients are contiguous; else they lie in memory as their inputs do.
         prepared: for each differentiable input the argument that says whether the forward pass has prepared its
             gradient, which else is None; (): no gradient needs that.
+        linear: the inputs whose values the backward pass does not read, as the op is linear in them: their shapes are
+            kept for it, not their memory. Needs `contiguous`.
+        passes: backward record -> the gradients that are what flowed back, by the name of the input: they are handed
+            on as they are, without a copy.
     """
 
     saves: tuple[str, ...]
@@ -41,6 +45,8 @@ class Gradient:
     zeros_for: tuple[str, ...] = ()
     contiguous: bool = False
     prepared: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+    passes: Callable[[Any], Mapping[str, Tensor]] | None = None
 
 
 class Link:
@@ -61,6 +67,7 @@ class Link:
         self._constant = outputs.take([name for name in outputs.names if name not in outputs.differentiable])
         self._flows = outputs.take(outputs.differentiable)
         self._needs = inputs.take(inputs.differentiable)
+        self._linear = frozenset(inputs.tensors.index(name) for name in gradient.linear)
         self._prepared = [inputs.others.index(name) for name in gradient.prepared]
         self._places = [inputs.names.index(name) for name in inputs.differentiable]
         self._zeros = [
@@ -70,7 +77,10 @@ class Link:
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = (output,) if isinstance(output, Tensor) else output
-        ctx.save_for_backward(*self.inputs.take_tensors(inputs), *self._saved(outputs))
+        tensors = self.inputs.take_tensors(inputs)
+        if self._linear:
+            tensors = tuple(_shape_of(x) if place in self._linear else x for place, x in enumerate(tensors))
+        ctx.save_for_backward(*tensors, *self._saved(outputs))
         ctx.others, ctx.backend = self.inputs.take_others(inputs), inputs[-1]
         ctx.mark_non_differentiable(*self._constant(outputs))
         ctx.set_materialize_grads(False)
@@ -89,6 +99,14 @@ class Link:
                 flows = (*flows[:flow], torch.zeros_like(kept[place]), *flows[flow + 1 :])
         needs = self._needs(ctx.needs_input_grad)
         call = self._call((*kept, *others, *flows, *needs))
+        if self.gradient.passes is not None:
+            passed = self.gradient.passes(call)
+            for name, place, need in zip(self.inputs.differentiable, self._places, needs, strict=True):
+                found[place] = passed.get(name) if need else None
+            needs = tuple(need and found[place] is None for place, need in zip(self._places, needs, strict=True))
+            if not any(needs):
+                return tuple(found)
+            call = self._call((*kept, *others, *flows, *needs))
         if not self._prepared or all(others[at] for at, need in zip(self._prepared, needs, strict=True) if need):
             given = self._run(call, ctx.backend)
         else:  # the graph was made for calls without this gradient, by a tracer or for `torch.export`
@@ -233,6 +251,11 @@ def _twice_by_transforms(
     ours, pull, *_ = torch.func.vjp(first, given)
     flows = {name: back[name] if name in back else torch.zeros_like(x) for name, x in ours.items()}
     return dict(pull(flows)[0])
+
+
+def _shape_of(x: Tensor | None) -> Tensor | None:
+    """Returns a tensor of x's shape, dtype and device that takes the memory of one element."""
+    return None if x is None else x.new_empty_strided(x.shape, (0,) * x.dim())
 
 
 def _new_node(x: Tensor) -> Tensor:

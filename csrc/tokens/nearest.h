@@ -1,0 +1,154 @@
+// For each token that is not kept, the kept token of its image with the largest cosine similarity; sums of tokens.
+// Kept tokens are lanes, the rest are rows; of a tile of products only each row's best is kept. The norm of a row of
+// the rest divides all of its similarities, so that it is not computed.
+#pragma once
+
+#include "../common/rows.h"
+#include "../common/tile_gemm.h"
+#include "nearest_params.h"
+
+namespace mmkernels::MMK_ISA {
+
+constexpr i64 kNearestRows = 48;   // of a tile: with a panel's step, in the caches of one core
+constexpr i64 kNearestDepth = 128; // 32-bit elements that are summed in one chain
+
+inline i64 packed_floats(const TokenMatrix& x) {
+  return depth_of(uses_dot(x.type), x.channels) * kPanel;
+}
+// Of the panels and the inverse norms, which are of whole panels too.
+inline i64 nearest_panels_bytes(const TokenMatrix& x, i64 kept) {
+  return round_up(kept, kPanel) / kPanel * (packed_floats(x) + kPanel) * (i64)sizeof(float);
+}
+
+struct NearestScratch : Arena {
+  explicit NearestScratch(Arena memory, const TokenMatrix& x) : Arena(memory) {
+    const i64 stride = row_bytes(uses_dot(x.type), x.channels);
+    rows = take<char>(kPanel > kNearestRows ? kPanel * stride : kNearestRows * stride);
+    tile = take<float>(kNearestRows * kPanel);
+    best = take<float>(kNearestRows * kLanes);
+    winner = take<std::int32_t>(kNearestRows * kLanes);
+  }
+  char* rows = nullptr;
+  float *tile = nullptr, *best = nullptr;
+  std::int32_t* winner = nullptr;
+};
+
+inline i64 nearest_scratch(const TokenMatrix& x) {
+  return scratch_bytes<NearestScratch>(x);
+}
+
+MMK_INLINE Source source_of(const TokenMatrix& x, const std::int32_t* index) {
+  return {x.data, x.type, x.row_bytes / bytes_of(x.type), 1, index};
+}
+
+inline void pack_kept(const TokenMatrix& x, const KeptTokens& kept, i64 panel, char* scratch) {
+  const NearestScratch s{{scratch}, x};
+  const bool is_dot = uses_dot(x.type);
+  const i64 first = panel * kPanel, count = least<i64>(kPanel, kept.count - first), size = bytes_of(x.type);
+  const Rows rows = fetch(source_of(x, kept.index + first), count, x.channels, is_dot, s.rows);
+  transpose_rows(rows, count, depth_of(is_dot, x.channels), kPanel, kept.panels + panel * packed_floats(x));
+  for (i64 lane = 0; lane < kPanel; ++lane) {
+    float inverse = kInf - kInf; // no token: NaN, which is no similarity's best
+    if (lane < count) {
+      const char* row = x.data + kept.index[first + lane] * x.row_bytes;
+      Vec squares = zero();
+      for (i64 c = 0; c < x.channels; c += kLanes) {
+        const Vec v = load_as_f32(row + c * size, x.type, x.channels - c);
+        squares = fma(v, v, squares);
+      }
+      const float square = sum(squares);
+      inverse = square == 0.0f ? 0.0f : 1.0f / __builtin_sqrtf(square);
+    }
+    kept.inverse_norms[first + lane] = inverse;
+  }
+}
+
+// Compares a tile with the best so far: of equal ones the first stays, NaN is skipped.
+inline void keep_best(const NearestScratch& s, const float* inverse, i64 first, i64 rows, i64 vectors) {
+  for (i64 r = 0; r < rows; ++r) {
+    Vec best = load(s.best + r * kLanes);
+    IVec winner = (IVec)load(s.winner + r * kLanes);
+    for (i64 v = 0; v < vectors; ++v) {
+      const Vec x = load(s.tile + r * kPanel + v * kLanes) * load(inverse + v * kLanes);
+      const IVec number = (std::int32_t)(first / kLanes + v) - IVec{};
+      const IVec more = x > best;
+      best = more ? x : best;
+      winner = more ? number : winner;
+    }
+    store(s.best + r * kLanes, best);
+    store(s.winner + r * kLanes, (Vec)winner);
+  }
+}
+
+// The lane with the best; of equal ones, that of the first kept token. `winner` holds numbers of whole vectors.
+MMK_INLINE std::int32_t best_of(const float* best, const std::int32_t* winner) {
+  std::int32_t number = 0;
+  float top = -kInf;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const std::int32_t here = winner[lane] * kLanes + lane;
+    if (best[lane] > top || (best[lane] == top && top > -kInf && here < number)) {
+      top = best[lane];
+      number = here;
+    }
+  }
+  return number;
+}
+
+inline void nearest(const TokenMatrix& x, const KeptTokens& kept, const std::int32_t* rest, i64 count,
+                    std::int32_t* place, char* scratch) {
+  const NearestScratch s{{scratch}, x};
+  const bool is_dot = uses_dot(x.type);
+  const i64 depth = depth_of(is_dot, x.channels);
+  const Rows rows = fetch(source_of(x, rest), count, x.channels, is_dot, s.rows);
+  for (i64 i = 0; i < count * kLanes; i += kLanes) {
+    store(s.best + i, set1(-kInf));
+    store(s.winner + i, zero());
+  }
+  for (i64 first = 0; first < kept.count; first += kPanel) {
+    const i64 vectors = (least<i64>(kPanel, kept.count - first) + kLanes - 1) / kLanes;
+    const float* panel = kept.panels + first / kPanel * packed_floats(x);
+    with_pairs(is_dot, [&](auto pairs) {
+      for (i64 k = 0; k < depth; k += kNearestDepth) {
+        const Operand a{rows.data + k * 4, rows.stride, 4};
+        gemm<decltype(pairs)::value>(a, panel + k * kPanel, kPanel * 4, s.tile, kPanel, count, vectors,
+                                     least(kNearestDepth, depth - k), k > 0);
+      }
+    });
+    keep_best(s, kept.inverse_norms + first, first, count, vectors);
+  }
+  for (i64 r = 0; r < count; ++r) {
+    place[rest[r]] = kept.first + best_of(s.best + r * kLanes, s.winner + r * kLanes);
+  }
+}
+
+// Rows [first, last) of the sums.
+inline void sum_tokens(const TokenMatrix& x, const TokenSums& sums, char* out, i64 first, i64 last) {
+  constexpr int kAtOnce = 4; // vectors of a row, in registers
+  const i64 size = bytes_of(x.type);
+  for (i64 row = first; row < last; ++row) {
+    char* to = out + row * x.channels * size;
+    for (i64 c = 0; c < x.channels; c += kAtOnce * kLanes) {
+      Vec total[kAtOnce] = {};
+      for (i64 n = sums.starts[row]; n < sums.starts[row + 1]; ++n) {
+        const std::int32_t token = sums.order[n];
+        const Vec weight = set1(sums.weights[token]);
+        const char* from = x.data + token * x.row_bytes + c * size;
+#pragma GCC unroll 4
+        for (int v = 0; v < kAtOnce; ++v) {
+          const i64 left = x.channels - c - v * kLanes;
+          if (left > 0) {
+            total[v] = fma(load_as_f32(from + v * kLanes * size, x.type, left), weight, total[v]);
+          }
+        }
+      }
+      for (int v = 0; v < kAtOnce; ++v) {
+        const i64 left = x.channels - c - v * kLanes;
+        if (left > 0) {
+          store_from_f32(to + (c + v * kLanes) * size, x.type, total[v], left);
+        }
+      }
+    }
+  }
+}
+
+} // namespace mmkernels::MMK_ISA
