@@ -11,6 +11,9 @@ from mmkernels.ops.attention.merge_attention import merge_attention
 from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
+from mmkernels.ops.tokens.match_tokens import match_tokens
+from mmkernels.ops.tokens.merge_tokens import merge_tokens
+from mmkernels.ops.tokens.unmerge_tokens import unmerge_tokens
 from mmkernels.runtime.dispatch import BackendError, use_backend
 
 try:
@@ -27,9 +30,12 @@ __all__ = [
     "attention_weights",
     "cross_attention",
     "info_nce",
+    "match_tokens",
     "merge_attention",
+    "merge_tokens",
     "ops",
     "retrieval_ranks",
     "sigmoid_contrastive",
+    "unmerge_tokens",
     "use_backend",
 ]

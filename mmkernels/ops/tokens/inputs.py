@@ -16,7 +16,7 @@ from torch import SymInt, Tensor
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating
 
-__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_lengths", "grid_as", "lengths_as"]
+__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_integers", "check_lengths", "grid_as", "lengths_as"]
 
 Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
 """(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""
@@ -123,3 +123,12 @@ def _integers(name: str, values: object, must: str, least: int = 1) -> Sizes:
         if number < least:
             raise ValueError(f"{name} must be {least} or more, got {number}")
     return tuple(flat)
+
+
+def check_integers(name: str, values: object, must: str, least: int) -> Sizes:
+    """Returns integers of at least `least`, of a tensor or a sequence, as a flat tuple.
+
+    Args:
+        must: what they must be, for the error.
+    """
+    return _integers(name, values, must, least)
