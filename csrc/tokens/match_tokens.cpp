@@ -112,8 +112,8 @@ private:
       const i64 row = strips[i].image->row + strips[i].first;
       for (i64 n = 0; n < t.from_count; ++n) {
         const float cosine = t.best[n] * inverse[row + n];
-        best_[row + n] = std::isnan(cosine) || t.best[n] == -INFINITY ? kWorst : cosine;
-        partner_[row + n] = std::isnan(inverse[row + n]) ? 0 : t.partner[n];
+        best_[row + n] = t.best[n] == -INFINITY ? kWorst : cosine;
+        partner_[row + n] = t.partner[n];
       }
     });
   }
@@ -182,7 +182,8 @@ Tensor match_tokens(const Arguments& args) {
   const i64 tokens = metric.size(0), dim = metric.size(1);
   TORCH_CHECK_VALUE(lengths.size() == kept.size() && protect >= 0 && tokens < INT32_MAX &&
                         std::accumulate(lengths.begin(), lengths.end(), i64{0}) == tokens &&
-                        std::all_of(lengths.begin(), lengths.end(), [](i64 n) { return n >= 0; }),
+                        std::all_of(
+                            lengths.begin(), lengths.end(), [](i64 n) { return n >= 0; }),
                     "lengths must be of all tokens, and as many as kept");
   std::vector<float> weight;
   if (sizes.has_value()) {
@@ -212,9 +213,8 @@ Tensor match_tokens(const Arguments& args) {
     mean.resize(groups.count() * dim);
     char* to = reinterpret_cast<char*>(mean.data());
     const TokenGroups g = groups.rows(dim, weights.data());
-    for_rows(groups.count(), dim, [&](i64 first, i64 last) {
-      merge_tokens_kernels().sum_groups(g, rows, Type::f32, to, first, last);
-    });
+    for_rows(groups.count(), dim,
+             [&](i64 first, i64 last) { merge_tokens_kernels().sum_groups(g, rows, Type::f32, to, first, last); });
     rows = {to, Type::f32, dim * 4};
     weight = std::move(total);
   }

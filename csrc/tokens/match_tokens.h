@@ -1,5 +1,6 @@
 // Bipartite matching: for each token of one side the token of the other with the largest cosine. Tokens that may merge
-// are lanes, those into which they may are rows; of a tile of products only the running best is kept.
+// are lanes, those into which they may are rows. A tile of products never leaves the registers: only the running best
+// is stored.
 #pragma once
 
 #include "../common/rows.h"
@@ -7,9 +8,6 @@
 #include "merge_tokens_params.h"
 
 namespace mmkernels::MMK_ISA {
-
-constexpr i64 kMatchRows = 48;   // rows of a tile: whole steps of the tile GEMM; with a step of the panel in first-level cache
-constexpr i64 kMatchDepth = 128; // 32-bit elements that are summed in one chain
 
 inline i64 prepared_bytes(Type type, i64 dim) {
   return row_bytes(uses_dot(type), dim);
@@ -26,112 +24,137 @@ MMK_INLINE float scale_to_one(float x) {
   return y;
 }
 
+// What to multiply a row by first where its squares are not finite, or 0: NaN if the row itself is not finite.
+inline float scale_of_row(const char* row, Type type, i64 dim) {
+  Vec top = zero(), bad = zero(); // 0 * x is NaN exactly where x is not finite
+  for (i64 c = 0; c < dim; c += kLanes) {
+    const Vec v = load_as_f32(row + c * bytes_of(type), type, dim - c);
+    top = max_skip_nan(top, (Vec)((IVec)v & 0x7fffffff));
+    bad += zero() * v;
+  }
+  return scale_to_one(largest(top)) + sum(bad);
+}
+
 inline void prepare(const TokenRows& x, i64 dim, i64 first, i64 count, char* to, float* inverse) {
   const bool is_dot = uses_dot(x.type);
   const i64 size = bytes_of(x.type), stride = row_bytes(is_dot, dim), out = is_dot ? 2 : 4;
   for (i64 r = 0; r < count; ++r) {
     const char* from = x.data + (first + 2 * r) * x.stride;
-    char* row = to + r * stride;
-    Vec top = zero(), bad = zero(); // 0 * x is NaN exactly where x is not finite
+    const auto square_of = [&](Vec scale) {
+      Vec squares = zero();
+      for (i64 c = 0; c < dim; c += kLanes) {
+        const Vec v = load_as_f32(from + c * size, x.type, dim - c) * scale;
+        squares = fma(v, v, squares);
+      }
+      return sum(squares);
+    };
+    Vec scale = set1(1.0f);
+    float square = square_of(scale);
+    if (!(square > 1e-30f && square < 1e30f)) {
+      scale = set1(scale_of_row(from, x.type, dim));
+      square = square_of(scale);
+    }
+    const float length = square > 0.0f ? 1.0f / __builtin_sqrtf(square) : 1.0f;
+    const Vec factor = set1(is_dot ? 1.0f : length); // bfloat16 would be rounded
+    inverse[r] = is_dot ? length : 1.0f;
     for (i64 c = 0; c < dim; c += kLanes) {
-      const Vec v = load_as_f32(from + c * size, x.type, dim - c);
-      top = max_skip_nan(top, (Vec)((IVec)v & 0x7fffffff));
-      bad += zero() * v;
+      store_working(to + r * stride + c * out, is_dot, load_as_f32(from + c * size, x.type, dim - c) * scale * factor);
     }
-    if (sum(bad) != 0.0f || dim == 0) {
-      std::memset(row, 0, stride);
-      inverse[r] = dim == 0 ? 0.0f : sum(bad);
-      continue;
-    }
-    const Vec scale = set1(scale_to_one(largest(top)));
-    Vec squares = zero();
-    for (i64 c = 0; c < dim; c += kLanes) {
-      const Vec v = load_as_f32(from + c * size, x.type, dim - c) * scale;
-      squares = fma(v, v, squares);
-      store_working(row + c * out, is_dot, v);
-    }
-    const float square = sum(squares);
-    inverse[r] = square > 0.0f ? 1.0f / __builtin_sqrtf(square) : 0.0f;
   }
 }
 
 struct MatchScratch : Arena {
   explicit MatchScratch(Arena memory, const MatchTask& t) : Arena(memory) {
     panel = take<float>(depth_of(uses_dot(t.type), t.dim) * kPanel);
-    tile = take<float>(kMatchRows * kPanel);
   }
-  float *panel = nullptr, *tile = nullptr;
+  float* panel = nullptr;
 };
 
 inline i64 match_scratch(const MatchTask& t) {
   return scratch_bytes<MatchScratch>(t);
 }
 
-// Rows [first, first + rows) of a tile are compared with the best so far; of equal ones the first stays, NaN is skipped.
-template <int kCount>
-MMK_INLINE void keep_best(const MatchTask& t, const float* tile, i64 first, i64 rows) {
-  Vec best[kCount];
-  IVec partner[kCount];
+// kRows rows against kCols vectors of lanes: products in registers, then the running best. Of equal ones the first
+// stays, NaN is skipped.
+template <int kRows, int kCols, bool kDot>
+MMK_INLINE void best_of_rows(const MatchTask& t, const float* panel, i64 lanes, i64 depth, i64 stride, i64 first) {
+  Vec acc[kRows][kCols] = {};
+  const char* a = t.into + first * stride;
+  for (i64 k = 0; k < depth; ++k) {
+    Vec x[kCols];
 #pragma GCC unroll 4
-  for (int v = 0; v < kCount; ++v) {
-    best[v] = load(t.best + v * kLanes);
-    partner[v] = (IVec)load(t.partner + v * kLanes);
-  }
-  for (i64 r = 0; r < rows; ++r) {
-    const Vec inverse = set1(t.into_inverse[first + r]);
-    const IVec row = (std::int32_t)(first + r) - IVec{};
+    for (int n = 0; n < kCols; ++n) {
+      x[n] = load(panel + k * lanes + n * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const Vec y = broadcast(a + m * stride + k * 4);
 #pragma GCC unroll 4
-    for (int v = 0; v < kCount; ++v) {
-      const Vec x = load(tile + r * kPanel + v * kLanes) * inverse;
-#if defined(__AVX512F__)
-      const __mmask16 more = _mm512_cmp_ps_mask((__m512)x, (__m512)best[v], _CMP_GT_OQ);
-      partner[v] = (IVec)_mm512_mask_mov_epi32((__m512i)partner[v], more, (__m512i)row);
-#else
-      partner[v] = x > best[v] ? row : partner[v];
-#endif
-      best[v] = max_skip_nan(best[v], x);
+      for (int n = 0; n < kCols; ++n) {
+        acc[m][n] = multiply_add<kDot>(y, x[n], acc[m][n]);
+      }
     }
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < kCount; ++v) {
-    store(t.best + v * kLanes, best[v]);
-    store(t.partner + v * kLanes, (Vec)partner[v]);
+  for (int n = 0; n < kCols; ++n) {
+    Vec number = (Vec)((std::int32_t)first - IVec{});
+    keep(number); // else GCC makes each row's number anew, from a scalar
+    Vec best = load(t.best + n * kLanes);
+    IVec partner = (IVec)load(t.partner + n * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const Vec x = kDot ? acc[m][n] * t.into_inverse[first + m] : acc[m][n];
+      const IVec row = (IVec)number + m;
+#if defined(__AVX512F__)
+      const __mmask16 more = _mm512_cmp_ps_mask((__m512)x, (__m512)best, _CMP_GT_OQ);
+      partner = (IVec)_mm512_mask_mov_epi32((__m512i)partner, more, (__m512i)row);
+#else
+      partner = x > best ? row : partner;
+#endif
+      best = max_skip_nan(best, x);
+    }
+    store(t.best + n * kLanes, best);
+    store(t.partner + n * kLanes, (Vec)partner);
   }
 }
 
-template <bool kDot> void match_rows(const MatchTask& t, const MatchScratch& s) {
-  const i64 stride = row_bytes(kDot, t.dim), depth = depth_of(kDot, t.dim), lanes = pad_lanes(t.from_count);
-  transpose_rows({t.from, stride}, t.from_count, depth, lanes, s.panel);
+template <int kCols, bool kDot> void match_columns(const MatchTask& t, const float* panel, i64 lanes, i64 depth) {
+  constexpr int kTall = kCols == 4 || (kLanes < 16 && kCols == 2) ? 6 : 8;
+  const i64 stride = row_bytes(kDot, t.dim);
+  i64 row = 0;
+  const auto run = [&](auto height) {
+    constexpr int kRows = decltype(height)::value;
+    for (; row + kRows <= t.into_count; row += kRows) {
+      best_of_rows<kRows, kCols, kDot>(t, panel, lanes, depth, stride, row);
+    }
+  };
+  run(std::integral_constant<int, kTall>());
+  run(std::integral_constant<int, 2>());
+  run(std::integral_constant<int, 1>());
+}
+
+template <bool kDot> void match_rows(const MatchTask& t, float* panel) {
+  const i64 depth = depth_of(kDot, t.dim), lanes = pad_lanes(t.from_count);
+  transpose_rows({t.from, row_bytes(kDot, t.dim)}, t.from_count, depth, lanes, panel);
   for (i64 i = 0; i < lanes; i += kLanes) {
     store(t.best + i, set1(-kInf));
     store(t.partner + i, zero());
   }
-  for (i64 row = 0; row < t.into_count; row += kMatchRows) {
-    const i64 rows = least(kMatchRows, t.into_count - row);
-    for (i64 k = 0; k < most<i64>(depth, 1); k += kMatchDepth) {
-      const Operand a{t.into + row * stride + k * 4, stride, 4};
-      gemm<kDot>(a, s.panel + k * lanes, lanes * 4, s.tile, kPanel, rows, lanes / kLanes,
-                 least(kMatchDepth, depth - k), k > 0);
-    }
-    switch (lanes / kLanes) {
-    case 1:
-      keep_best<1>(t, s.tile, row, rows);
-      break;
-    case 2:
-      keep_best<2>(t, s.tile, row, rows);
-      break;
-    case 3:
-      keep_best<kVectors == 4 ? 3 : 1>(t, s.tile, row, rows);
-      break;
-    default:
-      keep_best<kVectors>(t, s.tile, row, rows);
-    }
+  switch (lanes / kLanes) {
+  case 1:
+    return match_columns<1, kDot>(t, panel, lanes, depth);
+  case 2:
+    return match_columns<2, kDot>(t, panel, lanes, depth);
+  case 3:
+    return match_columns<kVectors == 4 ? 3 : 1, kDot>(t, panel, lanes, depth);
+  default:
+    return match_columns<kVectors, kDot>(t, panel, lanes, depth);
   }
 }
 
 inline void match(const MatchTask& t, char* scratch) {
   const MatchScratch s{{scratch}, t};
-  with_pairs(uses_dot(t.type), [&](auto pairs) { match_rows<decltype(pairs)::value>(t, s); });
+  with_pairs(uses_dot(t.type), [&](auto pairs) { match_rows<decltype(pairs)::value>(t, s.panel); });
 }
 
 } // namespace mmkernels::MMK_ISA

@@ -102,8 +102,7 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(const Arguments& args) {
       const TokenRows rows = rows_of("x", x, keep_x);
       const MergeTokensKernels& k = merge_tokens_kernels();
       const TokenGroups g = groups.rows(channels, nullptr);
-      for_rows(tokens, channels,
-               [&](i64 first, i64 last) { k.group_dots(g, rows, y, found.data(), first, last); });
+      for_rows(tokens, channels, [&](i64 first, i64 last) { k.group_dots(g, rows, y, found.data(), first, last); });
       std::vector<float> mean(count);
       for (i64 i = 0; i < tokens; ++i) {
         mean[groups.of(i)] += weights[i] * found[i];

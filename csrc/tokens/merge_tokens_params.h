@@ -19,9 +19,9 @@ struct MatchTask {
   Type type = Type::f32; // of the metric
   std::int64_t dim = 0;
   const char *from = nullptr, *into = nullptr;
-  const float* into_inverse = nullptr; // 1 / the length of each row
+  const float* into_inverse = nullptr; // 1 / the length of each row, as `prepare` says
   std::int64_t from_count = 0, into_count = 0;
-  float* best = nullptr; // [from_count, padded to whole panels]: the largest product with a row of length 1
+  float* best = nullptr; // [panel]: the largest product with a row of length 1; -inf: all are NaN
   std::int32_t* partner = nullptr;
 };
 
@@ -36,13 +36,13 @@ struct TokenGroups {
 struct MergeTokensKernels {
   std::int64_t panel;                                   // the most tokens of a MatchTask
   std::int64_t (*prepared_bytes)(Type, std::int64_t d); // of a row
-  // Tokens first, first + 2, ...: rows as products read them, each times a power of two, and 1 / their lengths: 0 for
-  // a row of zeros, NaN for one that is not finite, which is written as zeros.
+  // Tokens first, first + 2, ...: rows as products read them, and 1 / their lengths. A row of zeros stays, one that is
+  // not finite is NaN. Rows of float32 have length 1; those of bfloat16 pairs, which that would round, are near it.
   void (*prepare)(const TokenRows&, std::int64_t dim, std::int64_t first, std::int64_t count, char* to, float* inverse);
   std::int64_t (*match_scratch)(const MatchTask&);
   void (*match)(const MatchTask&, char* scratch);
 
-  // Groups [first, last): the weighted sums of their tokens' rows.
+  // Groups [first, last): the weighted sums of their tokens' rows, in the rows' type or float32.
   void (*sum_groups)(const TokenGroups&, const TokenRows& tokens, Type type, char* to, std::int64_t first,
                      std::int64_t last);
   // Tokens [first, last): their groups' rows times their weights.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
 
 __all__ = ["group_means", "group_sums"]
 
 
-def group_sums(x: Tensor, group: Tensor, count: int | SymInt) -> Tensor:
+def group_sums(x: Tensor, group: Tensor, count: int) -> Tensor:
     """Returns the sum of each group's rows.
 
     Args:
@@ -20,7 +19,7 @@ def group_sums(x: Tensor, group: Tensor, count: int | SymInt) -> Tensor:
     return x.new_zeros(count, *x.shape[1:]).index_add(0, group, x)
 
 
-def group_means(x: Tensor, sizes: Tensor | None, group: Tensor, count: int | SymInt) -> tuple[Tensor, Tensor]:
+def group_means(x: Tensor, sizes: Tensor | None, group: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Returns the mean of each group's rows, weighted by size, [count, C] in the wide dtype, and the sum of its sizes.
 
     Args:

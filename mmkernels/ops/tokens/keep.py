@@ -34,7 +34,7 @@ def check_protect(protect: object) -> int:
         raise TypeError(f"protect must be an integer, the tokens at the front of each image, got {_kind(protect)}")
     if protect < 0:
         raise ValueError(f"protect must be 0 or more, got {protect}")
-    return protect
+    return protect  # type: ignore[return-value]  # a graph may have a symbol
 
 
 def check_keep(keep: Keep, lengths: Sizes, protect: int, batched: bool) -> Sizes:
@@ -64,7 +64,7 @@ def check_keep(keep: Keep, lengths: Sizes, protect: int, batched: bool) -> Sizes
         if not least <= count <= n:
             raise ValueError(f"keep must be from {least} to {n} for image {image} of {n} tokens, got {count}")
         if batched and count != kept[0]:
-            raise ValueError(f"keep must be one number for all images of [images, tokens, C], got {kept[0]} and {count}")
+            raise ValueError(f"keep must be the same for all images of [images, tokens, C], got {kept[0]} and {count}")
     return kept
 
 

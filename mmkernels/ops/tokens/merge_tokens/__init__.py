@@ -13,14 +13,7 @@ from mmkernels.ops.tokens.match_tokens.spec import Arguments as MatchArguments
 from mmkernels.ops.tokens.merge_tokens import chunked
 from mmkernels.ops.tokens.merge_tokens.spec import Arguments, Results, formula, reference, reference_backward
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import (
-    can_look,
-    check_floating,
-    check_range,
-    check_tensor,
-    in_graph,
-    without_autocast,
-)
+from mmkernels.runtime.checks import can_look, check_floating, check_range, check_tensor, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -53,8 +46,8 @@ def merge_tokens(
         lengths, keep, protect: as in `match_tokens`.
         metric: ``[tokens, D]`` or ``[images, tokens, D]``, any of these dtypes, on x's device: what tokens are compared
             by, such as an attention layer's keys, averaged over the heads; None: x itself.
-        sizes: ``[tokens]`` or ``[images, tokens]``, float32 (float64 beside a float64 x), above 0: how many patches each
-            token stands for, as an earlier call returned them; None: 1 each.
+        sizes: ``[tokens]`` or ``[images, tokens]``, float32 (float64 beside a float64 x), above 0: how many patches
+            each token stands for, as an earlier call returned them; None: 1 each.
         assignment: int64, what `match_tokens` or an earlier call returned for tokens of these lengths and this `keep`,
             so that other tensors are merged the same way; metric and protect are then not used. Values are checked on a
             CPU; on a GPU, where that would wait for the device, they must be right.
@@ -101,7 +94,7 @@ def merge_tokens(
     kept = check_keep(keep, images.sizes, protect, images.batched)
     flat_sizes = None if sizes is None else check_token_sizes(sizes, x)
     backend = resolve(backend)
-    if backend and not in_graph():  # so that the error of a backend that can't run speaks of this op
+    if backend and can_look(x):  # so that the error of a backend that can't run speaks of this op
         OP.choose(backend, Arguments(x=images.x, sizes=flat_sizes, assignment=images.x, kept=kept))
     if assignment is None:
         rows = images.x if metric is None else _check_metric(metric, x)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import SymInt, Tensor
+from torch import Tensor
 
 from mmkernels.ops.common.triton.launch import ceil_div
 from mmkernels.plan import Config
@@ -63,22 +63,21 @@ class Groups(NamedTuple):
     Args:
         group: int64 [N], of each token.
         order: int64 [N], the tokens group by group.
-        starts: int64 [count + 1], where in it each group begins.
+        starts: int64 [number + 1], where in it each group begins.
+        number: of the groups.
     """
 
     group: Tensor
     order: Tensor
     starts: Tensor
-
-    @property
-    def count(self) -> int:
-        return len(self.starts) - 1
+    number: int
 
 
-def groups_of(group: Tensor, count: int | SymInt) -> Groups:
+def groups_of(group: Tensor, count: int) -> Groups:
     """Returns the groups of int64 [N], without a host sync."""
     ordered, order = group.sort(stable=True)
-    return Groups(group.contiguous(), order, torch.searchsorted(ordered, torch.arange(count + 1, device=group.device)))
+    starts = torch.searchsorted(ordered, torch.arange(count + 1, device=group.device))
+    return Groups(group.contiguous(), order, starts, count)
 
 
 def sum_groups(x: Tensor, groups: Groups, weights: Tensor | None, dtype: torch.dtype, plan: Config) -> Tensor:
@@ -89,9 +88,9 @@ def sum_groups(x: Tensor, groups: Groups, weights: Tensor | None, dtype: torch.d
         weights: float32 [N]; None: 1 each.
     """
     x, channels = _dense(x), x.shape[1]
-    y = x.new_empty(groups.count, channels, dtype=dtype)
+    y = x.new_empty(groups.number, channels, dtype=dtype)
     launch(
-        sum_kernel, (groups.count, ceil_div(channels, plan.block_k)), plan,
+        sum_kernel, (groups.number, ceil_div(channels, plan.block_k)), plan,
         x, weights, groups.order, groups.starts, y, x.stride(0), channels, BLOCK_C=plan.block_k,
     )  # fmt: skip
     return y
@@ -122,7 +121,7 @@ def dots_with_groups(x: Tensor, y: Tensor, groups: Groups, plan: Config) -> Tens
 def group_means(
     x: Tensor, sizes: Tensor | None, groups: Groups, dtype: torch.dtype, plan: Config
 ) -> tuple[Tensor, Tensor]:
-    """Returns the mean of each group's rows, weighted by size, [count, C], and the sum of its sizes, float32 [count]."""
+    """Returns the mean of each group's rows, weighted by size, [count, C], and its sizes' sum, float32 [count]."""
     sizes = x.new_ones(x.shape[0], dtype=torch.float32) if sizes is None else sizes
     total = sum_groups(sizes[:, None], groups, None, torch.float32, plan)[:, 0]
     return sum_groups(x, groups, sizes / total[groups.group], dtype, plan), total
