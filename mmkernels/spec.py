@@ -19,9 +19,9 @@ Inputs = dict[str, Any]
 
 def flatten(outputs: Any) -> tuple[Tensor, ...]:
     """Returns the tensors of a call's result: of one tensor, or of tuples of tensors and sizes."""
-    if isinstance(outputs, Tensor):
-        return (outputs,)
-    return tuple(x for part in outputs for x in flatten(part)) if isinstance(outputs, tuple) else ()
+    if isinstance(outputs, int | torch.SymInt):
+        return ()
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(x for part in outputs for x in flatten(part))
 
 
 @dataclass(frozen=True)

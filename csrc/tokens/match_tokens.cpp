@@ -24,14 +24,15 @@ struct MatchImage {
 // One round: the metric's rows in, each token's group out.
 class Round {
 public:
-  Round(const TokenRows& metric, i64 dim, const std::vector<i64>& lengths, const std::vector<i64>& kept, i64 protect)
-      : metric_(metric), dim_(dim), group_(std::accumulate(lengths.begin(), lengths.end(), i64{0})) {
+  Round(const MergeTokensKernels& k, const TokenRows& metric, i64 dim, const std::vector<i64>& lengths,
+        const std::vector<i64>& kept, i64 protect)
+      : k_(k), metric_(metric), dim_(dim), group_(std::accumulate(lengths.begin(), lengths.end(), i64{0})) {
     i64 first = 0;
     for (std::size_t image = 0; image < lengths.size(); ++image) {
       const i64 length = lengths[image], from = (length + 1) / 2 - (protect + 1) / 2, into = length / 2 - protect / 2;
       const i64 merges = length > kept[image] ? std::min(length - kept[image], from) : 0;
       TORCH_CHECK_VALUE(length == kept[image] || (length > kept[image] && from > 0 && into > 0),
-                        "kept must be what rounds can reach");
+                        "kept must be from protect + 1 to each image's length, or that length");
       images_.push_back(
           {first, length, merges, protect + protect % 2, protect + 1 - protect % 2, from, into, prepared_});
       prepared_ += merges > 0 ? from + into : 0;
@@ -162,7 +163,7 @@ private:
     return next;
   }
 
-  const MergeTokensKernels& k_ = merge_tokens_kernels(); // once: another thread may choose another instruction set
+  const MergeTokensKernels& k_;
   TokenRows metric_;
   i64 dim_, prepared_ = 0;
   std::vector<MatchImage> images_;
@@ -194,9 +195,10 @@ Tensor match_tokens(const Arguments& args) {
   }
   std::vector<std::int32_t> found(tokens);
   std::iota(found.begin(), found.end(), 0);
-  std::vector<float> means[2]; // of the groups so far; one is read while the other is written
+  const MergeTokensKernels& k = merge_tokens_kernels(); // once: another thread may choose another instruction set
+  std::vector<float> means[2];                          // of the groups so far; one is read while the other is written
   for (int turn = 0; lengths != kept; ++turn) {
-    Round round(rows, dim, lengths, kept, protect);
+    Round round(k, rows, dim, lengths, kept, protect);
     std::vector<std::int32_t> group = round.groups();
     for (std::int32_t& row : found) {
       row = group[row];

@@ -209,6 +209,14 @@ def test_batched_and_packed_are_the_same() -> None:
         assert torch.equal(one.flatten(0, 1), other)
 
 
+def test_autocast_rounds_nothing() -> None:
+    x, metric = torch.randn(12, 8, generator=generator()), alike(generator(), 12, 8).float()
+    want = mmkernels.merge_tokens(x, (12,), 5, metric=metric)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mmkernels.merge_tokens(x, (12,), 5, metric=metric)
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
 # Any images.
 
 

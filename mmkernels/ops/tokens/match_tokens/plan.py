@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator
 
-from mmkernels.ops.common.cases import normal
+from mmkernels.ops.tokens.match_tokens.spec import packed
 from mmkernels.plan import TARGETS, Config, Limit, Plan, Problem, Search, Tiles, Variant
 from mmkernels.spec import Inputs
 
@@ -17,6 +17,7 @@ _BEST = {
     "sm_100": (128, 128, 8, 3),
     "gfx942": (128, 64, 8, 2),
 }
+_TIMED_IMAGES = (4096,) * 4
 _TILES: dict[str, Tiles] = {target: {"best": (_BEST[target],), "sum": ((1, 64, 1, 1),)} for target in TARGETS}
 
 
@@ -26,7 +27,7 @@ def _images(tokens: int, dim: int, keep: float) -> Inputs:
 
 
 def _timed(g: Generator, dim: int) -> Inputs:
-    return {"metric": normal(g, 16384, dim), "lengths": (4096,) * 4, "keep": 0.75}
+    return {"metric": packed(g, _TIMED_IMAGES, dim), "lengths": _TIMED_IMAGES, "keep": 0.75}
 
 
 def _least_shared(config: Config, dim: int, size: int) -> int:

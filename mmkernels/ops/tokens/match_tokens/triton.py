@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +16,7 @@ from mmkernels.ops.common.triton.launch import precision
 from mmkernels.ops.tokens.keep import Round, sides
 from mmkernels.ops.tokens.match_tokens.spec import WORST, Arguments, in_rounds
 from mmkernels.ops.tokens.triton.groups import group_means, groups_of
+from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.triton import launch
 from mmkernels.runtime.tuning import config
 
@@ -86,22 +91,47 @@ def _match(metric: Tensor, step: Round, protect: int) -> Tensor:
     best = torch.full_like(inverse, -torch.inf)
     root = torch.arange(metric.shape[0], device=device)
     partner = root.clone()
-    tiles = _tiles(step, protect, plan.block_q, device)
+    tables = _tables(tuple(step.lengths), step.merges, protect, plan.block_q, device)
     launch(
-        best_kernel, (tiles.shape[0],), plan,
-        rows, inverse, tiles, best, partner, dim, protect + protect % 2, protect + 1 - protect % 2, WORST,
+        best_kernel, (tables.tiles.shape[0],), plan,
+        rows, inverse, tables.tiles, best, partner, dim, protect + protect % 2, protect + 1 - protect % 2, WORST,
         BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, PRECISION=precision(rows.dtype),
         BLOCK_D=min(max(16, triton.next_power_of_2(dim)), _STEP_BYTES // rows.element_size()),
     )  # fmt: skip
     # The tokens by image, in each the most similar first: two stable sorts. Those that merge are the first of each.
-    numbers = torch.tensor([step.lengths, step.merges], device=device)
-    lengths, merges = numbers.unbind()
-    image = torch.arange(len(step.lengths), device=device).repeat_interleave(lengths, output_size=len(root))
     order = best.argsort(descending=True, stable=True)
-    order = order[image[order].argsort(stable=True)]
+    order = order[tables.image[order].argsort(stable=True)]
     gone = torch.empty_like(root, dtype=torch.bool)
-    gone[order] = root - (lengths.cumsum(0) - lengths)[image] < merges[image]
+    gone[order] = root < tables.end
     return (torch.cumsum(~gone, 0) - 1)[torch.where(gone, partner, root)]
+
+
+class _Tables(NamedTuple):
+    """What follows from sizes alone.
+
+    Args:
+        tiles: as `best_kernel` says.
+        image: int64 [N], of each token.
+        end: int64 [N], of each token's image: its first token plus how many merge.
+    """
+
+    tiles: Tensor
+    image: Tensor
+    end: Tensor
+
+
+@lru_cache(maxsize=64)
+def _tables(lengths: Sizes, merges: Sizes, protect: int, rows: int, device: torch.device) -> _Tables:
+    """Returns tables that are kept: a copy to the device would not be captured into a CUDA graph."""
+    starts = [*accumulate(lengths, initial=0)][:-1]
+    tiles = [
+        (start, length, a)
+        for start, length, count in zip(starts, lengths, merges, strict=True)
+        for a in range(0, sides(length, protect)[0] if count else 0, rows)
+    ]
+    image = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    end = torch.tensor([start + count for start, count in zip(starts, merges, strict=True)])[image]
+    return _Tables(torch.tensor(tiles, dtype=torch.int32, device=device), image.to(device), end.to(device))
 
 
 def _near_one(metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,12 +143,3 @@ def _near_one(metric: Tensor) -> tuple[Tensor, Tensor]:
     length = torch.linalg.vector_norm(wide, dim=1)
     inverse = torch.where(finite[:, 0], torch.where(length > 0, 1 / length, 0.0), torch.nan)
     return wide.to(metric.dtype).contiguous(), inverse
-
-
-def _tiles(step: Round, protect: int, rows: int, device: torch.device) -> Tensor:
-    found, first = [], 0
-    for length, merges in zip(step.lengths, step.merges, strict=True):
-        if merges:
-            found += [(first, length, a) for a in range(0, sides(length, protect)[0], rows)]
-        first += length
-    return torch.tensor(found, dtype=torch.int32, device=device)
