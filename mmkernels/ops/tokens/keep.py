@@ -31,7 +31,8 @@ class Round(NamedTuple):
 def check_protect(protect: object) -> int:
     """Returns how many tokens at the front of each image take no part."""
     if isinstance(protect, bool) or not isinstance(protect, (int, SymInt)):
-        raise TypeError(f"protect must be an integer, the tokens at the front of each image, got {_kind(protect)}")
+        kind = type(protect).__name__
+        raise TypeError(f"protect must be an integer, the tokens at the front of each image, got {kind}")
     if protect < 0:
         raise ValueError(f"protect must be 0 or more, got {protect}")
     return protect  # type: ignore[return-value]  # a graph may have a symbol
@@ -103,7 +104,3 @@ def rounds_of(lengths: Sizes, kept: Sizes, protect: int) -> Iterator[Round]:
         )
         yield Round(lengths, merges)
         lengths = tuple(n - count for n, count in zip(lengths, merges, strict=True))
-
-
-def _kind(x: object) -> str:
-    return type(x).__name__
