@@ -11,9 +11,12 @@ from mmkernels.ops.attention.merge_attention import merge_attention
 from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
-from mmkernels.ops.tokens.select_diverse import select_diverse
+from mmkernels.ops.tokens.match_tokens import match_tokens
+from mmkernels.ops.tokens.merge_tokens import merge_tokens
 from mmkernels.ops.tokens.scatter_tokens import scatter_tokens
+from mmkernels.ops.tokens.select_diverse import select_diverse
 from mmkernels.ops.tokens.select_tokens import Selection, select_tokens
+from mmkernels.ops.tokens.unmerge_tokens import unmerge_tokens
 from mmkernels.runtime.dispatch import BackendError, use_backend
 
 try:
@@ -31,12 +34,15 @@ __all__ = [
     "attention_weights",
     "cross_attention",
     "info_nce",
+    "match_tokens",
     "merge_attention",
+    "merge_tokens",
     "ops",
     "retrieval_ranks",
-    "select_diverse",
     "scatter_tokens",
+    "select_diverse",
     "select_tokens",
     "sigmoid_contrastive",
+    "unmerge_tokens",
     "use_backend",
 ]

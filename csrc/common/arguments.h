@@ -30,6 +30,9 @@ public:
   double number(std::string_view name) const {
     return value(name).toDouble();
   }
+  i64 integer(std::string_view name) const {
+    return value(name).toInt();
+  }
   const std::string& text(std::string_view name) const {
     return value(name).toStringRef();
   }

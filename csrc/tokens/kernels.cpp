@@ -2,6 +2,8 @@
 // its name.
 #include "../common/table.h"
 #include "diverse.h"
+#include "match_tokens.h"
+#include "merge_tokens.h"
 #include "nearest.h"
 #include "rows.h"
 
@@ -15,8 +17,17 @@ const DiverseKernels diverse_kernels = {
     .subtract = subtract_rows,
 };
 
-extern const RowKernels row_kernels;
-const RowKernels row_kernels = {.compose = compose_rows};
+extern const MergeTokensKernels merge_tokens_kernels;
+const MergeTokensKernels merge_tokens_kernels = {
+    .panel = kPanel,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
+    .match_scratch = match_scratch,
+    .match = match,
+    .sum_groups = sum_groups,
+    .spread_groups = spread_groups,
+    .group_dots = group_dots,
+};
 
 extern const NearestKernels nearest_kernels;
 const NearestKernels nearest_kernels = {
@@ -28,5 +39,8 @@ const NearestKernels nearest_kernels = {
     .nearest = nearest,
     .sum = sum_tokens,
 };
+
+extern const RowKernels row_kernels;
+const RowKernels row_kernels = {.compose = compose_rows};
 
 } // namespace mmkernels::MMK_ISA

@@ -16,7 +16,7 @@ from torch import SymInt, Tensor
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating
 
-__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_keep", "check_lengths", "grid_as", "lengths_as"]
+__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_integers", "check_lengths", "grid_as", "lengths_as"]
 
 Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
 """(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""
@@ -51,7 +51,7 @@ def check_grid(x: Tensor, grid: Grid, name: str = "x") -> Images:
         ValueError: x has another shape than `Grid` says, or the grid does not match its tokens.
     """
     check_floating(name, x)
-    sizes = _integers("grid", grid, "(t, h, w) for each image")
+    sizes = check_integers("grid", grid, "(t, h, w) for each image")
     if x.dim() == 3 and len(sizes) == 3:
         sizes = sizes * x.shape[0]
     if len(sizes) % 3:
@@ -63,7 +63,9 @@ def check_grid(x: Tensor, grid: Grid, name: str = "x") -> Images:
 def check_lengths(x: Tensor, lengths: Lengths, name: str = "x") -> Images:
     """As `check_grid`, with one length an image, 0 too."""
     check_floating(name, x)
-    sizes = _integers("lengths", (lengths,) if isinstance(lengths, (int, SymInt)) else lengths, "the tokens of each image", 0)
+    sizes = check_integers(
+        "lengths", (lengths,) if isinstance(lengths, (int, SymInt)) else lengths, "the tokens of each image", 0
+    )
     if x.dim() == 3 and len(sizes) == 1:
         sizes = sizes * x.shape[0]
     return _packed(name, x, sizes, list(sizes), "lengths")
@@ -99,8 +101,12 @@ def _packed(name: str, x: Tensor, sizes: Sizes, tokens: list[int], what: str) ->
     return Images(x, sizes, False)
 
 
-def _integers(name: str, values: object, must: str, least: int = 1) -> Sizes:
-    """Returns integers of at least `least` as a flat tuple."""
+def check_integers(name: str, values: object, must: str, least: int = 1) -> Sizes:
+    """Returns integers of at least `least`, of a tensor or a sequence, as a flat tuple.
+
+    Args:
+        must: what they must be, for the error.
+    """
     if isinstance(values, Tensor):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, {must}, got {values.dtype}")
@@ -123,18 +129,3 @@ def _integers(name: str, values: object, must: str, least: int = 1) -> Sizes:
         if number < least:
             raise ValueError(f"{name} must be {least} or more, got {number}")
     return tuple(flat)
-
-
-def check_keep(keep: Lengths, given: Images) -> Sizes:
-    """Returns how many tokens are kept of each image of `given`, whose sizes are lengths."""
-    kept = _integers("keep", (keep,) if isinstance(keep, (int, SymInt)) else keep, "the tokens to keep of each image", 0)
-    if len(kept) == 1 and (isinstance(keep, (int, SymInt)) or given.batched):
-        kept = kept * len(given.sizes)
-    if len(kept) != len(given.sizes):
-        raise ValueError(f"keep must be for {len(given.sizes)} images, got {len(kept)}")
-    for image, (count, length) in enumerate(zip(kept, given.sizes, strict=True)):
-        if count > length:
-            raise ValueError(f"keep must be at most an image's tokens, got {count} of {length} in image {image}")
-    if given.batched and len(set(kept)) > 1:
-        raise ValueError(f"keep must be the same for all images of [images, tokens, C], got {kept}")
-    return kept

@@ -5,7 +5,6 @@ Nothing waits for a device: shapes follow from lengths that the host knows.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from itertools import accumulate
 
@@ -15,10 +14,7 @@ from torch import Tensor
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import in_graph
 
-__all__ = ["best", "image_of", "on_device", "share_of", "starts_of"]
-
-_ROUNDING = 1e-9
-"""So that 0.1 of 30 tokens are 3, although the float 0.1 is a little more than a tenth."""
+__all__ = ["best", "image_of", "on_device", "starts_of"]
 
 
 def best(scores: Tensor, lengths: Sizes, keep: Sizes, over: str) -> Tensor:
@@ -51,11 +47,6 @@ def _order(scores: Tensor) -> Tensor:
 def image_of(lengths: Sizes, device: torch.device) -> Tensor:
     """Returns the image of each token, int64 [tokens]."""
     return torch.repeat_interleave(on_device(lengths, device), output_size=sum(lengths))
-
-
-def share_of(share: float, lengths: Sizes) -> Sizes:
-    """Returns how many tokens of each image a share is, rounded up."""
-    return tuple(math.ceil(share * n - _ROUNDING * n) for n in lengths)
 
 
 def starts_of(sizes: Sizes) -> Sizes:

@@ -247,9 +247,13 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "keep a share above 1": (GOOD | {"keep": 1.5}, ValueError, r"keep must be above 0 and at most 1 .*, got 1.5"),
     "keep NaN": (GOOD | {"keep": NAN}, ValueError, r"keep must be above 0 and at most 1 .*, got nan"),
     "keep a bool": (GOOD | {"keep": True}, TypeError, r"keep must be a number of tokens, one for.*, got bool"),
-    "keep a string": (GOOD | {"keep": "all"}, TypeError, r"keep must be a number of tokens, .*, got str"),
-    "keep shares": (GOOD | {"keep": (0.5, 0.5)}, TypeError, r"keep must be a number of tokens, .*, got float"),
-    "keep of a batch": (BATCH | {"keep": (1, 2)}, ValueError, r"keep must be one number for all of .*, got 1 and 2"),
+    "keep a string": (GOOD | {"keep": "all"}, TypeError, r"keep must be integers, .*, got str"),
+    "keep shares": (GOOD | {"keep": (0.5, 0.5)}, TypeError, r"keep must be integers, .*, got float"),
+    "keep of a batch": (
+        BATCH | {"keep": (1, 2)},
+        ValueError,
+        r"keep must be the same for all images of .*, got 1 and 2",
+    ),
     "budget too large": (
         GOOD | {"keep": 10, "over": "batch"},
         ValueError,

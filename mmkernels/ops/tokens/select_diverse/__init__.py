@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Lengths, check_keep, check_lengths
+from mmkernels.ops.tokens.inputs import Lengths, check_lengths
+from mmkernels.ops.tokens.keep import Keep, check_keep
 from mmkernels.ops.tokens.select_diverse import chunked
 from mmkernels.ops.tokens.select_diverse.spec import Arguments, Results, check_method, reference
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
@@ -19,7 +20,7 @@ __all__ = ["select_diverse"]
 def select_diverse(
     x: Tensor,
     lengths: Lengths,
-    keep: Lengths,
+    keep: Keep,
     *,
     method: str = "determinant",
     quality: Tensor | None = None,
@@ -37,7 +38,8 @@ def select_diverse(
         x: tokens of images, packed, ``[tokens, C]``, or ``[images, tokens, C]``; float16, bfloat16, float32, float64.
         lengths: the tokens of each image, integers ``[images]``, or one number for ``[images, tokens, C]``. A tensor
             on a GPU is read back, which waits.
-        keep: how many to keep of each image, from 0 to its tokens: as `lengths`, or one number for all images.
+        keep: how many to keep of each image, from 0 to its tokens: one number for all, one for each, or a share of each
+            image's tokens, a float above 0 and at most 1, rounded up.
         method: "determinant" or "distance".
         quality: what each token counts, floats of x's shape without C; for "determinant". None: 1 each.
         backend: None (the fastest that can), "triton", "cpu", "chunked" or "reference".
@@ -62,7 +64,7 @@ def select_diverse(
         tensor([0, 3, 4])
     """
     given = check_lengths(x, lengths)
-    kept = check_keep(keep, given)
+    kept = check_keep(keep, given.sizes, least=0, batched=given.batched)
     check_method(method)
     if given.x.shape[1] == 0:
         raise ValueError(f"x must have channels, got shape {tuple(x.shape)}")

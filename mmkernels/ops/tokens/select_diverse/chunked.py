@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels.ops.tokens.select_diverse.spec import NOTHING_NEW, Arguments, directions, images_of, squared_lengths, symmetric
+from mmkernels.ops.tokens.select_diverse.spec import (
+    NOTHING_NEW,
+    Arguments,
+    directions,
+    images_of,
+    squared_lengths,
+    symmetric,
+)
 
 _ROWS = 1024  # tokens whose similarities to all others are computed together
 

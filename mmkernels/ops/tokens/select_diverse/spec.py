@@ -59,9 +59,7 @@ def directions(args: Arguments, first: int, last: int) -> tuple[Tensor, Tensor, 
 def reference(args: Arguments) -> Tensor:
     """Returns the kept tokens, int64 [sum of keep], by the formulas of the papers, with every similarity in memory."""
     select = _by_determinant if args.method == "determinant" else _by_distance
-    found = [
-        first + select(*directions(args, first, last), keep) for first, last, keep in images_of(args) if keep
-    ]
+    found = [first + select(*directions(args, first, last), keep) for first, last, keep in images_of(args) if keep]
     return torch.cat(found) if found else args.x.new_empty(0, dtype=torch.int64)
 
 
@@ -164,7 +162,9 @@ def _cost(inputs: Inputs, backward: bool) -> Cost:
 def _benchmark(tokens: int, dim: int, keep: int, method: str) -> Callable[[Generator], Inputs]:
     def make(g: Generator) -> Inputs:
         inputs: Inputs = {
-            "x": _images(g, (tokens,), dim).to(g.device, torch.float32), "lengths": (tokens,), "keep": (keep,),
+            "x": _images(g, (tokens,), dim).to(g.device, torch.float32),
+            "lengths": (tokens,),
+            "keep": (keep,),
             "method": method,
         }
         if method == "determinant":

@@ -109,7 +109,9 @@ def nearest_kernel(
             c = first + tl.arange(0, BLOCK_C)
             at = c.to(tl.int64)[None, :] * column
             a = tl.load(
-                x + (image.first + i).to(tl.int64)[:, None] * row + at, mask=live[:, None] & (c < dim)[None, :], other=0.0
+                x + (image.first + i).to(tl.int64)[:, None] * row + at,
+                mask=live[:, None] & (c < dim)[None, :],
+                other=0.0,
             )
             b = tl.load(
                 x + (image.first + j).to(tl.int64)[:, None] * row + at,

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import SymFloat, SymInt, Tensor
+from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.tokens.inputs import Lengths, check_lengths, lengths_as
-from mmkernels.ops.tokens.ranking import share_of
+from mmkernels.ops.tokens.keep import Keep, check_keep
 from mmkernels.ops.tokens.select_tokens import chunked
 from mmkernels.ops.tokens.select_tokens.spec import Arguments, Results, formula, reference, reference_backward
-from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import as_float, check_floating, is_traced
+from mmkernels.runtime.checks import check_floating
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
 __all__ = ["Selection", "select_tokens"]
-
-Keep = Sequence[int] | int | float
-"""How many tokens: a number for all images, one for each, or a share, of which compiled code has each as a constant."""
 
 _OVER = ("image", "batch")
 _MERGES = ("mean", "visionzip", "prumerge")
@@ -118,7 +113,9 @@ def select_tokens(
     merge = _check_merge(merge_rest)
     per_image = over == "image"
     sizes = images.sizes if images.sizes or not images.batched else (x.shape[1],)  # of no images too
-    kept = check_keep(keep, sizes if per_image else (sum(images.sizes),), per_image, images.batched)
+    kept = check_keep(
+        keep, sizes if per_image else (sum(images.sizes),), batched=images.batched and per_image, together=not per_image
+    )
     args = Arguments(
         x=images.x,
         scores=_check_scores(scores, x).detach(),
@@ -135,40 +132,6 @@ def select_tokens(
         form = (x.shape[0], kept[0])
         y, index = y.unflatten(0, form), index.unflatten(0, form)
     return Selection(y, lengths_as(lengths, kept), index)
-
-
-def check_keep(keep: object, lengths: Sizes, per_image: bool, batched: bool) -> Sizes:
-    """Returns how many tokens each image keeps.
-
-    Args:
-        lengths: the tokens of each image; of all images together if it is not per image.
-        batched: all images keep the same number.
-
-    Raises:
-        TypeError: keep is neither a number nor integers.
-        ValueError: keep is for another number of images, or a number that these images can't keep.
-    """
-    if isinstance(keep, (float, SymFloat)) or (isinstance(keep, Tensor) and is_traced()):
-        share = as_float("keep", keep, "a share of the tokens")
-        if not 0.0 < share <= 1.0:
-            raise ValueError(f"keep must be above 0 and at most 1 as a share of the tokens, got {keep}")
-        return share_of(share, lengths)
-    must = "a number of tokens, one for each image, or a share" if per_image else "a number of tokens, or a share"
-    numbers = keep if isinstance(keep, Sequence) and not isinstance(keep, str) and per_image else [keep]
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, (int, SymInt)):
-            raise TypeError(f"keep must be {must}, got {type(number).__name__}")
-    one = numbers is not keep
-    if not one and len(numbers) != len(lengths):
-        raise ValueError(f"keep must be for {len(lengths)} images, got {len(numbers)} numbers")
-    kept = tuple(numbers) * (len(lengths) if one else 1)
-    for image, (count, n) in enumerate(zip(kept, lengths, strict=True)):
-        if not min(n, 1) <= count <= n:
-            of = f"image {image} of {n} tokens" if per_image else f"{n} tokens"
-            raise ValueError(f"keep must be from {min(n, 1)} to {n} for {of}, got {count}")
-        if batched and count != kept[0]:
-            raise ValueError(f"keep must be one number for all of [images, tokens, C], got {kept[0]} and {count}")
-    return kept
 
 
 def _check_merge(merge_rest: object) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.ranking import best, image_of, share_of
+from mmkernels.ops.tokens.keep import share_of
+from mmkernels.ops.tokens.ranking import best, image_of
 from mmkernels.runtime.arguments import Differentiable, Sizes
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
 from mmkernels.targets import BandwidthShare, MemoryRatio, Speedup

@@ -1,0 +1,8 @@
+"""`merge_tokens` beside the peers of token_peers.py."""
+
+import token_peers
+
+from mmkernels.bench.benchmark import rows_of
+from mmkernels.ops.tokens.merge_tokens.spec import SPEC
+
+test_merge_tokens = rows_of(SPEC, token_peers.MERGE)

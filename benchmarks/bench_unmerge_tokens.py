@@ -1,0 +1,8 @@
+"""`unmerge_tokens` beside the peers of token_peers.py."""
+
+import token_peers
+
+from mmkernels.bench.benchmark import rows_of
+from mmkernels.ops.tokens.unmerge_tokens.spec import SPEC
+
+test_unmerge_tokens = rows_of(SPEC, token_peers.UNMERGE)
