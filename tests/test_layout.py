@@ -29,6 +29,7 @@ LAYERS = (
     ("integrations", "profiling", "bench", "aot"),
     ("doctor",),
     ("cli",),
+    ("__main__",),
 )
 """Modules and packages of `mmkernels`; each imports from its own entry and from those before it."""
 
