@@ -30,7 +30,7 @@ class Arguments(NamedTuple):
 class Results(NamedTuple):
     """What `select_diverse` returns."""
 
-    index: Tensor  # int64 [sum of keep]
+    places: Tensor  # int64 [sum of keep]
 
 
 def images_of(args: Arguments) -> Iterator[tuple[int, int, int]]:
