@@ -11,6 +11,7 @@ from mmkernels.ops.attention.merge_attention import merge_attention
 from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
+from mmkernels.ops.tokens.merge_patches import merge_patches
 from mmkernels.runtime.dispatch import BackendError, use_backend
 
 try:
@@ -28,6 +29,7 @@ __all__ = [
     "cross_attention",
     "info_nce",
     "merge_attention",
+    "merge_patches",
     "ops",
     "retrieval_ranks",
     "sigmoid_contrastive",

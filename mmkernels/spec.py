@@ -18,8 +18,10 @@ Inputs = dict[str, Any]
 
 
 def flatten(outputs: Any) -> tuple[Tensor, ...]:
-    """Returns the tensors of a call's result, which may be one tensor or tuples of tensors."""
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(x for part in outputs for x in flatten(part))
+    """Returns the tensors of a call's result: one tensor, or tuples of tensors and of sizes, which are left out."""
+    if isinstance(outputs, Tensor):
+        return (outputs,)
+    return () if isinstance(outputs, int) else tuple(x for part in outputs for x in flatten(part))
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def test_vmap_is_a_loop_over_slices(spec: OpSpec) -> None:
     tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
     others = {name: x for name, x in inputs.items() if name not in tensors}
     stacked = {name: torch.stack([x, 0.5 * x, -x] if x.is_floating_point() else [x] * 3) for name, x in tensors.items()}
-    together = flatten(torch.func.vmap(lambda x: spec.function(**x, **others))(stacked))
+    together = torch.func.vmap(lambda x: flatten(spec.function(**x, **others)))(stacked)
     for n in range(3):
         alone = flatten(spec.function(**{name: x[n] for name, x in stacked.items()}, **others))
         for a, b in zip(together, alone, strict=True):
