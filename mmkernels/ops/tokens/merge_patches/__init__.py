@@ -45,8 +45,8 @@ def merge_patches(
     """Concatenate the channels of each window of tokens: space to depth, in one read and one write of the data.
 
     Args:
-        x: ``[tokens, C]``, the images' tokens one after the other; or ``[images, tokens, C]``, all of one size. float16,
-            bfloat16, float32 or float64. Strided views, such as ``x[:, 1:]`` without a class token, are read in place.
+        x: ``[tokens, C]``, the images' tokens one after the other; or ``[images, tokens, C]``, all of one size.
+            float16, bfloat16, float32 or float64. A strided view, such as ``x[:, 1:]``, is read in place.
         grid: (t, h, w) of each image: a list of tuples, or integers ``[images, 3]``; one (t, h, w) serves all images of
             ``x [images, tokens, C]``. A tensor's values must be read: one on a GPU waits for it, and compiled code
             wants tuples. Audio is (frames, 1, 1).

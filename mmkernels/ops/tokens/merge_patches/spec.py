@@ -121,17 +121,23 @@ def _scatter(y: Tensor, args: Any) -> Tensor:
 
 
 def _normalize(x: Tensor, args: Any) -> Tensor:
-    if args.norm == "rms":
-        return F.rms_norm(x, x.shape[-1:], args.weight, args.eps)
-    return F.layer_norm(x, x.shape[-1:], args.weight, args.bias, args.eps)
+    """In plain operators: the compiler knows no derivative of PyTorch's norms in forward mode."""
+    y, _ = _unit(x.to(wide_dtype(x)), args)
+    y = y if args.weight is None else y * args.weight
+    return (y if args.bias is None else y + args.bias).to(x.dtype)
+
+
+def _unit(x: Tensor, args: Any) -> tuple[Tensor, Tensor]:
+    """Returns x normalized, without weights, and the factor that did so."""
+    centred = x - x.mean(-1, keepdim=True) if args.norm == "layer" else x
+    scale = (centred.square().mean(-1, keepdim=True) + args.eps).rsqrt()
+    return centred * scale, scale
 
 
 def _normalize_backward(x: Tensor, grad: Tensor, args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias; sums are in float32, or float64."""
     x, grad = x.to(wide_dtype(x)), grad.to(wide_dtype(x))
-    centred = x - x.mean(-1, keepdim=True) if args.norm == "layer" else x
-    scale = (centred.square().mean(-1, keepdim=True) + args.eps).rsqrt()
-    unit = centred * scale
+    unit, scale = _unit(x, args)
     flow = grad if args.weight is None else grad * args.weight
     of_x = flow - unit * (flow * unit).mean(-1, keepdim=True)
     of_x = of_x - flow.mean(-1, keepdim=True) if args.norm == "layer" else of_x

@@ -226,8 +226,9 @@ class _Call:
         self.blocks = ceil_div(channels, block_c)
         self.table = image_table(x.device, args.grid, out, x.dim() == 3) if self.rows else None
         steps = (self.images - 1).bit_length() if self.images else 0
+        t, h, w = args.window
         self.window = Window(
-            *args.window, patches, args.order, channels, steps, args.norm, args.norm_first, block_p, block_c
+            t, h, w, patches, args.order, channels, steps, args.norm, args.norm_first, block_p, block_c
         )
 
 
