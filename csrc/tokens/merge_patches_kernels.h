@@ -16,6 +16,7 @@ struct MergeScratch : Arena {
   char** part = take<char*>(p.patches);               // a row by patches, within `parts`
   char* parts = take<char>(p.patches * p.channels * 4);
   char* zeros = take<char>(p.channels * 4);
+  NormStatistics* statistics = take<NormStatistics>(p.patches); // of each patch
   float* row = take<float>(p.norm ? p.patches * p.channels + kLanes : 0);
   float* grad = take<float>(p.norm ? p.patches * p.channels + kLanes : 0);
 
@@ -173,6 +174,25 @@ struct Pieces {
       : count(p.first ? p.patches : 1), length(p.first ? p.channels : p.patches * p.channels) {}
 };
 
+// Loads the patches in float32, and sums the statistics of each, or of all.
+inline void load_patches(const MergePatches& p, const MergeScratch& s) {
+  const i64 size = bytes_of(p.type), ahead = (p.grouped ? p.patches : p.window[2]) * p.x_stride;
+  const Pieces pieces(p);
+  const auto source = [&](i64 k) { return s.source[k] != nullptr ? s.source[k] : s.zeros; };
+  float total = 0.0f, squares = 0.0f;
+  for (i64 k = 0; k < p.patches; ++k) {
+    const float part = load_row(source(k), p.type, p.channels, s.row + k * p.channels);
+    total = (p.first ? 0.0f : total) + part;
+    s.statistics[k].mean = p.centred ? total / pieces.length : 0.0f;
+  }
+  for (i64 k = 0; k < p.patches; ++k) {
+    const float mean = s.statistics[p.first ? k : p.patches - 1].mean;
+    const float part = squares_about(s.row + k * p.channels, p.channels, mean, source(k) + ahead, size);
+    squares = (p.first ? 0.0f : squares) + part;
+    s.statistics[p.first ? k : 0] = {mean, norm_scale(squares, pieces.length, p.eps)};
+  }
+}
+
 inline void merge_patches(const MergePatches& p, i64 first, i64 last, char* memory) {
   const MergeScratch s{{memory}, p};
   const i64 size = bytes_of(p.type);
@@ -184,25 +204,24 @@ inline void merge_patches(const MergePatches& p, i64 first, i64 last, char* memo
       copy_patches(p, s, to);
       return;
     }
-    for (i64 k = 0; k < p.patches; ++k) {
-      load_row(s.source[k] != nullptr ? s.source[k] : s.zeros, p.type, p.channels, s.row + k * p.channels);
-    }
-    char* normal = p.channel_major || p.past_caches ? s.parts : to;
+    load_patches(p, s);
+    char* normal = p.channel_major ? s.parts : to;
     for (i64 n = 0; n < pieces.count; ++n) {
-      float* from = s.row + n * pieces.length;
+      char* piece = normal + n * pieces.length * size;
       if (!p.first || s.source[n] != nullptr) {
-        const NormStatistics of = statistics(from, pieces.length, p.centred, p.eps);
-        normalize(from, pieces.length, of, p.weight, p.bias, p.type, normal + n * pieces.length * size);
+        const bool past_caches = p.past_caches && !p.channel_major && (std::uintptr_t)piece % 64 == 0;
+        normalize(s.row + n * pieces.length, pieces.length, s.statistics[n], p.weight, p.bias, p.type, piece,
+                  past_caches);
       } else {
-        std::memset(normal + n * pieces.length * size, 0, pieces.length * size);
+        std::memset(piece, 0, pieces.length * size);
       }
     }
     if (p.channel_major) {
-      normal = p.past_caches ? reinterpret_cast<char*>(s.row) : to;
-      interleave_any(p, s.part, normal);
-    }
-    if (normal != to) {
-      copy_row(to, normal, p.patches * p.channels * size, true);
+      char* whole = p.past_caches ? (char*)s.row : to;
+      interleave_any(p, s.part, whole);
+      if (whole != to) {
+        copy_row(to, whole, p.patches * p.channels * size, true);
+      }
     }
   });
   end_stream(p.past_caches);
@@ -225,14 +244,12 @@ inline void merge_patches_backward(const MergePatches& p, i64 first, i64 last, f
       from = s.parts;
     }
     if (p.norm) {
-      for (i64 k = 0; k < p.patches; ++k) {
-        load_row(s.source[k] != nullptr ? s.source[k] : s.zeros, p.type, p.channels, s.row + k * p.channels);
-      }
+      load_patches(p, s);
       load_row(from, p.type, p.patches * p.channels, s.grad);
       for (i64 n = 0; n < pieces.count; ++n) {
         if (!p.first || s.source[n] != nullptr) {
-          normalize_backward(s.row + n * pieces.length, s.grad + n * pieces.length, pieces.length, p.centred, p.eps,
-                             p.weight, grad_weight, grad_bias);
+          normalize_backward(s.row + n * pieces.length, s.grad + n * pieces.length, pieces.length, s.statistics[n],
+                             p.centred, p.weight, grad_weight, grad_bias);
         }
       }
     }

@@ -1,7 +1,7 @@
 // Copies to memory that does not fit into the caches: non-temporal stores do not read what they overwrite.
 #pragma once
 
-#include "../common/vec.h"
+#include "../common/rows.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -36,6 +36,21 @@ inline void copy_row(char* to, const char* from, i64 bytes, bool past_caches) {
 #endif
   (void)past_caches;
   std::memcpy(to, from, bytes);
+}
+
+// A vector in any type, to an address that is aligned to its size.
+MMK_INLINE void stream_from_f32(char* to, Type type, Vec v) {
+  alignas(64) char bytes[sizeof v];
+  store_from_f32(bytes, type, v, kLanes);
+#if defined(__AVX512F__)
+  type == Type::f32 ? _mm512_stream_si512((__m512i*)to, (__m512i)v)
+                    : _mm256_stream_si256((__m256i*)to, _mm256_load_si256((const __m256i*)bytes));
+#elif defined(__AVX2__)
+  type == Type::f32 ? _mm256_stream_si256((__m256i*)to, (__m256i)v)
+                    : _mm_stream_si128((__m128i*)to, _mm_load_si128((const __m128i*)bytes));
+#else
+  std::memcpy(to, bytes, kLanes * bytes_of(type)); // narrow vectors gain nothing
+#endif
 }
 
 inline void end_stream(bool past_caches) {

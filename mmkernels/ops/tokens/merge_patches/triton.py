@@ -223,6 +223,7 @@ class _Call:
         block_p, block_c = padded(patches), padded(channels)
         if not args.norm:
             block_c = min(block_c, max(1, self.config.block_k // block_p))
+        self.weight, self.bias = (None if p is None else p.contiguous() for p in (args.weight, args.bias))
         self.blocks = ceil_div(channels, block_c)
         self.table = image_table(x.device, args.grid, out, x.dim() == 3) if self.rows else None
         steps = (self.images - 1).bit_length() if self.images else 0
@@ -242,7 +243,7 @@ def forward(args: Any) -> Tensor:
     y: Tensor = args.x.new_empty(call.rows, call.width)
     launch(
         merge_kernel, (call.rows, call.blocks), call.config,
-        args.x, y, args.weight, args.bias, call.table, _strides(args.x), call.images, args.eps, WINDOW=call.window,
+        args.x, y, call.weight, call.bias, call.table, _strides(args.x), call.images, args.eps, WINDOW=call.window,
     )  # fmt: skip
     return y
 
@@ -268,7 +269,7 @@ def backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
     ]
     launch(
         norm_backward_kernel, (programs,), call.config,
-        x, grad_x, args.grad_y, args.weight, *sums, call.table, _strides(x), strides, flow, call.images, call.rows,
+        x, grad_x, args.grad_y, call.weight, *sums, call.table, _strides(x), strides, flow, call.images, call.rows,
         args.eps, WINDOW=call.window,
     )  # fmt: skip
     of_weight, of_bias = (none if part is None else part.sum(0).to(x.dtype) for part in sums)
