@@ -225,7 +225,7 @@ class _Call:
             block_c = min(block_c, max(1, self.config.block_k // block_p))
         self.weight, self.bias = (None if p is None else p.contiguous() for p in (args.weight, args.bias))
         self.blocks = ceil_div(channels, block_c)
-        self.table = image_table(x.device, args.grid, out, x.dim() == 3) if self.rows else None
+        self.table = image_table(x.device, tuple(args.grid), out, x.dim() == 3) if self.rows else None
         steps = (self.images - 1).bit_length() if self.images else 0
         t, h, w = args.window
         self.window = Window(
