@@ -16,8 +16,8 @@ from torch import SymInt, Tensor
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating
 
-__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_grid_sizes", "check_lengths", "check_window", "grid_as",
-           "lengths_as", "unpack"]  # fmt: skip
+__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_grid_sizes", "check_lengths", "check_sizes", "check_window",
+           "grid_as", "lengths_as", "unpack"]  # fmt: skip
 
 Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
 """(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""
@@ -67,6 +67,11 @@ def check_grid_sizes(x: Tensor, grid: Grid, name: str = "x") -> Sizes:
         raise ValueError(f"grid must be (t, h, w) for each image, got {len(sizes)} numbers")
     _check_tokens(name, x, [prod(sizes[at : at + 3]) for at in range(0, len(sizes), 3)], "grid")
     return sizes
+
+
+def check_sizes(name: str, sizes: object, must: str) -> Sizes:
+    """Returns sizes of 1 or more as a flat tuple."""
+    return _integers(name, sizes, must)
 
 
 def check_window(window: Sequence[int]) -> Sizes:
@@ -139,8 +144,8 @@ def _integers(name: str, values: object, must: str, least: int = 1) -> Sizes:
     flat: list[int] = []
     for value in values:
         if isinstance(value, Sequence) and not isinstance(value, str):
-            if name == "grid" and len(value) != 3:
-                raise ValueError(f"grid must be {must}, got {tuple(value)}")
+            if name in ("grid", "size") and len(value) != 3:
+                raise ValueError(f"{name} must be {must}, got {tuple(value)}")
             flat.extend(value)
         else:
             flat.append(value)
