@@ -62,7 +62,6 @@ public:
         for (std::int32_t k = axis.begin[i]; k < axis.begin[i + 1]; ++k) {
           const std::int64_t at = axis.first[i] + k - axis.begin[i];
           first[at] = std::min(first[at], i);
-          weights[at].resize(i - first[at]);
           weights[at].push_back(axis.weights[k]);
         }
       }

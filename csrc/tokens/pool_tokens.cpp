@@ -125,22 +125,22 @@ std::tuple<Tensor, Tensor, Tensor> pool_tokens(const Arguments& args) {
   const bool max = launch.mode == "max", attention = launch.mode == "attention";
   p.pooling = max ? Pooling::max : attention ? Pooling::attention : Pooling::linear;
   const Tensor y = expect_writes(at::detail::empty_cpu({launch.rows, p.channels}, launch.x.scalar_type()));
-  const Tensor index =
+  const Tensor which =
       max ? at::detail::empty_cpu({launch.rows, p.channels}, at::kInt) : at::detail::empty_cpu({0}, at::kInt);
   const Tensor lse = at::detail::empty_cpu({attention ? launch.rows : 0}, at::kFloat);
   p.to = static_cast<char*>(y.mutable_data_ptr());
-  p.new_index = index.mutable_data_ptr<std::int32_t>();
+  p.new_index = which.mutable_data_ptr<std::int32_t>();
   p.new_lse = lse.mutable_data_ptr<float>();
   p.past_caches = static_cast<i64>(y.nbytes()) > kCacheBytes;
   launch.forward();
   launch.run();
-  return {y, index, lse};
+  return {y, which, lse};
 }
 
 std::tuple<Tensor, Tensor> pool_tokens_backward(const Arguments& args) {
   PoolLaunch launch(args);
   PoolTokens& p = launch.p;
-  const Tensor y = with_dense_channels(args.tensor("y")), index = args.tensor("index").contiguous();
+  const Tensor y = with_dense_channels(args.tensor("y")), which = args.tensor("which").contiguous();
   const Tensor lse = args.tensor("lse").contiguous(), grad_y = with_dense_channels(args.tensor("grad_y"));
   const bool max = launch.mode == "max", attention = launch.mode == "attention";
   const bool need_x = args.flag("need_x"), need_scores = args.flag("need_scores") && attention;
@@ -154,8 +154,8 @@ std::tuple<Tensor, Tensor> pool_tokens_backward(const Arguments& args) {
   std::vector<float> flow;
   Tensor grad_scores = none;
   if (max) {
-    check_sizes("index", index, {launch.rows, p.channels});
-    p.index = index.const_data_ptr<std::int32_t>();
+    check_sizes("which", which, {launch.rows, p.channels});
+    p.index = which.const_data_ptr<std::int32_t>();
   } else if (attention) {
     check_sizes("lse", lse, {launch.rows});
     p.lse = lse.const_data_ptr<float>();

@@ -19,6 +19,7 @@ struct PoolScratch : Arena {
   std::int32_t* local = take<std::int32_t>(padded); // backward: the number of this result among the token's taps
   float* sum = take<float>(p.channels + kLanes);
   char* line = take<char>((p.channels + kLanes) * 4);
+  mutable i64 wide = 0; // taps of the result along w
 };
 
 inline i64 pool_scratch(const PoolTokens& p) {
@@ -37,6 +38,7 @@ inline i64 find_taps(const PoolTokens& p, const PoolImage& image, i64 result, co
     count[d] = axis.begin[at[d] + 1] - axis.begin[at[d]];
     weights[d] = axis.weights + axis.begin[at[d]];
   }
+  s.wide = count[2];
   i64 n = 0;
   for (i64 t = 0; t < count[0]; ++t) {
     for (i64 h = 0; h < count[1]; ++h) {
@@ -81,6 +83,7 @@ template <typename F> MMK_INLINE void each_block(i64 channels, const F& f) {
 // The weighted sum of n tokens.
 template <Type kType> MMK_OUTLINE void weighted_sum(const PoolTokens& p, const PoolScratch& s, i64 n, char* to) {
   constexpr i64 kSize = bytes_of(kType);
+  const i64 ahead = s.wide * p.stride; // what the next result of windows side by side reads
   for (i64 k = 0; k == 0 || k < n; k += kTaps) {
     const i64 taps = least(n - k, kTaps);
     const bool begins = k == 0, ends = k + kTaps >= n;
@@ -96,6 +99,9 @@ template <Type kType> MMK_OUTLINE void weighted_sum(const PoolTokens& p, const P
         const char* from = s.source[j] + c * kSize;
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) {
+          if (i * kLanes * kSize % 64 == 0) {
+            __builtin_prefetch(from + i * kLanes * kSize + ahead);
+          }
           total[i] = fma(load_as_f32(from + i * kLanes * kSize, kType, count), weight, total[i]);
         }
       }

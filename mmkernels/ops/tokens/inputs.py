@@ -16,8 +16,8 @@ from torch import SymInt, Tensor
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating
 
-__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_grid_sizes", "check_lengths", "check_sizes", "check_window",
-           "grid_as", "lengths_as", "unpack"]  # fmt: skip
+__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_grid_sizes", "check_lengths", "check_sizes",
+           "check_window", "grid_as", "lengths_as", "unpack"]  # fmt: skip
 
 Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
 """(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""

@@ -67,13 +67,13 @@ def pool_tokens(
     Autocast rounds nothing here: x and scores may differ in their dtype under it, and the wider one is taken.
 
     Raises:
-        TypeError: a wrong dtype or type. ValueError: a wrong shape, device, grid, window, size or option. Each names the
-            argument, what it must be and what it got.
+        TypeError: a wrong dtype or type. ValueError: a wrong shape, device, grid, window, size or option. Each names
+            the argument, what it must be and what it got.
         BackendError: a forced backend can't run this call.
 
     Source: Li et al., "LLaVA-OneVision", 2024, section 3.2 (bilinear and mean pooling of a video's tokens); Chu et al.,
-    "Qwen2-Audio Technical Report", 2024, section 2 (pairs of frames); Keys, "Cubic Convolution Interpolation for Digital
-    Image Processing", 1981, eq. 15.
+    "Qwen2-Audio Technical Report", 2024, section 2 (pairs of frames); Keys, "Cubic Convolution Interpolation for
+    Digital Image Processing", 1981, eq. 15.
 
     Example:
         >>> import torch, mmkernels
@@ -126,11 +126,15 @@ def _check_target(
             if (edges == "refuse" and n % steps[at % 3]) or (edges == "drop" and n < steps[at % 3]):
                 image = sizes[at // 3 * 3 : at // 3 * 3 + 3]
                 must = "divisible by" if edges == "refuse" else "no smaller than"
-                raise ValueError(f"grid must be {must} window {steps} for edges={edges!r}, got {image} of image {at // 3}")
+                raise ValueError(
+                    f"grid must be {must} window {steps} for edges={edges!r}, got {image} of image {at // 3}"
+                )
         return steps, ()
     target = check_sizes("size", size, "(t, h, w), or one for each image")
     if len(target) not in (3, len(sizes)) or not target:
-        raise ValueError(f"size must be (t, h, w), or one for each of {len(sizes) // 3} images, got {len(target)} numbers")
+        raise ValueError(
+            f"size must be (t, h, w), or one for each of {len(sizes) // 3} images, got {len(target)} numbers"
+        )
     if mode == "bicubic" or antialias:
         for at in range(0, len(sizes), 3):
             if sizes[at] != target[at % len(target)]:
@@ -157,11 +161,11 @@ def _check_scores(scores: Tensor | None, mode: str, x: Tensor) -> None:
 
 def _fake(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     x, rows = args.x, count_tokens(args.out)
-    index = (rows, x.shape[-1]) if args.mode == "max" else (0,)
+    which = (rows, x.shape[-1]) if args.mode == "max" else (0,)
     lse = rows if args.mode == "attention" else 0
     return (
         x.new_empty(rows, x.shape[-1]),
-        x.new_empty(index, dtype=torch.int32),
+        x.new_empty(which, dtype=torch.int32),
         x.new_empty(lse, dtype=wide_dtype(x)),
     )
 
@@ -177,7 +181,7 @@ OP = define(
         Backend("reference", reference),
     ],
     gradient=Gradient(
-        saves=("y", "index", "lse"),
+        saves=("y", "which", "lse"),
         formula=lambda args: reference(args)[:1],
         backends=[
             triton_kernel(f"{__name__}.triton", "backward"),

@@ -6,7 +6,6 @@ from sizes that it knows.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import ceil, floor
 from typing import NamedTuple
 
@@ -25,7 +24,6 @@ class Taps(NamedTuple):
 Axis = tuple[Taps, ...]
 
 
-@lru_cache(maxsize=4096)
 def axis_of(mode: str, antialias: bool, size: int, out: int, step: int) -> Axis:
     """Returns the taps of each output along an axis.
 
@@ -40,14 +38,14 @@ def axis_of(mode: str, antialias: bool, size: int, out: int, step: int) -> Axis:
     return tuple((_linear if mode == "bilinear" else _cubic)(i, size, out) for i in range(out))
 
 
-@lru_cache(maxsize=4096)
 def transposed(axis: Axis, size: int) -> Axis:
     """Returns for each of `size` inputs the outputs that take it, with the same weights."""
-    first, weights = [len(axis)] * size, [[] for _ in range(size)]  # type: list[int], list[list[float]]
+    first = [len(axis)] * size
+    weights: list[list[float]] = [[] for _ in range(size)]
     for i, taps in enumerate(axis):
         for at, weight in enumerate(taps.weights, taps.first):
             first[at] = min(first[at], i)
-            weights[at] += [0.0] * (i - first[at] - len(weights[at])) + [weight]
+            weights[at].append(weight)
     return tuple(Taps(at, tuple(some)) for at, some in zip(first, weights, strict=True))
 
 

@@ -33,7 +33,7 @@ class Results(NamedTuple):
     """What `pool_tokens` returns."""
 
     y: Differentiable  # [tokens', C]
-    index: Tensor  # int32 [tokens', C], of mode "max": which token of its part is the largest; else empty
+    which: Tensor  # int32 [tokens', C], of mode "max": which token of its part is the largest; else empty
     lse: Tensor  # [tokens'], of mode "attention": of the scores of a part, float32 or float64; else empty
 
 
@@ -41,11 +41,11 @@ class Cells(NamedTuple):
     """The parts of the grid that tokens are pooled from.
 
     Args:
-        index: int64 [tokens', most tokens of a part]; past the end of a part its first token.
+        tokens: int64 [tokens', most tokens of a part]; past the end of a part its first token.
         live: bool, of the same shape.
     """
 
-    index: Tensor
+    tokens: Tensor
     live: Tensor
 
 
@@ -63,14 +63,14 @@ def reference(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     if args.mode not in ("max", "attention"):
         return _resize(x.to(wide), args, transpose=False).to(x.dtype), *none
     cells = _cells(args, x.device)
-    parts = x[cells.index]  # [tokens', most, C]
+    parts = x[cells.tokens]  # [tokens', most, C]
     if args.mode == "max":
         if not len(parts):
             return x.repeat(1, 1)[:0], none[0].view(0, 1).repeat(1, x.shape[1]), none[1]
-        y, index = parts.masked_fill(~cells.live[..., None], -torch.inf).max(1)
-        return y, index.to(torch.int32), none[1]
+        y, which = parts.masked_fill(~cells.live[..., None], -torch.inf).max(1)
+        return y, which.to(torch.int32), none[1]
     assert args.scores is not None
-    scores = args.scores.flatten().to(wide)[cells.index].masked_fill(~cells.live, -torch.inf)
+    scores = args.scores.flatten().to(wide)[cells.tokens].masked_fill(~cells.live, -torch.inf)
     weights = scores.softmax(1) if len(parts) else scores
     return (weights[..., None] * parts.to(wide)).sum(1).to(x.dtype), none[0], scores.detach().logsumexp(1)
 
@@ -85,14 +85,14 @@ def reference_backward(args: Any) -> tuple[Tensor, Tensor]:
         cells = _cells(args, x.device)
         of_x = torch.zeros(x.shape, dtype=wide, device=x.device)
         if args.mode == "max":
-            rows = cells.index.gather(1, args.index.long()) if len(grad) else args.index.long()
+            rows = cells.tokens.gather(1, args.which.long()) if len(grad) else args.which.long()
             of_x = of_x.scatter_add(0, rows, grad)
         else:
             scores = args.scores.flatten().to(wide)
-            weights = (scores[cells.index] - args.lse[:, None]).exp().masked_fill(~cells.live, 0.0)
-            of_x = of_x.index_add(0, cells.index.flatten(), (weights[..., None] * grad[:, None]).flatten(0, 1))
-            flows = (grad[:, None] * (x[cells.index].to(wide) - args.y.to(wide)[:, None])).sum(-1)
-            of_scores = torch.zeros_like(scores).index_add(0, cells.index.flatten(), (weights * flows).flatten())
+            weights = (scores[cells.tokens] - args.lse[:, None]).exp().masked_fill(~cells.live, 0.0)
+            of_x = of_x.index_add(0, cells.tokens.flatten(), (weights[..., None] * grad[:, None]).flatten(0, 1))
+            flows = (grad[:, None] * (x[cells.tokens].to(wide) - args.y.to(wide)[:, None])).sum(-1)
+            of_scores = torch.zeros_like(scores).index_add(0, cells.tokens.flatten(), (weights * flows).flatten())
             of_scores = of_scores.view(args.scores.shape).to(args.scores.dtype)
     need_scores = args.need_scores and args.scores is not None
     return (
@@ -129,7 +129,7 @@ def _cells(args: Any, device: torch.device) -> Cells:
 
 
 def _resize(x: Tensor, args: Any, *, transpose: bool) -> Tensor:
-    """Multiplies by the matrix of each axis: [tokens, C] -> [tokens', C], or the other way round."""
+    """Sums along one axis after the other: [tokens, C] -> [tokens', C], or the other way round."""
     parts, first = [], 0
     sizes = args.out if transpose else args.grid
     for at, each in zip(range(0, len(args.grid), 3), axes(args), strict=True):
@@ -137,15 +137,34 @@ def _resize(x: Tensor, args: Any, *, transpose: bool) -> Tensor:
         part = x[first : first + prod(size)].unflatten(0, size)
         first += prod(size)
         for dim, axis in enumerate(each):
-            matrix = _matrix(axis, args.grid[at + dim], x)
-            part = torch.tensordot(matrix.T if transpose else matrix, part.movedim(dim, 0), 1).movedim(0, dim)
+            part = part.movedim(dim, 0)
+            part = _along_transposed(part, axis, args.grid[at + dim]) if transpose else _along(part, axis)
+            part = part.movedim(0, dim)
         parts.append(part.reshape(-1, x.shape[1]))
     return torch.cat(parts) if parts else x.repeat(1, 1)
 
 
-def _matrix(axis: Axis, size: int, like: Tensor) -> Tensor:
-    rows = [[0.0] * first + list(some) + [0.0] * (size - first - len(some)) for first, some in axis]
-    return torch.tensor(rows, dtype=like.dtype, device=like.device).view(len(axis), size)
+def _along(x: Tensor, axis: Axis) -> Tensor:
+    """Returns the results along the first axis. NaN and infinity reach only those that take them."""
+    index, weights = _taps(axis, x)
+    return torch.where(weights != 0, x[index] * weights, 0.0).sum(1)
+
+
+def _along_transposed(grad: Tensor, axis: Axis, size: int) -> Tensor:
+    index, weights = _taps(axis, grad)
+    flows = torch.where(weights != 0, grad[:, None] * weights, 0.0)
+    return grad.new_zeros(size, *grad.shape[1:]).index_add(0, index.flatten(), flows.flatten(0, 1))
+
+
+def _taps(axis: Axis, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the inputs of each result, int64 [results, most], and their weights, [results, most, 1, 1, 1]."""
+    most = max([len(taps.weights) for taps in axis])
+    index = [[taps.first + (n if n < len(taps.weights) else 0) for n in range(most)] for taps in axis]
+    weights = [list(taps.weights) + [0.0] * (most - len(taps.weights)) for taps in axis]
+    return (
+        torch.tensor(index, dtype=torch.int64, device=like.device),
+        torch.tensor(weights, dtype=like.dtype, device=like.device)[..., None, None, None],
+    )
 
 
 def _case(id: str, channels: int, grid: Any, window: Any = None, **more: Any) -> Case:
@@ -169,7 +188,7 @@ def _cost(inputs: Inputs, backward: bool) -> Cost:
     x = inputs["x"]
     tokens = x.numel() // max(x.shape[-1], 1)
     if inputs.get("window") is not None:
-        shrunk = prod(inputs["window"])
+        shrunk: float = prod(inputs["window"])
     else:
         grids = inputs["grid"] if isinstance(inputs["grid"][0], tuple) else [inputs["grid"]]
         size = inputs["size"] if isinstance(inputs["size"][0], tuple) else [inputs["size"]] * len(grids)

@@ -25,7 +25,7 @@ _COLUMNS = tl.constexpr(16)
 """Of an image in `Tables.images`: first result, first token, t, h, w of what is read, t, h, w of the results, the first
 entries of its axes t, h, w in `Tables.axes`, and of the forward pass' axes."""
 _ENTRY = tl.constexpr(3)
-"""Of a result along an axis in `Tables.axes`: its first input, how many, where its weights begin in `Tables.weights`."""
+"""Of a result along an axis in `Tables.axes`: its first input, how many, and where its weights begin."""
 
 
 class Tables(NamedTuple):
@@ -308,7 +308,7 @@ def backward(args: Any) -> tuple[Tensor, Tensor]:
     if args.mode == "max":
         launch(
             max_backward_kernel, grid, call.config,
-            grad_x, args.grad_y, args.index.contiguous(), call.tables, flow, call.images, **call.constants,
+            grad_x, args.grad_y, args.which.contiguous(), call.tables, flow, call.images, **call.constants,
         )  # fmt: skip
     else:
         launch(
