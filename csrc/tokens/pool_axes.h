@@ -62,6 +62,7 @@ public:
         for (std::int32_t k = axis.begin[i]; k < axis.begin[i + 1]; ++k) {
           const std::int64_t at = axis.first[i] + k - axis.begin[i];
           first[at] = std::min(first[at], i);
+          weights[at].resize(i - first[at]); // 0 for results between that leave it out
           weights[at].push_back(axis.weights[k]);
         }
       }

@@ -45,6 +45,7 @@ def transposed(axis: Axis, size: int) -> Axis:
     for i, taps in enumerate(axis):
         for at, weight in enumerate(taps.weights, taps.first):
             first[at] = min(first[at], i)
+            weights[at] += [0.0] * (i - first[at] - len(weights[at]))  # outputs between that leave it out
             weights[at].append(weight)
     return tuple(Taps(at, tuple(some)) for at, some in zip(first, weights, strict=True))
 
