@@ -12,7 +12,9 @@ from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
 from mmkernels.ops.tokens.match_tokens import match_tokens
+from mmkernels.ops.tokens.merge_patches import merge_patches
 from mmkernels.ops.tokens.merge_tokens import merge_tokens
+from mmkernels.ops.tokens.pool_tokens import pool_tokens
 from mmkernels.ops.tokens.scatter_tokens import scatter_tokens
 from mmkernels.ops.tokens.select_diverse import select_diverse
 from mmkernels.ops.tokens.select_tokens import Selection, select_tokens
@@ -36,8 +38,10 @@ __all__ = [
     "info_nce",
     "match_tokens",
     "merge_attention",
+    "merge_patches",
     "merge_tokens",
     "ops",
+    "pool_tokens",
     "retrieval_ranks",
     "scatter_tokens",
     "select_diverse",

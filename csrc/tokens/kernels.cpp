@@ -3,8 +3,10 @@
 #include "../common/table.h"
 #include "diverse.h"
 #include "match_tokens.h"
+#include "merge_patches_kernels.h"
 #include "merge_tokens.h"
 #include "nearest.h"
+#include "pool_tokens_kernels.h"
 #include "rows.h"
 
 namespace mmkernels::MMK_ISA {
@@ -15,6 +17,13 @@ const DiverseKernels diverse_kernels = {
     .read = read_token,
     .dots = token_dots,
     .subtract = subtract_rows,
+};
+
+extern const MergePatchesKernels merge_patches_kernels;
+const MergePatchesKernels merge_patches_kernels = {
+    .scratch = merge_scratch,
+    .merge = merge_patches,
+    .backward = merge_patches_backward,
 };
 
 extern const MergeTokensKernels merge_tokens_kernels;
@@ -38,6 +47,13 @@ const NearestKernels nearest_kernels = {
     .pack = pack_kept,
     .nearest = nearest,
     .sum = sum_tokens,
+};
+
+extern const PoolTokensKernels pool_tokens_kernels;
+const PoolTokensKernels pool_tokens_kernels = {
+    .scratch = pool_scratch,
+    .pool = pool_tokens,
+    .dots = pool_dots,
 };
 
 extern const RowKernels row_kernels;

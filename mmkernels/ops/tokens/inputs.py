@@ -16,7 +16,8 @@ from torch import SymInt, Tensor
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating
 
-__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_integers", "check_lengths", "grid_as", "lengths_as"]
+__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_grid_sizes", "check_integers", "check_lengths",
+           "check_window", "grid_as", "lengths_as", "unpack"]  # fmt: skip
 
 Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
 """(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""
@@ -50,25 +51,43 @@ def check_grid(x: Tensor, grid: Grid, name: str = "x") -> Images:
         TypeError: x is not a floating tensor, or grid holds no integers.
         ValueError: x has another shape than `Grid` says, or the grid does not match its tokens.
     """
+    return _packed(x, check_grid_sizes(x, grid, name))
+
+
+def check_grid_sizes(x: Tensor, grid: Grid, name: str = "x") -> Sizes:
+    """Returns the flat list of (t, h, w): as `check_grid`, for ops whose kernels take ``x [images, tokens, C]`` too.
+
+    To pack a strided x, such as one without its first token, would copy it.
+    """
     check_floating(name, x)
     sizes = check_integers("grid", grid, "(t, h, w) for each image")
     if x.dim() == 3 and len(sizes) == 3:
         sizes = sizes * x.shape[0]
     if len(sizes) % 3:
         raise ValueError(f"grid must be (t, h, w) for each image, got {len(sizes)} numbers")
-    tokens = [prod(sizes[at : at + 3]) for at in range(0, len(sizes), 3)]
-    return _packed(name, x, sizes, tokens, "grid")
+    if x.dim() == 3 and x.shape[0] == 0:
+        raise ValueError(f"{name} must have an image or more as [images, tokens, C], got shape {tuple(x.shape)}")
+    _check_tokens(name, x, [prod(sizes[at : at + 3]) for at in range(0, len(sizes), 3)], "grid")
+    return sizes
+
+
+def check_window(window: Sequence[int]) -> Sizes:
+    """Returns a window's (t, h, w)."""
+    sizes = check_integers("window", window, "(t, h, w)")
+    if len(sizes) != 3:
+        raise ValueError(f"window must be (t, h, w), got {len(sizes)} numbers")
+    return sizes
 
 
 def check_lengths(x: Tensor, lengths: Lengths, name: str = "x") -> Images:
     """As `check_grid`, with one length an image, 0 too."""
     check_floating(name, x)
-    sizes = check_integers(
-        "lengths", (lengths,) if isinstance(lengths, (int, SymInt)) else lengths, "the tokens of each image", 0
-    )
+    one = isinstance(lengths, (int, SymInt))
+    sizes = check_integers("lengths", (lengths,) if one else lengths, "the tokens of each image", 0)
     if x.dim() == 3 and len(sizes) == 1:
         sizes = sizes * x.shape[0]
-    return _packed(name, x, sizes, list(sizes), "lengths")
+    _check_tokens(name, x, list(sizes), "lengths")
+    return _packed(x, sizes)
 
 
 def grid_as(given: Grid, sizes: Sizes) -> Grid:
@@ -86,19 +105,26 @@ def lengths_as(given: Lengths, sizes: Sizes) -> Lengths:
     return sizes[0] if isinstance(given, int) else tuple(sizes)
 
 
-def _packed(name: str, x: Tensor, sizes: Sizes, tokens: list[int], what: str) -> Images:
+def unpack(y: Tensor, x: Tensor) -> Tensor:
+    """Returns tokens ``[tokens', C']`` of x's images in the form in which x was given."""
+    return y.unflatten(0, (x.shape[0], -1)) if x.dim() == 3 else y
+
+
+def _packed(x: Tensor, sizes: Sizes) -> Images:
+    return Images(x.flatten(0, 1), sizes, True) if x.dim() == 3 else Images(x, sizes, False)
+
+
+def _check_tokens(name: str, x: Tensor, tokens: list[int], what: str) -> None:
     if x.dim() == 3:
         for image, count in enumerate(tokens):
             if count != x.shape[1]:
                 raise ValueError(f"{what} must match {name}'s {x.shape[1]} tokens an image, got {count} in {image}")
         if len(tokens) != x.shape[0]:
             raise ValueError(f"{what} must be for {name}'s {x.shape[0]} images, got {len(tokens)}")
-        return Images(x.flatten(0, 1), sizes, True)
-    if x.dim() != 2:
+    elif x.dim() != 2:
         raise ValueError(f"{name} must be [tokens, C] or [images, tokens, C], got shape {tuple(x.shape)}")
-    if sum(tokens) != x.shape[0]:
+    elif sum(tokens) != x.shape[0]:
         raise ValueError(f"{what} must match {name}'s {x.shape[0]} tokens, got {sum(tokens)} in {len(tokens)} images")
-    return Images(x, sizes, False)
 
 
 def check_integers(name: str, values: object, must: str, least: int = 1) -> Sizes:
@@ -118,8 +144,8 @@ def check_integers(name: str, values: object, must: str, least: int = 1) -> Size
     flat: list[int] = []
     for value in values:
         if isinstance(value, Sequence) and not isinstance(value, str):
-            if name == "grid" and len(value) != 3:
-                raise ValueError(f"grid must be {must}, got {tuple(value)}")
+            if name in ("grid", "size") and len(value) != 3:
+                raise ValueError(f"{name} must be {must}, got {tuple(value)}")
             flat.extend(value)
         else:
             flat.append(value)
