@@ -15,11 +15,11 @@ inline i64 diverse_scratch(i64 dim) {
   return kTogether * row_bytes(false, dim);
 }
 
-inline Source source_of(const TokenRows& rows, i64 first) {
+inline Source source_of(const StridedRows& rows, i64 first) {
   return {rows.data + first * rows.row * bytes_of(rows.type), rows.type, rows.row, rows.column, nullptr};
 }
 
-inline float read_token(const TokenRows& rows, i64 at, float* to, char* scratch) {
+inline float read_token(const StridedRows& rows, i64 at, float* to, char* scratch) {
   const Rows row = fetch(source_of(rows, at), 1, rows.dim, false, scratch);
   Vec top = zero(), bad = zero();
   for (i64 c = 0; c < rows.dim; c += kLanes) {
@@ -66,7 +66,7 @@ template <int kRows> MMK_INLINE void dots_with(const float* row, const char* con
   }
 }
 
-inline void token_dots(const float* row, const TokenRows& rows, i64 first, i64 count, float* to, char* scratch) {
+inline void token_dots(const float* row, const StridedRows& rows, i64 first, i64 count, float* to, char* scratch) {
   for (i64 n = 0; n < count; n += kTogether) {
     const i64 some = least(kTogether, count - n);
     const Rows found = fetch(source_of(rows, first + n), some, rows.dim, false, scratch);

@@ -1,34 +1,12 @@
 // Rows of groups of tokens: sums into them, copies out of them, products with them.
 #pragma once
 
-#include "../common/rows.h"
+#include "loops.h"
 #include "merge_tokens_params.h"
 
 namespace mmkernels::MMK_ISA {
 
 constexpr int kGroupVectors = 4; // of a row at a time, in registers
-
-// Calls f with the type as a constant, so that a loop over channels does not ask for it.
-template <typename F> MMK_INLINE void with_type(Type type, const F& f) {
-  if (type == Type::f32) {
-    f(std::integral_constant<Type, Type::f32>());
-  } else if (type == Type::bf16) {
-    f(std::integral_constant<Type, Type::bf16>());
-  } else {
-    f(std::integral_constant<Type, Type::f16>());
-  }
-}
-
-// Calls f(c, count) for each vector of channels: with a constant count, but for the last.
-template <typename F> MMK_INLINE void each_vector(i64 channels, const F& f) {
-  i64 c = 0;
-  for (; c + kLanes <= channels; c += kLanes) {
-    f(c, kLanes);
-  }
-  if (c < channels) {
-    f(c, channels - c);
-  }
-}
 
 // One group's sum of kCount vectors of channels.
 template <int kCount, Type kFrom, Type kTo>

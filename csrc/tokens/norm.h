@@ -1,35 +1,13 @@
 // Layer norm and RMS norm of one row, in float32.
 #pragma once
 
-#include "../common/rows.h"
+#include "loops.h"
 #include "stream.h"
 
 // Of a lambda that is called for whole vectors and for a tail: so that the tail costs whole vectors nothing.
 #define MMK_INLINED __attribute__((always_inline))
 
 namespace mmkernels::MMK_ISA {
-
-// Calls f(vector's first element, how many of its lanes count) along a row; whole vectors first, so that f is compiled
-// without a tail for them.
-template <typename F> MMK_INLINE void each_vector(i64 length, const F& f) {
-  i64 c = 0;
-  for (; c + kLanes <= length; c += kLanes) {
-    f(c, (i64)kLanes);
-  }
-  if (c < length) {
-    f(c, length - c);
-  }
-}
-template <typename F> MMK_INLINE void with_type(Type type, const F& f) {
-  switch (type) {
-  case Type::f32:
-    return f(std::integral_constant<Type, Type::f32>());
-  case Type::bf16:
-    return f(std::integral_constant<Type, Type::bf16>());
-  case Type::f16:
-    return f(std::integral_constant<Type, Type::f16>());
-  }
-}
 
 // The sum of f(vector's first element, lanes that count) along a row: four sums, so that additions do not wait.
 template <typename F> MMK_INLINE float sum_along(i64 length, const F& f) {

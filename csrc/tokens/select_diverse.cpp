@@ -35,7 +35,7 @@ struct Bound {
 // The selection from one image.
 class Selection {
 public:
-  Selection(const TokenRows& rows, const float* quality, i64 count, i64 keep, char* scratch)
+  Selection(const StridedRows& rows, const float* quality, i64 count, i64 keep, char* scratch)
       : rows_(rows), quality_(quality), count_(count), keep_(keep), k_(diverse_kernels()), scratch_(scratch),
         row_(rows.dim), dots_(std::max(keep, kPart)), inverse_(count), done_(count) {
     chosen_.reserve(keep * rows.dim);
@@ -124,7 +124,7 @@ private:
   template <typename F> void for_chosen(i64 token, const F& f) {
     const i64 from = done_[token], count = remembered() - from;
     k_.read(rows_, token, row_.data(), scratch_);
-    const TokenRows others{reinterpret_cast<const char*>(chosen_.data()), Type::f32, rows_.dim, rows_.dim, 1};
+    const StridedRows others{reinterpret_cast<const char*>(chosen_.data()), Type::f32, rows_.dim, rows_.dim, 1};
     k_.dots(row_.data(), others, from, count, dots_.data(), scratch_);
     for (i64 m = 0; m < count; ++m) {
       f(dots_[m] * inverse_[token]);
@@ -137,7 +137,7 @@ private:
   // The token whose nearest other token is farthest, the lowest of equal ones.
   i64 loneliest();
 
-  const TokenRows rows_;
+  const StridedRows rows_;
   const float* quality_;
   const i64 count_, keep_;
   const DiverseKernels& k_;
@@ -154,14 +154,14 @@ public:
 void Selection::remember(i64 token) {
   const i64 before = remembered(), dim = rows_.dim;
   const float inverse = k_.read(rows_, token, row_.data(), scratch_);
-  const TokenRows others{reinterpret_cast<const char*>(chosen_.data()), Type::f32, dim, dim, 1};
+  const StridedRows others{reinterpret_cast<const char*>(chosen_.data()), Type::f32, dim, dim, 1};
   k_.subtract(row_.data(), std::isnan(inverse) ? 0.0f : inverse, nullptr, nullptr, 0, dim);
   if (orthogonal) {
     for (int again = 0; again < 2; ++again) { // once more: the first time leaves errors as large as what is subtracted
       k_.dots(row_.data(), others, 0, before, dots_.data(), scratch_);
       k_.subtract(row_.data(), 1.0f, chosen_.data(), dots_.data(), before, dim);
     }
-    const TokenRows itself{reinterpret_cast<const char*>(row_.data()), Type::f32, dim, dim, 1};
+    const StridedRows itself{reinterpret_cast<const char*>(row_.data()), Type::f32, dim, dim, 1};
     float squares = 0.0f;
     k_.dots(row_.data(), itself, 0, 1, &squares, scratch_);
     k_.subtract(row_.data(), 1.0f / std::sqrt(squares), nullptr, nullptr, 0, dim);
@@ -224,12 +224,12 @@ Tensor select_diverse(const Arguments& args) {
   const Tensor index = at::detail::empty_cpu({kept.back()}, at::kLong);
   i64* to = index.mutable_data_ptr<i64>();
   const i64 dim = x.size(1);
-  TokenRows rows{static_cast<const char*>(x.const_data_ptr()), type_of(x), dim, x.stride(0),
-                 dim == 1 ? 1 : x.stride(1)};
+  StridedRows rows{static_cast<const char*>(x.const_data_ptr()), type_of(x), dim, x.stride(0),
+                   dim == 1 ? 1 : x.stride(1)};
   const i64 bytes = diverse_kernels().scratch(dim), size = x.element_size();
   const int threads = threads_for(2.0 * static_cast<double>(kept.back()) * static_cast<double>(x.numel()));
   parallel_tasks(static_cast<i64>(lengths.size()), threads, bytes, [&](i64 image, char* scratch) {
-    TokenRows some = rows;
+    StridedRows some = rows;
     some.data += first[image] * rows.row * size;
     const float* of = quality.has_value() ? qualities.const_data_ptr<float>() + first[image] : nullptr;
     Selection selection(some, of, lengths[image], keep[image], scratch);
