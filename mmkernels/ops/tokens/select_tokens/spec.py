@@ -104,8 +104,8 @@ def results(args: Arguments, index: Tensor, place: Tensor | None) -> tuple[Tenso
 def operands(args: Arguments, index: Tensor) -> tuple[Tensor, Tensor]:
     """Returns what tokens are compared by, [tokens, D], and that of the kept ones, of length 1; rows of zeros stay.
 
-    Rows are divided by their largest channel first, so that no square is 0 or infinite. The length of a row of the first
-    divides all of its similarities, and is left in.
+    Rows are divided by their largest channel first, so that no square is 0 or infinite. The length of a row of the
+    first divides all of its similarities, and is left in.
     """
     metric = (args.x if args.metric is None else args.metric).detach().to(wide_dtype(args.x))
     top = metric.abs().amax(1, keepdim=True) if metric.shape[1] else metric.new_ones(len(metric), 1)
