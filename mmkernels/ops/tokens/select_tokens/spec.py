@@ -108,7 +108,7 @@ def operands(args: Arguments, index: Tensor) -> tuple[Tensor, Tensor]:
     first divides all of its similarities, and is left in.
     """
     metric = (args.x if args.metric is None else args.metric).detach().to(wide_dtype(args.x))
-    top = metric.abs().amax(1, keepdim=True) if metric.shape[1] else metric.new_ones(len(metric), 1)
+    top = metric.abs().amax(1, keepdim=True)
     metric = torch.where(top == 0, 0, metric / top)
     kept = metric[index]
     return metric, torch.where(top[index] == 0, 0, kept / torch.linalg.vector_norm(kept, dim=1, keepdim=True))
