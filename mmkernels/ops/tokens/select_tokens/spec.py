@@ -229,7 +229,7 @@ SPEC = OpSpec(
             "VisionZip, keys", (2880,), 0.2, 1024, "visionzip", 64, targets=(Speedup("fp32", False, 1.0, "VisionZip"),)
         ),
         _benchmark(
-            "merged by the tokens themselves", (2880,), 1 / 9, 1024, "mean",
+            "merged by the tokens themselves", (2880,), 1 / 9, 1024, "visionzip",
             targets=(Speedup("fp32", False, 1.0, "VisionZip"),),
         ),
     ),
