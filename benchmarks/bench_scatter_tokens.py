@@ -26,21 +26,22 @@ def masked_scatter(inputs: Inputs) -> Call:
 
 
 def index_put(inputs: Inputs) -> Call:
-    embeddings, visual, positions = _flat(inputs)
-    if inputs["mode"] == "add":
-        return lambda: embeddings.index_put((positions,), visual, accumulate=True)
-    return lambda: embeddings.index_put((positions,), visual)
+    embeddings, rows, visual, positions = _flat(inputs)
+    add = inputs["mode"] == "add"
+    return lambda: rows.index_put((positions,), visual, accumulate=add).view_as(embeddings)
 
 
 def index_add(inputs: Inputs) -> Call:
-    embeddings, visual, positions = _flat(inputs)
-    if inputs["mode"] != "add":
-        return lambda: embeddings.index_copy(0, positions, visual)
-    return lambda: embeddings.index_add(0, positions, visual)
+    """Or `index_copy`."""
+    embeddings, rows, visual, positions = _flat(inputs)
+    if inputs["mode"] == "add":
+        return lambda: rows.index_add(0, positions, visual).view_as(embeddings)
+    return lambda: rows.index_copy(0, positions, visual).view_as(embeddings)
 
 
-def _flat(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    return inputs["embeddings"].flatten(0, -2), inputs["visual"], inputs["positions"]
+def _flat(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    embeddings = inputs["embeddings"]
+    return embeddings, embeddings.flatten(0, -2), inputs["visual"], inputs["positions"]
 
 
 PEERS = (Peer("masked_scatter", masked_scatter), Peer("index_put", index_put), Peer("index_add", index_add))

@@ -19,11 +19,12 @@ def topk(inputs: Inputs) -> Call:
         raise CantRunError("merges nothing")
     counts = share_of(keep, lengths)
 
-    def call() -> Tensor:
+    def call() -> tuple[Tensor, Tensor]:
         chosen = []
         for first, score, count in zip(starts_of(lengths), scores.split(list(lengths)), counts, strict=False):
             chosen.append(first + score.topk(count).indices.sort().values)
-        return x[torch.cat(chosen)]
+        index = torch.cat(chosen)
+        return x[index], index
 
     return call
 
@@ -35,13 +36,13 @@ def visionzip(inputs: Inputs) -> Call:
         raise CantRunError("merges the tokens of one image")
     metric, count = inputs.get("metric", x), share_of(keep, lengths)[0]
 
-    def call() -> Tensor:
+    def call() -> tuple[Tensor, Tensor]:
         index = scores.topk(count).indices.sort().values
         rest = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, index, False)
         unit = metric / metric.norm(dim=1, keepdim=True)
         nearest = (unit[rest] @ unit[index].mT).argmax(1)
         one_hot = torch.zeros(len(nearest), count, dtype=x.dtype, device=x.device).scatter(1, nearest[:, None], 1.0)
-        return x[index] + one_hot.mT @ x[rest] / one_hot.sum(0).clamp(min=1)[:, None]
+        return x[index] + one_hot.mT @ x[rest] / one_hot.sum(0).clamp(min=1)[:, None], index
 
     return call
 

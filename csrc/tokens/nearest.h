@@ -41,26 +41,45 @@ MMK_INLINE Source source_of(const TokenMatrix& x, const std::int32_t* index) {
   return {x.data, x.type, x.row_bytes / bytes_of(x.type), 1, index};
 }
 
+// The power of two that brings x, which is not negative, near 1: squares of rows far from it would be 0 or infinite.
+MMK_INLINE float scale_near_one(float x) {
+  std::int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = (254 - most(1, least(253, bits >> 23))) << 23;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Scales a row in the working format by a power of two, and returns 1 over its norm then; 0 for a row of zeros.
+inline float scale_row(char* row, i64 channels, bool is_dot) {
+  const Type type = is_dot ? Type::bf16 : Type::f32;
+  Vec top = zero(), squares = zero();
+  for (i64 c = 0; c < channels; c += kLanes) {
+    const Vec x = load_as_f32(row + c * bytes_of(type), type, channels - c);
+    top = max_skip_nan(top, (Vec)((IVec)x & 0x7fffffff));
+  }
+  const Vec scale = set1(scale_near_one(largest(top)));
+  for (i64 c = 0; c < channels; c += kLanes) {
+    char* at = row + c * bytes_of(type);
+    const Vec x = load_as_f32(at, type, channels - c) * scale;
+    store_from_f32(at, type, x, channels - c);
+    squares = fma(x, x, squares);
+  }
+  const float square = sum(squares);
+  return square == 0.0f ? 0.0f : 1.0f / __builtin_sqrtf(square);
+}
+
 inline void pack_kept(const TokenMatrix& x, const KeptTokens& kept, i64 panel, char* scratch) {
   const NearestScratch s{{scratch}, x};
   const bool is_dot = uses_dot(x.type);
-  const i64 first = panel * kPanel, count = least<i64>(kPanel, kept.count - first), size = bytes_of(x.type);
+  const i64 first = panel * kPanel, count = least<i64>(kPanel, kept.count - first);
+  // A copy, since the rows are listed.
   const Rows rows = fetch(source_of(x, kept.index + first), count, x.channels, is_dot, s.rows);
-  transpose_rows(rows, count, depth_of(is_dot, x.channels), kPanel, kept.panels + panel * packed_floats(x));
-  for (i64 lane = 0; lane < kPanel; ++lane) {
-    float inverse = kInf - kInf; // no token: NaN, which is no similarity's best
-    if (lane < count) {
-      const char* row = x.data + kept.index[first + lane] * x.row_bytes;
-      Vec squares = zero();
-      for (i64 c = 0; c < x.channels; c += kLanes) {
-        const Vec v = load_as_f32(row + c * size, x.type, x.channels - c);
-        squares = fma(v, v, squares);
-      }
-      const float square = sum(squares);
-      inverse = square == 0.0f ? 0.0f : 1.0f / __builtin_sqrtf(square);
-    }
-    kept.inverse_norms[first + lane] = inverse;
+  for (i64 lane = 0; lane < kPanel; ++lane) { // NaN, which is no similarity's best, where there is no token
+    kept.inverse_norms[first + lane] =
+        lane < count ? scale_row(s.rows + lane * rows.stride, x.channels, is_dot) : kInf - kInf;
   }
+  transpose_rows(rows, count, depth_of(is_dot, x.channels), kPanel, kept.panels + panel * packed_floats(x));
 }
 
 // Compares a tile with the best so far: of equal ones the first stays, NaN is skipped.
@@ -100,6 +119,9 @@ inline void nearest(const TokenMatrix& x, const KeptTokens& kept, const std::int
   const bool is_dot = uses_dot(x.type);
   const i64 depth = depth_of(is_dot, x.channels);
   const Rows rows = fetch(source_of(x, rest), count, x.channels, is_dot, s.rows);
+  for (i64 r = 0; r < count; ++r) {
+    scale_row(s.rows + r * rows.stride, x.channels, is_dot);
+  }
   for (i64 i = 0; i < count * kLanes; i += kLanes) {
     store(s.best + i, set1(-kInf));
     store(s.winner + i, zero());

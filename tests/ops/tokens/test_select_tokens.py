@@ -59,7 +59,7 @@ def _by_hand(
 
 
 @each_backend("select_tokens")
-@examples(30, interpreted=2)
+@examples(30, interpreted=1)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 2, 7, 30, 75]), max_size=4).map(tuple),
     share=st.sampled_from([0.05, 0.3, 0.9, 1.0]),
@@ -127,6 +127,17 @@ def test_what_is_the_nearest(backend: str) -> None:
     assert found.positions.tolist() == [0, 1, 2, 3, 5]
     want = torch.tensor([[0.0, 0.0], [10.0, 10.1], [5.1, 1.0], [0.1, 0.0], [NAN, 1.0]])
     torch.testing.assert_close(found.x, want, equal_nan=True)
+
+
+@each_backend("select_tokens")
+def test_how_large_rows_are_does_not_matter(backend: str) -> None:
+    """Nor whether their squares are floats. On "triton" products of two rows must be."""
+    powers = (-14, 14) if backend == "triton" else (-30, 30)
+    metric, scores = torch.randn(40, 8), torch.rand(40)
+    more: dict[str, Any] = {"lengths": [40], "keep": 9, "scores": scores, "merge_rest": True, "backend": backend}
+    sizes = 10.0 ** torch.randint(powers[0], powers[1] + 1, (40, 1)).double()
+    found = select_tokens(metric, metric=(metric * sizes).float(), **more)
+    torch.testing.assert_close(found.x, select_tokens(metric, metric=metric, **more).x)
 
 
 @needs_kernels
@@ -279,7 +290,17 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "metric's shape": (
         GOOD | {"merge_rest": True, "metric": torch.zeros(8, 3)},
         ValueError,
-        r"metric must be \[9, 'D'\] as x is, got shape \(8, 3\)",
+        r"metric must be \[9, D\] with at least one channel, got shape \(8, 3\)",
+    ),
+    "metric's channels": (
+        GOOD | {"merge_rest": True, "metric": torch.zeros(9, 0)},
+        ValueError,
+        r"metric must be \[9, D\] with at least one channel, got shape \(9, 0\)",
+    ),
+    "x's channels": (
+        GOOD | {"merge_rest": True, "x": torch.zeros(9, 0)},
+        ValueError,
+        r"x must have at least one channel with merge_rest, got shape \(9, 0\)",
     ),
     "metric integers": (
         GOOD | {"merge_rest": True, "metric": torch.zeros(9, 3).int()},

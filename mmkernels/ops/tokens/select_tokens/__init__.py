@@ -81,7 +81,7 @@ def select_tokens(
             of, such as the keys of an attention layer; None: x itself.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
             float16), "chunked" (any device, float64 too) or "reference". Similarities are summed in float32 (float64
-            for a float64 x), in tiles: only "reference" stores them.
+            for a float64 x), in tiles: only "reference" stores them; on "triton" products of two rows must be finite.
 
     Returns:
         A `Selection`: x, lengths and positions. With ``over="batch"`` x and positions are packed; their total is known,
@@ -111,6 +111,8 @@ def select_tokens(
     if over not in _OVER:
         raise ValueError(f"over must be one of {', '.join(_OVER)}, got {over!r}")
     merge = _check_merge(merge_rest)
+    if merge and metric is None and x.shape[-1] == 0:
+        raise ValueError(f"x must have at least one channel with merge_rest, got shape {tuple(x.shape)}")
     per_image = over == "image"
     sizes = images.sizes if images.sizes or not images.batched else (x.shape[1],)  # of no images too
     kept = check_keep(
@@ -159,8 +161,9 @@ def _check_metric(metric: Tensor, x: Tensor, merge: str) -> Tensor:
     check_floating("metric", metric)
     if not merge:
         raise ValueError("metric must be None without merge_rest, got a tensor")
-    if metric.dim() != x.dim() or metric.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"metric must be {[*x.shape[:-1], 'D']} as x is, got shape {tuple(metric.shape)}")
+    if metric.dim() != x.dim() or metric.shape[:-1] != x.shape[:-1] or metric.shape[-1] == 0:
+        must = f"[{', '.join(map(str, x.shape[:-1]))}, D] with at least one channel"
+        raise ValueError(f"metric must be {must}, got shape {tuple(metric.shape)}")
     if metric.device != x.device:
         raise ValueError(f"metric must be on x's device {x.device}, got {metric.device}")
     if metric.dtype == torch.float64:
