@@ -63,7 +63,8 @@ def check_grid(x: Tensor, grid: Grid, name: str = "x") -> Images:
 def check_lengths(x: Tensor, lengths: Lengths, name: str = "x") -> Images:
     """As `check_grid`, with one length an image, 0 too."""
     check_floating(name, x)
-    sizes = _integers("lengths", (lengths,) if isinstance(lengths, int) else lengths, "the tokens of each image", 0)
+    one = isinstance(lengths, (int, SymInt))
+    sizes = _integers("lengths", (lengths,) if one else lengths, "the tokens of each image", 0)
     if x.dim() == 3 and len(sizes) == 1:
         sizes = sizes * x.shape[0]
     return _packed(name, x, sizes, list(sizes), "lengths")
@@ -81,7 +82,7 @@ def lengths_as(given: Lengths, sizes: Sizes) -> Lengths:
     """Returns lengths in the form of those that were given: a tensor, a tuple, or one number."""
     if isinstance(given, Tensor):
         return torch.tensor(sizes if given.dim() else sizes[0], dtype=given.dtype, device=given.device)
-    return sizes[0] if isinstance(given, int) else tuple(sizes)
+    return sizes[0] if isinstance(given, (int, SymInt)) else tuple(sizes)
 
 
 def _packed(name: str, x: Tensor, sizes: Sizes, tokens: list[int], what: str) -> Images:
