@@ -113,14 +113,14 @@ def draw_inputs(
 
 
 def with_gradients(call: Call, leaves: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Call:
-    """Returns `call`, or `call` and the gradients by `leaves`, if there are any."""
+    """Returns `call`, or `call` and the gradients by `leaves`, if there are any, of those results that have one."""
     if not leaves:
         return call
 
     def both() -> tuple[Tensor, ...]:
         outputs = flatten(call())
-        directions = [x.to(y) for x, y in zip(cotangents, outputs, strict=True)]
-        return (*outputs, *torch.autograd.grad(outputs, leaves, directions))
+        flows = [(y, x.to(y)) for x, y in zip(cotangents, outputs, strict=True) if y.requires_grad]
+        return (*outputs, *torch.autograd.grad([y for y, _ in flows], leaves, [x for _, x in flows]))
 
     return both
 
