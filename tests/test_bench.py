@@ -362,3 +362,11 @@ def test_bursts_stand_between_the_candidates_calls() -> None:
     samples = rounds.alternate(Fixture(), candidates, peaks, torch.device("cpu"), rounds=2)  # type: ignore[arg-type]
     assert order == ["peak", "a", "peak", "b", "ours"] * 2
     assert {name: len(seconds) for name, seconds in samples.items()} == {"ours": 2, "a": 2, "b": 2}
+
+
+def test_results_that_have_no_gradient_are_left_out_of_it() -> None:
+    x = torch.ones(3, requires_grad=True)
+    results = lambda: (2 * x, torch.arange(3), torch.ones(2))
+    cotangents = gate.draw_cotangents(results())
+    grad = gate.with_gradients(results, [x], cotangents)()[-1]
+    torch.testing.assert_close(grad, 2 * cotangents[0])

@@ -65,8 +65,8 @@ private:
   std::vector<std::int32_t> group_, order_, starts_;
 };
 
-// Groups from a tensor int64 [tokens].
-inline Grouping grouping_of(const Tensor& assignment, i64 tokens, i64 count) {
+// Each token's group, from 0 to count - 1, from a tensor int64 [tokens].
+inline std::vector<std::int32_t> groups_from(const Tensor& assignment, i64 tokens, i64 count) {
   check_sizes("assignment", assignment, {tokens});
   TORCH_CHECK_TYPE(assignment.scalar_type() == at::kLong, "assignment must be int64, got ", assignment.scalar_type());
   TORCH_CHECK_VALUE(tokens < INT32_MAX && count < INT32_MAX, "there are too many tokens");
@@ -77,7 +77,11 @@ inline Grouping grouping_of(const Tensor& assignment, i64 tokens, i64 count) {
     TORCH_CHECK_VALUE(from[i] >= 0 && from[i] < count, "assignment must be from 0 to ", count - 1, ", got ", from[i]);
     group[i] = static_cast<std::int32_t>(from[i]);
   }
-  return Grouping(std::move(group), count);
+  return group;
+}
+
+inline Grouping grouping_of(const Tensor& assignment, i64 tokens, i64 count) {
+  return Grouping(groups_from(assignment, tokens, count), count);
 }
 
 // Rows with channels next to each other: `x` itself, or a copy that is kept in `keep`.

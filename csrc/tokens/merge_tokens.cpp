@@ -50,11 +50,10 @@ void sum_groups(const Grouping& groups, const float* weights, const TokenRows& x
   for_rows(groups.count(), to.size(1), [&](i64 first, i64 last) { k.sum_groups(g, x, type, data, first, last); });
 }
 
-void spread_groups(const Grouping& groups, const float* weights, const TokenRows& y, const Tensor& to) {
+void spread_groups(const TokenGroups& g, const TokenRows& y, const Tensor& to) {
   const MergeTokensKernels& k = merge_tokens_kernels();
-  const TokenGroups g = groups.rows(to.size(1), weights);
   char* data = static_cast<char*>(to.mutable_data_ptr());
-  for_rows(groups.tokens(), to.size(1), [&](i64 first, i64 last) { k.spread_groups(g, y, data, first, last); });
+  for_rows(to.size(0), to.size(1), [&](i64 first, i64 last) { k.spread_groups(g, y, data, first, last); });
 }
 
 std::tuple<Tensor, Tensor> merge_tokens(const Arguments& args) {
@@ -90,7 +89,7 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(const Arguments& args) {
   if (args.flag("need_x")) {
     grad_x = empty_rows(tokens, channels, x.scalar_type());
     if (flow.has_value()) {
-      spread_groups(groups, weights.data(), y, grad_x);
+      spread_groups(groups.rows(channels, weights.data()), y, grad_x);
     } else {
       grad_x.zero_();
     }
@@ -123,9 +122,9 @@ Tensor unmerge_tokens(const Arguments& args) {
   const Tensor &x = args.tensor("x"), &assignment = args.tensor("assignment");
   Tensor keep;
   const TokenRows y = rows_of("x", x, keep);
-  const Grouping groups = grouping_of(assignment, assignment.numel(), x.size(0));
-  const Tensor tokens = empty_rows(groups.tokens(), x.size(1), x.scalar_type());
-  spread_groups(groups, nullptr, y, tokens);
+  const std::vector<std::int32_t> group = groups_from(assignment, assignment.numel(), x.size(0));
+  const Tensor tokens = empty_rows(assignment.numel(), x.size(1), x.scalar_type());
+  spread_groups({x.size(1), group.data(), nullptr, nullptr, nullptr}, y, tokens);
   return tokens;
 }
 

@@ -102,7 +102,7 @@ def lengths_as(given: Lengths, sizes: Sizes) -> Lengths:
     """Returns lengths in the form of those that were given: a tensor, a tuple, or one number."""
     if isinstance(given, Tensor):
         return torch.tensor(sizes if given.dim() else sizes[0], dtype=given.dtype, device=given.device)
-    return sizes[0] if isinstance(given, int) else tuple(sizes)
+    return sizes[0] if isinstance(given, (int, SymInt)) else tuple(sizes)
 
 
 def unpack(y: Tensor, x: Tensor) -> Tensor:

@@ -217,6 +217,22 @@ def test_autocast_rounds_nothing() -> None:
     torch.testing.assert_close(found, want, rtol=0, atol=0)
 
 
+def test_an_exported_program_and_a_graph_serve_other_sizes() -> None:
+    class Halve(torch.nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            merged, _, sizes, assignment = mmkernels.merge_tokens(x, x.shape[1], 0.5, protect=1)
+            return mmkernels.unmerge_tokens(merged, assignment), sizes
+
+    model = Halve()
+    program = torch.export.export(model, (torch.randn(2, 16, 8),), dynamic_shapes=({1: torch.export.Dim.AUTO},))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (16, 21, 40):
+        x = torch.randn(2, tokens, 8, generator=generator())
+        for found in (program.module()(x), compiled(x)):
+            torch.testing.assert_close(found, model(x))
+
+
 # Any images.
 
 

@@ -100,7 +100,7 @@ UNMERGE: dict[str, Bad] = {
         ValueError,
         r"assignment must be \[2, tokens\] beside x, got shape \(3, 6\)",
     ),
-    "assignment too far": ({"assignment": GROUP + 1}, ValueError, r"assignment must be from 0 to 5, got 1 to 6"),
+    "assignment too far": ({"assignment": GROUP + 1}, ValueError, r"assignment must be from 0 to 5, got 6"),
     "backend": ({"backend": "gpu"}, ValueError, r"backend must be one of .*, or None; got 'gpu'"),
 }
 

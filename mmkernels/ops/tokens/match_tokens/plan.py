@@ -18,7 +18,7 @@ _BEST = {
     "gfx942": (128, 64, 8, 2),
 }
 _TIMED_IMAGES = (4096,) * 4
-_TILES: dict[str, Tiles] = {target: {"best": (_BEST[target],), "sum": ((1, 64, 1, 1),)} for target in TARGETS}
+_TILES: dict[str, Tiles] = {target: {"best": (_BEST[target],), "sum": ((16, 64, 4, 1),)} for target in TARGETS}
 
 
 def _images(tokens: int, dim: int, keep: float) -> Inputs:

@@ -89,9 +89,10 @@ def sum_groups(x: Tensor, groups: Groups, weights: Tensor | None, dtype: torch.d
     """
     x, channels = _dense(x), x.shape[1]
     y = x.new_empty(groups.number, channels, dtype=dtype)
+    block = _block(channels, plan)
     launch(
-        sum_kernel, (groups.number, ceil_div(channels, plan.block_k)), plan,
-        x, weights, groups.order, groups.starts, y, x.stride(0), channels, BLOCK_C=plan.block_k,
+        sum_kernel, (groups.number, ceil_div(channels, block)), plan,
+        x, weights, groups.order, groups.starts, y, x.stride(0), channels, BLOCK_C=block,
     )  # fmt: skip
     return y
 
@@ -100,9 +101,10 @@ def spread_groups(y: Tensor, groups: Groups, weights: Tensor | None, plan: Confi
     """Returns each token's group's row times its weight, [N, C] in y's dtype."""
     y, channels, tokens = _dense(y), y.shape[1], len(groups.group)
     x = y.new_empty(tokens, channels)
+    block = _block(channels, plan)
     launch(
-        spread_kernel, (tokens, ceil_div(channels, plan.block_k)), plan,
-        y, weights, groups.group, x, y.stride(0), channels, BLOCK_C=plan.block_k,
+        spread_kernel, (tokens, ceil_div(channels, block)), plan,
+        y, weights, groups.group, x, y.stride(0), channels, BLOCK_C=block,
     )  # fmt: skip
     return x
 
@@ -113,7 +115,7 @@ def dots_with_groups(x: Tensor, y: Tensor, groups: Groups, plan: Config) -> Tens
     dots = x.new_empty(x.shape[0], dtype=torch.float32)
     launch(
         dots_kernel, (x.shape[0],), plan,
-        x, y, groups.group, dots, x.stride(0), y.stride(0), x.shape[1], BLOCK_C=plan.block_k,
+        x, y, groups.group, dots, x.stride(0), y.stride(0), x.shape[1], BLOCK_C=_block(x.shape[1], plan),
     )  # fmt: skip
     return dots
 
@@ -125,6 +127,11 @@ def group_means(
     sizes = x.new_ones(x.shape[0], dtype=torch.float32) if sizes is None else sizes
     total = sum_groups(sizes[:, None], groups, None, torch.float32, plan)[:, 0]
     return sum_groups(x, groups, sizes / total[groups.group], dtype, plan), total
+
+
+def _block(channels: int, plan: Config) -> int:
+    """Returns how many channels a program takes: no more than there are."""
+    return min(plan.block_k, max(16, triton.next_power_of_2(channels)))
 
 
 def _dense(x: Tensor) -> Tensor:

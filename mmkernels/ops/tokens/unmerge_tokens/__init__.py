@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkernels.ops.tokens.unmerge_tokens.spec import Arguments, Results, formula, reference, reference_backward
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_floating, check_range, check_tensor, without_autocast
+from mmkernels.runtime.checks import check_floating, check_tensor, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -21,8 +21,8 @@ def unmerge_tokens(x: Tensor, assignment: Tensor, *, backend: str | None = None)
         x: ``[tokens', C]`` or ``[images, tokens', C]``: merged tokens, or what a model made of them. float16, bfloat16,
             float32 or float64.
         assignment: int64, as `merge_tokens` returned it: ``[tokens]``, or ``[images, tokens]`` for batched x, each
-            token's row among all rows of x. Values are checked on a CPU; on a GPU, where that would wait for the
-            device, they must be right.
+            token's row among all rows of x. Values are checked on a CPU, by the backends; on a GPU, where that would
+            wait for the device, they must be right.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
             float16) or "reference".
 
@@ -51,14 +51,16 @@ def unmerge_tokens(x: Tensor, assignment: Tensor, *, backend: str | None = None)
     check_tensor("assignment", assignment)
     if assignment.dtype != torch.int64:
         raise TypeError(f"assignment must be int64, got {assignment.dtype}")
-    shape = "[tokens]" if x.dim() == 2 else f"[{x.shape[0]}, tokens]"
     if assignment.dim() != x.dim() - 1 or (x.dim() == 3 and assignment.shape[0] != x.shape[0]):
+        shape = "[tokens]" if x.dim() == 2 else f"[{x.shape[0]}, tokens]"
         raise ValueError(f"assignment must be {shape} beside x, got shape {tuple(assignment.shape)}")
-    if assignment.device != x.device:
+    if not (assignment.is_cpu and x.is_cpu) and assignment.device != x.device:
         raise ValueError(f"assignment must be on x's device {x.device}, got {assignment.device}")
-    rows = x.flatten(0, 1) if x.dim() == 3 else x
-    check_range("assignment", assignment, 0, rows.shape[0] - 1)
-    tokens: Tensor = OP(Arguments(x=rows, assignment=assignment.flatten()), resolve(backend))
+    backend = resolve(backend)
+    if x.dim() == 2:
+        packed: Tensor = OP(Arguments(x=x, assignment=assignment), backend)
+        return packed
+    tokens: Tensor = OP(Arguments(x=x.flatten(0, 1), assignment=assignment.flatten()), backend)
     return tokens.view(*assignment.shape, x.shape[-1])
 
 

@@ -7,8 +7,8 @@ import torch
 from mmkernels.plan import TARGETS, Limit, Plan, Tiles, Variant
 from mmkernels.spec import Inputs
 
-# (1, channels, warps, stages): 16 bytes a thread of bfloat16. Not timed on a GPU yet.
-_MOVE = ((1, 64, 1, 1), (1, 128, 1, 1), (1, 1024, 4, 1))
+# (rows, channels, warps, stages): a program has one row, whatever the first says. Not timed on a GPU yet.
+_MOVE = ((16, 64, 4, 1), (16, 128, 4, 1), (16, 1024, 4, 1))
 _TILES: dict[str, Tiles] = {target: dict.fromkeys(("sum", "spread"), _MOVE) for target in TARGETS}
 
 
