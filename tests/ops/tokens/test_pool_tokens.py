@@ -20,7 +20,7 @@ from torch import Tensor
 from mmkernels import pool_tokens
 
 OP = "pool_tokens"
-every_backend = each_backend(OP)
+every_backend = each_backend(OP, interpreted=False)
 
 
 def _image_by_image(x: Tensor, grid: Any, one: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -116,7 +116,6 @@ def test_resized_image_by_image(grid: Any, targets: Any, c: int, mode: str, anti
     )
 
 
-@pytest.mark.interpreted
 @every_backend
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_a_column_is_resized_as_a_row_is(mode: str, backend: str) -> None:
