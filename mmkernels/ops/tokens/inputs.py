@@ -35,14 +35,6 @@ class Images(NamedTuple):
     batched: bool
     """Whether ``x`` was given as ``[images, tokens, C]``, so that results have this form too."""
 
-    def unpack(self, y: Tensor) -> Tensor:
-        """Returns tokens ``[tokens', C']`` of the same images in the form in which x was given."""
-        return y.unflatten(0, (self.images, -1)) if self.batched else y
-
-    @property
-    def images(self) -> int:
-        return self.x.shape[0] if self.batched else len(self.sizes)
-
 
 def check_grid(x: Tensor, grid: Grid, name: str = "x") -> Images:
     """Returns the tokens packed, with the flat list of (t, h, w).

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Lengths, check_lengths, lengths_as
+from mmkernels.ops.tokens.inputs import Lengths, check_lengths, lengths_as, unpack
 from mmkernels.ops.tokens.keep import Keep, check_keep, check_protect, check_token_sizes
 from mmkernels.ops.tokens.match_tokens import OP as MATCH
 from mmkernels.ops.tokens.match_tokens.spec import Arguments as MatchArguments
@@ -104,16 +104,11 @@ def merge_tokens(
         group = _check_assignment(assignment, x, sum(kept))
     merged, merged_sizes = OP(Arguments(x=images.x, sizes=flat_sizes, assignment=group, kept=kept), backend)
     return (
-        _unpack(merged, x),
+        unpack(merged, x),
         lengths_as(lengths, kept),
-        _unpack(merged_sizes, x),
+        unpack(merged_sizes, x),
         group.view(x.shape[:-1]) if assignment is None else assignment,
     )
-
-
-def _unpack(y: Tensor, x: Tensor) -> Tensor:
-    """Returns what belongs to tokens that are left in the form of x."""
-    return y.unflatten(0, (x.shape[0], -1)) if x.dim() == 3 else y
 
 
 def _check_metric(metric: Tensor, x: Tensor) -> Tensor:
