@@ -50,8 +50,8 @@ def pool_tokens(
             "attention" cut each axis into parts, as ``F.adaptive_avg_pool3d``; "bilinear" and "bicubic" resize.
         mode: "mean"; "max" (NaN counts as the largest; of equal ones the first gets the gradient); "attention", a mean
             weighted by the softmax of a part's scores; "bilinear" (linear along t too), "bicubic".
-        scores: of "attention", ``[tokens]`` or ``[images, tokens]``: a number for each token, x's dtype and device. A part
-            with a NaN among them, or with -inf alone, becomes NaN, as by ``torch.softmax``.
+        scores: of "attention", ``[tokens]`` or ``[images, tokens]``: a number for each token, x's dtype and device. A
+            part with a NaN among them, or with -inf alone, becomes NaN, as by ``torch.softmax``.
         antialias: of "bilinear" and "bicubic", which must then keep t, as ``F.interpolate``'s option.
         edges: of windows that do not divide a grid: "refuse" raises, "partial" pools what is left in a smaller window,
             "drop" leaves it out, as ``F.avg_pool3d`` does by itself.
