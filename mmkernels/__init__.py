@@ -12,6 +12,7 @@ from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
 from mmkernels.ops.tokens.merge_patches import merge_patches
+from mmkernels.ops.tokens.pool_tokens import pool_tokens
 from mmkernels.runtime.dispatch import BackendError, use_backend
 
 try:
@@ -31,6 +32,7 @@ __all__ = [
     "merge_attention",
     "merge_patches",
     "ops",
+    "pool_tokens",
     "retrieval_ranks",
     "sigmoid_contrastive",
     "use_backend",

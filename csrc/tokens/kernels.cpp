@@ -2,6 +2,7 @@
 // its name.
 #include "../common/table.h"
 #include "merge_patches_kernels.h"
+#include "pool_tokens_kernels.h"
 
 namespace mmkernels::MMK_ISA {
 
@@ -10,6 +11,13 @@ const MergePatchesKernels merge_patches_kernels = {
     .scratch = merge_scratch,
     .merge = merge_patches,
     .backward = merge_patches_backward,
+};
+
+extern const PoolTokensKernels pool_tokens_kernels;
+const PoolTokensKernels pool_tokens_kernels = {
+    .scratch = pool_scratch,
+    .pool = pool_tokens,
+    .dots = pool_dots,
 };
 
 } // namespace mmkernels::MMK_ISA

@@ -16,8 +16,8 @@ from torch import SymInt, Tensor
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating
 
-__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_grid_sizes", "check_lengths", "check_window", "grid_as",
-           "lengths_as", "unpack"]  # fmt: skip
+__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_grid_sizes", "check_lengths", "check_sizes",
+           "check_window", "grid_as", "lengths_as", "unpack"]  # fmt: skip
 
 Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
 """(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""
@@ -69,6 +69,11 @@ def check_grid_sizes(x: Tensor, grid: Grid, name: str = "x") -> Sizes:
     return sizes
 
 
+def check_sizes(name: str, sizes: object, must: str) -> Sizes:
+    """Returns sizes of 1 or more as a flat tuple."""
+    return _integers(name, sizes, must)
+
+
 def check_window(window: Sequence[int]) -> Sizes:
     """Returns a window's (t, h, w)."""
     sizes = _integers("window", window, "(t, h, w)")
@@ -104,7 +109,7 @@ def lengths_as(given: Lengths, sizes: Sizes) -> Lengths:
 
 def unpack(y: Tensor, x: Tensor) -> Tensor:
     """Returns tokens ``[tokens', C']`` of x's images in the form in which x was given."""
-    return y.unflatten(0, (x.shape[0], -1)) if x.dim() == 3 else y
+    return y.view(x.shape[0], y.shape[0] // x.shape[0], y.shape[1]) if x.dim() == 3 else y
 
 
 def _packed(x: Tensor, sizes: Sizes) -> Images:
@@ -128,24 +133,26 @@ def _check_tokens(name: str, x: Tensor, tokens: list[int], what: str) -> None:
 
 def _integers(name: str, values: object, must: str, least: int = 1) -> Sizes:
     """Returns integers of at least `least` as a flat tuple."""
-    if isinstance(values, Tensor):
+    if type(values) is not tuple and isinstance(values, Tensor):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, {must}, got {values.dtype}")
         if values.dim() > 2:
             raise ValueError(f"{name} must be {must}, got shape {tuple(values.shape)}")
         values = values.flatten().tolist()
-    if not isinstance(values, Sequence) or isinstance(values, str):
+    if type(values) is not tuple and (not isinstance(values, Sequence) or isinstance(values, str)):
         raise TypeError(f"{name} must be integers, {must}, got {type(values).__name__}")
     flat: list[int] = []
     for value in values:
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            if name == "grid" and len(value) != 3:
-                raise ValueError(f"grid must be {must}, got {tuple(value)}")
+        if type(value) is int:
+            flat.append(value)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            if name in ("grid", "size") and len(value) != 3:
+                raise ValueError(f"{name} must be {must}, got {tuple(value)}")
             flat.extend(value)
         else:
             flat.append(value)
     for number in flat:
-        if isinstance(number, bool) or not isinstance(number, (int, SymInt)):
+        if type(number) is not int and (isinstance(number, bool) or not isinstance(number, (int, SymInt))):
             raise TypeError(f"{name} must be integers, {must}, got {type(number).__name__}")
         if number < least:
             raise ValueError(f"{name} must be {least} or more, got {number}")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pairwise import parametrize, traits
 
 from mmkernels import BackendError, SpanMask, attention_received, attention_weights, cross_attention
+from mmkernels.ops import MODULES
 from mmkernels.ops.attention.attention_weights.spec import Arguments
 from mmkernels.ops.attention.cases import attention_inputs
 from mmkernels.ops.common.cases import normal
@@ -55,7 +56,7 @@ def _cases() -> list[tuple[OpSpec, Case]]:
     return [
         (spec, case)
         for spec in SPECS.values()
-        if spec.name != "merge_attention"
+        if ".attention." in MODULES[spec.name] and spec.name != "merge_attention"
         for case in spec.cases
         if case.id != "many tiles" and {"mask", "bias", "gate", "query_weights"} & set(draw(case))
     ]

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmkernels import merge_patches
 
 OP = "merge_patches"
-every_backend = each_backend(OP)
+every_backend = each_backend(OP, interpreted=False)
 
 
 @pytest.fixture
