@@ -46,8 +46,13 @@ def clone_of(op: Callable[..., tuple[Tensor, Any]]) -> Callable[[Inputs], Call]:
     return prepare
 
 
-def pooling_loop(inputs: Inputs) -> Call:
-    """PyTorch's pooling or resizing of one image after the other, with channels first."""
+def pooling_loop(inputs: Inputs, *, channels_last: bool) -> Call:
+    """PyTorch's pooling or resizing of one image after the other.
+
+    Args:
+        channels_last: as PyTorch is fastest, of views that it takes as channels last; else of copies with channels
+            first, as LLaVA-OneVision's and Gemma 3's code makes them.
+    """
     x, grid, window, size = (inputs.get(name) for name in ("x", "grid", "window", "size"))
     if x.dim() != 2 or any(t != 1 for t, *_ in grid) or "scores" in inputs:
         raise CantRunError("only packed photos")
@@ -62,9 +67,11 @@ def pooling_loop(inputs: Inputs) -> Call:
     tokens = [h * w for _, h, w in grid]
 
     def call() -> Tensor:
+        images = (
+            part.view(1, h, w, -1).permute(0, 3, 1, 2) for part, (_, h, w) in zip(x.split(tokens), grid, strict=True)
+        )
         parts = [
-            one(part.view(h, w, -1).permute(2, 0, 1)[None])[0].permute(1, 2, 0).flatten(0, 1)
-            for part, (_, h, w) in zip(x.split(tokens), grid, strict=True)
+            one(image if channels_last else image.contiguous())[0].permute(1, 2, 0).flatten(0, 1) for image in images
         ]
         return torch.cat(parts)
 
@@ -72,4 +79,7 @@ def pooling_loop(inputs: Inputs) -> Call:
 
 
 MERGE_PATCHES = (Peer("InternVL", internvl), Peer("clone", clone_of(merge_patches)))
-POOL_TOKENS = (Peer("loop", pooling_loop),)
+POOL_TOKENS = (
+    Peer("loop", partial(pooling_loop, channels_last=False)),
+    Peer("channels last", partial(pooling_loop, channels_last=True)),
+)

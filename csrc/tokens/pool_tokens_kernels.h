@@ -83,7 +83,7 @@ template <typename F> MMK_INLINE void each_block(i64 channels, const F& f) {
 // The weighted sum of n tokens.
 template <Type kType> MMK_OUTLINE void weighted_sum(const PoolTokens& p, const PoolScratch& s, i64 n, char* to) {
   constexpr i64 kSize = bytes_of(kType);
-  const i64 ahead = s.wide * p.stride; // what the next result of windows side by side reads
+  const i64 ahead = 2 * s.wide * p.stride; // what the next result of windows side by side reads
   for (i64 k = 0; k == 0 || k < n; k += kTaps) {
     const i64 taps = least(n - k, kTaps);
     const bool begins = k == 0, ends = k + kTaps >= n;

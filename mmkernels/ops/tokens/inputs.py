@@ -16,8 +16,8 @@ from torch import SymInt, Tensor
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating
 
-__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_grid_sizes", "check_integers", "check_lengths",
-           "check_window", "grid_as", "lengths_as", "unpack"]  # fmt: skip
+__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_integers", "check_lengths", "check_window", "grid_as",
+           "lengths_as", "unpack"]  # fmt: skip
 
 Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
 """(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""
@@ -31,25 +31,17 @@ class Images(NamedTuple):
     x: Tensor
     """``[tokens, C]``: a view of what was given."""
     sizes: Sizes
-    """t, h, w of each image one after the other; or the length of each."""
+    """The length of each image."""
     batched: bool
     """Whether ``x`` was given as ``[images, tokens, C]``, so that results have this form too."""
 
 
-def check_grid(x: Tensor, grid: Grid, name: str = "x") -> Images:
-    """Returns the tokens packed, with the flat list of (t, h, w).
+def check_grid(x: Tensor, grid: Grid, name: str = "x") -> Sizes:
+    """Returns the flat list of (t, h, w).
 
     Raises:
         TypeError: x is not a floating tensor, or grid holds no integers.
         ValueError: x has another shape than `Grid` says, or the grid does not match its tokens.
-    """
-    return _packed(x, check_grid_sizes(x, grid, name))
-
-
-def check_grid_sizes(x: Tensor, grid: Grid, name: str = "x") -> Sizes:
-    """Returns the flat list of (t, h, w): as `check_grid`, for ops whose kernels take ``x [images, tokens, C]`` too.
-
-    To pack a strided x, such as one without its first token, would copy it.
     """
     check_floating(name, x)
     sizes = check_integers("grid", grid, "(t, h, w) for each image")
@@ -72,14 +64,14 @@ def check_window(window: Sequence[int]) -> Sizes:
 
 
 def check_lengths(x: Tensor, lengths: Lengths, name: str = "x") -> Images:
-    """As `check_grid`, with one length an image, 0 too."""
+    """Returns the tokens packed, with the length of each image, which may be 0. Raises as `check_grid`."""
     check_floating(name, x)
     one = isinstance(lengths, (int, SymInt))
     sizes = check_integers("lengths", (lengths,) if one else lengths, "the tokens of each image", 0)
     if x.dim() == 3 and len(sizes) == 1:
         sizes = sizes * x.shape[0]
     _check_tokens(name, x, list(sizes), "lengths")
-    return _packed(x, sizes)
+    return Images(x.flatten(0, 1), sizes, True) if x.dim() == 3 else Images(x, sizes, False)
 
 
 def grid_as(given: Grid, sizes: Sizes) -> Grid:
@@ -99,11 +91,7 @@ def lengths_as(given: Lengths, sizes: Sizes) -> Lengths:
 
 def unpack(y: Tensor, x: Tensor) -> Tensor:
     """Returns tokens ``[tokens', C']`` of x's images in the form in which x was given."""
-    return y.unflatten(0, (x.shape[0], -1)) if x.dim() == 3 else y
-
-
-def _packed(x: Tensor, sizes: Sizes) -> Images:
-    return Images(x.flatten(0, 1), sizes, True) if x.dim() == 3 else Images(x, sizes, False)
+    return y.view(x.shape[0], y.shape[0] // max(1, x.shape[0]), y.shape[1]) if x.dim() == 3 else y
 
 
 def _check_tokens(name: str, x: Tensor, tokens: list[int], what: str) -> None:
@@ -125,24 +113,26 @@ def check_integers(name: str, values: object, must: str, least: int = 1) -> Size
     Args:
         must: what they must be, for the error.
     """
-    if isinstance(values, Tensor):
+    if type(values) is not tuple and isinstance(values, Tensor):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name} must be integers, {must}, got {values.dtype}")
         if values.dim() > 2:
             raise ValueError(f"{name} must be {must}, got shape {tuple(values.shape)}")
         values = values.flatten().tolist()
-    if not isinstance(values, Sequence) or isinstance(values, str):
+    if type(values) is not tuple and (not isinstance(values, Sequence) or isinstance(values, str)):
         raise TypeError(f"{name} must be integers, {must}, got {type(values).__name__}")
     flat: list[int] = []
     for value in values:
-        if isinstance(value, Sequence) and not isinstance(value, str):
+        if type(value) is int:
+            flat.append(value)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
             if name in ("grid", "size") and len(value) != 3:
                 raise ValueError(f"{name} must be {must}, got {tuple(value)}")
             flat.extend(value)
         else:
             flat.append(value)
     for number in flat:
-        if isinstance(number, bool) or not isinstance(number, (int, SymInt)):
+        if type(number) is not int and (isinstance(number, bool) or not isinstance(number, (int, SymInt))):
             raise TypeError(f"{name} must be integers, {must}, got {type(number).__name__}")
         if number < least:
             raise ValueError(f"{name} must be {least} or more, got {number}")

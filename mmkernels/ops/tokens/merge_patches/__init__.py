@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from mmkernels.ops.tokens.inputs import Grid, check_grid_sizes, check_window, grid_as, unpack
+from mmkernels.ops.tokens.inputs import Grid, check_grid, check_window, grid_as, unpack
 from mmkernels.ops.tokens.merge_patches.spec import (
     Arguments,
     Results,
@@ -93,7 +93,7 @@ def merge_patches(
     if len(tensors) > 1:
         cast = iter(without_autocast(*tensors))
         x, weight, bias = (None if part is None else next(cast) for part in (x, weight, bias))  # type: ignore[assignment]
-    sizes, steps = check_grid_sizes(x, grid), check_window(window)
+    sizes, steps = check_grid(x, grid), check_window(window)
     if x.shape[-1] == 0:
         raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
     if order not in ORDERS:

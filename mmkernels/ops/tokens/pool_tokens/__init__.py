@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Grid, check_grid_sizes, check_integers, check_window, grid_as, unpack
+from mmkernels.ops.tokens.inputs import Grid, check_grid, check_integers, check_window, grid_as, unpack
 from mmkernels.ops.tokens.merge_patches.spec import count_tokens
 from mmkernels.ops.tokens.pool_tokens.axes import RESIZING, pooled_grid
 from mmkernels.ops.tokens.pool_tokens.spec import Arguments, Results, reference, reference_backward
@@ -50,8 +50,8 @@ def pool_tokens(
             "attention" cut each axis into parts, as ``F.adaptive_avg_pool3d``; "bilinear" and "bicubic" resize.
         mode: "mean"; "max" (NaN counts as the largest; of equal ones the first gets the gradient); "attention", a mean
             weighted by the softmax of a part's scores; "bilinear" (linear along t too), "bicubic".
-        scores: of "attention", ``[tokens]`` or ``[images, tokens]``: a number for each token, x's dtype and device. A
-            part with a NaN among them, or with -inf alone, becomes NaN, as by ``torch.softmax``.
+        scores: of "attention", ``[tokens]`` or ``[images, tokens]``: a number for each token, x's dtype and device.
+            A part with a NaN among them, or with -inf alone, becomes NaN, as by ``torch.softmax``.
         antialias: of "bilinear" and "bicubic", which must then keep t, as ``F.interpolate``'s option.
         edges: of windows that do not divide a grid: "refuse" raises, "partial" pools what is left in a smaller window,
             "drop" leaves it out, as ``F.avg_pool3d`` does by itself.
@@ -87,7 +87,7 @@ def pool_tokens(
     """
     if scores is not None:
         x, scores = without_autocast(x, scores)
-    sizes = check_grid_sizes(x, grid)
+    sizes = check_grid(x, grid)
     if x.shape[-1] == 0:
         raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
     if mode not in MODES:

@@ -74,7 +74,9 @@ def select_diverse(
     index: Tensor = OP(args, resolve(backend))
     if not given.batched:
         return index
-    return index.view(x.shape[0], -1) - torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    images = x.shape[0]
+    index = index.view(images, len(index) // max(1, images))
+    return index - torch.arange(images, device=x.device)[:, None] * x.shape[1]
 
 
 def _check_quality(quality: Tensor, x: Tensor, method: str) -> Tensor:
