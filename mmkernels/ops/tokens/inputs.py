@@ -90,8 +90,8 @@ def lengths_as(given: Lengths, sizes: Sizes) -> Lengths:
 
 
 def unpack(y: Tensor, x: Tensor) -> Tensor:
-    """Returns tokens ``[tokens', C']`` of x's images in the form in which x was given."""
-    return y.view(x.shape[0], y.shape[0] // max(1, x.shape[0]), y.shape[1]) if x.dim() == 3 else y
+    """Returns what belongs to tokens of x's images, ``[tokens', ...]``, in the form in which x was given."""
+    return y.view(x.shape[0], y.shape[0] // max(1, x.shape[0]), *y.shape[1:]) if x.dim() == 3 else y
 
 
 def _check_tokens(name: str, x: Tensor, tokens: list[int], what: str) -> None:
