@@ -177,8 +177,10 @@ def norm_backward_kernel(
     exists = (c < WINDOW.CHANNELS)[None, :]
     place = place_in_row(c, WINDOW)
     live = (tl.arange(0, WINDOW.BLOCK_P) < WINDOW.PATCHES)[:, None] & exists
-    weights = tl.zeros([WINDOW.BLOCK_P, WINDOW.BLOCK_C], tl.float32)
-    biases = tl.zeros([WINDOW.BLOCK_P, WINDOW.BLOCK_C], tl.float32)
+    BLOCK_P: tl.constexpr = WINDOW.BLOCK_P  # Triton 3.6 takes no shape from a tuple's fields
+    BLOCK_C: tl.constexpr = WINDOW.BLOCK_C
+    weights = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    biases = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for number in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.full((), 0, tl.int64) + number
         tokens = patches_of(table, row, images, WINDOW)
