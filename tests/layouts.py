@@ -15,8 +15,10 @@ _GUARD = 512  # elements on either side
 
 
 def embedded(x: Tensor) -> Tensor:
-    """Returns x as a view into a buffer of NaN, with other strides."""
-    buffer = torch.full([n + 3 for n in x.shape], math.nan, dtype=x.dtype, device=x.device)
+    """Returns x as a view into a buffer of NaN, of integers of their least value, with other strides."""
+    whole = not x.is_floating_point() and x.dtype != torch.bool
+    other = torch.iinfo(x.dtype).min if whole else math.nan
+    buffer = torch.full([n + 3 for n in x.shape], other, dtype=x.dtype, device=x.device)
     return buffer[tuple(slice(1, 1 + n) for n in x.shape)].copy_(x)
 
 
