@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from mmkernels import ops
+from mmkernels import ops, pruning
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_received import attention_received
 from mmkernels.ops.attention.attention_weights import attention_weights
@@ -42,6 +42,7 @@ __all__ = [
     "merge_tokens",
     "ops",
     "pool_tokens",
+    "pruning",
     "retrieval_ranks",
     "scatter_tokens",
     "select_diverse",

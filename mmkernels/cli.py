@@ -133,7 +133,7 @@ def profile(
 
 
 def bench(
-    op: Annotated[str | None, typer.Argument(help="An op with a bench_<op>.py; default: all of them.")] = None,
+    op: Annotated[str | None, typer.Argument(help="An op, or a family of ops such as tokens; default: all.")] = None,
     dtype: Annotated[
         str, typer.Option(help="fp32, bf16, fp16 or a list; default: fp32,bf16, of which --quick takes one.")
     ] = "",

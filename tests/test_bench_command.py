@@ -154,6 +154,23 @@ def test_each_row_is_printed_and_all_are_saved_by_op(
         assert (folder / "out" / f"{op}.png").exists()
 
 
+def test_a_family_runs_its_ops_and_shows_their_targets_together(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "MODULES", {"fake": "mmkernels.ops.family.fake", "other": "mmkernels.ops.kin.other"})
+    monkeypatch.setattr(command, "_WHOLE_MODELS", {"family": ("other",)})
+    assert run_cli(monkeypatch, "bench", "family", "--device", "cpu", "--filter", "one", "--out", "out") == 0
+    out = capfd.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    assert sorted(path.stem for path in Path("out").glob("*.json")) == ["fake", "other"]
+    after = out[out.rindex("Written:") :]
+    assert after.index("targets of fake") < after.index("targets of other") and out.count("60%") == 4
+    assert run_cli(monkeypatch, "bench", "kin", "--device", "cpu", "--filter", "one", "--out", "kin") == 0
+    assert [path.stem for path in Path("kin").glob("*.json")] == ["other"]
+    assert run_cli(monkeypatch, "bench", "famly", "--out", "out") == 2
+    assert "op must be one of fake, other, family, kin, got 'famly'" in capfd.readouterr().err.replace(";", ",")
+
+
 def test_a_row_that_fails_leaves_the_others(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +228,14 @@ def test_a_filter_that_selects_nothing(
         "mmkernels: --filter: no row is named 'no such row'; there are: one; two; three"
     ]
     assert not list((folder / "out").glob("*.json"))
+
+
+def test_every_bench_file_loads_and_has_rows() -> None:
+    files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    done = subprocess.run([*collect, f"--rootdir={ROOT}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    assert all(f"{path.name}::" in done.stdout for path in files)
 
 
 def test_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:

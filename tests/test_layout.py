@@ -19,6 +19,7 @@ LAYERS = (
     ("targets",),
     ("spec",),
     ("ops",),
+    ("pruning",),
     ("nn",),
     ("objectives", "evaluation"),
     ("models",),

@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,13 @@ from mmkernels.bench import picture, tables
 from mmkernels.bench.plugin import RowsPlugin
 from mmkernels.interrupts import Interrupted
 from mmkernels.machine import device_slug
-from mmkernels.ops import NAMES
+from mmkernels.ops import MODULES
 from mmkernels.options import DTYPES, BadInput, check_device, one_of
 from mmkernels.report import WIDTH, console, prepare_folder
 
 _GPU_WIDTH = 130  # columns: a GPU has more peers
+_WHOLE_MODELS = {"tokens": ("fastv",)}
+"""Bench files that measure a model beside the ops of a family."""
 
 
 def run_bench(
@@ -36,7 +38,7 @@ def run_bench(
     """Runs, prints, and writes ``<op>.json`` and ``<op>.png``; each row is printed and saved as it finishes.
 
     Args:
-        op: None: every op that has a bench file.
+        op: an op, or a family of ops such as "tokens"; None: every op that has a bench file.
         wanted: only rows whose name contains one of these, see `rows.select`.
         out: folder for the results.
         save: write to ``benchmarks/results/<device>/`` instead of `out`.
@@ -50,10 +52,11 @@ def run_bench(
     folder = find_benchmarks()
     files = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
     if op is not None:
-        one_of("op", op, tuple(files))
-        files = {op: files[op]}
-    elif quick:
-        files = {name: path for name, path in files.items() if name in NAMES}
+        groups = _groups(files)
+        one_of("op", op, tuple(groups))
+        files = {name: files[name] for name in groups[op]}
+    if quick and op not in files:
+        files = {name: path for name, path in files.items() if name in MODULES}
     for dtype in dtypes or ("",):
         one_of("--dtype", dtype, tuple(DTYPES))
     check_device(device)
@@ -72,6 +75,18 @@ def run_bench(
     if code != pytest.ExitCode.OK:
         print("mmkernels: some rows gave no time, see above", file=sys.stderr)
         raise SystemExit(1)
+
+
+def _groups(files: Iterable[str]) -> dict[str, list[str]]:
+    """Returns what can be asked for, and the bench files of each: a file, or a family of ops."""
+    groups = {name: [name] for name in files}
+    for name in files:
+        if name in MODULES:
+            groups.setdefault(MODULES[name].split(".")[2], []).append(name)
+    for family, whole in _WHOLE_MODELS.items():
+        if family in groups:
+            groups[family] += [name for name in whole if name in files]
+    return groups
 
 
 def find_benchmarks() -> Path:
@@ -98,9 +113,11 @@ def _show(results: Sequence[Path], folder: Path, device: str) -> None:
         if custom.exists():
             subprocess.run([sys.executable, str(custom), str(result)], check=True)
         else:
-            output.print(tables.render(report))
+            output.print(tables.render(report, with_targets=len(results) == 1))
             shown.append(report)
         picture.draw(report, result.with_suffix(".png"))
         output.print(f"Written: {result.with_suffix('.png')} (picture), {result} (all numbers)\n", soft_wrap=True)
     if shown:
+        if len(results) > 1:
+            output.print(tables.all_targets(shown))
         output.print(tables.legend(shown))

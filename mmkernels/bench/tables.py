@@ -45,21 +45,32 @@ def line(row: Row) -> str:
     return ", ".join(figures)
 
 
-def render(report: dict[str, Any]) -> RenderableType:
+def render(report: dict[str, Any], *, with_targets: bool = True) -> RenderableType:
     """Returns a table for each dtype and pass, and one of the targets."""
-    rows = [entry["extra_info"] for entry in report["benchmarks"]]
+    rows = _rows(report)
     parts: list[RenderableType] = [_heading(report, rows)]
     for group in dict.fromkeys((row["dtype"], row["pass"]) for row in rows):
         parts += [Text(" ".join(group), style="bold")]
         parts += _table([row for row in rows if (row["dtype"], row["pass"]) == group])
-    if any(row.get("targets") for row in rows):
+    if with_targets and any(row.get("targets") for row in rows):
         parts += [targets(rows), Text()]
     return Group(*parts)
 
 
+def all_targets(reports: Iterable[dict[str, Any]]) -> RenderableType:
+    """Returns a table of the targets of each op."""
+    every = [row for report in reports for row in _rows(report) if row.get("targets")]
+    parts = [targets([row for row in every if row["op"] == op], f"targets of {op}") for op in unique(every, "op")]
+    return Group(*parts, Text())
+
+
+def _rows(report: dict[str, Any]) -> list[Row]:
+    return [entry["extra_info"] for entry in report["benchmarks"]]
+
+
 def legend(reports: Sequence[dict[str, Any]]) -> Text:
     """Returns what the tables of these result files mean."""
-    rows = [entry["extra_info"] for report in reports for entry in report["benchmarks"]]
+    rows = [row for report in reports for row in _rows(report)]
     words = _LEGEND
     if any(row["targets"] for row in rows):
         words += _TARGETS_LEGEND
@@ -108,7 +119,7 @@ def _table(rows: list[Row]) -> list[RenderableType]:
     return [table(cells, ["configuration", *titles]), *map(Text, notes.lines()), Text()]
 
 
-def targets(rows: Iterable[Row]) -> Table:
+def targets(rows: Iterable[Row], title: str = "targets") -> Table:
     """Returns a table of ours beside each target, and of what a kernel at the full peak would reach."""
     cells = []
     for row in rows:
@@ -116,7 +127,7 @@ def targets(rows: Iterable[Row]) -> Table:
             least, most, reached, at_peak = (_value(target, key) for key in ("least", "most", "found", "at_peak"))
             name = [row["configuration"], row["dtype"], row["pass"], target["than"]]
             cells.append([*name, least or f"<= {most}", reached, at_peak, verdict(target)])
-    return table(cells, ["targets", "dtype", "pass", "than", "target", "ours", "at peak", ""], texts=3)
+    return table(cells, [title, "dtype", "pass", "than", "target", "ours", "at peak", ""], texts=3)
 
 
 _UNITS = {"peak": "share", "bandwidth": "share", "tflops": "TFLOP/s", "extra MB": "MB"}  # in files that name none

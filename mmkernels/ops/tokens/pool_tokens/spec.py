@@ -14,7 +14,7 @@ from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.tokens.pool_tokens.axes import Axis, image_axes
 from mmkernels.runtime.arguments import Differentiable, Sizes
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
-from mmkernels.targets import Speedup
+from mmkernels.targets import BandwidthShare, Speedup
 
 
 class Arguments(NamedTuple):
@@ -227,13 +227,17 @@ SPEC = OpSpec(
             "64 photos, mean",
             lambda g: _inputs(g, 1024, _photos(64), (1, 2, 2)),
             {"images": 64, "tokens": "224 to 3968", "C": 1024},
-            targets=(Speedup("fp32", False, 3.0, "loop"), Speedup("bf16", False, 3.0, "loop")),
+            targets=(
+                *(Speedup(dtype, False, 3.0, "loop") for dtype in ("fp32", "bf16")),
+                BandwidthShare("fp32", False, 0.7),
+                BandwidthShare("bf16", False, 0.8, device="gpu"),
+            ),
         ),
         Benchmark(
             "64 photos, bilinear",
             lambda g: _inputs(g, 1024, _photos(64), size=(1, 14, 14), mode="bilinear"),
             {"images": 64, "tokens": "224 to 3968", "C": 1024},
-            targets=(Speedup("fp32", False, 3.0, "loop"),),
+            targets=(Speedup("fp32", False, 3.0, "loop"), BandwidthShare("fp32", False, 0.7)),
         ),
         Benchmark(
             "8 photos, mean",
@@ -241,7 +245,7 @@ SPEC = OpSpec(
             {"images": 8, "tokens": "224 to 3968", "C": 1024},
             ("x",),
             headline=True,
-            targets=(Speedup("fp32", False, 3.0, "loop"),),
+            targets=(Speedup("fp32", False, 3.0, "loop"), BandwidthShare("fp32", False, 0.7)),
         ),
         Benchmark(
             "one image of 256",

@@ -12,6 +12,7 @@ from mmkernels.ops.common.cases import normal
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
+from mmkernels.targets import ExtraMemory, Speedup
 
 NOTHING_NEW = 1e-5
 """What a token adds at least, of its squared length or of the largest distance; less counts as nothing, as rounding."""
@@ -192,10 +193,18 @@ SPEC = OpSpec(
         Benchmark(
             "determinant, 2,880 tokens", _benchmark(2880, 1024, 320, "determinant"),
             {"tokens": 2880, "C": 1024, "keep": 320}, headline=True,
+            targets=(
+                *(Speedup(dtype, False, 2.0, "naive") for dtype in ("fp32", "bf16")),
+                ExtraMemory("fp32", False, 4.0),
+            ),
         ),
         Benchmark(
             "distance, 2,880 tokens", _benchmark(2880, 1024, 320, "distance"),
-            {"tokens": 2880, "C": 1024, "keep": 320},
+            {"tokens": 2880, "C": 1024, "keep": 320}, targets=(Speedup("fp32", False, 2.0, "naive"),),
+        ),
+        Benchmark(
+            "one image of 256", _benchmark(256, 1024, 64, "determinant"), {"tokens": 256, "C": 1024, "keep": 64},
+            targets=(Speedup("fp32", False, 1.0, "naive"),),
         ),
     ),
     always_wide=frozenset({"quality"}),
