@@ -11,6 +11,7 @@ from mmkernels.ops.attention.merge_attention import merge_attention
 from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
+from mmkernels.ops.tokens.frame_difference import frame_difference
 from mmkernels.ops.tokens.match_tokens import match_tokens
 from mmkernels.ops.tokens.merge_patches import merge_patches
 from mmkernels.ops.tokens.merge_tokens import merge_tokens
@@ -18,6 +19,7 @@ from mmkernels.ops.tokens.pool_tokens import pool_tokens
 from mmkernels.ops.tokens.scatter_tokens import scatter_tokens
 from mmkernels.ops.tokens.select_diverse import select_diverse
 from mmkernels.ops.tokens.select_tokens import Selection, select_tokens
+from mmkernels.ops.tokens.token_similarity import token_similarity
 from mmkernels.ops.tokens.unmerge_tokens import unmerge_tokens
 from mmkernels.runtime.dispatch import BackendError, use_backend
 
@@ -35,6 +37,7 @@ __all__ = [
     "attention_received",
     "attention_weights",
     "cross_attention",
+    "frame_difference",
     "info_nce",
     "match_tokens",
     "merge_attention",
@@ -48,6 +51,7 @@ __all__ = [
     "select_diverse",
     "select_tokens",
     "sigmoid_contrastive",
+    "token_similarity",
     "unmerge_tokens",
     "use_backend",
 ]

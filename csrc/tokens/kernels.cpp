@@ -1,6 +1,7 @@
 // The kernels on visual tokens of one instruction set: CMakeLists.txt compiles this file once for each, with MMK_ISA
 // its name.
 #include "../common/table.h"
+#include "cosine.h"
 #include "diverse.h"
 #include "match_tokens.h"
 #include "merge_patches_kernels.h"
@@ -10,6 +11,14 @@
 #include "rows.h"
 
 namespace mmkernels::MMK_ISA {
+
+extern const CosineKernels cosine_kernels;
+const CosineKernels cosine_kernels = {
+    .frame_scratch = frame_scratch,
+    .frame_difference = frame_difference,
+    .add_directions = add_directions,
+    .project = project,
+};
 
 extern const DiverseKernels diverse_kernels;
 const DiverseKernels diverse_kernels = {
@@ -46,6 +55,7 @@ const NearestKernels nearest_kernels = {
     .scratch = nearest_scratch,
     .pack = pack_kept,
     .nearest = nearest,
+    .extreme = extreme,
     .sum = sum_tokens,
 };
 

@@ -5,6 +5,7 @@
 
 #include "../common/rows.h"
 #include "../common/tile_gemm.h"
+#include "cosine.h"
 #include "merge_tokens_params.h"
 
 namespace mmkernels::MMK_ISA {
@@ -13,54 +14,22 @@ inline i64 prepared_bytes(Type type, i64 dim) {
   return row_bytes(uses_dot(type), dim);
 }
 
-// The power of two that brings x near 1: squares of rows far from 1 would not be finite, or 0.
-MMK_INLINE float scale_to_one(float x) {
-  std::int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const std::int32_t exponent = most(1, least(253, bits >> 23));
-  const std::int32_t scale = (254 - exponent) << 23;
-  float y;
-  std::memcpy(&y, &scale, sizeof y);
-  return y;
-}
-
-// What to multiply a row by first where its squares are not finite, or 0: NaN if the row itself is not finite.
-inline float scale_of_row(const char* row, Type type, i64 dim) {
-  Vec top = zero(), bad = zero(); // 0 * x is NaN exactly where x is not finite
-  for (i64 c = 0; c < dim; c += kLanes) {
-    const Vec v = load_as_f32(row + c * bytes_of(type), type, dim - c);
-    top = max_skip_nan(top, (Vec)((IVec)v & 0x7fffffff));
-    bad += zero() * v;
-  }
-  return scale_to_one(largest(top)) + sum(bad);
-}
-
 inline void prepare(const TokenRows& x, i64 dim, i64 first, i64 count, char* to, float* inverse) {
   const bool is_dot = uses_dot(x.type);
-  const i64 size = bytes_of(x.type), stride = row_bytes(is_dot, dim), out = is_dot ? 2 : 4;
-  for (i64 r = 0; r < count; ++r) {
-    const char* from = x.data + (first + 2 * r) * x.stride;
-    const auto square_of = [&](Vec scale) {
-      Vec squares = zero();
+  const i64 stride = row_bytes(is_dot, dim), out = is_dot ? 2 : 4;
+  with_type(x.type, [&](auto type) {
+    constexpr Type kType = decltype(type)::value;
+    for (i64 r = 0; r < count; ++r) {
+      const char* from = x.data + (first + 2 * r) * x.stride;
+      const RowScale s = row_scale<kType>(from, dim);
+      const float factor = is_dot ? 1.0f : s.inverse; // bfloat16 would be rounded
+      inverse[r] = is_dot ? s.inverse : 1.0f;
       for (i64 c = 0; c < dim; c += kLanes) {
-        const Vec v = load_as_f32(from + c * size, x.type, dim - c) * scale;
-        squares = fma(v, v, squares);
+        const Vec v = load_as_f32(from + c * bytes_of(kType), kType, dim - c);
+        store_working(to + r * stride + c * out, is_dot, v * s.scale * factor);
       }
-      return sum(squares);
-    };
-    Vec scale = set1(1.0f);
-    float square = square_of(scale);
-    if (!(square > 1e-30f && square < 1e30f)) {
-      scale = set1(scale_of_row(from, x.type, dim));
-      square = square_of(scale);
     }
-    const float length = square > 0.0f ? 1.0f / __builtin_sqrtf(square) : 1.0f;
-    const Vec factor = set1(is_dot ? 1.0f : length); // bfloat16 would be rounded
-    inverse[r] = is_dot ? length : 1.0f;
-    for (i64 c = 0; c < dim; c += kLanes) {
-      store_working(to + r * stride + c * out, is_dot, load_as_f32(from + c * size, x.type, dim - c) * scale * factor);
-    }
-  }
+  });
 }
 
 struct MatchScratch : Arena {

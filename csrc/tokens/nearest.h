@@ -5,6 +5,7 @@
 
 #include "../common/rows.h"
 #include "../common/tile_gemm.h"
+#include "cosine.h"
 #include "nearest_params.h"
 
 namespace mmkernels::MMK_ISA {
@@ -41,16 +42,8 @@ MMK_INLINE Source source_of(const TokenMatrix& x, const std::int32_t* index) {
   return {x.data, x.type, x.row_bytes / bytes_of(x.type), 1, index};
 }
 
-// The power of two that brings x, which is not negative, near 1: squares of rows far from it would be 0 or infinite.
-MMK_INLINE float scale_near_one(float x) {
-  std::int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits = (254 - most(1, least(253, bits >> 23))) << 23;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// Scales a row in the working format by a power of two, and returns 1 over its norm then; 0 for a row of zeros.
+// Scales a row in the working format by a power of two, and returns 1 over its norm then; 0 for a row of zeros, NaN for
+// one that is not finite.
 inline float scale_row(char* row, i64 channels, bool is_dot) {
   const Type type = is_dot ? Type::bf16 : Type::f32;
   Vec top = zero(), squares = zero();
@@ -66,7 +59,7 @@ inline float scale_row(char* row, i64 channels, bool is_dot) {
     squares = fma(x, x, squares);
   }
   const float square = sum(squares);
-  return square == 0.0f ? 0.0f : 1.0f / __builtin_sqrtf(square);
+  return square == 0.0f ? 0.0f : square < kInf ? 1.0f / __builtin_sqrtf(square) : kInf - kInf;
 }
 
 inline void pack_kept(const TokenMatrix& x, const KeptTokens& kept, i64 panel, char* scratch) {
@@ -113,19 +106,12 @@ MMK_INLINE std::int32_t best_of(const float* best, const std::int32_t* winner) {
   return number;
 }
 
-inline void nearest(const TokenMatrix& x, const KeptTokens& kept, const std::int32_t* rest, i64 count,
-                    std::int32_t* place, char* scratch) {
-  const NearestScratch s{{scratch}, x};
+// Calls f(first, vectors) with the products of rows near 1 with each panel of kept tokens, in s.tile.
+template <typename F>
+MMK_INLINE void each_panel(const TokenMatrix& x, const KeptTokens& kept, Rows rows, i64 count, const NearestScratch& s,
+                           const F& f) {
   const bool is_dot = uses_dot(x.type);
   const i64 depth = depth_of(is_dot, x.channels);
-  const Rows rows = fetch(source_of(x, rest), count, x.channels, is_dot, s.rows);
-  for (i64 r = 0; r < count; ++r) {
-    scale_row(s.rows + r * rows.stride, x.channels, is_dot);
-  }
-  for (i64 i = 0; i < count * kLanes; i += kLanes) {
-    store(s.best + i, set1(-kInf));
-    store(s.winner + i, zero());
-  }
   for (i64 first = 0; first < kept.count; first += kPanel) {
     const i64 vectors = (least<i64>(kPanel, kept.count - first) + kLanes - 1) / kLanes;
     const float* panel = kept.panels + first / kPanel * packed_floats(x);
@@ -136,10 +122,53 @@ inline void nearest(const TokenMatrix& x, const KeptTokens& kept, const std::int
                                      least(kNearestDepth, depth - k), k > 0);
       }
     });
-    keep_best(s, kept.inverse_norms + first, first, count, vectors);
+    f(first, vectors);
   }
+}
+
+inline void nearest(const TokenMatrix& x, const KeptTokens& kept, const std::int32_t* rest, i64 count,
+                    std::int32_t* place, char* scratch) {
+  const NearestScratch s{{scratch}, x};
+  const bool is_dot = uses_dot(x.type);
+  const Rows rows = fetch(source_of(x, rest), count, x.channels, is_dot, s.rows);
+  for (i64 r = 0; r < count; ++r) {
+    scale_row(s.rows + r * rows.stride, x.channels, is_dot);
+  }
+  for (i64 i = 0; i < count * kLanes; i += kLanes) {
+    store(s.best + i, set1(-kInf));
+    store(s.winner + i, zero());
+  }
+  each_panel(x, kept, rows, count, s,
+             [&](i64 first, i64 vectors) { keep_best(s, kept.inverse_norms + first, first, count, vectors); });
   for (i64 r = 0; r < count; ++r) {
     place[rest[r]] = kept.first + best_of(s.best + r * kLanes, s.winner + r * kLanes);
+  }
+}
+
+// The largest cosine of each row with a kept token, or the smallest. NaN of a row that is not finite.
+inline void extreme(const TokenMatrix& x, const KeptTokens& kept, const std::int32_t* tokens, i64 count, bool smallest,
+                    float* to, char* scratch) {
+  const NearestScratch s{{scratch}, x};
+  const bool is_dot = uses_dot(x.type);
+  const Rows rows = fetch(source_of(x, tokens), count, x.channels, is_dot, s.rows);
+  const float sign = smallest ? -1.0f : 1.0f;
+  float inverse[kNearestRows];
+  for (i64 r = 0; r < count; ++r) {
+    inverse[r] = scale_row(s.rows + r * rows.stride, x.channels, is_dot);
+    store(s.best + r * kLanes, set1(-kInf));
+  }
+  each_panel(x, kept, rows, count, s, [&](i64 first, i64 vectors) {
+    for (i64 r = 0; r < count; ++r) {
+      Vec best = load(s.best + r * kLanes);
+      for (i64 v = 0; v < vectors; ++v) {
+        const Vec norms = load(kept.inverse_norms + first + v * kLanes) * sign;
+        best = max_skip_nan(best, load(s.tile + r * kPanel + v * kLanes) * norms);
+      }
+      store(s.best + r * kLanes, best);
+    }
+  });
+  for (i64 r = 0; r < count; ++r) {
+    to[tokens[r]] = sign * largest(load(s.best + r * kLanes)) * inverse[r];
   }
 }
 

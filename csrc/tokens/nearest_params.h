@@ -1,4 +1,4 @@
-// What the kernels of select_tokens that merge tokens take: see nearest.h.
+// What the kernels take that compare tokens with kept ones, of select_tokens and token_similarity: see nearest.h.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +37,9 @@ struct NearestKernels {
   void (*pack)(const TokenMatrix&, const KeptTokens&, std::int64_t panel, char* scratch);
   void (*nearest)(const TokenMatrix&, const KeptTokens&, const std::int32_t* rest, std::int64_t count,
                   std::int32_t* place, char* scratch);
+  // The largest or smallest cosine of each of some tokens with a kept one.
+  void (*extreme)(const TokenMatrix&, const KeptTokens&, const std::int32_t* tokens, std::int64_t count, bool smallest,
+                  float* to, char* scratch);
   void (*sum)(const TokenMatrix&, const TokenSums&, char* out, std::int64_t first, std::int64_t last);
 };
 

@@ -3,34 +3,13 @@
 
 #include "../common/rows.h"
 #include "rows_params.h"
+#include "stream.h"
 
 namespace mmkernels::MMK_ISA {
 
 // Null: a row of zeros.
 MMK_INLINE const char* row_at(const RowsOf& x, i64 row) {
   return x.data == nullptr ? nullptr : x.data + row / x.inner * x.outer_bytes + row % x.inner * x.row_bytes;
-}
-
-// Stores a row of whole cache lines past the caches, where the instruction set can.
-MMK_INLINE void stream_row(char* __restrict to, const char* __restrict from, i64 bytes) {
-#if defined(__AVX512F__)
-  for (i64 at = 0; at < bytes; at += 64) {
-    _mm512_stream_si512((__m512i*)(to + at), _mm512_loadu_si512(from + at));
-  }
-#elif defined(__AVX2__)
-  for (i64 at = 0; at < bytes; at += 32) {
-    _mm256_stream_si256((__m256i*)(to + at), _mm256_loadu_si256((const __m256i*)(from + at)));
-  }
-#else
-  std::memcpy(to, from, bytes);
-#endif
-}
-
-// Makes streamed stores visible to other threads in order with all others.
-MMK_INLINE void end_stream() {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  _mm_sfence();
-#endif
 }
 
 template <Type kType> void add_rows(char* __restrict to, const char* a, const char* b, i64 bytes) {
@@ -75,15 +54,11 @@ inline void compose_rows(const ComposeParams& p, i64 first, i64 last) {
       add_rows(to, row_at(p.base, row), from, p.bytes, p.type);
     } else if (source >= 0 && p.weights != nullptr && p.weights[row] != 1.0f) {
       weigh_row(to, from, p.weights[row], p.bytes, p.type);
-    } else if (p.stream) {
-      stream_row(to, from, p.bytes);
     } else {
-      std::memcpy(to, from, p.bytes);
+      copy_row(to, from, p.bytes, p.stream);
     }
   }
-  if (p.stream) {
-    end_stream();
-  }
+  end_stream(p.stream);
 }
 
 } // namespace mmkernels::MMK_ISA

@@ -16,8 +16,8 @@ from torch import SymInt, Tensor
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating
 
-__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_integers", "check_lengths", "check_window", "grid_as",
-           "lengths_as", "unpack"]  # fmt: skip
+__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_integers", "check_lengths", "check_sizes", "check_window",
+           "grid_as", "lengths_as", "unpack"]  # fmt: skip
 
 Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
 """(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""
@@ -65,13 +65,23 @@ def check_window(window: Sequence[int]) -> Sizes:
 
 def check_lengths(x: Tensor, lengths: Lengths, name: str = "x") -> Images:
     """Returns the tokens packed, with the length of each image, which may be 0. Raises as `check_grid`."""
+    sizes = check_sizes(x, lengths, name)
+    return Images(x.flatten(0, 1), sizes, True) if x.dim() == 3 else Images(x, sizes, False)
+
+
+def check_sizes(x: Tensor, lengths: Lengths, name: str = "x", what: str = "lengths") -> Sizes:
+    """Returns the length of each image, which may be 0. Raises as `check_grid`.
+
+    Args:
+        what: the argument that holds the lengths, for errors.
+    """
     check_floating(name, x)
     one = isinstance(lengths, (int, SymInt))
-    sizes = check_integers("lengths", (lengths,) if one else lengths, "the tokens of each image", 0)
+    sizes = check_integers(what, (lengths,) if one else lengths, "the tokens of each image", 0)
     if x.dim() == 3 and len(sizes) == 1:
         sizes = sizes * x.shape[0]
-    _check_tokens(name, x, list(sizes), "lengths")
-    return Images(x.flatten(0, 1), sizes, True) if x.dim() == 3 else Images(x, sizes, False)
+    _check_tokens(name, x, list(sizes), what)
+    return sizes
 
 
 def grid_as(given: Grid, sizes: Sizes) -> Grid:

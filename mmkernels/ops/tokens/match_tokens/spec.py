@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from mmkernels.ops.common.cases import normal
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.tokens.cosine import unit_rows
 from mmkernels.ops.tokens.groups import group_means
 from mmkernels.ops.tokens.keep import Round, check_keep, rounds_of, sides
 from mmkernels.runtime.arguments import Sizes
@@ -91,17 +92,6 @@ def match_images(
         found.append(start + (stays.cumsum(0) - 1)[root])
         start += length - merges
     return torch.cat(found) if found else torch.arange(0, device=metric.device)
-
-
-def unit_rows(metric: Tensor) -> Tensor:
-    """Returns the rows at length 1 in the wide dtype; a row of zeros stays, one that is not finite is NaN."""
-    rows = metric.to(wide_dtype(metric)).contiguous()
-    if not rows.shape[1]:
-        return rows
-    largest = rows.abs().amax(1, keepdim=True)  # squares of what lies far from 1 would not be finite, or 0
-    rows = rows / torch.where(largest > 0, largest, 1.0)
-    rows = rows / torch.where(largest > 0, torch.linalg.vector_norm(rows, dim=1, keepdim=True), 1.0)
-    return torch.where(largest.isfinite(), rows, torch.nan)
 
 
 def nan_is_worst(scores: Tensor) -> Tensor:

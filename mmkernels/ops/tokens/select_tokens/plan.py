@@ -10,9 +10,7 @@ from mmkernels.plan import Plan, Problem, Search, Variant
 from mmkernels.spec import Inputs
 
 _TOKENS = 1024
-# (rows, columns, warps, stages). Chosen by registers and shared memory; none has been timed on a GPU yet.
-_NEAREST = {"sm_90": (128, 128, 8, 3), "sm_100": (128, 128, 8, 3), "gfx942": (128, 64, 8, 2)}
-_SUM = (16, 256, 4, 1)
+_SUM = (16, 256, 4, 1)  # rows, columns, warps, stages. Not timed on a GPU yet.
 
 
 def _inputs(dim: int, dtype: torch.dtype, merge: bool | str = False, over: str = "image") -> Inputs:
@@ -33,7 +31,7 @@ _MERGED = (Problem(_timed),)
 
 PLAN = Plan(
     tiles={
-        target: {**moving, "nearest": (_NEAREST.get(target, (64, 64, 4, 2)),), "sum": (_SUM,)}
+        target: {**moving, "nearest": plans.PRODUCT_TILES[target], "sum": (_SUM,)}
         for target, moving in plans.moving_tiles("compose").items()
     },
     float32=(64, 64, 64),

@@ -13,48 +13,19 @@ from mmkernels.ops.common.triton.constants import INFINITY
 from mmkernels.ops.common.triton.launch import ceil_div, precision
 from mmkernels.ops.tokens.ranking import best, image_of, on_device, starts_of
 from mmkernels.ops.tokens.select_tokens.spec import Arguments, weights_of
-from mmkernels.ops.tokens.triton.rows import compose
+from mmkernels.ops.tokens.triton.cosine import norms_of, row_products, steps_of
+from mmkernels.ops.tokens.triton.images import token_tiles
+from mmkernels.ops.tokens.triton.rows import compose, row_offsets, strides_of
 from mmkernels.runtime.triton import launch
 from mmkernels.runtime.tuning import config
 
 OP = "select_tokens"
-_STEPS = {4: 16, 2: 64}  # channels of one step of a product, by bytes of an element: float32 takes no tensor cores
-
-
-@triton.jit
-def norm_kernel(
-    metric, index, inverse_norms, row_stride, column_stride, kept, channels,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Writes 1 over the norms of some kept rows; of a row of zeros 0. Grid: (tiles of kept rows,).
-
-    Rows are scaled by the power of two that brings them near 1: squares of rows far from 1 would be 0 or infinite.
-    """
-    number = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    row = tl.load(index + number, mask=number < kept, other=0)
-    start = metric + row.to(tl.int64)[:, None] * row_stride
-    top = tl.zeros([BLOCK_Q], tl.float32)
-    for c in range(0, channels, BLOCK_K):
-        channel = c + tl.arange(0, BLOCK_K)
-        live = (number < kept)[:, None] & (channel < channels)[None, :]
-        x = tl.load(start + channel[None, :] * column_stride, mask=live, other=0.0)
-        top = tl.maximum(top, tl.max(tl.abs(x.to(tl.float32)), 1))
-    exponent = tl.minimum(tl.maximum(top.to(tl.int32, bitcast=True) >> 23, 1), 253)
-    scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    squares = tl.zeros([BLOCK_Q], tl.float32)
-    for c in range(0, channels, BLOCK_K):
-        channel = c + tl.arange(0, BLOCK_K)
-        live = (number < kept)[:, None] & (channel < channels)[None, :]
-        x = tl.load(start + channel[None, :] * column_stride, mask=live, other=0.0).to(tl.float32) * scale[:, None]
-        squares += tl.sum(x * x, 1)
-    inverse = tl.where(squares == 0.0, 0.0, scale / tl.sqrt(squares))
-    tl.store(inverse_norms + number, inverse, mask=number < kept)
 
 
 @triton.jit
 def nearest_kernel(
-    metric, inverse_norms, index, place, tile_images, tile_firsts, starts, kept_starts, row_stride, column_stride,
-    channels, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    metric, norms, index, place, tile_images, tile_firsts, starts, kept_starts, strides, channels,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes for one tile of an image's tokens which kept token is the most similar. Grid: (tiles,)."""
     image = tl.load(tile_images + tl.program_id(0))
@@ -66,16 +37,11 @@ def nearest_kernel(
     for begin in range(first, last, BLOCK_K):
         number = begin + tl.arange(0, BLOCK_K)
         row = tl.load(index + number, mask=number < last, other=0)
-        dots = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-        for c in range(0, channels, STEP):
-            channel = c + tl.arange(0, STEP)
-            inside = channel < channels
-            at = token.to(tl.int64)[:, None] * row_stride + channel[None, :] * column_stride
-            x = tl.load(metric + at, mask=live[:, None] & inside[None, :], other=0.0)
-            at = row.to(tl.int64)[None, :] * row_stride + channel[:, None] * column_stride
-            kept = tl.load(metric + at, mask=(number < last)[None, :] & inside[:, None], other=0.0)
-            dots = tl.dot(x, kept, dots, input_precision=PRECISION)
-        inverse = tl.load(inverse_norms + number, mask=number < last, other=0.0)
+        dots = row_products(
+            metric + row_offsets(token, strides), metric + row_offsets(row, strides), live, number < last,
+            strides.column, strides.column, channels, BLOCK_Q, BLOCK_K, STEP, PRECISION,
+        )  # fmt: skip
+        inverse = tl.load(norms + number, mask=number < last, other=0.0)
         similarity = dots * inverse[None, :]
         usable = (number < last)[None, :] & (similarity == similarity)
         similarity = tl.where(usable, similarity, -INFINITY)
@@ -135,26 +101,17 @@ def _places(args: Arguments, index: Tensor, counts: Tensor) -> Tensor:
     """Returns which row of the result each token is part of, int32 [tokens]; of those that are kept, anything."""
     metric = args.x if args.metric is None else args.metric
     plan = config(OP, "nearest", metric.device, metric.dtype, metric.shape[1])
-    tiles = tuple(ceil_div(n, plan.block_q) for n in args.lengths)
-    images = image_of(tiles, index.device)
+    tiles = token_tiles(args.lengths, plan.block_q, index.device)
     starts = on_device(starts_of(args.lengths), index.device)
     kept_starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     if args.over == "image":
         kept_starts = on_device(starts_of(args.keep), index.device)
-    tile = torch.arange(len(images), device=index.device) - on_device(starts_of(tiles), index.device)[images]
     place = torch.full((len(metric),), -1, dtype=torch.int32, device=index.device)
-    inverse_norms = torch.empty(len(index), dtype=torch.float32, device=index.device)
-    rows = config(OP, "sum", metric.device, metric.dtype, metric.shape[1])
+    norms = norms_of(metric, index, config(OP, "sum", metric.device, metric.dtype, metric.shape[1]))
     launch(
-        norm_kernel, (ceil_div(len(index), rows.block_q),), rows,
-        metric, index, inverse_norms, *metric.stride(), len(index), metric.shape[1],
-        BLOCK_Q=rows.block_q, BLOCK_K=rows.block_k,
-    )  # fmt: skip
-    launch(
-        nearest_kernel, (len(images),), plan,
-        metric, inverse_norms, index, place, images, starts[images] + plan.block_q * tile, starts, kept_starts,
-        *metric.stride(), metric.shape[1], BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
-        STEP=_STEPS[metric.element_size()], PRECISION=precision(metric.dtype),
+        nearest_kernel, (len(tiles.images),), plan,
+        metric, norms, index, place, *tiles, starts, kept_starts, strides_of(metric), metric.shape[1],
+        BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, STEP=steps_of(metric), PRECISION=precision(metric.dtype),
     )  # fmt: skip
     return place
 

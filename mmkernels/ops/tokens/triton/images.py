@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.common.triton.launch import ceil_div
+from mmkernels.ops.tokens.ranking import image_of, on_device, starts_of
 from mmkernels.runtime.arguments import Sizes
 
 COLUMNS = tl.constexpr(8)
@@ -41,3 +44,24 @@ def find_image(table, row, images, STEPS: tl.constexpr):
         first = tl.where(before, middle, first)
         beyond = tl.where(before, beyond, middle)
     return first
+
+
+class TokenTiles(NamedTuple):
+    """Tiles of tokens, each of one image."""
+
+    images: Tensor
+    """int64 [tiles]."""
+    firsts: Tensor
+    """int64 [tiles]: the first token of each."""
+
+
+def token_tiles(lengths: Sizes, rows: int, device: torch.device) -> TokenTiles:
+    """Returns the tiles of `rows` tokens, the last of each image of fewer.
+
+    Args:
+        lengths: the tokens of each image.
+    """
+    counts = tuple(ceil_div(n, rows) for n in lengths)
+    images = image_of(counts, device)
+    tile = torch.arange(len(images), device=device) - on_device(starts_of(counts), device)[images]
+    return TokenTiles(images, on_device(starts_of(lengths), device)[images] + rows * tile)

@@ -80,12 +80,12 @@ def compose(
     plan = config(op, "compose", out.device, out.dtype, columns)
     launch(
         compose_kernel, (ceil_div(len(source), plan.block_q), ceil_div(columns, plan.block_k)), plan,
-        base, picked, source, weights, out, _strides(base), _strides(picked), len(source), columns,
+        base, picked, source, weights, out, None if base is None else strides_of(base),
+        None if picked is None else strides_of(picked), len(source), columns,
         ADD=add, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
     )  # fmt: skip
 
 
-def _strides(x: Tensor | None) -> RowStrides | None:
-    if x is None:
-        return None
+def strides_of(x: Tensor) -> RowStrides:
+    """Returns where the rows of ``[rows, C]`` or ``[outer, inner, C]`` lie."""
     return RowStrides(max(x.shape[-2], 1), x.stride(0) if x.dim() == 3 else 0, x.stride(-2), x.stride(-1))
