@@ -57,7 +57,8 @@ def fastv(
     Raises:
         TypeError: visual is not a slice, or a tensor has a wrong dtype. ValueError: a wrong shape, or number to keep.
 
-    Source: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", 2024, section 4.1.
+    Source: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large
+    Vision-Language Models" (FastV), 2024.
 
     Example:
         >>> import torch
@@ -108,7 +109,7 @@ def visionzip(
     Raises:
         TypeError, ValueError: as in `select_tokens`; or there are fewer tokens than `dominant` and `contextual`.
 
-    Source: Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", 2024, section 3.2.
+    Source: Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", 2024.
 
     Example:
         >>> import torch
@@ -165,7 +166,7 @@ def dart(x: Tensor, lengths: Lengths, keep: Keep, pivots: int = 8, *, metric: Te
         TypeError, ValueError: as in `select_tokens`; or pivots are not from 1 to each image's `keep`.
 
     Source: Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More",
-    2025, section 4.
+    2025.
 
     Example:
         >>> import torch
@@ -218,7 +219,7 @@ def cdpruner(
         TypeError, ValueError: as in `select_diverse` and `token_similarity`.
 
     Source: Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
-    2025, section 3.
+    2025.
 
     Example:
         >>> import torch
@@ -275,7 +276,7 @@ def evs(x: Tensor, grid: Grid, keep: float) -> Selection:
         TypeError, ValueError: as in `frame_difference`; or keep is not a share.
 
     Source: Bagrov et al., "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference",
-    2025, section 3.
+    2025.
 
     Example:
         >>> import torch

@@ -96,7 +96,7 @@ def select_tokens(
             argument, what it must be and what it got.
         BackendError: a forced backend can't run this call.
 
-    Source: Yang et al., "VisionZip", 2024, section 3.2; Shang et al., "LLaVA-PruMerge", 2024, section 3.3.
+    Source: Yang et al., "VisionZip", 2024; Shang et al., "LLaVA-PruMerge", 2024.
 
     Example:
         >>> import torch, mmkernels
