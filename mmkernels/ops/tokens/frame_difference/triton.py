@@ -66,7 +66,7 @@ def forward(args: Arguments) -> Tensor:
     plan = config(OP, "difference", x.device, x.dtype, channels)
     launch(
         difference_kernel, (ceil_div(tokens, plan.block_q),), plan,
-        x, image_table(x.device, args.grid, args.grid, False), out, strides_of(x), tokens, images, channels,
+        x, image_table(x.device, tuple(args.grid), tuple(args.grid), False), out, strides_of(x), tokens, images, channels,
         STEPS=images.bit_length(), BLOCK_Q=plan.block_q, BLOCK_C=plan.block_k,
     )  # fmt: skip
     return out
