@@ -1,4 +1,4 @@
-"""`frame_difference` beside the formula of Efficient Video Sampling: `F.cosine_similarity` of frames, one by one video."""
+"""`frame_difference` beside the formula of Efficient Video Sampling: `F.cosine_similarity` of frames."""
 
 from __future__ import annotations
 
