@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mmkernels.bench.benchmark import rows_of
 from mmkernels.bench.peers import Call, CantRunError, Peer
-from mmkernels.ops.tokens.ranking import share_of, starts_of
+from mmkernels.ops.tokens.keep import share_of
+from mmkernels.ops.tokens.ranking import starts_of
 from mmkernels.ops.tokens.select_tokens.spec import SPEC
 from mmkernels.spec import Inputs
 
