@@ -63,6 +63,39 @@ MMK_INLINE Products products_of(const char* a, const char* b, i64 channels, floa
   return {sum((dot[0] + dot[1]) + (dot[2] + dot[3])), sum((square[0] + square[1]) + (square[2] + square[3]))};
 }
 
+// Products of rows with themselves, and with the row before each (kChained; `a` before the first), or with `a`. All are
+// added in the same order, so that they are equal where the rows are. Rows are loaded once for both; 2 kRows chains of
+// additions run at once.
+template <Type kA, Type kB, bool kChained, int kRows>
+MMK_INLINE void products_of_rows(const char* a, const char* const (&rows)[kRows], i64 channels, Products (&to)[kRows]) {
+  Vec dot[kRows] = {}, square[kRows] = {};
+  each_vector(channels, [&](i64 c, i64 count) __attribute__((always_inline)) {
+    Vec other = load_as_f32(a + c * bytes_of(kA), kA, count);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x = load_as_f32(rows[r] + c * bytes_of(kB), kB, count);
+      dot[r] = fma(other, x, dot[r]);
+      square[r] = fma(x, x, square[r]);
+      other = kChained ? x : other;
+    }
+  });
+  for (int r = 0; r < kRows; ++r) {
+    to[r] = {sum(dot[r]), sum(square[r])};
+  }
+}
+
+// Calls f(first, rows at once) for rows [first, last): four at once, then two, then one.
+template <typename F> MMK_INLINE void each_rows(i64 first, i64 last, const F& f) {
+  const auto run = [&](auto rows) {
+    for (; first + rows <= last; first += rows) {
+      f(first, rows);
+    }
+  };
+  run(std::integral_constant<int, 4>());
+  run(std::integral_constant<int, 2>());
+  run(std::integral_constant<int, 1>());
+}
+
 // A row times `scale` times `inverse` has length 1; a row of zeros stays, one that is not finite is NaN.
 struct RowScale {
   float scale, inverse;
@@ -97,23 +130,36 @@ MMK_INLINE float difference_of(const char* before, const char* row, i64 channels
   return 1.0f - (product == 0.0f ? 0.0f : dot / __builtin_sqrtf(product));
 }
 
-// The rows of a frame are in the caches when the next frame's are compared with them.
-template <Type kType> void frame_differences(const FrameTask& t, float* squares) {
+// Frames [frame, frame + kFrames). squares: of the frame before them, then of the last one.
+template <Type kType, int kFrames> void difference_frames(const FrameTask& t, i64 frame, float* squares) {
   const i64 frame_bytes = t.positions * t.x.row_bytes, channels = t.x.channels;
-  const auto row_at = [&](i64 frame, i64 p) { return t.x.data + frame * frame_bytes + p * t.x.row_bytes; };
   for (i64 p = t.first; p < t.last; ++p) {
-    const char* row = row_at(t.first_frame - 1, p);
-    squares[p - t.first] = products_of<kType, kType>(row, row, channels).square;
-  }
-  for (i64 frame = t.first_frame; frame < t.last_frame; ++frame) {
-    for (i64 p = t.first; p < t.last; ++p) {
-      const char *before = row_at(frame - 1, p), *row = row_at(frame, p);
-      const Products found = products_of<kType, kType>(before, row, channels);
-      float& square = squares[p - t.first];
-      t.to[frame * t.positions + p] = difference_of<kType>(before, row, channels, found.dot, square, found.square);
-      square = found.square;
+    const char *before = t.x.data + (frame - 1) * frame_bytes + p * t.x.row_bytes, *rows[kFrames];
+    for (int f = 0; f < kFrames; ++f) {
+      rows[f] = before + (f + 1) * frame_bytes;
+    }
+    Products found[kFrames];
+    products_of_rows<kType, kType, true>(before, rows, channels, found);
+    float& square = squares[p - t.first];
+    for (int f = 0; f < kFrames; ++f) {
+      t.to[(frame + f) * t.positions + p] =
+          difference_of<kType>(before, rows[f], channels, found[f].dot, square, found[f].square);
+      before = rows[f];
+      square = found[f].square;
     }
   }
+}
+
+// The rows before some frames, which are read once more, are still in the caches.
+template <Type kType> void frame_differences(const FrameTask& t, float* squares) {
+  for (i64 p = t.first; p < t.last; ++p) {
+    const char* rows[] = {t.x.data + ((t.first_frame - 1) * t.positions + p) * t.x.row_bytes};
+    Products found[1];
+    products_of_rows<kType, kType, true>(rows[0], rows, t.x.channels, found);
+    squares[p - t.first] = found[0].square;
+  }
+  each_rows(t.first_frame, t.last_frame,
+            [&](i64 frame, auto frames) { difference_frames<kType, decltype(frames)::value>(t, frame, squares); });
 }
 
 inline void frame_difference(const FrameTask& t, char* scratch) {
@@ -135,18 +181,25 @@ inline void add_directions(const TokenMatrix& x, i64 first, i64 last, float* to)
 }
 
 inline void project(const TokenMatrix& x, i64 first, i64 last, const float* direction, float* to) {
+  const char* along = (const char*)direction;
   with_type(x.type, [&](auto type) {
     constexpr Type kType = decltype(type)::value;
-    const char* along = (const char*)direction;
-    for (i64 i = first; i < last; ++i) {
-      const char* row = x.data + i * x.row_bytes;
-      Products found = products_of<Type::f32, kType>(along, row, x.channels);
-      if (!is_near_one(found.square)) {
-        const float scale = scale_of_row(row, kType, x.channels);
-        found = products_of<Type::f32, kType>(along, row, x.channels, 1.0f, scale);
+    each_rows(first, last, [&](i64 row, auto count) {
+      constexpr int kRows = decltype(count)::value;
+      const char* rows[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        rows[r] = x.data + (row + r) * x.row_bytes;
       }
-      to[i] = found.square == 0.0f ? found.dot : found.dot / __builtin_sqrtf(found.square);
-    }
+      Products found[kRows];
+      products_of_rows<Type::f32, kType, false>(along, rows, x.channels, found);
+      for (int r = 0; r < kRows; ++r) {
+        if (!is_near_one(found[r].square)) {
+          const float scale = scale_of_row(rows[r], kType, x.channels);
+          found[r] = products_of<Type::f32, kType>(along, rows[r], x.channels, 1.0f, scale);
+        }
+        to[row + r] = found[r].square == 0.0f ? found[r].dot : found[r].dot / __builtin_sqrtf(found[r].square);
+      }
+    });
   });
 }
 

@@ -15,9 +15,9 @@ MMK_TABLES(CosineKernels, cosine_kernels)
 
 namespace {
 
-constexpr i64 kTileBytes = i64{64} << 10; // of one frame: two of them stay in a core's caches
-constexpr i64 kTasks = 4;                 // of a thread, at least, so that all end together
-constexpr i64 kFrames = 32;               // of a task, at least: it reads the frame before them too
+constexpr i64 kTileBytes = i64{128} << 10; // of one frame: two of them stay in a core's caches
+constexpr i64 kTasks = 4;                  // of a thread, at least, so that all end together
+constexpr i64 kFrames = 32;                // of a task, at least: it reads the frame before them too
 
 // What the threads do: positions cut so that a frame's rows are still in the caches when the next frame's are read, and
 // frames, where positions alone are too few tasks.

@@ -145,16 +145,43 @@ inline void nearest(const TokenMatrix& x, const KeptTokens& kept, const std::int
   }
 }
 
-// The largest cosine of each row with a kept token, or the smallest. NaN of a row that is not finite.
-inline void extreme(const TokenMatrix& x, const KeptTokens& kept, const std::int32_t* tokens, i64 count, bool smallest,
-                    float* to, char* scratch) {
-  const NearestScratch s{{scratch}, x};
+// Rows near 1, and 1 over their norms: in place where they are so, else copied and scaled.
+inline Rows rows_near_one(const TokenMatrix& x, i64 first, i64 count, const NearestScratch& s, float* inverse) {
   const bool is_dot = uses_dot(x.type);
-  const Rows rows = fetch(source_of(x, tokens), count, x.channels, is_dot, s.rows);
+  Source source = source_of(x, nullptr);
+  source.data += first * x.row_bytes;
+  bool near = usable_in_place(source, x.channels, is_dot);
+  with_type(x.type, [&](auto type) {
+    constexpr Type kType = decltype(type)::value;
+    for (i64 r = 0; r < count && near; ++r) {
+      const char* row = source.data + r * x.row_bytes;
+      const float square = products_of<kType, kType>(row, row, x.channels).square;
+      near = is_near_one(square);
+      inverse[r] = 1.0f / __builtin_sqrtf(square);
+    }
+  });
+  if (near) {
+    return {source.data, x.row_bytes};
+  }
+  const Rows rows = fetch(source, count, x.channels, is_dot, s.rows);
+  const i64 stride = row_bytes(is_dot, x.channels);
+  for (i64 r = 0; r < count; ++r) {
+    if (rows.data != s.rows) {
+      std::memcpy(s.rows + r * stride, rows.data + r * rows.stride, x.channels * bytes_of(x.type));
+    }
+    inverse[r] = scale_row(s.rows + r * stride, x.channels, is_dot);
+  }
+  return {s.rows, stride};
+}
+
+// The largest cosine of each of some rows with a kept token, or the smallest. NaN of a row that is not finite.
+inline void extreme(const TokenMatrix& x, const KeptTokens& kept, i64 begin, i64 count, bool smallest, float* to,
+                    char* scratch) {
+  const NearestScratch s{{scratch}, x};
   const float sign = smallest ? -1.0f : 1.0f;
   float inverse[kNearestRows];
+  const Rows rows = rows_near_one(x, begin, count, s, inverse);
   for (i64 r = 0; r < count; ++r) {
-    inverse[r] = scale_row(s.rows + r * rows.stride, x.channels, is_dot);
     store(s.best + r * kLanes, set1(-kInf));
   }
   each_panel(x, kept, rows, count, s, [&](i64 first, i64 vectors) {
@@ -168,7 +195,7 @@ inline void extreme(const TokenMatrix& x, const KeptTokens& kept, const std::int
     }
   });
   for (i64 r = 0; r < count; ++r) {
-    to[tokens[r]] = sign * largest(load(s.best + r * kLanes)) * inverse[r];
+    to[r] = sign * largest(load(s.best + r * kLanes)) * inverse[r];
   }
 }
 

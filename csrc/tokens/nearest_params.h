@@ -37,8 +37,8 @@ struct NearestKernels {
   void (*pack)(const TokenMatrix&, const KeptTokens&, std::int64_t panel, char* scratch);
   void (*nearest)(const TokenMatrix&, const KeptTokens&, const std::int32_t* rest, std::int64_t count,
                   std::int32_t* place, char* scratch);
-  // The largest or smallest cosine of each of some tokens with a kept one.
-  void (*extreme)(const TokenMatrix&, const KeptTokens&, const std::int32_t* tokens, std::int64_t count, bool smallest,
+  // The largest or smallest cosine of each of so many tokens from `first` on with a kept one; at most `rows` of them.
+  void (*extreme)(const TokenMatrix&, const KeptTokens&, std::int64_t first, std::int64_t count, bool smallest,
                   float* to, char* scratch);
   void (*sum)(const TokenMatrix&, const TokenSums&, char* out, std::int64_t first, std::int64_t last);
 };

@@ -3,21 +3,14 @@
 
 #include <algorithm>
 
-#include "../common/isa.h"
-#include "../common/parallel.h"
-#include "../common/tensors.h"
+#include "launch.h"
 #include "rows_params.h"
 
 namespace mmkernels {
 
 MMK_TABLES(RowKernels, row_kernels)
 
-// Tokens [tokens, C] or [batch, tokens, C] with contiguous channels: x itself where it has them.
-inline Tensor with_whole_rows(const Tensor& x) {
-  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
-}
-
-// x: as `with_whole_rows` returns it.
+// x: [tokens, C] or [batch, tokens, C], as `with_dense_channels` returns it.
 inline RowsOf rows_of(const Tensor& x) {
   const i64 size = x.element_size(), inner = x.size(-2);
   return {static_cast<const char*>(x.const_data_ptr()), std::max<i64>(inner, 1), x.dim() == 3 ? x.stride(0) * size : 0,
@@ -41,7 +34,7 @@ inline void compose(ComposeParams p, const Tensor& out) {
   p.stream = total > kCached && total <= kMapped && p.bytes % kLine == 0 &&
              reinterpret_cast<std::uintptr_t>(p.out) % kLine == 0;
   const i64 step = std::max<i64>(1, kTask / p.bytes), tasks = (count + step - 1) / step;
-  const int threads = threads_for(10.0 * static_cast<double>(total)); // a core copies some 40 KB in 4 microseconds
+  const int threads = threads_for_bytes(static_cast<double>(total));
   const RowKernels& kernels = row_kernels();
   parallel_tasks(tasks, threads, 0,
                  [&](i64 task, char*) { kernels.compose(p, task * step, std::min(count, (task + 1) * step)); });

@@ -85,7 +85,7 @@ Tensor like(const Tensor& x) {
 
 Tensor scatter_tokens(const Arguments& args) {
   const Lookup lookup(args);
-  const Tensor embeddings = with_whole_rows(lookup.embeddings), visual = with_whole_rows(lookup.visual);
+  const Tensor embeddings = with_dense_channels(lookup.embeddings), visual = with_dense_channels(lookup.visual);
   const Tensor out = like(embeddings);
   ComposeParams p{};
   p.base = rows_of(embeddings), p.picked = rows_of(visual);
@@ -97,7 +97,7 @@ Tensor scatter_tokens(const Arguments& args) {
 
 std::tuple<Tensor, Tensor> scatter_tokens_backward(const Arguments& args) {
   const Lookup lookup(args);
-  const Tensor grad = with_whole_rows(args.tensor("grad_out"));
+  const Tensor grad = with_dense_channels(args.tensor("grad_out"));
   check_sizes("grad_out", grad, lookup.embeddings.sizes());
   const Tensor none = at::detail::empty_cpu({0}, grad.scalar_type());
   Tensor of_embeddings = none, of_visual = none;

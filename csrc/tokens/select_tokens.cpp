@@ -172,7 +172,7 @@ void weigh(const Selection& s, const std::string& merge, const Tensor& scores, c
 void merge_rest(const Arguments& args, const Selection& s, const Tensor& x, const Tensor& y, const Tensor& place,
                 const Tensor& weights) {
   const OptionalTensor given = args.optional_tensor("metric");
-  const Tensor metric = with_whole_rows(given.has_value() ? *given : x);
+  const Tensor metric = with_dense_channels(given.has_value() ? *given : x);
   check_sizes("metric", metric, {s.tokens, -1});
   std::int32_t* to = place.mutable_data_ptr<std::int32_t>();
   place_tokens(s, metric, to);
@@ -185,14 +185,14 @@ void merge_rest(const Arguments& args, const Selection& s, const Tensor& x, cons
   const TokenSums sums{order.data(), starts.data(), weight};
   char* out = static_cast<char*>(expect_writes(y).mutable_data_ptr());
   constexpr i64 kStep = 16;
-  const int threads = threads_for(10.0 * static_cast<double>(x.nbytes()));
+  const int threads = threads_for_bytes(static_cast<double>(x.nbytes()));
   parallel_tasks((s.kept + kStep - 1) / kStep, threads, 0,
                  [&](i64 task, char*) { k.sum(from, sums, out, task * kStep, std::min(s.kept, (task + 1) * kStep)); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(const Arguments& args) {
   const Selection s = select(args);
-  const Tensor x = with_whole_rows(args.tensor("x"));
+  const Tensor x = with_dense_channels(args.tensor("x"));
   const bool merges = !args.text("merge").empty();
   const Tensor y = at::detail::empty_cpu({s.kept, x.size(1)}, x.scalar_type());
   const Tensor index = at::detail::empty_cpu({s.kept}, at::kLong);
@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_tokens(const Arguments
 
 Tensor select_tokens_backward(const Arguments& args) {
   const Tensor &x = args.tensor("x"), &place = args.tensor("place");
-  const Tensor grad = with_whole_rows(args.tensor("grad_y")), index = args.tensor("positions").contiguous();
+  const Tensor grad = with_dense_channels(args.tensor("grad_y")), index = args.tensor("positions").contiguous();
   const i64 tokens = x.size(0), kept = index.numel();
   check_sizes("grad_y", grad, {kept, x.size(1)});
   const Tensor out = at::detail::empty_cpu(x.sizes(), x.scalar_type());

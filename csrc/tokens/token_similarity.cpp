@@ -100,12 +100,12 @@ void extreme(const Images& images, bool smallest) {
     finite[image] = std::none_of(inverse, inverse + kept[image].count, [](float x) { return std::isnan(x); });
   }
   for_pieces(pieces_of(images.lengths, k.rows), threads, scratch, [&](const Piece& part, char* own, i64) {
-    float* to = images.to[part.image];
+    float* to = images.to[part.image] + part.first;
+    const i64 count = part.last - part.first;
     if (finite[part.image]) {
-      k.extreme(images.x[part.image], kept[part.image], numbers.data() + part.first, part.last - part.first, smallest,
-                to, own);
+      k.extreme(images.x[part.image], kept[part.image], part.first, count, smallest, to, own);
     } else {
-      std::fill(to + part.first, to + part.last, std::numeric_limits<float>::quiet_NaN());
+      std::fill(to, to + count, std::numeric_limits<float>::quiet_NaN());
     }
   });
 }

@@ -58,7 +58,8 @@ def difference_kernel(
 
 def forward(args: Arguments) -> Tensor:
     """Returns float32 [tokens]."""
-    x, images = args.x, len(args.grid) // 3
+    x, grid = args.x, tuple(args.grid)
+    images = len(grid) // 3
     tokens, channels = x.shape[:-1].numel(), x.shape[-1]
     out = x.new_empty(tokens, dtype=torch.float32)
     if not tokens:
@@ -66,7 +67,7 @@ def forward(args: Arguments) -> Tensor:
     plan = config(OP, "difference", x.device, x.dtype, channels)
     launch(
         difference_kernel, (ceil_div(tokens, plan.block_q),), plan,
-        x, image_table(x.device, args.grid, args.grid, False), out, strides_of(x), tokens, images, channels,
+        x, image_table(x.device, grid, grid, False), out, strides_of(x), tokens, images, channels,
         STEPS=images.bit_length(), BLOCK_Q=plan.block_q, BLOCK_C=plan.block_k,
     )  # fmt: skip
     return out

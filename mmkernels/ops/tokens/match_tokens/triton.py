@@ -15,6 +15,7 @@ from mmkernels.ops.common.triton.constants import INFINITY
 from mmkernels.ops.common.triton.launch import precision
 from mmkernels.ops.tokens.keep import Round, sides
 from mmkernels.ops.tokens.match_tokens.spec import WORST, Arguments, in_rounds
+from mmkernels.ops.tokens.triton.cosine import row_products
 from mmkernels.ops.tokens.triton.groups import group_means, groups_of
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.triton import launch
@@ -52,12 +53,7 @@ def best_kernel(
         exists = odd + 2 * b < length
         j = first + tl.minimum(odd + 2 * b, length - 1)
         y_rows = rows + j.to(tl.int64) * dim
-        dots = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-        for step in range(0, dim, BLOCK_D):
-            d = step + tl.arange(0, BLOCK_D)
-            x = tl.load(x_rows[:, None] + d[None, :], mask=(d < dim)[None, :], other=0.0)
-            y = tl.load(y_rows[:, None] + d[None, :], mask=(d < dim)[None, :], other=0.0)
-            dots = tl.dot(x, tl.trans(y), dots, input_precision=PRECISION)
+        dots = row_products(x_rows, y_rows, live, exists, 1, 1, dim, BLOCK_Q, BLOCK_K, BLOCK_D, PRECISION)
         cosines = dots * tl.load(inverse + j)[None, :]
         cosines = tl.where(exists[None, :] & (cosines == cosines), cosines, -INFINITY)
         tile_top = tl.max(cosines, 1)

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from mmkernels.ops.common.cases import normal
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.tokens.cosine import unit_rows
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
 from mmkernels.targets import ExtraMemory, Speedup
@@ -50,11 +51,7 @@ def directions(args: Arguments, first: int, last: int) -> tuple[Tensor, Tensor, 
     rows = args.x[first:last].to(wide_dtype(args.x))
     quality = torch.ones_like(rows[:, 0]) if args.quality is None else args.quality[first:last].to(rows.dtype)
     counts = rows.isfinite().all(1) & quality.isfinite()
-    rows = rows.where(counts[:, None], 0)
-    most = rows.abs().amax(1, keepdim=True)
-    rows = rows / most.where(most > 0, 1)  # so that no square overflows
-    length = rows.norm(dim=1, keepdim=True)
-    return rows / length.where(length > 0, 1), quality.where(counts, 0), counts
+    return unit_rows(rows.where(counts[:, None], 0)), quality.where(counts, 0), counts
 
 
 def reference(args: Arguments) -> Tensor:

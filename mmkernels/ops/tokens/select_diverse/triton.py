@@ -15,6 +15,7 @@ from torch import Tensor
 from mmkernels.ops.common.triton.constants import INFINITY
 from mmkernels.ops.common.triton.launch import ceil_div, precision
 from mmkernels.ops.tokens.select_diverse.spec import NOTHING_NEW, Arguments
+from mmkernels.ops.tokens.triton.cosine import row_products
 from mmkernels.runtime.triton import launch
 from mmkernels.runtime.tuning import config
 
@@ -101,23 +102,12 @@ def nearest_kernel(
         return
     live = i < image.length
     mine = tl.load(inverse + image.first + i, mask=live, other=0.0)
+    rows = x + (image.first + i).to(tl.int64) * row
     nearest = tl.full([BLOCK], INFINITY, tl.float32)
     for start in range(0, image.length, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        dots = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for first in range(0, dim, BLOCK_C):
-            c = first + tl.arange(0, BLOCK_C)
-            at = c.to(tl.int64)[None, :] * column
-            a = tl.load(
-                x + (image.first + i).to(tl.int64)[:, None] * row + at,
-                mask=live[:, None] & (c < dim)[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                x + (image.first + j).to(tl.int64)[:, None] * row + at,
-                mask=(j < image.length)[:, None] & (c < dim)[None, :], other=0.0,
-            )  # fmt: skip
-            dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION)
+        others = x + (image.first + j).to(tl.int64) * row
+        dots = row_products(rows, others, live, j < image.length, column, column, dim, BLOCK, BLOCK, BLOCK_C, PRECISION)
         theirs = tl.load(inverse + image.first + j, mask=j < image.length, other=float("nan"))
         apart = 1.0 - dots * (mine[:, None] * theirs[None, :])
         apart = tl.where((theirs == theirs)[None, :] & (i[:, None] != j[None, :]), apart, INFINITY)

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.tokens.cosine import near_one, unit_rows
 from mmkernels.ops.tokens.keep import share_of
 from mmkernels.ops.tokens.ranking import best, image_of
 from mmkernels.runtime.arguments import Differentiable, Sizes
@@ -105,14 +106,10 @@ def results(args: Arguments, index: Tensor, place: Tensor | None) -> tuple[Tenso
 def operands(args: Arguments, index: Tensor) -> tuple[Tensor, Tensor]:
     """Returns what tokens are compared by, [tokens, D], and that of the kept ones, of length 1; rows of zeros stay.
 
-    Rows are divided by their largest channel first, so that no square is 0 or infinite. The length of a row of the
-    first divides all of its similarities, and is left in.
+    The length of a row of the first divides all of its similarities, and is left in.
     """
-    metric = (args.x if args.metric is None else args.metric).detach().to(wide_dtype(args.x))
-    top = metric.abs().amax(1, keepdim=True)
-    metric = torch.where(top == 0, 0, metric / top)
-    kept = metric[index]
-    return metric, torch.where(top[index] == 0, 0, kept / torch.linalg.vector_norm(kept, dim=1, keepdim=True))
+    metric = near_one((args.x if args.metric is None else args.metric).detach().to(wide_dtype(args.x)))
+    return metric, unit_rows(metric[index])
 
 
 def nearest(similarity: Tensor) -> Tensor:
