@@ -1,19 +1,20 @@
-"""One number of visual tokens: measures every stage, backend and pass."""
+"""One number of visual tokens, or one reducer: measures every stage, backend and pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mmkernels.meters import peak_memory, time_alternating
-from mmkernels.profiling.adapter import Adapter, Stage
-from mmkernels.profiling.options import Options, name_of
+from mmkernels.profiling.adapter import Adapter, Reduction, ReducingAdapter, Stage
+from mmkernels.profiling.options import Options, Row, baseline_of, name_of, title_of
 from mmkernels.runtime.dispatch import use_backend
 from mmkernels.runtime.eager import stub_ops
 
@@ -27,17 +28,55 @@ _LIMIT = 6.0  # seconds after which one round is enough, on a slow or busy machi
 Cell = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Exact:
+    """The outputs from which drift is measured, float32; None: there are none.
+
+    Args:
+        same: in the dtype that is profiled.
+        wide: in float32, where another dtype is profiled.
+    """
+
+    same: Tensor | None
+    wide: Tensor | None
+
+
 def steps_of_point(options: Options, adapter: Adapter) -> int:
     """Returns how often `measure_point` reports progress."""
     memory, stages = len(options.backends), len(adapter.stages)
     return 1 + memory + stages + (memory + 1) * options.train
 
 
+@dataclass(frozen=True)
+class Point:
+    """What `measure_point` finds.
+
+    Args:
+        cells: the results of each backend, all on the same weights and inputs.
+        reduction: what the reducer makes of the first image, where the row is one.
+        exact: that of later rows, where all rows are compared with the first.
+    """
+
+    cells: list[Cell]
+    reduction: Reduction | None
+    exact: Exact
+
+
 def measure_point(
-    adapter: Adapter, options: Options, tokens: int, photos: list[Image.Image], progress: Callable[[str], None]
-) -> list[Cell]:
-    """Returns a cell of results for each backend of `options`, all on the same weights and inputs."""
-    return _Point(adapter, options, tokens, photos, progress).measure()
+    adapter: Adapter,
+    options: Options,
+    row: Row,
+    photos: list[Image.Image],
+    progress: Callable[[str], None],
+    exact: Exact | None = None,
+) -> Point:
+    """Measures one row of the profile.
+
+    Args:
+        exact: what drift is measured from; None: this row's own naive outputs, or for a reducer, without them, those of
+            the first backend.
+    """
+    return _Measurement(adapter, options, row, photos, progress, exact).measure()
 
 
 @contextmanager
@@ -50,27 +89,36 @@ def running_as(candidate: str) -> Iterator[None]:
         yield
 
 
-class _Point:
+class _Measurement:
     def __init__(
         self,
         adapter: Adapter,
         options: Options,
-        tokens: int,
+        row: Row,
         photos: list[Image.Image],
         progress: Callable[[str], None],
+        exact: Exact | None,
     ) -> None:
-        self.adapter, self.options = adapter, options
+        self.adapter, self.options, self.exact = adapter, options, exact
         self.device = torch.device(options.device)
-        self.progress = lambda what: progress(f"{tokens:,} tokens per image: {what}")
+        self.progress = lambda what: progress(f"{title_of(row)}: {what}")
         self.progress("weights, inputs, warm-up")
-        self.model: Any = adapter.build(options, tokens).to(self.device)
-        self.wide_logits = None
-        if options.torch_dtype != torch.float32 and "reference" in options.backends:
-            self.wide_logits = self._logits("reference", adapter.inputs(options, self.model, photos))
+        self.model: Any = adapter.build(options, row).to(self.device)
+        self.wide = None
+        if exact is None and options.torch_dtype != torch.float32 and "reference" in options.backends:
+            self.wide = self._logits("reference", adapter.inputs(options, self.model, photos))
         self.model.to(options.torch_dtype)
         self.inputs = adapter.inputs(options, self.model, photos)
+        self.reduction: Reduction | None = None
+        if isinstance(row, int):
+            tokens = row
+        else:
+            with torch.inference_mode():
+                self.reduction = cast(ReducingAdapter, adapter).reduction(self.model, self.inputs)
+            tokens = self.reduction.tokens
         self.cells: dict[str, Cell] = {
             backend: {
+                "reducer": None if isinstance(row, int) else row,
                 "tokens_per_image": tokens,
                 "visual_tokens": tokens * options.images,
                 "backend": backend,
@@ -86,8 +134,8 @@ class _Point:
         }
         self.seconds = {backend: cell["seconds"] for backend, cell in self.cells.items()} | {REMOVED: {}}
 
-    def measure(self) -> list[Cell]:
-        self._measure_drift()  # first, as it also warms up every backend
+    def measure(self) -> Point:
+        exact = self._measure_drift()  # first, as it also warms up every backend
         with torch.inference_mode():
             for backend in self._able():
                 self.progress(f"peak memory, {name_of(backend)}")
@@ -97,7 +145,7 @@ class _Point:
             self._measure_training()
         for backend, cell in self.cells.items():
             cell["amdahl"] = self._amdahl(backend)
-        return list(self.cells.values())
+        return Point(list(self.cells.values()), self.reduction, exact)
 
     def _able(self) -> list[str]:
         """Returns the backends that have not run out of memory."""
@@ -121,23 +169,27 @@ class _Point:
             fits = self._fits(lambda: logits.append(self.adapter.logits(self.model, inputs).float()))
         return logits[0] if fits else None
 
-    def _measure_drift(self) -> None:
+    def _measure_drift(self) -> Exact:
+        """Returns what drift was measured from."""
         outputs = {backend: self._logits(backend, self.inputs) for backend in self.cells}
-        exact = outputs.get("reference")
+        baseline = baseline_of(self.options.backends, reducing=self.reduction is not None)
+        exact = self.exact or Exact(outputs.get(baseline), self.wide)
+        learned = self.reduction is not None and self.reduction.learned
         for backend, logits in outputs.items():
             cell = self.cells[backend]
             if logits is None:
                 cell["failed"] = "out of memory"
                 continue
             drift: dict[str, float] = {}
-            if exact is not None:
-                drift |= {"relative_l2": distance(logits, exact), "top1_agreement": agreement(logits, exact)}
-            if self.wide_logits is not None:
+            if exact.same is not None:
+                drift |= {"relative_l2": distance(logits, exact.same), "top1_agreement": agreement(logits, exact.same)}
+            if exact.wide is not None:
                 drift |= {
-                    "relative_l2_to_fp32": distance(logits, self.wide_logits),
-                    "top1_agreement_with_fp32": agreement(logits, self.wide_logits),
+                    "relative_l2_to_fp32": distance(logits, exact.wide),
+                    "top1_agreement_with_fp32": agreement(logits, exact.wide),
                 }
-            cell["drift"] = drift or None
+            cell["drift"] = None if learned else drift or None
+        return exact
 
     # Time.
 

@@ -1,10 +1,11 @@
-"""Profiles a model over numbers of visual tokens, and describes the results in one dictionary."""
+"""Profiles a model over numbers of visual tokens, or over reducers, and describes the results in one dictionary."""
 
 from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from PIL import Image
@@ -12,14 +13,17 @@ from PIL import Image
 from mmkernels.machine import describe_machine, device_name
 from mmkernels.meters import memory_why_not
 from mmkernels.options import BadInput
-from mmkernels.profiling.adapter import Adapter
-from mmkernels.profiling.flamingo import FlamingoAdapter
+from mmkernels.profiling.adapter import Adapter, ReducingAdapter
+from mmkernels.profiling.flamingo import FlamingoAdapter, ReducingFlamingoAdapter
 from mmkernels.profiling.options import Options
 from mmkernels.profiling.photo import crops
 from mmkernels.profiling.point import Cell, measure_point, steps_of_point
 
 MODELS: dict[str, Adapter] = {"flamingo": FlamingoAdapter()}
 """What can be profiled. A new model is one adapter here."""
+
+REDUCING: dict[str, ReducingAdapter] = {"flamingo": ReducingFlamingoAdapter()}
+"""What can be profiled over reducers."""
 
 SCHEMA = 1
 
@@ -28,19 +32,23 @@ def find_model(options: Options) -> Adapter:
     """Returns the adapter of the model that `options` names.
 
     Raises:
-        BadInput: there is no such model, or it has no such size.
+        BadInput: there is no such model, it has no such size, or a reducer does not exist or does not suit it.
     """
-    if options.model not in MODELS:
-        raise BadInput(f"model must be one of {', '.join(MODELS)}; got {options.model!r}")
-    adapter = MODELS[options.model]
+    models: Mapping[str, Adapter] = REDUCING if options.reduce else MODELS
+    if options.model not in models:
+        with_reduce = " with --reduce" * bool(options.reduce)
+        raise BadInput(f"model must be one of {', '.join(models)}{with_reduce}; got {options.model!r}")
+    adapter = models[options.model]
     if options.size not in adapter.sizes:
         raise BadInput(f"--size must be one of {', '.join(adapter.sizes)}; got {options.size!r}")
+    if options.reduce:
+        REDUCING[options.model].check(options)
     return adapter
 
 
 def steps(options: Options) -> int:
     """Returns how often `profile` reports progress."""
-    return steps_of_point(options, find_model(options)) * len(options.tokens)
+    return steps_of_point(options, find_model(options)) * len(options.rows)
 
 
 def profile(
@@ -54,7 +62,7 @@ def profile(
 def reports(
     options: Options, photo: Image.Image, progress: Callable[[str], None] = lambda what: None
 ) -> Iterator[dict[str, Any]]:
-    """Measures, and yields after each number of tokens what is known by then: a dictionary that is ready for JSON.
+    """Measures, and yields after each row of `options` what is known by then: a dictionary that is ready for JSON.
 
     The names in it contain the units.
 
@@ -69,12 +77,18 @@ def reports(
     adapter = find_model(options)
     photos = crops(photo, options.images)
     cells: list[Cell] = []
-    for tokens in options.tokens:
-        cells += measure_point(adapter, options, tokens, photos, progress)
-        yield _report(options, adapter, cells)
+    reductions: dict[str, Any] = {}
+    exact = None
+    for row in options.rows:
+        point = measure_point(adapter, options, row, photos, progress, exact)
+        cells += point.cells
+        if point.reduction is not None:
+            exact = point.exact  # of the first row, from which the later ones take it
+            reductions[str(row)] = asdict(point.reduction)
+        yield _report(options, adapter, cells, reductions)
 
 
-def _report(options: Options, adapter: Adapter, cells: list[Cell]) -> dict[str, Any]:
+def _report(options: Options, adapter: Adapter, cells: list[Cell], reductions: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": "mmkernels profile",
         "schema": SCHEMA,
@@ -87,7 +101,8 @@ def _report(options: Options, adapter: Adapter, cells: list[Cell]) -> dict[str, 
         "machine": describe_machine(options.device),
         "memory_why_not": memory_why_not(options.device),
         "cells": cells,
-        "marginal_seconds_per_visual_token": marginal(cells),
+        "reducers": reductions,
+        "marginal_seconds_per_visual_token": {} if options.reduce else marginal(cells),
     }
 
 
@@ -99,7 +114,8 @@ def _settings(options: Options) -> dict[str, Any]:
 def command(options: Options) -> str:
     """Returns the command that repeats this profile; it has no path but the photograph's file name."""
     words = ["mmkernels", "profile", options.model, "--image", options.image.name]
-    words += ["--tokens", ",".join(map(str, options.tokens)), "--images", str(options.images)]
+    words += ["--reduce" if options.reduce else "--tokens", ",".join(map(str, options.rows))]
+    words += ["--images", str(options.images)]
     words += ["--text-length", str(options.text_length), "--backend", ",".join(options.backends)]
     words += ["--dtype", options.dtype, "--device", options.device, "--size", options.size]
     return shlex.join(words + ["--train"] * options.train)

@@ -45,6 +45,17 @@ class Sizes(NamedTuple):
         return cls(**{name: getattr(config, f"{tower}_{name}") for name in names}, **others)
 
 
+class Heads(NamedTuple):
+    """Query and key of one layer's attention, from which its probabilities follow.
+
+    Attributes:
+        query, key: ``[B, H, L, D]``, with their norms applied.
+    """
+
+    query: Tensor
+    key: Tensor
+
+
 def _mlp(sizes: Sizes) -> nn.Sequential:
     first, last = nn.Linear(sizes.width, sizes.mlp), nn.Linear(sizes.mlp, sizes.width)
     return nn.Sequential(first, ACTIVATIONS[sizes.activation](), last)
@@ -67,6 +78,14 @@ class EncoderBlock(nn.Module):
         """Returns ``[B, L, width]`` after the block. `mask`: which tokens each token sees; None: all."""
         x = x + self.attention(self.attention_norm(x), mask=mask)
         return x + self.mlp(self.mlp_norm(x))
+
+    def with_heads(self, x: Tensor) -> tuple[Tensor, Heads]:
+        """Returns what `forward` returns, and the query and key of the attention, which `forward` does not keep."""
+        normed = self.attention_norm(x)
+        query = self.attention.query(normed)
+        key, value = self.attention.project(normed)
+        x = x + self.attention.attend(query, key, value)
+        return x + self.mlp(self.mlp_norm(x)), Heads(query, key)
 
 
 class TextEncoder(nn.Module):

@@ -1,0 +1,259 @@
+"""A profile over reducers as one picture: time, memory, drift, and what each reducer keeps of the photograph."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from mmkernels.profiling.options import UNREDUCED
+from mmkernels.profiling.photo import crops
+from mmkernels.profiling.plot import backend_name, stage_lines, subtitle
+from mmkernels.profiling.table import drift_of, summary, warnings
+from mmkernels.report import COLOURS, megabytes, milliseconds, picture, plain
+
+_WIDTH = 14.5
+_TOP, _BAR, _PHOTO, _CAPTION, _BOTTOM = 1.75, 0.3, 2.05, 0.62, 1.05  # inches
+_LEFT, _RIGHT = 1.35, 0.3
+_IN_A_ROW = 6
+_SHADES = {"fused": 1.0, "reference": 0.38}
+_OTHER_SHADES = (0.75, 0.6, 0.5)
+_CELL = 24  # pixels of a patch
+_GREY = 215
+
+Cells = dict[tuple[str, str], dict[str, Any]]
+"""(reducer, backend) -> its cell."""
+
+
+def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
+    """Write the picture of `report` as a PNG."""
+    reducers = list(report["reducers"])
+    bars = max(2.5, len(reducers) * (len(report["settings"]["backends"]) * _BAR + 0.2))
+    rows = math.ceil(len(reducers) / _IN_A_ROW)
+    height = _TOP + bars + 1.2 + rows * (_PHOTO + _CAPTION) + _BOTTOM
+    with picture(path, _WIDTH, height) as figure:
+        place = _Place(height)
+        _titles(figure, place, report)
+        top = _TOP
+        _time(place.axes(figure, _LEFT, top, 5.1, bars), report)
+        _memory(place.axes(figure, _LEFT + 5.75, top, 2.45, bars), report)
+        _trade(place.axes(figure, _LEFT + 9.15, top, 3.0, bars), report)
+        top += bars + 1.2
+        figure.text(*place.at(_LEFT - 0.95, top - 0.4), "What is left of the photograph", fontsize=13, weight="bold")
+        for i, reducer in enumerate(reducers):
+            row, column = divmod(i, _IN_A_ROW)
+            left = _LEFT - 0.95 + column * (_PHOTO + 0.18)
+            axes = place.axes(figure, left, top + row * (_PHOTO + _CAPTION) - 0.25, _PHOTO, _PHOTO)
+            _photo(axes, photo, reducer, report["reducers"][reducer])
+        words = textwrap.fill(summary(report), 165)
+        figure.text(*place.at(_LEFT - 0.95, height - _BOTTOM + 0.35), words, fontsize=10.5, va="center")
+        figure.text(*place.at(_LEFT - 0.95, height - 0.1), "  ".join(warnings(report)), fontsize=10.5, color="#B00020")
+
+
+class _Place:
+    """Inches from the left and from the top, as shares of the figure."""
+
+    def __init__(self, height: float) -> None:
+        self.height = height
+
+    def at(self, left: float, top: float) -> tuple[float, float]:
+        return left / _WIDTH, 1 - top / self.height
+
+    def axes(self, figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+        x, y = self.at(left, top + height)
+        return figure.add_axes((x, y, width / _WIDTH, height / self.height))
+
+
+def _titles(figure: Figure, place: _Place, report: dict[str, Any]) -> None:
+    s = report["settings"]
+    title = f"What fewer visual tokens change: {s['model']} {s['size']}"
+    figure.text(*place.at(_LEFT - 0.95, 0.5), title, fontsize=19, weight="bold")
+    figure.text(*place.at(_LEFT - 0.95, 0.82), subtitle(report), fontsize=12, color="#444444")
+    figure.text(*place.at(_LEFT + 7.6, 0.25), "\n".join(stage_lines(report, 92)), va="top", fontsize=8.5, color="#333333")
+
+
+def _cells(report: dict[str, Any]) -> Cells:
+    return {(cell["reducer"], cell["backend"]): cell for cell in report["cells"]}
+
+
+def _shade(report: dict[str, Any], backend: str) -> float:
+    others = [name for name in report["settings"]["backends"] if name not in _SHADES]
+    return _SHADES.get(backend) or _OTHER_SHADES[others.index(backend) % len(_OTHER_SHADES)]
+
+
+# Time and memory: a bar for each reducer and backend.
+
+
+def _bars(axes: Axes, report: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """Prepares axes for bars of all reducers, the first on top; returns the height of each bar's middle."""
+    reducers, backends = list(report["reducers"]), report["settings"]["backends"]
+    apart = len(backends) + 0.7
+    heights = {
+        (reducer, backend): i * apart + j for i, reducer in enumerate(reducers) for j, backend in enumerate(backends)
+    }
+    axes.set_ylim(len(reducers) * apart - 0.7, -0.7)
+    axes.set_yticks([i * apart + (len(backends) - 1) / 2 for i in range(len(reducers))], [""] * len(reducers))
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(left=0)
+    plain(axes, grid="x")
+    return heights
+
+
+def _time(axes: Axes, report: dict[str, Any]) -> None:
+    heights = _bars(axes, report)
+    colours = dict(zip(report["stages"], COLOURS, strict=False))
+    stages = report["total"]["stages"]
+    for key, cell in _cells(report).items():
+        if cell["failed"]:
+            axes.text(0, heights[key], f" {cell['failed']}", va="center", fontsize=10, color="#B00020")
+            continue
+        left, shade = 0.0, _shade(report, key[1])
+        for stage in stages:
+            width = cell["seconds"][stage] * 1e3
+            axes.barh(heights[key], width, 0.86, left, color=colours[stage], alpha=shade, linewidth=0)
+            left += width
+        axes.text(left, heights[key], f" {milliseconds(cell['seconds']['total'])}", va="center", fontsize=10)
+    labels = [f"{name}\n{about['tokens']:,} tokens" for name, about in report["reducers"].items()]
+    axes.set_yticks(axes.get_yticks(), labels, fontsize=10.5)
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.1)
+    axes.set_xlabel("milliseconds", fontsize=11)
+    axes.set_title(f"Time to the {report['total']['name']}", loc="left", fontsize=13, weight="bold", pad=30)
+    keys = [Patch(color=colours[stage], label=stage) for stage in stages]
+    keys += [Patch(color="#444444", alpha=_shade(report, backend), label=backend_name(backend))
+             for backend in report["settings"]["backends"]]  # fmt: skip
+    axes.legend(
+        handles=keys, loc="lower left", bbox_to_anchor=(-0.012, 0.985), ncols=len(keys), frameon=False, fontsize=10.5,
+        handlelength=1.1, handletextpad=0.5, columnspacing=1.3,
+    )  # fmt: skip
+
+
+def _memory(axes: Axes, report: dict[str, Any]) -> None:
+    axes.set_title("Peak memory", loc="left", fontsize=13, weight="bold", pad=30)
+    heights = _bars(axes, report)
+    measured = {key: cell["peak_memory_bytes"] for key, cell in _cells(report).items()}
+    for key, size in measured.items():
+        if size is not None:
+            axes.barh(heights[key], size / 1e6, 0.86, color="#666666", alpha=_shade(report, key[1]), linewidth=0)
+            axes.text(size / 1e6, heights[key], f" {megabytes(size)}", va="center", fontsize=10)
+    if any(size is not None for size in measured.values()):
+        axes.set_xlim(right=axes.get_xlim()[1] * 1.15)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel("megabytes above the weights", fontsize=11)
+    else:
+        axes.set_axis_off()
+        axes.text(0, 0, textwrap.fill(report["memory_why_not"] or "not measured", 34), va="top")
+
+
+# What a reducer costs in drift.
+
+
+def _trade(axes: Axes, report: dict[str, Any]) -> None:
+    backend = report["settings"]["backends"][0]
+    axes.set_title("Drift of the output", loc="left", fontsize=13, weight="bold", pad=30)
+    axes.text(0, 1.035, f"relative L2 of the logits, {backend_name(backend)}", transform=axes.transAxes, fontsize=10.5)
+    points = {}
+    for reducer in report["reducers"]:
+        cell = _cells(report)[reducer, backend]
+        found = drift_of(cell)
+        if found is not None and not cell["failed"]:
+            points[reducer] = (cell["seconds"]["total"] * 1e3, found[0])
+    if not points:
+        axes.set_axis_off()
+        axes.text(0, 0.9, "not measured", va="top")
+        return
+    for reducer, (x, y) in points.items():
+        axes.plot(x, y, "o", markersize=8, color="black" if reducer == UNREDUCED else COLOURS[2], clip_on=False)
+    times, drifts = zip(*points.values(), strict=True)
+    room = max(max(times) - min(times), 0.02 * max(times))
+    axes.set_xlim(min(times) - 0.15 * room, max(times) + 0.15 * room)
+    axes.set_ylim(0, max(*drifts, 1e-6) * 1.15)
+    plain(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xlabel(f"milliseconds to the {report['total']['name']}", fontsize=11)
+    _label(axes, points)
+    axes.annotate(
+        "better", (0.03, 0.04), (0.17, 0.15), xycoords="axes fraction", textcoords="axes fraction", color="#777777",
+        fontsize=10, arrowprops={"arrowstyle": "->", "color": "#777777"}, ha="center",
+    )  # fmt: skip
+
+
+def _label(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Writes each point's name beside it, on the side with room, above names that it would touch."""
+    middle = sum(axes.get_xlim()) / 2
+    lowest = {True: -math.inf, False: -math.inf}  # in pixels, of names on the left and on the right
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
+        left = x > middle
+        pixel = max(axes.transData.transform((x, y))[1], lowest[left] + 20)
+        lowest[left] = pixel
+        place = axes.transData.inverted().transform((0, pixel))[1]
+        axes.annotate(
+            name, (x, place), xytext=(-8 if left else 8, 0), textcoords="offset points", fontsize=10.5, va="center",
+            ha="right" if left else "left", annotation_clip=False,
+        )  # fmt: skip
+
+
+# The photograph.
+
+
+def _photo(axes: Axes, photo: Image.Image, reducer: str, about: dict[str, Any]) -> None:
+    axes.imshow(paint(crops(photo, 1)[0], about))
+    axes.set_axis_off()
+    axes.text(0, -0.05, reducer, transform=axes.transAxes, fontsize=11, weight="bold", va="top")
+    axes.text(0, -0.14, _caption(about), transform=axes.transAxes, fontsize=9.5, va="top", color="#333333")
+
+
+def _caption(about: dict[str, Any]) -> str:
+    patches, token_of = about["rows"] * about["columns"], about["token_of"]
+    if token_of is None:
+        return "each token sees all patches"
+    left = len(set(token_of) - {-1})
+    if -1 in token_of:
+        return f"{left:,} of {patches:,} patches kept"
+    return f"all {patches:,} patches" if left == patches else f"{patches:,} patches in {left:,} tokens"
+
+
+def paint(image: Image.Image, about: dict[str, Any]) -> np.ndarray:
+    """Returns what a reducer leaves of a square image, uint8 ``[height, width, 3]``.
+
+    A patch with a token of its own is as it was, patches in one token are in their mean colour, with lines between
+    tokens, and those that were dropped are grey.
+    """
+    rows, columns = about["rows"], about["columns"]
+    pixels = np.asarray(image.convert("RGB").resize((columns * _CELL, rows * _CELL)), dtype=np.float64)
+    if about["token_of"] is None:
+        return pixels.astype(np.uint8)
+    token_of = np.asarray(about["token_of"]).reshape(rows, columns)
+    patches = pixels.reshape(rows, _CELL, columns, _CELL, 3).swapaxes(1, 2)  # [rows, columns, cell, cell, 3]
+    painted = patches.copy()
+    for token in np.unique(token_of):
+        of_token = token_of == token
+        if token < 0:
+            painted[of_token] = _GREY + 0.12 * (patches[of_token].mean(-1, keepdims=True) - 128)
+        elif of_token.sum() > 1:
+            painted[of_token] = patches[of_token].mean((0, 1, 2))
+    picture = painted.swapaxes(1, 2).reshape(pixels.shape)
+    _draw_lines(picture, token_of)
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def _draw_lines(picture: np.ndarray, token_of: np.ndarray) -> None:
+    """Draws a white line between neighbours in different tokens, where one of them has several patches."""
+    tokens, counts = np.unique(token_of, return_counts=True)
+    shared = np.isin(token_of, tokens[counts > 1])
+    for axis in (0, 1):
+        first, second = (np.delete(token_of, at, axis) for at in (-1, 0))
+        line = (first != second) & (np.delete(shared, -1, axis) | np.delete(shared, 0, axis))
+        for row, column in np.argwhere(line):
+            y, x = row * _CELL, column * _CELL
+            if axis == 0:
+                picture[y + _CELL - 1 : y + _CELL + 1, x : x + _CELL] = 255
+            else:
+                picture[y : y + _CELL, x + _CELL - 1 : x + _CELL + 1] = 255
