@@ -111,7 +111,7 @@ class TokenReducer(nn.Module):
         pool:2 torch.Size([290, 64]) (145, 145)
         tome:0.25 torch.Size([290, 64]) (145, 145)
         diverse:144 torch.Size([290, 64]) (145, 145)
-        pool:<=100 torch.Size([164, 64]) (82, 82)
+        pool:<=100 torch.Size([182, 64]) (91, 91)
     """
 
     def __init__(
