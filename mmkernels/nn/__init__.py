@@ -3,6 +3,8 @@
 from mmkernels.nn.contrastive import ClipLoss, SigLipLoss
 from mmkernels.nn.cross_attention import CrossAttention
 from mmkernels.nn.gated_cross_attention import GatedCrossAttention
+from mmkernels.nn.projectors import PatchMerger, PixelShuffleProjector
+from mmkernels.nn.reducer import Reduced, TokenReducer
 from mmkernels.nn.resampler import PerceiverResampler
 from mmkernels.nn.token_buffer import TokenBuffer
 from mmkernels.nn.visual_cache import VisualCache
@@ -11,8 +13,12 @@ __all__ = [
     "ClipLoss",
     "CrossAttention",
     "GatedCrossAttention",
+    "PatchMerger",
     "PerceiverResampler",
+    "PixelShuffleProjector",
+    "Reduced",
     "SigLipLoss",
     "TokenBuffer",
+    "TokenReducer",
     "VisualCache",
 ]
