@@ -101,7 +101,9 @@ def profile(
     ] = None,
     reduce: Annotated[
         str | None,
-        typer.Option(help="Instead of --tokens: reducers of all patches, one profile each: pool:2,tome:0.5,select:0.25."),
+        typer.Option(
+            help="Instead of --tokens: reducers of all patches, one profile each: pool:2,tome:0.5,select:0.25."
+        ),
     ] = None,
     images: Annotated[int, typer.Option(help="Images in the prompt: crops of the photograph.")] = Options.images,
     text_length: Annotated[int, typer.Option(help="Text tokens in the prompt.")] = Options.text_length,

@@ -31,6 +31,7 @@ from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
 from mmkernels.nn.checks import check_positive
 from mmkernels.runtime.checks import broadcasts
 
+
 class FlamingoCache(KVCache):
     """A `KVCache` that also records which images the text has used, so that a later turn can continue it."""
 
@@ -74,7 +75,7 @@ class FlamingoGeneration:
 class Flamingo(Model):
     """Predicts the next token from images and text.
 
-    The stages can be called one by one: `encode_images` (or `encode_with_heads`), `resample`, `cache_images`, `forward`.
+    The stages can be called one by one: `encode_images` or `encode_with_heads`, `resample`, `cache_images`, `forward`.
 
     `from_pretrained` reads the folder of a Hugging Face ``IdeficsForVisionText2Text``. The image token is that of
     ``config.json``, or else ``<image>`` of the tokenizer's files.

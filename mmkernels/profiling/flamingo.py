@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmkernels.models.blocks.images import to_pixels
 from mmkernels.models.blocks.encoder import Heads, Sizes
+from mmkernels.models.blocks.images import to_pixels
 from mmkernels.models.blocks.reduction import PatchReducer
 from mmkernels.models.blocks.vision import VisionTransformer
 from mmkernels.models.flamingo import Flamingo, FlamingoCache
@@ -124,7 +124,7 @@ class ReducingFlamingoAdapter(FlamingoAdapter):
             for text in options.reduce or ():
                 try:
                     PatchReducer(text, vision)
-                except ValueError as error:
+                except (ValueError, TypeError) as error:
                     raise BadInput(f"--reduce {text}: {error}") from None
 
     def build(self, options: Options, row: Row) -> nn.Module:

@@ -165,7 +165,9 @@ def _memory(axes: Axes, report: dict[str, Any]) -> None:
                 continue
             x, y = [cell["tokens_per_image"] for cell in cells], [max(cell[name], _GRAIN) / 1e6 for cell in cells]
             _line(axes, report, backend, x, y, colour, 2.0)
-            label = backend_name(backend).split()[0] if len(lines) == 1 else f"{title}\n{backend_name(backend).split()[0]}"
+            label = (
+                backend_name(backend).split()[0] if len(lines) == 1 else f"{title}\n{backend_name(backend).split()[0]}"
+            )
             share = memory_ratio(report, cells[-1], name)
             ends[label] = (y[-1], colour, f"{ratio(share)} of naive" if share is not None else "")
     axes.set_title("Peak memory, measured", loc="left", fontsize=13, weight="bold", pad=12)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -21,13 +22,15 @@ from mmkernels.profiling.table import drift_of, summary, warnings
 from mmkernels.report import COLOURS, megabytes, milliseconds, picture, plain
 
 _WIDTH = 14.5
-_TOP, _BAR, _PHOTO, _CAPTION, _BOTTOM = 1.75, 0.3, 2.05, 0.62, 1.05  # inches
+_TOP, _BAR, _BETWEEN, _PHOTO, _CAPTION, _BOTTOM = 1.75, 0.3, 1.3, 2.05, 0.62, 0.8  # inches
 _LEFT, _RIGHT = 1.35, 0.3
 _IN_A_ROW = 6
 _SHADES = {"fused": 1.0, "reference": 0.38}
 _OTHER_SHADES = (0.75, 0.6, 0.5)
 _CELL = 24  # pixels of a patch
 _GREY = 215
+_PAINT = "A patch with a token of its own is as it was, patches in one token have their mean colour, grey ones have no token."
+_RANDOM = "The weights are random: drift shows how much of the output changes, not what a trained model would lose."
 
 Cells = dict[tuple[str, str], dict[str, Any]]
 """(reducer, backend) -> its cell."""
@@ -38,7 +41,7 @@ def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
     reducers = list(report["reducers"])
     bars = max(2.5, len(reducers) * (len(report["settings"]["backends"]) * _BAR + 0.2))
     rows = math.ceil(len(reducers) / _IN_A_ROW)
-    height = _TOP + bars + 1.2 + rows * (_PHOTO + _CAPTION) + _BOTTOM
+    height = _TOP + bars + _BETWEEN + rows * (_PHOTO + _CAPTION) + _BOTTOM
     with picture(path, _WIDTH, height) as figure:
         place = _Place(height)
         _titles(figure, place, report)
@@ -46,15 +49,16 @@ def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
         _time(place.axes(figure, _LEFT, top, 5.1, bars), report)
         _memory(place.axes(figure, _LEFT + 5.75, top, 2.45, bars), report)
         _trade(place.axes(figure, _LEFT + 9.15, top, 3.0, bars), report)
-        top += bars + 1.2
-        figure.text(*place.at(_LEFT - 0.95, top - 0.4), "What is left of the photograph", fontsize=13, weight="bold")
+        top += bars + _BETWEEN
+        figure.text(*place.at(_LEFT - 0.95, top - 0.4), "What is left of the first image", fontsize=13, weight="bold")
+        figure.text(*place.at(_LEFT + 2.55, top - 0.4), _PAINT, fontsize=10.5, color="#444444")
         for i, reducer in enumerate(reducers):
             row, column = divmod(i, _IN_A_ROW)
             left = _LEFT - 0.95 + column * (_PHOTO + 0.18)
             axes = place.axes(figure, left, top + row * (_PHOTO + _CAPTION) - 0.25, _PHOTO, _PHOTO)
             _photo(axes, photo, reducer, report["reducers"][reducer])
-        words = textwrap.fill(summary(report), 165)
-        figure.text(*place.at(_LEFT - 0.95, height - _BOTTOM + 0.35), words, fontsize=10.5, va="center")
+        words = textwrap.fill(f"{summary(report)} {_RANDOM}", 165)
+        figure.text(*place.at(_LEFT - 0.95, height - _BOTTOM), words, fontsize=10.5, va="top", linespacing=1.4)
         figure.text(*place.at(_LEFT - 0.95, height - 0.1), "  ".join(warnings(report)), fontsize=10.5, color="#B00020")
 
 
@@ -77,7 +81,9 @@ def _titles(figure: Figure, place: _Place, report: dict[str, Any]) -> None:
     title = f"What fewer visual tokens change: {s['model']} {s['size']}"
     figure.text(*place.at(_LEFT - 0.95, 0.5), title, fontsize=19, weight="bold")
     figure.text(*place.at(_LEFT - 0.95, 0.82), subtitle(report), fontsize=12, color="#444444")
-    figure.text(*place.at(_LEFT + 7.6, 0.25), "\n".join(stage_lines(report, 92)), va="top", fontsize=8.5, color="#333333")
+    figure.text(
+        *place.at(_LEFT + 7.6, 0.25), "\n".join(stage_lines(report, 92)), va="top", fontsize=8.5, color="#333333"
+    )
 
 
 def _cells(report: dict[str, Any]) -> Cells:
@@ -87,6 +93,12 @@ def _cells(report: dict[str, Any]) -> Cells:
 def _shade(report: dict[str, Any], backend: str) -> float:
     others = [name for name in report["settings"]["backends"] if name not in _SHADES]
     return _SHADES.get(backend) or _OTHER_SHADES[others.index(backend) % len(_OTHER_SHADES)]
+
+
+def _mix(colour: str, shade: float) -> tuple[float, float, float]:
+    """Returns a colour with white in it: transparent bars would show the grid behind them."""
+    red, green, blue = (1 - shade * (1 - part) for part in to_rgb(colour))
+    return red, green, blue
 
 
 # Time and memory: a bar for each reducer and backend.
@@ -102,7 +114,6 @@ def _bars(axes: Axes, report: dict[str, Any]) -> dict[tuple[str, str], float]:
     axes.set_ylim(len(reducers) * apart - 0.7, -0.7)
     axes.set_yticks([i * apart + (len(backends) - 1) / 2 for i in range(len(reducers))], [""] * len(reducers))
     axes.tick_params(axis="y", length=0)
-    axes.set_xlim(left=0)
     plain(axes, grid="x")
     return heights
 
@@ -118,16 +129,16 @@ def _time(axes: Axes, report: dict[str, Any]) -> None:
         left, shade = 0.0, _shade(report, key[1])
         for stage in stages:
             width = cell["seconds"][stage] * 1e3
-            axes.barh(heights[key], width, 0.86, left, color=colours[stage], alpha=shade, linewidth=0)
+            axes.barh(heights[key], width, 0.86, left, color=_mix(colours[stage], shade), linewidth=0)
             left += width
         axes.text(left, heights[key], f" {milliseconds(cell['seconds']['total'])}", va="center", fontsize=10)
     labels = [f"{name}\n{about['tokens']:,} tokens" for name, about in report["reducers"].items()]
     axes.set_yticks(axes.get_yticks(), labels, fontsize=10.5)
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.1)
+    axes.set_xlim(0, axes.dataLim.x1 * 1.12 or 1)
     axes.set_xlabel("milliseconds", fontsize=11)
     axes.set_title(f"Time to the {report['total']['name']}", loc="left", fontsize=13, weight="bold", pad=30)
     keys = [Patch(color=colours[stage], label=stage) for stage in stages]
-    keys += [Patch(color="#444444", alpha=_shade(report, backend), label=backend_name(backend))
+    keys += [Patch(color=_mix("#444444", _shade(report, backend)), label=backend_name(backend))
              for backend in report["settings"]["backends"]]  # fmt: skip
     axes.legend(
         handles=keys, loc="lower left", bbox_to_anchor=(-0.012, 0.985), ncols=len(keys), frameon=False, fontsize=10.5,
@@ -141,10 +152,10 @@ def _memory(axes: Axes, report: dict[str, Any]) -> None:
     measured = {key: cell["peak_memory_bytes"] for key, cell in _cells(report).items()}
     for key, size in measured.items():
         if size is not None:
-            axes.barh(heights[key], size / 1e6, 0.86, color="#666666", alpha=_shade(report, key[1]), linewidth=0)
+            axes.barh(heights[key], size / 1e6, 0.86, color=_mix("#444444", _shade(report, key[1])), linewidth=0)
             axes.text(size / 1e6, heights[key], f" {megabytes(size)}", va="center", fontsize=10)
     if any(size is not None for size in measured.values()):
-        axes.set_xlim(right=axes.get_xlim()[1] * 1.15)
+        axes.set_xlim(0, axes.dataLim.x1 * 1.2)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel("megabytes above the weights", fontsize=11)
     else:
@@ -172,9 +183,10 @@ def _trade(axes: Axes, report: dict[str, Any]) -> None:
     for reducer, (x, y) in points.items():
         axes.plot(x, y, "o", markersize=8, color="black" if reducer == UNREDUCED else COLOURS[2], clip_on=False)
     times, drifts = zip(*points.values(), strict=True)
-    room = max(max(times) - min(times), 0.02 * max(times))
-    axes.set_xlim(min(times) - 0.15 * room, max(times) + 0.15 * room)
-    axes.set_ylim(0, max(*drifts, 1e-6) * 1.15)
+    room = max(max(times) - min(times), 0.2 * max(times))  # differences that are noise stay small
+    axes.set_xlim(min(times) - 0.2 * room, min(times) + 1.2 * room)
+    high = max(*drifts, 1e-6)
+    axes.set_ylim(-0.06 * high, high * 1.15)
     plain(axes)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel(f"milliseconds to the {report['total']['name']}", fontsize=11)
@@ -247,7 +259,7 @@ def paint(image: Image.Image, about: dict[str, Any]) -> np.ndarray:
 def _draw_lines(picture: np.ndarray, token_of: np.ndarray) -> None:
     """Draws a white line between neighbours in different tokens, where one of them has several patches."""
     tokens, counts = np.unique(token_of, return_counts=True)
-    shared = np.isin(token_of, tokens[counts > 1])
+    shared = np.isin(token_of, tokens[(counts > 1) & (tokens >= 0)])
     for axis in (0, 1):
         first, second = (np.delete(token_of, at, axis) for at in (-1, 0))
         line = (first != second) & (np.delete(shared, -1, axis) | np.delete(shared, 0, axis))

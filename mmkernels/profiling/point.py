@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmkernels.meters import peak_memory, time_alternating
-from mmkernels.profiling.adapter import Adapter, Reduction, ReducingAdapter, Stage
+from mmkernels.profiling.adapter import Adapter, ReducingAdapter, Reduction, Stage
 from mmkernels.profiling.options import Options, Row, baseline_of, name_of, title_of
 from mmkernels.runtime.dispatch import use_backend
 from mmkernels.runtime.eager import stub_ops

@@ -77,6 +77,7 @@ def _heading(report: dict[str, Any]) -> Text:
 
 def _measurements(report: dict[str, Any]) -> Table:
     total, train = report["total"], report["settings"]["train"]
+    reducing = bool(report["settings"].get("reduce"))
     repeated = [stage for stage in report["stages"] if stage not in total["stages"]]
     times = (
         {stage: stage for stage in total["stages"]} | {"total": total["name"]} | {stage: stage for stage in repeated}
@@ -85,13 +86,19 @@ def _measurements(report: dict[str, Any]) -> Table:
     if train:
         times["train_step"] = "train"
         memories["train_peak_memory_bytes"] = "train"
+    if reducing:  # narrow columns
+        times["total"] = times["total"].replace(" ", "\n")
     numbers = [
-        Column(f"{title}\n{unit}", justify="right", style="bold" if name in ("total", "peak_memory_bytes") else "")
+        Column(
+            f"{title}\n{unit}",
+            justify="right",
+            style="bold" if name in ("total", "peak_memory_bytes") else "",
+        )
         for unit, columns in (("ms", times), ("MB", memories))
         for name, title in columns.items()
     ]
     drifts = [Column("drift", justify="right")]
-    if report["settings"].get("reduce"):
+    if reducing and not train:  # else there is no room
         drifts.append(Column("same\ntoken", justify="right"))
     table = writer.table((), [*_columns(report), *numbers, *drifts])
     for cell in report["cells"]:
@@ -101,7 +108,7 @@ def _measurements(report: dict[str, Any]) -> Table:
         else:
             row += [milliseconds(cell["seconds"].get(name)) for name in times]
             row += [megabytes(cell[name]) for name in memories]
-            row += _drift(report, cell)
+            row += _drift(report, cell)[: len(drifts)]
         table.add_row(*row, end_section=cell["backend"] == report["settings"]["backends"][-1])
     return table
 
@@ -167,7 +174,7 @@ def _reducing_legend(report: dict[str, Any], wide: bool) -> list[str]:
         f"visual tokens: images x tokens of each; without a reducer ({UNREDUCED}) those are all patches and a class "
         "token, which every reducer leaves.",
         f"drift: relative L2 distance of all logits from those of {UNREDUCED}, {baseline}; same token: how many of the "
-        f"next tokens are the same. {UNREDUCED}'s other rows show rounding alone.",
+        f"next tokens are its. {UNREDUCED}'s other rows show rounding alone.",
         "The weights are random. Time and memory are those of a trained model; drift is not: it shows how much of the "
         "output a reducer changes, not how much a trained model would lose.",
     ]

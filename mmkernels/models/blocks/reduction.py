@@ -93,9 +93,9 @@ class PatchReducer(nn.Module):
 
     def _window_of(self, size: int, windows: int, axis: int) -> Tensor:
         """Returns the window of each patch along an axis of the grid."""
-        patch, window = torch.arange(size), self.reducer.window
+        patch = torch.arange(size)
         # With a budget the windows are as even as can be, as those of adaptive pooling.
-        return patch * windows // size if window is None or self.reducer.budget is not None else patch // window[axis]
+        return patch // self.reducer.window[axis] if self.reducer.budget is None else patch * windows // size
 
 
 def class_attention(heads: Heads, *, class_token: bool = True) -> Tensor:
