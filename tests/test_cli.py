@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from mmkernels import cli, machine
-from mmkernels.profiling import point
+from mmkernels.profiling import timing
 from mmkernels.runtime.dispatch import BACKENDS, TABLES
 
 TINY = ["profile", "flamingo", "--size", "tiny", "--images", "2", "--text-length", "12", "--device", "cpu"]
@@ -30,7 +30,7 @@ class Ended:
 @pytest.fixture
 def mmkernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs the command line in this process."""
-    monkeypatch.setattr(point, "_BUDGET", 0.0)
+    monkeypatch.setattr(timing, "_BUDGET", 0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 

@@ -91,6 +91,10 @@ class ReducingAdapter(Adapter, Protocol):
         """Raises `BadInput` unless every reducer of `options` exists and suits the model's images."""
         ...
 
+    def exchange(self, options: Options, model: Any, text: str) -> nn.Module:
+        """Returns the model with another reducer: it shares all weights that are not the reducer's."""
+        ...
+
     def reduction(self, model: Any, inputs: Any) -> Reduction:
         """Returns what the model's reducer makes of the first image."""
         ...

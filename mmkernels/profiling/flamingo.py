@@ -130,6 +130,11 @@ class ReducingFlamingoAdapter(FlamingoAdapter):
     def build(self, options: Options, row: Row) -> nn.Module:
         return Flamingo.from_size(options.size, reduce=row, seed=options.seed)
 
+    def exchange(self, options: Options, model: Flamingo, text: str) -> nn.Module:
+        other = Flamingo.from_size(options.size, reduce=text, seed=options.seed)
+        other.load_state_dict(model.state_dict(), strict=False, assign=True)  # strict: but for the reducer's own
+        return other.to(model.embed.weight)
+
     def reduction(self, model: Flamingo, inputs: Inputs) -> Reduction:
         reducer = model.reducer
         assert reducer is not None

@@ -7,30 +7,31 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from PIL import Image
 
 from mmkernels.profiling.options import UNREDUCED
-from mmkernels.profiling.photo import crops
+from mmkernels.profiling.photo import crops, paint
 from mmkernels.profiling.plot import backend_name, stage_lines, subtitle
 from mmkernels.profiling.table import drift_of, summary, warnings
-from mmkernels.report import COLOURS, megabytes, milliseconds, picture, plain
+from mmkernels.report import COLOURS, MISSING, megabytes, milliseconds, picture, plain
 
-_WIDTH = 14.5
-_TOP, _BAR, _BETWEEN, _PHOTO, _CAPTION, _BOTTOM = 1.75, 0.3, 1.3, 2.05, 0.62, 0.8  # inches
-_LEFT, _RIGHT = 1.35, 0.3
+_WIDTH, _LEFT, _TOP = 14.5, 0.4, 2.0  # inches: of the picture, of its margin, of what is above the plots
+_BAR, _BETWEEN, _CAPTION = 0.3, 1.1, 0.68
+_LARGEST_PHOTO, _APART = 3.0, 0.2
 _IN_A_ROW = 6
 _SHADES = {"fused": 1.0, "reference": 0.38}
 _OTHER_SHADES = (0.75, 0.6, 0.5)
-_CELL = 24  # pixels of a patch
-_GREY = 215
-_PAINT = "A patch with a token of its own is as it was, patches in one token have their mean colour, grey ones have no token."
+_PAINT = (
+    "Patches with a token of their own are as they were, those that share one have their mean, dropped ones are grey."
+)
 _RANDOM = "The weights are random: drift shows how much of the output changes, not what a trained model would lose."
+
+_COMMAS = StrMethodFormatter("{x:,.10g}")
 
 Cells = dict[tuple[str, str], dict[str, Any]]
 """(reducer, backend) -> its cell."""
@@ -38,52 +39,56 @@ Cells = dict[tuple[str, str], dict[str, Any]]
 
 def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
     """Write the picture of `report` as a PNG."""
-    reducers = list(report["reducers"])
+    reducers = report["reducers"]
     bars = max(2.5, len(reducers) * (len(report["settings"]["backends"]) * _BAR + 0.2))
-    rows = math.ceil(len(reducers) / _IN_A_ROW)
-    height = _TOP + bars + _BETWEEN + rows * (_PHOTO + _CAPTION) + _BOTTOM
-    with picture(path, _WIDTH, height) as figure:
-        place = _Place(height)
-        _titles(figure, place, report)
-        top = _TOP
-        _time(place.axes(figure, _LEFT, top, 5.1, bars), report)
-        _memory(place.axes(figure, _LEFT + 5.75, top, 2.45, bars), report)
-        _trade(place.axes(figure, _LEFT + 9.15, top, 3.0, bars), report)
-        top += bars + _BETWEEN
-        figure.text(*place.at(_LEFT - 0.95, top - 0.4), "What is left of the first image", fontsize=13, weight="bold")
-        figure.text(*place.at(_LEFT + 2.55, top - 0.4), _PAINT, fontsize=10.5, color="#444444")
-        for i, reducer in enumerate(reducers):
+    rows, side = math.ceil(len(reducers) / _IN_A_ROW), _side(len(reducers))
+    words = textwrap.wrap(f"{summary(report)} {_RANDOM}", 165)
+    photos = _TOP + bars + _BETWEEN
+    bottom = photos + rows * (side + _CAPTION)
+    with picture(path, _WIDTH, bottom + 0.2 * len(words) + 0.5) as figure:
+        place = _Place(figure)
+        _titles(place, report)
+        _time(place.axes(_LEFT + 1.15, _TOP, 4.9, bars), report)
+        _memory(place.axes(_LEFT + 6.7, _TOP, 2.45, bars), report)
+        _trade(place.axes(_LEFT + 10.1, _TOP, 3.3, bars), report)
+        place.text(_LEFT, photos - 0.2, "What is left of the first image", fontsize=13, weight="bold")
+        place.text(_LEFT + 3.5, photos - 0.2, _PAINT, fontsize=10.5, color="#444444")
+        for i, (reducer, about) in enumerate(reducers.items()):
             row, column = divmod(i, _IN_A_ROW)
-            left = _LEFT - 0.95 + column * (_PHOTO + 0.18)
-            axes = place.axes(figure, left, top + row * (_PHOTO + _CAPTION) - 0.25, _PHOTO, _PHOTO)
-            _photo(axes, photo, reducer, report["reducers"][reducer])
-        words = textwrap.fill(f"{summary(report)} {_RANDOM}", 165)
-        figure.text(*place.at(_LEFT - 0.95, height - _BOTTOM), words, fontsize=10.5, va="top", linespacing=1.4)
-        figure.text(*place.at(_LEFT - 0.95, height - 0.1), "  ".join(warnings(report)), fontsize=10.5, color="#B00020")
+            axes = place.axes(_LEFT + column * (side + _APART), photos + row * (side + _CAPTION), side, side)
+            _photo(axes, photo, reducer, about)
+        place.text(_LEFT, bottom, "\n".join(words), fontsize=10.5, va="top", linespacing=1.4)
+        place.text(_LEFT, bottom + 0.2 * len(words) + 0.4, "  ".join(warnings(report)), fontsize=10.5, color="#B00020")
+
+
+def _side(photos: int) -> float:
+    """Returns the side of a photograph in inches, so that a row of them is as wide as the picture."""
+    width = _WIDTH - 2 * _LEFT + _APART
+    return min(width / min(photos, _IN_A_ROW) - _APART, _LARGEST_PHOTO)
 
 
 class _Place:
-    """Inches from the left and from the top, as shares of the figure."""
+    """Places in a figure, in inches from its left and from its top."""
 
-    def __init__(self, height: float) -> None:
-        self.height = height
+    def __init__(self, figure: Figure) -> None:
+        self.figure = figure
+        self.height = figure.get_figheight()
 
-    def at(self, left: float, top: float) -> tuple[float, float]:
-        return left / _WIDTH, 1 - top / self.height
+    def text(self, left: float, top: float, words: str, **how: Any) -> None:
+        self.figure.text(left / _WIDTH, 1 - top / self.height, words, **how)
 
-    def axes(self, figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-        x, y = self.at(left, top + height)
-        return figure.add_axes((x, y, width / _WIDTH, height / self.height))
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        return self.figure.add_axes(
+            (left / _WIDTH, 1 - (top + height) / self.height, width / _WIDTH, height / self.height)
+        )
 
 
-def _titles(figure: Figure, place: _Place, report: dict[str, Any]) -> None:
+def _titles(place: _Place, report: dict[str, Any]) -> None:
     s = report["settings"]
-    title = f"What fewer visual tokens change: {s['model']} {s['size']}"
-    figure.text(*place.at(_LEFT - 0.95, 0.5), title, fontsize=19, weight="bold")
-    figure.text(*place.at(_LEFT - 0.95, 0.82), subtitle(report), fontsize=12, color="#444444")
-    figure.text(
-        *place.at(_LEFT + 7.6, 0.25), "\n".join(stage_lines(report, 92)), va="top", fontsize=8.5, color="#333333"
-    )
+    place.text(_LEFT, 0.5, f"What fewer visual tokens change: {s['model']} {s['size']}", fontsize=19, weight="bold")
+    place.text(_LEFT, 0.82, subtitle(report), fontsize=12, color="#444444")
+    stages = "\n".join(stage_lines(report, 92))
+    place.text(_LEFT + 8.55, 0.3, stages, va="top", fontsize=8.5, color="#333333")
 
 
 def _cells(report: dict[str, Any]) -> Cells:
@@ -123,8 +128,8 @@ def _time(axes: Axes, report: dict[str, Any]) -> None:
     colours = dict(zip(report["stages"], COLOURS, strict=False))
     stages = report["total"]["stages"]
     for key, cell in _cells(report).items():
-        if cell["failed"]:
-            axes.text(0, heights[key], f" {cell['failed']}", va="center", fontsize=10, color="#B00020")
+        if cell["failed"] or not cell["seconds"]:
+            axes.text(0, heights[key], f" {cell['failed'] or MISSING}", va="center", fontsize=10, color="#B00020")
             continue
         left, shade = 0.0, _shade(report, key[1])
         for stage in stages:
@@ -135,6 +140,7 @@ def _time(axes: Axes, report: dict[str, Any]) -> None:
     labels = [f"{name}\n{about['tokens']:,} tokens" for name, about in report["reducers"].items()]
     axes.set_yticks(axes.get_yticks(), labels, fontsize=10.5)
     axes.set_xlim(0, axes.dataLim.x1 * 1.12 or 1)
+    axes.xaxis.set_major_formatter(_COMMAS)
     axes.set_xlabel("milliseconds", fontsize=11)
     axes.set_title(f"Time to the {report['total']['name']}", loc="left", fontsize=13, weight="bold", pad=30)
     keys = [Patch(color=colours[stage], label=stage) for stage in stages]
@@ -157,6 +163,7 @@ def _memory(axes: Axes, report: dict[str, Any]) -> None:
     if any(size is not None for size in measured.values()):
         axes.set_xlim(0, axes.dataLim.x1 * 1.2)
         axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(_COMMAS)
         axes.set_xlabel("megabytes above the weights", fontsize=11)
     else:
         axes.set_axis_off()
@@ -169,12 +176,15 @@ def _memory(axes: Axes, report: dict[str, Any]) -> None:
 def _trade(axes: Axes, report: dict[str, Any]) -> None:
     backend = report["settings"]["backends"][0]
     axes.set_title("Drift of the output", loc="left", fontsize=13, weight="bold", pad=30)
-    axes.text(0, 1.035, f"relative L2 of the logits, {backend_name(backend)}", transform=axes.transAxes, fontsize=10.5)
+    axes.annotate(
+        "of the logits, relative L2; lower left is better", (0, 1), xytext=(0, 9), xycoords="axes fraction",
+        textcoords="offset points", fontsize=10.5,
+    )  # fmt: skip
     points = {}
     for reducer in report["reducers"]:
         cell = _cells(report)[reducer, backend]
         found = drift_of(cell)
-        if found is not None and not cell["failed"]:
+        if found is not None and "total" in cell["seconds"]:
             points[reducer] = (cell["seconds"]["total"] * 1e3, found[0])
     if not points:
         axes.set_axis_off()
@@ -189,12 +199,9 @@ def _trade(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_ylim(-0.06 * high, high * 1.15)
     plain(axes)
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.set_xlabel(f"milliseconds to the {report['total']['name']}", fontsize=11)
+    axes.xaxis.set_major_formatter(_COMMAS)
+    axes.set_xlabel(f"milliseconds to the {report['total']['name']}, {backend_name(backend)}", fontsize=11)
     _label(axes, points)
-    axes.annotate(
-        "better", (0.03, 0.04), (0.17, 0.15), xycoords="axes fraction", textcoords="axes fraction", color="#777777",
-        fontsize=10, arrowprops={"arrowstyle": "->", "color": "#777777"}, ha="center",
-    )  # fmt: skip
 
 
 def _label(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
@@ -230,42 +237,3 @@ def _caption(about: dict[str, Any]) -> str:
     if -1 in token_of:
         return f"{left:,} of {patches:,} patches kept"
     return f"all {patches:,} patches" if left == patches else f"{patches:,} patches in {left:,} tokens"
-
-
-def paint(image: Image.Image, about: dict[str, Any]) -> np.ndarray:
-    """Returns what a reducer leaves of a square image, uint8 ``[height, width, 3]``.
-
-    A patch with a token of its own is as it was, patches in one token are in their mean colour, with lines between
-    tokens, and those that were dropped are grey.
-    """
-    rows, columns = about["rows"], about["columns"]
-    pixels = np.asarray(image.convert("RGB").resize((columns * _CELL, rows * _CELL)), dtype=np.float64)
-    if about["token_of"] is None:
-        return pixels.astype(np.uint8)
-    token_of = np.asarray(about["token_of"]).reshape(rows, columns)
-    patches = pixels.reshape(rows, _CELL, columns, _CELL, 3).swapaxes(1, 2)  # [rows, columns, cell, cell, 3]
-    painted = patches.copy()
-    for token in np.unique(token_of):
-        of_token = token_of == token
-        if token < 0:
-            painted[of_token] = _GREY + 0.12 * (patches[of_token].mean(-1, keepdims=True) - 128)
-        elif of_token.sum() > 1:
-            painted[of_token] = patches[of_token].mean((0, 1, 2))
-    picture = painted.swapaxes(1, 2).reshape(pixels.shape)
-    _draw_lines(picture, token_of)
-    return picture.clip(0, 255).astype(np.uint8)
-
-
-def _draw_lines(picture: np.ndarray, token_of: np.ndarray) -> None:
-    """Draws a white line between neighbours in different tokens, where one of them has several patches."""
-    tokens, counts = np.unique(token_of, return_counts=True)
-    shared = np.isin(token_of, tokens[(counts > 1) & (tokens >= 0)])
-    for axis in (0, 1):
-        first, second = (np.delete(token_of, at, axis) for at in (-1, 0))
-        line = (first != second) & (np.delete(shared, -1, axis) | np.delete(shared, 0, axis))
-        for row, column in np.argwhere(line):
-            y, x = row * _CELL, column * _CELL
-            if axis == 0:
-                picture[y + _CELL - 1 : y + _CELL + 1, x : x + _CELL] = 255
-            else:
-                picture[y : y + _CELL, x + _CELL - 1 : x + _CELL + 1] = 255

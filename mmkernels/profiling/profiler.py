@@ -15,9 +15,10 @@ from mmkernels.meters import memory_why_not
 from mmkernels.options import BadInput
 from mmkernels.profiling.adapter import Adapter, ReducingAdapter
 from mmkernels.profiling.flamingo import FlamingoAdapter, ReducingFlamingoAdapter
-from mmkernels.profiling.options import Options
+from mmkernels.profiling.options import Options, Row
 from mmkernels.profiling.photo import crops
-from mmkernels.profiling.point import Cell, measure_point, steps_of_point
+from mmkernels.profiling.point import Cell
+from mmkernels.profiling.timing import measure_rows, steps_of_rows
 
 MODELS: dict[str, Adapter] = {"flamingo": FlamingoAdapter()}
 """What can be profiled. A new model is one adapter here."""
@@ -48,7 +49,13 @@ def find_model(options: Options) -> Adapter:
 
 def steps(options: Options) -> int:
     """Returns how often `profile` reports progress."""
-    return steps_of_point(options, find_model(options)) * len(options.rows)
+    adapter = find_model(options)
+    return sum(steps_of_rows(options, adapter, len(rows)) for rows in _groups(options))
+
+
+def _groups(options: Options) -> list[tuple[Row, ...]]:
+    """Returns the rows that are measured together: reducers share weights, and are compared with each other."""
+    return [options.rows] if options.reduce else [(row,) for row in options.rows]
 
 
 def profile(
@@ -64,6 +71,7 @@ def reports(
 ) -> Iterator[dict[str, Any]]:
     """Measures, and yields after each row of `options` what is known by then: a dictionary that is ready for JSON.
 
+    Reducers are measured in turns, so that their times come together, after the last row.
     The names in it contain the units.
 
     Args:
@@ -77,15 +85,17 @@ def reports(
     adapter = find_model(options)
     photos = crops(photo, options.images)
     cells: list[Cell] = []
-    reductions: dict[str, Any] = {}
-    exact = None
-    for row in options.rows:
-        point = measure_point(adapter, options, row, photos, progress, exact)
-        cells += point.cells
-        if point.reduction is not None:
-            exact = point.exact  # of the first row, from which the later ones take it
-            reductions[str(row)] = asdict(point.reduction)
-        yield _report(options, adapter, cells, reductions)
+    for rows in _groups(options):
+        found: list[Cell] = []
+        reductions: dict[str, Any] = {}
+        for points in measure_rows(adapter, options, rows, photos, progress):
+            found = [cell for point in points for cell in point.cells.values()]
+            reductions = {
+                str(row): asdict(point.reduction) for row, point in zip(rows, points, strict=False) if point.reduction
+            }
+            yield _report(options, adapter, cells + found, reductions)
+        cells += found
+        del points  # with their models
 
 
 def _report(options: Options, adapter: Adapter, cells: list[Cell], reductions: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def warnings(report: dict[str, Any]) -> list[str]:
         names = " and ".join(f"{row:,}" if isinstance(row, int) else row for row in missing)
         what = " tokens per image" * isinstance(missing[0], int)
         lines.append(f"Interrupted: {names}{what} {'was' if len(missing) == 1 and not what else 'were'} not measured.")
+    elif any(cell["failed"] is None and not cell["seconds"] for cell in report["cells"]):
+        lines.append("Interrupted: no time was measured.")
     return lines
 
 
@@ -120,10 +122,11 @@ def _gains(report: dict[str, Any]) -> Table:
     memories = {"peak_memory_bytes": "memory"}
     if report["settings"]["train"]:
         memories["train_peak_memory_bytes"] = "train\nmemory"
+    short = bool(report["settings"].get("reduce")) and report["settings"]["train"]  # else there is no room
     rows = [
         [
             *_begin(report, cell),
-            *(_gain(cell["amdahl"].get(name)) for name in shown),
+            *(_gain(cell["amdahl"].get(name), short=short) for name in shown),
             *(ratio(memory_ratio(report, cell, name)) for name in memories),
         ]
         for cell in report["cells"]
@@ -136,7 +139,7 @@ def _gains(report: dict[str, Any]) -> Table:
 def _columns(report: dict[str, Any]) -> list[Column]:
     """Returns the columns that both tables begin with."""
     columns = [Column("visual\ntokens", justify="right"), Column("backend")]
-    return [Column("reducer"), *columns] if report["settings"].get("reduce") else columns
+    return [Column("reducer", overflow="fold"), *columns] if report["settings"].get("reduce") else columns
 
 
 def _begin(report: dict[str, Any], cell: dict[str, Any]) -> list[str]:
@@ -145,10 +148,11 @@ def _begin(report: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     return [cell["reducer"], *begin] if cell.get("reducer") else begin
 
 
-def _gain(bound: dict[str, float] | None) -> str:
+def _gain(bound: dict[str, float] | None, *, short: bool) -> str:
     if bound is None:
         return MISSING
-    return f"{bound['speedup']:.2f}x of {bound['cap']:.2f}x {bound['share_of_cap']:4.0%}"
+    gain = f"{bound['speedup']:.2f}x of {bound['cap']:.2f}x"
+    return gain if short else f"{gain} {bound['share_of_cap']:4.0%}"
 
 
 def _legend(report: dict[str, Any]) -> str:
@@ -248,10 +252,11 @@ def summary(report: dict[str, Any]) -> str:
 def _reducing_summary(report: dict[str, Any]) -> str:
     """Returns how each reducer changes time and output, by the first backend that has the unreduced model too."""
     backends = report["settings"]["backends"]
-    rows = [cell for cell in report["cells"] if cell["failed"] is None]
+    rows = [cell for cell in report["cells"] if "total" in cell["seconds"]]
     backend = next((name for name in backends if any(_unreduced(cell, name) for cell in rows)), None)
     if backend is None:
-        return "Nothing fitted into memory."
+        fitted = any(cell["failed"] is None for cell in report["cells"])
+        return "No time was measured." if fitted else "Nothing fitted into memory."
     cells = [cell for cell in rows if cell["backend"] == backend]
     whole = cells[0]["seconds"]["total"]
     parts = [f"{name_of(backend)}, all {cells[0]['tokens_per_image']:,} tokens: {report['total']['name']} after "
