@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from mmkernels.profiling.options import UNREDUCED
@@ -139,7 +141,7 @@ def _time(axes: Axes, report: dict[str, Any]) -> None:
         axes.text(left, heights[key], f" {milliseconds(cell['seconds']['total'])}", va="center", fontsize=10)
     labels = [f"{name}\n{about['tokens']:,} tokens" for name, about in report["reducers"].items()]
     axes.set_yticks(axes.get_yticks(), labels, fontsize=10.5)
-    axes.set_xlim(0, axes.dataLim.x1 * 1.12 or 1)
+    axes.set_xlim(0, max(axes.dataLim.x1 * 1.12, 1e-3))  # of no bars it is -inf
     axes.xaxis.set_major_formatter(_COMMAS)
     axes.set_xlabel("milliseconds", fontsize=11)
     axes.set_title(f"Time to the {report['total']['name']}", loc="left", fontsize=13, weight="bold", pad=30)
@@ -205,18 +207,22 @@ def _trade(axes: Axes, report: dict[str, Any]) -> None:
 
 
 def _label(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Writes each point's name beside it, on the side with room, above names that it would touch."""
-    middle = sum(axes.get_xlim()) / 2
-    lowest = {True: -math.inf, False: -math.inf}  # in pixels, of names on the left and on the right
-    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
-        left = x > middle
-        pixel = max(axes.transData.transform((x, y))[1], lowest[left] + 20)
-        lowest[left] = pixel
-        place = axes.transData.inverted().transform((0, pixel))[1]
-        axes.annotate(
-            name, (x, place), xytext=(-8 if left else 8, 0), textcoords="offset points", fontsize=10.5, va="center",
-            ha="right" if left else "left", annotation_clip=False,
-        )  # fmt: skip
+    """Writes each point's name beside it, or as near as it touches no other name and no point."""
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in axes.transData.transform(list(points.values()))]
+    inside = axes.get_window_extent().padded(10)
+    sides: tuple[tuple[Literal["left", "right"], int], ...] = (("left", 8), ("right", -8))
+    steps = sorted(range(-len(points), len(points) + 1), key=abs)
+    for name, point in points.items():
+        text = axes.annotate(
+            name, point, (0, 0), textcoords="offset points", fontsize=10.5, va="center", annotation_clip=False
+        )
+        for step, (side, right) in itertools.product(steps, sides):
+            text.set_position((right, 15 * step))
+            text.set_horizontalalignment(side)
+            box = text.get_window_extent()
+            if all(inside.contains(*corner) for corner in (box.min, box.max)) and not box.count_overlaps(taken):
+                break
+        taken.append(box)
 
 
 # The photograph.
@@ -225,8 +231,9 @@ def _label(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
 def _photo(axes: Axes, photo: Image.Image, reducer: str, about: dict[str, Any]) -> None:
     axes.imshow(paint(crops(photo, 1)[0], about))
     axes.set_axis_off()
-    axes.text(0, -0.05, reducer, transform=axes.transAxes, fontsize=11, weight="bold", va="top")
-    axes.text(0, -0.14, _caption(about), transform=axes.transAxes, fontsize=9.5, va="top", color="#333333")
+    below: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
+    axes.annotate(reducer, (0, 0), (0, -6), fontsize=11, weight="bold", **below)
+    axes.annotate(_caption(about), (0, 0), (0, -22), fontsize=9.5, color="#333333", **below)
 
 
 def _caption(about: dict[str, Any]) -> str:

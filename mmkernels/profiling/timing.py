@@ -16,6 +16,7 @@ from mmkernels.profiling.point import REMOVED, Point, amdahl, fits, running_as
 
 _BUDGET = 1.0  # seconds of counted rounds for one stage of one row, all candidates together
 _LEAST_ROUNDS = 3
+_ROUNDS_TOGETHER = 5  # of rows that are compared with each other: reducers differ by less than backends
 _LIMIT = 6.0  # seconds after which one round is enough, on a slow or busy machine
 
 Candidate = tuple[Point, str]
@@ -94,7 +95,7 @@ def _time(
         candidates,
         before=before,
         budget=_BUDGET * len(points),
-        least=_LEAST_ROUNDS,
+        least=_LEAST_ROUNDS if len(points) == 1 else _ROUNDS_TOGETHER,
         limit=_LIMIT * len(points),
         warm=True,
         device=next(iter(points)).device,

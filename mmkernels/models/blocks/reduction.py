@@ -49,8 +49,8 @@ class PatchReducer(nn.Module):
         self.grid, self.protect = vision.grid, int(vision.class_token is not None)
         self.reducer = TokenReducer.parse(text, vision.positions.shape[1], protect=self.protect)
         self.tokens = self.reducer.tokens(self.grid)[0]
-        self.by_attention = self.reducer.kind == "select" and self.reducer.scorer == "scores"
-        self.needs_heads = self.by_attention or self.reducer.kind == "tome"
+        self._by_attention = self.reducer.kind == "select" and self.reducer.scorer == "scores"
+        self.needs_heads = self._by_attention or self.reducer.kind == "tome"
 
     def forward(self, features: Tensor, heads: Heads | None = None) -> Reduced:
         """Returns what is left of features ``[images, tokens, C]``.
@@ -63,7 +63,7 @@ class PatchReducer(nn.Module):
             return self.reducer(features, self.grid)
         if heads is None:
             raise ValueError(f"heads must be query and key of the last layer for {self.reducer.kind!r}, got None")
-        if self.by_attention:
+        if self._by_attention:
             return self.reducer(features, self.grid, scores=class_attention(heads, class_token=bool(self.protect)))
         return self.reducer(features, self.grid, metric=heads.key.mean(1))
 
