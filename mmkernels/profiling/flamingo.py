@@ -18,7 +18,7 @@ from mmkernels.models.flamingo_config import SIZES
 from mmkernels.nn import VisualCache
 from mmkernels.options import BadInput
 from mmkernels.profiling.adapter import Reduction, Stage
-from mmkernels.profiling.options import Options, Row
+from mmkernels.profiling.options import MOST_TOKENS, Options, Row
 
 DECODE_TOKENS = 8
 """Tokens over which the time of one is averaged."""
@@ -123,16 +123,18 @@ class ReducingFlamingoAdapter(FlamingoAdapter):
             vision = VisionTransformer.of(config, Sizes.of(config, "vision", eps=config.layer_norm_eps))
             for text in options.reduce or ():
                 try:
-                    PatchReducer(text, vision)
+                    tokens = PatchReducer(text, vision).tokens
                 except (ValueError, TypeError) as error:
                     raise BadInput(f"--reduce {text}: {error}") from None
+                if tokens > MOST_TOKENS:
+                    raise BadInput(f"--reduce must leave at most {MOST_TOKENS} tokens per image, got {text}")
 
     def build(self, options: Options, row: Row) -> nn.Module:
         return Flamingo.from_size(options.size, reduce=row, seed=options.seed)
 
     def exchange(self, options: Options, model: Flamingo, text: str) -> nn.Module:
         other = Flamingo.from_size(options.size, reduce=text, seed=options.seed)
-        other.load_state_dict(model.state_dict(), strict=False, assign=True)  # strict: but for the reducer's own
+        other.load_state_dict(model.state_dict(), strict=False, assign=True)  # which lacks the reducer's own
         return other.to(model.embed.weight)
 
     def reduction(self, model: Flamingo, inputs: Inputs) -> Reduction:

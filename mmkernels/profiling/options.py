@@ -25,7 +25,10 @@ UNREDUCED = "none"
 Row = int | str
 """What one row of a profile is about: a number of visual tokens per image, or a reducer."""
 
-_MOST_IMAGES, _MOST_TOKENS, _MOST_REDUCERS = 1000, 65536, 24
+MOST_TOKENS = 65536
+"""Visual tokens per image."""
+
+_MOST_IMAGES, _MOST_REDUCERS = 1000, 24
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,8 @@ def parse_tokens(text: str) -> tuple[int, ...]:
 
 
 def _checked_tokens(tokens: tuple[int, ...]) -> tuple[int, ...]:
-    if not tokens or min(tokens) < 1 or max(tokens) > _MOST_TOKENS:
-        raise BadInput(f"--tokens must be integers from 1 to {_MOST_TOKENS}, such as 16,64; got {_join(tokens)}")
+    if not tokens or min(tokens) < 1 or max(tokens) > MOST_TOKENS:
+        raise BadInput(f"--tokens must be integers from 1 to {MOST_TOKENS}, such as 16,64; got {_join(tokens)}")
     return tuple(sorted(set(tokens)))
 
 

@@ -130,7 +130,7 @@ def _time(axes: Axes, report: dict[str, Any]) -> None:
     colours = dict(zip(report["stages"], COLOURS, strict=False))
     stages = report["total"]["stages"]
     for key, cell in _cells(report).items():
-        if cell["failed"] or not cell["seconds"]:
+        if cell["failed"] or "total" not in cell["seconds"]:
             axes.text(0, heights[key], f" {cell['failed'] or MISSING}", va="center", fontsize=10, color="#B00020")
             continue
         left, shade = 0.0, _shade(report, key[1])

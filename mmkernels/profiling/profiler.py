@@ -71,7 +71,7 @@ def reports(
 ) -> Iterator[dict[str, Any]]:
     """Measures, and yields after each row of `options` what is known by then: a dictionary that is ready for JSON.
 
-    Reducers are measured in turns, so that their times come together, after the last row.
+    Reducers take turns, so that their times come together after the last row, stage by stage.
     The names in it contain the units.
 
     Args:

@@ -44,8 +44,8 @@ def warnings(report: dict[str, Any]) -> list[str]:
         names = " and ".join(f"{row:,}" if isinstance(row, int) else row for row in missing)
         what = " tokens per image" * isinstance(missing[0], int)
         lines.append(f"Interrupted: {names}{what} {'was' if len(missing) == 1 and not what else 'were'} not measured.")
-    elif any(cell["failed"] is None and not cell["seconds"] for cell in report["cells"]):
-        lines.append("Interrupted: no time was measured.")
+    elif any(cell["failed"] is None and "total" not in cell["seconds"] for cell in report["cells"]):
+        lines.append("Interrupted: not all times were measured.")
     return lines
 
 
@@ -256,7 +256,7 @@ def _reducing_summary(report: dict[str, Any]) -> str:
     backend = next((name for name in backends if any(_unreduced(cell, name) for cell in rows)), None)
     if backend is None:
         fitted = any(cell["failed"] is None for cell in report["cells"])
-        return "No time was measured." if fitted else "Nothing fitted into memory."
+        return "Not all times were measured." if fitted else "Nothing fitted into memory."
     cells = [cell for cell in rows if cell["backend"] == backend]
     whole = cells[0]["seconds"]["total"]
     parts = [f"{name_of(backend)}, all {cells[0]['tokens_per_image']:,} tokens: {report['total']['name']} after "

@@ -36,7 +36,10 @@ def measure_rows(
     photos: list[Image.Image],
     progress: Callable[[str], None],
 ) -> Iterator[list[Point]]:
-    """Measures rows together, and yields them after each that is prepared, without times, and at the end."""
+    """Measures rows together, and yields them at the end; several also before, after each row and each stage.
+
+    Their times come last, stage by stage: `Point.prepare` measures the rest.
+    """
     points: list[Point] = []
     for row in rows:
         points.append(Point(adapter, options, row, photos, progress, points[0] if points else None))
@@ -45,8 +48,9 @@ def measure_rows(
             yield points
     if len(rows) == 1:
         progress = points[0].progress
-    with torch.inference_mode():
-        _time_stages(adapter, points, progress)
+    for _ in _time_stages(adapter, points, progress):
+        if len(rows) > 1:
+            yield points
     if options.train:
         _measure_training(adapter, points, progress)
     for point in points:
@@ -55,12 +59,15 @@ def measure_rows(
     yield points
 
 
-def _time_stages(adapter: Adapter, points: list[Point], progress: Callable[[str], None]) -> None:
+def _time_stages(adapter: Adapter, points: list[Point], progress: Callable[[str], None]) -> Iterator[None]:
+    """Yields after each stage."""
     candidates = [(point, backend) for point in points for backend in [*point.able(), REMOVED]]
     states: dict[Candidate, Any] = dict.fromkeys(candidates)
     for stage in adapter.stages:
         progress(f"time to {stage.name}")
-        states = _time_stage(stage, states)
+        with torch.inference_mode():
+            states = _time_stage(stage, states)
+        yield
     for point, candidate in candidates:
         seconds = point.seconds[candidate]
         seconds["total"] = sum(seconds[stage.name] for stage in adapter.stages if stage.calls == 1)
