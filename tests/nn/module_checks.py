@@ -28,17 +28,17 @@ def equal_to(
         rounding: of `theirs` in float64; some classes compute parts in float32 always.
     """
     mine, others = zip(*_pairs(ours, theirs, names))
-    theirs.double()
-    weights = dict(theirs.named_parameters())
-    ours.double().load_state_dict(
-        {name: weights[other].view_as(dict(ours.named_parameters())[name]) for name, other in zip(mine, others)}
-    )
+    parameters, weights = dict(ours.double().named_parameters()), dict(theirs.double().named_parameters())
+    ours.load_state_dict({name: weights[other].view_as(parameters[name]) for name, other in zip(mine, others)})
     truth = _results(ours, call, x, mine)
-    torch.testing.assert_close(truth, _results(theirs, their_call, x, others), rtol=rounding, atol=rounding)
+    expected = _results(theirs, their_call, x, others)
+    for name, y, want in zip(("the result", "x", *mine), truth, expected, strict=True):
+        close = {"rtol": rounding, "atol": rounding, "msg": lambda text, name=name: f"{name}: {text}"}
+        torch.testing.assert_close(y, want.view_as(y), **close)
     baseline = _results(theirs.float(), their_call, x.float(), others)
     found = _results(ours.float(), call, x.float(), mine)
     for name, y, other, want in zip(("the result", "x", *mine), found, baseline, truth, strict=True):
-        error, budget = (float((z - want).abs().max()) for z in (y, other))
+        error, budget = (float((z - want).abs().max()) for z in (y, other.view_as(y)))
         assert error <= 2.0 * budget + 1e-6 * float(want.abs().max()), name
 
 
