@@ -77,7 +77,7 @@ def _shrunk(size: Sizes, budget: int) -> Sizes:
         return (t, 1, min(w, area))
     if columns == 0:
         return (t, min(h, area), 1)
-    higher, wider = (rows + 1) * columns, rows * (columns + 1)  # of the two sides one may be rounded up
-    if higher <= area and not higher < wider <= area:
-        return (t, rows + 1, columns)
-    return (t, rows, columns + 1) if wider <= area else (t, rows, columns)
+    higher, wider = (rows + 1) * columns, rows * (columns + 1)  # one of the two may be rounded up
+    if wider <= area and (higher > area or higher < wider or (higher == wider and w >= h)):
+        return (t, rows, columns + 1)
+    return (t, rows + 1, columns) if higher <= area else (t, rows, columns)
