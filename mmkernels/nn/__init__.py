@@ -1,5 +1,6 @@
 """Modules: drop-in layers and losses, thin over the ops."""
 
+from mmkernels.nn.attention_pool import AttentionPool
 from mmkernels.nn.contrastive import ClipLoss, SigLipLoss
 from mmkernels.nn.cross_attention import CrossAttention
 from mmkernels.nn.gated_cross_attention import GatedCrossAttention
@@ -10,6 +11,7 @@ from mmkernels.nn.token_buffer import TokenBuffer
 from mmkernels.nn.visual_cache import VisualCache
 
 __all__ = [
+    "AttentionPool",
     "ClipLoss",
     "CrossAttention",
     "GatedCrossAttention",

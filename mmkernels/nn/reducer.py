@@ -36,6 +36,7 @@ AMOUNTS: dict[str, tuple[str, ...]] = {
 OPTIONS: dict[str, tuple[str, ...]] = {"none": (), "pool": ("mode",), "tome": (), "select": ("merge_rest", "method")}
 """The options of kinds that have no weights; those of the others are their modules'."""
 MODES = ("mean", "max", "bilinear", "bicubic")
+"""Of "pool"; the last two with a budget."""
 
 
 class Reduced(NamedTuple):
@@ -258,11 +259,13 @@ class TokenReducer(nn.Module):
         fitted = self._fitted(sizes)
         if fitted != sizes:
             x, grid = pool_tokens(x, grid, size=fitted)
+        assert self.module is not None
         y: tuple[Tensor, Grid] = self.module(x, grid)
         return y
 
     def _resample(self, x: Tensor, images: TokenImages) -> Tensor:
         """Returns the latents of each image; images of several lengths are padded."""
+        assert self.module is not None
         counts = images.counts
         if images.batched:
             y: Tensor = self.module(x)
@@ -325,14 +328,14 @@ class TokenReducer(nn.Module):
         chosen = torch.zeros(body.shape[:-1], device=body.device).scatter(-1, index, 1.0)
         return images.join(chosen.new_zeros(front.shape[:-1]), chosen, images.counts)
 
-    def _module(self, options: dict[str, Any]) -> nn.Module:
+    def _module(self, options: dict[str, Any]) -> nn.Module | None:
         """Returns the module of a kind with weights; one without weights checks the options."""
         if self.kind not in ("shuffle", "perceiver"):
             for name in options:
-                if name not in OPTIONS[self.kind]:
-                    raise TypeError(f"options of kind {self.kind!r} must be {OPTIONS[self.kind]}, got {name}")
-            check_choice("mode", options.get("mode", "mean"), MODES)
-            return nn.Identity()
+                if name not in OPTIONS[self.kind] or (name == "method" and self.scorer != "diverse"):
+                    raise TypeError(f"{name} must not be given for kind {self.kind!r}, got {options[name]!r}")
+            check_choice("mode", options.get("mode", "mean"), MODES[: 2 if self.budget is None else 4])
+            return None
         if self.dim is None:
             raise ValueError(f"dim must be given for kind {self.kind!r}, which has weights")
         if self.kind == "shuffle":
@@ -365,7 +368,7 @@ def _check_amounts(kind: str, amounts: dict[str, object]) -> None:
     """Raise unless one of those amounts is given that the kind takes."""
     given = [name for name, amount in amounts.items() if amount is not None]
     if kind == "none" and given:
-        raise ValueError(f"{given[0]} must be None for kind 'none'")
+        raise ValueError(f"{given[0]} must be None for kind 'none', got {amounts[given[0]]}")
     if kind != "none" and (len(given) != 1 or given[0] not in AMOUNTS[kind]):
         must = " or ".join(AMOUNTS[kind])
         raise ValueError(f"{must} must be given for kind {kind!r}, and nothing else, got {', '.join(given) or 'none'}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isqrt, prod
+from math import floor, prod, sqrt
 from typing import NamedTuple
 
 import torch
@@ -71,10 +71,13 @@ def _shrunk(size: Sizes, budget: int) -> Sizes:
     if t > budget:
         return (budget, 1, 1)
     area = budget // t
-    rows, columns = isqrt(area * h // w), isqrt(area * w // h)  # rounded down from the sides of `area` of this aspect
+    # The sides of `area` with this aspect, rounded down. Not math.isqrt: a graph has sizes as symbols.
+    rows, columns = floor(sqrt(area * h // w)), floor(sqrt(area * w // h))
     if rows == 0:
         return (t, 1, min(w, area))
     if columns == 0:
         return (t, min(h, area), 1)
-    rounded = ((rows + 1, columns), (rows, columns + 1), (rows, columns))
-    return (t, *max((sides for sides in rounded if prod(sides) <= area), key=prod))
+    higher, wider = (rows + 1) * columns, rows * (columns + 1)  # one of the two may be rounded up
+    if wider <= area and (higher > area or higher < wider or (higher == wider and w >= h)):
+        return (t, rows, columns + 1)
+    return (t, rows + 1, columns) if higher <= area else (t, rows, columns)
