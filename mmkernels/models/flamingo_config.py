@@ -25,7 +25,9 @@ class FlamingoConfig:
         eos_token_ids: the tokens that end a generated text.
         reduce: what makes the visual tokens instead of a resampler, as `TokenReducer.parse` reads it, such as "pool:2";
             then num_latents is None. The class token stays; "select" ranks the patches by the attention that they
-            receive from it in the image encoder's last layer, "tome" compares that layer's keys.
+            receive from it in the image encoder's last layer, "tome" compares that layer's keys. Cross-attention counts
+            each token once, however many patches it stands for. A graph that `torch.export` makes serves the number of
+            images that it was traced with.
 
     Raises:
         ValueError: a size is not positive, too large, or does not divide; an activation is unknown.
