@@ -20,11 +20,11 @@ from mmkernels.profiling.options import UNREDUCED
 from mmkernels.profiling.photo import crops, paint
 from mmkernels.profiling.plot import backend_name, stage_lines, subtitle
 from mmkernels.profiling.table import drift_of, summary, warnings
-from mmkernels.report import COLOURS, MISSING, megabytes, milliseconds, picture, plain
+from mmkernels.report import COLOURS, MISSING, megabytes, milliseconds, picture, plain, plural
 
 _WIDTH, _LEFT, _TOP = 14.5, 0.4, 2.0  # inches: of the picture, of its margin, of what is above the plots
 _BAR, _BETWEEN, _CAPTION = 0.3, 1.1, 0.68
-_LARGEST_PHOTO, _APART = 3.0, 0.2
+_LARGEST_PHOTO, _APART = 3.3, 0.2
 _IN_A_ROW = 6
 _SHADES = {"fused": 1.0, "reference": 0.38}
 _OTHER_SHADES = (0.75, 0.6, 0.5)
@@ -44,7 +44,7 @@ def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
     reducers = report["reducers"]
     bars = max(2.5, len(reducers) * (len(report["settings"]["backends"]) * _BAR + 0.2))
     rows, side = math.ceil(len(reducers) / _IN_A_ROW), _side(len(reducers))
-    words = textwrap.wrap(f"{summary(report)} {_RANDOM}", 165)
+    words = textwrap.wrap(f"{summary(report)} {_more_tokens(reducers)}{_RANDOM}", 165)
     photos = _TOP + bars + _BETWEEN
     bottom = photos + rows * (side + _CAPTION)
     with picture(path, _WIDTH, bottom + 0.2 * len(words) + 0.5) as figure:
@@ -61,6 +61,13 @@ def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
             _photo(axes, photo, reducer, about)
         place.text(_LEFT, bottom, "\n".join(words), fontsize=10.5, va="top", linespacing=1.4)
         place.text(_LEFT, bottom + 0.2 * len(words) + 0.4, "  ".join(warnings(report)), fontsize=10.5, color="#B00020")
+
+
+def _more_tokens(reducers: dict[str, Any]) -> str:
+    """Returns why there are more tokens than patches, where there are."""
+    more = [about["tokens"] - len(set(about["token_of"]) - {-1}) for about in reducers.values() if about["token_of"]]
+    beside = more[0] if more else 0
+    return f"Each image has {plural(beside, 'token')} beside its patches, such as a class token. " if beside else ""
 
 
 def _side(photos: int) -> float:
@@ -149,8 +156,8 @@ def _time(axes: Axes, report: dict[str, Any]) -> None:
     keys += [Patch(color=_mix("#444444", _shade(report, backend)), label=backend_name(backend))
              for backend in report["settings"]["backends"]]  # fmt: skip
     axes.legend(
-        handles=keys, loc="lower left", bbox_to_anchor=(-0.012, 0.985), ncols=len(keys), frameon=False, fontsize=10.5,
-        handlelength=1.1, handletextpad=0.5, columnspacing=1.3,
+        handles=keys, loc="lower left", bbox_to_anchor=(-0.012, 1), borderaxespad=0.1, ncols=len(keys), frameon=False,
+        fontsize=10.5, handlelength=1.1, handletextpad=0.5, columnspacing=1.3,
     )  # fmt: skip
 
 

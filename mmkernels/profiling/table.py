@@ -262,7 +262,7 @@ def _reducing_summary(report: dict[str, Any]) -> str:
     parts = [f"{name_of(backend)}, all {cells[0]['tokens_per_image']:,} tokens: {report['total']['name']} after "
              f"{milliseconds(whole)} ms"]  # fmt: skip
     for cell in cells[1:]:
-        text = f"{cell['reducer']} {compared(whole / cell['seconds']['total'])}"
+        text = f"{cell['reducer']} {ratio(whole / cell['seconds']['total'])} as fast"
         found = drift_of(cell)
         parts.append(text if found is None else f"{text} (drift {drift_text(found[0])})")
     return "; ".join(parts) + "."

@@ -130,8 +130,8 @@ def test_summary_compares_with_the_unreduced_model(report: dict[str, Any]) -> No
         found["seconds"] = {"total": seconds}
         found["drift"] = found["drift"] and {"relative_l2": 0.123, "top1_agreement": 0.5}
     assert table.summary(report | {"cells": cells}) == (
-        "fused, all 17 tokens: first token after 400 ms; pool:2 2.0x faster (drift 0.12); "
-        "tome:0.5 as fast (drift 0.12); select:0.25 2.0x slower (drift 0.12); perceiver:4 4.0x faster."
+        "fused, all 17 tokens: first token after 400 ms; pool:2 2.00x as fast (drift 0.12); "
+        "tome:0.5 1.00x as fast (drift 0.12); select:0.25 0.50x as fast (drift 0.12); perceiver:4 4.00x as fast."
     )
 
 
@@ -193,6 +193,9 @@ def test_picture_shows_each_reducer(report: dict[str, Any], drawn: list[Any], tm
         "all 16 patches", "16 patches in 4 tokens", "16 patches in 8 tokens", "4 of 16 patches kept",
         "each token sees all patches",
     ]  # fmt: skip
+    assert "Each image has 1 token beside its patches, such as a class token." in words(
+        " ".join(text.get_text() for text in drawn[0].texts)
+    )
     with Image.open(tmp_path / "profile.png") as picture:
         assert min(picture.size) > 600
 
