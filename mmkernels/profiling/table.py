@@ -18,8 +18,8 @@ _UNSTEADY = 0.1
 """Above this spread, as a share, the table warns."""
 
 _GAINS_LEGEND = (
-    "faster: naive time / this backend's time. at most: naive time / time with every op removed (the Amdahl cap); "
-    "then the share of the cap that is reached. memory: this backend's peak / naive peak."
+    "faster: naive time / this backend's time. at most: naive time / time with every op removed (the Amdahl cap)"
+    "{share}. memory: this backend's peak / naive peak."
 )
 
 
@@ -28,8 +28,17 @@ def render(report: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_heading(report), _measurements(report), Text(_legend(report), style="dim")]
     parts += [Text(warning, style="red") for warning in warnings(report)]
     if any(cell["amdahl"] for cell in report["cells"]):
-        parts += [Text(), _gains(report), Text(_GAINS_LEGEND, style="dim")]
+        parts += [Text(), _gains(report), Text(_gains_legend(report), style="dim")]
     return Group(*parts)
+
+
+def _gains_legend(report: dict[str, Any]) -> str:
+    return _GAINS_LEGEND.format(share="" if _is_crowded(report) else "; then the share of the cap that is reached")
+
+
+def _is_crowded(report: dict[str, Any]) -> bool:
+    """Returns whether there is no room for all columns: with reducers and a training step."""
+    return bool(report["settings"].get("reduce")) and report["settings"]["train"]
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
@@ -100,7 +109,7 @@ def _measurements(report: dict[str, Any]) -> Table:
         for name, title in columns.items()
     ]
     drifts = [Column("drift", justify="right")]
-    if reducing and not train:  # else there is no room
+    if reducing and not _is_crowded(report):
         drifts.append(Column("same\ntoken", justify="right"))
     table = writer.table((), [*_columns(report), *numbers, *drifts])
     for cell in report["cells"]:
@@ -122,7 +131,7 @@ def _gains(report: dict[str, Any]) -> Table:
     memories = {"peak_memory_bytes": "memory"}
     if report["settings"]["train"]:
         memories["train_peak_memory_bytes"] = "train\nmemory"
-    short = bool(report["settings"].get("reduce")) and report["settings"]["train"]  # else there is no room
+    short = _is_crowded(report)
     rows = [
         [
             *_begin(report, cell),
@@ -177,8 +186,9 @@ def _reducing_legend(report: dict[str, Any], wide: bool) -> list[str]:
     lines = [
         f"visual tokens: images x tokens of each; without a reducer ({UNREDUCED}) those are all patches and a class "
         "token, which every reducer leaves.",
-        f"drift: relative L2 distance of all logits from those of {UNREDUCED}, {baseline}; same token: how many of the "
-        f"next tokens are its. {UNREDUCED}'s other rows show rounding alone.",
+        f"drift: relative L2 distance of all logits from those of {UNREDUCED}, {baseline}"
+        + ("" if _is_crowded(report) else "; same token: how many of the next tokens are its")
+        + f". {UNREDUCED}'s other rows show rounding alone.",
         "The weights are random. Time and memory are those of a trained model; drift is not: it shows how much of the "
         "output a reducer changes, not how much a trained model would lose.",
     ]

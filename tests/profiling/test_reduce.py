@@ -117,9 +117,11 @@ def test_tables_fit_in_100_columns(report: dict[str, Any], train: bool) -> None:
         assert drift == ("-" if found is None else table.drift_text(found["relative_l2"]))
 
 
-def test_legend_says_what_drift_is(report: dict[str, Any]) -> None:
-    shown = words(render(report))
-    assert "drift: relative L2 distance of all logits from those of none, naive;" in shown
+@pytest.mark.parametrize("train", [False, True])
+def test_legend_says_what_the_columns_are(report: dict[str, Any], train: bool) -> None:
+    shown = words(render(report | {"settings": report["settings"] | {"train": train}}))
+    assert "drift: relative L2 distance of all logits from those of none, naive" in shown
+    assert ("same token: how many" in shown) == ("the share of the cap" in shown) == (not train)
     assert "The weights are random." in shown
     assert "perceiver:4: random weights of their own would be compared with nothing: no drift." in shown
 
@@ -231,7 +233,7 @@ def test_without_the_naive_backend_drift_is_from_the_first() -> None:
     report = profiler.profile(options(reduce=("pool:2",), backends=("fused",)), PHOTO)
     assert cell(report, "none")["drift"]["relative_l2"] == 0
     assert 0.01 < cell(report, "pool:2")["drift"]["relative_l2"] < 2
-    assert "from those of none, fused;" in words(render(report))
+    assert "from those of none, fused" in words(render(report))
     assert table.summary(report).startswith("fused, all 17 tokens")
 
 
@@ -239,7 +241,7 @@ def test_16_bit_drift_is_measured_from_float32() -> None:
     report = profiler.profile(options(reduce=("pool:2",), dtype="bf16"), PHOTO)
     whole, pooled = (cell(report, name)["drift"]["relative_l2_to_fp32"] for name in ("none", "pool:2"))
     assert 1e-4 < whole < 0.1 < pooled < 2
-    assert "from those of none, naive float32;" in words(render(report))
+    assert "from those of none, naive float32" in words(render(report))
 
 
 def test_rows_share_their_weights() -> None:
