@@ -137,7 +137,7 @@ class TokenReducer(nn.Module):
             _check_share(kind, keep)
         self.kind, self.dim, self.scorer, self.keep, self.budget = kind, dim, scorer, keep, budget
         self.protect = check_protect(protect)
-        if budget is not None and (not isinstance(budget, int) or budget <= self.protect):
+        if budget is not None and (type(budget) is not int or budget <= self.protect):
             raise ValueError(f"budget must be an integer above protect = {protect}, got {budget!r}")
         side = (2 if kind == "shuffle" else 1) if window is None else window
         self.window = check_window(square_window("window", side))
@@ -335,6 +335,8 @@ class TokenReducer(nn.Module):
                 if name not in OPTIONS[self.kind] or (name == "method" and self.scorer != "diverse"):
                     raise TypeError(f"{name} must not be given for kind {self.kind!r}, got {options[name]!r}")
             check_choice("mode", options.get("mode", "mean"), MODES[: 2 if self.budget is None else 4])
+            merges = (False, True, "mean", "visionzip", "prumerge")  # the last one weighs tokens by their scores
+            check_choice("merge_rest", options.get("merge_rest", False), merges[: 4 if self.scorer == "diverse" else 5])
             return None
         if self.dim is None:
             raise ValueError(f"dim must be given for kind {self.kind!r}, which has weights")

@@ -177,6 +177,12 @@ def test_bad_options() -> None:
             ),
             (lambda: TokenReducer("pool", window=2, mode="min"), ValueError, "mode must be one of mean, .*, got 'min'"),
             (lambda: TokenReducer("pool", window=2, mode="bicubic"), ValueError, "mode must be one of mean, max, got"),
+            (lambda: TokenReducer("tome", budget=True), ValueError, "budget must be an integer above .*, got True"),
+            (
+                lambda: TokenReducer("select", keep=2, scorer="diverse", merge_rest="prumerge"),
+                ValueError,
+                "merge_rest must be one of False, True, mean, visionzip, got 'prumerge'",
+            ),
             (
                 lambda: TokenReducer("select", keep=2, method="distance"),
                 TypeError,
