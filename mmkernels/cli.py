@@ -11,7 +11,7 @@ from typing import Annotated
 
 from mmkernels.interrupts import ends_well, interruptible
 from mmkernels.options import BadInput
-from mmkernels.profiling.options import Options
+from mmkernels.profiling.options import TOKENS, Options
 from mmkernels.runtime.dispatch import BackendError
 from mmkernels.transformers_version import VersionError
 
@@ -21,7 +21,7 @@ except ImportError:  # `main` says what to install
     typer = None  # type: ignore[assignment]
 
 PROFILE_OUT, BENCH_OUT, SUPPORT_OUT = Path("profiles"), Path("build/bench"), Path("build/support.md")
-_TOKENS = ",".join(map(str, Options.tokens))
+_TOKENS = ",".join(map(str, TOKENS))
 
 
 def main() -> None:
@@ -96,7 +96,15 @@ def profile(
         Path | None,
         typer.Option(parser=_path, metavar="FILE", help="Photograph; default: one that matplotlib ships."),
     ] = None,
-    tokens: Annotated[str, typer.Option(help="Visual tokens per image, one profile each.")] = _TOKENS,
+    tokens: Annotated[
+        str | None, typer.Option(help=f"Visual tokens per image, one profile each; default: {_TOKENS}.")
+    ] = None,
+    reduce: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --tokens: reducers of all patches, one profile each: pool:2,tome:0.5,select:0.25."
+        ),
+    ] = None,
     images: Annotated[int, typer.Option(help="Images in the prompt: crops of the photograph.")] = Options.images,
     text_length: Annotated[int, typer.Option(help="Text tokens in the prompt.")] = Options.text_length,
     backend: Annotated[
@@ -120,7 +128,8 @@ def profile(
     options = Options(
         model=model,
         image=default_photo() if image is None else image,
-        tokens=parse_tokens(tokens),
+        tokens=None if tokens is None else parse_tokens(tokens),
+        reduce=None if reduce is None else parse_list(reduce),
         images=images,
         text_length=text_length,
         backends=parse_list(backend),

@@ -6,18 +6,19 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from mmkernels.runtime import cpu
 
 Run = Callable[[], Any]
+Name = TypeVar("Name", bound=Hashable)
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -53,16 +54,16 @@ class Timing:
 
 
 def time_alternating(
-    candidates: Mapping[str, Run],
+    candidates: Mapping[Name, Run],
     *,
-    before: Mapping[str, Run] | None = None,
+    before: Mapping[Name, Run] | None = None,
     budget: float = 1.0,
     least: int = 3,
     most: int = 100,
     limit: float = float("inf"),
     warm: bool = False,
     device: torch.device | str = "cpu",
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Times several candidates in turns, so that other load of the machine affects all of them alike.
 
     Each round calls every candidate once, and begins with another one than the round before.
@@ -81,14 +82,14 @@ def time_alternating(
     """
     names = list(candidates)
 
-    def sample(name: str) -> float:
+    def sample(name: Name) -> float:
         if before is not None and name in before:
             before[name]()
         return time_once(candidates[name], device)
 
     for name in names if not warm else ():
         sample(name)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[Name, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
     for round_ in range(most):
         first = round_ % len(names)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from mmkernels import cli, machine
-from mmkernels.profiling import point
+from mmkernels.profiling import timing
 from mmkernels.runtime.dispatch import BACKENDS, TABLES
 
 TINY = ["profile", "flamingo", "--size", "tiny", "--images", "2", "--text-length", "12", "--device", "cpu"]
@@ -30,7 +30,7 @@ class Ended:
 @pytest.fixture
 def mmkernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs the command line in this process."""
-    monkeypatch.setattr(point, "_BUDGET", 0.0)
+    monkeypatch.setattr(timing, "_BUDGET", 0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -65,6 +65,18 @@ def test_profile_prints_tables_and_writes_json_and_picture(mmkernels, tmp_path: 
     assert "peak memory, naive" in ended.err and "reference" not in ended.err + ended.out  # one word everywhere
 
 
+def test_profile_of_reducers(mmkernels, tmp_path: Path) -> None:
+    ended = mmkernels(*TINY, "--reduce", "pool:2, select:0.25", "--backend", "fused", "--out", tmp_path)
+    assert ended.code == 0, ended.err
+    report = json.loads((tmp_path / "profile.json").read_text())
+    assert [cell["reducer"] for cell in report["cells"]] == ["none", "pool:2", "select:0.25"]
+    with Image.open(tmp_path / "profile.png") as picture:
+        assert min(picture.size) > 600
+    assert max(map(len, ended.out.splitlines())) <= 100
+    assert "fused, all 17 tokens: first token after" in ended.out.replace("\n", " ")
+    assert "[1/10] none: weights" in ended.err and "[10/10] time to decode" in ended.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -75,6 +87,10 @@ def test_profile_prints_tables_and_writes_json_and_picture(mmkernels, tmp_path: 
         ([*TINY, "--tokens", "4,-4"], "got 4,-4"),
         ([*TINY, "--tokens", "99999999"], "got 99999999"),
         ([*TINY, "--tokens", ","], "got nothing"),
+        ([*TINY, "--reduce", "pool"], '--reduce pool: a reducer must be "none", "pool:2"'),
+        ([*TINY, "--reduce", "pool:2", "--tokens", "4"], "--tokens and --reduce can't be given together"),
+        ([*TINY, "--reduce", "none,select:17"], "--reduce select:17: keep must be from 1 to 16"),
+        ([*TINY, "--reduce", ""], "--reduce must be 1 to 24 reducers, such as pool:2,tome:0.5; got nothing"),
         ([*TINY, "--images", "0"], "--images must be from 1 to 1000, got 0"),
         ([*TINY, "--images", "few"], "--images"),
         ([*TINY, "--text-length", "2"], "--text-length must be above the number of images"),

@@ -22,10 +22,10 @@ import torch  # once for all of them
 from mmkernels import cli, doctor, machine
 from mmkernels.aot import launches
 from mmkernels.integrations.transformers import support_table
-from mmkernels.profiling import point, profiler
+from mmkernels.profiling import profiler, timing
 
 torch.set_num_threads(1)
-point._BUDGET = 0.0
+timing._BUDGET = 0.0
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 number = getattr(signal, sys.argv[1])
 
@@ -49,8 +49,8 @@ COMMANDS = {
     "doctor": ("doctor", machine, "versions", 0),
     "support": ("support vilt siglip", support_table, "check", 1),
     "support at once": ("support vilt", support_table, "check", 0),
-    "profile": (TINY + "some", profiler, "measure_point", 1),
-    "profile at once": (TINY + "none", profiler, "measure_point", 0),
+    "profile": (TINY + "some", profiler, "measure_rows", 1),
+    "profile at once": (TINY + "none", profiler, "measure_rows", 0),
     "aot": ("--frontend", launches, "entries", 0),
 }
 for name in sys.argv[2:]:

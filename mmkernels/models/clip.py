@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.models import clip_weights
+from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.checkpoint import Names
-from mmkernels.models.blocks.encoder import AttentionPooling, Sizes, TextEncoder
+from mmkernels.models.blocks.encoder import Sizes, TextEncoder
 from mmkernels.models.blocks.model import Model
 from mmkernels.models.blocks.vision import VisionTransformer
 from mmkernels.models.clip_config import CLIPConfig
+from mmkernels.nn import AttentionPool
 from mmkernels.ops.contrastive.info_nce import info_nce
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
 from mmkernels.runtime.checks import can_look
@@ -126,7 +128,7 @@ class CLIP(Model):
         vision, text = Sizes.of(c, "vision"), Sizes.of(c, "text")
         self.vision = VisionTransformer.of(c, vision, class_token=clip)
         self.vision_norm = nn.LayerNorm(c.vision_width, eps=c.vision_eps)
-        self.image_pool = None if clip else AttentionPooling(vision)
+        self.image_pool = None if clip else _attention_pool(vision)
         self.image_projection = nn.Linear(c.vision_width, c.embed_dim, bias=False) if clip else None
         self.text = TextEncoder(text, vocab_size=c.vocab_size, length=c.text_length, causal=clip)
         self.text_projection = nn.Linear(c.text_width, c.embed_dim, bias=not clip)
@@ -164,7 +166,7 @@ class CLIP(Model):
         """
         x = self.vision(pixel_values)  # [B, patches, vision_width]; in a "clip" the class token comes first
         if self.image_pool is not None:
-            features = self.image_pool(self.vision_norm(x))
+            features = self.image_pool(self.vision_norm(x))[:, 0]
         else:
             assert self.image_projection is not None
             features = self.image_projection(self.vision_norm(x[:, 0]))
@@ -237,3 +239,9 @@ class CLIP(Model):
                     raise ValueError(f"input_ids must hold eos_token_id = {eos} in every row, got none in row {row}")
             end = is_end.to(torch.uint8).argmax(-1)  # the first one: padding may be the same token
         return x[torch.arange(x.shape[0], device=x.device), end]
+
+
+def _attention_pool(vision: Sizes) -> AttentionPool:
+    """Returns what pools SigLIP's image features: it has one layer and no dropout, whatever the sizes say."""
+    activation = ACTIVATIONS[vision.activation]
+    return AttentionPool(vision.width, num_heads=vision.heads, mlp=vision.mlp, activation=activation, eps=vision.eps)

@@ -73,7 +73,7 @@ _CLIP_TABLE = {
 _SIGLIP_TABLE = {
     **_BOTH,
     "logit_bias": "logit_bias",
-    "image_pool.probe": _VISION + "head.probe",
+    "image_pool.queries": _VISION + "head.probe",
     "image_pool.attention.in_proj_": _VISION + "head.attention.in_proj_",
     "image_pool.attention.out_proj.": _VISION + "head.attention.out_proj.",
     "image_pool.norm.": _VISION + "head.layernorm.",

@@ -6,7 +6,7 @@ IDEFICS (Laurençon et al., "OBELICS", 2023) defines what the paper leaves out, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,42 +18,18 @@ from torch import Tensor, nn
 
 from mmkernels.models import idefics
 from mmkernels.models.blocks.checkpoint import Names
-from mmkernels.models.blocks.encoder import Sizes
+from mmkernels.models.blocks.encoder import Heads, Sizes
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.models.blocks.media import carry_on, images_seen, join, last_of, visual_mask
 from mmkernels.models.blocks.model import Model
+from mmkernels.models.blocks.reduction import PatchReducer
 from mmkernels.models.blocks.sampling import check_sampling, sample
 from mmkernels.models.blocks.text import SwiGLU, TextBlock, check_tokens, rotary_angles
 from mmkernels.models.blocks.vision import VisionTransformer
-from mmkernels.models.flamingo_config import FlamingoConfig
+from mmkernels.models.flamingo_config import SIZES, FlamingoConfig
 from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
 from mmkernels.nn.checks import check_positive
 from mmkernels.runtime.checks import broadcasts
-
-SIZES = {
-    # For tests.
-    "tiny": FlamingoConfig(
-        vision_width=32, vision_layers=2, vision_heads=4, vision_mlp=64, image_size=32, patch_size=8,
-        num_latents=8, resampler_depth=2, resampler_heads=4, resampler_head_dim=8,
-        text_width=64, text_layers=4, text_heads=4, text_mlp=128, cross_every=2,
-        vocab_size=128, image_token_id=127,
-    ),
-    # Runs on a laptop. The vision widths are those of ViT-S/16.
-    "small": FlamingoConfig(
-        vision_width=384, vision_layers=6, vision_heads=6, vision_mlp=1536, image_size=224, patch_size=16,
-        num_latents=64, resampler_depth=2, resampler_heads=6, resampler_head_dim=64,
-        text_width=512, text_layers=8, text_heads=8, text_mlp=1376, cross_every=2,
-        vocab_size=32000, image_token_id=31999,
-    ),
-    # CLIP ViT-B/16 (Radford et al., 2021, table 19), and a text model of the width and depth of GPT-2 and BERT base.
-    "base": FlamingoConfig(
-        vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, image_size=224, patch_size=16,
-        num_latents=64, resampler_depth=6, resampler_heads=12, resampler_head_dim=64,
-        text_width=768, text_layers=12, text_heads=12, text_mlp=2048, cross_every=2,
-        vocab_size=32000, image_token_id=31999, vision_activation="quick_gelu",
-    ),
-}  # fmt: skip
-"""The sizes that `Flamingo.from_size` accepts. `text_mlp` is 8/3 of `text_width` (SwiGLU), in multiples of 32."""
 
 
 class FlamingoCache(KVCache):
@@ -99,7 +75,7 @@ class FlamingoGeneration:
 class Flamingo(Model):
     """Predicts the next token from images and text.
 
-    The stages can be called one by one: `encode_images`, `resample`, `cache_images`, `forward`.
+    The stages can be called one by one: `encode_images` or `encode_with_heads`, `resample`, `cache_images`, `forward`.
 
     `from_pretrained` reads the folder of a Hugging Face ``IdeficsForVisionText2Text``. The image token is that of
     ``config.json``, or else ``<image>`` of the tokenizer's files.
@@ -166,6 +142,13 @@ class Flamingo(Model):
         self.head = nn.Linear(c.text_width, c.vocab_size, bias=False)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
+        # Last, so that a seed gives all other weights the same values with any reducer.
+        self.reducer = None if c.reduce is None else PatchReducer(c.reduce, self.vision)
+
+    @classmethod
+    def _implied(cls, changes: Mapping[str, Any]) -> dict[str, Any]:
+        # A reducer stands in the place of the resampler that every size has.
+        return {"num_latents": None} if "reduce" in changes and "num_latents" not in changes else {}
 
     @classmethod
     def _read_config(cls, values: dict[str, Any], path: Path) -> FlamingoConfig:
@@ -185,11 +168,27 @@ class Flamingo(Model):
         self._check_pixels(pixel_values, pixel_values.shape[0])
         return self.vision(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
 
-    def resample(self, features: Tensor) -> Tensor:
+    def encode_with_heads(self, pixel_values: Tensor) -> tuple[Tensor, Heads | None]:
+        """Returns what `resample` takes: the features, and query and key of the last layer if the reducer needs them.
+
+        Those are ``[B N, H, patches + 1, D]``.
+        """
+        if self.reducer is None or not self.reducer.needs_heads:
+            return self.encode_images(pixel_values), None
+        self._check_pixels(pixel_values, pixel_values.shape[0])
+        features, heads = self.vision.with_heads(pixel_values.flatten(0, 1))
+        return features.unflatten(0, pixel_values.shape[:2]), heads
+
+    def resample(self, features: Tensor, heads: Heads | None = None) -> Tensor:
         """Returns visual tokens ``[B, N, T, vision_width]`` of features ``[B, N, P, vision_width]``.
 
-        Without a resampler, the features are the visual tokens.
+        Without a resampler or a reducer, the features are the visual tokens.
+
+        Args:
+            features, heads: what `encode_with_heads` returned; only some reducers need `heads`.
         """
+        if self.reducer is not None:
+            return self.reducer(features.flatten(0, 1), heads).x.unflatten(0, features.shape[:2])
         return features if self.resampler is None else self.resampler(features)
 
     def cache_images(self, visual: Tensor, cache: VisualCache | None = None) -> VisualCache:
@@ -255,7 +254,7 @@ class Flamingo(Model):
             raise ValueError("input_ids must have at least one token, got none")
 
         if pixel_values is not None:
-            self.cache_images(self.resample(self.encode_images(pixel_values)), visual_cache)
+            self.cache_images(self.resample(*self.encode_with_heads(pixel_values)), visual_cache)
         has_images = visual_cache.batch_size > 0
         mask = visual_mask(sees, visual_cache) if has_images else None
 

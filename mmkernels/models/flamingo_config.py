@@ -23,6 +23,11 @@ class FlamingoConfig:
         gate: "scalar" or "vector", as in `GatedCrossAttention`.
         image_token_id: the token that marks an image in a prompt; None: prompts need a `media_index`.
         eos_token_ids: the tokens that end a generated text.
+        reduce: what makes the visual tokens instead of a resampler, as `TokenReducer.parse` reads it, such as "pool:2";
+            then num_latents is None. The class token stays; "select" ranks the patches by the attention that they
+            receive from it in the image encoder's last layer, "tome" compares that layer's keys. Cross-attention counts
+            each token once, however many patches it stands for. A graph that `torch.export` makes serves the number of
+            images that it was traced with.
 
     Raises:
         ValueError: a size is not positive, too large, or does not divide; an activation is unknown.
@@ -59,6 +64,7 @@ class FlamingoConfig:
     image_token_id: int | None = None
     pad_token_id: int = 0
     eos_token_ids: tuple[int, ...] = (2,)
+    reduce: str | None = None
 
     def __post_init__(self) -> None:
         check_config(self)
@@ -66,6 +72,8 @@ class FlamingoConfig:
             raise ValueError(f"text_width / text_heads must be even, got {self.text_width // self.text_heads}")
         if self.gate not in ("scalar", "vector"):
             raise ValueError(f'gate must be "scalar" or "vector", got {self.gate!r}')
+        if self.reduce is not None and self.num_latents is not None:
+            raise ValueError(f"num_latents must be None with reduce = {self.reduce!r}, got {self.num_latents}")
         for token in self.eos_token_ids:
             if type(token) is not int or token < 0:
                 raise ValueError(f"eos_token_ids must be integers >= 0, got {self.eos_token_ids!r}")
@@ -109,3 +117,29 @@ class FlamingoConfig:
 def _side(size: Any) -> Any:
     """Returns the side of a square that is given as one number or as two equal ones."""
     return size[0] if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1] else size
+
+
+SIZES = {
+    # For tests.
+    "tiny": FlamingoConfig(
+        vision_width=32, vision_layers=2, vision_heads=4, vision_mlp=64, image_size=32, patch_size=8,
+        num_latents=8, resampler_depth=2, resampler_heads=4, resampler_head_dim=8,
+        text_width=64, text_layers=4, text_heads=4, text_mlp=128, cross_every=2,
+        vocab_size=128, image_token_id=127,
+    ),
+    # Runs on a laptop. The vision widths are those of ViT-S/16.
+    "small": FlamingoConfig(
+        vision_width=384, vision_layers=6, vision_heads=6, vision_mlp=1536, image_size=224, patch_size=16,
+        num_latents=64, resampler_depth=2, resampler_heads=6, resampler_head_dim=64,
+        text_width=512, text_layers=8, text_heads=8, text_mlp=1376, cross_every=2,
+        vocab_size=32000, image_token_id=31999,
+    ),
+    # CLIP ViT-B/16 (Radford et al., 2021, table 19), and a text model of the width and depth of GPT-2 and BERT base.
+    "base": FlamingoConfig(
+        vision_width=768, vision_layers=12, vision_heads=12, vision_mlp=3072, image_size=224, patch_size=16,
+        num_latents=64, resampler_depth=6, resampler_heads=12, resampler_head_dim=64,
+        text_width=768, text_layers=12, text_heads=12, text_mlp=2048, cross_every=2,
+        vocab_size=32000, image_token_id=31999, vision_activation="quick_gelu",
+    ),
+}  # fmt: skip
+"""The sizes that `Flamingo.from_size` accepts. `text_mlp` is 8/3 of `text_width` (SwiGLU), in multiples of 32."""

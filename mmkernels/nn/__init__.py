@@ -1,18 +1,26 @@
 """Modules: drop-in layers and losses, thin over the ops."""
 
+from mmkernels.nn.attention_pool import AttentionPool
 from mmkernels.nn.contrastive import ClipLoss, SigLipLoss
 from mmkernels.nn.cross_attention import CrossAttention
 from mmkernels.nn.gated_cross_attention import GatedCrossAttention
+from mmkernels.nn.projectors import PatchMerger, PixelShuffleProjector
+from mmkernels.nn.reducer import Reduced, TokenReducer
 from mmkernels.nn.resampler import PerceiverResampler
 from mmkernels.nn.token_buffer import TokenBuffer
 from mmkernels.nn.visual_cache import VisualCache
 
 __all__ = [
+    "AttentionPool",
     "ClipLoss",
     "CrossAttention",
     "GatedCrossAttention",
+    "PatchMerger",
     "PerceiverResampler",
+    "PixelShuffleProjector",
+    "Reduced",
     "SigLipLoss",
     "TokenBuffer",
+    "TokenReducer",
     "VisualCache",
 ]

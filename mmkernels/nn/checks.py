@@ -26,3 +26,15 @@ def check_features(name: str, x: Tensor, dim: int) -> None:
 def described(x: object) -> str:
     """Returns how an error describes an argument that must be a tensor: by its dtype, or its type if it is none."""
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def check_choice(name: str, choice: object, choices: tuple[object, ...]) -> None:
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {choice!r}")
+
+
+def check_width(x: Tensor, dim: int) -> None:
+    """Raise unless x is packed or batched tokens of this width."""
+    check_tensor("x", x)
+    if x.dim() not in (2, 3) or x.shape[-1] != dim:
+        raise ValueError(f"x must be [tokens, {dim}] or [images, tokens, {dim}], got shape {tuple(x.shape)}")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor, nn
 
-from mmkernels.profiling.options import Options
+from mmkernels.profiling.options import Options, Row
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,24 @@ class Stage:
     fork: Callable[[Any], Any] = lambda state: state
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """What a reducer makes of one image.
+
+    Args:
+        tokens: how many are left, those included that stand for no patch.
+        rows, columns: of the image's patches.
+        token_of: which token each patch went to, row by row, numbered from 0; -1: none. None: any patch to any token.
+        learned: whether the reducer has weights. They are random here, so that what it makes of an image says nothing.
+    """
+
+    tokens: int
+    rows: int
+    columns: int
+    token_of: list[int] | None
+    learned: bool
+
+
 class Adapter(Protocol):
     """A model, divided into stages.
 
@@ -48,8 +66,9 @@ class Adapter(Protocol):
     @property
     def total(self) -> str: ...
 
-    def build(self, options: Options, tokens: int) -> nn.Module:
-        """Returns the model with `tokens` visual tokens per image and random weights, float32, on the CPU."""
+    def build(self, options: Options, row: Row) -> nn.Module:
+        """Returns the model with random weights, float32, on the CPU: of so many visual tokens per image, or with this
+        reducer, which changes no other weights."""
         ...
 
     def inputs(self, options: Options, model: Any, photos: list[Image.Image]) -> Any:
@@ -62,4 +81,20 @@ class Adapter(Protocol):
 
     def loss(self, model: Any, inputs: Any) -> Tensor:
         """Returns the whole model's training loss, with its graph."""
+        ...
+
+
+class ReducingAdapter(Adapter, Protocol):
+    """A model in which a `mmkernels.nn.TokenReducer` may choose the visual tokens."""
+
+    def check(self, options: Options) -> None:
+        """Raises `BadInput` unless every reducer of `options` exists and suits the model's images."""
+        ...
+
+    def exchange(self, options: Options, model: Any, text: str) -> nn.Module:
+        """Returns the model with another reducer: it shares all weights that are not the reducer's."""
+        ...
+
+    def reduction(self, model: Any, inputs: Any) -> Reduction:
+        """Returns what the model's reducer makes of the first image."""
         ...

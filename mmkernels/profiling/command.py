@@ -11,7 +11,7 @@ from mmkernels.interrupts import Interrupted
 from mmkernels.meters import quick_collections
 from mmkernels.models.blocks.images import ImageError, load_image
 from mmkernels.options import BadInput
-from mmkernels.profiling import plot, table
+from mmkernels.profiling import plot, plot_reduce, table
 from mmkernels.profiling.options import Options
 from mmkernels.profiling.profiler import find_model, reports, steps
 
@@ -21,11 +21,11 @@ _JSON, _PICTURE = "profile.json", "profile.png"
 def run_profile(options: Options, out: Path) -> None:
     """Profiles, prints the tables, and writes ``profile.json`` and ``profile.png`` to `out`.
 
-    The JSON is written after each number of tokens.
+    The JSON is written after each number of tokens, or reducer.
 
     Raises:
         BadInput: anything that the user gave can't be used; most of it is found before the first measurement.
-        Interrupted: by Ctrl-C; the numbers of tokens that were measured are printed and saved.
+        Interrupted: by Ctrl-C; the rows that were measured are printed and saved.
     """
     find_model(options)
     photo = _open_photo(options.image)
@@ -41,7 +41,8 @@ def run_profile(options: Options, out: Path) -> None:
             interrupted = True
     if report is None:
         raise Interrupted("nothing was measured yet")
-    plot.draw(report, photo, out / _PICTURE)
+    draw = plot_reduce.draw if options.reduce else plot.draw
+    draw(report, photo, out / _PICTURE)
     console = writer.console()
     console.print(table.render(report))
     console.print(f"Written: {out / _PICTURE} (picture), {out / _JSON} (all numbers)")

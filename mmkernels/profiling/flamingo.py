@@ -9,11 +9,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mmkernels.models.blocks.encoder import Heads, Sizes
 from mmkernels.models.blocks.images import to_pixels
-from mmkernels.models.flamingo import SIZES, Flamingo, FlamingoCache
+from mmkernels.models.blocks.reduction import PatchReducer
+from mmkernels.models.blocks.vision import VisionTransformer
+from mmkernels.models.flamingo import Flamingo, FlamingoCache
+from mmkernels.models.flamingo_config import SIZES
 from mmkernels.nn import VisualCache
-from mmkernels.profiling.adapter import Stage
-from mmkernels.profiling.options import Options
+from mmkernels.options import BadInput
+from mmkernels.profiling.adapter import Reduction, Stage
+from mmkernels.profiling.options import MOST_TOKENS, Options, Row
 
 DECODE_TOKENS = 8
 """Tokens over which the time of one is averaged."""
@@ -35,12 +40,12 @@ class Read:
     token: Tensor  # [1, 1]
 
 
-def _encode(model: Flamingo, inputs: Inputs, state: None) -> Tensor:
-    return model.encode_images(inputs.pixel_values)
+def _encode(model: Flamingo, inputs: Inputs, state: None) -> tuple[Tensor, Heads | None]:
+    return model.encode_with_heads(inputs.pixel_values)
 
 
-def _resample(model: Flamingo, inputs: Inputs, state: Tensor) -> VisualCache:
-    return model.cache_images(model.resample(state))
+def _resample(model: Flamingo, inputs: Inputs, state: tuple[Tensor, Heads | None]) -> VisualCache:
+    return model.cache_images(model.resample(*state))
 
 
 def _prefill(model: Flamingo, inputs: Inputs, state: VisualCache) -> Read:
@@ -75,18 +80,20 @@ def _marker(model: Flamingo) -> int:
     return model.config.image_token_id
 
 
+_ENCODE = Stage("encode", "the image encoder, all images", _encode)
+_RESAMPLE = Stage("resample", "the resampler, and its tokens projected to visual keys and values", _resample)
+_REDUCE = Stage("reduce", "scores and reducer, and the tokens left projected to visual keys and values", _resample)
+_PREFILL = Stage("prefill", "the prompt through the language model, up to the next token's scores", _prefill)
+_DECODE = Stage("decode", f"one more token, the mean of {DECODE_TOKENS}", _decode, DECODE_TOKENS, _fork)
+
+
 class FlamingoAdapter:
     sizes = tuple(SIZES)
     total = "first token"
-    stages = (
-        Stage("encode", "the image encoder, all images", _encode),
-        Stage("resample", "the resampler, and its tokens projected to visual keys and values", _resample),
-        Stage("prefill", "the prompt through the language model, up to the next token's scores", _prefill),
-        Stage("decode", f"one more token, the mean of {DECODE_TOKENS}", _decode, DECODE_TOKENS, _fork),
-    )
+    stages: tuple[Stage, ...] = (_ENCODE, _RESAMPLE, _PREFILL, _DECODE)
 
-    def build(self, options: Options, tokens: int) -> nn.Module:
-        return Flamingo.from_size(options.size, num_latents=tokens, seed=options.seed)
+    def build(self, options: Options, row: Row) -> nn.Module:
+        return Flamingo.from_size(options.size, num_latents=row, seed=options.seed)
 
     def inputs(self, options: Options, model: Flamingo, photos: list[Image.Image]) -> Inputs:
         marker = _marker(model)
@@ -105,3 +112,36 @@ class FlamingoAdapter:
         markers = torch.eq(inputs.input_ids, _marker(model))
         labels = inputs.input_ids.masked_fill(markers, -100)
         return model(inputs.input_ids, inputs.pixel_values, media_index=inputs.media_index, labels=labels).loss
+
+
+class ReducingFlamingoAdapter(FlamingoAdapter):
+    stages = (_ENCODE, _REDUCE, _PREFILL, _DECODE)
+
+    def check(self, options: Options) -> None:
+        config = SIZES[options.size]
+        with torch.device("meta"):
+            vision = VisionTransformer.of(config, Sizes.of(config, "vision", eps=config.layer_norm_eps))
+            for text in options.reduce or ():
+                try:
+                    tokens = PatchReducer(text, vision).tokens
+                except (ValueError, TypeError) as error:
+                    raise BadInput(f"--reduce {text}: {error}") from None
+                if tokens > MOST_TOKENS:
+                    raise BadInput(f"--reduce must leave at most {MOST_TOKENS} tokens per image, got {text}")
+
+    def build(self, options: Options, row: Row) -> nn.Module:
+        return Flamingo.from_size(options.size, reduce=row, seed=options.seed)
+
+    def exchange(self, options: Options, model: Flamingo, text: str) -> nn.Module:
+        other = Flamingo.from_size(options.size, reduce=text, seed=options.seed)
+        other.load_state_dict(model.state_dict(), strict=False, assign=True)  # which lacks the reducer's own
+        return other.to(model.embed.weight)
+
+    def reduction(self, model: Flamingo, inputs: Inputs) -> Reduction:
+        reducer = model.reducer
+        assert reducer is not None
+        features, heads = model.encode_with_heads(inputs.pixel_values[:, :1])
+        _, rows, columns = reducer.grid
+        token_of = reducer.token_of(reducer(features[0], heads))
+        learned = next(reducer.parameters(), None) is not None
+        return Reduction(reducer.tokens, rows, columns, None if token_of is None else token_of[0].tolist(), learned)

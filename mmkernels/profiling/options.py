@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,19 @@ CHOICES = ("fused", *BACKENDS)
 
 _NAMES = {"reference": "naive"}
 
-_MOST_IMAGES, _MOST_TOKENS = 1000, 65536
+TOKENS = (16, 64, 256, 1024)
+"""The visual tokens per image that are profiled where nothing else is asked for."""
+
+UNREDUCED = "none"
+"""The reducer that leaves all tokens: the first row of a profile of reducers, with which the others are compared."""
+
+Row = int | str
+"""What one row of a profile is about: a number of visual tokens per image, or a reducer."""
+
+MOST_TOKENS = 65536
+"""Visual tokens per image."""
+
+_MOST_IMAGES, _MOST_REDUCERS = 1000, 24
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,10 @@ class Options:
     Args:
         model: a name in `mmkernels.profiling.profiler.MODELS`.
         image: the photograph.
-        tokens: visual tokens per image, each a row of the profile; sorted, without repeats.
+        tokens: visual tokens per image, each a row of the profile; sorted, without repeats. None: `TOKENS`, or none
+            with `reduce`.
+        reduce: reducers, each a row of the profile instead of `tokens`, as `mmkernels.nn.TokenReducer.parse` reads
+            them; `UNREDUCED` comes first, given or not.
         images: crops of the photograph in the prompt.
         text_length: tokens of text, markers of the images included.
         backends: names in `CHOICES`.
@@ -41,7 +57,8 @@ class Options:
 
     model: str
     image: Path
-    tokens: tuple[int, ...] = (16, 64, 256, 1024)
+    tokens: tuple[int, ...] | None = None
+    reduce: tuple[str, ...] | None = None
     images: int = 5
     text_length: int = 512
     backends: tuple[str, ...] = ("fused", "reference")
@@ -52,11 +69,15 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.tokens or min(self.tokens) < 1 or max(self.tokens) > _MOST_TOKENS:
+        if self.reduce is None:
+            object.__setattr__(self, "tokens", _checked_tokens(TOKENS if self.tokens is None else self.tokens))
+        elif self.tokens is None:
+            object.__setattr__(self, "reduce", _checked_reducers(self.reduce))
+        else:
             raise BadInput(
-                f"--tokens must be integers from 1 to {_MOST_TOKENS}, such as 16,64; got {_join(self.tokens)}"
+                "--tokens and --reduce can't be given together: each says what the rows are; "
+                f"got {_join(self.tokens)} and {_join(self.reduce)}"
             )
-        object.__setattr__(self, "tokens", tuple(sorted(set(self.tokens))))
         if not 1 <= self.images <= _MOST_IMAGES:
             raise BadInput(f"--images must be from 1 to {_MOST_IMAGES}, got {self.images}")
         if self.text_length <= self.images:
@@ -71,6 +92,11 @@ class Options:
         check_device(self.device)
 
     @property
+    def rows(self) -> tuple[Row, ...]:
+        """What the rows of the profile are about."""
+        return self.reduce or self.tokens or ()
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
@@ -78,6 +104,19 @@ class Options:
 def name_of(backend: str) -> str:
     """Returns the name that people read for a backend, in tables, pictures and progress: "reference" is "naive"."""
     return _NAMES.get(backend, backend)
+
+
+def title_of(row: Row) -> str:
+    """Returns what people read of a row: "64 tokens per image", or the reducer."""
+    return row if isinstance(row, str) else f"{row:,} tokens per image"
+
+
+def baseline_of(backends: Sequence[str], *, reducing: bool) -> str:
+    """Returns the backend from whose outputs drift is measured, if it is among those that run.
+
+    With reducers there is always one: drift is also that of the reducer, from the unreduced model.
+    """
+    return backends[0] if reducing and "reference" not in backends else "reference"
 
 
 def parse_tokens(text: str) -> tuple[int, ...]:
@@ -88,5 +127,18 @@ def parse_tokens(text: str) -> tuple[int, ...]:
         raise BadInput(f"--tokens must be integers, such as 16,64; got {text!r}") from None
 
 
-def _join(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers)) or "nothing"
+def _checked_tokens(tokens: tuple[int, ...]) -> tuple[int, ...]:
+    if not tokens or min(tokens) < 1 or max(tokens) > MOST_TOKENS:
+        raise BadInput(f"--tokens must be integers from 1 to {MOST_TOKENS}, such as 16,64; got {_join(tokens)}")
+    return tuple(sorted(set(tokens)))
+
+
+def _checked_reducers(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the texts without repeats, `UNREDUCED` first. Whether they name reducers is for the model to find."""
+    if not 1 <= len(texts) <= _MOST_REDUCERS:
+        raise BadInput(f"--reduce must be 1 to {_MOST_REDUCERS} reducers, such as pool:2,tome:0.5; got {_join(texts)}")
+    return tuple(dict.fromkeys((UNREDUCED, *texts)))
+
+
+def _join(parts: tuple[Row, ...]) -> str:
+    return ",".join(map(str, parts)) or "nothing"

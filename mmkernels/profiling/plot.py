@@ -41,10 +41,14 @@ def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
 def _titles(figure: Figure, report: dict[str, Any]) -> None:
     s = report["settings"]
     figure.text(0.06, 0.935, f"What a visual token costs: {s['model']} {s['size']}", fontsize=19, weight="bold")
-    figure.text(
-        0.06, 0.89, f"A prompt of {plural(s['images'], 'image')} and {s['text_length']:,} text tokens, {s['dtype']}, "
-        f"on {report['device']}", fontsize=12, color="#444444",
-    )  # fmt: skip
+    figure.text(0.06, 0.89, subtitle(report), fontsize=12, color="#444444")
+
+
+def subtitle(report: dict[str, Any]) -> str:
+    """Returns what was measured, and where."""
+    s = report["settings"]
+    prompt = f"A prompt of {plural(s['images'], 'image')} and {s['text_length']:,} text tokens"
+    return f"{prompt}, {s['dtype']}, on {report['device']}"
 
 
 def _strokes(report: dict[str, Any], backend: str, colour: str) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def _latency(axes: Axes, report: dict[str, Any]) -> None:
     _log_log(axes, report, "milliseconds")
     _label_ends(axes, ends)
     axes.set_title("Latency of each stage", loc="left", fontsize=13, weight="bold", pad=34)
-    keys = [Line2D([], [], label=_name(backend), linewidth=2, **_strokes(report, backend, "#444444"))
+    keys = [Line2D([], [], label=backend_name(backend), linewidth=2, **_strokes(report, backend, "#444444"))
             for backend in report["settings"]["backends"]]  # fmt: skip
     axes.legend(
         handles=keys, loc="lower left", bbox_to_anchor=(-0.012, 0.995), ncols=4, frameon=False, handlelength=3.2,
@@ -97,7 +101,8 @@ def _latency(axes: Axes, report: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def _name(backend: str) -> str:
+def backend_name(backend: str) -> str:
+    """Returns what a picture calls a backend."""
     return _NAMES.get(backend, f"backend {backend}")
 
 
@@ -160,7 +165,9 @@ def _memory(axes: Axes, report: dict[str, Any]) -> None:
                 continue
             x, y = [cell["tokens_per_image"] for cell in cells], [max(cell[name], _GRAIN) / 1e6 for cell in cells]
             _line(axes, report, backend, x, y, colour, 2.0)
-            label = _name(backend).split()[0] if len(lines) == 1 else f"{title}\n{_name(backend).split()[0]}"
+            label = (
+                backend_name(backend).split()[0] if len(lines) == 1 else f"{title}\n{backend_name(backend).split()[0]}"
+            )
             share = memory_ratio(report, cells[-1], name)
             ends[label] = (y[-1], colour, f"{ratio(share)} of naive" if share is not None else "")
     axes.set_title("Peak memory, measured", loc="left", fontsize=13, weight="bold", pad=12)
@@ -182,11 +189,16 @@ def _photo(figure: Figure, report: dict[str, Any], photo: Image.Image) -> None:
     axes = figure.add_axes((0.685, 0.66, 0.11, 0.29), anchor="NW")
     axes.imshow(small)
     axes.set_axis_off()
-    s = report["settings"]
-    lines = [crops_of(s), ""]
-    about_all = report["stages"] | {report["total"]["name"]: " + ".join(report["total"]["stages"])}
-    if s["train"]:
-        about_all["training step"] = "forward and backward"
-    for stage, about in about_all.items():
-        lines += textwrap.wrap(f"{stage}: {about}", 34, subsequent_indent="    ")
+    lines = [crops_of(report["settings"]), "", *stage_lines(report, 34)]
     figure.text(0.805, 0.95, "\n".join(lines), va="top", fontsize=9, linespacing=1.32, color="#333333")
+
+
+def stage_lines(report: dict[str, Any], width: int) -> list[str]:
+    """Returns what each stage does, in lines of at most `width` letters."""
+    about_all = report["stages"] | {report["total"]["name"]: " + ".join(report["total"]["stages"])}
+    if report["settings"]["train"]:
+        about_all["training step"] = "forward and backward"
+    lines: list[str] = []
+    for stage, about in about_all.items():
+        lines += textwrap.wrap(f"{stage}: {about}", width, subsequent_indent="    ")
+    return lines

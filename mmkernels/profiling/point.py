@@ -1,43 +1,26 @@
-"""One number of visual tokens: measures every stage, backend and pass."""
+"""One row of a profile, a number of visual tokens or a reducer: its model, its outputs, and the peak memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mmkernels.meters import peak_memory, time_alternating
-from mmkernels.profiling.adapter import Adapter, Stage
-from mmkernels.profiling.options import Options, name_of
+from mmkernels.meters import peak_memory
+from mmkernels.profiling.adapter import Adapter, ReducingAdapter, Reduction
+from mmkernels.profiling.options import Options, Row, baseline_of, name_of, title_of
 from mmkernels.runtime.dispatch import use_backend
 from mmkernels.runtime.eager import stub_ops
 
 REMOVED = "removed"
 """The candidate in which every op returns zeros at once: its time is the Amdahl bound."""
 
-_BUDGET = 1.0  # seconds of counted rounds for one stage, all candidates together
-_LEAST_ROUNDS = 3
-_LIMIT = 6.0  # seconds after which one round is enough, on a slow or busy machine
-
 Cell = dict[str, Any]
-
-
-def steps_of_point(options: Options, adapter: Adapter) -> int:
-    """Returns how often `measure_point` reports progress."""
-    memory, stages = len(options.backends), len(adapter.stages)
-    return 1 + memory + stages + (memory + 1) * options.train
-
-
-def measure_point(
-    adapter: Adapter, options: Options, tokens: int, photos: list[Image.Image], progress: Callable[[str], None]
-) -> list[Cell]:
-    """Returns a cell of results for each backend of `options`, all on the same weights and inputs."""
-    return _Point(adapter, options, tokens, photos, progress).measure()
 
 
 @contextmanager
@@ -50,27 +33,68 @@ def running_as(candidate: str) -> Iterator[None]:
         yield
 
 
-class _Point:
+@dataclass(frozen=True)
+class Exact:
+    """The outputs from which drift is measured, float32; None: there are none.
+
+    Args:
+        same: in the dtype that is profiled.
+        wide: in float32, where another dtype is profiled.
+    """
+
+    same: Tensor | None
+    wide: Tensor | None
+
+
+class Point:
+    """One row: a cell of results for each backend, all on the same weights and inputs.
+
+    Args:
+        adapter, options: of the profile.
+        row: a number of tokens, or a reducer.
+        photos: the images.
+        progress: called with the name of each step before it begins.
+        first: for reducers, the first row, whose weights and inputs this one shares, and from whose outputs drift is
+            measured. None: this is the first row, or drift is measured from this row's own naive outputs.
+
+    Attributes:
+        model, inputs: what the adapter takes.
+        cells: by backend; what `prepare` and `mmkernels.profiling.timing` find is written into them.
+        seconds: by candidate, the cells' and those of `REMOVED`.
+        reduction: what the reducer makes of the first image, where the row is one.
+    """
+
     def __init__(
         self,
         adapter: Adapter,
         options: Options,
-        tokens: int,
+        row: Row,
         photos: list[Image.Image],
         progress: Callable[[str], None],
+        first: Point | None = None,
     ) -> None:
-        self.adapter, self.options = adapter, options
+        self.adapter, self.options, self.first = adapter, options, first
         self.device = torch.device(options.device)
-        self.progress = lambda what: progress(f"{tokens:,} tokens per image: {what}")
+        self.progress = lambda what: progress(f"{title_of(row)}: {what}")
         self.progress("weights, inputs, warm-up")
-        self.model: Any = adapter.build(options, tokens).to(self.device)
-        self.wide_logits = None
-        if options.torch_dtype != torch.float32 and "reference" in options.backends:
-            self.wide_logits = self._logits("reference", adapter.inputs(options, self.model, photos))
-        self.model.to(options.torch_dtype)
-        self.inputs = adapter.inputs(options, self.model, photos)
+        self.exact = Exact(None, None)
+        self.model: Any
+        self.inputs: Any
+        if first is None:
+            self._build(row, photos)
+        else:
+            self.model = cast(ReducingAdapter, adapter).exchange(options, first.model, str(row))
+            self.inputs = first.inputs
+        self.reduction: Reduction | None = None
+        if isinstance(row, int):
+            tokens = row
+        else:
+            with torch.inference_mode():
+                self.reduction = cast(ReducingAdapter, adapter).reduction(self.model, self.inputs)
+            tokens = self.reduction.tokens
         self.cells: dict[str, Cell] = {
             backend: {
+                "reducer": None if isinstance(row, int) else row,
                 "tokens_per_image": tokens,
                 "visual_tokens": tokens * options.images,
                 "backend": backend,
@@ -86,24 +110,29 @@ class _Point:
         }
         self.seconds = {backend: cell["seconds"] for backend, cell in self.cells.items()} | {REMOVED: {}}
 
-    def measure(self) -> list[Cell]:
-        self._measure_drift()  # first, as it also warms up every backend
-        with torch.inference_mode():
-            for backend in self._able():
-                self.progress(f"peak memory, {name_of(backend)}")
-                self.cells[backend]["peak_memory_bytes"] = self._peak(backend, self._whole)
-            self._time_stages()
-        if self.options.train:
-            self._measure_training()
-        for backend, cell in self.cells.items():
-            cell["amdahl"] = self._amdahl(backend)
-        return list(self.cells.values())
+    def _build(self, row: Row, photos: list[Image.Image]) -> None:
+        """Makes model and inputs; finds the outputs in float32 on the way, where another dtype is measured."""
+        options = self.options
+        self.model = self.adapter.build(options, row).to(self.device)
+        if options.torch_dtype != torch.float32 and "reference" in options.backends:
+            wide = self._logits("reference", self.adapter.inputs(options, self.model, photos))
+            self.exact = Exact(None, wide)
+        self.model.to(options.torch_dtype)
+        self.inputs = self.adapter.inputs(options, self.model, photos)
 
-    def _able(self) -> list[str]:
+    def prepare(self) -> None:
+        """Measures all but times: drift, which also warms up every backend, and peak memory."""
+        self._measure_drift()
+        with torch.inference_mode():
+            for backend in self.able():
+                self.progress(f"peak memory, {name_of(backend)}")
+                self.cells[backend]["peak_memory_bytes"] = self.peak(backend, self._whole)
+
+    def able(self) -> list[str]:
         """Returns the backends that have not run out of memory."""
         return [backend for backend, cell in self.cells.items() if cell["failed"] is None]
 
-    def _peak(self, backend: str, run: Callable[[], Any]) -> int | None:
+    def peak(self, backend: str, run: Callable[[], Any]) -> int | None:
         with running_as(backend):
             return peak_memory(run, self.device)
 
@@ -112,132 +141,47 @@ class _Point:
         for stage in self.adapter.stages:
             state = stage.run(self.model, self.inputs, state)
 
-    # The output.
-
     def _logits(self, backend: str, inputs: Any) -> Tensor | None:
         """Returns the whole model's scores in float32; None: there is not enough memory."""
         logits = []
         with torch.inference_mode(), running_as(backend):
-            fits = self._fits(lambda: logits.append(self.adapter.logits(self.model, inputs).float()))
-        return logits[0] if fits else None
+            enough = fits(lambda: logits.append(self.adapter.logits(self.model, inputs).float()))
+        return logits[0] if enough else None
 
     def _measure_drift(self) -> None:
         outputs = {backend: self._logits(backend, self.inputs) for backend in self.cells}
-        exact = outputs.get("reference")
+        if self.first is None:
+            baseline = baseline_of(self.options.backends, reducing=self.reduction is not None)
+            self.exact = Exact(outputs.get(baseline), self.exact.wide)
+        else:
+            self.exact = self.first.exact
+        same, wide = self.exact.same, self.exact.wide
         for backend, logits in outputs.items():
             cell = self.cells[backend]
             if logits is None:
                 cell["failed"] = "out of memory"
                 continue
             drift: dict[str, float] = {}
-            if exact is not None:
-                drift |= {"relative_l2": distance(logits, exact), "top1_agreement": agreement(logits, exact)}
-            if self.wide_logits is not None:
+            if same is not None:
+                drift |= {"relative_l2": distance(logits, same), "top1_agreement": agreement(logits, same)}
+            if wide is not None:
                 drift |= {
-                    "relative_l2_to_fp32": distance(logits, self.wide_logits),
-                    "top1_agreement_with_fp32": agreement(logits, self.wide_logits),
+                    "relative_l2_to_fp32": distance(logits, wide),
+                    "top1_agreement_with_fp32": agreement(logits, wide),
                 }
-            cell["drift"] = drift or None
-
-    # Time.
-
-    def _time_stages(self) -> None:
-        states: dict[str, Any] = dict.fromkeys([*self._able(), REMOVED])
-        for stage in self.adapter.stages:
-            self.progress(f"time to {stage.name}")
-            states = self._time_stage(stage, states)
-        for candidate in states:
-            seconds = self.seconds[candidate]
-            seconds["total"] = sum(seconds[stage.name] for stage in self.adapter.stages if stage.calls == 1)
-
-    def _time_stage(self, stage: Stage, begins: dict[str, Any]) -> dict[str, Any]:
-        """Returns the states that the candidates are in afterwards."""
-        forks, ends = dict(begins), dict(begins)
-
-        def fork(candidate: str) -> None:
-            forks[candidate] = stage.fork(begins[candidate])
-
-        def run(candidate: str) -> None:
-            with running_as(candidate):
-                ends[candidate] = stage.run(self.model, self.inputs, forks[candidate])
-
-        runs = {candidate: partial(run, candidate) for candidate in begins}
-        self._time(stage.name, runs, {candidate: partial(fork, candidate) for candidate in begins}, stage.calls)
-        return ends
-
-    def _time(
-        self,
-        name: str,
-        candidates: Mapping[str, Callable[[], Any]],
-        before: Mapping[str, Callable[[], Any]],
-        calls: int = 1,
-    ) -> None:
-        """Times the candidates without a warm-up: all but `REMOVED` have run for the drift and the peak memory."""
-        timings = time_alternating(
-            candidates,
-            before=before,
-            budget=_BUDGET,
-            least=_LEAST_ROUNDS,
-            limit=_LIMIT,
-            warm=True,
-            device=self.device,
-        )
-        for candidate, timing in timings.items():
-            one = timing.per(calls)
-            self.seconds[candidate][name] = one.seconds
-            if candidate in self.cells:
-                self.cells[candidate]["samples_seconds"][name] = list(one.samples)
-
-    def _measure_training(self) -> None:
-        """Measures a step's peak memory and time, gradients included, without the optimiser's update."""
-
-        def clear() -> None:
-            self.model.zero_grad(set_to_none=True)
-
-        def step(candidate: str) -> None:
-            with running_as(candidate):
-                self.adapter.loss(self.model, self.inputs).backward()
-
-        steps = {REMOVED: partial(step, REMOVED)}
-        for backend in self._able():
-            self.progress(f"training step's peak memory, {name_of(backend)}")
-            fits = self._fits(partial(step, backend))
-            clear()
-            if fits:
-                steps[backend] = partial(step, backend)
-                self.cells[backend]["train_peak_memory_bytes"] = self._peak(backend, steps[backend])
-                clear()
-        self.progress("time of a training step")
-        self._time("train_step", steps, dict.fromkeys(steps, clear))
-        clear()
-
-    @staticmethod
-    def _fits(run: Callable[[], Any]) -> bool:
-        """Runs; returns whether the memory was enough."""
-        try:
-            run()
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            return False
-        return True
-
-    def _amdahl(self, backend: str) -> dict[str, dict[str, float]]:
-        """Returns `amdahl` by what was timed."""
-        if "reference" not in self.cells or backend == "reference":
-            return {}
-        naive, ours, removed = (self.seconds[name] for name in ("reference", backend, REMOVED))
-        return {name: amdahl(naive[name], ours[name], removed[name]) for name in removed if name in naive.keys() & ours}
+            if self.reduction is None or not self.reduction.learned:
+                cell["drift"] = drift or None
 
 
-def amdahl(reference: float, seconds: float, removed: float) -> dict[str, float]:
-    """Returns the speed-up over the reference, its cap with the ops removed, and the share of the cap reached."""
-    return {
-        "removed_seconds": removed,
-        "speedup": reference / seconds,
-        "cap": reference / removed,
-        "share_of_cap": removed / seconds,
-    }
+def fits(run: Callable[[], Any]) -> bool:
+    """Runs; returns whether the memory was enough."""
+    try:
+        run()
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -252,3 +196,13 @@ def distance(logits: Tensor, exact: Tensor) -> float:
 def agreement(logits: Tensor, exact: Tensor) -> float:
     """Returns the share of rows whose largest score is at the same place."""
     return float((logits.argmax(-1) == exact.argmax(-1)).float().mean())
+
+
+def amdahl(reference: float, seconds: float, removed: float) -> dict[str, float]:
+    """Returns the speed-up over the reference, its cap with the ops removed, and the share of the cap reached."""
+    return {
+        "removed_seconds": removed,
+        "speedup": reference / seconds,
+        "cap": reference / removed,
+        "share_of_cap": removed / seconds,
+    }

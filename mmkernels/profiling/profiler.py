@@ -1,10 +1,11 @@
-"""Profiles a model over numbers of visual tokens, and describes the results in one dictionary."""
+"""Profiles a model over numbers of visual tokens, or over reducers, and describes the results in one dictionary."""
 
 from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from PIL import Image
@@ -12,14 +13,18 @@ from PIL import Image
 from mmkernels.machine import describe_machine, device_name
 from mmkernels.meters import memory_why_not
 from mmkernels.options import BadInput
-from mmkernels.profiling.adapter import Adapter
-from mmkernels.profiling.flamingo import FlamingoAdapter
-from mmkernels.profiling.options import Options
+from mmkernels.profiling.adapter import Adapter, ReducingAdapter
+from mmkernels.profiling.flamingo import FlamingoAdapter, ReducingFlamingoAdapter
+from mmkernels.profiling.options import Options, Row
 from mmkernels.profiling.photo import crops
-from mmkernels.profiling.point import Cell, measure_point, steps_of_point
+from mmkernels.profiling.point import Cell
+from mmkernels.profiling.timing import measure_rows, steps_of_rows
 
 MODELS: dict[str, Adapter] = {"flamingo": FlamingoAdapter()}
 """What can be profiled. A new model is one adapter here."""
+
+REDUCING: dict[str, ReducingAdapter] = {"flamingo": ReducingFlamingoAdapter()}
+"""What can be profiled over reducers."""
 
 SCHEMA = 1
 
@@ -28,19 +33,29 @@ def find_model(options: Options) -> Adapter:
     """Returns the adapter of the model that `options` names.
 
     Raises:
-        BadInput: there is no such model, or it has no such size.
+        BadInput: there is no such model, it has no such size, or a reducer does not exist or does not suit it.
     """
-    if options.model not in MODELS:
-        raise BadInput(f"model must be one of {', '.join(MODELS)}; got {options.model!r}")
-    adapter = MODELS[options.model]
+    models: Mapping[str, Adapter] = REDUCING if options.reduce else MODELS
+    if options.model not in models:
+        with_reduce = " with --reduce" * bool(options.reduce)
+        raise BadInput(f"model must be one of {', '.join(models)}{with_reduce}; got {options.model!r}")
+    adapter = models[options.model]
     if options.size not in adapter.sizes:
         raise BadInput(f"--size must be one of {', '.join(adapter.sizes)}; got {options.size!r}")
+    if options.reduce:
+        REDUCING[options.model].check(options)
     return adapter
 
 
 def steps(options: Options) -> int:
     """Returns how often `profile` reports progress."""
-    return steps_of_point(options, find_model(options)) * len(options.tokens)
+    adapter = find_model(options)
+    return sum(steps_of_rows(options, adapter, len(rows)) for rows in _groups(options))
+
+
+def _groups(options: Options) -> list[tuple[Row, ...]]:
+    """Returns the rows that are measured together: reducers share weights, and are compared with each other."""
+    return [options.rows] if options.reduce else [(row,) for row in options.rows]
 
 
 def profile(
@@ -54,8 +69,9 @@ def profile(
 def reports(
     options: Options, photo: Image.Image, progress: Callable[[str], None] = lambda what: None
 ) -> Iterator[dict[str, Any]]:
-    """Measures, and yields after each number of tokens what is known by then: a dictionary that is ready for JSON.
+    """Measures, and yields after each row of `options` what is known by then: a dictionary that is ready for JSON.
 
+    Reducers take turns, so that their times come together after the last row, stage by stage.
     The names in it contain the units.
 
     Args:
@@ -69,12 +85,20 @@ def reports(
     adapter = find_model(options)
     photos = crops(photo, options.images)
     cells: list[Cell] = []
-    for tokens in options.tokens:
-        cells += measure_point(adapter, options, tokens, photos, progress)
-        yield _report(options, adapter, cells)
+    for rows in _groups(options):
+        found: list[Cell] = []
+        reductions: dict[str, Any] = {}
+        for points in measure_rows(adapter, options, rows, photos, progress):
+            found = [cell for point in points for cell in point.cells.values()]
+            reductions = {
+                str(row): asdict(point.reduction) for row, point in zip(rows, points, strict=False) if point.reduction
+            }
+            yield _report(options, adapter, cells + found, reductions)
+        cells += found
+        del points  # with their models
 
 
-def _report(options: Options, adapter: Adapter, cells: list[Cell]) -> dict[str, Any]:
+def _report(options: Options, adapter: Adapter, cells: list[Cell], reductions: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": "mmkernels profile",
         "schema": SCHEMA,
@@ -87,7 +111,8 @@ def _report(options: Options, adapter: Adapter, cells: list[Cell]) -> dict[str, 
         "machine": describe_machine(options.device),
         "memory_why_not": memory_why_not(options.device),
         "cells": cells,
-        "marginal_seconds_per_visual_token": marginal(cells),
+        "reducers": reductions,
+        "marginal_seconds_per_visual_token": {} if options.reduce else marginal(cells),
     }
 
 
@@ -99,7 +124,8 @@ def _settings(options: Options) -> dict[str, Any]:
 def command(options: Options) -> str:
     """Returns the command that repeats this profile; it has no path but the photograph's file name."""
     words = ["mmkernels", "profile", options.model, "--image", options.image.name]
-    words += ["--tokens", ",".join(map(str, options.tokens)), "--images", str(options.images)]
+    words += ["--reduce" if options.reduce else "--tokens", ",".join(map(str, options.rows))]
+    words += ["--images", str(options.images)]
     words += ["--text-length", str(options.text_length), "--backend", ",".join(options.backends)]
     words += ["--dtype", options.dtype, "--device", options.device, "--size", options.size]
     return shlex.join(words + ["--train"] * options.train)

@@ -162,7 +162,7 @@ def test_config_against_weights(copy: Copy, variant: str, values: dict[str, Any]
         ("clip", "text_projection.weight", (24, 32)),
         ("clip", "logit_scale", ()),
         ("clip", "vision_model.pre_layrnorm.bias", (32,)),
-        ("siglip", "vision_model.head.probe", (32,)),
+        ("siglip", "vision_model.head.probe", (1, 32)),
         ("siglip", "logit_bias", ()),
         ("resampler", "model.layers.1.self_attn.q_proj.weight", (64, 64)),
         ("decoupled", "lm_head.weight", (131, 64)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmkernels.meters import quick_collections
-from mmkernels.profiling import point
+from mmkernels.profiling import timing
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -15,7 +15,7 @@ def _short_and_steady() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(point, "_BUDGET", 0.0)
+        patch.setattr(timing, "_BUDGET", 0.0)
         with quick_collections():
             yield
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Encoder blocks that the towers of CLIP and SigLIP share: pre-norm layers, a text encoder, attention pooling."""
+"""Encoder blocks that the towers of CLIP and SigLIP share: pre-norm layers, a text encoder."""
 
 from __future__ import annotations
 
@@ -45,6 +45,17 @@ class Sizes(NamedTuple):
         return cls(**{name: getattr(config, f"{tower}_{name}") for name in names}, **others)
 
 
+class Heads(NamedTuple):
+    """Query and key of one layer's attention, from which its probabilities follow.
+
+    Attributes:
+        query, key: ``[B, H, L, D]``, with their norms applied.
+    """
+
+    query: Tensor
+    key: Tensor
+
+
 def _mlp(sizes: Sizes) -> nn.Sequential:
     first, last = nn.Linear(sizes.width, sizes.mlp), nn.Linear(sizes.mlp, sizes.width)
     return nn.Sequential(first, ACTIVATIONS[sizes.activation](), last)
@@ -67,6 +78,14 @@ class EncoderBlock(nn.Module):
         """Returns ``[B, L, width]`` after the block. `mask`: which tokens each token sees; None: all."""
         x = x + self.attention(self.attention_norm(x), mask=mask)
         return x + self.mlp(self.mlp_norm(x))
+
+    def with_heads(self, x: Tensor) -> tuple[Tensor, Heads]:
+        """Returns what `forward` returns, and the query and key of the attention, which `forward` does not keep."""
+        normed = self.attention_norm(x)
+        query = self.attention.query(normed)
+        key, value = self.attention.project(normed)
+        x = x + self.attention.attend(query, key, value)
+        return x + self.mlp(self.mlp_norm(x)), Heads(query, key)
 
 
 class TextEncoder(nn.Module):
@@ -140,33 +159,3 @@ class TextEncoder(nn.Module):
         if attention_mask.shape != input_ids.shape:
             got = tuple(attention_mask.shape)
             raise ValueError(f"attention_mask must be {list(input_ids.shape)} as input_ids, got shape {got}")
-
-
-class AttentionPooling(nn.Module):
-    """A learned query attends to all features; then a feed-forward after a layer norm, with a residual.
-
-    There is one layer, whatever the sizes say, and no dropout.
-
-    Source: Zhai et al., "Scaling Vision Transformers", 2022, section 2.3 (multihead attention pooling), as SigLIP uses
-    it.
-
-    Example:
-        >>> import torch
-        >>> from mmkernels.models.blocks.encoder import AttentionPooling, Sizes
-        >>> AttentionPooling(Sizes(width=32, layers=0, heads=4, mlp=64))(torch.randn(3, 16, 32)).shape
-        torch.Size([3, 32])
-    """
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.probe = nn.Parameter(torch.randn(sizes.width))
-        self.attention = CrossAttention(sizes.width, num_heads=sizes.heads, bias=True)
-        self.norm = nn.LayerNorm(sizes.width, eps=sizes.eps)
-        self.mlp = _mlp(sizes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns ``[B, width]`` of features ``[B, L, width]``."""
-        query = self.attention.query(self.probe[None, None])  # [1, H, 1, D], shared by all images
-        key, value = self.attention.project(x)
-        pooled = self.attention.attend(query.expand(x.shape[0], -1, -1, -1), key, value)[:, 0]
-        return pooled + self.mlp(self.norm(pooled))

@@ -60,7 +60,8 @@ class Model(nn.Module):
         if not isinstance(size, str) or size not in cls.sizes:
             raise ValueError(f"size must be one of {', '.join(cls.sizes)}, got {size!r}")
         _check_dtype(dtype)
-        config = replace(cls.sizes[size], **{name: value for name, value in changes.items() if value is not None})
+        given = {name: value for name, value in changes.items() if value is not None}
+        config = replace(cls.sizes[size], **cls._implied(given), **given)
         with torch.device("meta"):
             model = cls(config)
         model = model.to_empty(device=device).to(dtype)
@@ -127,6 +128,11 @@ class Model(nn.Module):
     def _names(cls, config: Any) -> Names:
         """Returns how a checkpoint names the tensors of a model with this configuration."""
         raise NotImplementedError
+
+    @classmethod
+    def _implied(cls, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns other fields that `changes` of a named size change with them."""
+        return {}
 
     def _set_constants(self) -> None:
         """Gives the parameters that have a fixed first value this value."""

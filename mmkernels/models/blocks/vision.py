@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mmkernels.models.blocks.encoder import EncoderBlock, Sizes
+from mmkernels.models.blocks.encoder import EncoderBlock, Heads, Sizes
 from mmkernels.nn.checks import described
 
 
@@ -50,8 +50,30 @@ class VisionTransformer(nn.Module):
         image = {name: getattr(config, name) for name in ("image_size", "patch_size", "channels")}
         return cls(sizes, **image, class_token=class_token)
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The patches of an image as (1, rows, columns)."""
+        _, height, width = self.pixels
+        size = self.patch.kernel_size
+        return 1, height // size[0], width // size[1]
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Returns ``[B, patches + 1, width]``, or ``[B, patches, width]`` without a class token. No norm comes last."""
+        x = self._embed(pixel_values)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def with_heads(self, pixel_values: Tensor) -> tuple[Tensor, Heads]:
+        """Returns what `forward` returns, and query and key of the last layer's attention."""
+        x = self._embed(pixel_values)
+        *before, last = self.blocks
+        for block in before:
+            x = block(x)
+        return cast(EncoderBlock, last).with_heads(x)
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        """Returns what the first layer gets."""
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values must be a floating tensor, got {described(pixel_values)}")
         if tuple(pixel_values.shape[1:]) != self.pixels:
@@ -60,7 +82,4 @@ class VisionTransformer(nn.Module):
         x = self.patch(pixel_values.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # [B, patches, width]
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)
-        x = self.norm(x + self.positions)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self.norm(x + self.positions)

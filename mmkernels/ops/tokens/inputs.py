@@ -17,7 +17,7 @@ from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating
 
 __all__ = ["Grid", "Images", "Lengths", "check_grid", "check_integers", "check_lengths", "check_sizes", "check_window",
-           "grid_as", "lengths_as", "unpack"]  # fmt: skip
+           "grid_as", "grid_sizes", "lengths_as", "unpack"]  # fmt: skip
 
 Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
 """(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""
@@ -36,22 +36,32 @@ class Images(NamedTuple):
     """Whether ``x`` was given as ``[images, tokens, C]``, so that results have this form too."""
 
 
-def check_grid(x: Tensor, grid: Grid, name: str = "x") -> Sizes:
-    """Returns the flat list of (t, h, w).
+def grid_sizes(grid: Grid) -> Sizes:
+    """Returns the flat list of (t, h, w), as many as `grid` has. Raises as `check_grid`."""
+    sizes = check_integers("grid", grid, "(t, h, w) for each image")
+    if len(sizes) % 3:
+        raise ValueError(f"grid must be (t, h, w) for each image, got {len(sizes)} numbers")
+    return sizes
+
+
+def check_grid(x: Tensor, grid: Grid, name: str = "x", protect: int = 0) -> Sizes:
+    """Returns the flat list of (t, h, w) of all images.
+
+    Args:
+        protect: tokens at the front of each image that its grid does not count.
 
     Raises:
         TypeError: x is not a floating tensor, or grid holds no integers.
         ValueError: x has another shape than `Grid` says, or the grid does not match its tokens.
     """
     check_floating(name, x)
-    sizes = check_integers("grid", grid, "(t, h, w) for each image")
+    sizes = grid_sizes(grid)
     if x.dim() == 3 and len(sizes) == 3:
         sizes = sizes * x.shape[0]
-    if len(sizes) % 3:
-        raise ValueError(f"grid must be (t, h, w) for each image, got {len(sizes)} numbers")
     if x.dim() == 3 and x.shape[0] == 0:
         raise ValueError(f"{name} must have an image or more as [images, tokens, C], got shape {tuple(x.shape)}")
-    _check_tokens(name, x, [prod(sizes[at : at + 3]) for at in range(0, len(sizes), 3)], "grid")
+    what = f"grid with {protect} protected tokens an image" if protect else "grid"
+    _check_tokens(name, x, [prod(sizes[at : at + 3]) + protect for at in range(0, len(sizes), 3)], what)
     return sizes
 
 

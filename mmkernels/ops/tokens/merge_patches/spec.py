@@ -40,7 +40,7 @@ class Results(NamedTuple):
 
 def merged_grid(grid: Sizes, window: Sizes) -> Sizes:
     """Returns t', h', w' of each image, one after the other, rounded up."""
-    return tuple(-(-size // window[at % 3]) for at, size in enumerate(grid))
+    return tuple((size + window[at % 3] - 1) // window[at % 3] for at, size in enumerate(grid))
 
 
 def count_tokens(grid: Sizes) -> int:

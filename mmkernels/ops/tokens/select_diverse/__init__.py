@@ -75,8 +75,8 @@ def select_diverse(
     if not given.batched:
         return index
     images = x.shape[0]
-    index = index.view(images, len(index) // max(1, images))
-    return index - torch.arange(images, device=x.device)[:, None] * x.shape[1]
+    # The remainder is in the image also of the zeros that `stub_ops` gives, with which callers index.
+    return index.view(images, len(index) // max(1, images)) % x.shape[1]
 
 
 def _check_quality(quality: Tensor, x: Tensor, method: str) -> Tensor:
