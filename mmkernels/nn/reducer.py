@@ -20,7 +20,7 @@ from mmkernels.ops.tokens.pool_tokens import pool_tokens
 from mmkernels.ops.tokens.select_diverse import select_diverse
 from mmkernels.ops.tokens.select_tokens import select_tokens
 from mmkernels.runtime.arguments import Sizes
-from mmkernels.runtime.checks import check_floating
+from mmkernels.runtime.checks import check_floating, in_graph
 
 __all__ = ["Reduced", "TokenReducer"]
 
@@ -203,8 +203,8 @@ class TokenReducer(nn.Module):
 
         Args:
             x: ``[tokens, C]``, the images' tokens one after the other; or ``[images, tokens, C]``, all of one size.
-                float16, bfloat16, float32 or float64. Of "none", and where "pool" has nothing to do for a budget, the
-                result is x itself.
+                float16, bfloat16, float32 or float64. Of "none" the result is x itself, and so it is (but
+                in compiled code) of "pool" with a budget within which all images are.
             grid: (t, h, w) of each image, or one for all images of batched x. Audio is (frames, 1, 1).
             scores: ``[tokens]`` or ``[images, tokens]``, of "select": how much each token counts, such as the attention
                 that it receives. No gradient.
@@ -223,7 +223,7 @@ class TokenReducer(nn.Module):
             return self._tome(x, images, counts, metric)
         if self.kind == "select":
             return self._select(x, images, counts, scores, metric)
-        if self.kind == "none" or (self.kind == "pool" and self._fitted(sizes) == sizes and self.budget is not None):
+        if self.kind == "none" or (self.kind == "pool" and self._all_fit(sizes)):
             return Reduced(x, images.lengths(counts), grid)
         front, body = images.split(x)
         if self.kind == "perceiver":
@@ -249,6 +249,10 @@ class TokenReducer(nn.Module):
             return sizes
         return fit_grid(sizes, self.budget - self.protect, self.window)
 
+    def _all_fit(self, sizes: Sizes) -> bool:
+        """Whether a budget leaves all grids as they are. Not asked in a graph, which must serve other sizes too."""
+        return self.budget is not None and not in_graph() and self._fitted(sizes) == sizes
+
     def _pool(self, x: Tensor, grid: Grid, sizes: Sizes) -> tuple[Tensor, Grid]:
         mode = self.options.get("mode", "mean")
         if self.budget is None:
@@ -256,9 +260,8 @@ class TokenReducer(nn.Module):
         return pool_tokens(x, grid, size=self._fitted(sizes), mode=mode)
 
     def _shuffle(self, x: Tensor, grid: Grid, sizes: Sizes) -> tuple[Tensor, Grid]:
-        fitted = self._fitted(sizes)
-        if fitted != sizes:
-            x, grid = pool_tokens(x, grid, size=fitted)
+        if self.budget is not None and not self._all_fit(sizes):
+            x, grid = pool_tokens(x, grid, size=self._fitted(sizes))
         assert self.module is not None
         y: tuple[Tensor, Grid] = self.module(x, grid)
         return y
@@ -269,7 +272,7 @@ class TokenReducer(nn.Module):
         counts = images.counts
         if images.batched:
             y: Tensor = self.module(x)
-        elif len(set(counts)) < 2:
+        elif all(count == counts[0] for count in counts):
             y = self.module(x.reshape(len(counts), counts[0] if counts else 0, x.shape[-1])).flatten(0, 1)
         else:
             padded = nn.utils.rnn.pad_sequence(list(x.split(list(counts))), batch_first=True)  # [images, most, C]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.tokens.inputs import Lengths
-from mmkernels.ops.tokens.merge_patches.spec import merged_grid
+from mmkernels.ops.tokens.pool_tokens.axes import pooled_grid
 from mmkernels.runtime.arguments import Sizes
 
 __all__ = ["TokenImages", "fit_grid", "grid_tokens"]
@@ -52,32 +52,27 @@ def grid_tokens(sizes: Sizes) -> Sizes:
 
 
 def fit_grid(sizes: Sizes, budget: int, window: Sizes = (1, 1, 1)) -> Sizes:
-    """Returns for each image the grid to pool it to, so that it has no more than `budget` windows; most often its own.
+    """Returns for each image the grid to pool it to, so that it has no more than `budget` windows; its own if it fits.
 
-    A grid that is too large keeps its frames, if each can have a window, and its aspect but for rounding down.
+    Frames are kept, if each can have a window, and so is the aspect: one side of a frame is the shorter one that it
+    says, rounded, and the other as long as then fits.
     """
     fitted: list[int] = []
     for at in range(0, len(sizes), 3):
         size = sizes[at : at + 3]
-        windows = merged_grid(size, window)
-        if prod(windows) > budget:
-            size = tuple(min(n * step, most) for n, step, most in zip(_shrunk(windows, budget), window, size))
-        fitted += size
+        windows = _shrunk(pooled_grid(size, window, (), "partial"), budget)
+        fitted += (min(n * step, most) for n, step, most in zip(windows, window, size))
     return tuple(fitted)
 
 
 def _shrunk(size: Sizes, budget: int) -> Sizes:
+    """No branch, no ``//``: where sizes are symbols of a graph, each way and each remainder would be another graph."""
     t, h, w = size
-    if t > budget:
-        return (budget, 1, 1)
-    area = budget // t
-    # The sides of `area` with this aspect, rounded down. Not math.isqrt: a graph has sizes as symbols.
-    rows, columns = floor(sqrt(area * h // w)), floor(sqrt(area * w // h))
-    if rows == 0:
-        return (t, 1, min(w, area))
-    if columns == 0:
-        return (t, min(h, area), 1)
-    higher, wider = (rows + 1) * columns, rows * (columns + 1)  # one of the two may be rounded up
-    if wider <= area and (higher > area or higher < wider or (higher == wider and w >= h)):
-        return (t, rows, columns + 1)
-    return (t, rows + 1, columns) if higher <= area else (t, rows, columns)
+    frames = min(t, budget)
+    area = floor(budget / frames)
+    shorter, longer = min(h, w), max(h, w)
+    one = min(shorter, area, max(1, floor(sqrt(area * shorter / longer) + 0.5)))
+    other = min(longer, floor(area / one))
+    short, more = min(one, other), max(one, other) - min(one, other)
+    higher = min(1, max(0, h - w))
+    return (frames, short + higher * more, short + (1 - higher) * more)

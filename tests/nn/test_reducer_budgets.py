@@ -67,7 +67,7 @@ def test_tokens_is_what_comes_out(kind: str, grid: Any, budget: int, protect: in
 
 @given(size=st.tuples(st.integers(1, 50), sides, sides), budget=st.integers(1, 5_000))
 def test_a_budget_keeps_frames_and_aspect(size: tuple[int, int, int], budget: int) -> None:
-    """Each side is that of a rectangle of the same aspect with the budget as area, rounded down or up."""
+    """A side is the shorter one of a rectangle of the same aspect with the budget as area; no more fits beside it."""
     t, h, w = size
     new = _new_grid(size, budget)
     if prod(size) <= budget:
@@ -78,13 +78,11 @@ def test_a_budget_keeps_frames_and_aspect(size: tuple[int, int, int], budget: in
     if area == 0:
         assert new == (budget, 1, 1)
         return
-    height, width = (area * h / w) ** 0.5, (area * w / h) ** 0.5
-    if min(height, width) >= 1:
-        assert height - 1 < new[1] < height + 1
-        assert width - 1 < new[2] < width + 1
-        assert (new[1] + 1) * (new[2] + 1) > area
-    else:
-        assert sorted(new[1:]) == [1, min(max(h, w), area)]
+    assert h == w or new[1] == new[2] or (new[1] < new[2]) == (h < w)
+    exact = (area * min(h, w) / max(h, w)) ** 0.5
+    one, other = sorted(new[1:], key=lambda side: abs(side - exact))
+    assert abs(one - exact) <= 0.5 + 1e-9 or one == 1
+    assert other == min(max(h, w), area // one)
 
 
 def _new_grid(size: tuple[int, int, int], budget: int) -> tuple[int, ...]:

@@ -130,7 +130,7 @@ def merge_patches(
 
 def _check_whole(sizes: Sizes, window: Sizes, order: str, pad: bool) -> None:
     for at, size in enumerate(sizes):
-        if size % window[at % 3] and (not pad or order == "grouped"):
+        if (not pad or order == "grouped") and size % window[at % 3]:
             image = at // 3
             how = '; order "grouped" takes no padding' if pad else "; pad=True adds zeros"
             raise ValueError(

@@ -95,7 +95,7 @@ def pool_tokens(
     steps, target = _check_target(sizes, window, size, mode, antialias, edges)
     _check_scores(scores, mode, x)
     out = pooled_grid(sizes, steps, target, edges)
-    if x.dim() == 3 and len({prod(out[at : at + 3]) for at in range(0, len(out), 3)}) > 1:
+    if x.dim() == 3 and any(prod(out[at : at + 3]) != prod(out[:3]) for at in range(0, len(out), 3)):
         raise ValueError(f"size must give each image of x [images, tokens, C] as many tokens, got {size}")
     backend = resolve(backend)
     args = Arguments(
