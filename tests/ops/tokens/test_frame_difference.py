@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import each_backend, examples, generator
+from harness import each_backend, examples, generator, peak_of
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.cpu_tools import each_dtype, each_isa, needs_kernels
@@ -133,6 +133,15 @@ def test_views_are_read_in_place(backend: str) -> None:
         torch.testing.assert_close(frame_difference(view, (3, 2, 2), backend=backend), want)
         whole = view.reshape(24, -1)
         torch.testing.assert_close(frame_difference(whole, [(3, 2, 2)] * 2, backend=backend), want.flatten())
+
+
+@pytest.mark.alone
+@needs_kernels
+@each_dtype
+def test_no_copy_is_made(dtype: torch.dtype) -> None:
+    """Of a view without the class token either."""
+    x = torch.randn(4, 2049, 1024).to(dtype)
+    assert peak_of(lambda: frame_difference(x[:, 1:], (8, 16, 16), backend="cpu")) < 0.05 * x.nbytes
 
 
 def test_dtypes_and_no_gradient() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import each_backend, examples, generator
+from harness import SPECS, backends, each_backend, examples, generator, peak_of
 from hypothesis import given
 from hypothesis import strategies as st
 from ops.cpu_tools import each_dtype, each_isa, needs_kernels
@@ -166,6 +166,17 @@ def test_many_images_and_a_large_one(backend: str, reduce: str) -> None:
         found = token_similarity(x, lengths, others, counts, reduce=reduce, backend=backend)
         want = token_similarity(x.double(), lengths, others.double(), counts, reduce=reduce, backend="reference")
         torch.testing.assert_close(found.double(), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    "backend", [name for name in ("cpu", "chunked") if name in backends(SPECS["token_similarity"])]
+)
+@each_reduction
+def test_no_similarity_is_stored(backend: str, reduce: str) -> None:
+    x, others = torch.randn(8192, 16), torch.randn(4096, 16)
+    run = lambda: token_similarity(x, [8192], others, [4096], reduce=reduce, backend=backend)
+    assert peak_of(run) < 0.2 * 8192 * 4096 * 4
 
 
 def test_dtypes_and_no_gradient() -> None:

@@ -10,7 +10,7 @@ from mmkernels.plan import TARGETS, Plan, Problem, Search, Variant
 from mmkernels.spec import Inputs
 
 # (tokens, channels, warps, stages). None has been timed on a GPU yet.
-_TILE = (8, 256, 4, 2)
+_TILE = (16, 256, 8, 2)
 
 
 def _inputs(dim: int, dtype: torch.dtype, *, images: int = 0) -> Inputs:
@@ -25,7 +25,7 @@ def _timed(g: Generator, dim: int) -> Inputs:
 
 PLAN = Plan(
     tiles={target: {"difference": (_TILE,)} for target in TARGETS},
-    float32=plans.FLOAT32,
+    float32=(128, 128, 128),
     variants=(
         Variant("bfloat16 C1152", lambda: _inputs(1152, torch.bfloat16)),
         Variant("bfloat16 C1152 batched", lambda: _inputs(1152, torch.bfloat16, images=2)),
@@ -34,6 +34,6 @@ PLAN = Plan(
     ),
     limits=(plans.NO_SPILLS,),
     searches={
-        "difference": Search((4, 8, 16), (128, 256, 512), (4, 8), (1, 2), (Problem(_timed),), Problem(_timed)),
+        "difference": Search((16, 32), (128, 256, 512), (4, 8), (1, 2), (Problem(_timed),), Problem(_timed)),
     },
 )

@@ -119,9 +119,11 @@ SPEC = OpSpec(
             ),
         ),
         _benchmark(
-            "8 videos of 16 frames of 16 x 16", 1024, ((16, 16, 16),) * 8,
+            "8 videos of 16 frames of 16 x 16", 1024, ((16, 16, 16),) * 8, devices=("cpu",),
             targets=(Speedup("fp32", False, 2.0, "EVS"),),
         ),
-        _benchmark("4 frames of 8 x 8", 1024, ((4, 8, 8),), targets=(Speedup("fp32", False, 1.0, "EVS"),)),
+        _benchmark(
+            "4 frames of 8 x 8", 1024, ((4, 8, 8),), devices=("cpu",), targets=(Speedup("fp32", False, 1.0, "EVS"),)
+        ),
     ),
 )  # fmt: skip

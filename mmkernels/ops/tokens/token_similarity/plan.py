@@ -10,7 +10,7 @@ from mmkernels.plan import Plan, Problem, Search, Variant
 from mmkernels.spec import Inputs
 
 # (rows, columns, warps, stages). None has been timed on a GPU yet.
-_ROWS = (8, 256, 4, 2)
+_ROWS = (16, 256, 8, 2)
 
 
 def _inputs(dim: int, dtype: torch.dtype, reduce: str) -> Inputs:
@@ -41,7 +41,7 @@ PLAN = Plan(
     ),
     limits=(plans.NO_SPILLS,),
     searches={
-        "row": Search((4, 8, 16), (128, 256, 512), (4, 8), (1, 2), (_MEAN,), _MEAN),
+        "row": Search((16, 32), (128, 256, 512), (4, 8), (1, 2), (_MEAN,), _MEAN),
         "product": Search((32, 64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (_MAX,), _MAX),
     },
 )

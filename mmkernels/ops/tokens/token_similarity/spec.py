@@ -134,9 +134,12 @@ SPEC = OpSpec(
             targets=(Speedup("fp32", False, 1.0, "formula"), MemoryRatio("fp32", False, 1.0, "formula")),
         ),
         _benchmark(
-            "the frame before", 1024, (2048,), (2048,), "max",
+            "the frame before", 1024, (2048,), (2048,), "max", devices=("cpu",),
             targets=(PeakShare("fp32", False, 0.6), MemoryRatio("fp32", False, 1.0, "formula")),
         ),
-        _benchmark("one small image", 1024, (256,), (32,), "mean", targets=(Speedup("fp32", False, 1.0, "formula"),)),
+        _benchmark(
+            "one small image", 1024, (256,), (32,), "mean", devices=("cpu",),
+            targets=(Speedup("fp32", False, 1.0, "formula"),),
+        ),
     ),
 )  # fmt: skip
