@@ -27,7 +27,7 @@ def frame_difference(x: Tensor, grid: Grid, *, backend: str | None = None) -> Te
             ``x [images, tokens, C]``. A tensor's values must be read: one on a GPU waits for it, and compiled code
             wants tuples. An image has t = 1; audio is (frames, 1, 1).
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
-            (float32, bfloat16 and float16) or "reference" (any device, float64 too).
+            (float32, bfloat16 and float16), "chunked" or "reference" (any device, float64 too).
 
     Returns:
         ``[tokens]`` or ``[images, tokens]``, float32 (float64 for a float64 x): from 0 to 2 but for rounding. The
@@ -68,6 +68,7 @@ OP = define(
     backends=[
         triton_kernel(f"{__name__}.triton", "forward"),
         cpu_kernel("frame_difference_cpu"),
+        Backend("chunked", reference),  # whose memory is linear already
         Backend("reference", reference),
     ],
 )

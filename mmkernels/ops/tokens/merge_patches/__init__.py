@@ -63,7 +63,7 @@ def merge_patches(
         pad: where the window does not divide a grid, add tokens of zeros behind t, h and w (after a norm of x, before
             one of the merged tokens). False: such a grid is an error.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
-            (float32, bfloat16 and float16) or "reference" (any device, float64 too).
+            (float32, bfloat16 and float16), "chunked" or "reference" (any device, float64 too).
 
     Returns:
         The merged tokens ``[tokens', P * C]`` or ``[images, tokens', P * C]``, in x's dtype, and their grid in the form
@@ -172,6 +172,7 @@ OP = define(
     backends=[
         triton_kernel(f"{__name__}.triton", "forward"),
         cpu_kernel("merge_patches_cpu"),
+        Backend("chunked", reference),  # whose memory is linear already
         Backend("reference", reference),
     ],
     gradient=Gradient(

@@ -56,7 +56,7 @@ def pool_tokens(
         edges: of windows that do not divide a grid: "refuse" raises, "partial" pools what is left in a smaller window,
             "drop" leaves it out, as ``F.avg_pool3d`` does by itself.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
-            (float32, bfloat16 and float16) or "reference" (any device, float64 too).
+            (float32, bfloat16 and float16), "chunked" or "reference" (any device, float64 too).
 
     Returns:
         The pooled tokens ``[tokens', C]`` or ``[images, tokens', C]``, in x's dtype, and their grid in the form of
@@ -179,6 +179,7 @@ OP = define(
     backends=[
         triton_kernel(f"{__name__}.triton", "forward"),
         cpu_kernel("pool_tokens_cpu"),
+        Backend("chunked", reference),  # whose memory is linear already
         Backend("reference", reference),
     ],
     gradient=Gradient(

@@ -36,7 +36,7 @@ def scatter_tokens(
             embeddings' device.
         mode: "replace", or "add": to the embeddings that are there.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
-            float16) or "reference" (any device, float64 too).
+            float16), "chunked" or "reference" (any device, float64 too).
 
     Returns:
         As embeddings, contiguous. Differentiable with respect to embeddings and visual; what flows back to embeddings
@@ -122,6 +122,7 @@ OP = define(
     backends=[
         triton_kernel(f"{__name__}.triton", "forward"),
         cpu_kernel("scatter_tokens_cpu"),
+        Backend("chunked", reference),  # whose memory is linear already
         Backend("reference", reference),
     ],
     gradient=Gradient(

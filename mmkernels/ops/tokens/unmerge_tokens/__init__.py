@@ -24,7 +24,7 @@ def unmerge_tokens(x: Tensor, assignment: Tensor, *, backend: str | None = None)
             token's row among all rows of x. Values are checked on a CPU, by the backends; on a GPU, where that would
             wait for the device, they must be right.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
-            float16) or "reference".
+            float16), "chunked" or "reference".
 
     Returns:
         ``[tokens, C]`` or ``[images, tokens, C]`` in x's dtype. The gradient of a row is the sum over its tokens, in
@@ -76,6 +76,7 @@ OP = define(
     backends=[
         triton_kernel(f"{__name__}.triton", "forward"),
         cpu_kernel("unmerge_tokens_cpu"),
+        Backend("chunked", reference),  # whose memory is linear already
         Backend("reference", reference),
     ],
     gradient=Gradient(
