@@ -386,7 +386,7 @@ def _check_share(kind: str, keep: object) -> None:
     if isinstance(keep, bool) or not isinstance(keep, (int, float) if share else int):
         must = "an integer, or a share as a float" if share else "an integer"
         raise TypeError(f"keep must be {must}, got {type(keep).__name__}")
-    if keep <= 0 or (isinstance(keep, float) and keep > 1.0):
+    if not (0.0 < keep <= 1.0 if isinstance(keep, float) else keep >= 1):
         raise ValueError(f"keep must be 1 or more{', or a share above 0 and at most 1' * share}, got {keep}")
 
 

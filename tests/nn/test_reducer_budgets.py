@@ -151,6 +151,7 @@ def test_bad_options() -> None:
             (lambda: TokenReducer("tome", keep=0), ValueError, "keep must be 1 or more, or a share .*, got 0"),
             (lambda: TokenReducer("tome", keep=1.5), ValueError, "keep must be 1 or more, or a share .*, got 1.5"),
             (lambda: TokenReducer("tome", keep=-0.5), ValueError, "keep must be 1 or more, or a share .*, got -0.5"),
+            (lambda: TokenReducer("tome", keep=float("nan")), ValueError, "keep must be 1 or more, .*, got nan"),
             (lambda: TokenReducer("tome", keep="4"), TypeError, "keep must be an integer, or a share .*, got str"),
             (lambda: TokenReducer("perceiver", C, keep=0.5), TypeError, "keep must be an integer, got float"),
             (lambda: TokenReducer("tome", budget=0), ValueError, "budget must be an integer above protect = 0, got 0"),
