@@ -203,8 +203,8 @@ class TokenReducer(nn.Module):
 
         Args:
             x: ``[tokens, C]``, the images' tokens one after the other; or ``[images, tokens, C]``, all of one size.
-                float16, bfloat16, float32 or float64. Of "none" the result is x itself, and so it is (but
-                in compiled code) of "pool" with a budget within which all images are.
+                float16, bfloat16, float32 or float64. The result of "none" is x itself, and so (but in compiled code)
+                is that of "pool" with a budget within which all images are.
             grid: (t, h, w) of each image, or one for all images of batched x. Audio is (frames, 1, 1).
             scores: ``[tokens]`` or ``[images, tokens]``, of "select": how much each token counts, such as the attention
                 that it receives. No gradient.
@@ -219,6 +219,8 @@ class TokenReducer(nn.Module):
         self._check_rows("metric", metric, x, self.uses_metric)
         images = TokenImages(grid_tokens(sizes), x.dim() == 3, self.protect)
         counts = self._counts(sizes)
+        if images.batched and any(count != counts[0] for count in counts):
+            raise ValueError(f"grid must leave all images of [images, tokens, C] as many tokens, got {counts}")
         if self.kind == "tome":
             return self._tome(x, images, counts, metric)
         if self.kind == "select":
@@ -384,7 +386,7 @@ def _check_share(kind: str, keep: object) -> None:
     if isinstance(keep, bool) or not isinstance(keep, (int, float) if share else int):
         must = "an integer, or a share as a float" if share else "an integer"
         raise TypeError(f"keep must be {must}, got {type(keep).__name__}")
-    if keep <= 0 or (isinstance(keep, float) and keep > 1.0):
+    if not (0.0 < keep <= 1.0 if isinstance(keep, float) else keep >= 1):
         raise ValueError(f"keep must be 1 or more{', or a share above 0 and at most 1' * share}, got {keep}")
 
 

@@ -151,6 +151,7 @@ def test_bad_options() -> None:
             (lambda: TokenReducer("tome", keep=0), ValueError, "keep must be 1 or more, or a share .*, got 0"),
             (lambda: TokenReducer("tome", keep=1.5), ValueError, "keep must be 1 or more, or a share .*, got 1.5"),
             (lambda: TokenReducer("tome", keep=-0.5), ValueError, "keep must be 1 or more, or a share .*, got -0.5"),
+            (lambda: TokenReducer("tome", keep=float("nan")), ValueError, "keep must be 1 or more, .*, got nan"),
             (lambda: TokenReducer("tome", keep="4"), TypeError, "keep must be an integer, or a share .*, got str"),
             (lambda: TokenReducer("perceiver", C, keep=0.5), TypeError, "keep must be an integer, got float"),
             (lambda: TokenReducer("tome", budget=0), ValueError, "budget must be an integer above protect = 0, got 0"),
@@ -214,6 +215,11 @@ def test_bad_inputs() -> None:
             (lambda: pool.tokens((1, 2)), ValueError, r"grid must be \(t, h, w\) for each image, got 2 numbers"),
             (lambda: tome(bare, grid), ValueError, "keep must be from 1 to 4 for image 0 of 4 tokens, got 6"),
             (lambda: tome.tokens(grid), ValueError, "keep must be from 1 to 4 for image 0 of 4 tokens, got 6"),
+            (
+                lambda: TokenReducer("pool", window=2)(torch.randn(2, 12, 4), [(1, 2, 6), (1, 3, 4)]),
+                ValueError,
+                r"grid must leave all images of \[images, tokens, C\] as many tokens, got \(3, 4\)",
+            ),
             (lambda: select(bare, grid), ValueError, 'scores must be given for the scorer "scores"'),
             (
                 lambda: pool(x, grid, scores=x[:, 0]),

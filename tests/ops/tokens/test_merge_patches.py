@@ -261,6 +261,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"window": (1, True, 2)}, TypeError, r"window must be integers, \(t, h, w\), got bool"),
     ({"window": (1, 8, 8)}, ValueError, r"grid must be divisible by window \(1, 8, 8\); pad=True adds zeros; got"),
     ({"window": (2, 2, 2)}, ValueError, r"grid must be divisible by .*; got \(1, 4, 6\) of image 0"),
+    (
+        {"x": X.view(2, 12, 4), "grid": [(1, 2, 6), (1, 3, 4)], "pad": True},
+        ValueError,
+        r"window must give each image of x \[images, tokens, C\] as many tokens, got \(1, 2, 2\)",
+    ),
     ({"window": (1, 3, 2), "pad": True, "order": "grouped"}, ValueError, 'grid must be .*; order "grouped" takes no'),
     ({"order": "row"}, ValueError, "order must be one of spatial, channel, grouped, got 'row'"),
     ({"norm": "batch"}, ValueError, 'norm must be None, "layer" or "rms", got \'batch\''),

@@ -299,6 +299,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"size must give each image of x \[images, tokens, C\] as many tokens, got",
     ),
+    (
+        {"x": X.view(2, 12, 4), "grid": [(1, 2, 6), (1, 3, 4)], "window": (1, 2, 2), "edges": "partial"},
+        ValueError,
+        r"window must give each image of x \[images, tokens, C\] as many tokens, got \(1, 2, 2\)",
+    ),
     ({"mode": "attention"}, ValueError, "scores must be given for mode='attention'"),
     ({"scores": X[:, 0]}, ValueError, "scores must be None for mode='mean'"),
     ({"mode": "attention", "scores": X}, ValueError, r"scores must be \[24\], one for each token, got shape \(24, 4\)"),

@@ -105,6 +105,8 @@ def merge_patches(
     _check_parameter("bias", bias, norm, x, steps, norm_first)
     eps = check_number("eps", eps, "a number from 0 on", 0.0)
     merged = merged_grid(sizes, steps)
+    if x.dim() == 3 and any(prod(merged[at : at + 3]) != prod(merged[:3]) for at in range(0, len(merged), 3)):
+        raise ValueError(f"window must give each image of x [images, tokens, C] as many tokens, got {tuple(steps)}")
     backend = resolve(backend)
     if order == "grouped" and norm is None:
         y = x.reshape(-1, x.shape[-1] * prod(steps))

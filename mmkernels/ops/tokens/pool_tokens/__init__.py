@@ -96,7 +96,8 @@ def pool_tokens(
     _check_scores(scores, mode, x)
     out = pooled_grid(sizes, steps, target, edges)
     if x.dim() == 3 and any(prod(out[at : at + 3]) != prod(out[:3]) for at in range(0, len(out), 3)):
-        raise ValueError(f"size must give each image of x [images, tokens, C] as many tokens, got {size}")
+        what, got = ("size", size) if window is None else ("window", tuple(steps))
+        raise ValueError(f"{what} must give each image of x [images, tokens, C] as many tokens, got {got}")
     backend = resolve(backend)
     args = Arguments(
         x=x, scores=scores, grid=sizes, out=out, window=steps, mode=mode, antialias=antialias and mode in RESIZING
