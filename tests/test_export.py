@@ -18,12 +18,16 @@ import mmkernels.nn
 from mmkernels import SpanMask
 from mmkernels.models import CLIP, Flamingo
 from mmkernels.nn import (
+    AttentionPool,
     ClipLoss,
     CrossAttention,
     GatedCrossAttention,
+    PatchMerger,
     PerceiverResampler,
+    PixelShuffleProjector,
     SigLipLoss,
     TokenBuffer,
+    TokenReducer,
     VisualCache,
 )
 
@@ -201,6 +205,24 @@ def resampler() -> dict[str, Case]:
     }
 
 
+def attention_pool() -> dict[str, Case]:
+    padded = lambda b, l: (features(b, l), torch.randint(1, l, (b,)))
+    pool = AttentionPool(16, num_queries=2, num_heads=2)
+    return {"AttentionPool": Case(pool, call=lambda pool, *x: pool(*x), inputs=padded, sizes=["01", "0"])}
+
+
+def fewer_tokens() -> dict[str, Case]:
+    """What cuts tokens by sizes that the host knows serves the number of images that it was traced with."""
+    two_images = lambda b, l: (features(2, 24),)
+    cases = {
+        "PatchMerger": PatchMerger(16, 8, order="spatial"),
+        "PixelShuffleProjector": PixelShuffleProjector(16, 8),
+        **{f"TokenReducer: {text}": TokenReducer.parse(text, 16) for text in ("pool:2", "tome:0.5", "diverse:0.25")},
+    }
+    call = lambda module, x: module(x, (1, 4, 6))[0]
+    return {name: Case(module, call=call, inputs=two_images, sizes=[""]) for name, module in cases.items()}
+
+
 def caches() -> dict[str, Case]:
     def visual(layer: CrossAttention, x: Tensor, photos: Tensor, sees: Tensor) -> Tensor:
         """Two images, of which the first is dropped when a third comes."""
@@ -290,13 +312,15 @@ MADE = [
     cross_attention(),
     gated_cross_attention(),
     resampler(),
+    attention_pool(),
+    fewer_tokens(),
     caches(),
     losses(),
     masks(),
     ops(),
 ]
 CASES = {name: case for made in MADE for name, case in made.items()}
-NOT_CALLED = {"CLIPConfig", "FlamingoConfig", "EmbeddingCache", "EmbeddingCacheError", "SearchResult"}
+NOT_CALLED = {"Reduced", "CLIPConfig", "FlamingoConfig", "EmbeddingCache", "EmbeddingCacheError", "SearchResult"}
 
 
 def test_every_model_and_module_has_a_case() -> None:

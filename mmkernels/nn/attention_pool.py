@@ -88,7 +88,7 @@ class AttentionPool(nn.Module):
         batched, images, mask = x.dim() == 3, x.shape[0], None
         if lengths is not None or not batched:
             lengths = _check_lengths(lengths, x)
-            images, mask = len(lengths), self._mask(lengths, packed=not batched).to(x.device)
+            images, mask = lengths.shape[0], self._mask(lengths, packed=not batched).to(x.device)
         query = self.attention.query(self.query_norm(self.queries)[None])  # [1, H, Q, D], shared by all images
         query = query.expand(images, -1, -1, -1) if batched else query.repeat(1, 1, images, 1)
         key, value = self.attention.project(self.context_norm(x if batched else x[None]))
@@ -103,7 +103,7 @@ class AttentionPool(nn.Module):
         if not packed:
             return SpanMask.key_padding(lengths)
         queries = len(self.queries)
-        return SpanMask.packed(torch.full_like(lengths, queries), lengths, q_len=queries * len(lengths))
+        return SpanMask.packed(torch.full_like(lengths, queries), lengths, q_len=queries * lengths.shape[0])
 
 
 def _check_lengths(lengths: Tensor | Sequence[int] | None, x: Tensor) -> Tensor:

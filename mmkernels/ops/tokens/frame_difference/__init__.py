@@ -40,7 +40,7 @@ def frame_difference(x: Tensor, grid: Grid, *, backend: str | None = None) -> Te
         BackendError: a forced backend can't run this call.
 
     Source: Bagrov et al., "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference",
-    2025, section 3.
+    2025.
 
     Example:
         >>> import torch, mmkernels

@@ -54,8 +54,8 @@ def token_similarity(
         BackendError: a forced backend can't run this call.
 
     Source: the relevance of Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token
-    Pruning in MLLMs" (CDPruner), 2025, section 3; the duplication of Wen et al., "Stop Looking for Important Tokens in
-    Multimodal Language Models: Duplication Matters More" (DART), 2025, section 4.
+    Pruning in MLLMs" (CDPruner), 2025; the duplication of Wen et al., "Stop Looking for Important Tokens in
+    Multimodal Language Models: Duplication Matters More" (DART), 2025.
 
     Example:
         >>> import torch, mmkernels
