@@ -155,6 +155,27 @@ Tensor merge_patches(const Arguments& args) {
   return y;
 }
 
+constexpr i64 kChain = 64; // rows that are summed one after the other: a longer chain of additions rounds more
+
+// Sums of rows for the gradient of a weight or bias, [tasks, length], each of chains of rows; none if not needed.
+struct SumsOfRows {
+  SumsOfRows(bool needed, i64 tasks, i64 length)
+      : length(length), sums(needed ? tasks * length : 0), chains(needed ? tasks * length : 0) {}
+  float* chain(i64 task) {
+    return chains.empty() ? nullptr : chains.data() + task * length;
+  }
+  void end_chain(i64 task) {
+    if (!chains.empty()) {
+      for (i64 i = task * length; i < (task + 1) * length; ++i) {
+        sums[i] += chains[i];
+        chains[i] = 0.0f;
+      }
+    }
+  }
+  const i64 length;
+  std::vector<float> sums, chains;
+};
+
 std::tuple<Tensor, Tensor, Tensor> merge_patches_backward(const Arguments& args) {
   MergeLaunch launch(args);
   MergePatches& p = launch.p;
@@ -171,15 +192,18 @@ std::tuple<Tensor, Tensor, Tensor> merge_patches_backward(const Arguments& args)
   }
   // A range of rows for each thread, whose sums are added in order: the same bits whichever thread is first.
   const i64 tasks = launch.threads, length = launch.length();
-  std::vector<float> of_weight(need_weight && launch.weight() ? tasks * length : 0);
-  std::vector<float> of_bias(need_bias && launch.bias() ? tasks * length : 0);
-  each_range(launch.rows, tasks, launch.threads, launch.k.scratch(p),
-             [&](i64 first, i64 last, i64 task, char* scratch) {
-               launch.k.backward(p, first, last, of_weight.empty() ? nullptr : of_weight.data() + task * length,
-                                 of_bias.empty() ? nullptr : of_bias.data() + task * length, scratch);
-             });
-  return {grad_x, launch.reduced(launch.weight(), of_weight, need_weight),
-          launch.reduced(launch.bias(), of_bias, need_bias)};
+  SumsOfRows of_weight(need_weight && launch.weight(), tasks, length),
+      of_bias(need_bias && launch.bias(), tasks, length);
+  each_range(
+      launch.rows, tasks, launch.threads, launch.k.scratch(p), [&](i64 first, i64 last, i64 task, char* scratch) {
+        for (i64 at = first; at < last; at += kChain) {
+          launch.k.backward(p, at, std::min(last, at + kChain), of_weight.chain(task), of_bias.chain(task), scratch);
+          of_weight.end_chain(task);
+          of_bias.end_chain(task);
+        }
+      });
+  return {grad_x, launch.reduced(launch.weight(), of_weight.sums, need_weight),
+          launch.reduced(launch.bias(), of_bias.sums, need_bias)};
 }
 
 } // namespace

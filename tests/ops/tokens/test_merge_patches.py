@@ -213,6 +213,20 @@ def test_many_images_and_long_ones(backend: str) -> None:
         assert torch.equal(merge_patches(x, grid, window, backend=backend)[0], want)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_gradients_of_a_norm_over_many_tokens(norm_first: bool) -> None:
+    """Sums of 40,000 rows, which one chain of additions in float32 would round visibly."""
+    x, flow = torch.randn(40_000, 4), torch.rand(40_000, 4)
+    found, naive, true = [], [], []
+    for grads, dtype, backend in ((found, x.dtype, None), (naive, x.dtype, "reference"), (true, torch.float64, None)):
+        weight, bias = (torch.full((4,), n, dtype=dtype, requires_grad=True) for n in (1.5, 0.5))
+        given = {"norm": "layer", "weight": weight, "bias": bias, "norm_first": norm_first}
+        y, _ = merge_patches(x.to(dtype), [(1, 200, 200)], (1, 1, 1), **given, backend=backend)  # type: ignore[arg-type]
+        grads += torch.autograd.grad(y, (weight, bias), flow.to(dtype))
+    for ours, theirs, truth in zip(found, naive, true, strict=True):
+        assert SPECS[OP].over_budget(ours, theirs, truth) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("order", ["spatial", "channel"])
 def test_results_that_do_not_fit_into_the_caches(order: str, dtype: torch.dtype) -> None:
