@@ -364,6 +364,19 @@ def test_bursts_stand_between_the_candidates_calls() -> None:
     assert {name: len(seconds) for name, seconds in samples.items()} == {"ours": 2, "a": 2, "b": 2}
 
 
+def test_the_peak_is_measured_where_no_peer_runs() -> None:
+    order: list[str] = []
+    peaks = SimpleNamespace(measure_if_due=lambda: order.append("peak"))
+    rounds.alternate(Fixture(), {"ours": lambda: order.append("ours")}, peaks, torch.device("cpu"), rounds=2)  # type: ignore[arg-type]
+    assert order == ["peak", "ours"] * 2
+
+
+def test_the_naive_formula_is_measured_even_where_rounding_decides_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate.Gate, "distance", lambda self, results: 1.0)
+    peers_of_row = measured(Peer("sdpa", sdpa))["peers"]
+    assert "ratio" in peers_of_row["naive"] and "computes something else" in peers_of_row["sdpa"]["why_not"]
+
+
 def test_results_that_have_no_gradient_are_left_out_of_it() -> None:
     x = torch.ones(3, requires_grad=True)
     results = lambda: (2 * x, torch.arange(3), torch.ones(2))

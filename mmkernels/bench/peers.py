@@ -33,12 +33,15 @@ class Peer:
             Raises `CantRunError`.
         slow: it takes many seconds to prepare or to run: left out of quick rows.
         device: the only type of device that it is measured on; "": any.
+        checked: its result must be the op's. False: of a measure, such as a copy of the inputs, and of the definition,
+            in which near ties may be decided otherwise in a narrow dtype.
     """
 
     name: str
     prepare: Callable[[Inputs], Call]
     slow: bool = False
     device: str = ""
+    checked: bool = True
 
 
 def check_room(least: float, device: torch.device | str) -> None:
