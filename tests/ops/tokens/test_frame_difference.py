@@ -138,7 +138,7 @@ def test_views_are_read_in_place(backend: str) -> None:
 @pytest.mark.alone
 @needs_kernels
 @each_dtype
-def test_no_copy_is_made(dtype: torch.dtype) -> None:
+def test_a_view_is_not_copied_into_memory(dtype: torch.dtype) -> None:
     """Of a view without the class token either."""
     x = torch.randn(4, 2049, 1024).to(dtype)
     assert peak_of(lambda: frame_difference(x[:, 1:], (8, 16, 16), backend="cpu")) < 0.05 * x.nbytes
