@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Lengths, check_sizes, unpack
+from mmkernels.ops.tokens.inputs import Lengths, check_sizes
 from mmkernels.ops.tokens.token_similarity import chunked
 from mmkernels.ops.tokens.token_similarity.spec import REDUCTIONS, Arguments, Results, reference
 from mmkernels.runtime.arguments import Sizes
@@ -71,7 +71,7 @@ def token_similarity(
     counts = _check_others(x, sizes, others, other_lengths)
     args = Arguments(x=x.detach(), others=others.detach(), lengths=sizes, other_lengths=counts, reduce=reduce)
     similarity: Tensor = OP(args, resolve(backend))
-    return unpack(similarity, x)
+    return similarity.view(x.shape[:-1])
 
 
 def _check_others(x: Tensor, sizes: Sizes, others: Tensor, other_lengths: Lengths) -> Sizes:
