@@ -51,8 +51,8 @@ def merge_tokens(
         assignment: int64, what `match_tokens` or an earlier call returned for tokens of these lengths and this `keep`,
             so that other tensors are merged the same way; metric and protect are then not used. Values are checked on a
             CPU; on a GPU, where that would wait for the device, they must be right.
-        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
-            float16), "chunked" (any device, float64 too) or "reference".
+        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
+            (float32, bfloat16 and float16), "chunked" (any device, float64 too) or "reference".
 
     Returns:
         x': ``[tokens', C]`` or ``[images, tokens', C]`` in x's dtype. Tokens that are left keep their order; a group

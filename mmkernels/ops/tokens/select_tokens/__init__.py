@@ -78,9 +78,10 @@ def select_tokens(
             token). Tokens of an image that keeps none are left out.
         metric: ``[tokens, D]`` or ``[images, tokens, D]`` of any of these dtypes, on x's device: what similarities are
             of, such as the keys of an attention layer; None: x itself.
-        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
-            float16), "chunked" (any device, float64 too) or "reference". Similarities are summed in float32 (float64
-            for a float64 x), in tiles: only "reference" stores them; on "triton" products of two rows must be finite.
+        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
+            (float32, bfloat16 and float16), "chunked" (any device, float64 too) or "reference". Similarities are
+            summed in float32 (float64 for a float64 x), in tiles: only "reference" stores them; on "triton" products of
+            two rows must be finite.
 
     Returns:
         A `Selection`: x, lengths and positions. With ``over="batch"`` x and positions are packed; their total is known,
