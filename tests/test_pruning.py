@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from mmkernels import SpanMask, pruning, use_backend
 from mmkernels.ops.tokens.select_tokens import Selection
@@ -340,3 +341,17 @@ def test_methods_compile_into_one_graph(method: str) -> None:
     compiled = torch.compile(METHODS[method], backend="eager", fullgraph=True)(x)
     expected = METHODS[method](x)
     assert torch.equal(compiled.x, expected.x) and torch.equal(compiled.positions, expected.positions)
+
+
+def test_a_share_is_a_constant_of_compiled_code_and_a_number_is_not() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(
+        lambda x, keep: pruning.divprune(x, x.shape[1], keep).x, backend="aot_eager", dynamic=True, fullgraph=True
+    )
+    graphs = []
+    for tokens, keep in ((40, 0.25), (40, 0.5), (60, 0.5), (40, 10), (40, 20), (60, 20)):
+        x = drawn(2, tokens, 12)
+        assert torch.equal(compiled(x, keep), pruning.divprune(x, tokens, keep).x)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2, 3, 3, 3]
