@@ -40,7 +40,7 @@ def select_diverse(
         keep: how many to keep of each image, from 0 to its tokens: one number for all, one for each, or a share of each
             image's tokens, a float above 0 and at most 1, rounded up.
         method: "determinant" or "distance".
-        quality: what each token counts, floats of x's shape without C; for "determinant". None: 1 each.
+        quality: how much each token counts, floats of x's shape without C; for "determinant". None: 1 each.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
             (float32, bfloat16 and float16), "chunked" (any device, float64 too) or "reference".
 

@@ -61,7 +61,7 @@ def select_tokens(
         x: ``[tokens, C]``, the images' tokens one after the other, or ``[images, tokens, C]``; float16, bfloat16,
             float32 or float64.
         lengths: the tokens of each image, which may have none: integers ``[images]``, or one number for
-            ``[images, tokens, C]``. In a tensor on a GPU they are waited for: pass a list.
+            ``[images, tokens, C]``. A tensor on a GPU is read back, which waits: pass a list.
         keep: how many tokens of each image: one number for all, or one for each image, from 1 on (0 of an image without
             tokens); or a share of each image's tokens, a float above 0 and at most 1, rounded up. One number or a share
             for ``[images, tokens, C]``.
