@@ -13,7 +13,7 @@ from mmkernels.runtime.arguments import Sizes
 
 RESIZING = ("bilinear", "bicubic")
 _CUBIC, _CUBIC_ANTIALIASED = -0.75, -0.5
-"""The parameter of the cubic convolution, as ``F.interpolate`` has it without and with ``antialias``."""
+"""The parameter of the cubic convolution: that of ``F.interpolate`` without and with ``antialias``."""
 
 
 class Taps(NamedTuple):
