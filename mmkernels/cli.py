@@ -102,7 +102,8 @@ def profile(
     reduce: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --tokens: reducers of all patches, one profile each: pool:2,tome:0.5,select:0.25."
+            help="Instead of --tokens: ways to make all patches fewer tokens, compared with none: pool:2, shuffle:2, "
+            "perceiver:64, tome:0.5, select:0.25, diverse:0.25, or a budget such as pool:<=256; comma-separated."
         ),
     ] = None,
     images: Annotated[int, typer.Option(help="Images in the prompt: crops of the photograph.")] = Options.images,

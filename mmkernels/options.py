@@ -32,4 +32,4 @@ def check_device(name: str) -> None:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"--device {name!r} can't be used: {reason}") from None
+        raise BadInput(f"--device must be one that torch can use here, such as cpu; got {name!r}: {reason}") from None

@@ -1,7 +1,8 @@
-"""Methods of visual-token pruning from papers, each a few lines over the ops: no weights are stored, nothing waits.
+"""Methods of visual-token pruning from papers, each a few lines over the ops.
 
-All take tokens ``x`` and ``lengths`` as `mmkernels.select_tokens` does, packed or of one size, and return its
-`Selection`. To put one into a model, or to change one, copy its lines.
+None has weights or waits for a device. All return the `Selection` of `mmkernels.select_tokens`. `fastv` takes the
+hidden states of a language model, `evs` takes tokens and a grid; the others take tokens ``x`` and ``lengths`` as
+`select_tokens` does, packed, or batched with one image or more. To change a method, copy its lines.
 """
 
 from __future__ import annotations
@@ -14,14 +15,24 @@ from torch import Tensor
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_received import attention_received
 from mmkernels.ops.tokens.frame_difference import frame_difference
-from mmkernels.ops.tokens.inputs import Grid, Images, Lengths, check_grid, check_lengths, lengths_as, unpack
+from mmkernels.ops.tokens.inputs import (
+    Grid,
+    Images,
+    Lengths,
+    check_grid,
+    check_lengths,
+    check_rows,
+    check_sizes,
+    lengths_as,
+    unpack,
+)
 from mmkernels.ops.tokens.keep import Keep, check_keep, share_of
 from mmkernels.ops.tokens.ranking import image_of
 from mmkernels.ops.tokens.select_diverse import select_diverse
 from mmkernels.ops.tokens.select_tokens import Selection, select_tokens
 from mmkernels.ops.tokens.token_similarity import token_similarity
 from mmkernels.runtime.arguments import Sizes
-from mmkernels.runtime.checks import check_floating
+from mmkernels.runtime.checks import check_floating, check_tensor
 
 __all__ = ["cdpruner", "dart", "divprune", "evs", "fastv", "visionzip"]
 
@@ -38,8 +49,9 @@ def fastv(
 ) -> Selection:
     """Keeps, inside a language model, the visual tokens to which the queries of one layer attend most; and all text.
 
-    Called between two layers: with the hidden states after layer K, and the query and key of its attention. The layers
-    that follow take the result's tokens, and the positions (rotary angles) of ``positions``.
+    Call it between two layers: with the hidden states after layer K, and the query and key of that layer's attention.
+    The later layers take the tokens that are kept, each with the rotary angles of its place in the prompt,
+    ``positions % L``. The guide "Fewer visual tokens" has such a model.
 
     Args:
         hidden: ``[B, L, C]``, a prompt with its visual tokens at the places `visual`.
@@ -47,15 +59,17 @@ def fastv(
             alone, as in the paper's code, or all of them.
         key: ``[B, Hkv, L, D]``, rotated.
         visual: ``slice(first, last)``.
-        keep: how many visual tokens, or a share of them as a float, rounded up.
+        keep: how many visual tokens of each prompt, from 0 on, or a share of them as a float, rounded up.
         mask: which keys these queries see, as in `mmkernels.attention_received`; None: all.
         scale: of the scores; None: ``1 / sqrt(D)``.
 
     Returns:
-        A `Selection`; its positions are rows of ``hidden.flatten(0, 1)``: ``positions % L`` are places in the prompt.
+        A `Selection` of all text and the visual tokens that are kept: x ``[B, L', C]``, lengths L', and positions
+        ``[B, L']``, int64, rows of ``hidden.flatten(0, 1)``. Differentiable with respect to hidden.
 
     Raises:
         TypeError: visual is not a slice, or a tensor has a wrong dtype. ValueError: a wrong shape, or number to keep.
+            Each names the argument, what it must be and what it got.
 
     Source: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large
     Vision-Language Models" (FastV), 2024.
@@ -71,6 +85,7 @@ def fastv(
     if not isinstance(visual, slice):
         raise TypeError(f"visual must be a slice, the places of the visual tokens, got {type(visual).__name__}")
     check_floating("hidden", hidden)
+    check_tensor("key", key)
     if hidden.dim() != 3:
         raise ValueError(f"hidden must be [B, L, C], got shape {tuple(hidden.shape)}")
     length = hidden.shape[1]
@@ -79,9 +94,11 @@ def fastv(
         raise ValueError(f"visual must be slice(first, last) within hidden's {length} tokens, got {visual}")
     tokens = max(0, last - first)
     count = check_keep(keep, (tokens,), least=0)[0]
-    if key.shape[-2] != length:
+    if key.dim() != 4 or key.shape[2] != length:
         raise ValueError(f"key must be [B, H, {length}, D] for hidden's tokens, got shape {tuple(key.shape)}")
     scores = attention_received(query, key, mask, scale=scale).mean(1)  # [B, L]
+    if scores.shape[0] != hidden.shape[0]:
+        raise ValueError(f"query must be of hidden's {hidden.shape[0]} prompts, got shape {tuple(query.shape)}")
     scores[:, :first] = torch.inf
     scores[:, last:] = torch.inf
     return select_tokens(hidden, length, length - tokens + count, scores)
@@ -104,10 +121,12 @@ def visionzip(
             over heads; None: x itself.
 
     Returns:
-        A `Selection`: of each image first its dominant tokens, in their order, then its contextual ones.
+        A `Selection`: of each image first its dominant tokens, in their order, then its contextual ones. Differentiable
+        with respect to x.
 
     Raises:
-        TypeError, ValueError: as in `select_tokens`; or there are fewer tokens than `dominant` and `contextual`.
+        TypeError, ValueError: as in `select_tokens`; or there are fewer tokens than `dominant` and `contextual`. Each
+            names the argument, what it must be and what it got.
 
     Source: Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", 2024.
 
@@ -118,7 +137,7 @@ def visionzip(
         >>> pruning.visionzip(x, 576, 54, 10, scores, keys).x.shape
         torch.Size([2, 64, 64])
     """
-    images = check_lengths(x, lengths)
+    images = _check_images(x, lengths, metric)
     best = select_tokens(x, lengths, dominant, scores)
     chosen = best.positions.flatten()
     kept = check_keep(dominant, images.sizes, batched=images.batched)
@@ -132,7 +151,7 @@ def visionzip(
             )
     # What is left is what has the best of these scores: of equal scores the first tokens are kept.
     others = torch.zeros(len(images.x), device=x.device).index_fill(0, chosen, -1.0)
-    keys = images.x if metric is None else check_lengths(metric, lengths, "metric").x
+    keys = images.x if metric is None else check_lengths(metric, lengths).x
     rest = select_tokens(images.x, images.sizes, left, others)
     targets = _evenly(left, more, x.device)
     merged = select_tokens(
@@ -160,10 +179,11 @@ def dart(x: Tensor, lengths: Lengths, keep: Keep, pivots: int = 8, *, metric: Te
             the keys of a layer; None: x itself.
 
     Returns:
-        A `Selection`.
+        A `Selection`. Differentiable with respect to x.
 
     Raises:
-        TypeError, ValueError: as in `select_tokens`; or pivots are not from 1 to each image's `keep`.
+        TypeError, ValueError: as in `select_tokens`; or pivots are not from 1 to each image's `keep`. Each names the
+            argument, what it must be and what it got.
 
     Source: Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More",
     2025.
@@ -174,7 +194,7 @@ def dart(x: Tensor, lengths: Lengths, keep: Keep, pivots: int = 8, *, metric: Te
         >>> pruning.dart(torch.randn(576, 64), [576], 64).lengths
         (64,)
     """
-    images = check_lengths(x, lengths)
+    images = _check_images(x, lengths, metric)
     kept = check_keep(keep, images.sizes, batched=images.batched)
     if isinstance(pivots, bool) or not isinstance(pivots, int):
         raise TypeError(f"pivots must be an integer, got {type(pivots).__name__}")
@@ -182,7 +202,7 @@ def dart(x: Tensor, lengths: Lengths, keep: Keep, pivots: int = 8, *, metric: Te
     if not 1 <= pivots <= fewest:
         raise ValueError(f"pivots must be from 1 to keep = {fewest}, got {pivots}")
     counts = tuple(min(n, pivots) for n in images.sizes)
-    norms = (images.x if metric is None else check_lengths(metric, lengths, "metric").x).norm(p=1, dim=1)
+    norms = (images.x if metric is None else check_lengths(metric, lengths).x).norm(p=1, dim=1)
     chosen = select_tokens(images.x, images.sizes, counts, norms)
     scores = -token_similarity(images.x, images.sizes, chosen.x, counts, reduce="min")
     scores = scores.index_fill(0, chosen.positions, torch.inf)
@@ -213,10 +233,11 @@ def cdpruner(
 
     Returns:
         A `Selection`. The relevance of a token is its mean cosine similarity to its texts, scaled in each image to 0
-        for the least relevant token and 1 for the most.
+        for the least relevant token and 1 for the most. Differentiable with respect to x.
 
     Raises:
-        TypeError, ValueError: as in `select_diverse` and `token_similarity`.
+        TypeError, ValueError: as in `select_diverse` and `token_similarity`. Each names the argument, what it must be
+            and what it got.
 
     Source: Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
     2025.
@@ -228,7 +249,11 @@ def cdpruner(
         >>> pruning.cdpruner(x, [576], 64, x, words, [7]).lengths
         (64,)
     """
-    images = check_lengths(x, lengths)
+    images = _check_images(x, lengths, metric)
+    check_rows("image_embeds", image_embeds, x)
+    counts = check_sizes(text_embeds, text_lengths, "text_embeds", "text_lengths")
+    if len(counts) != len(images.sizes) or any(n and not count for n, count in zip(images.sizes, counts, strict=True)):
+        raise ValueError(f"text_lengths must be 1 or more for each of {len(images.sizes)} images, got {counts}")
     relevance = token_similarity(image_embeds, lengths, text_embeds, text_lengths, reduce="mean")
     quality = unpack(_from_0_to_1(relevance.flatten(), images), x)
     chosen = select_diverse(x if metric is None else metric, lengths, keep, quality=quality)
@@ -236,16 +261,19 @@ def cdpruner(
 
 
 def divprune(x: Tensor, lengths: Lengths, keep: Keep, *, metric: Tensor | None = None) -> Selection:
-    """Keeps tokens that are far from each other.
+    """Keeps tokens that are far from each other: one by one the token that is farthest from the nearest kept one.
 
     Args:
-        x, lengths, keep, metric: as in `cdpruner`.
+        x: ``[tokens, C]`` or ``[images, tokens, C]``: what is kept.
+        lengths: the tokens of each image.
+        keep: how many of each image, as `select_diverse` takes it.
+        metric: ``[tokens, D]`` or ``[images, tokens, D]``: what distances, 1 - cos, are of; None: x.
 
     Returns:
-        A `Selection`.
+        A `Selection`. Differentiable with respect to x.
 
     Raises:
-        TypeError, ValueError: as in `select_diverse`.
+        TypeError, ValueError: as in `select_diverse`. Each names the argument, what it must be and what it got.
 
     Source: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", 2025,
     algorithm 1.
@@ -256,7 +284,7 @@ def divprune(x: Tensor, lengths: Lengths, keep: Keep, *, metric: Tensor | None =
         >>> pruning.divprune(torch.randn(2, 576, 64), 576, 0.1).x.shape
         torch.Size([2, 58, 64])
     """
-    images = check_lengths(x, lengths)
+    images = _check_images(x, lengths, metric)
     chosen = select_diverse(x if metric is None else metric, lengths, keep, method="distance")
     return _in_order(x, lengths, images, keep, chosen)
 
@@ -267,13 +295,15 @@ def evs(x: Tensor, grid: Grid, keep: float) -> Selection:
     Args:
         x: ``[tokens, C]``, videos one after the other; or ``[videos, tokens, C]``, all of one size.
         grid: (t, h, w) of each video, as `merge_patches` takes it.
-        keep: a share of each video's tokens, above 0 and at most 1; the first frame is always kept.
+        keep: a share of each video's tokens, a float above 0 and at most 1, rounded up. The first frame is always kept
+            whole, also where it has more tokens than that.
 
     Returns:
-        A `Selection`.
+        A `Selection`. Differentiable with respect to x.
 
     Raises:
-        TypeError, ValueError: as in `frame_difference`; or keep is not a share.
+        TypeError, ValueError: as in `frame_difference`; or keep is not a share. Each names the argument, what it must
+            be and what it got.
 
     Source: Bagrov et al., "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference",
     2025.
@@ -286,7 +316,7 @@ def evs(x: Tensor, grid: Grid, keep: float) -> Selection:
     """
     sizes = check_grid(x, grid)
     if not isinstance(keep, float) or not 0.0 < keep <= 1.0:
-        raise ValueError(f"keep must be a share of the tokens, above 0 and at most 1, got {keep!r}")
+        raise ValueError(f"keep must be a share of the tokens, a float above 0 and at most 1, got {keep!r}")
     videos = list(zip(sizes[0::3], sizes[1::3], sizes[2::3], strict=True))
     lengths = tuple(t * h * w for t, h, w in videos)
     counts = tuple(max(h * w, n) for (_, h, w), n in zip(videos, share_of(keep, lengths), strict=True))
@@ -294,6 +324,16 @@ def evs(x: Tensor, grid: Grid, keep: float) -> Selection:
     if x.dim() == 3:
         return select_tokens(x, lengths[0], counts[0], scores)
     return select_tokens(x, lengths, counts, scores)
+
+
+def _check_images(x: Tensor, lengths: Lengths, metric: Tensor | None) -> Images:
+    """Returns the tokens packed, of one image or more where x is batched; checks a metric too."""
+    images = check_lengths(x, lengths)
+    if images.batched and not images.sizes:
+        raise ValueError(f"x must have an image or more as [images, tokens, C], got shape {tuple(x.shape)}")
+    if metric is not None:
+        check_rows("metric", metric, x)
+    return images
 
 
 def _evenly(left: Sizes, more: Sizes, device: torch.device) -> Tensor:
@@ -310,6 +350,8 @@ def _evenly(left: Sizes, more: Sizes, device: torch.device) -> Tensor:
 
 def _interleaved(first: Tensor, counts: Sizes, second: Tensor, others: Sizes) -> Tensor:
     """Returns of each image the rows of `first`, then those of `second`."""
+    if not counts:
+        return first
     pairs = zip(first.split(list(counts)), second.split(list(others)), strict=True)
     return torch.cat(list(chain.from_iterable(pairs)))
 

@@ -99,7 +99,7 @@ def test_profile_of_reducers(mmkernels, tmp_path: Path) -> None:
         ([*TINY, "--backend", ","], "--backend must be one of"),
         ([*TINY, "--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16; got 'fp8'"),
         ([*TINY, "--device", "gpu"], "--device must be cpu, cuda or cuda:<number>; got 'gpu'"),
-        ([*TINY, "--device", "cuda:99"], "--device 'cuda:99' can't be used"),
+        ([*TINY, "--device", "cuda:99"], "--device must be one that torch can use here, such as cpu; got 'cuda:99'"),
         ([*TINY, "--size", "huge"], "--size must be one of tiny, small, base; got 'huge'"),
         ([*TINY, "--image", "missing.jpg"], "--image must be a file, got no such file: missing.jpg"),
         ([*TINY, "--image", ""], "'--image': must be a path, got an empty text"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from mmkernels import SpanMask, pruning, use_backend
 from mmkernels.ops.tokens.select_tokens import Selection
@@ -72,6 +73,9 @@ def test_fastv_is_the_papers_formula(queries: int) -> None:
         ({"keep": 0.0}, ValueError, r"keep must be above 0 and at most 1"),
         ({"hidden": drawn(20, 8)}, ValueError, r"hidden must be \[B, L, C\], got shape \(20, 8\)"),
         ({"key": drawn(1, 2, 19, 16)}, ValueError, r"key must be \[B, H, 20, D\]"),
+        ({"key": None}, TypeError, r"key must be a tensor, got NoneType"),
+        ({"key": drawn(20, 16)}, ValueError, r"key must be \[B, H, 20, D\] for hidden's tokens, got shape \(20, 16\)"),
+        ({"query": drawn(2, 2, 1, 16)}, ValueError, r"query must be of hidden's 1 prompts, got shape \(2, 2, 1, 16\)"),
     ],
 )
 def test_fastv_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -250,7 +254,7 @@ def test_evs_of_several_videos() -> None:
     batched = pruning.evs(x.view(1, 24, 8), (4, 2, 3), 0.5)
     assert batched.x.shape == (1, 12, 8)
     for keep in (2, 0.0, 1.5):
-        with pytest.raises(ValueError, match=r"keep must be a share of the tokens, above 0 and at most 1, got"):
+        with pytest.raises(ValueError, match=r"keep must be a share of the tokens, a float above 0 and at most 1, got"):
             pruning.evs(x, grids, keep)
 
 
@@ -265,6 +269,58 @@ METHODS: dict[str, Callable[[Tensor], Selection]] = {
     "divprune": lambda x: pruning.divprune(x, 40, 10),
     "evs": lambda x: pruning.evs(x, (5, 2, 4), 0.5),
 }
+
+
+OTHERS: dict[str, Callable[[Tensor, Any], Selection]] = {
+    "visionzip": lambda x, lengths: pruning.visionzip(x, lengths, 5, 3, x[..., 0]),
+    "dart": lambda x, lengths: pruning.dart(x, lengths, 10),
+    "cdpruner": lambda x, lengths: pruning.cdpruner(x, lengths, 10, x, x, lengths),
+    "divprune": lambda x, lengths: pruning.divprune(x, lengths, 10),
+    "evs": lambda x, lengths: pruning.evs(x, [(n, 1, 1) for n in lengths] if x.dim() == 2 else (lengths, 1, 1), 0.5),
+}
+
+
+@on_backends
+@pytest.mark.parametrize("method", OTHERS)
+def test_no_images(method: str) -> None:
+    kept = OTHERS[method](drawn(0, 12), [])
+    assert kept.x.shape == (0, 12) and kept.lengths == () and kept.positions.shape == (0,)
+    with pytest.raises(ValueError, match=r"x must have an image or more as .*, got shape \(0, 40, 12\)"):
+        OTHERS[method](drawn(0, 40, 12), 40)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x: pruning.visionzip(x, [40], 5, 3, x[:, 0], x[:39]),
+            r"metric must be \[40, D\], a row for each token",
+        ),
+        (lambda x: pruning.dart(x, [40], 10, metric=x[None]), r"metric must be \[40, D\], .*, got shape \(1, 40, 12\)"),
+        (lambda x: pruning.divprune(x, [40], 10, metric=x[:39]), r"metric must be \[40, D\], a row for each token"),
+        (lambda x: pruning.cdpruner(x, [40], 10, x[:39], x, [40]), r"image_embeds must be \[40, D\], a row for each"),
+        (
+            lambda x: pruning.cdpruner(x, [40], 10, x, x, [40], metric=x[:39]),
+            r"metric must be \[40, D\], a row for each",
+        ),
+        (lambda x: pruning.cdpruner(x, [40], 10, x, x[0], [1]), r"text_embeds must be \[tokens, C\] or"),
+        (
+            lambda x: pruning.cdpruner(x, [40], 10, x, x[:2], [3]),
+            r"text_lengths must match text_embeds's 2 tokens, got 3",
+        ),
+        (
+            lambda x: pruning.cdpruner(x, [40], 10, x, x[:0], [0]),
+            r"text_lengths must be 1 or more for each of 1 images",
+        ),
+        (
+            lambda x: pruning.cdpruner(x, [40], 10, x, x[:2], [1, 1]),
+            r"text_lengths must be .* for each of 1 images, got",
+        ),
+    ],
+)
+def test_what_belongs_to_tokens_is_refused_by_name(call: Callable[[Tensor], Selection], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(drawn(40, 12))
 
 
 @on_backends
@@ -285,3 +341,17 @@ def test_methods_compile_into_one_graph(method: str) -> None:
     compiled = torch.compile(METHODS[method], backend="eager", fullgraph=True)(x)
     expected = METHODS[method](x)
     assert torch.equal(compiled.x, expected.x) and torch.equal(compiled.positions, expected.positions)
+
+
+def test_a_share_is_a_constant_of_compiled_code_and_a_number_is_not() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(
+        lambda x, keep: pruning.divprune(x, x.shape[1], keep).x, backend="aot_eager", dynamic=True, fullgraph=True
+    )
+    graphs = []
+    for tokens, keep in ((40, 0.25), (40, 0.5), (60, 0.5), (40, 10), (40, 20), (60, 20)):
+        x = drawn(2, tokens, 12)
+        assert torch.equal(compiled(x, keep), pruning.divprune(x, tokens, keep).x)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2, 3, 3, 3]

@@ -7,8 +7,8 @@
 
 namespace mmkernels::MMK_ISA {
 
-constexpr i64 kTogether =
-    4; // rows that one row is multiplied with at once: each of its vectors is loaded once for them
+// Rows that one row is multiplied with at once: each of its vectors is loaded once for them.
+constexpr i64 kTogether = 4;
 constexpr float kShortest = 1e-30f; // a token whose largest element is below this has no length
 
 inline i64 diverse_scratch(i64 dim) {

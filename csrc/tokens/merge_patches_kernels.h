@@ -61,18 +61,10 @@ inline void find_patches(const MergePatches& p, const PatchImage& image, i64 row
 // Calls f(row) for rows [first, last), once the scratch knows their patches.
 template <typename F>
 MMK_INLINE void each_merged_row(const MergePatches& p, i64 first, i64 last, const MergeScratch& s, const F& f) {
-  i64 i = 0, beyond = p.image_count; // the image that holds the first row, by bisection
-  while (beyond - i > 1) {
-    const i64 middle = (i + beyond) / 2;
-    (p.images[middle].row <= first ? i : beyond) = middle;
-  }
-  for (i64 row = first; row < last; ++row) {
-    while (i + 1 < p.image_count && p.images[i + 1].row <= row) {
-      ++i;
-    }
-    find_patches(p, p.images[i], row - p.images[i].row, s);
+  each_row_of_images(p.images, p.image_count, first, last, [&](const PatchImage& image, i64 row) MMK_INLINED {
+    find_patches(p, image, row - image.row, s);
     f(row);
-  }
+  });
 }
 
 // [patches][channels] of several places to [channels][patches].

@@ -13,6 +13,8 @@
 
 namespace mmkernels {
 
+constexpr double kCubic = -0.75, kCubicAntialiased = -0.5; // axes.py says where they come from
+
 // An axis and the memory that it lies in.
 struct AxisMemory {
   std::vector<std::int32_t> first, begin{0};
@@ -88,7 +90,7 @@ private:
       double total = 0.0;
       for (std::int64_t at = first; at < end; ++at) {
         const double x = (at - centre + 0.5) / wide;
-        weights.push_back(linear_ ? std::max(1.0 - std::abs(x), 0.0) : cubic(x, -0.5));
+        weights.push_back(linear_ ? std::max(1.0 - std::abs(x), 0.0) : cubic(x, kCubicAntialiased));
         total += weights.back();
       }
       for (double& weight : weights) {
@@ -103,13 +105,13 @@ private:
         taps = {{near, 1.0 - (from - near)}, {near + 1, from - near}};
       } else {
         for (std::int64_t n = near - 1; n < near + 3; ++n) {
-          taps.push_back({n, cubic(static_cast<double>(n) - from, -0.75)});
+          taps.push_back({n, cubic(static_cast<double>(n) - from, kCubic)});
         }
       }
       add_merged(to, taps, size);
     }
   }
-  // Keys' cubic convolution.
+  // Keys' cubic convolution with parameter a.
   static double cubic(double x, double a) {
     x = std::abs(x);
     if (x < 1.0) {

@@ -228,18 +228,9 @@ template <Type kType> void pool_row(const PoolTokens& p, const PoolImage& image,
 
 inline void pool_tokens(const PoolTokens& p, i64 first, i64 last, char* memory) {
   const PoolScratch s{{memory}, p};
-  i64 i = 0, beyond = p.image_count; // the image that holds the first row, by bisection
-  while (beyond - i > 1) {
-    const i64 middle = (i + beyond) / 2;
-    (p.images[middle].row <= first ? i : beyond) = middle;
-  }
   with_type(p.type, [&](auto kind) {
-    for (i64 row = first; row < last; ++row) {
-      while (i + 1 < p.image_count && p.images[i + 1].row <= row) {
-        ++i;
-      }
-      pool_row<decltype(kind)::value>(p, p.images[i], row, s);
-    }
+    each_row_of_images(p.images, p.image_count, first, last,
+                       [&](const PoolImage& image, i64 row) { pool_row<decltype(kind)::value>(p, image, row, s); });
   });
   end_stream(p.past_caches);
 }

@@ -56,9 +56,7 @@ public:
     tokens = embeddings.dim() == 3 ? embeddings.size(0) * embeddings.size(1) : embeddings.size(0);
     const i64 count = visual.size(0);
     TORCH_CHECK_VALUE(std::max(tokens, count) <= std::numeric_limits<std::int32_t>::max(),
-                      "embeddings and visual must "
-                      "have fewer than 2^31 rows, got ",
-                      tokens, " and ", count);
+                      "embeddings and visual must have fewer than 2^31 rows, got ", tokens, " and ", count);
     memory_.emplace(static_cast<i64>(sizeof(std::int32_t)) * (tokens + count));
     places.source = reinterpret_cast<std::int32_t*>(memory_->data());
     places.home = places.source + tokens;

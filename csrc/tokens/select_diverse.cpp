@@ -21,10 +21,11 @@ MMK_TABLES(DiverseKernels, diverse_kernels)
 namespace {
 
 constexpr float kNothingNew = 1e-5f; // spec.py says what it is
+constexpr float kNotCounted = -1.0f; // ranks a token that does not count behind all others
 constexpr i64 kPart = 32;            // tokens that one is compared with before the next bound is looked at
 
 struct Bound {
-  float value; // what the token would add, at most; 0: nothing; -1: it does not count
+  float value; // what the token would add, at most; 0: nothing; or `kNotCounted`
   i64 token;
 
   bool operator<(const Bound& other) const { // whether it comes after `other`
@@ -32,12 +33,12 @@ struct Bound {
   }
 };
 
-// The selection from one image.
+// The selection from one image. With `orthogonal` the chosen directions are at right angles to each other.
 class Selection {
 public:
-  Selection(const StridedRows& rows, const float* quality, i64 count, i64 keep, char* scratch)
-      : rows_(rows), quality_(quality), count_(count), keep_(keep), k_(diverse_kernels()), scratch_(scratch),
-        row_(rows.dim), dots_(std::max(keep, kPart)), inverse_(count), done_(count) {
+  Selection(const StridedRows& rows, const float* quality, i64 count, i64 keep, bool orthogonal, char* scratch)
+      : rows_(rows), quality_(quality), count_(count), keep_(keep), orthogonal_(orthogonal), k_(diverse_kernels()),
+        scratch_(scratch), row_(rows.dim), dots_(std::max(keep, kPart)), inverse_(count), done_(count) {
     chosen_.reserve(keep * rows.dim);
     for (i64 i = 0; i < count; ++i) {
       inverse_[i] = k_.read(rows_, i, row_.data(), scratch_);
@@ -46,9 +47,11 @@ public:
 
   void by_determinant(i64 first, i64* to) {
     choose(
-        first, to, [&](i64 i) { return counts(i) && has_length(i) ? square(quality(i))
-                                       : counts(i)                ? 0.0f
-                                                                  : -1.0f; },
+        first, to,
+        [&](i64 i) {
+          const float gain = has_length(i) ? square(quality(i)) : 0.0f;
+          return counts(i) ? gain : kNotCounted;
+        },
         [&](Bound& bound) {
           const float whole = square(quality(bound.token));
           float part = 0.0f;
@@ -67,7 +70,7 @@ public:
     remember(start);
     to[0] = first + start;
     choose(
-        first, to, [&](i64 i) { return counts(i) ? std::numeric_limits<float>::infinity() : -1.0f; },
+        first, to, [&](i64 i) { return counts(i) ? std::numeric_limits<float>::infinity() : kNotCounted; },
         [&](Bound& bound) {
           for_chosen(bound.token, [&](float cosine) { bound.value = std::min(bound.value, 1.0f - cosine); });
           return bound.value > kNothingNew ? bound.value : 0.0f;
@@ -140,15 +143,13 @@ private:
   const StridedRows rows_;
   const float* quality_;
   const i64 count_, keep_;
+  const bool orthogonal_;
   const DiverseKernels& k_;
   char* scratch_;
   std::vector<float> row_, dots_, inverse_;
   std::vector<i64> done_;     // how many of the chosen directions, or in `loneliest` of the others, each token has met
   std::vector<float> chosen_; // directions, [remembered, dim]
   std::vector<i64> chosen_numbers_;
-
-public:
-  bool orthogonal = false; // whether `remember` orthogonalises
 };
 
 void Selection::remember(i64 token) {
@@ -156,7 +157,7 @@ void Selection::remember(i64 token) {
   const float inverse = k_.read(rows_, token, row_.data(), scratch_);
   const StridedRows others{reinterpret_cast<const char*>(chosen_.data()), Type::f32, dim, dim, 1};
   k_.subtract(row_.data(), std::isnan(inverse) ? 0.0f : inverse, nullptr, nullptr, 0, dim);
-  if (orthogonal) {
+  if (orthogonal_) {
     for (int again = 0; again < 2; ++again) { // once more: the first time leaves errors as large as what is subtracted
       k_.dots(row_.data(), others, 0, before, dots_.data(), scratch_);
       k_.subtract(row_.data(), 1.0f, chosen_.data(), dots_.data(), before, dim);
@@ -172,7 +173,7 @@ void Selection::remember(i64 token) {
 i64 Selection::loneliest() {
   std::vector<Bound> bounds;
   for (i64 i = 0; i < count_; ++i) {
-    bounds.push_back({counts(i) ? std::numeric_limits<float>::infinity() : -1.0f, i});
+    bounds.push_back({counts(i) ? std::numeric_limits<float>::infinity() : kNotCounted, i});
   }
   std::make_heap(bounds.begin(), bounds.end());
   std::vector<float> other(kPart);
@@ -232,8 +233,7 @@ Tensor select_diverse(const Arguments& args) {
     StridedRows some = rows;
     some.data += first[image] * rows.row * size;
     const float* of = quality.has_value() ? qualities.const_data_ptr<float>() + first[image] : nullptr;
-    Selection selection(some, of, lengths[image], keep[image], scratch);
-    selection.orthogonal = by_determinant;
+    Selection selection(some, of, lengths[image], keep[image], by_determinant, scratch);
     if (by_determinant) {
       selection.by_determinant(first[image], to + kept[image]);
     } else {

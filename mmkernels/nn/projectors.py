@@ -98,14 +98,14 @@ class PatchMerger(_Projector):
         order: how the tokens of a window lie in x and in a merged token, as in `merge_patches`: "grouped", "spatial" or
             "channel". Qwen's processors order patches window by window: "grouped".
         norm: "layer" (Qwen2-VL, Qwen3-VL), "rms" (Qwen2.5-VL) or None.
-        norm_first: normalize each patch (all three models); False: each merged token (the mergers of Qwen3-VL's
-            DeepStack features).
+        norm_first: True: each patch is normalized (all three models); False: each merged token is (the mergers of
+            Qwen3-VL's DeepStack features).
         hidden: width between the linear layers; None: that of a merged token, ``dim * t * h * w``.
         activation: makes the activation.
         bias: whether the linear layers add a bias.
         eps: of the norm.
 
-    Parameters have x's dtype, but under autocast, as those of PyTorch's modules.
+    Parameters must have x's dtype, except under autocast, as in PyTorch's modules.
 
     Raises:
         TypeError, ValueError: a wrong size or option; in `forward`, what `merge_patches` refuses.
@@ -163,7 +163,7 @@ class PixelShuffleProjector(_Projector):
     Args:
         dim: width of the patches' tokens.
         out_dim: width of the new tokens, that of the language model, and between two linear layers.
-        factor: an image has fewer tokens by its square; or (t, h, w) of a window.
+        factor: the side of a square window whose tokens become one (2 leaves a quarter of them), or its (t, h, w).
         norm: of the merged tokens, "layer", "rms" or None.
         layers: 2 linear layers, with the activation between them, or 1.
         bias: whether the linear layers add a bias.
@@ -172,7 +172,7 @@ class PixelShuffleProjector(_Projector):
         eps: of the norm.
         pad: where the factor does not divide a grid, tokens of zeros are added at its end; False: that is an error.
 
-    Parameters have x's dtype, but under autocast, as those of PyTorch's modules.
+    Parameters must have x's dtype, except under autocast, as in PyTorch's modules.
 
     Raises:
         TypeError, ValueError: a wrong size or option; in `forward`, what `merge_patches` refuses.

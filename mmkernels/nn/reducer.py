@@ -12,7 +12,7 @@ from mmkernels.nn.checks import check_choice, check_positive, check_width
 from mmkernels.nn.projectors import PixelShuffleProjector, square_window
 from mmkernels.nn.resampler import PerceiverResampler
 from mmkernels.nn.token_images import TokenImages, fit_grid, grid_tokens
-from mmkernels.ops.tokens.inputs import Grid, Lengths, check_grid, check_window, grid_sizes
+from mmkernels.ops.tokens.inputs import Grid, Lengths, check_grid, check_rows, check_values, check_window, grid_sizes
 from mmkernels.ops.tokens.keep import check_keep, check_protect
 from mmkernels.ops.tokens.merge_patches.spec import merged_grid
 from mmkernels.ops.tokens.merge_tokens import merge_tokens
@@ -20,7 +20,7 @@ from mmkernels.ops.tokens.pool_tokens import pool_tokens
 from mmkernels.ops.tokens.select_diverse import select_diverse
 from mmkernels.ops.tokens.select_tokens import select_tokens
 from mmkernels.runtime.arguments import Sizes
-from mmkernels.runtime.checks import check_floating, in_graph
+from mmkernels.runtime.checks import in_graph
 
 __all__ = ["Reduced", "TokenReducer"]
 
@@ -80,12 +80,13 @@ class TokenReducer(nn.Module):
         dim: width of the tokens; "shuffle" and "perceiver", which have weights, need it.
         window: of "pool" and "shuffle": the side of a square window, or its (t, h, w). At the edge of a grid that it
             does not divide, "pool" takes smaller windows, and "shuffle" adds zeros.
-        keep: how many tokens each image keeps, protected ones not counted: a number, which no image may have fewer of
-            ("perceiver": the latents), or as a float a share of each image's tokens, rounded up ("tome", "select").
-        budget: the most tokens that an image may have, protected ones counted. "pool": a grid that is larger is pooled
-            to one of its aspect that fits, frames kept if each can have a token; the others stay. "shuffle": windows of
-            2 x 2; a grid that would still be too large is first pooled to one that is not. "perceiver": so many
-            latents. "tome", "select": so many tokens, or all that an image has.
+        keep: how many tokens each image keeps, protected ones not counted: a number, at most the tokens of the smallest
+            image ("perceiver": the latents, any number), or as a float a share of each image's tokens, rounded up
+            ("tome", "select"). A share is a constant of compiled code.
+        budget: the most tokens that an image may have, protected ones counted. "pool": a larger grid is pooled to one
+            of the same aspect that fits, with all its frames if each can have a token; smaller grids stay as they are.
+            "shuffle": windows of 2 x 2; a grid that would still be too large is pooled first. "perceiver": as many
+            latents. "tome", "select": as many tokens, or all that an image has.
         scorer: of "select": "scores", the tokens with the best scores; or "diverse", the tokens that differ most from
             each other, weighted by scores if there are any (CDPruner).
         protect: so many tokens at the front of each image, such as a class token and registers, stay as they are. The
@@ -94,7 +95,7 @@ class TokenReducer(nn.Module):
             ``merge_rest`` of "select", as in `select_tokens`, and ``method`` as in `select_diverse`; those of the two
             modules.
 
-    Of window, keep and budget one is given, of "none" none.
+    Exactly one of window, keep and budget must be given; for "none" none of them.
 
     Raises:
         TypeError, ValueError: a wrong size or option; in `forward`, what the ops refuse. Each names the argument, what
@@ -134,7 +135,7 @@ class TokenReducer(nn.Module):
         if dim is not None:
             check_positive("dim", dim)
         if keep is not None:
-            _check_share(kind, keep)
+            _check_keep(kind, keep)
         self.kind, self.dim, self.scorer, self.keep, self.budget = kind, dim, scorer, keep, budget
         self.protect = check_protect(protect)
         if budget is not None and (type(budget) is not int or budget <= self.protect):
@@ -215,8 +216,12 @@ class TokenReducer(nn.Module):
         sizes = check_grid(x, grid, protect=self.protect)
         if self.dim is not None:
             check_width(x, self.dim)
-        self._check_rows("scores", scores, x, self.uses_scores)
-        self._check_rows("metric", metric, x, self.uses_metric)
+        self._check_use("scores", scores, self.uses_scores)
+        self._check_use("metric", metric, self.uses_metric)
+        if scores is not None:
+            check_values("scores", scores, x)
+        if metric is not None:
+            check_rows("metric", metric, x)
         images = TokenImages(grid_tokens(sizes), x.dim() == 3, self.protect)
         counts = self._counts(sizes)
         if images.batched and any(count != counts[0] for count in counts):
@@ -349,18 +354,10 @@ class TokenReducer(nn.Module):
             return PixelShuffleProjector(self.dim, self.dim, self.window, pad=True, **options)
         return PerceiverResampler(self.dim, num_latents=self._latents, **options)
 
-    def _check_rows(self, name: str, rows: Tensor | None, x: Tensor, used: bool) -> None:
-        """Raise unless scores or metric, if given, are used and have x's shape without C."""
-        if rows is None:
-            return
-        if not used:
+    def _check_use(self, name: str, given: Tensor | None, used: bool) -> None:
+        """Raise if scores or a metric are given that this reducer does not use."""
+        if given is not None and not used:
             raise ValueError(f"{name} must be None for {self._get_name()}({self.extra_repr()}), which does not use it")
-        check_floating(name, rows)
-        if rows.shape[: x.dim() - 1] != x.shape[:-1] or rows.dim() != x.dim() - (name == "scores"):
-            shape = ", ".join([*map(str, x.shape[:-1]), *(["D"] if name == "metric" else [])])
-            raise ValueError(f"{name} must be [{shape}] beside x, got shape {tuple(rows.shape)}")
-        if rows.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {rows.device}")
 
     def extra_repr(self) -> str:
         window = self.window if self.budget is None and "window" in AMOUNTS[self.kind] else None
@@ -381,7 +378,8 @@ def _check_amounts(kind: str, amounts: dict[str, object]) -> None:
         raise ValueError(f"{must} must be given for kind {kind!r}, and nothing else, got {', '.join(given) or 'none'}")
 
 
-def _check_share(kind: str, keep: object) -> None:
+def _check_keep(kind: str, keep: object) -> None:
+    """Raise unless keep is a number of tokens, or, where the kind allows it, a share."""
     share = kind != "perceiver"
     if isinstance(keep, bool) or not isinstance(keep, (int, float) if share else int):
         must = "an integer, or a share as a float" if share else "an integer"

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 _PATCH = 24  # pixels in a picture
-_GREY = 215
+_GREY, _CONTRAST = 215, 0.12  # of dropped patches: a light grey, through which the photograph just shows
 
 
 def default_photo() -> Path:
@@ -50,7 +50,7 @@ def paint(image: Image.Image, about: Mapping[str, Any]) -> np.ndarray:
     for token in np.unique(token_of):
         of_token = token_of == token
         if token < 0:
-            painted[of_token] = _GREY + 0.12 * (patches[of_token].mean(-1, keepdims=True) - 128)
+            painted[of_token] = _GREY + _CONTRAST * (patches[of_token].mean(-1, keepdims=True) - 128)
         elif of_token.sum() > 1:
             painted[of_token] = patches[of_token].mean((0, 1, 2))
     picture = painted.swapaxes(1, 2).reshape(pixels.shape)

@@ -185,16 +185,16 @@ def _reducing_legend(report: dict[str, Any], wide: bool) -> list[str]:
     baseline = "naive float32" if wide else name_of(baseline_of(report["settings"]["backends"], reducing=True))
     lines = [
         f"visual tokens: images x tokens of each; without a reducer ({UNREDUCED}) those are all patches and a class "
-        "token, which every reducer leaves.",
+        "token, which every reducer keeps.",
         f"drift: relative L2 distance of all logits from those of {UNREDUCED}, {baseline}"
-        + ("" if _is_crowded(report) else "; same token: how many of the next tokens are its")
-        + f". {UNREDUCED}'s other rows show rounding alone.",
+        + ("" if _is_crowded(report) else "; same token: how often the most likely next token is the same")
+        + f". The other rows of {UNREDUCED} show rounding alone.",
         "The weights are random. Time and memory are those of a trained model; drift is not: it shows how much of the "
         "output a reducer changes, not how much a trained model would lose.",
     ]
     learned = [name for name, about in report["reducers"].items() if about["learned"]]
     if learned:
-        lines.append(f"{', '.join(learned)}: random weights of their own would be compared with nothing: no drift.")
+        lines.append(f"No drift of {', '.join(learned)}: with random weights of its own it says nothing.")
     return lines
 
 

@@ -228,8 +228,12 @@ def test_bad_inputs() -> None:
             ),
             (lambda: pool(x, grid, metric=x), ValueError, "metric must be None for TokenReducer.'pool'"),
             (lambda: select(bare, grid, scores=scores, metric=bare), ValueError, "metric must be None for .*'select'"),
-            (lambda: select(bare, grid, scores=scores[:6]), ValueError, r"scores must be \[8\] beside x, got shape"),
-            (lambda: select(one, (1, 2, 2), scores=scores), ValueError, r"scores must be \[2, 4\] beside x, got shape"),
+            (
+                lambda: select(bare, grid, scores=scores[:6]),
+                ValueError,
+                r"scores must be \[8\], one for each token, got",
+            ),
+            (lambda: select(one, (1, 2, 2), scores=scores), ValueError, r"scores must be \[2, 4\], one for each token"),
             (
                 lambda: select(bare, grid, scores=scores.long()),
                 TypeError,

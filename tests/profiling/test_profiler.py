@@ -227,7 +227,7 @@ def test_choices_are_restored_after_an_error(linear: Linear) -> None:
     assert not eager.stubbed() and dispatch.resolve(None) == ""
 
 
-def test_removed_answers_zeros() -> None:
+def test_removed_returns_zeros() -> None:
     x = torch.randn(1, 2, 3, 4)
     with point.running_as(point.REMOVED):
         assert not mmkernels.cross_attention(x, x, x).any()

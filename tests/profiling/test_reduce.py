@@ -121,9 +121,9 @@ def test_tables_fit_in_100_columns(report: dict[str, Any], train: bool) -> None:
 def test_legend_says_what_the_columns_are(report: dict[str, Any], train: bool) -> None:
     shown = words(render(report | {"settings": report["settings"] | {"train": train}}))
     assert "drift: relative L2 distance of all logits from those of none, naive" in shown
-    assert ("same token: how many" in shown) == ("the share of the cap" in shown) == (not train)
+    assert ("same token: how often" in shown) == ("the share of the cap" in shown) == (not train)
     assert "The weights are random." in shown
-    assert "perceiver:4: random weights of their own would be compared with nothing: no drift." in shown
+    assert "No drift of perceiver:4: with random weights of its own it says nothing." in shown
 
 
 def test_summary_compares_with_the_unreduced_model(report: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from torch import SymInt, Tensor
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating
 
-__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_integers", "check_lengths", "check_sizes", "check_window",
-           "grid_as", "grid_sizes", "lengths_as", "unpack"]  # fmt: skip
+__all__ = ["Grid", "Images", "Lengths", "check_grid", "check_integers", "check_lengths", "check_rows", "check_sizes",
+           "check_values", "check_window", "grid_as", "grid_sizes", "lengths_as", "unpack"]  # fmt: skip
 
 Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
 """(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""
@@ -92,6 +92,32 @@ def check_sizes(x: Tensor, lengths: Lengths, name: str = "x", what: str = "lengt
         sizes = sizes * x.shape[0]
     _check_tokens(name, x, list(sizes), what)
     return sizes
+
+
+def check_values(name: str, values: Tensor, x: Tensor) -> None:
+    """Checks floats, one for each token of x, such as scores.
+
+    Raises:
+        TypeError: they are not a floating tensor. ValueError: they have another shape or device than x's tokens.
+    """
+    check_floating(name, values)
+    if values.shape != x.shape[:-1]:
+        raise ValueError(f"{name} must be {list(x.shape[:-1])}, one for each token, got shape {tuple(values.shape)}")
+    _check_device(name, values, x)
+
+
+def check_rows(name: str, rows: Tensor, x: Tensor) -> None:
+    """Checks rows of any width, one for each token of x, such as a metric. Raises as `check_values`."""
+    check_floating(name, rows)
+    if rows.dim() != x.dim() or rows.shape[:-1] != x.shape[:-1]:
+        must = ", ".join(map(str, (*x.shape[:-1], "D")))
+        raise ValueError(f"{name} must be [{must}], a row for each token, got shape {tuple(rows.shape)}")
+    _check_device(name, rows, x)
+
+
+def _check_device(name: str, y: Tensor, x: Tensor) -> None:
+    if not (y.is_cpu and x.is_cpu) and y.device != x.device:  # `is_cpu` is the quicker question
+        raise ValueError(f"{name} must be on x's device {x.device}, got {y.device}")
 
 
 def grid_as(given: Grid, sizes: Sizes) -> Grid:

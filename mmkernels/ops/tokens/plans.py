@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmkernels.plan import TARGETS, Limit, Tiles
 
 FLOAT32 = (512, 512, 512)
+"""No limit to the tiles of `_MOVE`: rows that are moved are not multiplied."""
 NO_SPILLS = Limit()
 # (rows, columns, warps, stages): 16-bit channels are loaded and stored by 16 bytes a thread. Not timed yet.
 _MOVE = ((16, 64, 4, 1), (16, 128, 4, 1), (16, 256, 4, 1))

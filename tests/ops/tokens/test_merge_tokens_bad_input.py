@@ -64,8 +64,16 @@ METRIC: dict[str, Bad] = {
 MERGE: dict[str, Bad] = {
     "x a list": ({"x": [1.0]}, TypeError, r"x must be a tensor, got list"),
     "x 1-D": ({"x": X[:, 0]}, ValueError, r"x must be \[tokens, C\] or \[images, tokens, C\], got shape \(9,\)"),
-    "metric of less": ({"metric": X[:8]}, ValueError, r"metric must be \[9, 'D'\] beside x, got shape \(8, 4\)"),
-    "metric batched": ({"metric": X[None]}, ValueError, r"metric must be \[9, 'D'\] beside x, got shape \(1, 9, 4\)"),
+    "metric of less": (
+        {"metric": X[:8]},
+        ValueError,
+        r"metric must be \[9, D\], a row for each token, got shape \(8, 4\)",
+    ),
+    "metric batched": (
+        {"metric": X[None]},
+        ValueError,
+        r"metric must be \[9, D\], a row for each token, got shape \(1, 9, 4\)",
+    ),
     "metric's device": ({"metric": META}, ValueError, r"metric must be on x's device cpu, got meta"),
     "keep two numbers of images of one size": (
         {"x": BATCHED, "lengths": 6, "keep": (3, 4)},

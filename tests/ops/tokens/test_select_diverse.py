@@ -91,7 +91,7 @@ def test_no_similarity_is_kept() -> None:
         ({"keep": [1, 2]}, ValueError, "keep must be for 1 images, got 2"),
         ({"keep": True}, TypeError, "keep must be a number of tokens, .*, got bool"),
         ({"method": "best"}, ValueError, "method must be determinant or distance, got 'best'"),
-        ({"quality": torch.ones(5)}, ValueError, r"quality must be \[6\], got shape \(5,\)"),
+        ({"quality": torch.ones(5)}, ValueError, r"quality must be \[6\], one for each token, got shape \(5,\)"),
         ({"quality": torch.ones(6, dtype=torch.int64)}, TypeError, "quality must be float16, bfloat16"),
         ({"quality": torch.ones(6), "method": "distance"}, ValueError, "quality must be None for method distance"),
         ({"quality": torch.ones(6, device="meta")}, ValueError, "quality must be on x's device cpu, got meta"),

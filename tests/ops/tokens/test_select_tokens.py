@@ -290,12 +290,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "metric's shape": (
         GOOD | {"merge_rest": True, "metric": torch.zeros(8, 3)},
         ValueError,
-        r"metric must be \[9, D\] with at least one channel, got shape \(8, 3\)",
+        r"metric must be \[9, D\], a row for each token, got shape \(8, 3\)",
     ),
     "metric's channels": (
         GOOD | {"merge_rest": True, "metric": torch.zeros(9, 0)},
         ValueError,
-        r"metric must be \[9, D\] with at least one channel, got shape \(9, 0\)",
+        r"metric must have at least one channel, got shape \(9, 0\)",
     ),
     "x's channels": (
         GOOD | {"merge_rest": True, "x": torch.zeros(9, 0)},

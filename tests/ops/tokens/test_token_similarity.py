@@ -95,6 +95,15 @@ def test_how_large_rows_are_does_not_matter(backend: str, reduce: str) -> None:
 
 
 @every_backend
+@each_reduction
+def test_no_images(backend: str, reduce: str) -> None:
+    packed = token_similarity(torch.ones(0, 8), [], torch.ones(0, 8), [], reduce=reduce, backend=backend)
+    assert packed.shape == (0,)
+    batched = token_similarity(torch.ones(0, 5, 8), 5, torch.ones(0, 3, 8), 3, reduce=reduce, backend=backend)
+    assert batched.shape == (0, 5)
+
+
+@every_backend
 def test_a_token_that_is_there_twice(backend: str) -> None:
     x = torch.randn(100, 64, generator=generator())
     found = token_similarity(x, [100], 3 * x[17:80], [63], reduce="max", backend=backend)

@@ -44,8 +44,8 @@ def match_tokens(
             patches each token stands for already, the weights of the means; None: 1 each.
         protect: so many tokens at the front of each image, such as a class token and registers, take no part. They
             count as places.
-        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
-            float16), "chunked" (any device, float64 too) or "reference".
+        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
+            (float32, bfloat16 and float16), "chunked" (any device, float64 too) or "reference".
 
     Returns:
         The assignment, int64 of metric's shape without D: for each token the row of its group among all tokens that are

@@ -13,20 +13,12 @@ from torch import Tensor
 from mmkernels.ops.common.triton.launch import ceil_div
 from mmkernels.ops.tokens.merge_patches.plan import padded
 from mmkernels.ops.tokens.merge_patches.spec import count_tokens, merged_grid
-from mmkernels.ops.tokens.triton.images import COLUMNS, find_image, image_table
+from mmkernels.ops.tokens.triton.images import COLUMNS, TokenStrides, find_image, image_table, token_strides
 from mmkernels.runtime.triton import launch, multiprocessors
 from mmkernels.runtime.tuning import config
 
 OP = "merge_patches"
 _PROGRAMS = 4  # of the backward pass of a norm, on one multiprocessor
-
-
-class Strides(NamedTuple):
-    """In elements. Of a gradient of x, which is contiguous, too."""
-
-    image: Any
-    token: Any
-    channel: Any
 
 
 class Window(NamedTuple):
@@ -235,17 +227,13 @@ class _Call:
         )
 
 
-def _strides(x: Tensor) -> Strides:
-    return Strides(x.stride(0) if x.dim() == 3 else 0, x.stride(-2), x.stride(-1))
-
-
 def forward(args: Any) -> Tensor:
     """Returns [tokens', C']."""
     call = _Call(args)
     y: Tensor = args.x.new_empty(call.rows, call.width)
     launch(
         merge_kernel, (call.rows, call.blocks), call.config,
-        args.x, y, call.weight, call.bias, call.table, _strides(args.x), call.images, args.eps, WINDOW=call.window,
+        args.x, y, call.weight, call.bias, call.table, token_strides(args.x), call.images, args.eps, WINDOW=call.window,
     )  # fmt: skip
     return y
 
@@ -254,8 +242,8 @@ def backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias."""
     call, x, none = _Call(args), args.x, args.x.new_empty(0)
     grad_x = x.new_empty(x.shape) if args.need_x else None
-    strides = _strides(x if grad_x is None else grad_x)
-    flow = Strides(0, *args.grad_y.stride())
+    strides = token_strides(x if grad_x is None else grad_x)
+    flow = TokenStrides(0, *args.grad_y.stride())
     if not args.norm:
         launch(
             copy_backward_kernel, (call.rows, call.blocks), call.config,
@@ -271,7 +259,7 @@ def backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
     ]
     launch(
         norm_backward_kernel, (programs,), call.config,
-        x, grad_x, args.grad_y, call.weight, *sums, call.table, _strides(x), strides, flow, call.images, call.rows,
+        x, grad_x, args.grad_y, call.weight, *sums, call.table, token_strides(x), strides, flow, call.images, call.rows,
         args.eps, WINDOW=call.window,
     )  # fmt: skip
     of_weight, of_bias = (none if part is None else part.sum(0).to(x.dtype) for part in sums)

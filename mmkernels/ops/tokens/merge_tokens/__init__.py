@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Lengths, check_lengths, lengths_as, unpack
+from mmkernels.ops.tokens.inputs import Lengths, check_lengths, check_rows, lengths_as, unpack
 from mmkernels.ops.tokens.keep import Keep, check_keep, check_protect, check_token_sizes
 from mmkernels.ops.tokens.match_tokens import OP as MATCH
 from mmkernels.ops.tokens.match_tokens.spec import Arguments as MatchArguments
 from mmkernels.ops.tokens.merge_tokens import chunked
 from mmkernels.ops.tokens.merge_tokens.spec import Arguments, Results, formula, reference, reference_backward
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import can_look, check_floating, check_range, check_tensor, without_autocast
+from mmkernels.runtime.checks import can_look, check_range, check_tensor, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -51,8 +51,8 @@ def merge_tokens(
         assignment: int64, what `match_tokens` or an earlier call returned for tokens of these lengths and this `keep`,
             so that other tensors are merged the same way; metric and protect are then not used. Values are checked on a
             CPU; on a GPU, where that would wait for the device, they must be right.
-        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
-            float16), "chunked" (any device, float64 too) or "reference".
+        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
+            (float32, bfloat16 and float16), "chunked" (any device, float64 too) or "reference".
 
     Returns:
         x': ``[tokens', C]`` or ``[images, tokens', C]`` in x's dtype. Tokens that are left keep their order; a group
@@ -114,11 +114,7 @@ def merge_tokens(
 def _check_metric(metric: Tensor, x: Tensor) -> Tensor:
     """Returns the metric of all tokens, [N, D]."""
     (metric,) = without_autocast(metric)
-    check_floating("metric", metric)
-    if metric.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"metric must be {[*x.shape[:-1], 'D']} beside x, got shape {tuple(metric.shape)}")
-    if metric.device != x.device:
-        raise ValueError(f"metric must be on x's device {x.device}, got {metric.device}")
+    check_rows("metric", metric, x)
     return metric.flatten(0, 1) if metric.dim() == 3 else metric
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Grid, check_grid, check_integers, check_window, grid_as, unpack
+from mmkernels.ops.tokens.inputs import Grid, check_grid, check_integers, check_values, check_window, grid_as, unpack
 from mmkernels.ops.tokens.merge_patches.spec import count_tokens
 from mmkernels.ops.tokens.pool_tokens.axes import RESIZING, pooled_grid
 from mmkernels.ops.tokens.pool_tokens.spec import Arguments, Results, reference, reference_backward
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_floating, in_graph, without_autocast
+from mmkernels.runtime.checks import in_graph, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -152,13 +152,9 @@ def _check_scores(scores: Tensor | None, mode: str, x: Tensor) -> None:
         raise ValueError(f"scores must be {'given' if scores is None else 'None'} for mode={mode!r}")
     if scores is None:
         return
-    check_floating("scores", scores)
+    check_values("scores", scores, x)
     if scores.dtype != x.dtype:
         raise TypeError(f"scores must have x's dtype {x.dtype}, got {scores.dtype}")
-    if scores.shape != x.shape[:-1]:
-        raise ValueError(f"scores must be {list(x.shape[:-1])}, one for each token, got shape {tuple(scores.shape)}")
-    if not (scores.is_cpu and x.is_cpu) and scores.device != x.device:
-        raise ValueError(f"scores must be on x's device {x.device}, got {scores.device}")
 
 
 def _fake(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from mmkernels.runtime.arguments import Sizes
 
 RESIZING = ("bilinear", "bicubic")
+_CUBIC, _CUBIC_ANTIALIASED = -0.75, -0.5
+"""The parameter of the cubic convolution: that of ``F.interpolate`` without and with ``antialias``."""
 
 
 class Taps(NamedTuple):
@@ -70,7 +72,7 @@ def _linear(i: int, size: int, out: int) -> Taps:
 def _cubic(i: int, size: int, out: int) -> Taps:
     place = size / out * (i + 0.5) - 0.5
     near = floor(place)
-    return _merged([(near + n, _cubic_weight(near + n - place, -0.75)) for n in (-1, 0, 1, 2)], size)
+    return _merged([(near + n, _cubic_weight(near + n - place, _CUBIC)) for n in (-1, 0, 1, 2)], size)
 
 
 def _antialiased(mode: str, i: int, size: int, out: int) -> Taps:
@@ -79,12 +81,12 @@ def _antialiased(mode: str, i: int, size: int, out: int) -> Taps:
     centre, support = scale * (i + 0.5), (1.0 if mode == "bilinear" else 2.0) * wide
     first, end = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), size)
     places = [(at - centre + 0.5) / wide for at in range(first, end)]
-    weights = [max(1.0 - abs(x), 0.0) if mode == "bilinear" else _cubic_weight(x, -0.5) for x in places]
+    weights = [max(1.0 - abs(x), 0.0) if mode == "bilinear" else _cubic_weight(x, _CUBIC_ANTIALIASED) for x in places]
     return Taps(first, tuple(weight / sum(weights) for weight in weights))
 
 
 def _cubic_weight(x: float, a: float) -> float:
-    """Keys' cubic convolution."""
+    """Returns Keys' cubic convolution with parameter a at the distance x: Keys, 1981, eq. 15, where a is -0.5."""
     x = abs(x)
     if x < 1.0:
         return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0

@@ -16,6 +16,7 @@ from mmkernels.ops.common.triton.launch import ceil_div
 from mmkernels.ops.tokens.merge_patches.plan import padded
 from mmkernels.ops.tokens.merge_patches.spec import count_tokens
 from mmkernels.ops.tokens.pool_tokens.axes import Axis, image_axes, transposed
+from mmkernels.ops.tokens.triton.images import find_image, token_strides
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.triton import launch
 from mmkernels.runtime.tuning import config
@@ -34,14 +35,6 @@ class Tables(NamedTuple):
     images: Any
     axes: Any
     weights: Any
-
-
-class Strides(NamedTuple):
-    """In elements."""
-
-    image: Any
-    token: Any
-    channel: Any
 
 
 class Taps(NamedTuple):
@@ -67,13 +60,8 @@ class Taps(NamedTuple):
 
 @triton.jit
 def taps_of(tables, row, images, STEPS: tl.constexpr):
-    """Returns the `Taps` of a result, whose image is found by bisection."""
-    image, beyond = row * 0, row * 0 + images
-    for _ in range(STEPS):
-        middle = (image + beyond) // 2
-        before = tl.load(tables.images + middle * _COLUMNS) <= row
-        image = tl.where(before, middle, image)
-        beyond = tl.where(before, beyond, middle)
+    """Returns the `Taps` of a result."""
+    image = find_image(tables.images, row, images, STEPS, _COLUMNS)
     entry = tables.images + image * _COLUMNS
     result = row - tl.load(entry)
     high, wide = tl.load(entry + 6), tl.load(entry + 7)
@@ -268,10 +256,6 @@ class _Call:
         self.constants = {"CHANNELS": self.channels, "STEPS": steps, "BLOCK_C": block}
 
 
-def _strides(x: Tensor) -> Strides:
-    return Strides(x.stride(0) if x.dim() == 3 else 0, x.stride(-2), x.stride(-1))
-
-
 def _scores(args: Any) -> Tensor | None:
     return None if args.scores is None else args.scores.float().contiguous()
 
@@ -284,7 +268,7 @@ def forward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse = x.new_empty(call.rows if args.mode == "attention" else 0, dtype=torch.float32)
     launch(
         pool_kernel, (call.rows, call.blocks), call.config,
-        x, y, index, _scores(args), lse, call.tables, _strides(x), call.images,
+        x, y, index, _scores(args), lse, call.tables, token_strides(x), call.images,
         MODE=args.mode if args.mode in ("max", "attention") else "sum", **call.constants,
     )  # fmt: skip
     return y, index, lse
@@ -293,14 +277,14 @@ def forward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def backward(args: Any) -> tuple[Tensor, Tensor]:
     """Returns the gradients of x and scores."""
     call, x, none = _Call(args, backward=True), args.x, args.x.new_empty(0)
-    flow, grad_x = _strides(args.grad_y), x.new_empty(x.shape) if args.need_x else None
+    flow, grad_x = token_strides(args.grad_y), x.new_empty(x.shape) if args.need_x else None
     grid = (call.rows, call.blocks)
     if args.mode == "attention":
         of_scores = x.new_empty(args.scores.shape, dtype=torch.float32) if args.need_scores else None
         launch(
             attention_backward_kernel, grid[:1], call.config,
-            x, args.y, _scores(args), args.lse.contiguous(), grad_x, of_scores, args.grad_y, call.tables, _strides(x),
-            _strides(args.y), flow, call.images, **call.constants,
+            x, args.y, _scores(args), args.lse.contiguous(), grad_x, of_scores, args.grad_y, call.tables,
+            token_strides(x), token_strides(args.y), flow, call.images, **call.constants,
         )  # fmt: skip
         return none if grad_x is None else grad_x, none if of_scores is None else of_scores.to(x.dtype)
     if grad_x is None:

@@ -35,8 +35,8 @@ def scatter_tokens(
             any order; or a bool mask ``[B, L]`` (or ``[T]``), true V times, which the visual tokens fill in order. On
             embeddings' device.
         mode: "replace", or "add": to the embeddings that are there.
-        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
-            float16), "chunked" or "reference" (any device, float64 too).
+        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
+            (float32, bfloat16 and float16), "chunked" or "reference" (any device, float64 too).
 
     Returns:
         As embeddings, contiguous. Differentiable with respect to embeddings and visual; what flows back to embeddings

@@ -130,7 +130,7 @@ def _cost(inputs: Inputs, backward: bool) -> Cost:
 
 _BOTH = ("embeddings", "visual")
 _PEER, _SHARE = 2.0, 0.8
-"""What issue 16 asks of it: the ratio to `masked_scatter` on a clone, and the share of the bandwidth."""
+"""Targets: the ratio to `masked_scatter` on a clone, and the share of the bandwidth."""
 
 SPEC = OpSpec(
     name="scatter_tokens",

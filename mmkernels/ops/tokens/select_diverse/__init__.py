@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Lengths, check_lengths
+from mmkernels.ops.tokens.inputs import Lengths, check_lengths, check_values
 from mmkernels.ops.tokens.keep import Keep, check_keep
 from mmkernels.ops.tokens.select_diverse import chunked
 from mmkernels.ops.tokens.select_diverse.spec import Arguments, Results, check_method, reference
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_floating
 from mmkernels.runtime.dispatch import Backend, define, resolve
 
 __all__ = ["select_diverse"]
@@ -41,8 +40,9 @@ def select_diverse(
         keep: how many to keep of each image, from 0 to its tokens: one number for all, one for each, or a share of each
             image's tokens, a float above 0 and at most 1, rounded up.
         method: "determinant" or "distance".
-        quality: what each token counts, floats of x's shape without C; for "determinant". None: 1 each.
-        backend: None (the fastest that can), "triton", "cpu", "chunked" or "reference".
+        quality: how much each token counts, floats of x's shape without C; for "determinant". None: 1 each.
+        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
+            (float32, bfloat16 and float16), "chunked" (any device, float64 too) or "reference".
 
     Returns:
         Places in the packed tokens, int64 ``[sum of keep]``, image after image; ``[images, keep]``, places within the
@@ -51,7 +51,9 @@ def select_diverse(
         finite, or whose quality is not, comes after all others.
 
     Raises:
-        TypeError: a wrong dtype or type. ValueError: a wrong shape, device, method, or keep.
+        TypeError: a wrong dtype or type. ValueError: a wrong shape, device, method, or number to keep. Each names the
+            argument, what it must be and what it got.
+        BackendError: a forced backend can't run this call.
 
     Source: Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs"
     (CDPruner), 2025, with the greedy algorithm of Chen et al., "Fast Greedy MAP Inference for Determinantal Point
@@ -80,13 +82,9 @@ def select_diverse(
 
 
 def _check_quality(quality: Tensor, x: Tensor, method: str) -> Tensor:
-    check_floating("quality", quality)
     if method != "determinant":
         raise ValueError(f"quality must be None for method {method}, which does not use it")
-    if quality.shape != x.shape[:-1]:
-        raise ValueError(f"quality must be {list(x.shape[:-1])}, got shape {tuple(quality.shape)}")
-    if quality.device != x.device:
-        raise ValueError(f"quality must be on x's device {x.device}, got {quality.device}")
+    check_values("quality", quality, x)
     return quality
 
 

@@ -20,6 +20,10 @@ from mmkernels.runtime.triton import launch
 from mmkernels.runtime.tuning import config
 
 _NOTHING_NEW = tl.constexpr(NOTHING_NEW)
+_NOT_COUNTED, _CHOSEN, _NO_TOKEN = tl.constexpr(-1.0), tl.constexpr(-2.0), tl.constexpr(-3.0)
+"""Gains that rank behind all others: of a token that does not count, of a chosen one, of a place without a token."""
+_LAST = tl.constexpr(0x7FFFFFFF)
+"""Behind every token's number."""
 
 
 class Image(NamedTuple):
@@ -131,16 +135,16 @@ def step_kernel(
         return
     i = tile * BLOCK + tl.arange(0, BLOCK)
     live, place = i < image.length, image.first + i
-    gain = tl.load(gains + place, mask=live, other=-2.0)
+    gain = tl.load(gains + place, mask=live, other=_CHOSEN)
     mine = tl.load(inverse + place, mask=live, other=0.0)
     counts = mine == mine
     if not FIRST:
         n = tl.arange(0, TILES)
         read = ((step + 1) % 2 * tl.num_programs(1) + number) * tiles
         some = n < tl.cdiv(image.length, BLOCK)
-        values = tl.load(best + read + n, mask=some, other=-3.0)
+        values = tl.load(best + read + n, mask=some, other=_NO_TOKEN)
         value = tl.max(values, 0)
-        token = tl.min(tl.where(values == value, tl.load(best_token + read + n, mask=some, other=0), 0x7FFFFFFF), 0)
+        token = tl.min(tl.where(values == value, tl.load(best_token + read + n, mask=some, other=0), _LAST), 0)
         if tile == 0:
             tl.store(index + image.start + step - 1, (image.first + token).to(tl.int64))
         if value > 0.0 or (not DETERMINANT and step == 1 and value == 0.0):
@@ -157,21 +161,21 @@ def step_kernel(
                     line += tokens
                 factor = tl.where(counts, factor / tl.sqrt(value), 0.0)
                 tl.store(line + place, factor, mask=live)
-                gain -= tl.where(gain == -2.0, 0.0, factor * factor)
+                gain -= tl.where(gain == _CHOSEN, 0.0, factor * factor)
             else:
                 apart = tl.where(counts, 1.0 - cosine, gain)
-                gain = tl.where(gain == -2.0, -2.0, apart if step == 1 else tl.minimum(gain, apart))
-        gain = tl.where(i == token, -2.0, gain)
+                gain = tl.where(gain == _CHOSEN, _CHOSEN, apart if step == 1 else tl.minimum(gain, apart))
+        gain = tl.where(i == token, _CHOSEN, gain)
         tl.store(gains + place, gain, mask=live)
     least = _NOTHING_NEW * tl.load(whole + place, mask=live, other=1.0)
     ranked = tl.where(gain > least, gain, 0.0)
-    ranked = tl.where(counts, ranked, -1.0)
-    ranked = tl.where(gain == -2.0, -2.0, ranked)
-    ranked = tl.where(live, ranked, -3.0)
+    ranked = tl.where(counts, ranked, _NOT_COUNTED)
+    ranked = tl.where(gain == _CHOSEN, _CHOSEN, ranked)
+    ranked = tl.where(live, ranked, _NO_TOKEN)
     top = tl.max(ranked, 0)
     write = (step % 2 * tl.num_programs(1) + number) * tiles + tile
     tl.store(best + write, top)
-    tl.store(best_token + write, tl.min(tl.where(ranked == top, i, 0x7FFFFFFF), 0))
+    tl.store(best_token + write, tl.min(tl.where(ranked == top, i, _LAST), 0))
 
 
 def forward(args: Arguments) -> Tensor:

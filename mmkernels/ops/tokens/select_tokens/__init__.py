@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Lengths, check_lengths, lengths_as
+from mmkernels.ops.tokens.inputs import Lengths, check_lengths, check_rows, check_values, lengths_as
 from mmkernels.ops.tokens.keep import Keep, check_keep
 from mmkernels.ops.tokens.select_tokens import chunked
 from mmkernels.ops.tokens.select_tokens.spec import Arguments, Results, formula, reference, reference_backward
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_floating
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -62,7 +61,7 @@ def select_tokens(
         x: ``[tokens, C]``, the images' tokens one after the other, or ``[images, tokens, C]``; float16, bfloat16,
             float32 or float64.
         lengths: the tokens of each image, which may have none: integers ``[images]``, or one number for
-            ``[images, tokens, C]``. In a tensor on a GPU they are waited for: pass a list.
+            ``[images, tokens, C]``. A tensor on a GPU is read back, which waits: pass a list.
         keep: how many tokens of each image: one number for all, or one for each image, from 1 on (0 of an image without
             tokens); or a share of each image's tokens, a float above 0 and at most 1, rounded up. One number or a share
             for ``[images, tokens, C]``.
@@ -79,9 +78,10 @@ def select_tokens(
             token). Tokens of an image that keeps none are left out.
         metric: ``[tokens, D]`` or ``[images, tokens, D]`` of any of these dtypes, on x's device: what similarities are
             of, such as the keys of an attention layer; None: x itself.
-        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
-            float16), "chunked" (any device, float64 too) or "reference". Similarities are summed in float32 (float64
-            for a float64 x), in tiles: only "reference" stores them; on "triton" products of two rows must be finite.
+        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
+            (float32, bfloat16 and float16), "chunked" (any device, float64 too) or "reference". Similarities are
+            summed in float32 (float64 for a float64 x), in tiles: only "reference" stores them; on "triton" products of
+            two rows must be finite.
 
     Returns:
         A `Selection`: x, lengths and positions. With ``over="batch"`` x and positions are packed; their total is known,
@@ -149,23 +149,16 @@ def _check_merge(merge_rest: object) -> str:
 
 
 def _check_scores(scores: Tensor, x: Tensor) -> Tensor:
-    check_floating("scores", scores)
-    if scores.shape != x.shape[:-1]:
-        raise ValueError(f"scores must be {list(x.shape[:-1])}, one for each token, got shape {tuple(scores.shape)}")
-    if scores.device != x.device:
-        raise ValueError(f"scores must be on x's device {x.device}, got {scores.device}")
+    check_values("scores", scores, x)
     return scores.flatten() if scores.dim() == 2 else scores
 
 
 def _check_metric(metric: Tensor, x: Tensor, merge: str) -> Tensor:
-    check_floating("metric", metric)
     if not merge:
         raise ValueError("metric must be None without merge_rest, got a tensor")
-    if metric.dim() != x.dim() or metric.shape[:-1] != x.shape[:-1] or metric.shape[-1] == 0:
-        must = f"[{', '.join(map(str, x.shape[:-1]))}, D] with at least one channel"
-        raise ValueError(f"metric must be {must}, got shape {tuple(metric.shape)}")
-    if metric.device != x.device:
-        raise ValueError(f"metric must be on x's device {x.device}, got {metric.device}")
+    check_rows("metric", metric, x)
+    if metric.shape[-1] == 0:
+        raise ValueError(f"metric must have at least one channel, got shape {tuple(metric.shape)}")
     if metric.dtype == torch.float64:
         metric = metric.to(wide_dtype(x))
     return metric.flatten(0, 1) if metric.dim() == 3 else metric

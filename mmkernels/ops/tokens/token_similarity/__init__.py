@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Lengths, check_sizes, unpack
+from mmkernels.ops.tokens.inputs import Lengths, check_sizes
 from mmkernels.ops.tokens.token_similarity import chunked
 from mmkernels.ops.tokens.token_similarity.spec import REDUCTIONS, Arguments, Results, reference
 from mmkernels.runtime.arguments import Sizes
@@ -35,7 +35,7 @@ def token_similarity(
         x: ``[tokens, C]``, the images' tokens one after the other, or ``[images, tokens, C]``; float16, bfloat16,
             float32 or float64. A strided view, such as ``x[:, 1:]``, is read in place.
         lengths: the tokens of each image, which may have none: integers ``[images]``, or one number for
-            ``[images, tokens, C]``. In a tensor on a GPU they are waited for: pass a list.
+            ``[images, tokens, C]``. A tensor on a GPU is read back, which waits: pass a list.
         others: what the tokens are compared with, ``[others, C]`` or ``[images, others, C]``, in x's dtype.
         other_lengths: how many of them belong to each image, as `lengths`: 1 or more where an image has tokens.
         reduce: "mean", "max" or "min".
@@ -71,7 +71,7 @@ def token_similarity(
     counts = _check_others(x, sizes, others, other_lengths)
     args = Arguments(x=x.detach(), others=others.detach(), lengths=sizes, other_lengths=counts, reduce=reduce)
     similarity: Tensor = OP(args, resolve(backend))
-    return unpack(similarity, x)
+    return similarity.view(x.shape[:-1])
 
 
 def _check_others(x: Tensor, sizes: Sizes, others: Tensor, other_lengths: Lengths) -> Sizes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,15 +35,33 @@ def image_table(device: torch.device, grid: Sizes, out: Sizes, batched: bool) ->
 
 
 @triton.jit
-def find_image(table, row, images, STEPS: tl.constexpr):
-    """Returns the number of the image that a row of the output belongs to, by bisection."""
+def find_image(table, row, images, STEPS: tl.constexpr, WIDTH: tl.constexpr = COLUMNS):
+    """Returns the number of the image that a row of the output belongs to, by bisection.
+
+    Args:
+        table: of `WIDTH` columns, the first of which is an image's first row of the output.
+        images: how many there are, which `STEPS` halvings bring to one.
+    """
     first, beyond = row * 0, row * 0 + images
     for _ in range(STEPS):
         middle = (first + beyond) // 2
-        before = tl.load(table + middle * COLUMNS) <= row
+        before = tl.load(table + middle * WIDTH) <= row
         first = tl.where(before, middle, first)
         beyond = tl.where(before, beyond, middle)
     return first
+
+
+class TokenStrides(NamedTuple):
+    """Where ``[tokens, C]`` or ``[images, tokens, C]`` lies, in elements; of packed tokens `image` is 0."""
+
+    image: Any
+    token: Any
+    channel: Any
+
+
+def token_strides(x: Tensor) -> TokenStrides:
+    """Returns the strides of tokens."""
+    return TokenStrides(x.stride(0) if x.dim() == 3 else 0, x.stride(-2), x.stride(-1))
 
 
 class TokenTiles(NamedTuple):

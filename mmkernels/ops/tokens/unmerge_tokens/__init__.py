@@ -23,8 +23,8 @@ def unmerge_tokens(x: Tensor, assignment: Tensor, *, backend: str | None = None)
         assignment: int64, as `merge_tokens` returned it: ``[tokens]``, or ``[images, tokens]`` for batched x, each
             token's row among all rows of x. Values are checked on a CPU, by the backends; on a GPU, where that would
             wait for the device, they must be right.
-        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
-            float16), "chunked" or "reference".
+        backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs, untested on one), "cpu"
+            (float32, bfloat16 and float16), "chunked" or "reference" (any device, float64 too).
 
     Returns:
         ``[tokens, C]`` or ``[images, tokens, C]`` in x's dtype. The gradient of a row is the sum over its tokens, in
