@@ -329,7 +329,7 @@ def test_proportional_attention_of_packed_images() -> None:
 
 
 @pytest.mark.parametrize("backend", [x for x in ("cpu", "chunked") if x in backends(SPECS["match_tokens"])])
-def test_similarities_take_no_matrix(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_similarities_take_no_memory(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 8,192 tokens they would be 64 MiB; the metric is 1 MiB."""
     monkeypatch.setattr(chunked, "STRIP_BYTES", 1 << 20)
     metric = torch.randn(8192, 32)

@@ -182,7 +182,7 @@ def test_many_images_and_a_large_one(backend: str, reduce: str) -> None:
     "backend", [name for name in ("cpu", "chunked") if name in backends(SPECS["token_similarity"])]
 )
 @each_reduction
-def test_no_similarity_is_stored(backend: str, reduce: str) -> None:
+def test_similarities_take_no_memory(backend: str, reduce: str) -> None:
     x, others = torch.randn(8192, 16), torch.randn(4096, 16)
     run = lambda: token_similarity(x, [8192], others, [4096], reduce=reduce, backend=backend)
     assert peak_of(run) < 0.2 * 8192 * 4096 * 4
