@@ -12,7 +12,7 @@ from mmkernels.nn.checks import check_choice, check_positive, check_width
 from mmkernels.nn.projectors import PixelShuffleProjector, square_window
 from mmkernels.nn.resampler import PerceiverResampler
 from mmkernels.nn.token_images import TokenImages, fit_grid, grid_tokens
-from mmkernels.ops.tokens.inputs import Grid, Lengths, check_grid, check_window, grid_sizes
+from mmkernels.ops.tokens.inputs import Grid, Lengths, check_grid, check_window, grid_sizes, is_one, triples
 from mmkernels.ops.tokens.keep import check_keep, check_protect
 from mmkernels.ops.tokens.merge_patches.spec import merged_grid
 from mmkernels.ops.tokens.merge_tokens import merge_tokens
@@ -251,6 +251,11 @@ class TokenReducer(nn.Module):
             return sizes
         return fit_grid(sizes, self.budget - self.protect, self.window)
 
+    def _size(self, grid: Grid, sizes: Sizes) -> Sequence[int] | Sequence[Sequence[int]]:
+        """Returns those grids for `pool_tokens`: one, where the images have one."""
+        fitted = triples(self._fitted(sizes))
+        return fitted[0] if is_one(grid) else fitted
+
     def _all_fit(self, sizes: Sizes) -> bool:
         """Whether a budget leaves all grids as they are. Not asked in a graph, which must serve other sizes too."""
         return self.budget is not None and not in_graph() and self._fitted(sizes) == sizes
@@ -259,11 +264,11 @@ class TokenReducer(nn.Module):
         mode = self.options.get("mode", "mean")
         if self.budget is None:
             return pool_tokens(x, grid, self.window, mode=mode, edges="partial")
-        return pool_tokens(x, grid, size=self._fitted(sizes), mode=mode)
+        return pool_tokens(x, grid, size=self._size(grid, sizes), mode=mode)
 
     def _shuffle(self, x: Tensor, grid: Grid, sizes: Sizes) -> tuple[Tensor, Grid]:
         if self.budget is not None and not self._all_fit(sizes):
-            x, grid = pool_tokens(x, grid, size=self._fitted(sizes))
+            x, grid = pool_tokens(x, grid, size=self._size(grid, sizes))
         assert self.module is not None
         y: tuple[Tensor, Grid] = self.module(x, grid)
         return y

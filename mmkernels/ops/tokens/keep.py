@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 from torch import SymFloat, SymInt, Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
@@ -52,15 +53,16 @@ def check_keep(keep: object, lengths: Sizes, *, least: int = 1, batched: bool = 
         TypeError: keep is neither a number nor integers.
         ValueError: keep is for another number of images, or a number that these images can't keep.
     """
-    if isinstance(keep, (float, SymFloat)) or (isinstance(keep, Tensor) and keep.dim() == 0 and is_traced()):
+    traced = isinstance(keep, Tensor) and keep.dim() == 0 and is_traced()
+    if traced or isinstance(keep, (float, SymFloat, np.floating)):
         share = as_float("keep", keep, "a share of the tokens")
         if not 0.0 < share <= 1.0:
             raise ValueError(f"keep must be above 0 and at most 1 as a share of the tokens, got {keep}")
         return share_of(share, lengths, least)
     must = "a number of tokens, or a share" if together else "a number of tokens, one for each image, or a share"
-    if isinstance(keep, bool) or (together and not isinstance(keep, (int, SymInt))):
+    if isinstance(keep, bool) or (together and not isinstance(keep, (int, SymInt, np.integer))):
         raise TypeError(f"keep must be {must}, got {type(keep).__name__}")
-    one = isinstance(keep, (int, SymInt))
+    one = isinstance(keep, (int, SymInt, np.integer))
     kept = check_integers("keep", (keep,) if one else keep, must, 0)
     if not one and len(kept) != len(lengths):
         raise ValueError(f"keep must be for {len(lengths)} images, got {len(kept)} numbers")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Grid, check_grid, check_integers, check_window, grid_as, unpack
+from mmkernels.ops.tokens.inputs import Grid, check_grid, check_integers, check_window, grid_as, is_one, unpack
 from mmkernels.ops.tokens.merge_patches.spec import count_tokens
 from mmkernels.ops.tokens.pool_tokens.axes import RESIZING, pooled_grid
 from mmkernels.ops.tokens.pool_tokens.spec import Arguments, Results, reference, reference_backward
@@ -107,7 +107,7 @@ def pool_tokens(
             y, *_ = reference(args)
     else:
         y, *_ = OP(args, backend)
-    return unpack(y, x), grid_as(grid, out)
+    return unpack(y, x), grid_as(grid, out, each=size is not None and not is_one(size))
 
 
 def _check_target(
@@ -132,7 +132,7 @@ def _check_target(
                     f"grid must be {must} window {steps} for edges={edges!r}, got {image} of image {at // 3}"
                 )
         return steps, ()
-    target = check_integers("size", size, "(t, h, w), or one for each image")
+    target = check_integers("size", size, "(t, h, w), or one for each image", row=3)
     if len(target) not in (3, len(sizes)) or not target:
         raise ValueError(
             f"size must be (t, h, w), or one for each of {len(sizes) // 3} images, got {len(target)} numbers"
