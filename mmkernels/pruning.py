@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_received import attention_received
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.tokens.frame_difference import frame_difference
 from mmkernels.ops.tokens.inputs import Grid, Images, Lengths, check_grid, check_lengths, lengths_as, unpack
 from mmkernels.ops.tokens.keep import Keep, check_keep, share_of
@@ -82,6 +83,8 @@ def fastv(
     if key.shape[-2] != length:
         raise ValueError(f"key must be [B, H, {length}, D] for hidden's tokens, got shape {tuple(key.shape)}")
     scores = attention_received(query, key, mask, scale=scale).mean(1)  # [B, L]
+    if scores.shape != hidden.shape[:2]:
+        raise ValueError(f"query must be of hidden's {len(hidden)} prompts, got shape {tuple(query.shape)}")
     scores[:, :first] = torch.inf
     scores[:, last:] = torch.inf
     return select_tokens(hidden, length, length - tokens + count, scores)
@@ -132,7 +135,7 @@ def visionzip(
             )
     # What is left is what has the best of these scores: of equal scores the first tokens are kept.
     others = torch.zeros(len(images.x), device=x.device).index_fill(0, chosen, -1.0)
-    keys = images.x if metric is None else check_lengths(metric, lengths, "metric").x
+    keys = _rows("metric", x if metric is None else metric, x)
     rest = select_tokens(images.x, images.sizes, left, others)
     targets = _evenly(left, more, x.device)
     merged = select_tokens(
@@ -182,7 +185,8 @@ def dart(x: Tensor, lengths: Lengths, keep: Keep, pivots: int = 8, *, metric: Te
     if not 1 <= pivots <= fewest:
         raise ValueError(f"pivots must be from 1 to keep = {fewest}, got {pivots}")
     counts = tuple(min(n, pivots) for n in images.sizes)
-    norms = (images.x if metric is None else check_lengths(metric, lengths, "metric").x).norm(p=1, dim=1)
+    rows = _rows("metric", x if metric is None else metric, x)
+    norms = rows.norm(p=1, dim=1, dtype=wide_dtype(rows))  # float16 has no number for the norm of a large token
     chosen = select_tokens(images.x, images.sizes, counts, norms)
     scores = -token_similarity(images.x, images.sizes, chosen.x, counts, reduce="min")
     scores = scores.index_fill(0, chosen.positions, torch.inf)
@@ -213,7 +217,7 @@ def cdpruner(
 
     Returns:
         A `Selection`. The relevance of a token is its mean cosine similarity to its texts, scaled in each image to 0
-        for the least relevant token and 1 for the most.
+        for the least relevant token and 1 for the most. A token whose relevance is NaN comes after all others.
 
     Raises:
         TypeError, ValueError: as in `select_diverse` and `token_similarity`.
@@ -229,9 +233,11 @@ def cdpruner(
         (64,)
     """
     images = check_lengths(x, lengths)
+    metric = x if metric is None else metric
+    _rows("metric", metric, x), _rows("image_embeds", image_embeds, x)
     relevance = token_similarity(image_embeds, lengths, text_embeds, text_lengths, reduce="mean")
     quality = unpack(_from_0_to_1(relevance.flatten(), images), x)
-    chosen = select_diverse(x if metric is None else metric, lengths, keep, quality=quality)
+    chosen = select_diverse(metric, lengths, keep, quality=quality)
     return _in_order(x, lengths, images, keep, chosen)
 
 
@@ -257,7 +263,9 @@ def divprune(x: Tensor, lengths: Lengths, keep: Keep, *, metric: Tensor | None =
         torch.Size([2, 58, 64])
     """
     images = check_lengths(x, lengths)
-    chosen = select_diverse(x if metric is None else metric, lengths, keep, method="distance")
+    metric = x if metric is None else metric
+    _rows("metric", metric, x)
+    chosen = select_diverse(metric, lengths, keep, method="distance")
     return _in_order(x, lengths, images, keep, chosen)
 
 
@@ -311,17 +319,30 @@ def _evenly(left: Sizes, more: Sizes, device: torch.device) -> Tensor:
 def _interleaved(first: Tensor, counts: Sizes, second: Tensor, others: Sizes) -> Tensor:
     """Returns of each image the rows of `first`, then those of `second`."""
     pairs = zip(first.split(list(counts)), second.split(list(others)), strict=True)
-    return torch.cat(list(chain.from_iterable(pairs)))
+    return torch.cat([first[:0], *chain.from_iterable(pairs)])  # of no images too
 
 
 def _from_0_to_1(scores: Tensor, images: Images) -> Tensor:
-    """Returns scores, moved and scaled in each image so that the least is 0 and the largest 1; all 1 where equal."""
+    """Returns scores, moved and scaled in each image so that the least is 0 and the largest 1; all 1 where equal.
+
+    NaN stays NaN, and counts neither as the least nor as the largest.
+    """
     owner = image_of(images.sizes, scores.device)
     least, most = (
-        scores.new_zeros(len(images.sizes)).scatter_reduce(0, owner, scores, name, include_self=False)[owner]
-        for name in ("amin", "amax")
+        scores.new_full((len(images.sizes),), none).scatter_reduce(0, owner, scores.nan_to_num(none), name)[owner]
+        for name, none in (("amin", torch.inf), ("amax", -torch.inf))
     )
-    return torch.where(most > least, (scores - least) / (most - least), 1.0)
+    scaled = torch.where(most > least, (scores - least) / (most - least), 1.0)
+    return scaled.masked_fill(scores.isnan(), torch.nan)
+
+
+def _rows(name: str, rows: Tensor, x: Tensor) -> Tensor:
+    """Returns what belongs to the tokens of x, packed, ``[tokens, D]``; raises unless it has x's shape without C."""
+    check_floating(name, rows)
+    if rows.dim() != x.dim() or rows.shape[:-1] != x.shape[:-1]:
+        must = ", ".join([*map(str, x.shape[:-1]), "D"])
+        raise ValueError(f"{name} must be [{must}] beside x, got shape {tuple(rows.shape)}")
+    return rows.flatten(0, 1) if rows.dim() == 3 else rows
 
 
 def _in_order(x: Tensor, lengths: Lengths, images: Images, keep: Keep, chosen: Tensor) -> Selection:

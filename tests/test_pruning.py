@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_fastv_is_the_papers_formula(queries: int) -> None:
         ({"keep": 7}, ValueError, r"keep must be from 0 to 6 for image 0 of 6 tokens, got 7"),
         ({"keep": 0.0}, ValueError, r"keep must be above 0 and at most 1"),
         ({"hidden": drawn(20, 8)}, ValueError, r"hidden must be \[B, L, C\], got shape \(20, 8\)"),
+        ({"hidden": drawn(2, 20, 8)}, ValueError, r"query must be of hidden's 2 prompts, got shape \(1, 2, 1, 16\)"),
         ({"key": drawn(1, 2, 19, 16)}, ValueError, r"key must be \[B, H, 20, D\]"),
     ],
 )
@@ -168,6 +170,14 @@ def test_dart_refuses_pivots(pivots: int) -> None:
         pruning.dart(drawn(20, 4), [20], 5, pivots=0.5)  # type: ignore[arg-type]
 
 
+@on_backends
+def test_dart_of_tokens_whose_norm_float16_does_not_hold() -> None:
+    x = torch.full((6, 1024), 80.0)
+    x[4], x[2] = 100.0, 90.0
+    kept = pruning.dart(x.half(), [6], 2, pivots=2)
+    assert places(kept) == [2, 4]
+
+
 # CDPruner and DivPrune.
 
 
@@ -215,6 +225,45 @@ def test_equal_relevances_count_1() -> None:
     text, embeds = torch.ones(1, 1, 4), torch.ones(1, 12, 4)
     relevant = pruning.cdpruner(x, 12, 4, embeds, text, 1)
     assert sorted(places(relevant)) == greedy_determinants(x[0].double() @ x[0].double().T, 4)
+
+
+@on_backends
+def test_relevance_of_nan_comes_last_and_leaves_the_others_alone() -> None:
+    """The relevances of the first four are 1, 0.6, 0 and 0.96: 0 is first, then 1 adds 0.6 * 0.8, and 3 0.96 * 0.28."""
+    x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.96, -0.28], [0.0, -1.0]])
+    embeds = x.clone()
+    embeds[4] = torch.nan
+    kept = pruning.cdpruner(x, [5], 2, embeds, torch.tensor([[1.0, 0.0]]), [1])
+    assert places(kept) == [0, 1] == places(pruning.cdpruner(x[:4], [4], 2, x[:4], torch.tensor([[1.0, 0.0]]), [1]))
+    assert places(pruning.cdpruner(x, [5], 5, embeds, torch.tensor([[1.0, 0.0]]), [1])) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 3), (20, 3), (2, 10)])
+def test_a_metric_of_other_tokens_is_refused(shape: tuple[int, ...]) -> None:
+    x, other = drawn(2, 10, 8), drawn(*shape)
+    message = rf"metric must be \[2, 10, D\] beside x, got shape {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=message):
+        pruning.divprune(x, 10, 4, metric=other)
+    with pytest.raises(ValueError, match=message):
+        pruning.dart(x, 10, 8, metric=other)
+    with pytest.raises(ValueError, match=message):
+        pruning.visionzip(x, 10, 4, 2, drawn(2, 10), other)
+    with pytest.raises(ValueError, match=message):
+        pruning.cdpruner(x, 10, 4, x, drawn(2, 1, 8), 1, metric=other)
+    with pytest.raises(ValueError, match=message.replace("metric", "image_embeds")):
+        pruning.cdpruner(x, 10, 4, other, drawn(2, 1, shape[-1]), 1)
+
+
+def test_no_image() -> None:
+    x, none = drawn(0, 8), drawn(0)
+    kept = (
+        pruning.visionzip(x, [], [], [], none),
+        pruning.dart(x, [], 0.5),
+        pruning.divprune(x, [], 0.5),
+        pruning.cdpruner(x, [], 0.5, x, x, []),
+        pruning.evs(x, [], 0.5),
+    )
+    assert all(each.x.shape == (0, 8) and each.lengths == () and len(each.positions) == 0 for each in kept)
 
 
 @on_backends
