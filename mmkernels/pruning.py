@@ -17,7 +17,7 @@ from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.tokens.frame_difference import frame_difference
 from mmkernels.ops.tokens.inputs import Grid, Images, Lengths, check_grid, check_lengths, lengths_as, unpack
 from mmkernels.ops.tokens.keep import Keep, check_keep, share_of
-from mmkernels.ops.tokens.ranking import image_of
+from mmkernels.ops.tokens.ranking import image_of, on_device, starts_of
 from mmkernels.ops.tokens.select_diverse import select_diverse
 from mmkernels.ops.tokens.select_tokens import Selection, select_tokens
 from mmkernels.ops.tokens.token_similarity import token_similarity
@@ -75,9 +75,9 @@ def fastv(
     if hidden.dim() != 3:
         raise ValueError(f"hidden must be [B, L, C], got shape {tuple(hidden.shape)}")
     length = hidden.shape[1]
-    first, last, step = visual.indices(length)
-    if step != 1 or (visual.stop is not None and visual.stop > length):
+    if visual.step not in (None, 1) or (visual.stop is not None and visual.stop > length):
         raise ValueError(f"visual must be slice(first, last) within hidden's {length} tokens, got {visual}")
+    first, last = _place(visual.start, 0, length), _place(visual.stop, length, length)
     tokens = max(0, last - first)
     count = check_keep(keep, (tokens,), least=0)[0]
     if key.shape[-2] != length:
@@ -304,16 +304,20 @@ def evs(x: Tensor, grid: Grid, keep: float) -> Selection:
     return select_tokens(x, lengths, counts, scores)
 
 
+def _place(bound: int | None, default: int, length: int) -> int:
+    """Returns where a bound of a slice lies. ``slice.indices`` would make a constant of a graph's symbolic length."""
+    if bound is None:
+        return default
+    return min(bound, length) if bound >= 0 else max(0, bound + length)
+
+
 def _evenly(left: Sizes, more: Sizes, device: torch.device) -> Tensor:
     """Returns scores by which evenly spread tokens are the best: every (n // count)-th of n tokens."""
-    starts = (sum(left[:image]) for image in range(len(left)))
-    places = [
-        start + place * (n // count)
-        for start, n, count in zip(starts, left, more, strict=True)
-        for place in range(count)
-    ]
-    index = torch.tensor(places, dtype=torch.int64, device=device)
-    return torch.zeros(sum(left), device=device).index_fill(0, index, 1.0)
+    steps = tuple(n // max(1, count) for n, count in zip(left, more, strict=True))
+    owner = image_of(more, device)
+    number = torch.arange(sum(more), device=device) - on_device(starts_of(more), device)[owner]
+    places = on_device(starts_of(left), device)[owner] + number * on_device(steps, device)[owner]
+    return torch.zeros(sum(left), device=device).index_fill(0, places, 1.0)
 
 
 def _interleaved(first: Tensor, counts: Sizes, second: Tensor, others: Sizes) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from mmkernels import SpanMask, pruning, use_backend
 from mmkernels.ops.tokens.select_tokens import Selection
@@ -334,3 +335,42 @@ def test_methods_compile_into_one_graph(method: str) -> None:
     compiled = torch.compile(METHODS[method], backend="eager", fullgraph=True)(x)
     expected = METHODS[method](x)
     assert torch.equal(compiled.x, expected.x) and torch.equal(compiled.positions, expected.positions)
+
+
+OF_ANY_SIZE: dict[str, Callable[[Tensor], Selection]] = {
+    "fastv": lambda x: pruning.fastv(x, x[:, None, -1:], x[:, None], slice(4, -4), 0.25),
+    "visionzip": lambda x: pruning.visionzip(x, x.shape[1], 0.25, 0.1, x[..., 0]),
+    "dart": lambda x: pruning.dart(x, x.shape[1], 0.5),
+    "cdpruner": lambda x: pruning.cdpruner(x, x.shape[1], 0.25, x, x[:, :3], 3),
+    "divprune": lambda x: pruning.divprune(x, x.shape[1], 0.25),
+    "evs": lambda x: pruning.evs(x, (x.shape[1] // 4, 2, 2), 0.5),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_graph_serves_images_of_any_size(method: str) -> None:
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(OF_ANY_SIZE[method], backend=graphs, fullgraph=True, dynamic=True)
+    for tokens in (24, 36, 60):
+        x = drawn(2, tokens, 12, seed=tokens)
+        assert torch.equal(compiled(x).positions, OF_ANY_SIZE[method](x).positions)
+    assert graphs.frame_count == 1
+
+
+@on_backends
+@pytest.mark.parametrize(
+    ("visual", "dropped"),
+    [
+        (slice(None, 19), range(19)),
+        (slice(-6, None), range(14, 20)),
+        (slice(2, -15), range(2, 5)),
+        (slice(-99, 4), range(4)),
+        (slice(9, 9), ()),
+        (slice(9, 3), ()),
+        (slice(30, None), ()),
+    ],
+)
+def test_fastv_takes_any_slice(visual: slice, dropped: Any) -> None:
+    kept = pruning.fastv(drawn(1, 20, 8), drawn(1, 2, 1, 16), drawn(1, 2, 20, 16), visual, 0)
+    assert kept.positions.flatten().tolist() == [at for at in range(20) if at not in dropped]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
@@ -94,7 +96,7 @@ def _check_others(x: Tensor, sizes: Sizes, others: Tensor, other_lengths: Length
 
 
 def _fake(args: Arguments) -> Tensor:
-    return args.x.new_empty(args.x.shape[:-1].numel(), dtype=wide_dtype(args.x))
+    return args.x.new_empty(prod(args.x.shape[:-1]), dtype=wide_dtype(args.x))
 
 
 OP = define(
