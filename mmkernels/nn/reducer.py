@@ -18,6 +18,7 @@ from mmkernels.ops.tokens.merge_patches.spec import merged_grid
 from mmkernels.ops.tokens.merge_tokens import merge_tokens
 from mmkernels.ops.tokens.pool_tokens import pool_tokens
 from mmkernels.ops.tokens.select_diverse import select_diverse
+from mmkernels.ops.tokens.select_diverse.spec import check_method
 from mmkernels.ops.tokens.select_tokens import select_tokens
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating, in_graph
@@ -155,7 +156,7 @@ class TokenReducer(nn.Module):
             dim, protect: as of the class.
 
         Raises:
-            ValueError: the text names none.
+            ValueError: the text names none. TypeError, ValueError: it names a number that the kind does not take.
         """
         kind, _, amount = text.partition(":") if isinstance(text, str) else ("", "", "")
         scorer = "diverse" if kind == "diverse" else "scores"
@@ -344,6 +345,8 @@ class TokenReducer(nn.Module):
             for name in options:
                 if name not in OPTIONS[self.kind] or (name == "method" and self.scorer != "diverse"):
                     raise TypeError(f"{name} must not be given for kind {self.kind!r}, got {options[name]!r}")
+            if "method" in options:
+                check_method(options["method"])
             check_choice("mode", options.get("mode", "mean"), MODES[: 2 if self.budget is None else 4])
             merges = (False, True, "mean", "visionzip", "prumerge")  # the last one weighs tokens by their scores
             check_choice("merge_rest", options.get("merge_rest", False), merges[: 4 if self.scorer == "diverse" else 5])

@@ -292,6 +292,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"window must give each image of x \[images, tokens, C\] as many tokens, got \(1, 2, 2\)",
     ),
     ({"window": (1, 3, 2), "pad": True, "order": "grouped"}, ValueError, 'grid must be .*; order "grouped" takes no'),
+    ({"pad": "no"}, TypeError, "pad must be a bool, got str"),
+    ({"norm": "layer", "norm_first": 1}, TypeError, "norm_first must be a bool, got int"),
     ({"order": "row"}, ValueError, "order must be one of spatial, channel, grouped, got 'row'"),
     ({"norm": "batch"}, ValueError, 'norm must be None, "layer" or "rms", got \'batch\''),
     ({"weight": X[0]}, ValueError, "weight must be None for norm=None"),

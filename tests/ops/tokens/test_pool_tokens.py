@@ -279,6 +279,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         "window must be None for mode='bilinear', which takes a size",
     ),
     ({"edges": "wrap"}, ValueError, "edges must be one of refuse, partial, drop, got 'wrap'"),
+    ({"antialias": "no"}, TypeError, "antialias must be a bool, got str"),
     ({"antialias": True}, ValueError, "antialias must be False for mode='mean'"),
     ({"window": None, "size": (1, 0, 2)}, ValueError, "size must be 1 or more, got 0"),
     (

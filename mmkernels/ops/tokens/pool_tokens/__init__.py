@@ -15,7 +15,7 @@ from mmkernels.ops.tokens.pool_tokens.axes import RESIZING, pooled_grid
 from mmkernels.ops.tokens.pool_tokens.spec import Arguments, Results, reference, reference_backward
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_floating, in_graph, without_autocast
+from mmkernels.runtime.checks import check_bool, check_floating, in_graph, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -118,6 +118,7 @@ def _check_target(
         raise ValueError(f"window or size must be given, and not both, got {window} and {size}")
     if edges not in EDGES:
         raise ValueError(f"edges must be one of {', '.join(EDGES)}, got {edges!r}")
+    check_bool("antialias", antialias)
     if antialias and mode not in RESIZING:
         raise ValueError(f"antialias must be False for mode={mode!r}")
     if window is not None:
