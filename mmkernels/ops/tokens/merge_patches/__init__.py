@@ -188,5 +188,6 @@ OP = define(
             Backend("reference", reference_backward),
         ],
         contiguous=True,
+        linear=lambda args: () if args.norm else ("x",),
     ),
 )

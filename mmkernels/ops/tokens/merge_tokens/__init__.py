@@ -165,5 +165,6 @@ OP = define(
             Backend("reference", reference_backward),
         ],
         contiguous=True,
+        linear=lambda args: ("x",) if args.sizes is None else (),
     ),
 )

@@ -162,6 +162,11 @@ def _check_scores(scores: Tensor | None, mode: str, x: Tensor) -> None:
         raise ValueError(f"scores must be on x's device {x.device}, got {scores.device}")
 
 
+def _linear(args: Arguments) -> tuple[str, ...]:
+    """Returns what the backward pass does not read; second derivatives of "max" look for the largest again, in x."""
+    return () if args.mode == "attention" else ("y",) if args.mode == "max" else ("x", "y")
+
+
 def _fake(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     x, rows = args.x, count_tokens(args.out)
     which = (rows, x.shape[-1]) if args.mode == "max" else (0,)
@@ -193,5 +198,6 @@ OP = define(
             Backend("reference", reference_backward),
         ],
         contiguous=True,
+        linear=_linear,
     ),
 )
