@@ -16,7 +16,7 @@ from mmkernels.ops.attention.attention_received import attention_received
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.tokens.frame_difference import frame_difference
 from mmkernels.ops.tokens.inputs import Grid, Images, Lengths, check_grid, check_lengths, lengths_as, unpack
-from mmkernels.ops.tokens.keep import Keep, check_keep, share_of
+from mmkernels.ops.tokens.keep import Keep, check_keep, check_kept, share_of
 from mmkernels.ops.tokens.ranking import image_of, on_device, starts_of
 from mmkernels.ops.tokens.select_diverse import select_diverse
 from mmkernels.ops.tokens.select_tokens import Selection, select_tokens
@@ -124,8 +124,8 @@ def visionzip(
     images = check_lengths(x, lengths)
     best = select_tokens(x, lengths, dominant, scores)
     chosen = best.positions.flatten()
-    kept = check_keep(dominant, images.sizes, batched=images.batched)
-    more = check_keep(contextual, images.sizes, least=0, batched=images.batched)
+    kept, each = check_kept(dominant, images)
+    more, others_each = check_kept(contextual, images, least=0)
     left = tuple(n - count for n, count in zip(images.sizes, kept, strict=True))
     for image, (n, count) in enumerate(zip(left, more, strict=True)):
         if not min(n, 1) <= count <= n:
@@ -145,7 +145,8 @@ def visionzip(
     tokens = _interleaved(best.x.flatten(0, -2), kept, merged.x, more)
     positions = _interleaved(chosen, kept, places, more)
     total = tuple(map(sum, zip(kept, more, strict=True)))
-    return Selection(unpack(tokens, x), lengths_as(lengths, total), unpack(positions, x))
+    each += others_each
+    return Selection(unpack(tokens, x, each), lengths_as(lengths, total, each), unpack(positions, x, each))
 
 
 def dart(x: Tensor, lengths: Lengths, keep: Keep, pivots: int = 8, *, metric: Tensor | None = None) -> Selection:
@@ -178,7 +179,7 @@ def dart(x: Tensor, lengths: Lengths, keep: Keep, pivots: int = 8, *, metric: Te
         (64,)
     """
     images = check_lengths(x, lengths)
-    kept = check_keep(keep, images.sizes, batched=images.batched)
+    kept, _ = check_kept(keep, images)
     if isinstance(pivots, bool) or not isinstance(pivots, int):
         raise TypeError(f"pivots must be an integer, got {type(pivots).__name__}")
     fewest = min([count for count in kept if count] or [pivots])  # of images that have tokens
@@ -351,10 +352,10 @@ def _rows(name: str, rows: Tensor, x: Tensor) -> Tensor:
 
 def _in_order(x: Tensor, lengths: Lengths, images: Images, keep: Keep, chosen: Tensor) -> Selection:
     """Returns the tokens that `select_diverse` chose, in the order in which they were."""
-    kept = check_keep(keep, images.sizes, least=0, batched=images.batched)
+    kept, each = check_kept(keep, images, least=0)
     if images.batched:
         chosen = chosen.sort(1).values + torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
-        tokens = images.x.index_select(0, chosen.flatten()).unflatten(0, (x.shape[0], kept[0]))
-        return Selection(tokens, lengths_as(lengths, kept), chosen)
+        tokens = images.x.index_select(0, chosen.flatten()).unflatten(0, (x.shape[0], each))
+        return Selection(tokens, lengths_as(lengths, kept, each), chosen)
     chosen = chosen.sort().values
     return Selection(x.index_select(0, chosen), lengths_as(lengths, kept), chosen)

@@ -35,6 +35,8 @@ class Images(NamedTuple):
     """The length of each image."""
     batched: bool
     """Whether ``x`` was given as ``[images, tokens, C]``, so that results have this form too."""
+    each: int = 0
+    """The length of each batched image, which is known of no images too."""
 
 
 def grid_sizes(grid: Grid) -> Sizes:
@@ -74,7 +76,7 @@ def check_window(window: Sequence[int]) -> Sizes:
 def check_lengths(x: Tensor, lengths: Lengths, name: str = "x") -> Images:
     """Returns the tokens packed, with the length of each image, which may be 0. Raises as `check_grid`."""
     sizes = check_sizes(x, lengths, name)
-    return Images(x.flatten(0, 1), sizes, True) if x.dim() == 3 else Images(x, sizes, False)
+    return Images(x.flatten(0, 1), sizes, True, x.shape[1]) if x.dim() == 3 else Images(x, sizes, False)
 
 
 def check_sizes(x: Tensor, lengths: Lengths, name: str = "x", what: str = "lengths") -> Sizes:
@@ -117,16 +119,24 @@ def grid_as(given: Grid, sizes: Sizes, each: bool = False) -> Grid:
     return rows[0] if one else tuple(rows)
 
 
-def lengths_as(given: Lengths, sizes: Sizes) -> Lengths:
-    """Returns lengths in the form of those that were given: a tensor, a tuple, or one number."""
+def lengths_as(given: Lengths, sizes: Sizes, each: int = 0) -> Lengths:
+    """Returns lengths in the form of those that were given: a tensor, a tuple, or one number, `each` of no images."""
     if isinstance(given, Tensor):
-        return torch.tensor(sizes if given.dim() else sizes[0], dtype=given.dtype, device=given.device)
-    return sizes[0] if isinstance(given, (int, SymInt, np.integer)) else tuple(sizes)
+        found = sizes if given.dim() else (sizes or (each,))[0]
+        return torch.tensor(found, dtype=given.dtype, device=given.device)
+    return (sizes or (each,))[0] if isinstance(given, (int, SymInt, np.integer)) else tuple(sizes)
 
 
-def unpack(y: Tensor, x: Tensor) -> Tensor:
-    """Returns what belongs to tokens of x's images, ``[tokens', ...]``, in the form in which x was given."""
-    return y.view(x.shape[0], y.shape[0] // max(1, x.shape[0]), *y.shape[1:]) if x.dim() == 3 else y
+def unpack(y: Tensor, x: Tensor, each: int | None = None) -> Tensor:
+    """Returns what belongs to tokens of x's images, ``[tokens', ...]``, in the form in which x was given.
+
+    Args:
+        each: the tokens' of an image, where x may have no images; None: as many as x has.
+    """
+    if x.dim() == 2:
+        return y
+    rows = y.shape[0] // x.shape[0] if x.shape[0] else x.shape[1] if each is None else each
+    return y.view(x.shape[0], rows, *y.shape[1:])
 
 
 def _check_tokens(name: str, x: Tensor, tokens: list[int], what: str) -> None:

@@ -10,11 +10,21 @@ import numpy as np
 from torch import SymFloat, SymInt, Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Lengths, check_integers
+from mmkernels.ops.tokens.inputs import Images, Lengths, check_integers
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import as_float, can_look, check_tensor, is_traced
 
-__all__ = ["Keep", "Round", "check_keep", "check_protect", "check_token_sizes", "rounds_of", "share_of", "sides"]
+__all__ = [
+    "Keep",
+    "Round",
+    "check_keep",
+    "check_kept",
+    "check_protect",
+    "check_token_sizes",
+    "rounds_of",
+    "share_of",
+    "sides",
+]
 
 _ROUNDING = 1e-9
 """So that 0.1 of 30 tokens are 3, although the float 0.1 is a little more than a tenth."""
@@ -74,6 +84,16 @@ def check_keep(keep: object, lengths: Sizes, *, least: int = 1, batched: bool = 
         if batched and count != kept[0]:
             raise ValueError(f"keep must be the same for all images of [images, tokens, C], got {kept[0]} and {count}")
     return kept
+
+
+def check_kept(keep: object, images: Images, *, least: int = 1) -> tuple[Sizes, int]:
+    """Returns how many tokens each image keeps, and how many each one does if they are batched, of no images too.
+
+    Raises as `check_keep`.
+    """
+    sizes = images.sizes if images.sizes or not images.batched else (images.each,)
+    kept = check_keep(keep, sizes, least=least, batched=images.batched)
+    return kept[: len(images.sizes)], kept[0] if images.batched else 0
 
 
 def share_of(share: float, lengths: Sizes, least: int = 1) -> Sizes:
