@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ def is_one(given: Grid) -> bool:
     """Returns whether a grid was given as one (t, h, w), and not as a list of them."""
     if isinstance(given, Tensor):
         return given.dim() == 1 and len(given) > 0
-    return len(given) > 0 and not isinstance(given[0], Sequence)
+    return len(given) > 0 and not _is_sequence(given[0])
 
 
 def triples(sizes: Sizes) -> list[tuple[int, ...]]:
@@ -159,7 +159,8 @@ def check_integers(name: str, values: object, must: str, least: int = 1, row: in
         must: what they must be, for the error.
         row: they are one row of so many integers, or several rows; 0: they are not in rows.
     """
-    flat = _flat_tensor(name, values, must, row) if isinstance(values, Tensor) else _flat(name, values, must, row)
+    tensor = type(values) is not tuple and isinstance(values, Tensor)
+    flat = _flat_tensor(name, values, must, row) if tensor else _flat(name, values, must, row)
     for at, number in enumerate(flat):
         if type(number) is not int and (isinstance(number, bool) or not isinstance(number, (int, SymInt))):
             if not isinstance(number, np.integer):
@@ -187,7 +188,7 @@ def _flat(name: str, values: object, must: str, row: int) -> list[int]:
     return flat
 
 
-def _flat_tensor(name: str, values: Tensor, must: str, row: int) -> list[int]:
+def _flat_tensor(name: str, values: Any, must: str, row: int) -> list[int]:
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, {must}, got {values.dtype}")
     if values.dim() > (2 if row else 1) or (row and values.numel() and values.shape[-1:] != (row,)):
@@ -197,4 +198,5 @@ def _flat_tensor(name: str, values: Tensor, must: str, row: int) -> list[int]:
 
 
 def _is_sequence(values: object) -> bool:
-    return isinstance(values, Sequence) and not isinstance(values, str)
+    kind = type(values)  # a look at the type is the cheapest check
+    return kind is tuple or kind is list or (isinstance(values, Sequence) and kind is not str)
