@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_received import attention_received
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.tokens.frame_difference import frame_difference
 from mmkernels.ops.tokens.inputs import (
     Grid,
@@ -26,8 +27,8 @@ from mmkernels.ops.tokens.inputs import (
     lengths_as,
     unpack,
 )
-from mmkernels.ops.tokens.keep import Keep, check_keep, share_of
-from mmkernels.ops.tokens.ranking import image_of
+from mmkernels.ops.tokens.keep import Keep, check_keep, check_kept, share_of
+from mmkernels.ops.tokens.ranking import image_of, on_device, starts_of
 from mmkernels.ops.tokens.select_diverse import select_diverse
 from mmkernels.ops.tokens.select_tokens import Selection, select_tokens
 from mmkernels.ops.tokens.token_similarity import token_similarity
@@ -89,9 +90,9 @@ def fastv(
     if hidden.dim() != 3:
         raise ValueError(f"hidden must be [B, L, C], got shape {tuple(hidden.shape)}")
     length = hidden.shape[1]
-    first, last, step = visual.indices(length)
-    if step != 1 or (visual.stop is not None and visual.stop > length):
+    if visual.step not in (None, 1) or (visual.stop is not None and visual.stop > length):
         raise ValueError(f"visual must be slice(first, last) within hidden's {length} tokens, got {visual}")
+    first, last = _place(visual.start, 0, length), _place(visual.stop, length, length)
     tokens = max(0, last - first)
     count = check_keep(keep, (tokens,), least=0)[0]
     if key.dim() != 4 or key.shape[2] != length:
@@ -140,8 +141,8 @@ def visionzip(
     images = _check_images(x, lengths, metric)
     best = select_tokens(x, lengths, dominant, scores)
     chosen = best.positions.flatten()
-    kept = check_keep(dominant, images.sizes, batched=images.batched)
-    more = check_keep(contextual, images.sizes, least=0, batched=images.batched)
+    kept, each = check_kept(dominant, images)
+    more, others_each = check_kept(contextual, images, least=0)
     left = tuple(n - count for n, count in zip(images.sizes, kept, strict=True))
     for image, (n, count) in enumerate(zip(left, more, strict=True)):
         if not min(n, 1) <= count <= n:
@@ -161,7 +162,8 @@ def visionzip(
     tokens = _interleaved(best.x.flatten(0, -2), kept, merged.x, more)
     positions = _interleaved(chosen, kept, places, more)
     total = tuple(map(sum, zip(kept, more, strict=True)))
-    return Selection(unpack(tokens, x), lengths_as(lengths, total), unpack(positions, x))
+    each += others_each
+    return Selection(unpack(tokens, x, each), lengths_as(lengths, total, each), unpack(positions, x, each))
 
 
 def dart(x: Tensor, lengths: Lengths, keep: Keep, pivots: int = 8, *, metric: Tensor | None = None) -> Selection:
@@ -195,14 +197,15 @@ def dart(x: Tensor, lengths: Lengths, keep: Keep, pivots: int = 8, *, metric: Te
         (64,)
     """
     images = _check_images(x, lengths, metric)
-    kept = check_keep(keep, images.sizes, batched=images.batched)
+    kept, _ = check_kept(keep, images)
     if isinstance(pivots, bool) or not isinstance(pivots, int):
         raise TypeError(f"pivots must be an integer, got {type(pivots).__name__}")
     fewest = min([count for count in kept if count] or [pivots])  # of images that have tokens
     if not 1 <= pivots <= fewest:
         raise ValueError(f"pivots must be from 1 to keep = {fewest}, got {pivots}")
     counts = tuple(min(n, pivots) for n in images.sizes)
-    norms = (images.x if metric is None else check_lengths(metric, lengths).x).norm(p=1, dim=1)
+    rows = images.x if metric is None else check_lengths(metric, lengths).x
+    norms = rows.norm(p=1, dim=1, dtype=wide_dtype(rows))  # float16 has no number for the norm of a large token
     chosen = select_tokens(images.x, images.sizes, counts, norms)
     scores = -token_similarity(images.x, images.sizes, chosen.x, counts, reduce="min")
     scores = scores.index_fill(0, chosen.positions, torch.inf)
@@ -233,7 +236,8 @@ def cdpruner(
 
     Returns:
         A `Selection`. The relevance of a token is its mean cosine similarity to its texts, scaled in each image to 0
-        for the least relevant token and 1 for the most. Differentiable with respect to x.
+        for the least relevant token and 1 for the most. A token whose relevance is NaN comes after all others.
+        Differentiable with respect to x.
 
     Raises:
         TypeError, ValueError: as in `select_diverse` and `token_similarity`. Each names the argument, what it must be
@@ -254,9 +258,10 @@ def cdpruner(
     counts = check_sizes(text_embeds, text_lengths, "text_embeds", "text_lengths")
     if len(counts) != len(images.sizes) or any(n and not count for n, count in zip(images.sizes, counts, strict=True)):
         raise ValueError(f"text_lengths must be 1 or more for each of {len(images.sizes)} images, got {counts}")
+    metric = x if metric is None else metric
     relevance = token_similarity(image_embeds, lengths, text_embeds, text_lengths, reduce="mean")
     quality = unpack(_from_0_to_1(relevance.flatten(), images), x)
-    chosen = select_diverse(x if metric is None else metric, lengths, keep, quality=quality)
+    chosen = select_diverse(metric, lengths, keep, quality=quality)
     return _in_order(x, lengths, images, keep, chosen)
 
 
@@ -285,7 +290,8 @@ def divprune(x: Tensor, lengths: Lengths, keep: Keep, *, metric: Tensor | None =
         torch.Size([2, 58, 64])
     """
     images = _check_images(x, lengths, metric)
-    chosen = select_diverse(x if metric is None else metric, lengths, keep, method="distance")
+    metric = x if metric is None else metric
+    chosen = select_diverse(metric, lengths, keep, method="distance")
     return _in_order(x, lengths, images, keep, chosen)
 
 
@@ -327,51 +333,55 @@ def evs(x: Tensor, grid: Grid, keep: float) -> Selection:
 
 
 def _check_images(x: Tensor, lengths: Lengths, metric: Tensor | None) -> Images:
-    """Returns the tokens packed, of one image or more where x is batched; checks a metric too."""
+    """Returns the tokens packed; checks a metric too."""
     images = check_lengths(x, lengths)
-    if images.batched and not images.sizes:
-        raise ValueError(f"x must have an image or more as [images, tokens, C], got shape {tuple(x.shape)}")
     if metric is not None:
         check_rows("metric", metric, x)
     return images
 
 
+def _place(bound: int | None, default: int, length: int) -> int:
+    """Returns where a bound of a slice lies. ``slice.indices`` would make a constant of a graph's symbolic length."""
+    if bound is None:
+        return default
+    return min(bound, length) if bound >= 0 else max(0, bound + length)
+
+
 def _evenly(left: Sizes, more: Sizes, device: torch.device) -> Tensor:
     """Returns scores by which evenly spread tokens are the best: every (n // count)-th of n tokens."""
-    starts = (sum(left[:image]) for image in range(len(left)))
-    places = [
-        start + place * (n // count)
-        for start, n, count in zip(starts, left, more, strict=True)
-        for place in range(count)
-    ]
-    index = torch.tensor(places, dtype=torch.int64, device=device)
-    return torch.zeros(sum(left), device=device).index_fill(0, index, 1.0)
+    steps = tuple(n // max(1, count) for n, count in zip(left, more, strict=True))
+    owner = image_of(more, device)
+    number = torch.arange(sum(more), device=device) - on_device(starts_of(more), device)[owner]
+    places = on_device(starts_of(left), device)[owner] + number * on_device(steps, device)[owner]
+    return torch.zeros(sum(left), device=device).index_fill(0, places, 1.0)
 
 
 def _interleaved(first: Tensor, counts: Sizes, second: Tensor, others: Sizes) -> Tensor:
     """Returns of each image the rows of `first`, then those of `second`."""
-    if not counts:
-        return first
     pairs = zip(first.split(list(counts)), second.split(list(others)), strict=True)
-    return torch.cat(list(chain.from_iterable(pairs)))
+    return torch.cat([first[:0], *chain.from_iterable(pairs)])  # of no images too
 
 
 def _from_0_to_1(scores: Tensor, images: Images) -> Tensor:
-    """Returns scores, moved and scaled in each image so that the least is 0 and the largest 1; all 1 where equal."""
+    """Returns scores, moved and scaled in each image so that the least is 0 and the largest 1; all 1 where equal.
+
+    NaN stays NaN, and counts neither as the least nor as the largest.
+    """
     owner = image_of(images.sizes, scores.device)
     least, most = (
-        scores.new_zeros(len(images.sizes)).scatter_reduce(0, owner, scores, name, include_self=False)[owner]
-        for name in ("amin", "amax")
+        scores.new_full((len(images.sizes),), none).scatter_reduce(0, owner, scores.nan_to_num(none), name)[owner]
+        for name, none in (("amin", torch.inf), ("amax", -torch.inf))
     )
-    return torch.where(most > least, (scores - least) / (most - least), 1.0)
+    scaled = torch.where(most > least, (scores - least) / (most - least), 1.0)
+    return scaled.masked_fill(scores.isnan(), torch.nan)
 
 
 def _in_order(x: Tensor, lengths: Lengths, images: Images, keep: Keep, chosen: Tensor) -> Selection:
     """Returns the tokens that `select_diverse` chose, in the order in which they were."""
-    kept = check_keep(keep, images.sizes, least=0, batched=images.batched)
+    kept, each = check_kept(keep, images, least=0)
     if images.batched:
         chosen = chosen.sort(1).values + torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
-        tokens = images.x.index_select(0, chosen.flatten()).unflatten(0, (x.shape[0], kept[0]))
-        return Selection(tokens, lengths_as(lengths, kept), chosen)
+        tokens = images.x.index_select(0, chosen.flatten()).unflatten(0, (x.shape[0], each))
+        return Selection(tokens, lengths_as(lengths, kept, each), chosen)
     chosen = chosen.sort().values
     return Selection(x.index_select(0, chosen), lengths_as(lengths, kept), chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from mmkernels import SpanMask, pruning, use_backend
@@ -72,6 +74,7 @@ def test_fastv_is_the_papers_formula(queries: int) -> None:
         ({"keep": 7}, ValueError, r"keep must be from 0 to 6 for image 0 of 6 tokens, got 7"),
         ({"keep": 0.0}, ValueError, r"keep must be above 0 and at most 1"),
         ({"hidden": drawn(20, 8)}, ValueError, r"hidden must be \[B, L, C\], got shape \(20, 8\)"),
+        ({"hidden": drawn(2, 20, 8)}, ValueError, r"query must be of hidden's 2 prompts, got shape \(1, 2, 1, 16\)"),
         ({"key": drawn(1, 2, 19, 16)}, ValueError, r"key must be \[B, H, 20, D\]"),
         ({"key": None}, TypeError, r"key must be a tensor, got NoneType"),
         ({"key": drawn(20, 16)}, ValueError, r"key must be \[B, H, 20, D\] for hidden's tokens, got shape \(20, 16\)"),
@@ -172,6 +175,14 @@ def test_dart_refuses_pivots(pivots: int) -> None:
         pruning.dart(drawn(20, 4), [20], 5, pivots=0.5)  # type: ignore[arg-type]
 
 
+@on_backends
+def test_dart_of_tokens_whose_norm_float16_does_not_hold() -> None:
+    x = torch.full((6, 1024), 80.0)
+    x[4], x[2] = 100.0, 90.0
+    kept = pruning.dart(x.half(), [6], 2, pivots=2)
+    assert places(kept) == [2, 4]
+
+
 # CDPruner and DivPrune.
 
 
@@ -219,6 +230,33 @@ def test_equal_relevances_count_1() -> None:
     text, embeds = torch.ones(1, 1, 4), torch.ones(1, 12, 4)
     relevant = pruning.cdpruner(x, 12, 4, embeds, text, 1)
     assert sorted(places(relevant)) == greedy_determinants(x[0].double() @ x[0].double().T, 4)
+
+
+@on_backends
+def test_relevance_of_nan_comes_last_and_leaves_the_others_alone() -> None:
+    """The relevances of the first four are 1, 0.6, 0 and 0.96: 0 is first, then 1 adds 0.6 * 0.8, and 3 0.96 * 0.28."""
+    x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.96, -0.28], [0.0, -1.0]])
+    embeds = x.clone()
+    embeds[4] = torch.nan
+    kept = pruning.cdpruner(x, [5], 2, embeds, torch.tensor([[1.0, 0.0]]), [1])
+    assert places(kept) == [0, 1] == places(pruning.cdpruner(x[:4], [4], 2, x[:4], torch.tensor([[1.0, 0.0]]), [1]))
+    assert places(pruning.cdpruner(x, [5], 5, embeds, torch.tensor([[1.0, 0.0]]), [1])) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 3), (20, 3), (2, 10)])
+def test_a_metric_of_other_tokens_is_refused(shape: tuple[int, ...]) -> None:
+    x, other = drawn(2, 10, 8), drawn(*shape)
+    message = rf"metric must be \[2, 10, D\], a row for each token, got shape {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=message):
+        pruning.divprune(x, 10, 4, metric=other)
+    with pytest.raises(ValueError, match=message):
+        pruning.dart(x, 10, 8, metric=other)
+    with pytest.raises(ValueError, match=message):
+        pruning.visionzip(x, 10, 4, 2, drawn(2, 10), other)
+    with pytest.raises(ValueError, match=message):
+        pruning.cdpruner(x, 10, 4, x, drawn(2, 1, 8), 1, metric=other)
+    with pytest.raises(ValueError, match=message.replace("metric", "image_embeds")):
+        pruning.cdpruner(x, 10, 4, other, drawn(2, 1, shape[-1]), 1)
 
 
 @on_backends
@@ -285,8 +323,13 @@ OTHERS: dict[str, Callable[[Tensor, Any], Selection]] = {
 def test_no_images(method: str) -> None:
     kept = OTHERS[method](drawn(0, 12), [])
     assert kept.x.shape == (0, 12) and kept.lengths == () and kept.positions.shape == (0,)
-    with pytest.raises(ValueError, match=r"x must have an image or more as .*, got shape \(0, 40, 12\)"):
-        OTHERS[method](drawn(0, 40, 12), 40)
+    if method == "evs":  # a batch's grid is of one image
+        with pytest.raises(ValueError, match=r"x must have an image or more as .*, got shape \(0, 40, 12\)"):
+            OTHERS[method](drawn(0, 40, 12), 40)
+        return
+    kept = OTHERS[method](drawn(0, 40, 12), 40)
+    count = 8 if method == "visionzip" else 10
+    assert kept.x.shape == (0, count, 12) and kept.lengths == count and kept.positions.shape == (0, count)
 
 
 @pytest.mark.parametrize(
@@ -355,3 +398,42 @@ def test_a_share_is_a_constant_of_compiled_code_and_a_number_is_not() -> None:
         assert torch.equal(compiled(x, keep), pruning.divprune(x, tokens, keep).x)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [1, 2, 2, 3, 3, 3]
+
+
+OF_ANY_SIZE: dict[str, Callable[[Tensor], Selection]] = {
+    "fastv": lambda x: pruning.fastv(x, x[:, None, -1:], x[:, None], slice(4, -4), 0.25),
+    "visionzip": lambda x: pruning.visionzip(x, x.shape[1], 0.25, 0.1, x[..., 0]),
+    "dart": lambda x: pruning.dart(x, x.shape[1], 0.5),
+    "cdpruner": lambda x: pruning.cdpruner(x, x.shape[1], 0.25, x, x[:, :3], 3),
+    "divprune": lambda x: pruning.divprune(x, x.shape[1], 0.25),
+    "evs": lambda x: pruning.evs(x, (x.shape[1] // 4, 2, 2), 0.5),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_graph_serves_images_of_any_size(method: str) -> None:
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(OF_ANY_SIZE[method], backend=graphs, fullgraph=True, dynamic=True)
+    for tokens in (24, 36, 60):
+        x = drawn(2, tokens, 12, seed=tokens)
+        assert torch.equal(compiled(x).positions, OF_ANY_SIZE[method](x).positions)
+    assert graphs.frame_count == 1
+
+
+@on_backends
+@pytest.mark.parametrize(
+    ("visual", "dropped"),
+    [
+        (slice(None, 19), range(19)),
+        (slice(-6, None), range(14, 20)),
+        (slice(2, -15), range(2, 5)),
+        (slice(-99, 4), range(4)),
+        (slice(9, 9), ()),
+        (slice(9, 3), ()),
+        (slice(30, None), ()),
+    ],
+)
+def test_fastv_takes_any_slice(visual: slice, dropped: Any) -> None:
+    kept = pruning.fastv(drawn(1, 20, 8), drawn(1, 2, 1, 16), drawn(1, 2, 20, 16), visual, 0)
+    assert kept.positions.flatten().tolist() == [at for at in range(20) if at not in dropped]

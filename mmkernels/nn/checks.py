@@ -8,7 +8,7 @@ from mmkernels.runtime.checks import check_tensor
 
 
 def check_positive(name: str, size: int) -> None:
-    if not isinstance(size, int) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"{name} must be a positive integer, got {size!r}")
 
 

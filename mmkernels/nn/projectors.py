@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmkernels.nn.checks import check_choice, check_positive, check_width
 from mmkernels.ops.tokens.inputs import Grid, check_window
 from mmkernels.ops.tokens.merge_patches import ORDERS, merge_patches
+from mmkernels.runtime.checks import check_bool, check_number
 
 __all__ = ["PatchMerger", "PixelShuffleProjector"]
 
@@ -42,7 +43,10 @@ class _Projector(nn.Module):
         check_choice("order", order, ORDERS)
         self.dim, self.out_dim = dim, out_dim
         self.window = check_window(window)
-        self.order, self.norm_first, self.eps, self.pad = order, norm_first, eps, pad
+        check_bool("norm_first", norm_first)
+        check_bool("pad", pad)
+        self.order, self.norm_first, self.pad = order, norm_first, pad
+        self.eps = check_number("eps", eps, "a number from 0 on", 0.0)
         self.norm_kind = norm
         merged = dim * prod(self.window)
         self.norm = _norm(norm, dim if norm_first else merged, eps)

@@ -12,12 +12,23 @@ from mmkernels.nn.checks import check_choice, check_positive, check_width
 from mmkernels.nn.projectors import PixelShuffleProjector, square_window
 from mmkernels.nn.resampler import PerceiverResampler
 from mmkernels.nn.token_images import TokenImages, fit_grid, grid_tokens
-from mmkernels.ops.tokens.inputs import Grid, Lengths, check_grid, check_rows, check_values, check_window, grid_sizes
+from mmkernels.ops.tokens.inputs import (
+    Grid,
+    Lengths,
+    check_grid,
+    check_rows,
+    check_values,
+    check_window,
+    grid_sizes,
+    is_one,
+    triples,
+)
 from mmkernels.ops.tokens.keep import check_keep, check_protect
 from mmkernels.ops.tokens.merge_patches.spec import merged_grid
 from mmkernels.ops.tokens.merge_tokens import merge_tokens
 from mmkernels.ops.tokens.pool_tokens import pool_tokens
 from mmkernels.ops.tokens.select_diverse import select_diverse
+from mmkernels.ops.tokens.select_diverse.spec import check_method
 from mmkernels.ops.tokens.select_tokens import select_tokens
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import in_graph
@@ -156,7 +167,7 @@ class TokenReducer(nn.Module):
             dim, protect: as of the class.
 
         Raises:
-            ValueError: the text names none.
+            ValueError: the text names none. TypeError, ValueError: it names a number that the kind does not take.
         """
         kind, _, amount = text.partition(":") if isinstance(text, str) else ("", "", "")
         scorer = "diverse" if kind == "diverse" else "scores"
@@ -256,6 +267,11 @@ class TokenReducer(nn.Module):
             return sizes
         return fit_grid(sizes, self.budget - self.protect, self.window)
 
+    def _size(self, grid: Grid, sizes: Sizes) -> Sequence[int] | Sequence[Sequence[int]]:
+        """Returns those grids for `pool_tokens`: one, where the images have one."""
+        fitted = triples(self._fitted(sizes))
+        return fitted[0] if is_one(grid) else fitted
+
     def _all_fit(self, sizes: Sizes) -> bool:
         """Whether a budget leaves all grids as they are. Not asked in a graph, which must serve other sizes too."""
         return self.budget is not None and not in_graph() and self._fitted(sizes) == sizes
@@ -264,11 +280,11 @@ class TokenReducer(nn.Module):
         mode = self.options.get("mode", "mean")
         if self.budget is None:
             return pool_tokens(x, grid, self.window, mode=mode, edges="partial")
-        return pool_tokens(x, grid, size=self._fitted(sizes), mode=mode)
+        return pool_tokens(x, grid, size=self._size(grid, sizes), mode=mode)
 
     def _shuffle(self, x: Tensor, grid: Grid, sizes: Sizes) -> tuple[Tensor, Grid]:
         if self.budget is not None and not self._all_fit(sizes):
-            x, grid = pool_tokens(x, grid, size=self._fitted(sizes))
+            x, grid = pool_tokens(x, grid, size=self._size(grid, sizes))
         assert self.module is not None
         y: tuple[Tensor, Grid] = self.module(x, grid)
         return y
@@ -344,6 +360,8 @@ class TokenReducer(nn.Module):
             for name in options:
                 if name not in OPTIONS[self.kind] or (name == "method" and self.scorer != "diverse"):
                     raise TypeError(f"{name} must not be given for kind {self.kind!r}, got {options[name]!r}")
+            if "method" in options:
+                check_method(options["method"])
             check_choice("mode", options.get("mode", "mean"), MODES[: 2 if self.budget is None else 4])
             merges = (False, True, "mean", "visionzip", "prumerge")  # the last one weighs tokens by their scores
             check_choice("merge_rest", options.get("merge_rest", False), merges[: 4 if self.scorer == "diverse" else 5])

@@ -76,6 +76,12 @@ def _wrong_layout(x: Tensor) -> str | None:
     return None if x.layout == _STRIDED else f"a dense tensor, got one of layout {x.layout}"
 
 
+def check_bool(name: str, x: object) -> None:
+    """Raise TypeError unless x is a bool: of a string such as "no" Python would make True."""
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be a bool, got {type(x).__name__}")
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype that autocast asks for on their device; as they are outside autocast, float64 always."""
     dtype = autocast_dtype(tensors[0])

@@ -32,8 +32,9 @@ class Gradient:
         contiguous: gradients are contiguous; else they lie in memory as their inputs do.
         prepared: for each differentiable input the argument that says whether the forward pass has prepared its
             gradient, which else is None; (): no gradient needs that.
-        linear: the inputs whose values the backward pass does not read, as the op is linear in them: their shapes are
-            kept for it, not their memory. Needs `contiguous`.
+        linear: the inputs whose values the backward pass does not read, as the op is linear in them, and such outputs
+            of `saves`: their shapes are kept for it, not their memory. Where an option decides, a function from the
+            op's record to their names. Needs `contiguous`.
         passes: backward record -> the gradients that are what flowed back, by the name of the input: they are handed
             on as they are, without a copy.
     """
@@ -45,7 +46,7 @@ class Gradient:
     zeros_for: tuple[str, ...] = ()
     contiguous: bool = False
     prepared: tuple[str, ...] = ()
-    linear: tuple[str, ...] = ()
+    linear: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
     passes: Callable[[Any], Mapping[str, Tensor]] | None = None
 
 
@@ -67,7 +68,7 @@ class Link:
         self._constant = outputs.take([name for name in outputs.names if name not in outputs.differentiable])
         self._flows = outputs.take(outputs.differentiable)
         self._needs = inputs.take(inputs.differentiable)
-        self._linear = frozenset(inputs.tensors.index(name) for name in gradient.linear)
+        self._names = (*inputs.tensors, *gradient.saves)
         self._prepared = [inputs.others.index(name) for name in gradient.prepared]
         self._places = [inputs.names.index(name) for name in inputs.differentiable]
         self._zeros = [
@@ -77,10 +78,11 @@ class Link:
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = (output,) if isinstance(output, Tensor) else output
-        tensors = self.inputs.take_tensors(inputs)
-        if self._linear:
-            tensors = tuple(_shape_of(x) if place in self._linear else x for place, x in enumerate(tensors))
-        ctx.save_for_backward(*tensors, *self._saved(outputs))
+        tensors, linear = (*self.inputs.take_tensors(inputs), *self._saved(outputs)), self.gradient.linear
+        names = linear(self.inputs.record._make(inputs[:-1])) if callable(linear) else linear
+        if names:
+            tensors = tuple(_shape_of(x) if name in names else x for name, x in zip(self._names, tensors, strict=True))
+        ctx.save_for_backward(*tensors)
         ctx.others, ctx.backend = self.inputs.take_others(inputs), inputs[-1]
         ctx.mark_non_differentiable(*self._constant(outputs))
         ctx.set_materialize_grads(False)
@@ -254,8 +256,11 @@ def _twice_by_transforms(
 
 
 def _shape_of(x: Tensor | None) -> Tensor | None:
-    """Returns a tensor of x's shape, dtype and device that takes the memory of one element."""
-    return None if x is None else x.new_empty_strided(x.shape, (0,) * x.dim())
+    """Returns a tensor of x's shape, dtype and device that takes the memory of one row, all rows being the same.
+
+    Kernels copy rows that are not dense before they look at their options.
+    """
+    return None if x is None else x.new_empty_strided(x.shape, (0,) * (x.dim() - 1) + (1,) * min(1, x.dim()))
 
 
 def _new_node(x: Tensor) -> Tensor:

@@ -162,6 +162,10 @@ def test_bad_input() -> None:
         [
             (lambda: PatchMerger(0, 10), ValueError, "dim must be a positive integer, got 0"),
             (lambda: PatchMerger(6, 1.5), ValueError, "out_dim must be a positive integer, got 1.5"),
+            (lambda: PatchMerger(6, True), ValueError, "out_dim must be a positive integer, got True"),
+            (lambda: PatchMerger(6, 10, eps=-1.0), ValueError, "eps must be a number from 0 on, got -1.0"),
+            (lambda: PatchMerger(6, 10, norm_first="no"), TypeError, "norm_first must be a bool, got str"),
+            (lambda: PixelShuffleProjector(6, 10, pad="no"), TypeError, "pad must be a bool, got str"),
             (lambda: PatchMerger(6, 10, hidden=0), ValueError, "hidden must be a positive integer, got 0"),
             (lambda: PatchMerger(6, 10, (2, 2)), ValueError, r"window must be \(t, h, w\), got 2 numbers"),
             (lambda: PatchMerger(6, 10, (1, 0, 2)), ValueError, "window must be 1 or more, got 0"),

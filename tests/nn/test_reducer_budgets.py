@@ -176,6 +176,11 @@ def test_bad_options() -> None:
             ),
             (lambda: TokenReducer("pool", window=2, mode="min"), ValueError, "mode must be one of mean, .*, got 'min'"),
             (lambda: TokenReducer("pool", window=2, mode="bicubic"), ValueError, "mode must be one of mean, max, got"),
+            (
+                lambda: TokenReducer("select", keep=2, scorer="diverse", method="max"),
+                ValueError,
+                "method must be determinant or distance, got 'max'",
+            ),
             (lambda: TokenReducer("tome", budget=True), ValueError, "budget must be an integer above .*, got True"),
             (
                 lambda: TokenReducer("select", keep=2, scorer="diverse", merge_rest="prumerge"),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import SymInt, Tensor
 
@@ -17,7 +18,8 @@ from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import check_floating
 
 __all__ = ["Grid", "Images", "Lengths", "check_grid", "check_integers", "check_lengths", "check_rows", "check_sizes",
-           "check_values", "check_window", "grid_as", "grid_sizes", "lengths_as", "unpack"]  # fmt: skip
+           "check_values", "check_window", "grid_as", "grid_sizes", "is_one", "lengths_as", "triples",
+           "unpack"]  # fmt: skip
 
 Grid = Tensor | Sequence[Sequence[int]] | Sequence[int]
 """(t, h, w) of each image: integers ``[images, 3]``, or one (t, h, w) for all images of ``x [images, t*h*w, C]``."""
@@ -34,14 +36,13 @@ class Images(NamedTuple):
     """The length of each image."""
     batched: bool
     """Whether ``x`` was given as ``[images, tokens, C]``, so that results have this form too."""
+    each: int = 0
+    """The length of each batched image, which is known of no images too."""
 
 
 def grid_sizes(grid: Grid) -> Sizes:
     """Returns the flat list of (t, h, w), as many as `grid` has. Raises as `check_grid`."""
-    sizes = check_integers("grid", grid, "(t, h, w) for each image")
-    if len(sizes) % 3:
-        raise ValueError(f"grid must be (t, h, w) for each image, got {len(sizes)} numbers")
-    return sizes
+    return check_integers("grid", grid, "(t, h, w) for each image", row=3)
 
 
 def check_grid(x: Tensor, grid: Grid, name: str = "x", protect: int = 0) -> Sizes:
@@ -76,7 +77,7 @@ def check_window(window: Sequence[int]) -> Sizes:
 def check_lengths(x: Tensor, lengths: Lengths, name: str = "x") -> Images:
     """Returns the tokens packed, with the length of each image, which may be 0. Raises as `check_grid`."""
     sizes = check_sizes(x, lengths, name)
-    return Images(x.flatten(0, 1), sizes, True) if x.dim() == 3 else Images(x, sizes, False)
+    return Images(x.flatten(0, 1), sizes, True, x.shape[1]) if x.dim() == 3 else Images(x, sizes, False)
 
 
 def check_sizes(x: Tensor, lengths: Lengths, name: str = "x", what: str = "lengths") -> Sizes:
@@ -86,7 +87,7 @@ def check_sizes(x: Tensor, lengths: Lengths, name: str = "x", what: str = "lengt
         what: the argument that holds the lengths, for errors.
     """
     check_floating(name, x)
-    one = isinstance(lengths, (int, SymInt))
+    one = isinstance(lengths, (int, SymInt, np.integer))
     sizes = check_integers(what, (lengths,) if one else lengths, "the tokens of each image", 0)
     if x.dim() == 3 and len(sizes) == 1:
         sizes = sizes * x.shape[0]
@@ -120,24 +121,49 @@ def _check_device(name: str, y: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} must be on x's device {x.device}, got {y.device}")
 
 
-def grid_as(given: Grid, sizes: Sizes) -> Grid:
-    """Returns a flat list of (t, h, w) in the form of a grid that was given: a tensor, tuples, or one tuple."""
-    rows = [tuple(sizes[at : at + 3]) for at in range(0, len(sizes), 3)]
+def is_one(given: Grid) -> bool:
+    """Returns whether a grid was given as one (t, h, w), and not as a list of them."""
     if isinstance(given, Tensor):
-        return torch.tensor(rows if given.dim() == 2 else rows[0], dtype=given.dtype, device=given.device)
-    return tuple(rows) if len(given) == 0 or isinstance(given[0], Sequence) else rows[0]
+        return given.dim() == 1 and len(given) > 0
+    return len(given) > 0 and not _is_sequence(given[0])
 
 
-def lengths_as(given: Lengths, sizes: Sizes) -> Lengths:
-    """Returns lengths in the form of those that were given: a tensor, a tuple, or one number."""
+def triples(sizes: Sizes) -> list[tuple[int, ...]]:
+    """Returns the (t, h, w) of each image, of a flat list of them."""
+    return [tuple(sizes[at : at + 3]) for at in range(0, len(sizes), 3)]
+
+
+def grid_as(given: Grid, sizes: Sizes, each: bool = False) -> Grid:
+    """Returns a flat list of (t, h, w) in the form of a grid that was given: a tensor, tuples, or one tuple.
+
+    Args:
+        each: one for each image, also where one was given for all.
+    """
+    rows, one = triples(sizes), is_one(given) and not each
     if isinstance(given, Tensor):
-        return torch.tensor(sizes if given.dim() else sizes[0], dtype=given.dtype, device=given.device)
-    return sizes[0] if isinstance(given, (int, SymInt)) else tuple(sizes)
+        grid = torch.tensor(rows, dtype=given.dtype, device=given.device).view(-1, 3)
+        return grid[0] if one else grid
+    return rows[0] if one else tuple(rows)
 
 
-def unpack(y: Tensor, x: Tensor) -> Tensor:
-    """Returns what belongs to tokens of x's images, ``[tokens', ...]``, in the form in which x was given."""
-    return y.view(x.shape[0], y.shape[0] // max(1, x.shape[0]), *y.shape[1:]) if x.dim() == 3 else y
+def lengths_as(given: Lengths, sizes: Sizes, each: int = 0) -> Lengths:
+    """Returns lengths in the form of those that were given: a tensor, a tuple, or one number, `each` of no images."""
+    if isinstance(given, Tensor):
+        found = sizes if given.dim() else (sizes or (each,))[0]
+        return torch.tensor(found, dtype=given.dtype, device=given.device)
+    return (sizes or (each,))[0] if isinstance(given, (int, SymInt, np.integer)) else tuple(sizes)
+
+
+def unpack(y: Tensor, x: Tensor, each: int | None = None) -> Tensor:
+    """Returns what belongs to tokens of x's images, ``[tokens', ...]``, in the form in which x was given.
+
+    Args:
+        each: the tokens' of an image, where x may have no images; None: as many as x has.
+    """
+    if x.dim() == 2:
+        return y
+    rows = y.shape[0] // x.shape[0] if x.shape[0] else x.shape[1] if each is None else each
+    return y.view(x.shape[0], rows, *y.shape[1:])
 
 
 def _check_tokens(name: str, x: Tensor, tokens: list[int], what: str) -> None:
@@ -153,33 +179,51 @@ def _check_tokens(name: str, x: Tensor, tokens: list[int], what: str) -> None:
         raise ValueError(f"{what} must match {name}'s {x.shape[0]} tokens, got {sum(tokens)} in {len(tokens)} images")
 
 
-def check_integers(name: str, values: object, must: str, least: int = 1) -> Sizes:
+def check_integers(name: str, values: object, must: str, least: int = 1, row: int = 0) -> Sizes:
     """Returns integers of at least `least`, of a tensor or a sequence, as a flat tuple.
 
     Args:
         must: what they must be, for the error.
+        row: they are one row of so many integers, or several rows; 0: they are not in rows.
     """
-    if type(values) is not tuple and isinstance(values, Tensor):
-        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-            raise TypeError(f"{name} must be integers, {must}, got {values.dtype}")
-        if values.dim() > 2:
-            raise ValueError(f"{name} must be {must}, got shape {tuple(values.shape)}")
-        values = values.flatten().tolist()
-    if type(values) is not tuple and (not isinstance(values, Sequence) or isinstance(values, str)):
-        raise TypeError(f"{name} must be integers, {must}, got {type(values).__name__}")
-    flat: list[int] = []
-    for value in values:
-        if type(value) is int:
-            flat.append(value)
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            if name in ("grid", "size") and len(value) != 3:
-                raise ValueError(f"{name} must be {must}, got {tuple(value)}")
-            flat.extend(value)
-        else:
-            flat.append(value)
-    for number in flat:
+    tensor = type(values) is not tuple and isinstance(values, Tensor)
+    flat = _flat_tensor(name, values, must, row) if tensor else _flat(name, values, must, row)
+    for at, number in enumerate(flat):
         if type(number) is not int and (isinstance(number, bool) or not isinstance(number, (int, SymInt))):
-            raise TypeError(f"{name} must be integers, {must}, got {type(number).__name__}")
+            if not isinstance(number, np.integer):
+                raise TypeError(f"{name} must be integers, {must}, got {type(number).__name__}")
+            flat[at] = number = int(number)
         if number < least:
             raise ValueError(f"{name} must be {least} or more, got {number}")
     return tuple(flat)
+
+
+def _flat(name: str, values: object, must: str, row: int) -> list[int]:
+    """Returns what a sequence holds, or the rows that it holds; raises where rows are of another length than `row`."""
+    if type(values) is not tuple and not _is_sequence(values):
+        raise TypeError(f"{name} must be integers, {must}, got {type(values).__name__}")
+    assert isinstance(values, Sequence)
+    if not (row and len(values) and _is_sequence(values[0])):
+        if row and len(values) not in (0, row):
+            raise ValueError(f"{name} must be {must}, got {len(values)} numbers")
+        return list(values)
+    flat: list[int] = []
+    for value in values:
+        if not _is_sequence(value) or len(value) != row:
+            raise ValueError(f"{name} must be {must}, got {tuple(value) if _is_sequence(value) else value}")
+        flat.extend(value)
+    return flat
+
+
+def _flat_tensor(name: str, values: Any, must: str, row: int) -> list[int]:
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, {must}, got {values.dtype}")
+    if values.dim() > (2 if row else 1) or (row and values.numel() and values.shape[-1:] != (row,)):
+        raise ValueError(f"{name} must be {must}, got shape {tuple(values.shape)}")
+    flat: list[int] = values.flatten().tolist()
+    return flat
+
+
+def _is_sequence(values: object) -> bool:
+    kind = type(values)  # a look at the type is the cheapest check
+    return kind is tuple or kind is list or (isinstance(values, Sequence) and kind is not str)

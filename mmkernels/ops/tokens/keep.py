@@ -6,14 +6,25 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 from torch import SymFloat, SymInt, Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Lengths, check_integers
+from mmkernels.ops.tokens.inputs import Images, Lengths, check_integers
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.checks import as_float, can_look, check_tensor, is_traced
 
-__all__ = ["Keep", "Round", "check_keep", "check_protect", "check_token_sizes", "rounds_of", "share_of", "sides"]
+__all__ = [
+    "Keep",
+    "Round",
+    "check_keep",
+    "check_kept",
+    "check_protect",
+    "check_token_sizes",
+    "rounds_of",
+    "share_of",
+    "sides",
+]
 
 _ROUNDING = 1e-9
 """So that 0.1 of 30 tokens are 3, although the float 0.1 is a little more than a tenth."""
@@ -52,15 +63,16 @@ def check_keep(keep: object, lengths: Sizes, *, least: int = 1, batched: bool = 
         TypeError: keep is neither a number nor integers.
         ValueError: keep is for another number of images, or a number that these images can't keep.
     """
-    if isinstance(keep, (float, SymFloat)) or (isinstance(keep, Tensor) and keep.dim() == 0 and is_traced()):
+    traced = isinstance(keep, Tensor) and keep.dim() == 0 and is_traced()
+    if traced or isinstance(keep, (float, SymFloat, np.floating)):
         share = as_float("keep", keep, "a share of the tokens")
         if not 0.0 < share <= 1.0:
             raise ValueError(f"keep must be above 0 and at most 1 as a share of the tokens, got {keep}")
         return share_of(share, lengths, least)
     must = "a number of tokens, or a share" if together else "a number of tokens, one for each image, or a share"
-    if isinstance(keep, bool) or (together and not isinstance(keep, (int, SymInt))):
+    if isinstance(keep, bool) or (together and not isinstance(keep, (int, SymInt, np.integer))):
         raise TypeError(f"keep must be {must}, got {type(keep).__name__}")
-    one = isinstance(keep, (int, SymInt))
+    one = isinstance(keep, (int, SymInt, np.integer))
     kept = check_integers("keep", (keep,) if one else keep, must, 0)
     if not one and len(kept) != len(lengths):
         raise ValueError(f"keep must be for {len(lengths)} images, got {len(kept)} numbers")
@@ -72,6 +84,16 @@ def check_keep(keep: object, lengths: Sizes, *, least: int = 1, batched: bool = 
         if batched and count != kept[0]:
             raise ValueError(f"keep must be the same for all images of [images, tokens, C], got {kept[0]} and {count}")
     return kept
+
+
+def check_kept(keep: object, images: Images, *, least: int = 1) -> tuple[Sizes, int]:
+    """Returns how many tokens each image keeps, and how many each one does if they are batched, of no images too.
+
+    Raises as `check_keep`.
+    """
+    sizes = images.sizes if images.sizes or not images.batched else (images.each,)
+    kept = check_keep(keep, sizes, least=least, batched=images.batched)
+    return kept[: len(images.sizes)], kept[0] if images.batched else 0
 
 
 def share_of(share: float, lengths: Sizes, least: int = 1) -> Sizes:

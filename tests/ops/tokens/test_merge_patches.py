@@ -7,6 +7,7 @@ from math import prod
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -189,8 +190,13 @@ def test_a_grid_in_any_form() -> None:
     assert torch.equal(y, want) and torch.equal(grid, torch.tensor([(1, 1, 1), (1, 2, 1)]))
     y, grid = merge_patches(x[None], (1, 6, 2))
     assert y.shape == (1, 3, 16) and grid == (1, 3, 1)
+    y, grid = merge_patches(x, [[np.int64(1), 2, 2], (1, np.int32(4), 2)])
+    assert torch.equal(y, want) and grid == ((1, 1, 1), (1, 2, 1))
     y, grid = merge_patches(x[:0], ())
     assert y.shape == (0, 16) and grid == ()
+    for none in (torch.empty(0, 3, dtype=torch.int64), merge_patches(x[:0], torch.empty(0, 3, dtype=torch.int64))[1]):
+        y, grid = merge_patches(x[:0], none)
+        assert y.shape == (0, 16) and grid.shape == (0, 3)
 
 
 def test_a_grouped_merge_without_a_norm_is_a_view() -> None:
@@ -267,6 +273,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"grid": [(1, 4, 0)]}, ValueError, "grid must be 1 or more, got 0"),
     ({"grid": [(1, -4, -6)]}, ValueError, "grid must be 1 or more, got -4"),
     ({"grid": [(4, 6)]}, ValueError, r"grid must be \(t, h, w\) for each image, got \(4, 6\)"),
+    ({"grid": [1, 4, 4, 1, 4, 2]}, ValueError, r"grid must be \(t, h, w\) for each image, got 6 numbers"),
+    ({"grid": torch.tensor([1, 4, 4, 1, 4, 2])}, ValueError, r"grid must be \(t, h, w\) for each .*, got shape \(6,\)"),
+    ({"grid": torch.tensor([[1, 1], [4, 4], [4, 2]])}, ValueError, r"grid must be .* image, got shape \(3, 2\)"),
+    ({"grid": [(1, 4, 4), 1, 4, 2]}, ValueError, r"grid must be \(t, h, w\) for each image, got 1"),
+    ({"window": [(1, 2, 2)]}, TypeError, r"window must be integers, \(t, h, w\), got tuple"),
     ({"grid": [(1, 4.0, 6)]}, TypeError, r"grid must be integers, .*, got float"),
     ({"grid": torch.ones(1, 3)}, TypeError, "grid must be integers, .*, got torch.float32"),
     ({"grid": 24}, TypeError, "grid must be integers, .*, got int"),
@@ -281,6 +292,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"window must give each image of x \[images, tokens, C\] as many tokens, got \(1, 2, 2\)",
     ),
     ({"window": (1, 3, 2), "pad": True, "order": "grouped"}, ValueError, 'grid must be .*; order "grouped" takes no'),
+    ({"pad": "no"}, TypeError, "pad must be a bool, got str"),
+    ({"norm": "layer", "norm_first": 1}, TypeError, "norm_first must be a bool, got int"),
     ({"order": "row"}, ValueError, "order must be one of spatial, channel, grouped, got 'row'"),
     ({"norm": "batch"}, ValueError, 'norm must be None, "layer" or "rms", got \'batch\''),
     ({"weight": X[0]}, ValueError, "weight must be None for norm=None"),

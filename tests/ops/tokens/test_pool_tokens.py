@@ -242,6 +242,10 @@ def test_grids_and_sizes_in_any_form() -> None:
     assert grid == ((1, 1, 1), (1, 3, 2)) and y.shape == (7, 4)
     y, grid = pool_tokens(x[None], (2, 3, 4), size=(1, 1, 4))
     assert grid == (1, 1, 4) and y.shape == (1, 4, 4)
+    y, grid = pool_tokens(x.view(2, 12, 4), (1, 3, 4), size=[(1, 2, 3), (1, 3, 2)])  # one grid, but a size for each
+    assert grid == ((1, 2, 3), (1, 3, 2)) and y.shape == (2, 6, 4)
+    y, grid = pool_tokens(x.view(2, 12, 4), torch.tensor((1, 3, 4)), size=[(1, 2, 3), (1, 3, 2)])
+    assert torch.equal(grid, torch.tensor([(1, 2, 3), (1, 3, 2)])) and y.shape == (2, 6, 4)
     y, grid = pool_tokens(x[:0], (), (1, 2, 2))
     assert grid == () and y.shape == (0, 4)
 
@@ -275,13 +279,15 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         "window must be None for mode='bilinear', which takes a size",
     ),
     ({"edges": "wrap"}, ValueError, "edges must be one of refuse, partial, drop, got 'wrap'"),
+    ({"antialias": "no"}, TypeError, "antialias must be a bool, got str"),
     ({"antialias": True}, ValueError, "antialias must be False for mode='mean'"),
     ({"window": None, "size": (1, 0, 2)}, ValueError, "size must be 1 or more, got 0"),
     (
-        {"window": None, "size": (2, 2)},
+        {"window": None, "size": [(1, 2, 2)] * 2},
         ValueError,
-        r"size must be \(t, h, w\), or one for each of 1 images, got 2 numbers",
+        r"size must be \(t, h, w\), or one for each of 1 images, got 6 numbers",
     ),
+    ({"window": None, "size": (2, 2)}, ValueError, r"size must be \(t, h, w\), or one for each image, got 2 numbers"),
     ({"window": None, "size": [(2, 2)]}, ValueError, r"size must be \(t, h, w\), or one for each image, got \(2, 2\)"),
     ({"window": None, "size": 2}, TypeError, "size must be integers, .*, got int"),
     (

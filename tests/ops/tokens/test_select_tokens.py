@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import each_backend, examples, generator
@@ -209,6 +210,20 @@ def test_forms_of_results() -> None:
     assert select_tokens(torch.zeros(0, 6, 4), 6, 2, torch.zeros(0, 6)).x.shape == (0, 2, 4)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "keep", "plain"),
+    [
+        ([np.int64(5), np.int32(4)], np.int64(2), 2),
+        ([5, 4], [np.int64(2), np.uint8(1)], [2, 1]),
+        ([5, 4], np.float32(0.5), 0.5),
+    ],
+)
+def test_numbers_of_numpy(lengths: Any, keep: Any, plain: Any) -> None:
+    x, scores = torch.randn(9, 8), torch.rand(9)
+    kept, want = select_tokens(x, lengths, keep, scores), select_tokens(x, [5, 4], plain, scores)
+    assert torch.equal(kept.positions, want.positions) and kept.lengths == want.lengths
+
+
 def test_no_tensor_is_kept_for_the_backward_pass() -> None:
     x, kept = torch.randn(500, 64, requires_grad=True), []
 
@@ -256,6 +271,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "keep for three": (GOOD | {"keep": (1, 1, 1)}, ValueError, r"keep must be for 2 images, got 3 numbers"),
     "keep a share of 0": (GOOD | {"keep": 0.0}, ValueError, r"keep must be above 0 and at most 1 .*, got 0.0"),
     "keep a share above 1": (GOOD | {"keep": 1.5}, ValueError, r"keep must be above 0 and at most 1 .*, got 1.5"),
+    "lengths in rows": (GOOD | {"lengths": torch.tensor([[5, 4]])}, ValueError, r"lengths must be .* shape \(1, 2\)"),
     "keep NaN": (GOOD | {"keep": NAN}, ValueError, r"keep must be above 0 and at most 1 .*, got nan"),
     "keep a bool": (GOOD | {"keep": True}, TypeError, r"keep must be a number of tokens, one for.*, got bool"),
     "keep a string": (GOOD | {"keep": "all"}, TypeError, r"keep must be integers, .*, got str"),

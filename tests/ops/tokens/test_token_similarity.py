@@ -199,7 +199,9 @@ def test_dtypes_and_no_gradient() -> None:
         assert found.dtype == wide and not found.requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         rounded = token_similarity(x, [12], others, [3])
+        mixed = token_similarity(x, [12], others.bfloat16(), [3])  # as a layer makes them
     assert torch.equal(rounded, token_similarity(x, [12], others, [3]))
+    assert torch.equal(mixed, token_similarity(x, [12], others.bfloat16().float(), [3]))
 
 
 def test_dart_and_cdpruner_in_a_few_lines() -> None:

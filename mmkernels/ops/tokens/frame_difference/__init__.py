@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
@@ -57,7 +59,7 @@ def frame_difference(x: Tensor, grid: Grid, *, backend: str | None = None) -> Te
 
 
 def _fake(args: Arguments) -> Tensor:
-    return args.x.new_empty(args.x.shape[:-1].numel(), dtype=wide_dtype(args.x))
+    return args.x.new_empty(prod(args.x.shape[:-1]), dtype=wide_dtype(args.x))
 
 
 OP = define(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.tokens.inputs import Lengths, check_lengths, lengths_as
-from mmkernels.ops.tokens.keep import Keep, check_keep, check_protect, check_token_sizes
+from mmkernels.ops.tokens.keep import Keep, check_kept, check_protect, check_token_sizes
 from mmkernels.ops.tokens.match_tokens import chunked
 from mmkernels.ops.tokens.match_tokens.spec import Arguments, Results, reference
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
@@ -77,7 +77,7 @@ def match_tokens(
     (metric,) = without_autocast(metric)
     images = check_lengths(metric, lengths, "metric")
     protect = check_protect(protect)
-    kept = check_keep(keep, images.sizes, least=protect + 1, batched=images.batched)
+    kept, each = check_kept(keep, images, least=protect + 1)
     args = Arguments(
         metric=images.x.detach(),
         sizes=None if sizes is None else check_token_sizes(sizes, metric, "metric").detach(),
@@ -86,7 +86,7 @@ def match_tokens(
         protect=protect,
     )
     assignment: Tensor = OP(args, resolve(backend))
-    return assignment.view(metric.shape[:-1]), lengths_as(lengths, kept)
+    return assignment.view(metric.shape[:-1]), lengths_as(lengths, kept, each)
 
 
 def _fake(args: Arguments) -> Tensor:

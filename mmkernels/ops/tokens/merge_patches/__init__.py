@@ -19,7 +19,7 @@ from mmkernels.ops.tokens.merge_patches.spec import (
 )
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_floating, check_number, in_graph, without_autocast
+from mmkernels.runtime.checks import check_bool, check_floating, check_number, in_graph, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -100,6 +100,8 @@ def merge_patches(
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     if norm not in (None, "layer", "rms"):
         raise ValueError(f'norm must be None, "layer" or "rms", got {norm!r}')
+    check_bool("pad", pad)
+    check_bool("norm_first", norm_first)
     _check_whole(sizes, steps, order, pad)
     _check_parameter("weight", weight, norm, x, steps, norm_first)
     _check_parameter("bias", bias, norm, x, steps, norm_first)
@@ -186,5 +188,6 @@ OP = define(
             Backend("reference", reference_backward),
         ],
         contiguous=True,
+        linear=lambda args: () if args.norm else ("x",),
     ),
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.tokens.inputs import Lengths, check_lengths, check_rows, lengths_as, unpack
-from mmkernels.ops.tokens.keep import Keep, check_keep, check_protect, check_token_sizes
+from mmkernels.ops.tokens.keep import Keep, check_kept, check_protect, check_token_sizes
 from mmkernels.ops.tokens.match_tokens import OP as MATCH
 from mmkernels.ops.tokens.match_tokens.spec import Arguments as MatchArguments
 from mmkernels.ops.tokens.merge_tokens import chunked
@@ -91,7 +91,7 @@ def merge_tokens(
     (x,) = without_autocast(x)
     images = check_lengths(x, lengths)
     protect = check_protect(protect)
-    kept = check_keep(keep, images.sizes, least=protect + 1, batched=images.batched)
+    kept, each = check_kept(keep, images, least=protect + 1)
     flat_sizes = None if sizes is None else check_token_sizes(sizes, x)
     backend = resolve(backend)
     if backend and can_look(x):  # so that the error of a backend that can't run speaks of this op
@@ -104,9 +104,9 @@ def merge_tokens(
         group = _check_assignment(assignment, x, sum(kept))
     merged, merged_sizes = OP(Arguments(x=images.x, sizes=flat_sizes, assignment=group, kept=kept), backend)
     return (
-        unpack(merged, x),
-        lengths_as(lengths, kept),
-        unpack(merged_sizes, x),
+        unpack(merged, x, each),
+        lengths_as(lengths, kept, each),
+        unpack(merged_sizes, x, each),
         group.view(x.shape[:-1]) if assignment is None else assignment,
     )
 
@@ -161,5 +161,6 @@ OP = define(
             Backend("reference", reference_backward),
         ],
         contiguous=True,
+        linear=lambda args: ("x",) if args.sizes is None else (),
     ),
 )

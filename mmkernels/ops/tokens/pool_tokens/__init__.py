@@ -9,13 +9,22 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Grid, check_grid, check_integers, check_values, check_window, grid_as, unpack
+from mmkernels.ops.tokens.inputs import (
+    Grid,
+    check_grid,
+    check_integers,
+    check_values,
+    check_window,
+    grid_as,
+    is_one,
+    unpack,
+)
 from mmkernels.ops.tokens.merge_patches.spec import count_tokens
 from mmkernels.ops.tokens.pool_tokens.axes import RESIZING, pooled_grid
 from mmkernels.ops.tokens.pool_tokens.spec import Arguments, Results, reference, reference_backward
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import in_graph, without_autocast
+from mmkernels.runtime.checks import check_bool, in_graph, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -107,7 +116,7 @@ def pool_tokens(
             y, *_ = reference(args)
     else:
         y, *_ = OP(args, backend)
-    return unpack(y, x), grid_as(grid, out)
+    return unpack(y, x), grid_as(grid, out, each=size is not None and not is_one(size))
 
 
 def _check_target(
@@ -118,6 +127,7 @@ def _check_target(
         raise ValueError(f"window or size must be given, and not both, got {window} and {size}")
     if edges not in EDGES:
         raise ValueError(f"edges must be one of {', '.join(EDGES)}, got {edges!r}")
+    check_bool("antialias", antialias)
     if antialias and mode not in RESIZING:
         raise ValueError(f"antialias must be False for mode={mode!r}")
     if window is not None:
@@ -132,7 +142,7 @@ def _check_target(
                     f"grid must be {must} window {steps} for edges={edges!r}, got {image} of image {at // 3}"
                 )
         return steps, ()
-    target = check_integers("size", size, "(t, h, w), or one for each image")
+    target = check_integers("size", size, "(t, h, w), or one for each image", row=3)
     if len(target) not in (3, len(sizes)) or not target:
         raise ValueError(
             f"size must be (t, h, w), or one for each of {len(sizes) // 3} images, got {len(target)} numbers"
@@ -155,6 +165,11 @@ def _check_scores(scores: Tensor | None, mode: str, x: Tensor) -> None:
     check_values("scores", scores, x)
     if scores.dtype != x.dtype:
         raise TypeError(f"scores must have x's dtype {x.dtype}, got {scores.dtype}")
+
+
+def _linear(args: Arguments) -> tuple[str, ...]:
+    """Returns what the backward pass does not read; second derivatives of "max" look for the largest again, in x."""
+    return () if args.mode == "attention" else ("y",) if args.mode == "max" else ("x", "y")
 
 
 def _fake(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,5 +203,6 @@ OP = define(
             Backend("reference", reference_backward),
         ],
         contiguous=True,
+        linear=_linear,
     ),
 )

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Lengths, check_lengths, check_values
-from mmkernels.ops.tokens.keep import Keep, check_keep
+from mmkernels.ops.tokens.inputs import Lengths, check_lengths, check_values, unpack
+from mmkernels.ops.tokens.keep import Keep, check_kept
 from mmkernels.ops.tokens.select_diverse import chunked
 from mmkernels.ops.tokens.select_diverse.spec import Arguments, Results, check_method, reference
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
@@ -66,7 +66,7 @@ def select_diverse(
         tensor([0, 3, 4])
     """
     given = check_lengths(x, lengths)
-    kept = check_keep(keep, given.sizes, least=0, batched=given.batched)
+    kept, each = check_kept(keep, given, least=0)
     check_method(method)
     if given.x.shape[1] == 0:
         raise ValueError(f"x must have channels, got shape {tuple(x.shape)}")
@@ -76,9 +76,8 @@ def select_diverse(
     index: Tensor = OP(args, resolve(backend))
     if not given.batched:
         return index
-    images = x.shape[0]
     # The remainder is in the image also of the zeros that `stub_ops` gives, with which callers index.
-    return index.view(images, len(index) // max(1, images)) % x.shape[1]
+    return unpack(index, x, each) % x.shape[1]
 
 
 def _check_quality(quality: Tensor, x: Tensor, method: str) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.tokens.inputs import Lengths, check_lengths, check_rows, check_values, lengths_as
-from mmkernels.ops.tokens.keep import Keep, check_keep
+from mmkernels.ops.tokens.inputs import Lengths, check_lengths, check_rows, check_values, lengths_as, unpack
+from mmkernels.ops.tokens.keep import Keep, check_keep, check_kept
 from mmkernels.ops.tokens.select_tokens import chunked
 from mmkernels.ops.tokens.select_tokens.spec import Arguments, Results, formula, reference, reference_backward
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
@@ -114,16 +114,16 @@ def select_tokens(
     if merge and metric is None and x.shape[-1] == 0:
         raise ValueError(f"x must have at least one channel with merge_rest, got shape {tuple(x.shape)}")
     per_image = over == "image"
-    sizes = images.sizes if images.sizes or not images.batched else (x.shape[1],)  # of no images too
-    kept = check_keep(
-        keep, sizes if per_image else (sum(images.sizes),), batched=images.batched and per_image, together=not per_image
-    )
+    if per_image:
+        kept, each = check_kept(keep, images)
+    else:
+        kept, each = check_keep(keep, (sum(images.sizes),), together=True), 0
     args = Arguments(
         x=images.x,
         scores=_check_scores(scores, x).detach(),
         metric=None if metric is None else _check_metric(metric, x, merge).detach(),
         lengths=images.sizes,
-        keep=kept[: len(images.sizes)] if per_image else kept,
+        keep=kept,
         over=over,
         merge=merge,
     )
@@ -131,9 +131,8 @@ def select_tokens(
     if not per_image:
         return Selection(y, counts, index)
     if images.batched:
-        form = (x.shape[0], kept[0])
-        y, index = y.unflatten(0, form), index.unflatten(0, form)
-    return Selection(y, lengths_as(lengths, kept), index)
+        y, index = unpack(y, x, each), unpack(index, x, each)
+    return Selection(y, lengths_as(lengths, kept, each), index)
 
 
 def _check_merge(merge_rest: object) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
@@ -10,6 +12,7 @@ from mmkernels.ops.tokens.token_similarity import chunked
 from mmkernels.ops.tokens.token_similarity.spec import REDUCTIONS, Arguments, Results, reference
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
+from mmkernels.runtime.checks import without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 
 __all__ = ["token_similarity"]
@@ -48,6 +51,8 @@ def token_similarity(
         others is not. Products are summed in float32 (float64), whatever the size of the values; but on "triton", for
         "max" and "min", products of two rows must be finite, and not vanish.
 
+    Autocast rounds nothing here: x and others may differ in their dtype under it, and the wider one is taken.
+
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, length or reduction. Each names the
             argument, what it must be and what it got.
@@ -65,6 +70,7 @@ def token_similarity(
         >>> mmkernels.token_similarity(x, [4], words, [2], reduce="max")
         tensor([1.0000, 0.5000, 0.5000, 0.5000])
     """
+    x, others = without_autocast(x, others)
     sizes = check_sizes(x, lengths)
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
@@ -94,7 +100,7 @@ def _check_others(x: Tensor, sizes: Sizes, others: Tensor, other_lengths: Length
 
 
 def _fake(args: Arguments) -> Tensor:
-    return args.x.new_empty(args.x.shape[:-1].numel(), dtype=wide_dtype(args.x))
+    return args.x.new_empty(prod(args.x.shape[:-1]), dtype=wide_dtype(args.x))
 
 
 OP = define(

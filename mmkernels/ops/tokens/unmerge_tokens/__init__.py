@@ -88,5 +88,6 @@ OP = define(
             Backend("reference", reference_backward),
         ],
         contiguous=True,
+        linear=("x",),
     ),
 )
