@@ -73,7 +73,7 @@ class _Projector(nn.Module):
             weight=None if self.norm is None else self.norm.weight,
             bias=getattr(self.norm, "bias", None),
             eps=self.eps,
-            norm_first=self.norm_first,
+            norm_first=self.norm_first and self.norm is not None,
             pad=self.pad,
         )
         return self.mlp(merged), grid

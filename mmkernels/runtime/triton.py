@@ -77,7 +77,7 @@ def why_not(args: Any = None) -> str | None:
         return f"the tensors are on {x.device}"
     if x.dtype not in _DTYPES:
         return f"{x.dtype} is not computed: sums are kept in float32"
-    if INTERPRETED and x.dtype == torch.bfloat16:
+    if INTERPRETED and any(isinstance(part, torch.Tensor) and part.dtype == torch.bfloat16 for part in args):
         return "the interpreter multiplies no bfloat16"
     return _device_why_not(x.device)
 

@@ -201,7 +201,8 @@ def check_integers(name: str, values: object, must: str, least: int = 1, row: in
 def _flat(name: str, values: object, must: str, row: int) -> list[int]:
     """Returns what a sequence holds, or the rows that it holds; raises where rows are of another length than `row`."""
     if type(values) is not tuple and not _is_sequence(values):
-        raise TypeError(f"{name} must be integers, {must}, got {type(values).__name__}")
+        several = "a sequence of integers" if isinstance(values, int) else "integers"
+        raise TypeError(f"{name} must be {several}, {must}, got {type(values).__name__}")
     assert isinstance(values, Sequence)
     if not (row and len(values) and _is_sequence(values[0])):
         if row and len(values) not in (0, row):

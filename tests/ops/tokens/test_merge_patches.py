@@ -143,7 +143,7 @@ def _calls(draw: st.DrawFn) -> dict[str, Any]:
     channels = draw(st.sampled_from([1, 3, 16, 37]))
     norm = draw(st.sampled_from([None, "layer", "rms"]))
     return {"grid": grid, "window": window, "order": order, "pad": pad, "norm": norm, "channels": channels,
-            "norm_first": draw(st.booleans())}  # fmt: skip
+            "norm_first": norm is not None and draw(st.booleans())}  # fmt: skip
 
 
 @pytest.mark.interpreted
@@ -280,7 +280,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"window": [(1, 2, 2)]}, TypeError, r"window must be integers, \(t, h, w\), got tuple"),
     ({"grid": [(1, 4.0, 6)]}, TypeError, r"grid must be integers, .*, got float"),
     ({"grid": torch.ones(1, 3)}, TypeError, "grid must be integers, .*, got torch.float32"),
-    ({"grid": 24}, TypeError, "grid must be integers, .*, got int"),
+    ({"grid": 24}, TypeError, "grid must be a sequence of integers, .*, got int"),
     ({"window": (2, 2)}, ValueError, r"window must be \(t, h, w\), got 2 numbers"),
     ({"window": (1, 0, 2)}, ValueError, "window must be 1 or more, got 0"),
     ({"window": (1, True, 2)}, TypeError, r"window must be integers, \(t, h, w\), got bool"),
@@ -293,6 +293,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"window": (1, 3, 2), "pad": True, "order": "grouped"}, ValueError, 'grid must be .*; order "grouped" takes no'),
     ({"pad": "no"}, TypeError, "pad must be a bool, got str"),
+    ({"norm_first": True}, ValueError, "norm_first must be False for norm=None"),
+    (
+        {"window": (1, 2**20, 2**20), "pad": True},
+        ValueError,
+        r"window must leave a merged token fewer than 2\^31 channels, got \(1, 1048576, 1048576\)",
+    ),
     ({"norm": "layer", "norm_first": 1}, TypeError, "norm_first must be a bool, got int"),
     ({"order": "row"}, ValueError, "order must be one of spatial, channel, grouped, got 'row'"),
     ({"norm": "batch"}, ValueError, 'norm must be None, "layer" or "rms", got \'batch\''),

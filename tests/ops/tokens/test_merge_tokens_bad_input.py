@@ -90,6 +90,11 @@ MERGE: dict[str, Bad] = {
         ValueError,
         r"assignment must have a token for each of 6 rows, got none for 0",
     ),
+    "assignment into another image": (
+        {"assignment": GROUP},
+        ValueError,
+        r"assignment must give each token a row of its image, got row 3 for token 3 of image 0",
+    ),
     "assignment's device": (
         {"assignment": GROUP.to("meta")},
         ValueError,

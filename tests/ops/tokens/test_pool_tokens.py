@@ -278,6 +278,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "window must be None for mode='bilinear', which takes a size",
     ),
+    (
+        {"window": None, "size": (1, 2, 2), "edges": "partial"},
+        ValueError,
+        "edges must be left out where a size is given, got 'partial'",
+    ),
     ({"edges": "wrap"}, ValueError, "edges must be one of refuse, partial, drop, got 'wrap'"),
     ({"antialias": "no"}, TypeError, "antialias must be a bool, got str"),
     ({"antialias": True}, ValueError, "antialias must be False for mode='mean'"),
@@ -289,7 +294,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"window": None, "size": (2, 2)}, ValueError, r"size must be \(t, h, w\), or one for each image, got 2 numbers"),
     ({"window": None, "size": [(2, 2)]}, ValueError, r"size must be \(t, h, w\), or one for each image, got \(2, 2\)"),
-    ({"window": None, "size": 2}, TypeError, "size must be integers, .*, got int"),
+    ({"window": None, "size": 2}, TypeError, "size must be a sequence of integers, .*, got int"),
     (
         {"window": None, "size": (2, 2, 2), "mode": "bicubic"},
         ValueError,

@@ -19,7 +19,7 @@ from mmkernels.ops.tokens.merge_patches.spec import (
 )
 from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_bool, check_floating, check_number, in_graph, without_autocast
+from mmkernels.runtime.checks import can_look, check_bool, check_floating, check_number, in_graph, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
 
@@ -102,6 +102,10 @@ def merge_patches(
         raise ValueError(f'norm must be None, "layer" or "rms", got {norm!r}')
     check_bool("pad", pad)
     check_bool("norm_first", norm_first)
+    if norm_first and norm is None:
+        raise ValueError("norm_first must be False for norm=None")
+    if x.shape[-1] * prod(steps) >= 2**31:
+        raise ValueError(f"window must leave a merged token fewer than 2^31 channels, got {tuple(steps)}")
     _check_whole(sizes, steps, order, pad)
     _check_parameter("weight", weight, norm, x, steps, norm_first)
     _check_parameter("bias", bias, norm, x, steps, norm_first)
@@ -110,9 +114,6 @@ def merge_patches(
     if x.dim() == 3 and any(prod(merged[at : at + 3]) != prod(merged[:3]) for at in range(0, len(merged), 3)):
         raise ValueError(f"window must give each image of x [images, tokens, C] as many tokens, got {tuple(steps)}")
     backend = resolve(backend)
-    if order == "grouped" and norm is None:
-        y = x.reshape(-1, x.shape[-1] * prod(steps))
-        return unpack(y, x), grid_as(grid, merged)
     args = Arguments(
         x=x,
         weight=weight,
@@ -121,9 +122,14 @@ def merge_patches(
         window=steps,
         order=order,
         norm=norm or "",
-        norm_first=norm is not None and norm_first,
+        norm_first=norm_first,
         eps=eps,
     )
+    if order == "grouped" and norm is None:
+        if backend and can_look(x):  # so that a backend that can't run is an error here too
+            OP.choose(backend, args)
+        y = x.reshape(-1, x.shape[-1] * prod(steps))
+        return unpack(y, x), grid_as(grid, merged)
     if backend == "reference" and not in_graph():
         with torch._C._DisableAutocast():
             y = reference(args)

@@ -222,10 +222,17 @@ SPEC = OpSpec(
             {"images": 4, "tokens": 1024, "C": 1024},
             ("x",),
             targets=(
-                Speedup("fp32", False, 1.8, "InternVL"),
-                Speedup("fp32", False, 0.8, "clone"),
+                *(Speedup(dtype, False, 1.8, "InternVL") for dtype in ("fp32", "bf16")),
+                *(Speedup(dtype, False, 0.8, "clone") for dtype in ("fp32", "bf16")),
                 BandwidthShare("bf16", False, 0.8, device="gpu"),
             ),
+        ),
+        Benchmark(
+            "4 tiles of 1024, layer norm",
+            _tiles(4, **_NORM),
+            {"images": 4, "tokens": 1024, "C": 1024, "norm": "layer"},
+            ("x", "weight", "bias"),
+            targets=tuple(Speedup(dtype, False, 2.2, "InternVL") for dtype in ("fp32", "bf16")),
         ),
         Benchmark(
             "one image of 256",

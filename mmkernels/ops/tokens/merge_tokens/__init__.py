@@ -12,6 +12,8 @@ from mmkernels.ops.tokens.match_tokens import OP as MATCH
 from mmkernels.ops.tokens.match_tokens.spec import Arguments as MatchArguments
 from mmkernels.ops.tokens.merge_tokens import chunked
 from mmkernels.ops.tokens.merge_tokens.spec import Arguments, Results, formula, reference, reference_backward
+from mmkernels.ops.tokens.ranking import image_of
+from mmkernels.runtime.arguments import Sizes
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import can_look, check_range, check_tensor, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
@@ -101,7 +103,7 @@ def merge_tokens(
         weights = None if flat_sizes is None else flat_sizes.detach().to(wide_dtype(rows))
         group: Tensor = MATCH(MatchArguments(rows.detach(), weights, images.sizes, kept, protect), backend)
     else:
-        group = _check_assignment(assignment, x, sum(kept))
+        group = _check_assignment(assignment, x, images.sizes, kept)
     merged, merged_sizes = OP(Arguments(x=images.x, sizes=flat_sizes, assignment=group, kept=kept), backend)
     return (
         unpack(merged, x, each),
@@ -118,8 +120,9 @@ def _check_metric(metric: Tensor, x: Tensor) -> Tensor:
     return metric.flatten(0, 1) if metric.dim() == 3 else metric
 
 
-def _check_assignment(assignment: Tensor, x: Tensor, count: int) -> Tensor:
-    """Returns the assignment of all tokens, [N], to `count` groups of which none is empty."""
+def _check_assignment(assignment: Tensor, x: Tensor, lengths: Sizes, kept: Sizes) -> Tensor:
+    """Returns the assignment of all tokens, [N], to groups of their own image, of which none is empty."""
+    count = sum(kept)
     check_tensor("assignment", assignment)
     if assignment.dtype != torch.int64:
         raise TypeError(f"assignment must be int64, got {assignment.dtype}")
@@ -133,6 +136,15 @@ def _check_assignment(assignment: Tensor, x: Tensor, count: int) -> Tensor:
         empty = (group.bincount(minlength=count) == 0).nonzero()
         if len(empty):
             raise ValueError(f"assignment must have a token for each of {count} rows, got none for {int(empty[0])}")
+    if group.is_cpu and can_look(group) and len(lengths) > 1:
+        image = image_of(lengths, group.device)
+        astray = (image_of(kept, group.device)[group] != image).nonzero()
+        if len(astray):
+            token = int(astray[0])
+            raise ValueError(
+                f"assignment must give each token a row of its image, got row {int(group[token])} for token {token} of "
+                f"image {int(image[token])}"
+            )
     return group
 
 

@@ -142,6 +142,8 @@ def _check_target(
                     f"grid must be {must} window {steps} for edges={edges!r}, got {image} of image {at // 3}"
                 )
         return steps, ()
+    if edges != "refuse":
+        raise ValueError(f"edges must be left out where a size is given, got {edges!r}")
     target = check_integers("size", size, "(t, h, w), or one for each image", row=3)
     if len(target) not in (3, len(sizes)) or not target:
         raise ValueError(
