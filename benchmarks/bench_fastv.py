@@ -197,7 +197,7 @@ def _targets(row: Row) -> list[Target]:
     return [
         Speedup(row.dtype, False, 0.85, KNOWN),
         Speedup(row.dtype, False, 1.0, STORED),
-        MemoryRatio(row.dtype, False, 1.0, UNPRUNED),
+        MemoryRatio(row.dtype, False, 1.0, STORED),
     ]
 
 
