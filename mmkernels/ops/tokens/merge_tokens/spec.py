@@ -101,9 +101,12 @@ def _batched(g: Generator) -> Inputs:
 
 
 def _given(g: Generator) -> Inputs:
-    assignment = torch.cat([torch.randperm(11, generator=g), torch.randint(11, (40,), generator=g)])
+    parts = [  # of each image, in any order and with no empty group
+        first + torch.cat([torch.randperm(kept, generator=g), torch.randint(kept, (tokens - kept,), generator=g)])
+        for first, kept, tokens in ((0, 5, 20), (5, 6, 31))
+    ]
     sizes = 0.5 + torch.rand(51, generator=g).double()
-    return {"x": normal(g, 51, 70), "lengths": (20, 31), "keep": (5, 6), "assignment": assignment, "sizes": sizes}
+    return {"x": normal(g, 51, 70), "lengths": (20, 31), "keep": (5, 6), "assignment": torch.cat(parts), "sizes": sizes}
 
 
 def _cost(inputs: Inputs, backward: bool) -> Cost:
