@@ -20,7 +20,8 @@ def equal_to(
 ) -> None:
     """Asserts that two modules with the same parameters have the same results, and gradients of x and all parameters.
 
-    In float64 but for rounding, and in float32, on the default backend, with at most twice the error of `theirs`.
+    In float64 but for rounding, and in float32, on the default backend, with at most twice the error of `theirs`: the
+    largest of all results, each relative to its largest value.
 
     Args:
         names: what a parameter's name in `ours` starts with -> in `theirs`; each of both has its counterpart.
@@ -38,12 +39,13 @@ def equal_to(
     baseline = _results(theirs.float(), their_call, x.float(), others)
     found = _results(ours.float(), call, x.float(), mine)
     largest = max(float(want.abs().max()) for want in truth)
-    for name, y, other, want in zip(("the result", "x", *mine), found, baseline, truth, strict=True):
-        error, budget = (float((z - want).abs().max()) for z in (y, other.view_as(y)))
-        size = float(want.abs().max())
-        if size < 1e-12 * largest:  # such as the gradient of a key's bias: terms cancel, and rounding is all there is
-            size = largest
-        assert error <= 2.0 * budget + 1e-6 * size, name
+    # A gradient that is 0, such as that of a key's bias, is a sum of terms that cancel: its rounding has their size.
+    sizes = [size if (size := float(want.abs().max())) > 1e-12 * largest else largest for want in truth]
+    error, budget = (
+        max(float((y.view_as(want) - want).abs().max()) / size for y, want, size in zip(ys, truth, sizes, strict=True))
+        for ys in (found, baseline)
+    )
+    assert error <= 2.0 * budget + 1e-6, (error, budget)
 
 
 def _pairs(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> list[tuple[str, str]]:
