@@ -86,7 +86,7 @@ def test_equals_coca_s_pooler_by_pytorch_s_attention() -> None:
     names |= {name + ".": f"rest.{name}/" for name in ("query_norm", "context_norm")}
     equal_to(
         AttentionPool(12, 5, num_heads=3, pre_norm=True, eps=1e-5),
-        _Split(randomise(_Pooler(12, 5, 3), std=0.5), "attention"),
+        _Split(randomise(_Pooler(12, 5, 3), std=0.25), "attention"),
         names,
         lambda m, x: m(x),
         lambda m, x: m(x),
