@@ -37,7 +37,7 @@ class Budget(NamedTuple):
 DEFAULT = Budget(native=1_000, interpreted=60)
 # The first op of each family pays for what the family shares: models, integrations, every instruction set and mask.
 BUDGET = {
-    "cross_attention": Budget(native=13_600, interpreted=505),
+    "cross_attention": Budget(native=18_200, interpreted=505),
     "attention_received": Budget(native=1_300, interpreted=165),
     "attention_weights": Budget(native=1_300, interpreted=160),
     "info_nce": Budget(native=3_400, interpreted=360),
@@ -47,9 +47,10 @@ BUDGET = {
     "match_tokens": Budget(native=1_400, interpreted=95),
     "merge_tokens": Budget(native=900, interpreted=45),
     "unmerge_tokens": Budget(native=700, interpreted=40),
-    "merge_patches": Budget(native=700, interpreted=110),
-    "pool_tokens": Budget(native=700, interpreted=110),
+    "merge_patches": Budget(native=850, interpreted=110),
+    "pool_tokens": Budget(native=950, interpreted=110),
     # Together as two defaults: three reductions against none.
     "frame_difference": Budget(native=600, interpreted=85),
-    "token_similarity": Budget(native=950, interpreted=125),
+    "select_tokens": Budget(native=1_250, interpreted=60),
+    "token_similarity": Budget(native=1_050, interpreted=125),
 }
