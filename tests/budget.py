@@ -4,9 +4,9 @@
 
     set-up 171 + lint and types 56 + GPU kernels compiled 110 + tests that run no op 98        = 435
     left for two processes:                                               2 (900 - 435)        = 930
-    the budgets of the 13 ops below:     28,250 runs of 10.2 ms + 2,030 interpreted of 0.11 s  = 511
-    7 more ops with the default budget:   7,000 runs of 10.2 ms +   420 interpreted of 0.11 s  = 118
-    spare, for a slower machine and as one process ends before the other                       = 301
+    the budgets of the 14 ops below:     34,600 runs of 10.2 ms + 2,090 interpreted of 0.11 s  = 583
+    6 more ops with the default budget:   6,000 runs of 10.2 ms +   360 interpreted of 0.11 s  = 101
+    spare, for a slower machine and as one process ends before the other                       = 246
 """
 
 from __future__ import annotations
