@@ -52,7 +52,7 @@ class Checked:
 
 
 def full_check(dim: int, dtype: str, limit: float) -> tuple[list[Checked], list[Step]]:
-    """Returns 2, 4 and 8 ranks at 1k to 64k pairs, and the steps that are left out as they would pass `limit` seconds."""
+    """Returns 2, 4 and 8 ranks at 1k to 64k pairs, and the steps that `limit` seconds leave no time for."""
     steps = [Step(2**power, dim, ranks, dtype) for power in range(10, 17, 2) for ranks in (2, 4, 8)]
     return check(steps, limit)
 

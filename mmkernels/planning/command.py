@@ -51,8 +51,8 @@ def run_plan(options: Options, *, checking: str = "quick", limit: float = 300.0,
     first = options.steps[0]
     hidden = hidden_from(first, rates)
     output = console()
-    output.print(Text(f"Contrastive step of info_nce over {plural(first.ranks, 'rank')}, d = {first.dim:,}, {first.dtype}\n",
-                      style="bold"))  # fmt: skip
+    title = f"Contrastive step of info_nce over {plural(first.ranks, 'rank')}, d = {first.dim:,}, {first.dtype}\n"
+    output.print(Text(title, style="bold"))
     output.print(plan_table(predictions, options.encoder_seconds))
     for line in (*_verdict(first, hidden), *_of_run(options, predictions), ACCURACY, *basis):
         output.print(Text(line))
@@ -76,10 +76,11 @@ def _of_sheet(options: Options) -> tuple[Rates, list[str]]:
     wire = options.wire_rate or link * WIRE_SHARE
     rates = SheetRates(sheet, step.dtype, PEAK_SHARE, wire)
     kind = "NVLink within a machine" if inside else f"the network between machines of {sheet.per_machine}"
-    of_link = f"{rate(link)} by {kind} x {WIRE_SHARE:.0%}, assumed"
+    of_link = "as given" if options.wire_rate else f"{rate(link)} by {kind} x {WIRE_SHARE:.0%}, assumed"
+    peak = f"{number(sheet.flops[step.dtype] / 1e12)} TFLOP/s {step.dtype}"
     return rates, [
-        f"{sheet.name}: {number(sheet.flops[step.dtype] / 1e12)} TFLOP/s {step.dtype} x {PEAK_SHARE:.0%}, {PEAK_SHARE_WHY}.",
-        f"Wire: {rate(wire)} ({'as given' if options.wire_rate else of_link}), {rates.latency * 1e6:.0f} us a hop, assumed.",
+        f"{sheet.name}: {peak} x {PEAK_SHARE:.0%}, {PEAK_SHARE_WHY}.",
+        f"Wire: {rate(wire)} ({of_link}), {rates.latency * 1e6:.0f} us a hop, assumed.",
         f"Figures: {sheet.source}.",
         "No kernel of this package has run on a GPU: times are a projection, not a measurement.",
     ]
@@ -128,11 +129,11 @@ def _of_run(options: Options, predictions: Sequence[Prediction]) -> list[str]:
     run = options.run
     if run is None or run.step_seconds is None:
         return []
-    share = predictions[0].seconds / run.step_seconds
+    made = predictions[0]
     return [
-        f"The run's step took {number(run.step_seconds * 1e3)} ms, the median of {plural(run.steps, 'line')} of its log; "
-        f"the loss at {predictions[0].step.batch:,} pairs would be {share:.0%} of that. Of the whole: beside that time, "
-        "scaled with the pairs."
+        f"The run's step took {number(run.step_seconds * 1e3)} ms, the median of {plural(run.steps, 'line')} of its "
+        f"log; the loss at {made.step.batch:,} pairs is predicted to take {made.seconds / run.step_seconds:.0%} of "
+        "that. Of the whole: beside that time, scaled with the pairs."
     ]
 
 
@@ -142,14 +143,19 @@ def _check(step: Step, *, full: bool, limit: float) -> list[Checked]:
         checked, left_out = full_check(step.dim, step.dtype, limit)
     else:
         checked = quick_check(min(step.dim, _CHECK_DIM), step.dtype)
-    output.print(Text(f"\nThe model on this machine, whose {plural(host.physical_cores(), 'core')} the ranks share, d = "
-                      f"{checked[0].step.dim if checked else step.dim:,}, {step.dtype}", style="bold"))  # fmt: skip
+    shared, channels = plural(host.physical_cores(), "core"), checked[0].step.dim if checked else step.dim
+    title = f"\nThe model on this machine, whose {shared} the ranks share, d = {channels:,}, {step.dtype}"
+    output.print(Text(title, style="bold"))
     output.print(checked_table(checked, left_out))
     return checked
 
 
 def _json(
-    options: Options, predictions: Sequence[Prediction], hidden: int | None, basis: Sequence[str], checked: Sequence[Checked]
+    options: Options,
+    predictions: Sequence[Prediction],
+    hidden: int | None,
+    basis: Sequence[str],
+    checked: Sequence[Checked],
 ) -> dict[str, Any]:
     """Returns all numbers; the names contain the units."""
     return {

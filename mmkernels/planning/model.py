@@ -23,8 +23,11 @@ class Rates(Protocol):
         memory_bytes: that a rank may take.
     """
 
-    sharing: float
-    memory_bytes: float
+    @property
+    def sharing(self) -> float: ...
+
+    @property
+    def memory_bytes(self) -> float: ...
 
     def block(self, hop: Hop, dim: int) -> float:
         """Returns the seconds of one block on a rank that shares its core with no other."""

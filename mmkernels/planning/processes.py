@@ -63,7 +63,7 @@ def _results(pipes: dict[int, Connection]) -> list[Any]:
         for pipe in wait(list(waiting)):
             rank = waiting[pipe]  # type: ignore[index]
             try:
-                fine, value = pipe.recv()  # type: ignore[union-attr]
+                fine, value = pipe.recv()  # type: ignore[union-attr, call-arg]
             except EOFError:
                 fine, value = False, "it ended"
             if not fine:

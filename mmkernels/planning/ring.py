@@ -10,7 +10,7 @@ __all__ = ["Hop", "Step", "gathered_bytes", "hops", "memory_parts", "sent_bytes"
 
 _WIDE = 4  # bytes of float32: sums, states and gradients on their way
 _SUMS, _STATE = 6, 4  # rows of a text's sums on their way in the forward pass; of its state in the backward pass
-_GATHERED = {2: 16, 4: 24}  # bytes for each logit of n x N that open_clip's loss holds at its peak, by bytes of a feature
+_GATHERED = {2: 16, 4: 24}  # bytes of open_clip's loss at its peak for each of n x N logits, by bytes of a feature
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def hops(step: Step) -> list[Hop]:
 
 
 def sent_bytes(step: Step) -> int:
-    """Returns the bytes that a rank sends in a step: texts go W - 1 hops, sums and gradients W, which brings them home."""
+    """Returns the bytes that a rank sends in a step: texts go W - 1 hops, sums and gradients W, back home."""
     if step.ranks == 1:
         return 0
     n, d, size, w = step.rows, step.dim, step.itemsize, step.ranks

@@ -177,5 +177,3 @@ def _positive(name: str, value: Any, where: str) -> float:
     if not 0 < number < float("inf"):
         raise BadInput(f"--from-log: {name} must be a number above 0, got {value!r} in {where}")
     return number
-
-
