@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from rich.text import Text
 
+from mmkernels.interrupts import Interrupted
 from mmkernels.machine import describe_machine, device_name
 from mmkernels.options import BadInput
 from mmkernels.planning.check import Checked, full_check, quick_check
@@ -41,6 +42,7 @@ def run_plan(options: Options, *, checking: str = "quick", limit: float = 300.0,
 
     Raises:
         BadInput: the file can't be written, or the wire of a GPU here is not given.
+        Interrupted: by Ctrl-C in the check; the plan is printed and written before.
     """
     if out is not None:
         if out.is_dir():
@@ -56,11 +58,17 @@ def run_plan(options: Options, *, checking: str = "quick", limit: float = 300.0,
     output.print(plan_table(predictions, options.encoder_seconds))
     for line in (*_verdict(first, hidden), *_of_run(options, predictions), ACCURACY, *basis):
         output.print(Text(line))
-    checked: list[Checked] = []
-    if checking != "none":
-        checked = _check(first, full=checking == "full", limit=limit)
+    report = _json(options, predictions, hidden, basis)
     if out is not None:
-        write_json(out, _json(options, predictions, hidden, basis, checked))
+        write_json(out, report)
+    if checking != "none":
+        try:
+            checked = _check(first, full=checking == "full", limit=limit)
+        except KeyboardInterrupt:
+            raise Interrupted("the plan above is kept") from None
+        if out is not None:
+            write_json(out, report | {"checked": list(map(_json_of, checked))})
+    if out is not None:
         output.print(f"Written: {out} (all numbers)", soft_wrap=True)
 
 
@@ -151,13 +159,9 @@ def _check(step: Step, *, full: bool, limit: float) -> list[Checked]:
 
 
 def _json(
-    options: Options,
-    predictions: Sequence[Prediction],
-    hidden: int | None,
-    basis: Sequence[str],
-    checked: Sequence[Checked],
+    options: Options, predictions: Sequence[Prediction], hidden: int | None, basis: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns all numbers; the names contain the units."""
+    """Returns all numbers of a plan; the names contain the units."""
     return {
         "kind": "mmkernels plan contrastive",
         "device": options.device,
@@ -181,16 +185,17 @@ def _json(
             }
             for made in predictions
         ],
-        "checked": [
-            asdict(one.step)
-            | {
-                "predicted_seconds": one.seconds[0],
-                "measured_seconds": one.seconds[1],
-                "time_error": one.time_error,
-                "predicted_bytes": one.memory_bytes and one.memory_bytes[0],
-                "measured_bytes": one.memory_bytes and one.memory_bytes[1],
-                "memory_error": one.memory_error,
-            }
-            for one in checked
-        ],
+    }
+
+
+def _json_of(one: Checked) -> dict[str, Any]:
+    """Returns the numbers of a step that was checked."""
+    predicted, measured = one.memory_bytes or (None, None)
+    return asdict(one.step) | {
+        "predicted_seconds": one.seconds[0],
+        "measured_seconds": one.seconds[1],
+        "time_error": one.time_error,
+        "predicted_bytes": predicted,
+        "measured_bytes": measured,
+        "memory_error": one.memory_error,
     }
