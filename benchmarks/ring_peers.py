@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,9 @@ def gather_local(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 def _gathered(x: Tensor) -> Tensor:
-    return torch.cat(collectives.all_gather(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # open_clip calls it too
+        return torch.cat(collectives.all_gather(x))
 
 
 def _wide(x: Tensor) -> Tensor:
