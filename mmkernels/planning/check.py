@@ -21,7 +21,7 @@ from mmkernels.planning.processes import on_ranks
 from mmkernels.planning.ring import Step
 from mmkernels.runtime import host
 
-__all__ = ["Checked", "check", "full_check", "quick_check"]
+__all__ = ["Checked", "check", "full_check", "quick_check", "step_on"]
 
 _ROUNDS = 5
 _TIMEOUT = 1800.0  # seconds that a rank may wait for the others, who measure
@@ -115,7 +115,7 @@ def _measure(
             if not _agreed(_fits(times, index, steps, limit - (time.monotonic() - begin))):
                 continue
             if rank < step.ranks:
-                run = _step(step, groups[step.ranks])
+                run = step_on(step, groups[step.ranks])
                 if round_ == 0:
                     run()
                     peaks[index] = peak_memory(run)
@@ -145,7 +145,7 @@ def _agreed(mine: bool) -> bool:
     return bool(answer)
 
 
-def _step(step: Step, group: dist.ProcessGroup) -> Callable[[], Any]:
+def step_on(step: Step, group: dist.ProcessGroup) -> Callable[[], Any]:
     """Returns a call of the loss and its gradients on this rank's pairs."""
     rank = dist.get_rank(group)
     begin = min(rank * step.rows, step.batch)
