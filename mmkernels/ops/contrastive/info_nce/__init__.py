@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.contrastive.info_nce import block as block  # whose ops it defines
 from mmkernels.ops.contrastive.info_nce import chunked
 from mmkernels.ops.contrastive.info_nce.reduction import (
     POSITIVES,
