@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive.inputs import check_more_features
+from mmkernels.ops.contrastive.retrieval_ranks import block as block  # whose op it defines
 from mmkernels.ops.contrastive.retrieval_ranks import chunked
 from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, Results, reference
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel

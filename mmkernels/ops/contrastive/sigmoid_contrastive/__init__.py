@@ -10,6 +10,7 @@ from torch import Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_scalar
+from mmkernels.ops.contrastive.sigmoid_contrastive import block as block  # whose op it defines
 from mmkernels.ops.contrastive.sigmoid_contrastive import chunked
 from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, Results, formula, kept_dtype, reference
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
