@@ -21,8 +21,6 @@ import torch
 import torch.distributed as dist
 
 
-
-
 class Outcome(NamedTuple):
     """How a rank ended.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -82,10 +82,11 @@ class Group:
     """
 
     def __init__(self, name: str, call: str, device: torch.device | None = None) -> None:
-        from torch.distributed.distributed_c10d import _resolve_process_group
+        from torch.distributed import distributed_c10d
 
         self.call = call
-        self.process_group = _resolve_process_group(name)
+        resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+        self.process_group = resolve(name)
         able = self.process_group._device_types
         self.device = device if device is not None and torch.device(device.type) in able else able[-1]
         self.rank, self.size = self.process_group.rank(), self.process_group.size()
@@ -138,10 +139,8 @@ class Group:
     def report(self, error: Exception) -> None:
         """Say in place of `agree` that this rank's arguments are bad. The caller then raises the error."""
         text = f"{type(error).__name__}: {error}"
-        try:
+        with suppress(GroupError):  # this rank's own error says more
             self._gather({"error": text[: _MESSAGE_BYTES // 8]})  # a letter takes up to six bytes
-        except GroupError:
-            pass  # this rank's own error says more
 
     # What is summed.
 
@@ -225,7 +224,7 @@ class Piece(NamedTuple):
     stop: int
 
     @property
-    def count(self) -> int:
+    def rows(self) -> int:
         return self.stop - self.start
 
 
@@ -279,20 +278,20 @@ def _circulate(
 
     now = piece(0)
     held = [x[now.start : now.stop].contiguous() for x in tensors]
-    results, coming = empty(now.count), None
+    results, coming = empty(now.rows), None
     for step in range(group.size):
         after = piece(step + 1)
         passing, following = None, held
         if step + 1 < group.size:
-            following = [x.new_empty(after.count, *x.shape[1:]) for x in held]
+            following = [x.new_empty(after.rows, *x.shape[1:]) for x in held]
             passing = group.exchange(held, following)
-        added = visit(now, held) if now.count else None
+        added = visit(now, held) if now.rows else None
         if coming is not None:
             coming.wait()
         if added is not None and merge is not None:
             results = merge(results, added)
         if group.size > 1:
-            received = empty(after.count)
+            received = empty(after.rows)
             coming = group.exchange(results, received)
             results = received
         if passing is not None:
@@ -300,5 +299,5 @@ def _circulate(
         now, held = after, following
     if coming is not None:
         coming.wait()
-    if home is not None and now.count:
+    if home is not None and now.rows:
         home(slice(now.start, now.stop), results)

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, get_type_hints
 from torch import Tensor
 
 from mmkernels.ops.contrastive.formula import NO_PARTNERS
-from mmkernels.runtime.dispatch import TABLES, Backend, Op
-from mmkernels.runtime.group import Group, Piece
+from mmkernels.runtime.checks import in_graph
+from mmkernels.runtime.dispatch import TABLES, Backend, BackendError, Op, resolve
+from mmkernels.runtime.group import Group, Piece, check_group, told_to_group
 
 _PIECE_BYTES = 2**21  # of features on a CPU: two or three pieces and their float32 gradients fit into the caches
 _CHUNK_BYTES = 2**23  # of the float32 gradients of the images that one block takes on a CPU
@@ -111,15 +112,51 @@ def features(args: Any, at: slice, text: Tensor, ids: Tensor | None, first_text:
     }
 
 
-def record_over_ranks(arguments: type[Any]) -> Any:
-    """Returns the record of an op over a group: that of the op, and the group's name."""
-    fields = [*get_type_hints(arguments, include_extras=True).items(), ("group", str)]
-    return NamedTuple(f"{arguments.__name__}OverRanks", fields)  # type: ignore[misc]
+def record_over_ranks(arguments: type[Any], **more: type[Any]) -> Any:
+    """Returns the record of an op over a group: that of the op, the group's name, and `more` fields of these types."""
+    fields = [*get_type_hints(arguments, include_extras=True).items(), ("group", str), *more.items()]
+    return NamedTuple(f"{arguments.__name__}OverRanks", fields)
 
 
 def backends_of(block: Op, run: Callable[..., Any]) -> list[Backend]:
-    """Returns the backends of a block, round which the ring is the same; run: (record, name of a backend) -> outputs."""
+    """Returns the backends of a block, round which the ring is the same.
+
+    Args:
+        run: (record, name of the block's backend) -> outputs.
+    """
     return [Backend(entry.name, partial(run, kernels=entry.name), entry.why_not) for entry in TABLES[block.name]]
+
+
+def call_over_ranks(
+    op: Op,
+    record: Any,
+    group: Any,
+    backend: str | None,
+    call: str,
+    like: object,
+    checked: Callable[[], Any],
+    *more: Any,
+) -> tuple[Any, Any]:
+    """Returns the record of a call over a group, and the op's outputs.
+
+    Args:
+        op, record: over a group, see `record_over_ranks`.
+        call: what is computed, for errors.
+        like: features, whose device is that of the call, if they are a tensor.
+        checked: returns the record without the group, or raises an error, of which the other ranks then hear.
+        more: the values of the record's further fields.
+    """
+    name = check_group(group)
+    try:
+        args = checked()
+        check_group(group, args[0].device)
+        inputs, backend = record(*args, name, *more), resolve(backend)
+        if not in_graph():
+            op.choose(backend, inputs)
+    except (TypeError, ValueError, BackendError) as error:
+        told_to_group(error, name, call, like)
+        raise
+    return inputs, op(inputs, backend)
 
 
 def no_formula(args: Any) -> Any:

@@ -28,9 +28,8 @@ from mmkernels.ops.contrastive.inputs import (
 )
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import autocast, check_number, in_graph
-from mmkernels.runtime.dispatch import Backend, BackendError, define, resolve
+from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
-from mmkernels.runtime.group import check_group, told_to_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,8 +110,8 @@ def info_nce(
         label_smoothing: 0 to 1, the share of each row's target that is uniform over everything that its softmax
             compares, as in ``F.cross_entropy``.
         image_weight: 0 to 1, the share of the image-to-text direction; the rest is that of text-to-image.
-        group: ranks that compute the loss together (``torch.distributed.group.WORLD``, or ``mesh.get_group()``), or None:
-            this process alone; see below.
+        group: ranks that compute the loss together (``torch.distributed.group.WORLD``, or ``mesh.get_group()``), or
+            None: this process alone; see below.
         reduction: "mean": each direction's mean over its rows that have a positive (0 where none has), weighed by
             `image_weight`; "sum": the same of sums; "none": the two directions' rows as they are.
         return_stats: also return `ContrastiveStats`, counted on the way. The positives' scores must be known before
@@ -169,47 +168,14 @@ def info_nce(
         >>> loss.shape, int(stats.images_without_positive)
         (torch.Size([]), 0)
     """
-    over_ranks = group is not None
-    name = check_group(group) if over_ranks else ""
-    try:
-        image, text = autocast(image, text)
-        check_features(image, text, least=0 if over_ranks else 1)
-        if same_id not in ("positive", "ignore"):
-            raise ValueError(f'same_id must be "positive" or "ignore", got {same_id!r}')
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-        ignore = same_id == "ignore"
-        image_ids, text_ids = check_ids(image_ids, text_ids, image, text, paired=ignore)
-        logit_scale = check_scalar("logit_scale", logit_scale, image)
-        if hard_texts is not None:
-            (hard_texts,) = autocast(hard_texts)
-            check_more_features("hard_texts", hard_texts, image, least=0)
-        if hard_text_ids is not None:
-            hard_text_ids = check_hard_ids(hard_text_ids, hard_texts, image_ids, image)
-        args = Arguments(
-            image=image,
-            text=text,
-            logit_scale=logit_scale,
-            image_ids=image_ids,
-            text_ids=text_ids,
-            hard_texts=hard_texts,
-            hard_text_ids=hard_text_ids,
-            ignore=ignore,
-            label_smoothing=check_number("label_smoothing", label_smoothing, "a number from 0 to 1", 0.0, 1.0),
-            image_weight=check_number("image_weight", image_weight, "a number from 0 to 1", 0.0, 1.0),
-            reduction=reduction,
-            stats=return_stats,
-        )
-        backend = resolve(backend)
-        if over_ranks:
-            check_group(group, image.device)
-            of_group = ring.arguments(args, name, backend)
-    except (TypeError, ValueError, BackendError) as error:
-        if over_ranks:
-            told_to_group(error, name, "info_nce, forward", image)
-        raise
-    if over_ranks:
-        return _over_ranks(of_group, backend)
+    checked = partial(
+        _checked, image, text, logit_scale, image_ids, text_ids, same_id, hard_texts, hard_text_ids, label_smoothing,
+        image_weight, reduction, return_stats,
+    )  # fmt: skip
+    if group is not None:
+        return _over_ranks(checked, group, backend, image)
+    args = checked()
+    backend = resolve(backend)
     if backend == "reference" and not in_graph():
         naive = with_reduction(partial(reference, need_states=return_stats or image_ids is not None))
         with torch._C._DisableAutocast():  # the features have been cast
@@ -231,9 +197,55 @@ def info_nce(
     )
 
 
-def _over_ranks(args: Any, backend: str) -> Any:
+def _checked(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    same_id: str,
+    hard_texts: Tensor | None,
+    hard_text_ids: Tensor | None,
+    label_smoothing: float,
+    image_weight: float,
+    reduction: str,
+    return_stats: bool,
+    least: int = 1,
+) -> Arguments:
+    """Returns the record of a call; `least`: the images and texts that there must be."""
+    image, text = autocast(image, text)
+    check_features(image, text, least=least)
+    if same_id not in ("positive", "ignore"):
+        raise ValueError(f'same_id must be "positive" or "ignore", got {same_id!r}')
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    ignore = same_id == "ignore"
+    image_ids, text_ids = check_ids(image_ids, text_ids, image, text, paired=ignore)
+    logit_scale = check_scalar("logit_scale", logit_scale, image)
+    if hard_texts is not None:
+        (hard_texts,) = autocast(hard_texts)
+        check_more_features("hard_texts", hard_texts, image, least=0)
+    if hard_text_ids is not None:
+        hard_text_ids = check_hard_ids(hard_text_ids, hard_texts, image_ids, image)
+    return Arguments(
+        image=image,
+        text=text,
+        logit_scale=logit_scale,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        hard_texts=hard_texts,
+        hard_text_ids=hard_text_ids,
+        ignore=ignore,
+        label_smoothing=check_number("label_smoothing", label_smoothing, "a number from 0 to 1", 0.0, 1.0),
+        image_weight=check_number("image_weight", image_weight, "a number from 0 to 1", 0.0, 1.0),
+        reduction=reduction,
+        stats=return_stats,
+    )
+
+
+def _over_ranks(checked: Any, group: ProcessGroup, backend: str | None, image: object) -> Any:
     """Returns what `info_nce` returns, over a group."""
-    results = ring.RingResults._make(ring.OP(args, backend))
+    args, results = ring.results(partial(checked, least=0), group, backend, image)
     loss = (results.image_loss, results.text_loss) if args.reduction == "none" else results.loss
     if not args.stats:
         return loss

@@ -27,6 +27,7 @@ from mmkernels.ops.contrastive.info_nce import chunked_block
 from mmkernels.runtime.backends import cpu_kernel
 from mmkernels.runtime.dispatch import Backend, define
 
+
 class BestArguments(NamedTuple):
     """The record of `info_nce_best`."""
 

@@ -18,9 +18,16 @@ from mmkernels.ops.contrastive.formula import LOG2E, NO_PARTNERS, ranks
 from mmkernels.ops.contrastive.info_nce import block
 from mmkernels.ops.contrastive.info_nce.merging import ALL_DOTS, losses, merge
 from mmkernels.ops.contrastive.info_nce.reduction import CLASSES, POSITIVES, REFERENCE, SUM, Arguments
-from mmkernels.ops.contrastive.ring import Ring, backends_of, chunks, features, no_formula, record_over_ranks
+from mmkernels.ops.contrastive.ring import (
+    Ring,
+    backends_of,
+    call_over_ranks,
+    chunks,
+    features,
+    no_formula,
+    record_over_ranks,
+)
 from mmkernels.runtime.arguments import Differentiable
-from mmkernels.runtime.checks import in_graph
 from mmkernels.runtime.dispatch import define
 from mmkernels.runtime.gradient import Gradient
 from mmkernels.runtime.group import Piece, circulate
@@ -225,8 +232,8 @@ def _add_up(call: _Call, best: tuple[_Best, _Best] | None) -> tuple[list[Tensor]
                 "text_best": text_score,
                 "text_index": text_number - ring.first_image,
             }
-        features = call.block(texts, call.images)
-        given = block.BLOCK(block.BlockArguments(**features, smooth=args.label_smoothing > 0, **found), call.kernels)
+        features: dict[str, Any] = {**call.block(texts, call.images), **found}
+        given = block.BLOCK(block.BlockArguments(**features, smooth=args.label_smoothing > 0), call.kernels)
         image_sums, text_sums, image_before, text_before = given
         of_images[:] = add(of_images, [image_sums, image_before])
         return [text_sums, text_before]
@@ -397,20 +404,6 @@ def _fake(args: Any) -> tuple[Tensor, ...]:
 
 
 _Arguments = record_over_ranks(Arguments)
-
-
-def arguments(args: Arguments, group: str, backend: str) -> Any:
-    """Returns the record of the op; raises BackendError if no backend can run it.
-
-    Args:
-        group: the name of the group.
-    """
-    record = _Arguments(*args, group)
-    if not in_graph():
-        OP.choose(backend, record)
-    return record
-
-
 OP = define(
     "info_nce_ring",
     _Arguments,
@@ -424,3 +417,9 @@ OP = define(
         contiguous=True,
     ),
 )
+
+
+def results(checked: Callable[[], Any], group: Any, backend: str | None, image: object) -> tuple[Any, RingResults]:
+    """Returns the record of a call over a group and its results; see `call_over_ranks`."""
+    args, found = call_over_ranks(OP, _Arguments, group, backend, f"{CALL}, forward", image, checked)
+    return args, RingResults._make(found)

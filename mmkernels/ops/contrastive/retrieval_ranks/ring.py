@@ -6,18 +6,21 @@ before them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkernels.ops.contrastive.retrieval_ranks import block
-from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, Results
-from mmkernels.ops.contrastive.ring import Ring, backends_of, record_over_ranks
+from mmkernels.ops.contrastive.retrieval_ranks import block, spec
+from mmkernels.ops.contrastive.retrieval_ranks.spec import Results
+from mmkernels.ops.contrastive.ring import Ring, backends_of, call_over_ranks, record_over_ranks
 from mmkernels.runtime.dispatch import define
 from mmkernels.runtime.group import Piece, circulate
 
 CALL = "retrieval_ranks"
+
+Arguments = record_over_ranks(spec.Arguments)
 
 
 def forward(args: Any, kernels: str) -> Tensor:
@@ -41,8 +44,8 @@ def forward(args: Any, kernels: str) -> Tensor:
 
     def fetch(piece: Piece, tensors: list[Tensor]) -> None:
         index = inside - ring.number(piece)
-        here = (index >= 0) & (index < piece.count)
-        right.copy_(torch.where(here[:, None], tensors[0][index.clamp(0, piece.count - 1)], right))
+        here = (index >= 0) & (index < piece.rows)
+        right.copy_(torch.where(here[:, None], tensors[0][index.clamp(0, piece.rows - 1)], right))
 
     def count(piece: Piece, tensors: list[Tensor]) -> None:
         if len(query):
@@ -53,8 +56,8 @@ def forward(args: Any, kernels: str) -> Tensor:
 
     for visit in (fetch, count):
         circulate(ring.group, ring.texts, ring.rows, [gallery], visit)
-    ranks = torch.where(is_nan, items - 1, before)
-    return torch.where(inside == target, ranks, items)
+    found = torch.where(is_nan, items - 1, before)
+    return torch.where(inside == target, found, items)
 
 
 def _fake(args: Any) -> Tensor:
@@ -63,8 +66,15 @@ def _fake(args: Any) -> Tensor:
 
 OP = define(
     "retrieval_ranks_ring",
-    record_over_ranks(Arguments),
+    Arguments,
     Results,
     fake=_fake,
     backends=backends_of(block.BLOCK, forward),
 )
+
+
+def ranks(checked: Callable[[], Any], group: Any, backend: str | None, query: object) -> Tensor:
+    """Returns what `retrieval_ranks` returns, over a group; see `call_over_ranks`."""
+    found: Tensor
+    _, found = call_over_ranks(OP, Arguments, group, backend, CALL, query, checked)
+    return found

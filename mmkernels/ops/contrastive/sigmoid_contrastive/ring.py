@@ -5,6 +5,7 @@ No softmax joins the pairs of a row, so one trip computes the loss and its gradi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +13,25 @@ from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.formula import scaled
-from mmkernels.ops.contrastive.ring import Ring, backends_of, chunks, features, no_formula, record_over_ranks
-from mmkernels.ops.contrastive.sigmoid_contrastive import block
-from mmkernels.ops.contrastive.sigmoid_contrastive.spec import GRADIENT, Arguments, Results, fake, kept
+from mmkernels.ops.contrastive.ring import (
+    Ring,
+    backends_of,
+    call_over_ranks,
+    chunks,
+    features,
+    no_formula,
+    record_over_ranks,
+)
+from mmkernels.ops.contrastive.sigmoid_contrastive import block, spec
+from mmkernels.ops.contrastive.sigmoid_contrastive.spec import KEEP, KEPT, Results, fake, kept, kept_dtype
 from mmkernels.runtime.dispatch import Backend, define
+from mmkernels.runtime.gradient import Gradient
 from mmkernels.runtime.group import Group, Piece, circulate
 
 CALL = "sigmoid_contrastive"
+
+Arguments = record_over_ranks(spec.Arguments, local=bool)
+"""The op's record, the group's name, and `local`: see `local_share` in the op's folder."""
 
 
 def forward(args: Any, kernels: str) -> tuple[Tensor, ...]:
@@ -35,13 +48,15 @@ class _Call:
             "logit_scale": float(args.logit_scale),
             "logit_bias": float(args.logit_bias),
             "whether ids are given": args.image_ids is not None,
+            "local": args.local,
         }
         own = {"text": args.keep_text, "scale": args.keep_logit_scale, "bias": args.keep_logit_bias}
         self.ring = Ring(CALL, args.group, args.image, args.text, same, own)
         self.ring.check_rows(CALL)
         self.need_text, self.need_scale, self.need_bias = (self.ring.any(name) for name in own)
         self.image_grad = args.image.new_zeros(args.image.shape, dtype=self.wide) if args.keep_image else None
-        self.text_grad = kept([args.text] * 4, args)[1]  # of the right dtype and shape, written piece by piece
+        shape = args.text.shape if args.keep_text else (0,)
+        self.text_grad = args.text.new_zeros(shape, dtype=kept_dtype(args.text))
         # The loss, and the gradients of the scale and the bias.
         self.sums = torch.zeros(3, dtype=torch.float64, device=args.image.device)
 
@@ -53,7 +68,7 @@ class _Call:
             ring.group, ring.texts, ring.rows, tensors, self._visit,
             empty=self._no_gradient, merge=_add, home=self._keep,
         )  # fmt: skip
-        loss, of_scale, of_bias = ring.group.sum(self.sums)
+        loss, of_scale, of_bias = self.sums * ring.size if args.local else ring.group.sum(self.sums)
         of_image, _, *of_scalars = kept((self.image_grad, None, of_scale, of_bias), args)
         return (loss.to(self.wide), of_image, self.text_grad, *of_scalars)
 
@@ -97,24 +112,33 @@ def _add(some: list[Tensor], more: list[Tensor]) -> list[Tensor]:
 
 
 def _scaled(args: Any) -> tuple[Tensor, ...]:
-    """The backward pass: the loss's gradients times what flows back to it on all ranks; scalars' times its mean."""
+    """The backward pass: features' gradients times what flows back on all ranks, scalars' times its mean."""
     group = Group(args.group, f"{CALL}, backward", args.image.device)
     said = group.agree({}, {"flow": float(args.grad_loss)})
     flow = args.image.new_full((), sum(x["flow"] for x in said), dtype=torch.float64)
-    mean, none = flow / group.size, args.image.new_empty(0)
+    of_scalars, none = args.grad_loss if args.local else flow / group.size, args.image.new_empty(0)
     return (
         scaled(args.of_image, flow, args.image.dtype) if args.need_image else none,
         scaled(args.of_text, flow, args.text.dtype) if args.need_text else none,
-        scaled(args.of_logit_scale, mean, args.logit_scale.dtype) if args.need_logit_scale else none,
-        scaled(args.of_logit_bias, mean, args.logit_bias.dtype) if args.need_logit_bias else none,
+        scaled(args.of_logit_scale, of_scalars, args.logit_scale.dtype) if args.need_logit_scale else none,
+        scaled(args.of_logit_bias, of_scalars, args.logit_bias.dtype) if args.need_logit_bias else none,
     )
 
 
 OP = define(
     "sigmoid_contrastive_ring",
-    record_over_ranks(Arguments),
+    Arguments,
     Results,
     fake=fake,
     backends=backends_of(block.BLOCK, forward),
-    gradient=GRADIENT._replace(formula=no_formula, backends=[Backend("reference", _scaled)]),
+    gradient=Gradient(
+        saves=KEPT, formula=no_formula, backends=[Backend("reference", _scaled)], contiguous=True, prepared=KEEP
+    ),
 )
+
+
+def loss(checked: Callable[[], Any], group: Any, backend: str | None, image: object, local: bool = False) -> Tensor:
+    """Returns what `sigmoid_contrastive` returns, over a group, or `local_share`; see `call_over_ranks`."""
+    found: Tensor
+    _, (found, *_) = call_over_ranks(OP, Arguments, group, backend, CALL, image, checked, local)
+    return found
