@@ -33,6 +33,6 @@ def _cases() -> list[tuple[str, Case]]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("op", "case"), _cases(), ids=lambda x: x if isinstance(x, str) else x.id)
 def test_blocks_are_the_whole(op: str, case: Case, dtype: torch.dtype) -> None:
-    names = [x for x in backends(SPECS[op], dtype) if x != "cpu"]
+    names = backends(SPECS[op], dtype)
     for backend in names:
         check(SPECS[op], case, dtype, backend, function=BY_BLOCKS[op](CUTS))
