@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from mmkernels.meters import peak_memory
-from mmkernels.ops.contrastive.info_nce import info_nce
-from mmkernels.options import DTYPES
-from mmkernels.planning.measure import Samples, curves, sample
-from mmkernels.planning.model import MeasuredRates, predict
+from mmkernels.planning.measure import Samples, curves, memory_for, pairs, sample_blocks, sample_ring, step_on
+from mmkernels.planning.model import predict
 from mmkernels.planning.processes import on_ranks
 from mmkernels.planning.ring import Step
 from mmkernels.runtime import host
 
-__all__ = ["Checked", "check", "full_check", "quick_check", "step_on"]
+__all__ = ["Checked", "check", "full_check", "quick_check"]
 
 _ROUNDS = 5
 _TIMEOUT = 1800.0  # seconds that a rank may wait for the others, who measure
@@ -65,7 +61,7 @@ def quick_check(dim: int, dtype: str) -> list[Checked]:
 def check(steps: Sequence[Step], limit: float) -> tuple[list[Checked], list[Step]]:
     """Predicts and measures steps, all of one dim and dtype.
 
-    What the model stands on is measured between the steps, in the same noise, by as many ranks as there are cores.
+    What the model stands on is measured between the steps, in the same noise, by two ranks.
 
     Args:
         steps: in the order of their time.
@@ -74,8 +70,8 @@ def check(steps: Sequence[Step], limit: float) -> tuple[list[Checked], list[Step
     Returns:
         The steps that were run, and those that were left out.
     """
-    cores = host.physical_cores()
-    found = on_ranks(max(step.ranks for step in steps), _measure, list(steps), min(cores, 2), limit, timeout=_TIMEOUT)
+    cores, most = host.physical_cores(), max(step.ranks for step in steps)
+    found = on_ranks(most, _measure, list(steps), limit, timeout=_TIMEOUT)
     samples = [one for rank in found for one in rank[0]]
     checked, left_out = [], []
     for index, step in enumerate(steps):
@@ -83,7 +79,8 @@ def check(steps: Sequence[Step], limit: float) -> tuple[list[Checked], list[Step
         if not times:
             left_out.append(step)
             continue
-        prediction = predict(step, rates_of(samples, step, cores))
+        rates = curves(samples, max(1.0, step.ranks / cores), memory_for(step.ranks), None)
+        prediction = predict(step, rates)
         peaks = [rank[2][index] for rank in found[: step.ranks]]
         predicted = prediction.memory_bytes - prediction.memory["features"]
         memory = None if None in peaks else (float(predicted), float(statistics.median(peaks)))
@@ -91,35 +88,31 @@ def check(steps: Sequence[Step], limit: float) -> tuple[list[Checked], list[Step
     return checked, left_out
 
 
-def rates_of(samples: Sequence[Samples], step: Step, cores: int) -> MeasuredRates:
-    """Returns the rates of ranks that share this machine's cores."""
-    return curves(samples, max(1.0, step.ranks / cores), step.ranks, None)
-
-
-def _measure(
-    steps: list[Step], anchors: int, limit: float
-) -> tuple[list[Samples], list[list[float]], list[float | None]]:
+def _measure(steps: list[Step], limit: float) -> tuple[list[Samples], list[list[float]], list[float | None]]:
     """Returns, of one rank: samples of what the model stands on, the times of each step, the peak memory of each."""
     begin = time.monotonic()
-    rank = dist.get_rank()
-    counts = {anchors, *(step.ranks for step in steps)}
-    groups = {count: dist.new_group(list(range(count))) for count in sorted(counts)}
+    rank, dim, dtype = dist.get_rank(), steps[0].dim, steps[0].dtype
+    groups = {count: dist.new_group(list(range(count))) for count in sorted({2, *(step.ranks for step in steps)})}
+    alone = [dist.new_group([member]) for member in range(2)]
     samples: list[Samples] = []
     times: list[list[float]] = [[] for _ in steps]
     peaks: list[float | None] = [None for _ in steps]
     for round_ in range(_ROUNDS):
-        if rank < anchors:
-            samples.append(sample(steps[0].dim, steps[0].dtype, "cpu", groups[anchors]))
+        if rank < 2:
+            samples.append(
+                sample_blocks(dim, dtype, "cpu", groups[2]) | sample_ring(dim, dtype, groups[2], alone[rank])
+            )
         dist.barrier()
         for index, step in enumerate(steps):
             if not _agreed(_fits(times, index, steps, limit - (time.monotonic() - begin))):
                 continue
             if rank < step.ranks:
-                run = step_on(step, groups[step.ranks])
+                group, rows = groups[step.ranks], len(range(rank, step.batch, step.ranks))
+                run = step_on(*pairs(rows, dim, dtype, seed=rank), group)
                 if round_ == 0:
                     run()
                     peaks[index] = peak_memory(run)
-                dist.barrier(groups[step.ranks])
+                dist.barrier(group)
                 start = time.perf_counter()
                 run()
                 times[index].append(time.perf_counter() - start)
@@ -143,22 +136,3 @@ def _agreed(mine: bool) -> bool:
     answer = torch.tensor([mine])
     dist.broadcast(answer, 0)
     return bool(answer)
-
-
-def step_on(step: Step, group: dist.ProcessGroup) -> Callable[[], Any]:
-    """Returns a call of the loss and its gradients on this rank's pairs."""
-    rank = dist.get_rank(group)
-    begin = min(rank * step.rows, step.batch)
-    rows = min(step.rows, step.batch - begin)
-    generator = torch.Generator().manual_seed(rank)
-    image, text = (
-        F.normalize(torch.randn(rows, step.dim, generator=generator), dim=1).to(DTYPES[step.dtype]).requires_grad_()
-        for _ in range(2)
-    )
-    scale = torch.tensor(50.0, requires_grad=True)
-
-    def run() -> None:
-        loss = info_nce(image, text, scale, group=group)
-        torch.autograd.grad(loss, (image, text, scale))
-
-    return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch.distributed as dist
 from rich.text import Text
 
 from mmkernels.interrupts import Interrupted
-from mmkernels.machine import describe_machine, device_name
+from mmkernels.machine import describe_machine, device_name, memory_of
 from mmkernels.options import BadInput
 from mmkernels.planning.check import Checked, full_check, quick_check
 from mmkernels.planning.devices import DEVICES, PEAK_SHARE, PEAK_SHARE_WHY, WIRE_SHARE
-from mmkernels.planning.measure import BLOCKS, MESSAGES, Samples, curves, sample
+from mmkernels.planning.measure import MESSAGES, Samples, block_shapes, curves, sample_blocks, sample_ring
 from mmkernels.planning.model import Prediction, Rates, SheetRates, hidden_from, predict
 from mmkernels.planning.options import HERE, Options
 from mmkernels.planning.processes import on_ranks
@@ -88,7 +88,8 @@ def _of_sheet(options: Options) -> tuple[Rates, list[str]]:
     peak = f"{number(sheet.flops[step.dtype] / 1e12)} TFLOP/s {step.dtype}"
     return rates, [
         f"{sheet.name}: {peak} x {PEAK_SHARE:.0%}, {PEAK_SHARE_WHY}.",
-        f"Wire: {rate(wire)} ({of_link}), {rates.latency * 1e6:.0f} us a hop, assumed.",
+        f"Wire: {rate(wire)} ({of_link}), {rates.latency * 1e6:.0f} us a message, assumed; the host launches a "
+        f"visit in {rates.host * 1e6:.0f} us, assumed.",
         f"Figures: {sheet.source}.",
         "No kernel of this package has run on a GPU: times are a projection, not a measurement.",
     ]
@@ -102,24 +103,31 @@ def _measured(options: Options) -> tuple[Rates, list[str]]:
         raise BadInput("--bandwidth must be given for GPUs that are here, as their links are not measured")
     with progress_bar(2) as advance:
         advance("blocks of the loss")
-        samples: list[Samples] = [sample(step.dim, step.dtype, device) for _ in range(_ROUNDS)]
+        samples: list[Samples] = [sample_blocks(step.dim, step.dtype, device) for _ in range(_ROUNDS)]
         advance("messages between 2 ranks")
-        samples += [one for rank in on_ranks(2, _messages, timeout=_TIMEOUT) for one in rank]
-    rates = curves(samples, 1.0, 1, options.wire_rate)
-    size, message = BLOCKS[-1], MESSAGES[-1]
-    flops = 2.0 * size * size * step.dim
-    speeds = [f"{number(times * flops / getattr(rates, name).at(size * size) / 1e9)} GFLOP/s {name}"
-              for name, times in (("forward", 1), ("backward", 3))]  # fmt: skip
-    here = f"{rate(message / rates.message.at(message))} between ranks on this machine"
+        samples += [one for rank in on_ranks(2, _ring, step.dim, step.dtype, timeout=_TIMEOUT) for one in rank]
+    rates = curves(samples, 1.0, memory_of(device), options.wire_rate)
+    largest = MESSAGES[-1]
+    here = largest / rates.message.at(largest)
+    rates = replace(rates, wire_rate=options.wire_rate or here)
+    rows, columns = block_shapes(step.dim, step.dtype, gpu=device == "cuda")[-1]
+    flops = 2.0 * rows * columns * step.dim
+    speeds = [f"{number(times * flops / curve.at(rows * columns) / 1e9)} GFLOP/s {name}"
+              for name, times, curve in (("forward", 1, rates.forward), ("backward", 3, rates.backward))]  # fmt: skip
+    of_wire = "as given" if options.wire_rate else "as measured between ranks on this machine"
     return rates, [
         f"Each rank is a machine like this one, {device_name(device)}, {plural(torch.get_num_threads(), 'thread')}: "
-        f"measured {' and '.join(speeds)} in blocks of {size:,} x {size:,}.",
-        f"Wire: {'as given, ' + rate(options.wire_rate) if options.wire_rate else 'measured, ' + here}.",
+        f"measured {' and '.join(speeds)} in blocks of {rows:,} x {columns:,}, {rates.call() * 1e6:.0f} us a visit "
+        "whatever its size.",
+        f"Wire: {rate(rates.wire_rate or here)}, {of_wire}.",
     ]
 
 
-def _messages() -> list[Samples]:
-    return [sample(1, "fp32", "cpu", dist.group.WORLD, sizes=()) for _ in range(_ROUNDS)]
+def _ring(dim: int, dtype: str) -> list[Samples]:
+    """Returns samples of one of 2 ranks."""
+    alone = [dist.new_group([member]) for member in range(2)][dist.get_rank()]
+    assert dist.group.WORLD is not None
+    return [sample_ring(dim, dtype, dist.group.WORLD, alone) for _ in range(_ROUNDS)]
 
 
 def _verdict(step: Step, hidden: int | None) -> list[str]:
@@ -127,9 +135,10 @@ def _verdict(step: Step, hidden: int | None) -> list[str]:
         return ["One rank sends nothing."]
     if hidden is None:
         return ["The wire is hidden behind the blocks at no batch."]
+    of_rank = plural(hidden // step.ranks, "pair")
     return [
-        f"The wire is hidden from a batch of {hidden:,} on ({-(-hidden // step.ranks):,} pairs a rank): a block's time "
-        "grows with the pairs of both sides, its bytes with those of one."
+        f"The wire is hidden from a batch of {hidden:,} on ({of_rank} a rank): a block's time grows with the pairs of "
+        "both sides, its bytes with those of one."
     ]
 
 
