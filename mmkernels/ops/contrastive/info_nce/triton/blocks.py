@@ -30,8 +30,7 @@ def best(args: Any) -> tuple[Tensor, ...]:
     )
     add_best(block, images, texts, args.logit_scale)
     assert images.best is not None and texts.best is not None
-    (image_best, image_index), (text_best, text_index) = images.best, texts.best
-    return image_best, image_index.to(torch.int64), text_best, text_index.to(torch.int64)
+    return *_wide(images.best), *_wide(texts.best)
 
 
 def block(args: Any) -> tuple[Tensor, ...]:
@@ -79,6 +78,11 @@ def _partners(args: Any) -> Partners:
 def _block(args: Any, kernel: str, partners: Partners) -> Block:
     pairs = pairing(args.image_ids, args.text_ids, args.ignore, partners)
     return Block(OP, kernel, args.image, args.text, pairs)
+
+
+def _wide(best: Best) -> tuple[Tensor, Tensor]:
+    """Returns best positives as the op does. Where there is none the kernels leave any index."""
+    return best.score, torch.where(best.score == -torch.inf, 0, best.index.to(torch.int64))
 
 
 def _narrow(score: Tensor, index: Tensor) -> Best:
