@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+NO_PARTNERS = -(2**31 - 16)
+"""The `first_text` of a block in which no text belongs to an image by its index: text j would be image
+``first_text + j``'s, which is below 0."""
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,9 +27,6 @@ from mmkernels.ops.contrastive.info_nce import chunked_block
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.dispatch import Backend, define
 
-NO_PARTNERS = -(2**31 - 16)
-"""`first_text` of a block in which no text is the partner of an image."""
-
 
 class BestArguments(NamedTuple):
     """The record of `info_nce_best`."""
