@@ -88,6 +88,24 @@ def test_a_bad_feature(backend: str, mode: str, bad: float) -> None:
 
 
 @each_backend("info_nce")
+@pytest.mark.parametrize("scale", [1e7, -1e30, 1e-30, -1e-45])
+def test_any_scale(backend: str, scale: float) -> None:
+    """As good as the whole: rounding in a product of d channels moves a logit by no more than d * eps * scale."""
+    inputs = cast(features(33, dim=8, scale=scale), torch.float32)
+
+    def step(function: Callable[..., Tensor], inputs: Inputs, backend: str) -> list[Tensor]:
+        leaves = [x.requires_grad_() for x in inputs.values()]
+        loss = function(*leaves, backend=backend)
+        # Beyond 1e4 each softmax is all or nothing, and a gradient one difference of features, times the scale.
+        grads = torch.autograd.grad(loss, leaves)
+        unit = max(1.0, abs(scale))
+        return [x.detach().double() / size for x, size in zip((loss, *grads), (unit, unit, unit, 1.0), strict=True)]
+
+    found = step(info_nce_by_blocks(CUTS), inputs, backend)
+    torch.testing.assert_close(found, step(info_nce, cast(inputs, torch.float64), "reference"), rtol=1e-4, atol=2e-6)
+
+
+@each_backend("info_nce")
 def test_equal_scores_in_several_blocks_rank_by_index(backend: str) -> None:
     """Copies of a few images and texts, whose scores tie with the best positives' wherever these are."""
     few = cast(features(5, dim=24, seed=3), torch.float32)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from mmkernels.ops.contrastive.formula import LOG2E, count_before
 from mmkernels.ops.contrastive.info_nce.chunked import LogitGradient, RunningSoftmax
+from mmkernels.ops.contrastive.info_nce.merging import logits_in_base_2
 from mmkernels.ops.contrastive.info_nce.reduction import CLASSES
 from mmkernels.ops.contrastive.strips import LogitStrips, add_products
 
+_LARGE = 2.0**22  # a logit to the base 2
 _SMALLEST = 1.2e-38  # of a scale: 0 would turn the -inf of hidden pairs into NaN
 
 
@@ -39,7 +41,7 @@ class _RunningScores(RunningSoftmax):
 
     def __init__(self, rows: int, strips: _Strips) -> None:
         super().__init__(rows, strips.text, strips.dtype)
-        self.sign, self.wide_scale = strips.sign, strips.scale.double()
+        self.sign, self.scale = strips.sign, strips.scale
         self.factor = strips.scale.abs().clamp(min=_SMALLEST)
 
     def weights(self, distance: Tensor) -> Tensor:
@@ -48,12 +50,13 @@ class _RunningScores(RunningSoftmax):
     def sums(self, smooth: bool) -> Tensor:
         """Returns [6, rows], see `merging.POSITIVE_DOTS`. In float32 the reference is a whole number."""
         dtype = self.sum.dtype
-        exact = (self.wide_scale * (self.largest * self.sign).double()) * LOG2E
-        exact = torch.where(self.largest == -torch.inf, -torch.inf, exact)
-        reference, total = exact, self.sum.double()
-        if dtype != torch.float64:
-            reference = exact.round().to(dtype).double()
-            total = total * torch.exp2(torch.where(exact == reference, 0.0, exact - reference))
+        narrow = dtype != torch.float64
+        logits = logits_in_base_2(self.largest * self.sign, self.scale, narrow)
+        logits = torch.where(self.largest == -torch.inf, -torch.inf, logits)
+        reference, total = logits, self.sum.double()
+        if narrow:
+            reference = logits.round().to(dtype).double()
+            total = total * torch.exp2(torch.where(logits == reference, 0.0, logits - reference))
         of_positives, of_all = self.sum_of_positives * self.sign, self.sum_of_all * self.sign
         if not smooth:
             of_all = torch.zeros_like(of_all)
@@ -76,9 +79,14 @@ class _DotGradient(LogitGradient):
         dot = torch.where(factor == 0.0, 0.0, reference / factor).to(scale.dtype)
         dot = torch.where(dot.isfinite(), dot, 0.0)
         self.dot, self.rest = dot, (dot.double() * factor - reference).to(scale.dtype)
-        self.factor = factor.to(scale.dtype)
+        self.scale, self.factor, self.narrow = scale, factor.to(scale.dtype), scale.dtype != torch.float64
+        # In float64 there are digits enough; beyond millions a dot's last digit is more than a unit of its logit.
+        self.rounded = not self.narrow or bool((self.reference.abs() >= _LARGE).any())
 
     def exponents(self, at: slice, dots: Tensor) -> Tensor:
+        if self.rounded:
+            logits = logits_in_base_2(dots, self.scale, self.narrow)
+            return (logits - self.reference[at, None].double()).to(dots.dtype)
         return (dots - self.dot[at, None]).mul_(self.factor).add_(self.rest[at, None])
 
 
