@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -117,11 +118,8 @@ def _rank(
     outcome = outcome._replace(seconds=time.perf_counter() - begin)
     pipe.send_bytes(pickle.dumps(outcome))
     if outcome.error is None:
-        try:
+        with suppress(RuntimeError, ValueError):  # another rank has ended with an error, or there is no group now
             dist.barrier()  # another rank may still read from this one
-            dist.destroy_process_group()
-        except RuntimeError:
-            pass  # it has ended with an error
     os._exit(0)
 
 
