@@ -147,8 +147,6 @@ class CachedContrastive:
         with parallel.local():
             with torch.no_grad():
                 features = [x.first() for x in passes]
-            # Else the copies of weights that autocast made above, which have no graph, would serve below too.
-            torch.clear_autocast_cache()
             if not torch.is_grad_enabled():
                 return tree_map_only(Tensor, Tensor.detach, self.loss(*features, **arguments))
             for x, of_encoder in zip(features, passes, strict=True):

@@ -92,14 +92,18 @@ class DataParallel:
 
 
 class _Zero(nn.Module):
-    """Returns 0, and passes a gradient of 0 to each of some tensors."""
+    """Returns 0, and passes a gradient of 0 to some parameters of a module, in whose place it stands in DDP."""
 
-    def __init__(self, tensors: list[nn.Parameter]) -> None:
+    def __init__(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
         super().__init__()
-        self._tensors = tuple(tensors)  # in a tuple they are no parameters of this module
+        self._stands_for = (module, parameters)  # in a tuple neither is registered as its own
 
     def forward(self, _: Tensor) -> Tensor:
-        return 0 * sum(x.sum() for x in self._tensors)  # type: ignore[return-value]
+        return 0 * sum(x.sum() for x in self._stands_for[1])  # type: ignore[return-value]
+
+    def named_buffers(self, *args: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        """Yields the module's, as DDP looks them up anew before it broadcasts them."""
+        return self._stands_for[0].named_buffers(*args, **options)
 
 
 def _average(ddp: DistributedDataParallel) -> None:
@@ -114,7 +118,7 @@ def _average(ddp: DistributedDataParallel) -> None:
     trained = [x for name, x in ddp.module.named_parameters() if x.requires_grad and name not in ignored]
     if ddp.find_unused_parameters:
         trained = [x for x in trained if x.grad is not None] or trained[:1]
-    module, ddp.module = ddp.module, _Zero(trained)
+    module, ddp.module = ddp.module, _Zero(ddp.module, trained)
     try:
         zero = ddp.forward(torch.zeros(()))
     finally:

@@ -110,7 +110,7 @@ def test_steps_accumulate_and_a_loss_can_be_scaled() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_around_the_step(dtype: torch.dtype) -> None:
-    """Its cache of weights would give the second pass those that the first made, without a graph."""
+    """Both passes use one cache of weights; before PyTorch 2.10 it lost their graph where the first had none."""
     torch.manual_seed(0)
     model, inputs = Model(dtype=torch.float32), batch(dtype=torch.float32)
     encoders, scaler = [model.encode_image, model.encode_text], torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -135,6 +135,28 @@ def test_autocast_around_the_step(dtype: torch.dtype) -> None:
     # Weights' gradients are rounded to the dtype for each chunk, not for the sum of all.
     assert_equal(grads(model), want, 4 * torch.finfo(dtype).eps)
     assert float(grads(model)["image.0.weight"].abs().max()) > 1  # scaled
+
+
+def test_backward_passes_are_not_autocast() -> None:
+    """An encoder that computes in float32 within autocast has float32 gradients, and so has a loss."""
+    encoder, x = nn.Linear(10, WIDTH), batch(9, torch.float32)[0]
+    weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def plain(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return encoder(x)
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return (x @ weight).square().mean()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        CachedContrastive(plain, loss, chunk_size=4)(x)
+    found = {**grads(encoder), "of the loss": weight.grad}
+    encoder.zero_grad()
+    weight.grad = None
+    one_pass([plain], loss, [x], [4])
+    assert_equal(found, {**grads(encoder), "of the loss": weight.grad}, 1e-5)
 
 
 def test_one_encoder_may_serve_twice_and_alone() -> None:
