@@ -43,9 +43,9 @@ class CachedContrastive:
     - **DDP**: gradients are averaged once, at the end of a call, also where both encoders are parts of one DDP module,
       where the temperature is a parameter of it, with `find_unused_parameters`, and on ranks with fewer rows, or none.
       Within `ddp.no_sync()` they are not averaged.
-    - **FSDP2**: gradients are reduced in each encoder's last chunk, before it they are kept unsharded. As ranks
-      communicate in each pass, all make as many as the one with the most rows; the others pass empty batches through
-      their encoders. A temperature in a sharded module is read with `full_tensor()`.
+    - **FSDP2**: gradients are reduced in each encoder's last chunk; until then they are kept unsharded. As ranks
+      communicate in each pass, all make as many as the one with the most chunks, the others with empty batches, which
+      an encoder must take. Keep a temperature out of what is sharded (``fully_shard(..., ignored_params=...)``).
     - **Several ranks**: the loss is computed by this rank alone, unless it shares features: pass a `group` to
       `info_nce` or `sigmoid_contrastive`, whose gradients are then averaged to those of one process.
 
