@@ -230,6 +230,7 @@ def check(
     *,
     threads: int = 1,
     units: Mapping[str, float] | None = None,
+    function: Callable[..., Any] | None = None,
 ) -> int:
     """Assert the op's error budget for one case, and that no input is written; returns how many tensors were compared.
 
@@ -240,9 +241,10 @@ def check(
     Args:
         threads: for the backend; what is right is computed by one.
         units: what the gradients named are measured in, as in `compare`.
+        function: stands for the op's public function.
     """
     what = f"{backend} / {dtype}"
-    ours = _run_untouched(spec, case, inputs_in(spec, case, dtype, device), backend, threads)
+    ours = _run_untouched(spec, case, inputs_in(spec, case, dtype, device), backend, threads, function)
     first = (ours, *expected(spec, case, dtype, device))
     try:
         compare(spec, case, *first, what, units)
@@ -252,20 +254,22 @@ def check(
         draws = [first]
         for number in range(1, 8):
             inputs = cast(draw(case, number), dtype, device, spec.always_wide)
-            ours = _run_untouched(spec, case, inputs, backend, threads)
+            ours = _run_untouched(spec, case, inputs, backend, threads, function)
             draws.append((ours, *_expected(spec, case, inputs, dtype)))
         compare(spec, case, *map(_joined, zip(*draws, strict=True)), f"{what} / eight draws", units)
     return len(ours.tensors)
 
 
-def _run_untouched(spec: OpSpec, case: Case, inputs: Inputs, backend: str, threads: int) -> Result:
+def _run_untouched(
+    spec: OpSpec, case: Case, inputs: Inputs, backend: str, threads: int, function: Callable[..., Any] | None
+) -> Result:
     """Returns what a backend computes with so many threads; asserts that no input is written."""
     kept = [x.clone() for x in tensors_of(inputs)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         poison()
-        ours = run(spec, case, inputs, backend)
+        ours = run(spec, case, inputs, backend, function)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(tensors_of(inputs), kept, rtol=0, atol=0, equal_nan=True)

@@ -122,6 +122,10 @@ inline void step_dots(const ContrastiveParams& p, Source texts, i64 rows, const 
   }
 }
 
+// Text n of those that belong to the images from `first_image` on: of an index, or the right answer.
+MMK_INLINE Source paired_text(const ContrastiveParams& p, const std::int32_t* texts, i64 first_image, i64 n) {
+  return p.right.data != nullptr ? source_of(p.right, first_image + n) : source_of(p.text, texts[n]);
+}
 // Of each of `count` images, as few, the dot with one text, as `add_few_dots` computes it.
 inline Vec paired_dots(const ContrastiveParams& p, const std::int32_t* texts, i64 first_image, i64 count,
                        const StepScratch& s) {
@@ -133,7 +137,8 @@ inline Vec paired_dots(const ContrastiveParams& p, const std::int32_t* texts, i6
     for (i64 i = 0; i < kLanes; ++i) {
       const i64 n = least(i, count - 1);
       char* copy = s.texts + n * row_bytes(is_dot(p), step);
-      text[i] = i > n ? text[n] : fetch(from_column(source_of(p.text, texts[n]), first), 1, cols, is_dot(p), copy).data;
+      text[i] = i > n ? text[n]
+                      : fetch(from_column(paired_text(p, texts, first_image, n), first), 1, cols, is_dot(p), copy).data;
       image[i] = images.data + n * images.stride;
     }
     with_pairs(is_dot(p), [&](auto pairs) {

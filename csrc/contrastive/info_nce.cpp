@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "gradient_launch.h"
+#include "softmax_launch.h"
 
 namespace mmkernels {
 namespace {
@@ -47,49 +48,6 @@ struct Inputs {
     const bool of_images = direction == Direction::image_to_text;
     const double weight = of_images ? image_weight : 1.0 - image_weight;
     return mean ? weight / std::max<i64>(launch.rows_with_positive(direction), 1) : weight;
-  }
-};
-
-// Running state of one direction's rows: of all texts, or of all images for one task.
-struct DirectionState {
-  std::vector<float> reference, sum, positives, all, best;
-  std::vector<std::int32_t> index, before;
-
-  DirectionState(i64 count, bool smooth, bool ranks)
-      : reference(padded_array(count, -INFINITY)), sum(padded_array(count)), positives(padded_array(count)),
-        all(padded_array(smooth ? count : 0)), best(padded_array(ranks ? count : 0, -INFINITY)), index(best.size()),
-        before(best.size()) {}
-
-  Sums sums() {
-    return {reference.data(), sum.data(), positives.data(), all.empty() ? nullptr : all.data()};
-  }
-  Ranks ranks() {
-    return best.empty() ? Ranks{} : Ranks{best.data(), index.data(), before.data()};
-  }
-
-  // Adds another task's state of the same images.
-  void add(const DirectionState& other, i64 count) {
-    for (i64 i = 0; i < count; ++i) {
-      const float top = std::max(reference[i], other.reference[i]), base = top == -INFINITY ? 0.0f : top;
-      sum[i] = sum[i] * std::exp2(reference[i] - base) + other.sum[i] * std::exp2(other.reference[i] - base);
-      reference[i] = top;
-      positives[i] += other.positives[i];
-    }
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      all[i] += other.all[i];
-    }
-    for (std::size_t i = 0; i < before.size(); ++i) {
-      before[i] += other.before[i];
-    }
-  }
-  // Takes another task's better positives; its texts come after this one's, so that the first of equals stays.
-  void add_best(const DirectionState& other) {
-    for (std::size_t i = 0; i < best.size(); ++i) {
-      if (other.best[i] > best[i] || std::isnan(other.best[i])) {
-        best[i] = other.best[i];
-        index[i] = other.index[i];
-      }
-    }
   }
 };
 
@@ -143,43 +101,18 @@ Rows rows_of(const ContrastiveLaunch& launch, const DirectionState& rows, Direct
   return {loss, state, ranks_of(launch, rows, direction, count), total};
 }
 
-// The best positive of each image, found by all tasks, in each task's state; of each text in `p.text_ranks`.
-void find_best_positives(const ContrastiveLaunch& launch, std::vector<DirectionState>& images, i64 scratch_bytes) {
-  launch.run_tasks(scratch_bytes, [&](const Task& task, i64 i, char* scratch) {
-    launch.k.best_positives(launch.p, task, images[i].ranks(), scratch);
-  });
-  for (std::size_t i = 1; i < images.size(); ++i) {
-    images[0].add_best(images[i]);
-  }
-  for (std::size_t i = 1; i < images.size(); ++i) {
-    images[i].best = images[0].best;
-    images[i].index = images[0].index;
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(const Arguments& args) {
   const Inputs inputs(args);
   const bool ranks = args.flag("stats"), smooth = inputs.label_smoothing > 0.0;
   ContrastiveLaunch launch = inputs.launch();
-  ContrastiveParams& p = launch.p;
-  const i64 n = p.image.count, m = p.text.count;
-  launch.cut_tasks(1.0, n * (12 + (smooth ? 4 : 0) + (ranks ? 12 : 0)), 1 << 25);
-  DirectionState texts(m, smooth, ranks);
-  std::vector<DirectionState> images(launch.tasks.size(), DirectionState(n, smooth, ranks)); // one for each task
-  p.text_sums = texts.sums();
-  p.text_ranks = texts.ranks();
-  const i64 scratch_bytes = launch.k.softmax_scratch(p);
+  const i64 n = launch.p.image.count, m = launch.p.text.count;
+  Softmaxes softmaxes(launch, smooth, ranks);
   if (ranks) {
-    find_best_positives(launch, images, scratch_bytes);
+    softmaxes.find_best();
   }
-  launch.run_tasks(scratch_bytes, [&](const Task& task, i64 i, char* scratch) {
-    launch.k.softmax(p, task, images[i].sums(), images[i].ranks(), scratch);
-  });
-  for (std::size_t i = 1; i < images.size(); ++i) {
-    images[0].add(images[i], n);
-  }
-  Rows of_images = rows_of(launch, images[0], Direction::image_to_text, n, inputs.label_smoothing);
-  Rows of_texts = rows_of(launch, texts, Direction::text_to_image, m, inputs.label_smoothing);
+  softmaxes.run();
+  Rows of_images = rows_of(launch, softmaxes.images(), Direction::image_to_text, n, inputs.label_smoothing);
+  Rows of_texts = rows_of(launch, softmaxes.texts(), Direction::text_to_image, m, inputs.label_smoothing);
   const Tensor loss = at::detail::empty_cpu({}, at::kFloat);
   *loss.mutable_data_ptr<float>() =
       inputs.reduced ? static_cast<float>(inputs.row_weight(launch, Direction::image_to_text) * of_images.total +
@@ -190,49 +123,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(cons
   }
   return {loss, of_images.loss, of_texts.loss, of_images.state, of_texts.state, of_images.ranks, of_texts.ranks};
 }
-
-// The weights of one direction's gradients by its logits; empty where no gradient flows to it.
-struct LogitGradientArrays {
-  std::vector<float> reference, of_softmax, of_positive, of_class;
-
-  // grad: of each row's loss, [count], to which `each` is added; state: the forward pass's, [4, count].
-  LogitGradientArrays(const OptionalTensor& grad, double each, const Tensor& state, i64 count, double smoothing) {
-    check_sizes("state", state, {4, count});
-    if (!grad.has_value() && each == 0.0) {
-      return;
-    }
-    const Tensor wide_state = state.to(at::kFloat).contiguous();
-    const float* of = wide_state.const_data_ptr<float>();
-    const float *references = of, *sums = of + count, *positives = of + 2 * count, *classes = of + 3 * count;
-    Tensor wide_grad;
-    const float* grads = nullptr;
-    if (grad.has_value()) {
-      check_sizes("the losses' gradient", *grad, {count});
-      wide_grad = grad->to(at::kFloat).contiguous();
-      grads = wide_grad.const_data_ptr<float>();
-    }
-    reference = padded_array(count);
-    of_softmax = padded_array(count);
-    of_positive = padded_array(count);
-    of_class = padded_array(smoothing > 0.0 ? count : 0);
-    for (i64 i = 0; i < count; ++i) {
-      // A single class has the probability 1, whatever its logit.
-      const double weight = positives[i] > 0.0f && classes[i] > 1.0f ? each + (grads == nullptr ? 0.0 : grads[i]) : 0.0;
-      // Kernels need a whole reference; another backend's state may have another.
-      reference[i] = std::nearbyint(references[i]);
-      of_softmax[i] =
-          static_cast<float>(weight / sums[i] * std::exp2(static_cast<double>(reference[i]) - references[i]));
-      of_positive[i] = static_cast<float>((1.0 - smoothing) * weight / std::max(positives[i], 1.0f));
-      if (smoothing > 0.0) {
-        of_class[i] = static_cast<float>(smoothing * weight / classes[i]);
-      }
-    }
-  }
-  LogitGradient pointers() const {
-    const auto data = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
-    return {data(reference), data(of_softmax), data(of_positive), data(of_class)};
-  }
-};
 
 // A typical dot. Each row's gradients by its logits sum to 0, so that the scale's gradient may measure dots from any
 // point; this one lies between the mean of a row's dots and the largest.

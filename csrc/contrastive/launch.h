@@ -113,6 +113,12 @@ public:
     }
   }
 
+  // Each query's right answer, [N, d].
+  void set_right(const Tensor& right) {
+    p.right = texts_of("right", right);
+    check_sizes("right", right, {p.image.count, p.dim});
+  }
+
   void set_scale(const Tensor& scale) {
     TORCH_CHECK_VALUE(scale.numel() == 1, "logit_scale must have one element");
     const double value = scale.item().toDouble();
@@ -127,12 +133,20 @@ public:
     p.sign = value > 0.0 ? 1.0f : (value < 0.0 ? -1.0f : static_cast<float>(value)); // 0, or NaN
   }
 
-  // After `set_hard`.
+  // Text j's partner is the image first_text + j; of a call with all pairs the image j.
+  void set_partners(i64 first_text) {
+    all_pairs_ = false;
+    const i64 n = p.image.count, m = p.text.count;
+    TORCH_CHECK_VALUE(n + m < INT32_MAX, "there are too many rows");
+    p.first_text = first_text >= n || first_text <= -m ? n : first_text;
+  }
+
+  // After `set_hard` and `set_partners`.
   void set_ids(const OptionalTensor& image_ids, const OptionalTensor& text_ids, const OptionalTensor& hard_text_ids,
                bool ignore) {
     has_ids_ = image_ids.has_value();
     TORCH_CHECK_VALUE(has_ids_ == text_ids.has_value(), "image_ids and text_ids must both be given, or neither");
-    TORCH_CHECK_VALUE((has_ids_ && !ignore) || p.image.count == p.text.count,
+    TORCH_CHECK_VALUE((has_ids_ && !ignore) || !all_pairs_ || p.image.count == p.text.count,
                       "without ids, or to ignore theirs, there must be as many texts as images");
     TORCH_CHECK_VALUE(has_ids_ || !hard_text_ids.has_value(), "hard_text_ids must come with image_ids");
     if (has_ids_) {
@@ -151,7 +165,7 @@ public:
 
   // How many positives row i of a direction has, and how many columns its softmax compares.
   i64 positives(Direction direction, i64 i) const {
-    return !has_ids_ || p.ignore ? 1 : same_label(direction, i);
+    return !has_ids_ || p.ignore ? (partner(direction, i) >= 0 ? 1 : 0) : same_label(direction, i);
   }
   i64 rows_with_positive(Direction direction) const {
     const i64 count = direction == Direction::image_to_text ? p.image.count : p.text.count;
@@ -169,7 +183,10 @@ public:
     if (!has_ids_ || !p.ignore) {
       return columns;
     }
-    return columns - same_label(direction, i) + (labels_.image[i] == labels_.text[i] ? 1 : 0);
+    const i64 other = partner(direction, i);
+    const bool of_image = direction == Direction::image_to_text;
+    const i64 image = of_image ? i : other, text = of_image ? other : i;
+    return columns - same_label(direction, i) + (other >= 0 && labels_.image[image] == labels_.text[text] ? 1 : 0);
   }
 
   // `products`: how many matrix products of all pairs there are.
@@ -208,6 +225,12 @@ private:
     TORCH_CHECK_TYPE(x.scalar_type() == type_, name, " must have the dtype ", type_);
     return features_of(x);
   }
+  // The column that row i's partner is; -1: it has none.
+  i64 partner(Direction direction, i64 i) const {
+    const bool of_image = direction == Direction::image_to_text;
+    const i64 other = of_image ? i - p.first_text : i + p.first_text, count = of_image ? p.text.count : p.image.count;
+    return other >= 0 && other < count ? other : -1;
+  }
   // How many columns have the label of row i.
   i64 same_label(Direction direction, i64 i) const {
     if (direction == Direction::text_to_image) {
@@ -219,7 +242,7 @@ private:
 
   at::ScalarType type_;
   Labels labels_;
-  bool has_ids_ = false;
+  bool has_ids_ = false, all_pairs_ = true;
 };
 
 } // namespace mmkernels

@@ -47,15 +47,23 @@ struct ContrastiveParams {
   float hidden = 0.0f; // a dot whose logit is -inf
   float sign = 0.0f;   // of the scale: dots times this are in the order of logits
   float bias = 0.0f;   // of the sigmoid loss
+  // Whether few images, or few texts, are multiplied along their channels, which rounds otherwise. Where scores are
+  // compared with those of another call, its counts must not matter.
+  bool few_images = true, few_texts = true;
 
-  // Positive pairs: those of the same label; null: those of the same index.
+  // Positive pairs: those of the same label; null: partners. Text j's partner is the image first_text + j, if there is
+  // one.
+  std::int64_t first_text = 0;
   const std::int32_t *image_label = nullptr, *text_label = nullptr;
   const std::int32_t* hard_label = nullptr; // null: no hard text is of an image's label
-  bool ignore = false; // only pairs of the same index are positive, other pairs of the same label are hidden
+  bool ignore = false;                      // only partners are positive, other pairs of the same label are hidden
 
   // Softmax forward. Tasks begin at whole vectors of texts, and the arrays are padded to whole vectors.
   Sums text_sums;
   Ranks text_ranks;
+
+  // Retrieval: the right answer of each image, in their order; without data it is the text of an index.
+  Features right;
 
   // Gradients. `need_rows` and `grad_rows`: of the batch's texts, then of hard texts.
   bool sigmoid = false;

@@ -18,8 +18,8 @@ inline void target_scores(const ContrastiveParams& p, const Strip& strip, const 
       }
       continue;
     }
-    Source items = source_of(p.text, 0);
-    items.index = ranks.index + first;
+    Source items = p.right.data != nullptr ? source_of(p.right, strip.first + first) : source_of(p.text, 0);
+    items.index = p.right.data != nullptr ? nullptr : ranks.index + first;
     Panel panel = panel_of(p, strip, first / kPanel * kPanel, count);
     panel.packed = panel.packed == nullptr ? nullptr : panel.packed + first % kPanel;
     panel.first = strip.first + first;

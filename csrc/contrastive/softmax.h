@@ -73,7 +73,7 @@ template <int kCount> struct SoftmaxTile : LogitTile {
         for (std::uint32_t bits = matches(r, v, label_of_text); bits != 0; bits &= bits - 1) {
           const i64 i = v * kLanes + __builtin_ctz(bits);
           float& x = dots[r * kPanel + i];
-          if (!p.ignore || (!hard && row + r == lane + i)) {
+          if (!p.ignore || (!hard && partner + r == lane + i)) {
             text_positives[r] += x;
             images.positives[i] += x;
           } else {
@@ -322,7 +322,7 @@ inline void best_positives(const ContrastiveParams& p, const Task& task, const R
           const i64 n = v * kLanes + __builtin_ctz(bits), image = tile.lane + n;
           if (task.hard) {
             keep_best(images, image, dots[n] * p.sign, p.text.count + text);
-          } else if (!p.ignore || image == text) {
+          } else if (!p.ignore || image == p.first_text + text) {
             keep_best(images, image, dots[n] * p.sign, text);
             keep_best(p.text_ranks, text, dots[n] * p.sign, image);
           }

@@ -23,7 +23,8 @@ inline i64 columns_of(const ContrastiveParams& p) {
   return pad_lanes(p.dim);
 }
 MMK_INLINE bool has_few_rows(const ContrastiveParams& p) {
-  return p.queries == 1 && depth_of(p) >= kLanes && least(p.image.count, most(p.text.count, p.hard.count)) <= kFewRows;
+  return p.queries == 1 && depth_of(p) >= kLanes &&
+         ((p.few_images && p.image.count <= kFewRows) || (p.few_texts && most(p.text.count, p.hard.count) <= kFewRows));
 }
 // Whether products go over their depth step by step. Rows that are too deep for the cache are packed then, each time
 // that they are multiplied, which costs little beside the product with the texts of a block; few rows are not packed.
@@ -171,10 +172,12 @@ MMK_INLINE Power power_of(const ContrastiveParams& p, Vec dot) {
   return {exp2_of_fraction(f * f > 0.5625f ? zero() : f), n};
 }
 
-// The labels of a panel's images, -1 past the last.
+constexpr std::int32_t kNoImage = INT32_MIN; // the label past the last image, which no text has
+
+// The labels of a panel's images.
 inline void panel_labels(const ContrastiveParams& p, i64 first, i64 count, std::int32_t* to) {
   for (i64 i = 0; i < kPanel; ++i) {
-    to[i] = i >= count ? -1 : (p.image_label != nullptr ? p.image_label[first + i] : (std::int32_t)(first + i));
+    to[i] = i >= count ? kNoImage : (p.image_label != nullptr ? p.image_label[first + i] : (std::int32_t)(first + i));
   }
 }
 
@@ -183,24 +186,26 @@ constexpr std::uint32_t kAllLanes = (std::uint32_t)((1ull << kLanes) - 1);
 // The tile of logits of a block of texts and a panel of images. Vector v of the panel: its images from v * kLanes on.
 struct LogitTile {
   const ContrastiveParams& p;
-  bool hard;                  // the texts are hard texts
-  i64 row, rows;              // the first text, and how many there are
-  i64 lane, lanes;            // the first image, and how many there are
-  const std::int32_t* labels; // of the images, -1 past the last
-  float* dots;                // [rows, kPanel]
+  bool hard;                        // the texts are hard texts
+  i64 row, rows;                    // the first text, and how many there are
+  i64 lane, lanes;                  // the first image, and how many there are
+  const std::int32_t* labels;       // of the images, see `panel_labels`
+  float* dots;                      // [rows, kPanel]
+  i64 partner = p.first_text + row; // the first text's
 
   // Whether any pair may have the same label.
   MMK_INLINE bool may_match() const {
-    return hard ? p.hard_label != nullptr : (p.image_label != nullptr || (row < lane + lanes && lane < row + rows));
+    return hard ? p.hard_label != nullptr
+                : (p.image_label != nullptr || (partner < lane + lanes && lane < partner + rows));
   }
   // The images of vector v, as low bits.
   MMK_INLINE std::uint32_t live(i64 v) const {
     const i64 left = lanes - v * kLanes;
     return left <= 0 ? 0 : (left >= kLanes ? kAllLanes : (1u << left) - 1);
   }
-  // The image of vector v that has text r's index, if it is there; none has a hard text's.
+  // The image of vector v that is text r's partner, if it is there; no hard text has one.
   MMK_INLINE std::uint32_t diagonal(i64 r, i64 v) const {
-    const i64 i = row + r - lane - v * kLanes;
+    const i64 i = partner + r - lane - v * kLanes;
     return !hard && i >= 0 && i < kLanes ? 1u << i : 0;
   }
   // Text r's label; that of a hard text without one is -2, which no image has.
@@ -208,7 +213,7 @@ struct LogitTile {
     if (hard) {
       return p.hard_label != nullptr ? p.hard_label[row + r] : -2;
     }
-    return p.text_label != nullptr ? p.text_label[row + r] : (std::int32_t)(row + r);
+    return p.text_label != nullptr ? p.text_label[row + r] : (std::int32_t)(partner + r);
   }
   // The images of vector v that have text r's label or are its positive.
   MMK_INLINE std::uint32_t matches(i64 r, i64 v) const {

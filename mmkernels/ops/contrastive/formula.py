@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+NO_PARTNERS = -(2**31 - 16)
+"""The `first_text` of a block in which no text belongs to an image by its index: text j would be image
+``first_text + j``'s, which is below 0."""
 
 
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,16 +76,18 @@ def pairs(
     images: slice,
     texts: slice,
     device: torch.device,
+    first_text: int = 0,
 ) -> Pairs:
     """Returns how some images (rows) and texts (columns) belong together.
 
     Args:
         image_ids, text_ids: [N] and [M], of all of them.
-        ignore: text i is image i's positive, and other pairs with equal ids are hidden; else all pairs with equal ids
-            are positive.
+        ignore: partners are positive, and other pairs with equal ids are hidden; else all pairs with equal ids are
+            positive.
+        first_text: text j is the partner of image first_text + j, if there is one.
     """
     i, j = (torch.arange(x.start, x.stop, device=device) for x in (images, texts))
-    diagonal = i[:, None] == j
+    diagonal = i[:, None] == j + first_text
     if image_ids is None or text_ids is None:
         return Pairs(diagonal, None)
     same = image_ids[images, None] == text_ids[texts]

@@ -11,14 +11,14 @@ from mmkernels.runtime.checks import as_float, autocast_dtype, check_floating, c
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_features(image: Tensor, text: Tensor, names: tuple[str, str] = ("image", "text")) -> None:
-    """Raise unless image is [N, d] or [N, Q, d] and text [M, d], not empty, and of one dtype and device."""
-    first, second = names
-    check_floating(first, image)
+def check_features(image: Tensor, text: Tensor, least: int = 1) -> None:
+    """Raise unless image is [N, d] or [N, Q, d] and text [M, d] of one dtype and device; `least`: of N and M."""
+    check_floating("image", image)
     shape = image.shape
-    if len(shape) not in (2, 3) or 0 in shape:
-        raise ValueError(f"{first} must be [N, d] or [N, Q, d] with no dim of 0, got shape {tuple(shape)}")
-    check_more_features(second, text, image, first)
+    if len(shape) not in (2, 3) or 0 in shape[1:] or shape[0] < least:
+        of_rows = "" if least else " but N"
+        raise ValueError(f"image must be [N, d] or [N, Q, d] with no dim of 0{of_rows}, got shape {tuple(shape)}")
+    check_more_features("text", text, image, least=least)
 
 
 def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", least: int = 1) -> None:

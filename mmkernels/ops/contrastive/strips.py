@@ -21,6 +21,7 @@ class LogitStrips:
         image_ids, text_ids, ignore: see `formula.pairs`.
         hard_texts: [K, d]; None and K = 0 are the same.
         hard_text_ids: [K].
+        first_text: see `formula.pairs`.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class LogitStrips:
         ignore: bool = False,
         hard_texts: Tensor | None = None,
         hard_text_ids: Tensor | None = None,
+        first_text: int = 0,
     ) -> None:
         self.dtype = wide_dtype(image)
         self.image = queries_of(image)  # [N, Q, d]
@@ -41,6 +43,7 @@ class LogitStrips:
         self.hard = None if hard_texts is None or not len(hard_texts) else hard_texts.to(self.dtype)
         self.image_ids, self.text_ids, self.ignore = image_ids, text_ids, ignore
         self.hard_text_ids = hard_text_ids
+        self.first_text = first_text
 
     def __iter__(self) -> Iterator[slice]:
         rows, queries, _ = self.image.shape
@@ -65,6 +68,7 @@ class LogitStrips:
         return pairs(
             self.image_ids, self.text_ids, ignore=self.ignore,
             images=at, texts=slice(0, self.text.shape[0]), device=self.image.device,
+            first_text=self.first_text,
         )  # fmt: skip
 
     def hard_pairs(self, at: slice) -> Pairs | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.contrastive.info_nce import chunked
+from mmkernels.ops.contrastive.info_nce import chunked, ring
 from mmkernels.ops.contrastive.info_nce.reduction import (
     POSITIVES,
     Arguments,
@@ -30,6 +30,9 @@ from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import autocast, check_number, in_graph
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["ContrastiveStats", "info_nce"]
 
@@ -76,6 +79,7 @@ def info_nce(
     hard_text_ids: Tensor | None = None,
     label_smoothing: float = 0.0,
     image_weight: float = 0.5,
+    group: ProcessGroup | None = None,
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str | None = None,
@@ -106,6 +110,8 @@ def info_nce(
         label_smoothing: 0 to 1, the share of each row's target that is uniform over everything that its softmax
             compares, as in ``F.cross_entropy``.
         image_weight: 0 to 1, the share of the image-to-text direction; the rest is that of text-to-image.
+        group: ranks that compute the loss together (``torch.distributed.group.WORLD``, or ``mesh.get_group()``), or
+            None: this process alone; see below.
         reduction: "mean": each direction's mean over its rows that have a positive (0 where none has), weighed by
             `image_weight`; "sum": the same of sums; "none": the two directions' rows as they are.
         return_stats: also return `ContrastiveStats`, counted on the way. The positives' scores must be known before
@@ -124,10 +130,28 @@ def info_nce(
 
     Under autocast image, text and hard_texts are cast to the autocast dtype.
 
+    **Over a group** each rank passes its own images and texts, as many as it has, none too, and every image is compared
+    to the texts of all ranks. Ids are compared over all ranks; without them N = M on each rank. Hard texts stay local:
+    only this rank's images see them. Every rank returns the loss, and the statistics, of all ranks together
+    (reduction="none": of its own rows). Texts travel round the ring of ranks in pieces, in their own dtype, while what
+    has come is computed with; no rank ever holds the features of all, and each sends about ``2 N W d`` numbers of the
+    features' dtype and ``N W d`` of float32 a step for its N texts and W ranks. All ranks must call forward, and then
+    backward, in the same order. The sizes that they tell each other make a GPU's call wait for the device.
+
+    Gradients are those of the sum over ranks of what they return, W times the loss: a rank's features, and what it
+    computed them from, get W times the loss's gradient, so that the mean over ranks is right; logit_scale gets the
+    loss's own gradient on each rank, whose mean is that gradient again. So under DDP and FSDP2, which average gradients
+    over ranks, all are exactly those of one process with the whole batch. Where nothing averages them, divide the
+    parameters' gradients by W and sum them over ranks; logit_scale's is right as it is. (For unequal upstream gradients
+    read their sum over ranks for W, and their mean for 1.) There are no second derivatives over a group.
+
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, range or choice. Each names the argument,
-            what it must be and what it got.
+            what it must be and what it got. Over a group every rank raises ValueError where one rank's arguments are
+            bad, or ranks differ in what must be the same: channels, dtype, options, logit_scale, ids given or not.
         BackendError: a forced backend can't run this call.
+        GroupError: (a RuntimeError) a rank has died, is late, or called something else; after the group's timeout at
+            the latest with gloo. NCCL's watchdog does its own.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (CLIP), 2021, figure
     3; several positives as in Khosla et al., "Supervised Contrastive Learning", 2020, eq. 2; queries as in Li et al.,
@@ -144,34 +168,13 @@ def info_nce(
         >>> loss.shape, int(stats.images_without_positive)
         (torch.Size([]), 0)
     """
-    image, text = autocast(image, text)
-    check_features(image, text)
-    if same_id not in ("positive", "ignore"):
-        raise ValueError(f'same_id must be "positive" or "ignore", got {same_id!r}')
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    ignore = same_id == "ignore"
-    image_ids, text_ids = check_ids(image_ids, text_ids, image, text, paired=ignore)
-    logit_scale = check_scalar("logit_scale", logit_scale, image)
-    if hard_texts is not None:
-        (hard_texts,) = autocast(hard_texts)
-        check_more_features("hard_texts", hard_texts, image, least=0)
-    if hard_text_ids is not None:
-        hard_text_ids = check_hard_ids(hard_text_ids, hard_texts, image_ids, image)
-    args = Arguments(
-        image=image,
-        text=text,
-        logit_scale=logit_scale,
-        image_ids=image_ids,
-        text_ids=text_ids,
-        hard_texts=hard_texts,
-        hard_text_ids=hard_text_ids,
-        ignore=ignore,
-        label_smoothing=check_number("label_smoothing", label_smoothing, "a number from 0 to 1", 0.0, 1.0),
-        image_weight=check_number("image_weight", image_weight, "a number from 0 to 1", 0.0, 1.0),
-        reduction=reduction,
-        stats=return_stats,
-    )
+    checked = partial(
+        _checked, image, text, logit_scale, image_ids, text_ids, same_id, hard_texts, hard_text_ids, label_smoothing,
+        image_weight, reduction, return_stats,
+    )  # fmt: skip
+    if group is not None:
+        return _over_ranks(checked, group, backend, image)
+    args = checked()
     backend = resolve(backend)
     if backend == "reference" and not in_graph():
         naive = with_reduction(partial(reference, need_states=return_stats or image_ids is not None))
@@ -191,6 +194,69 @@ def info_nce(
         text_mean_rank=of_texts.mean_rank,
         images_without_positive=of_images.without_positive,
         texts_without_positive=of_texts.without_positive,
+    )
+
+
+def _checked(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    same_id: str,
+    hard_texts: Tensor | None,
+    hard_text_ids: Tensor | None,
+    label_smoothing: float,
+    image_weight: float,
+    reduction: str,
+    return_stats: bool,
+    least: int = 1,
+) -> Arguments:
+    """Returns the record of a call; `least`: the images and texts that there must be."""
+    image, text = autocast(image, text)
+    check_features(image, text, least=least)
+    if same_id not in ("positive", "ignore"):
+        raise ValueError(f'same_id must be "positive" or "ignore", got {same_id!r}')
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    ignore = same_id == "ignore"
+    image_ids, text_ids = check_ids(image_ids, text_ids, image, text, paired=ignore)
+    logit_scale = check_scalar("logit_scale", logit_scale, image)
+    if hard_texts is not None:
+        (hard_texts,) = autocast(hard_texts)
+        check_more_features("hard_texts", hard_texts, image, least=0)
+    if hard_text_ids is not None:
+        hard_text_ids = check_hard_ids(hard_text_ids, hard_texts, image_ids, image)
+    return Arguments(
+        image=image,
+        text=text,
+        logit_scale=logit_scale,
+        image_ids=image_ids,
+        text_ids=text_ids,
+        hard_texts=hard_texts,
+        hard_text_ids=hard_text_ids,
+        ignore=ignore,
+        label_smoothing=check_number("label_smoothing", label_smoothing, "a number from 0 to 1", 0.0, 1.0),
+        image_weight=check_number("image_weight", image_weight, "a number from 0 to 1", 0.0, 1.0),
+        reduction=reduction,
+        stats=return_stats,
+    )
+
+
+def _over_ranks(checked: Any, group: ProcessGroup, backend: str | None, image: object) -> Any:
+    """Returns what `info_nce` returns, over a group."""
+    args, results = ring.results(partial(checked, least=0), group, backend, image)
+    loss = (results.image_loss, results.text_loss) if args.reduction == "none" else results.loss
+    if not args.stats:
+        return loss
+    images, texts = ring.totals_of(results.totals.to(results.loss.dtype))
+    return loss, ContrastiveStats(
+        image_accuracy=images.accurate / images.with_positive,
+        text_accuracy=texts.accurate / texts.with_positive,
+        image_mean_rank=images.ranks / images.with_positive,
+        text_mean_rank=texts.ranks / texts.with_positive,
+        images_without_positive=(images.rows - images.with_positive).to(torch.int64),
+        texts_without_positive=(texts.rows - texts.with_positive).to(torch.int64),
     )
 
 

@@ -34,13 +34,15 @@ class RunningSoftmax:
             like.new_zeros(rows, dtype=dtype) for _ in range(5)
         )
 
-    def add(self, at: slice, logits: Tensor, pairs: Pairs | None) -> None:
+    def add(self, at: slice, logits: Tensor, pairs: Pairs | None, summed: Tensor | None = None) -> None:
         """Add a block of columns to the rows `at`.
 
         Args:
             logits: [rows, columns].
             pairs: None: all are negatives.
+            summed: [rows, columns], what the sums for the loss are of; None: the logits.
         """
+        summed = logits if summed is None else summed
         visible = logits if pairs is None else pairs.visible(logits, -torch.inf)
         largest = torch.maximum(self.largest[at], visible.amax(1))
         base = largest.masked_fill(largest == -torch.inf, 0.0)
@@ -48,9 +50,9 @@ class RunningSoftmax:
         self.sum[at] = self.sum[at] * (self.largest[at] - base).exp() + total
         self.largest[at] = largest
         if pairs is not None:
-            self.sum_of_positives[at] += logits.masked_fill(~pairs.positive, 0.0).sum(1)
+            self.sum_of_positives[at] += summed.masked_fill(~pairs.positive, 0.0).sum(1)
             self.positives[at] += pairs.positive.sum(1)
-        self.sum_of_all[at] += (logits if pairs is None else pairs.visible(logits, 0.0)).sum(1)
+        self.sum_of_all[at] += (summed if pairs is None else pairs.visible(summed, 0.0)).sum(1)
         self.classes[at] += logits.shape[1] if pairs is None else pairs.classes()
 
     def loss(self, label_smoothing: float) -> Tensor:

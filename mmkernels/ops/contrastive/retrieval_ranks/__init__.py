@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from mmkernels.ops.contrastive.inputs import check_more_features
-from mmkernels.ops.contrastive.retrieval_ranks import chunked
+from mmkernels.ops.contrastive.retrieval_ranks import chunked, ring
 from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, Results, reference
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import check_floating, check_range, check_tensor, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["retrieval_ranks"]
 
 
-def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: str | None = None) -> Tensor:
+def retrieval_ranks(
+    query: Tensor,
+    gallery: Tensor,
+    target: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """How many items of a gallery stand before each query's right answer, ordered by inner product.
 
     Exact, and in memory linear in the features: recall@k is ``(ranks < k).float().mean()``.
@@ -25,6 +38,8 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: 
         gallery: ``[M, d]``, query's dtype and device.
         target: int64 ``[N]``, each query's right answer, a row of the gallery. Values are checked on a CPU; on a GPU,
             where that would wait for the device, a target outside of the gallery gets the rank M.
+        group: ranks that each hold their own queries and a part of the gallery, as many as they have, none too; or
+            None: this process alone. Over a group `target` is a row of all ranks' galleries, in the order of ranks.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
             float16), "chunked" (any device, float64 too) or "reference".
 
@@ -37,10 +52,15 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: 
     Autocast rounds nothing here: features keep their dtype. Under autocast query and gallery may differ in it, and the
     wider one is taken.
 
+    Over a group the galleries travel round the ring of ranks twice, in pieces, and each rank gets the ranks of its own
+    queries among all items.
+
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device or target. Each names the argument, what it
-            must be and what it got.
+            must be and what it got. Over a group every rank raises ValueError where one rank's arguments are bad, or
+            ranks differ in channels or dtype.
         BackendError: a forced backend can't run this call.
+        GroupError: (a RuntimeError) a rank has died, is late, or called something else.
 
     Source: recall@k as in Karpathy & Fei-Fei, "Deep Visual-Semantic Alignments for Generating Image Descriptions",
     2015, section 4.2.
@@ -52,11 +72,22 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: 
         >>> ranks = mmkernels.retrieval_ranks(text, image, torch.arange(1000))
         >>> recall_at_5 = (ranks < 5).float().mean()
     """
+    if group is not None:
+        checked = partial(_checked, query, gallery, target, least=0)
+        return ring.ranks(checked, group, backend, query)
+    args = _checked(query, gallery, target, least=1)
+    check_range("target", target, 0, gallery.shape[0] - 1)  # compiled code leaves it to the backends
+    ranks: Tensor = OP(args, resolve(backend))
+    return ranks
+
+
+def _checked(query: Tensor, gallery: Tensor, target: Tensor, least: int) -> Arguments:
+    """Returns the record of a call; `least`: the items that the gallery must have."""
     query, gallery = without_autocast(query, gallery)
     check_floating("query", query)
     if query.dim() != 2 or query.shape[1] == 0:
         raise ValueError(f"query must be [N, d] with at least one channel, got shape {tuple(query.shape)}")
-    check_more_features("gallery", gallery, query, "query")
+    check_more_features("gallery", gallery, query, "query", least=least)
     check_tensor("target", target)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {target.dtype}")
@@ -64,10 +95,7 @@ def retrieval_ranks(query: Tensor, gallery: Tensor, target: Tensor, *, backend: 
         raise ValueError(f"target must be [{query.shape[0]}], one for each query, got shape {tuple(target.shape)}")
     if not (target.is_cpu and query.is_cpu) and target.device != query.device:
         raise ValueError(f"target must be on query's device {query.device}, got {target.device}")
-    check_range("target", target, 0, gallery.shape[0] - 1)  # compiled code leaves it to the backends
-    args = Arguments(query=query.detach(), gallery=gallery.detach(), target=target)
-    ranks: Tensor = OP(args, resolve(backend))
-    return ranks
+    return Arguments(query=query.detach(), gallery=gallery.detach(), target=target)
 
 
 def _fake(args: Arguments) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, ranks_of
+from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, before_of, ranks_of
 from mmkernels.ops.contrastive.strips import STRIP_BYTES
 from mmkernels.runtime.checks import check_range
+
+_RIGHT_ROWS = 64  # of a band, whose right answers' scores are a square: no more than that, or than the gallery's items
 
 
 def forward(args: Arguments) -> Tensor:
@@ -23,3 +27,17 @@ def forward(args: Arguments) -> Tensor:
         at = slice(first, first + step)
         ranks[at] = ranks_of(query[at].to(wide) @ items.mT, target[at])
     return ranks
+
+
+def block(args: Any) -> Tensor:
+    """Returns int64 [N], see `block.Block`. A right answer's score comes from a product of matrices as the others."""
+    query, right, wide = args.query, args.right, wide_dtype(args.query)
+    items = args.gallery.to(wide)
+    before = torch.empty(query.shape[0], dtype=torch.int64, device=query.device)
+    step = min(max(1, STRIP_BYTES // (wide.itemsize * len(items))), max(_RIGHT_ROWS, len(items)))
+    for first in range(0, query.shape[0], step):
+        at = slice(first, first + step)
+        rows = query[at].to(wide)
+        best = (rows @ right[at].to(wide).mT).diagonal()
+        before[at] = before_of(rows @ items.mT, best, args.right_index[at])
+    return before

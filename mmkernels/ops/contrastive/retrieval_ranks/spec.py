@@ -52,6 +52,18 @@ def ranks_of(scores: Tensor, target: Tensor) -> Tensor:
     return torch.where(inside == target, ranks(before, best, items - 1), items)
 
 
+def before_of(scores: Tensor, best: Tensor, index: Tensor) -> Tensor:
+    """Returns how many items of a piece stand before the right answers, int64 [rows]; -1 where one's score is NaN.
+
+    Args:
+        scores: [rows, M].
+        best: [rows], the right answer's score.
+        index: int64 [rows], its place relative to the piece's first item.
+    """
+    others = torch.arange(scores.shape[1], device=scores.device) != index[:, None]
+    return torch.where(best.isnan(), -1, count_before(scores, best, index, others))
+
+
 def _case(id: str, n: int, m: int, dim: int) -> Case:
     return Case(id, lambda g: _inputs(g, n, m, dim))
 

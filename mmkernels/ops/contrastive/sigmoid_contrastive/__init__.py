@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_scalar
-from mmkernels.ops.contrastive.sigmoid_contrastive import chunked
-from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, Results, formula, kept_dtype, reference
+from mmkernels.ops.contrastive.sigmoid_contrastive import chunked, ring
+from mmkernels.ops.contrastive.sigmoid_contrastive.spec import KEEP, KEPT, Arguments, Results, fake, formula, reference
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import autocast, in_graph, requires_grad
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.gradient import Gradient
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["sigmoid_contrastive"]
 
@@ -28,6 +31,7 @@ def sigmoid_contrastive(
     *,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """SigLIP's loss: ``-sum_ij log sigmoid(z_ij (logit_scale * image_i text_j' + logit_bias)) / N``.
@@ -45,6 +49,7 @@ def sigmoid_contrastive(
         logit_bias: added to the scaled scores; as logit_scale. The paper begins at -10, with a scale of 10.
         image_ids, text_ids: integers ``[N]`` and ``[M]``: a pair of one id is positive. One alone serves for both
             sides. Without ids N = M, and text i is image i's only positive.
+        group: ranks that compute the loss together, as in `info_nce`, or None: this process alone.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
             float16), "chunked" (any device, float64 too) or "reference", the naive formula, differentiated by PyTorch's
             own autograd outside ``torch.compile``.
@@ -57,10 +62,17 @@ def sigmoid_contrastive(
 
     Under autocast image and text are cast to the autocast dtype.
 
+    **Over a group** all of `info_nce`'s section on groups holds: each rank passes its own rows, as many as it has, the
+    loss is that of all ranks' pairs, N the number of all ranks' images, and the gradients are exact after the mean over
+    ranks, as under DDP and FSDP2. Texts travel once, and their gradient with them, so that a rank sends about
+    ``N W d`` numbers of the features' dtype and ``N W d`` of float32 a step.
+
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape or device. Each names the argument, what it must be
-            and what it got.
+            and what it got. Over a group every rank raises ValueError where one rank's arguments are bad, or ranks
+            differ in what must be the same.
         BackendError: a forced backend can't run this call.
+        GroupError: (a RuntimeError) a rank has died, is late, or called something else.
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (SigLIP), 2023, section 3.2.
 
@@ -70,14 +82,37 @@ def sigmoid_contrastive(
         >>> mmkernels.sigmoid_contrastive(image, text, 10.0, -10.0).shape
         torch.Size([])
     """
+    if group is not None:
+        checked = partial(_checked, image, text, logit_scale, logit_bias, image_ids, text_ids, least=0)
+        return ring.loss(checked, group, backend, image)
+    args = _checked(image, text, logit_scale, logit_bias, image_ids, text_ids, least=1)
+    backend = resolve(backend)
+    if backend == "reference" and not in_graph():
+        with torch._C._DisableAutocast():  # the features have been cast
+            return formula(args)
+    loss: Tensor
+    loss, *_ = OP(args, backend)
+    return loss
+
+
+def _checked(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    least: int,
+) -> Arguments:
+    """Returns the record of a call; `least`: the images and texts that there must be."""
     image, text = autocast(image, text)
-    check_features(image, text)
+    check_features(image, text, least=least)
     image_ids, text_ids = check_ids(image_ids, text_ids, image, text, paired=False)
     logit_scale = check_scalar("logit_scale", logit_scale, image)
     logit_bias = check_scalar("logit_bias", logit_bias, image)
     # `torch.jit.trace` traces once more without gradients, and demands the same graph.
     recording = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
-    args = Arguments(
+    return Arguments(
         image=image,
         text=text,
         logit_scale=logit_scale,
@@ -89,23 +124,18 @@ def sigmoid_contrastive(
         keep_logit_scale=recording and requires_grad(logit_scale),
         keep_logit_bias=recording and requires_grad(logit_bias),
     )
-    backend = resolve(backend)
-    if backend == "reference" and not in_graph():
-        with torch._C._DisableAutocast():  # the features have been cast
-            return formula(args)
-    loss: Tensor
-    loss, *_ = OP(args, backend)
-    return loss
 
 
-def _fake(args: Arguments) -> tuple[Tensor, ...]:
-    inputs = (args.image, args.text, args.logit_scale, args.logit_bias)
-    keep = (args.keep_image, args.keep_text, args.keep_logit_scale, args.keep_logit_bias)
-    grads = (
-        x.new_empty(x.shape, dtype=kept_dtype(x)) if wanted else x.new_empty(0)
-        for x, wanted in zip(inputs, keep, strict=True)
-    )
-    return (args.image.new_empty((), dtype=wide_dtype(args.image)), *grads)
+def local_share(
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float, *, group: ProcessGroup
+) -> Tensor:
+    """Returns W times what this rank's images add to the loss over a group of W ranks: the mean over ranks is the loss.
+
+    The features' gradients are those of `sigmoid_contrastive`; logit_scale and logit_bias get the gradient of this
+    rank's share alone, times what flows back on this rank. So do open_clip's ranks, which have equally many images.
+    """
+    checked = partial(_checked, image, text, logit_scale, logit_bias, None, None, least=0)
+    return ring.loss(checked, group, None, image, local=True)
 
 
 def _scaled(args: Any) -> tuple[Tensor, ...]:
@@ -123,7 +153,7 @@ OP = define(
     "sigmoid_contrastive",
     Arguments,
     Results,
-    fake=_fake,
+    fake=fake,
     backends=[
         triton_kernel(f"{__name__}.triton", "forward"),
         cpu_kernel("sigmoid_contrastive_cpu"),
@@ -131,10 +161,10 @@ OP = define(
         Backend("reference", reference),
     ],
     gradient=Gradient(
-        saves=("of_image", "of_text", "of_logit_scale", "of_logit_bias"),
+        saves=KEPT,
         formula=lambda args: (formula(args),),
         backends=[Backend("chunked", _scaled), Backend("reference", _scaled)],
         contiguous=True,
-        prepared=("keep_image", "keep_text", "keep_logit_scale", "keep_logit_bias"),
+        prepared=KEEP,
     ),
 )

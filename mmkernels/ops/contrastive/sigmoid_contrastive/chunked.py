@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,20 +14,32 @@ from mmkernels.ops.contrastive.strips import LogitStrips, add_products
 
 def forward(args: Arguments) -> tuple[Tensor, ...]:
     """Returns the loss, and its gradients in `kept_dtype`."""
-    image, text, logit_scale, logit_bias = args.image, args.text, args.logit_scale, args.logit_bias
-    strips = LogitStrips(image, text, logit_scale, args.image_ids, args.text_ids)
-    bias, count = logit_bias.reshape(()).to(strips.dtype), image.shape[0]
+    loss, *grads = summed(args, args.image.shape[0], kept_dtype(args.image))
+    return (loss, *kept(grads, args))
+
+
+def summed(args: Any, count: float, dtype: torch.dtype, first_text: int = 0) -> tuple[Any, ...]:
+    """Returns the loss of all pairs and its gradients, None where none is kept, all divided by `count`.
+
+    Args:
+        args: the record of the op, or of a block.
+        dtype: of image's gradient; the others are wide.
+        first_text: see `formula.pairs`.
+    """
+    image, text = args.image, args.text
+    strips = LogitStrips(image, text, args.logit_scale, args.image_ids, args.text_ids, first_text=first_text)
+    bias = args.logit_bias.reshape(()).to(strips.dtype)
     loss, scale_grad, bias_grad = (torch.zeros((), dtype=strips.dtype, device=image.device) for _ in range(3))
-    dtype = kept_dtype(image)
     image_grad = strips.image.new_empty(strips.image.shape, dtype=dtype) if args.keep_image else None
     text_grad = strips.text.new_zeros(strips.text.shape) if args.keep_text else None
+    keep_any = args.keep_image or args.keep_text or args.keep_logit_scale or args.keep_logit_bias
     for at in strips:
         dots, winner = strips.dots(at, strips.text)
         logits = dots * strips.scale + bias
         positive = strips.pairs(at).positive
         logits = torch.where(positive, logits, -logits)  # each pair's loss is -logsigmoid of these
         loss -= F.logsigmoid(logits).sum()
-        if not args.keep_any:
+        if not keep_any:
             continue
         logits_grad = torch.sigmoid(-logits)
         logits_grad = torch.where(positive, -logits_grad, logits_grad)
@@ -37,10 +51,10 @@ def forward(args: Arguments) -> tuple[Tensor, ...]:
             add_products(logits_grad, winner, rows, strips.text, row_grad, text_grad)
             if image_grad is not None:
                 image_grad[at] = (row_grad * (strips.scale / count)).to(dtype)
-    grads = (
-        image_grad,
+    return (
+        loss / count,
+        None if image_grad is None else image_grad.reshape(image.shape),
         None if text_grad is None else text_grad * (strips.scale / count),
-        scale_grad / count,
-        bias_grad / count,
+        scale_grad / count if args.keep_logit_scale else None,
+        bias_grad / count if args.keep_logit_bias else None,
     )
-    return (loss / count, *kept(grads, args))

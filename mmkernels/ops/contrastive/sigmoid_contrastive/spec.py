@@ -48,6 +48,11 @@ class Results(NamedTuple):
     of_logit_bias: Tensor
 
 
+KEPT = ("of_image", "of_text", "of_logit_scale", "of_logit_bias")
+KEEP = ("keep_image", "keep_text", "keep_logit_scale", "keep_logit_bias")
+"""The fields of `Results` and of `Arguments` that belong to the differentiable inputs, in their order."""
+
+
 def formula(args: Arguments) -> Tensor:
     """Returns the loss by the naive formula, which PyTorch can differentiate; see `sigmoid_contrastive`."""
     image = args.image
@@ -93,11 +98,21 @@ def kept_dtype(x: Tensor) -> torch.dtype:
 def kept(grads: Sequence[Tensor | None], args: Arguments) -> list[Tensor]:
     """Returns the gradients of image, text, logit_scale, logit_bias as they are kept; empty where none is."""
     inputs = (args.image, args.text, args.logit_scale, args.logit_bias)
-    keep = (args.keep_image, args.keep_text, args.keep_logit_scale, args.keep_logit_bias)
+    keep = (getattr(args, name) for name in KEEP)
     return [
         grad.to(kept_dtype(x)).reshape(x.shape) if wanted and grad is not None else x.new_empty(0)
         for x, grad, wanted in zip(inputs, grads, keep, strict=True)
     ]
+
+
+def fake(args: Arguments) -> tuple[Tensor, ...]:
+    """Returns outputs of the right shapes and dtypes, and nothing in them."""
+    inputs = (args.image, args.text, args.logit_scale, args.logit_bias)
+    grads = (
+        x.new_empty(x.shape, dtype=kept_dtype(x)) if getattr(args, name) else x.new_empty(0)
+        for x, name in zip(inputs, KEEP, strict=True)
+    )
+    return (args.image.new_empty((), dtype=wide_dtype(args.image)), *grads)
 
 
 _GRADS = ("image", "text", "logit_scale", "logit_bias")

@@ -1,0 +1,42 @@
+"""The contrastive ops over groups of ranks, real processes joined by gloo, against one process."""
+
+from __future__ import annotations
+
+import pytest
+import ranks
+import torch
+from group_tools import Job, case_of, compute, together
+from harness import SPECS, backends, compare, expected, inputs_in, name_of
+from torch import Tensor
+
+OPS = ("info_nce", "sigmoid_contrastive", "retrieval_ranks")
+_SMALL = 1e-3  # what is less is a difference of terms that cancel: a loss or a gradient that is 0 but for rounding
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=name_of)
+def test_as_one_process(world: int, dtype: torch.dtype) -> None:
+    """Every case of the ops, its rows on ranks with uneven shares; a third of them with the naive blocks."""
+    jobs = [
+        Job(op, case.id, dtype, backend)
+        for op in OPS
+        for n, case in enumerate(SPECS[op].cases)
+        for backend in backends(SPECS[op], dtype)
+        if backend != "reference" or (n + world) % 3 == 0
+    ]
+    parts = ranks.run(world, compute, world, jobs)
+    for job, *some in zip(jobs, *parts, strict=True):
+        spec, case = case_of(job)
+        ours = together(case, inputs_in(spec, case, dtype), some)
+        what = f"{job.backend} / {dtype} / {world} ranks"
+        compare(spec, case, ours, *expected(spec, case, dtype), what)
+        if dtype == torch.float64:
+            for x, y in zip(ours.tensors, expected(spec, case, dtype)[1].tensors, strict=True):
+                assert_equal(x.double(), y.double(), 1e-12, what=f"{job.op} / {case.id} / {what}")
+
+
+def assert_equal(x: Tensor, y: Tensor, tolerance: float, what: str) -> None:
+    """Assert that the largest difference is at most the tolerance times y's largest magnitude."""
+    assert torch.equal(x.isnan(), y.isnan()), what
+    error, size = (float(z.nan_to_num().abs().max()) if z.numel() else 0.0 for z in (x - y, y))
+    assert error <= tolerance * max(size, _SMALL), f"{what}: {error} of {size}"
