@@ -60,8 +60,6 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
     dist.all_gather(counts, rows, group=group)
     counts = torch.cat(counts).tolist()
     if len(set(counts)) > 1:
-        raise ValueError(
-            f"ranks must hold as many pairs where get_logits or get_ground_truth is replaced, got {counts}"
-        )
+        raise ValueError(f"ranks must hold as many pairs where logits are built, got {counts}")
     parts: tuple[Tensor, ...] = _Gather.apply(x, group)
     return parts
