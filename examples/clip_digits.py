@@ -26,7 +26,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +40,19 @@ from mmkernels import SpanMask
 from mmkernels.nn import CrossAttention
 
 try:
+    from clip_digits_data import (
+        CAPTIONS_PER_IMAGE,
+        LONGEST,
+        NUMBERS,
+        PROMPTS,
+        TRAINING_CAPTIONS,
+        Batch,
+        batches,
+        load,
+        tokenize,
+    )
     from clip_digits_pictures import draw_loss, draw_retrieval
     from clip_digits_ranks import BatchNorm, launch
-    from sklearn.datasets import load_digits
 except ModuleNotFoundError as error:
     package = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}.get((error.name or "").partition(".")[0])
     if package is None:
@@ -51,15 +60,6 @@ except ModuleNotFoundError as error:
     print(f'clip_digits: this needs {package}: pip install "mmkernels[examples]"', file=sys.stderr)
     raise SystemExit(2) from None
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TRAINING_TEMPLATES = (
-    "{}", "the digit {}", "handwritten {}", "someone wrote a {}", "an image of a {}", "a photo of the number {}",
-    "this is the number {}", "a {} drawn by hand",
-)  # fmt: skip
-PROMPT_TEMPLATES = ("a photo of a handwritten {}", "the number {} drawn by someone", "my favourite digit is {}")
-"""Not in training, and neither are the words "my" and "favourite"."""
-
-CAPTIONS_PER_IMAGE = 2
 WIDTH, HEADS, IMAGE_LAYERS, TEXT_LAYERS = 64, 4, 2, 1
 WEIGHT_DECAY, WARMUP_STEPS = 0.05, 20
 LEARNING_RATE = 4e-3  # for 128 images a step; proportionally less for fewer, or rounding errors grow too fast
@@ -71,27 +71,6 @@ LEARNING_RATE = 4e-3  # for 128 images a step; proportionally less for fewer, or
 EPS = torch.finfo(torch.float32).eps
 FIRST_STEPS = 10
 BOUND_OF_FIRST, BOUND_OF_ALL = 16 * EPS, 1e-4
-
-
-# The captions.
-
-
-def captions(templates: tuple[str, ...]) -> list[str]:
-    """Returns all captions, digit by digit: each template with the word and with the figure of the digit."""
-    return [t.format(name) for digit in range(10) for t in templates for name in (DIGITS[digit], str(digit))]
-
-
-TRAINING_CAPTIONS, PROMPTS = captions(TRAINING_TEMPLATES), captions(PROMPT_TEMPLATES)
-LONGEST = max(len(caption.split()) for caption in TRAINING_CAPTIONS + PROMPTS)
-VOCABULARY = sorted({word for caption in TRAINING_CAPTIONS for word in caption.split()})
-NUMBERS = {word: 2 + place for place, word in enumerate(VOCABULARY)}
-"""The number of each word; 0 is padding, 1 a word that is not in training."""
-
-
-def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Returns word numbers int64 [B, L], padded on the right, and lengths int64 [B]."""
-    rows = [torch.tensor([NUMBERS.get(word, 1) for word in text.split()]) for text in texts]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
 
 # The model.
@@ -164,42 +143,6 @@ class DigitClip(nn.Module):
 # Training.
 
 
-class Batch(NamedTuple):
-    """Images and captions of one training step, and the digit of each.
-
-    Attributes:
-        pixels: [N, 8, 8].
-        image_ids: int64 [N], the digit.
-        tokens, lengths: int64 [M, L] and [M].
-        text_ids: int64 [M], the digit.
-    """
-
-    pixels: Tensor
-    image_ids: Tensor
-    tokens: Tensor
-    lengths: Tensor
-    text_ids: Tensor
-
-    def share(self, group: dist.ProcessGroup) -> Batch:
-        """Returns the images of this rank, and their captions."""
-        images = torch.arange(len(self.pixels)).tensor_split(group.size())[group.rank()]
-        texts = torch.arange(len(self.tokens)).view(len(self.pixels), -1)[images].flatten()
-        return Batch(*(x[images] for x in self[:2]), *(x[texts] for x in self[2:]))
-
-
-def batches(pixels: Tensor, digits: Tensor, epochs: int, size: int, draw: torch.Generator) -> Iterator[Batch]:
-    """Yields every image once an epoch, in a new order, with new random captions; an incomplete batch is dropped."""
-    tokens, lengths = tokenize(TRAINING_CAPTIONS)
-    per_digit = len(TRAINING_CAPTIONS) // 10
-    for _ in range(epochs):
-        for rows in torch.randperm(len(pixels), generator=draw).split(size):
-            if len(rows) == size:
-                image_ids = digits[rows]
-                text_ids = image_ids.repeat_interleave(CAPTIONS_PER_IMAGE)
-                text = per_digit * text_ids + torch.randint(per_digit, text_ids.shape, generator=draw)
-                yield Batch(augment(pixels[rows], draw), image_ids, tokens[text], lengths[text], text_ids)
-
-
 def train(
     pixels: Tensor,
     digits: Tensor,
@@ -254,17 +197,6 @@ def train(
             losses.append(loss.item())
             least.append(least_loss(step_batch.image_ids, step_batch.text_ids))
     return model.eval(), torch.tensor(losses, dtype=torch.float64), torch.tensor(least, dtype=torch.float64)
-
-
-def augment(pixels: Tensor, draw: torch.Generator) -> Tensor:
-    """Rotates each image [8, 8] by up to 8 degrees, scales it by up to 5 % and shifts it by up to half a pixel."""
-    angle, zoom, *shift = (2 * torch.rand(4, len(pixels), generator=draw) - 1) * torch.tensor(
-        [[math.radians(8)], [0.05], [0.125], [0.125]]
-    )
-    cos, sin = (1 + zoom) * angle.cos(), (1 + zoom) * angle.sin()
-    transform = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(transform, [len(pixels), 1, 8, 8], align_corners=False)
-    return F.grid_sample(pixels[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
 
 
 def least_loss(image_ids: Tensor, text_ids: Tensor) -> float:
@@ -366,19 +298,6 @@ def percent(share: float | Tensor) -> str:
 # The command.
 
 
-def load(samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns pixels [N, 8, 8] from 0 to 1 and digits [N]: for training, then held out, the last fifth of the file.
-
-    The file is not shuffled, which makes the task harder: a support vector machine classifies 98.3 % of the images
-    correctly if every fifth is held out, 95.5 % if the last fifth is.
-    """
-    data = load_digits()
-    pixels = torch.tensor(data.images[:samples] / 16, dtype=torch.float32)
-    digits = torch.tensor(data.target[:samples], dtype=torch.int64)
-    kept = len(pixels) - len(pixels) // 5
-    return pixels[:kept], digits[:kept], pixels[kept:], digits[kept:]
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=30, help="passes over the images (%(default)s)")
@@ -390,7 +309,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="more gain little on tensors this small (%(default)s)")
     options = parser.parse_args(arguments)
     started = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else None
-    options.ranks = options.ranks or started or 1
+    if options.ranks is None:
+        options.ranks = started or 1
     for name, least, most in (
         ("epochs", 1, 10_000), ("threads", 1, 1024), ("seed", 0, 2**63 - 1), ("samples", 200, 1797),
         ("batch", 2, options.samples - options.samples // 5), ("ranks", 1, options.batch),

@@ -50,7 +50,9 @@ class _OpenClipLoss(nn.Module):
 
     def _replaces(self, base: type[_OpenClipLoss], *methods: str) -> bool:
         """Whether a subclass of `base`, or an assignment to this object, replaces one of these methods of `base`."""
-        return any(getattr(getattr(self, name), "__func__", None) is not getattr(base, name) for name in methods)
+        # Of bound methods torch.compile takes each for another one than itself.
+        own = type(self)
+        return any(name in self.__dict__ or getattr(own, name) is not getattr(base, name) for name in methods)
 
 
 class ClipLoss(_OpenClipLoss):

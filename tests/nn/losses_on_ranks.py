@@ -141,6 +141,16 @@ def other_groups(rank: int) -> list[str]:
     return found
 
 
+def compiled(rank: int, world: int) -> None:
+    """In one graph, without a break."""
+    sizes, common = [5] * world, {"rank": rank, "world_size": world}
+    losses: list[Any] = [ClipLoss(**common, **sharing) for sharing in SHARING]
+    for loss in (*losses, SigLipLoss(**common)):
+        torch._dynamo.reset()
+        in_one = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        compare(results(in_one, inputs(sizes), sizes), results(loss, inputs(sizes), sizes), loss)
+
+
 def tasks(rank: int, world: int) -> list[str]:
     """Calls as open_clip's training tasks (4.x) make them, and gradient accumulation over two batches.
 

@@ -274,3 +274,23 @@ def test_compiled_with_a_scale_of_half_precision(module: Any) -> None:
     for actual, expected in zip(loss_and_grads(compiled, *inputs), loss_and_grads(module(), *inputs), strict=True):
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("module", [ClipLoss, SigLipLoss])
+def test_compiled_without_logits(module: Any) -> None:
+    """Whether a subclass replaces a method is asked within the compiled code."""
+    kernels: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        kernels.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    inputs = (*features(dtype=torch.float32), torch.tensor(10.0), torch.tensor(-3.0))
+    for loss, built in (
+        (module(), False),
+        (type("Sub", (module,), {"get_logits": lambda *x: module.get_logits(*x)})(), True),
+    ):
+        kernels.clear()
+        torch.testing.assert_close(torch.compile(loss, backend=backend, fullgraph=True)(*inputs), module()(*inputs))
+        assert any("matmul" in name for name in kernels) == built
+        assert any("mmkernels" in name for name in kernels) != built

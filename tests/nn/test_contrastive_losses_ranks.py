@@ -30,6 +30,10 @@ def test_ranks_may_differ_in_pairs(sizes: list[int]) -> None:
         assert [value for value, _ in found[sizes.index(0)][1:]] == [0.0, 0.0]  # the share of no pairs
 
 
+def test_compiled() -> None:
+    ranks.run(2, losses_on_ranks.compiled, 2)
+
+
 def test_as_open_clips_tasks_call_it() -> None:
     for keys in ranks.run(2, losses_on_ranks.tasks, 2):
         assert keys == ["contrastive_loss", "loss"]
