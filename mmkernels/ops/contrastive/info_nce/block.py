@@ -24,7 +24,7 @@ from mmkernels.ops.contrastive.formula import (
     score_gradients,
 )
 from mmkernels.ops.contrastive.info_nce import chunked_block
-from mmkernels.runtime.backends import cpu_kernel
+from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.dispatch import Backend, define
 
 
@@ -233,6 +233,7 @@ BEST = define(
     Best,
     fake=_fake_best,
     backends=[
+        triton_kernel("mmkernels.ops.contrastive.info_nce.triton.blocks", "best"),
         cpu_kernel("info_nce_best_cpu"),
         Backend("chunked", chunked_block.best),
         Backend("reference", reference_best),
@@ -244,6 +245,7 @@ BLOCK = define(
     Block,
     fake=_fake,
     backends=[
+        triton_kernel("mmkernels.ops.contrastive.info_nce.triton.blocks", "block"),
         cpu_kernel("info_nce_block_cpu"),
         Backend("chunked", chunked_block.block),
         Backend("reference", reference),
@@ -255,6 +257,7 @@ BACKWARD = define(
     BlockGradients,
     fake=_fake_backward,
     backends=[
+        triton_kernel("mmkernels.ops.contrastive.info_nce.triton.blocks", "backward"),
         cpu_kernel("info_nce_block_backward_cpu"),
         Backend("chunked", chunked_block.backward),
         Backend("reference", reference_backward),
