@@ -22,6 +22,7 @@ from mmkernels.ops.tokens.select_tokens import Selection, select_tokens
 from mmkernels.ops.tokens.token_similarity import token_similarity
 from mmkernels.ops.tokens.unmerge_tokens import unmerge_tokens
 from mmkernels.runtime.dispatch import BackendError, use_backend
+from mmkernels.runtime.group import GroupError
 
 try:
     __version__ = version("mmkernels")
@@ -31,6 +32,7 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 __all__ = [
     "BackendError",
     "ContrastiveStats",
+    "GroupError",
     "Selection",
     "SpanMask",
     "__version__",

@@ -12,7 +12,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +42,22 @@ class Outcome(NamedTuple):
 
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Not this module: the process looks for modules in the installed places alone.
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "mmkernels"])
+# What ranks would import, some of it when first used.
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel", "mmkernels", "harness"]
+)
+
+
+def _start() -> None:
+    """Start the process that is forked. It finds modules of the tests by the environment alone."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 20.0, limit: float = 120.0) -> list[Any]:
@@ -66,6 +82,7 @@ def outcomes(
     world: int, function: Callable[..., Any], *args: Any, timeout: float = 20.0, limit: float = 120.0
 ) -> list[Outcome]:
     """Returns how ``function(rank, *args)`` ended on each rank; see `run`."""
+    _start()
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(world):
@@ -117,11 +134,8 @@ def _rank(
     outcome = outcome._replace(seconds=time.perf_counter() - begin)
     pipe.send_bytes(pickle.dumps(outcome))
     if outcome.error is None:
-        try:
+        with suppress(RuntimeError, ValueError):  # another rank has ended with an error, or there is no group now
             dist.barrier()  # another rank may still read from this one
-            dist.destroy_process_group()
-        except RuntimeError:
-            pass  # it has ended with an error
     os._exit(0)
 
 

@@ -134,7 +134,7 @@ class Group:
         text = json.dumps(message).encode()
         assert len(text) <= _MESSAGE_BYTES, "what is said must be short"
         mine = torch.frombuffer(bytearray(text.ljust(_MESSAGE_BYTES)), dtype=torch.uint8).to(self.device)
-        return [json.loads(bytes(x.tolist())) for x in self.gather(mine).cpu()]
+        return [json.loads(x.tobytes()) for x in self.gather(mine).cpu().numpy()]
 
     def report(self, error: Exception) -> None:
         """Say in place of `agree` that this rank's arguments are bad. The caller then raises the error."""

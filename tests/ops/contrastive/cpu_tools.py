@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from harness import SPECS, check, draw, expected
+import torch.nn.functional as F
+from harness import SPECS, check, draw, expected, run
+from ops.contrastive.tools import features
 from ops.cpu_tools import ISAS
 
-from mmkernels.spec import Case, Inputs
+from mmkernels.spec import Case, Inputs, cast
 
 WIDE = SPECS["info_nce"].always_wide | SPECS["sigmoid_contrastive"].always_wide
 
@@ -24,7 +29,14 @@ def case_of(id: str, inputs: Inputs) -> Case:
     return Case(id, lambda _: inputs, tuple(name for name in differentiable if name in inputs))
 
 
-def check_kernel(case: Case, dtype: torch.dtype, *, op: str = "info_nce", threads: int = 1) -> None:
+def check_kernel(
+    case: Case,
+    dtype: torch.dtype,
+    *,
+    op: str = "info_nce",
+    threads: int = 1,
+    function: Callable[..., Any] | None = None,
+) -> None:
     """As `harness.check`; the gradient of logit_scale may come to less than what its terms lose by rounding."""
     units = {}
     if "logit_scale" in case.grads:
@@ -32,4 +44,36 @@ def check_kernel(case: Case, dtype: torch.dtype, *, op: str = "info_nce", thread
         if "image" in truth.grads:
             of_each_image = (inputs["image"] * truth.grads["image"]).flatten(1).sum(1) / inputs["logit_scale"]
             units["logit_scale"] = max(1.0, float(of_each_image.norm()))
-    check(SPECS[op], case, dtype, "cpu", threads=threads, units=units)
+    check(SPECS[op], case, dtype, "cpu", threads=threads, units=units, function=function)
+
+
+def _scales(dim: int, scale: float, alike: float, cone: float) -> list[Case]:
+    """Several draws of images and texts; `alike`: how much pairs are, `cone`: how much all of them are."""
+    found = []
+    for seed in range(8):
+        inputs = features(300, dim=dim, scale=scale, seed=seed) | {"reduction": "none"}
+        middle = cone * features(1, dim=dim, seed=seed + 100)["text"]
+        inputs["text"] = F.normalize(inputs["text"] + middle, dim=1)
+        inputs["image"] = F.normalize(inputs["image"] + middle + alike * inputs["text"], dim=1)
+        found.append(Case(f"draw {seed}", lambda _, x=inputs: x, ("logit_scale",)))  # type: ignore[misc]
+    return found
+
+
+SCALES = {
+    "at first": _scales(33, 4.0, 0.0, 0.0),
+    "somewhat alike": _scales(64, 20.0, 0.5, 0.0),
+    "in a cone": _scales(33, 10.0, 0.5, 3.0),
+    "sharp, in a cone": _scales(33, 100.0, 1.0, 3.0),
+    "all learnt": _scales(64, 100.0, 4.0, 0.0),
+}
+
+
+def check_scale_s_gradient(kind: str, function: Callable[..., Any] | None = None) -> None:
+    """Assert the budget for the root mean square of draws: of one sum the error in a draw may be luck."""
+    errors: list[tuple[float, float]] = []
+    for case in SCALES[kind]:
+        naive, true = expected(SPECS["info_nce"], case, torch.float32)
+        ours = run(SPECS["info_nce"], case, cast(draw(case), torch.float32), "cpu", function)
+        errors.append(tuple(float(x.grads["logit_scale"] - true.grads["logit_scale"]) for x in (ours, naive)))  # type: ignore[arg-type]
+    mine, others = torch.tensor(errors, dtype=torch.float64).pow(2).mean(0).sqrt().tolist()
+    assert mine <= 2 * others + 1e-6

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from harness import SPECS, draw, expected, generator, name_of, run
-from ops.contrastive.cpu_tools import WAYS, case_of, check_kernel, each_way
+from harness import generator, name_of
+from ops.contrastive.cpu_tools import SCALES, WAYS, case_of, check_kernel, check_scale_s_gradient, each_way
 from ops.contrastive.tools import features
 from ops.cpu_tools import each_isa, needs_kernels
 from pairwise import parametrize
@@ -133,39 +132,12 @@ def test_logits_beyond_what_float32_has_fractions_for(isa: str, exponent: int) -
         assert all(bool(x.isfinite().all()) for x in grads)
 
 
-def _scales(dim: int, scale: float, alike: float, cone: float) -> list[Case]:
-    """Several draws of images and texts; `alike`: how much pairs are, `cone`: how much all of them are."""
-    found = []
-    for seed in range(8):
-        inputs = features(300, dim=dim, scale=scale, seed=seed) | {"reduction": "none"}
-        middle = cone * features(1, dim=dim, seed=seed + 100)["text"]
-        inputs["text"] = F.normalize(inputs["text"] + middle, dim=1)
-        inputs["image"] = F.normalize(inputs["image"] + middle + alike * inputs["text"], dim=1)
-        found.append(Case(f"draw {seed}", lambda _, x=inputs: x, ("logit_scale",)))  # type: ignore[misc]
-    return found
-
-
-SCALES = {
-    "at first": _scales(33, 4.0, 0.0, 0.0),
-    "somewhat alike": _scales(64, 20.0, 0.5, 0.0),
-    "in a cone": _scales(33, 10.0, 0.5, 3.0),
-    "sharp, in a cone": _scales(33, 100.0, 1.0, 3.0),
-    "all learnt": _scales(64, 100.0, 4.0, 0.0),
-}
-
-
 @each_isa
 @pytest.mark.parametrize("kind", SCALES)
 def test_the_scale_s_gradient_in_the_root_mean_square(isa: str, kind: str) -> None:
     """One sum, whose error in a single draw may be luck, the naive formula's too."""
-    errors: list[tuple[float, float]] = []
     with cpu.use_isa(isa):
-        for case in SCALES[kind]:
-            naive, true = expected(SPECS["info_nce"], case, torch.float32)
-            ours = run(SPECS["info_nce"], case, cast(draw(case), torch.float32), "cpu")
-            errors.append(tuple(float(x.grads["logit_scale"] - true.grads["logit_scale"]) for x in (ours, naive)))  # type: ignore[arg-type]
-    mine, others = torch.tensor(errors, dtype=torch.float64).pow(2).mean(0).sqrt().tolist()
-    assert mine <= 2 * others + 1e-6
+        check_scale_s_gradient(kind)
 
 
 # NaN and inf.

@@ -9,11 +9,13 @@ from group_tools import Job, case_of, compute, together
 from harness import SPECS, backends, compare, expected, inputs_in, name_of
 from torch import Tensor
 
+from mmkernels.runtime import triton as gpu
+
 OPS = ("info_nce", "sigmoid_contrastive", "retrieval_ranks")
 _SMALL = 1e-3  # what is less is a difference of terms that cancel: a loss or a gradient that is 0 but for rounding
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=name_of)
 def test_as_one_process(world: int, dtype: torch.dtype) -> None:
     """Every case of the ops, its rows on ranks with uneven shares; a third of them with the naive blocks."""
@@ -24,14 +26,31 @@ def test_as_one_process(world: int, dtype: torch.dtype) -> None:
         for backend in backends(SPECS[op], dtype)
         if backend != "reference" or (n + world) % 3 == 0
     ]
+    _check(world, jobs)
+
+
+@pytest.mark.interpreted
+@pytest.mark.skipif(not gpu.INTERPRETED, reason="Triton's kernels run here in their interpreter alone")
+def test_blocks_in_triton() -> None:
+    """One case of each kind: by index, by ids, false negatives left out, ties."""
+    cases = {
+        "info_nce": ("a square batch", "several captions an image, some without", "false negatives left out"),
+        "sigmoid_contrastive": ("several captions an image",),
+        "retrieval_ranks": ("ties",),
+    }
+    _check(2, [Job(op, case, torch.float32, "triton") for op, names in cases.items() for case in names])
+
+
+def _check(world: int, jobs: list[Job]) -> None:
+    """Assert the ops' error budgets, and in float64 1e-12."""
     parts = ranks.run(world, compute, world, jobs)
     for job, *some in zip(jobs, *parts, strict=True):
         spec, case = case_of(job)
-        ours = together(case, inputs_in(spec, case, dtype), some)
-        what = f"{job.backend} / {dtype} / {world} ranks"
-        compare(spec, case, ours, *expected(spec, case, dtype), what)
-        if dtype == torch.float64:
-            for x, y in zip(ours.tensors, expected(spec, case, dtype)[1].tensors, strict=True):
+        ours, right = together(case, inputs_in(spec, case, job.dtype), some), expected(spec, case, job.dtype)
+        what = f"{job.backend} / {job.dtype} / {world} ranks"
+        compare(spec, case, ours, *right, what)
+        if job.dtype == torch.float64:
+            for x, y in zip(ours.tensors, right[1].tensors, strict=True):
                 assert_equal(x.double(), y.double(), 1e-12, what=f"{job.op} / {case.id} / {what}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.retrieval_ranks import chunked
 from mmkernels.ops.contrastive.retrieval_ranks.spec import before_of
-from mmkernels.runtime.backends import cpu_kernel
+from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.dispatch import Backend, define
 
 
@@ -47,6 +47,7 @@ BLOCK = define(
     Block,
     fake=_fake,
     backends=[
+        triton_kernel("mmkernels.ops.contrastive.retrieval_ranks.triton", "block"),
         cpu_kernel("retrieval_ranks_block_cpu"),
         Backend("chunked", chunked.block),
         Backend("reference", reference),

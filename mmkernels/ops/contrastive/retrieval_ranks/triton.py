@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -75,17 +76,42 @@ def ranks_kernel(
 
 def forward(args: Arguments) -> Tensor:
     """Returns int64 [N]."""
-    query, gallery, target = args.query, args.gallery, args.target
-    ranks = query.new_empty(query.shape[0], dtype=torch.int64)
+    query, target = args.query, args.target.contiguous()
     if not len(query):
-        return ranks
-    block = Block(OP, "ranks", query, gallery, None)
-    plan, target = block.config, target.contiguous()
-    score = query.new_empty(block.rows, dtype=torch.float32)
+        return query.new_empty(0, dtype=torch.int64)
+    gallery = Block(OP, "ranks", query, args.gallery, None)
+    score = _scores(gallery, target)
+    ranks = torch.where(score.isnan(), gallery.columns - 1, _count_before(gallery, target, score))
+    return torch.where((target < 0) | (target >= gallery.columns), gallery.columns, ranks)
+
+
+def block(args: Any) -> Tensor:
+    """Returns int64 [N], see `block.Block`."""
+    query, right = args.query, Block(OP, "ranks", args.query, args.right, None)
+    score = _scores(right, torch.arange(len(query), device=query.device))
+    gallery = Block(OP, "ranks", query, args.gallery, None)
+    return torch.where(score.isnan(), -1, _count_before(gallery, args.right_index.contiguous(), score))
+
+
+def _scores(block: Block, item: Tensor) -> Tensor:
+    """Returns each query's score with one of a block's items, float32 [N]."""
+    score = item.new_empty(block.rows, dtype=torch.float32)
     launch(
-        target_scores_kernel, (ceil_div(block.rows, plan.block_q),), replace(plan, stages=1),
-        block.image, block.text, target, score, block.strides, block.rows, block.columns, TILE=block.tile,
+        target_scores_kernel, (ceil_div(block.rows, block.config.block_q),), replace(block.config, stages=1),
+        block.image, block.text, item, score, block.strides, block.rows, block.columns, TILE=block.tile,
     )  # fmt: skip
+    return score
+
+
+def _count_before(block: Block, target: Tensor, score: Tensor) -> Tensor:
+    """Returns how many of a block's items stand before each query's target, int64 [N].
+
+    Args:
+        target: int64 [N], the place relative to the block's first item; it may be outside.
+        score: float32 [N], the target's.
+    """
+    before = torch.empty_like(target)
+    plan = block.config
     across = ceil_div(block.columns, plan.block_k)
     for at in block.groups(4 * across * plan.block_q, triton_call.PARTIAL_BYTES):
         partials = score.new_empty(across, at.stop - at.start, dtype=torch.int32)
@@ -94,6 +120,5 @@ def forward(args: Arguments) -> Tensor:
             *block.operands, target, score, partials, block.strides, block.sizes(at),
             FLATTEN_LOOP=block.flatten_loop, TILE=block.tile,
         )  # fmt: skip
-        torch.sum(partials, 0, dtype=torch.int64, out=ranks[at])
-    ranks = torch.where(score.isnan(), block.columns - 1, ranks)
-    return torch.where((target < 0) | (target >= block.columns), block.columns, ranks)
+        torch.sum(partials, 0, dtype=torch.int64, out=before[at])
+    return before

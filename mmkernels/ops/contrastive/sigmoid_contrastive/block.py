@@ -15,8 +15,8 @@ from torch import Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.formula import pairs, queries_of, score_gradients
 from mmkernels.ops.contrastive.sigmoid_contrastive import chunked
-from mmkernels.runtime.backends import cpu_kernel
-from mmkernels.runtime.dispatch import Backend, define
+from mmkernels.runtime.backends import cpu_kernel, triton_kernel
+from mmkernels.runtime.dispatch import Backend, Run, define
 
 
 class BlockArguments(NamedTuple):
@@ -34,6 +34,11 @@ class BlockArguments(NamedTuple):
     keep_text: bool
     keep_logit_scale: bool
     keep_logit_bias: bool
+
+    @property
+    def keep_any(self) -> bool:
+        """Whether any gradient is computed."""
+        return self.keep_image or self.keep_text or self.keep_logit_scale or self.keep_logit_bias
 
 
 class Block(NamedTuple):
@@ -64,9 +69,18 @@ def reference(args: BlockArguments) -> tuple[Tensor, ...]:
     return (loss, *_wanted((of_image, of_text, (logits_grad * best).sum(), logits_grad.sum()), args))
 
 
-def _chunked(args: BlockArguments) -> tuple[Tensor, ...]:
-    loss, *grads = chunked.summed(args, args.divisor, wide_dtype(args.image), args.first_text)
-    return (loss, *_wanted(grads, args))
+def _chunked(args: BlockArguments) -> tuple[Any, ...]:
+    return chunked.summed(args, args.divisor, wide_dtype(args.image), args.first_text)
+
+
+def _with_results(run: Run) -> Run:
+    """Returns a backend whose gradients may be None, with tensors in their place."""
+
+    def block(args: BlockArguments) -> tuple[Tensor, ...]:
+        loss, *grads = run(args)
+        return (loss, *_wanted(grads, args))
+
+    return block
 
 
 def _wanted(grads: Any, args: BlockArguments) -> list[Tensor]:
@@ -89,8 +103,9 @@ BLOCK = define(
     Block,
     fake=_fake,
     backends=[
+        triton_kernel("mmkernels.ops.contrastive.sigmoid_contrastive.triton", "block", _with_results),
         cpu_kernel("sigmoid_contrastive_block_cpu"),
-        Backend("chunked", _chunked),
+        Backend("chunked", _with_results(_chunked)),
         Backend("reference", reference),
     ],
 )

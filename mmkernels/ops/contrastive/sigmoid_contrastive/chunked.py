@@ -32,14 +32,13 @@ def summed(args: Any, count: float, dtype: torch.dtype, first_text: int = 0) -> 
     loss, scale_grad, bias_grad = (torch.zeros((), dtype=strips.dtype, device=image.device) for _ in range(3))
     image_grad = strips.image.new_empty(strips.image.shape, dtype=dtype) if args.keep_image else None
     text_grad = strips.text.new_zeros(strips.text.shape) if args.keep_text else None
-    keep_any = args.keep_image or args.keep_text or args.keep_logit_scale or args.keep_logit_bias
     for at in strips:
         dots, winner = strips.dots(at, strips.text)
         logits = dots * strips.scale + bias
         positive = strips.pairs(at).positive
         logits = torch.where(positive, logits, -logits)  # each pair's loss is -logsigmoid of these
         loss -= F.logsigmoid(logits).sum()
-        if not keep_any:
+        if not args.keep_any:
             continue
         logits_grad = torch.sigmoid(-logits)
         logits_grad = torch.where(positive, -logits_grad, logits_grad)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.common.triton.constants import LN2, LOG2E
 from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, kept, kept_dtype
 from mmkernels.ops.contrastive.triton.arguments import Strip
-from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, loss_scale_of, pairing
+from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, Pairing, Partners, loss_scale_of, pairing
 from mmkernels.ops.contrastive.triton.pairs import (
     crosses_diagonal,
     is_ragged,
@@ -161,8 +164,27 @@ def exact_sigmoid_kernel(
 
 def forward(args: Arguments) -> tuple[Tensor, ...]:
     """Returns the loss, and its gradients in `kept_dtype`."""
+    pairs, dtype = pairing(args.image_ids, args.text_ids, False), kept_dtype(args.image)
+    loss, *grads = _summed(args, pairs, args.image.shape[0], dtype)
+    return (loss, *kept(grads, args))
+
+
+def block(args: Any) -> tuple[Any, ...]:
+    """Returns `block.Block`, None for what is not kept."""
+    partners = Partners.of(args.first_text, len(args.image), len(args.text))
+    pairs = pairing(args.image_ids, args.text_ids, False, partners)
+    return _summed(args, pairs, args.divisor, wide_dtype(args.image))
+
+
+def _summed(args: Any, pairs: Pairing, count: float, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Returns the loss of all pairs and its gradients, None where none is kept, all divided by `count`.
+
+    Args:
+        args: the record of the op, or of a block.
+        dtype: of the features' gradients; the others are float32.
+    """
     image, text, logit_scale, logit_bias = args.image, args.text, args.logit_scale, args.logit_bias
-    block = Block(OP, "sigmoid", image, text, pairing(args.image_ids, args.text_ids, False))
+    block = Block(OP, "sigmoid", image, text, pairs)
     loss_scale = loss_scale_of(image.dtype)
 
     def fill(block: Block, at: slice, strip: Strip) -> Tensor:
@@ -183,15 +205,14 @@ def forward(args: Arguments) -> tuple[Tensor, ...]:
         launch(exact_sigmoid_kernel, block.grid(at), block.config, *arguments, **constants)
         return partials
 
-    unit = 1.0 / block.rows
+    unit = 1.0 / count
     factor = logit_scale.reshape(()).to(torch.float32) * (unit / loss_scale)
-    dtype = kept_dtype(image)
     strips = GradientStrips([block], [args.keep_text], args.keep_image, fill, dtype)
     loss, *sums = strips.run(factor).unbind()
     (text_grad,) = strips.text_grads
-    grads = (
-        strips.image_grad,
+    return (
+        loss / count,
+        None if strips.image_grad is None else strips.image_grad.reshape(image.shape),
         None if text_grad is None else scaled(text_grad, factor, dtype),
         *((x * unit for x in sums) if sums else (None, None)),
     )
-    return (loss / block.rows, *kept(grads, args))

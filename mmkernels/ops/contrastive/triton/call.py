@@ -46,18 +46,50 @@ class Pairing(NamedTuple):
     diagonal: int = 0
 
 
-def pairing(image_ids: Tensor | None, text_ids: Tensor | None, ignore: bool) -> Pairing:
-    """Returns the pairing by int64 ids [N] and [M], see `info_nce`, without a host sync."""
+class Partners(NamedTuple):
+    """The rows of a block that have a partner in it: text j's is image j + diagonal.
+
+    Args:
+        diagonal: `Sizes.diagonal`.
+        images, texts: the first one's partner is the other's first.
+    """
+
+    diagonal: int = 0
+    images: slice = slice(None)
+    texts: slice = slice(None)
+
+    @classmethod
+    def of(cls, first_text: int, images: int, texts: int) -> Partners:
+        """Text j's partner is image ``first_text + j``, if it is among so many images and texts."""
+        first, last = max(0, first_text), min(images, texts + first_text)
+        if first >= last:
+            return cls(NO_DIAGONAL, slice(0), slice(0))
+        return cls(first_text, slice(first, last), slice(first - first_text, last - first_text))
+
+
+_ALL_PARTNERS = Partners()
+
+
+def pairing(
+    image_ids: Tensor | None, text_ids: Tensor | None, ignore: bool, partners: Partners = _ALL_PARTNERS
+) -> Pairing:
+    """Returns the pairing by int64 ids [N] and [M], see `info_nce`, without a host sync.
+
+    Args:
+        partners: of a block; else every row has one.
+    """
     if image_ids is None or text_ids is None:
-        return Pairing("diagonal")
+        return Pairing("diagonal", diagonal=partners.diagonal)
     image_ids, text_ids = image_ids.contiguous(), text_ids.contiguous()
     codes, same_texts = _codes(image_ids, text_ids)
     images = image_ids.sort().values
     same_images = torch.searchsorted(images, text_ids, right=True) - torch.searchsorted(images, text_ids)  # [M]
     if not ignore:
         return Pairing("code", codes, positives=(same_texts, same_images))
-    same_partner = (image_ids == text_ids).to(torch.int64)
-    return Pairing("hidden", codes, hidden=(same_texts - same_partner, same_images - same_partner))
+    same_partner = (image_ids[partners.images] == text_ids[partners.texts]).to(torch.int64)
+    same_texts[partners.images] -= same_partner
+    same_images[partners.texts] -= same_partner
+    return Pairing("hidden", codes, hidden=(same_texts, same_images), diagonal=partners.diagonal)
 
 
 def hard_pairing(pairs: Pairing, image_ids: Tensor | None, hard_text_ids: Tensor | None) -> tuple[Pairing, Pairing]:

@@ -7,6 +7,7 @@ exponentials for each pair.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,10 @@ def gradient_tile(
     if SUBTRACT:
         near = may_have_positives(codes, at, sizes, PAIRS)
         if near:
-            positive = tl.where(positive_pairs(codes, at, sizes, PAIRS), dots, 0.0)
+            positive = positive_pairs(codes, at, sizes, PAIRS)
+            if EXACT:  # the diagonal goes on past the end
+                positive = positive & visible_pairs(codes, at, sizes, PAIRS)
+            positive = tl.where(positive, dots, 0.0)
             row, column = load_factors(factors, POSITIVE_FACTOR, at, sizes)
             of_targets += weighted_sum(positive, row, column)
     if SMOOTH:
@@ -232,7 +236,6 @@ def exact_info_nce_gradient_kernel(
 def backward(args: Any) -> tuple[Tensor, ...]:
     """Returns the gradients of image, text, logit_scale and hard_texts, empty where none is needed."""
     image, logit_scale, hard_texts = args.image, args.logit_scale, args.hard_texts
-    label_smoothing = args.label_smoothing
     pairs = pairing(args.image_ids, args.text_ids, args.ignore)
     block = Block(OP, "contrastive_grad", image, args.text, pairs)
     blocks, need_texts = [block], [args.need_text]
@@ -240,15 +243,45 @@ def backward(args: Any) -> tuple[Tensor, ...]:
         _, of_hard = hard_pairing(pairs, args.image_ids, args.hard_text_ids)
         blocks.append(Block(OP, "contrastive_grad", image, hard_texts, of_hard, hard=True))
         need_texts.append(args.need_hard_texts)
+    image_grad, (text_grad, *hard_grads), scale_grad = gradients(
+        args, blocks, need_texts, args.image_state, args.text_state, image.dtype
+    )
+    hard_grad = hard_grads[0] if hard_grads else None
+    if args.need_hard_texts and hard_texts is not None and not hard_grads:
+        hard_grad = torch.zeros_like(hard_texts)  # [0, d]
+    grads = (
+        image_grad,
+        text_grad,
+        scale_grad.to(logit_scale.dtype).reshape(logit_scale.shape) if args.need_logit_scale else None,
+        hard_grad,
+    )
+    return tuple(image.new_empty(0) if x is None else x for x in grads)
+
+
+def gradients(
+    args: Any,
+    blocks: Sequence[Block],
+    need_texts: Sequence[bool],
+    image_state: Tensor,
+    text_state: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, list[Tensor | None], Tensor]:
+    """Returns the gradients of image, of each block's texts, None where none is needed, and of the scale, float32.
+
+    Args:
+        args: the backward record of the op, or of a block.
+        blocks: the texts, which all have the images' direction; the first ones have one of their own.
+        image_state, text_state: float32 [4, N] and [4, M].
+        dtype: of the features' gradients.
+    """
+    image, logit_scale, label_smoothing, block = args.image, args.logit_scale, args.label_smoothing, blocks[0]
     loss_scale = loss_scale_of(image.dtype)
     largest = _largest(image, args.grad_image_loss, args.grad_text_loss)
     scales = (largest, loss_scale, label_smoothing)
     of_image, image_ranges = softmax_factors(
-        args.image_state.contiguous(), args.grad_image_loss, *scales, block.config.block_q
+        image_state.contiguous(), args.grad_image_loss, *scales, block.config.block_q
     )
-    of_text, text_ranges = softmax_factors(
-        args.text_state.contiguous(), args.grad_text_loss, *scales, block.config.block_k
-    )
+    of_text, text_ranges = softmax_factors(text_state.contiguous(), args.grad_text_loss, *scales, block.config.block_k)
     factors = Factors(of_image, of_text, image_ranges, text_ranges, block.rows)
 
     def fill(block: Block, at: slice, strip: Strip) -> Tensor:
@@ -267,19 +300,10 @@ def backward(args: Any) -> tuple[Tensor, ...]:
 
     unit = largest / loss_scale
     factor = logit_scale.reshape(()).to(torch.float32) * unit
-    strips = GradientStrips(blocks, need_texts, args.need_image, fill)
-    scale_grad = strips.run(factor)
-    text_grad, *hard_grads = (None if x is None else scaled(x, factor, image.dtype) for x in strips.text_grads)
-    hard_grad = hard_grads[0] if hard_grads else None
-    if args.need_hard_texts and hard_texts is not None and not hard_grads:
-        hard_grad = torch.zeros_like(hard_texts)  # [0, d]
-    grads = (
-        None if strips.image_grad is None else strips.image_grad.reshape(image.shape),
-        text_grad,
-        (scale_grad * unit).to(logit_scale.dtype).reshape(logit_scale.shape) if args.need_logit_scale else None,
-        hard_grad,
-    )
-    return tuple(image.new_empty(0) if x is None else x for x in grads)
+    strips = GradientStrips(blocks, need_texts, args.need_image, fill, dtype)
+    scale_grad = strips.run(factor) * unit
+    image_grad = None if strips.image_grad is None else strips.image_grad.reshape(image.shape)
+    return image_grad, [None if x is None else scaled(x, factor, dtype) for x in strips.text_grads], scale_grad
 
 
 def _largest(like: Tensor, *grads: Tensor | None) -> Tensor:
