@@ -18,7 +18,7 @@ from mmkernels.options import BadInput
 from mmkernels.planning import measure
 from mmkernels.planning.check import Checked, check
 from mmkernels.planning.devices import DEVICES
-from mmkernels.planning.model import Curve, MeasuredRates, SheetRates, hidden_from, predict
+from mmkernels.planning.model import Curve, MeasuredRates, SheetRates, Took, hidden_from, predict
 from mmkernels.planning.options import BATCHES, read_options
 from mmkernels.planning.processes import on_ranks
 from mmkernels.planning.ring import Step, gathered_bytes, passes, sent_bytes
@@ -62,14 +62,26 @@ def test_compute_is_the_arithmetic_at_the_assumed_share_of_the_peak() -> None:
 
 POINTS = ((64, 1e-4), (1 << 20, 0.1))
 MESSAGES = Curve(((1 << 13, 1e-4), (1 << 22, 0.01)))
-MEASURED = MeasuredRates(Curve(POINTS), Curve(POINTS), MESSAGES, alone=1e-3, pair=1.4e-3, sharing=1.0,
-                         memory_bytes=1e10)  # fmt: skip
+MEASURED = MeasuredRates(
+    forward=Curve(POINTS),
+    backward=Curve(POINTS),
+    handling=MESSAGES,
+    alone=Took(1e-3, 1e-3),
+    pair=Took(1.4e-3, 1.4e-3),
+    sharing=1.0,
+    memory_bytes=1e10,
+)
 
 
 def test_ranks_that_share_a_core_take_turns() -> None:
     step = Step(1 << 16, 64, 8, "fp32")
     alone, shared = (predict(step, replace(MEASURED, sharing=x)) for x in (1.0, 4.0))
     assert shared.seconds == pytest.approx(4 * alone.seconds)
+
+
+def test_waiting_is_not_multiplied_where_ranks_share_a_core() -> None:
+    waiting = replace(MEASURED, alone=Took(1e-3, 1e-4), pair=Took(1.4e-3, 1.4e-4), sharing=4.0)
+    assert waiting.call() == pytest.approx(0.2e-3) and waiting.start() == pytest.approx(0.6e-3)
 
 
 def test_the_smallest_step_is_predicted_as_it_was_measured() -> None:

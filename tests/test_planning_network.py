@@ -12,7 +12,7 @@ import torch.distributed as dist
 import two_hosts
 
 from mmkernels.planning.measure import curves, memory_for, pairs, sample_blocks, sample_ring, step_on
-from mmkernels.planning.model import predict
+from mmkernels.planning.model import Took, predict
 from mmkernels.planning.ring import Step, sent_bytes
 from mmkernels.runtime import host
 
@@ -76,7 +76,7 @@ def steps_at(link: two_hosts.Link | None, shares: list[float]) -> dict[str, Any]
             if rate is None:
                 ours = sample_blocks(STEP.dim, STEP.dtype, "cpu", group)
                 ours |= sample_ring(STEP.dim, STEP.dtype, group, alone)
-                samples.append([[*what, seconds] for what, seconds in ours.items()])
+                samples.append([[*what, *took] for what, took in ours.items()])
             at.append(_seconds(run))
     return {"samples": samples, "steps": [(rate, statistics.median(at)) for rate, at in zip(rates, times, strict=True)]}
 
@@ -92,7 +92,7 @@ def _seconds(run: Any) -> float:
 @pytest.mark.slow
 def test_the_wire_is_hidden_until_it_binds_as_the_plan_says() -> None:
     found = two_hosts.run(f"{__name__}:steps_at", SHARES, timeout=600)
-    samples = [{(name, size): seconds for name, size, seconds in one} for one in found["samples"]]
+    samples = [{(name, size): Took(*took) for name, size, *took in one} for one in found["samples"]]
     sharing = max(1.0, STEP.ranks / host.physical_cores())
     rows = []
     for rate, seconds in found["steps"]:

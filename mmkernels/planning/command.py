@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mmkernels.machine import describe_machine, device_name, memory_of
 from mmkernels.options import BadInput
 from mmkernels.planning.check import Checked, full_check, quick_check
 from mmkernels.planning.devices import DEVICES, PEAK_SHARE, PEAK_SHARE_WHY, WIRE_SHARE
-from mmkernels.planning.measure import MESSAGES, Samples, block_shapes, curves, sample_blocks, sample_ring
+from mmkernels.planning.measure import Samples, block_shapes, curves, message_rate, sample_blocks, sample_ring
 from mmkernels.planning.model import Prediction, Rates, SheetRates, hidden_from, predict
 from mmkernels.planning.options import HERE, Options
 from mmkernels.planning.processes import on_ranks
@@ -106,10 +106,8 @@ def _measured(options: Options) -> tuple[Rates, list[str]]:
         samples: list[Samples] = [sample_blocks(step.dim, step.dtype, device) for _ in range(_ROUNDS)]
         advance("messages between 2 ranks")
         samples += [one for rank in on_ranks(2, _ring, step.dim, step.dtype, timeout=_TIMEOUT) for one in rank]
-    rates = curves(samples, 1.0, memory_of(device), options.wire_rate)
-    largest = MESSAGES[-1]
-    here = largest / rates.message.at(largest)
-    rates = replace(rates, wire_rate=options.wire_rate or here)
+    wire = options.wire_rate or message_rate(samples)
+    rates = curves(samples, 1.0, memory_of(device), wire)
     rows, columns = block_shapes(step.dim, step.dtype, gpu=device == "cuda")[-1]
     flops = 2.0 * rows * columns * step.dim
     speeds = [f"{number(times * flops / curve.at(rows * columns) / 1e9)} GFLOP/s {name}"
@@ -119,7 +117,7 @@ def _measured(options: Options) -> tuple[Rates, list[str]]:
         f"Each rank is a machine like this one, {device_name(device)}, {plural(torch.get_num_threads(), 'thread')}: "
         f"measured {' and '.join(speeds)} in blocks of {rows:,} x {columns:,}, {rates.call() * 1e6:.0f} us a visit "
         "whatever its size.",
-        f"Wire: {rate(rates.wire_rate or here)}, {of_wire}.",
+        f"Wire: {rate(wire)}, {of_wire}.",
     ]
 
 

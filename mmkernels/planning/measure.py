@@ -23,12 +23,23 @@ from mmkernels.ops.contrastive.info_nce.block import (
 )
 from mmkernels.ops.contrastive.info_nce.reduction import CLASSES
 from mmkernels.options import DTYPES
-from mmkernels.planning.model import Curve, MeasuredRates
+from mmkernels.planning.model import Curve, MeasuredRates, Took
 from mmkernels.planning.ring import Step
 from mmkernels.runtime.dispatch import resolve
 from mmkernels.runtime.group import Group, check_group
 
-__all__ = ["MESSAGES", "Samples", "block_shapes", "curves", "pairs", "sample_blocks", "sample_ring", "step_on"]
+__all__ = [
+    "MESSAGES",
+    "Samples",
+    "block_shapes",
+    "curves",
+    "memory_for",
+    "message_rate",
+    "pairs",
+    "sample_blocks",
+    "sample_ring",
+    "step_on",
+]
 
 FEWEST = 8
 """The rows of the smallest block, and of a rank in the smallest step."""
@@ -39,8 +50,8 @@ _MOST_FLOPS = {"cpu": 5e9, "cuda": 5e12}  # of a timed block's forward pass; lar
 _LEAST = 0.02  # seconds of one sample: shorter calls are repeated within it
 SCALE = 50.0
 
-Samples = dict[tuple[str, int], float]
-"""Seconds by what was timed and its size: "forward" and "backward" by logits, "message" by bytes, "step" by ranks."""
+Samples = dict[tuple[str, int], Took]
+"""Times by what was called and its size: "forward" and "backward" by logits, "message" by bytes, "step" by ranks."""
 
 
 def pairs(rows: int, dim: int, dtype: str, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -102,13 +113,21 @@ def curves(samples: Sequence[Samples], sharing: float, memory_bytes: float, wire
         wire_rate: bytes a second between two ranks; None: they are on this machine.
     """
 
-    def points(name: str) -> list[tuple[float, float]]:
+    def points(name: str) -> list[tuple[int, Took]]:
         sizes = sorted({size for found in samples for kind, size in found if kind == name})
-        return [(size, statistics.median(x[name, size] for x in samples if (name, size) in x)) for size in sizes]
+        times = {size: [x[name, size] for x in samples if (name, size) in x] for size in sizes}
+        return [(size, Took(*map(statistics.median, zip(*taken, strict=True)))) for size, taken in times.items()]
 
     (_, alone), (_, pair) = points("step")
-    forward, backward, message = (Curve(points(name)) for name in ("forward", "backward", "message"))
-    return MeasuredRates(forward, backward, message, alone, pair, sharing, memory_bytes, wire_rate)
+    forward, backward = (Curve([(size, took.seconds) for size, took in points(x)]) for x in ("forward", "backward"))
+    handling = Curve([(size, took.busy) for size, took in points("message")])
+    return MeasuredRates(forward, backward, handling, alone, pair, sharing, memory_bytes, wire_rate)
+
+
+def message_rate(samples: Sequence[Samples]) -> float:
+    """Returns the bytes a second of the largest messages, each way."""
+    size = MESSAGES[-1]
+    return size / statistics.median(x["message", size].seconds for x in samples if ("message", size) in x)
 
 
 def memory_for(ranks: int) -> float:
@@ -149,16 +168,16 @@ def _message(size: int, group: dist.ProcessGroup) -> Callable[[], Any]:
     return lambda: ring.exchange([sent], [received]).wait()
 
 
-def _together(run: Callable[[], Any], device: str, group: dist.ProcessGroup | None) -> float:
-    """Returns the seconds of one call, while the group's other ranks make the same calls."""
+def _together(run: Callable[[], Any], device: str, group: dist.ProcessGroup | None) -> Took:
+    """Returns the time of one call, while the group's other ranks make the same calls."""
     run()
     calls = torch.tensor([max(1, int(_LEAST / time_once(run, device)))])
     if group is not None:
         dist.all_reduce(calls, dist.ReduceOp.MAX, group=group)
     repeats = int(calls)
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         run()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) / repeats
+    return Took((time.perf_counter() - begin) / repeats, (time.process_time() - busy) / repeats)

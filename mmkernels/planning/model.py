@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mmkernels.planning.devices import DataSheet
 from mmkernels.planning.ring import Pass, Step, memory_parts, passes, sent_bytes
 
-__all__ = ["Curve", "MeasuredRates", "Prediction", "Rates", "SheetRates", "hidden_from", "predict"]
+__all__ = ["Curve", "MeasuredRates", "Prediction", "Rates", "SheetRates", "Took", "hidden_from", "predict"]
 
 _FLOPS = {False: 2.0, True: 6.0}  # for each logit and channel, of a block forward and backward
 _STEADY = 8  # visits after which each takes as long as the one before
@@ -109,41 +109,58 @@ class Curve:
 
     def above_least(self, size: float) -> float:
         """Returns the seconds at a size above those of the smallest one."""
-        return self.at(size) - self.points[0][1]
+        return max(self.at(size) - self.points[0][1], 0.0)
+
+
+class Took(NamedTuple):
+    """The time of one call.
+
+    Args:
+        seconds: until it ended.
+        busy: that a core worked for it, in this rank's process.
+    """
+
+    seconds: float
+    busy: float
 
 
 @dataclass(frozen=True)
 class MeasuredRates:
-    """Rates as `measure.measure` found them.
+    """Rates as `measure` found them.
+
+    Where ranks share a core, what keeps it busy takes turns, and what waits does not.
 
     Args:
         forward, backward: seconds of a block by its logits, of the shapes that the ring has at the step's dim.
-        message: seconds of sending and receiving by bytes, where both ends are on this machine.
-        alone, pair: seconds of a step of the fewest rows on one rank, and on two.
+        handling: seconds that a core is busy with sending and receiving, by bytes.
+        alone, pair: a step of the fewest rows, of one rank and of two.
         sharing: ranks for each core, at least 1.
         memory_bytes: that a rank may take.
-        wire_rate: bytes a second between two ranks; None: they are on this machine, so that only `message` counts.
+        wire_rate: bytes a second between two ranks; None: they are on one machine, where only `handling` counts.
     """
 
     forward: Curve
     backward: Curve
-    message: Curve
-    alone: float
-    pair: float
+    handling: Curve
+    alone: Took
+    pair: Took
     sharing: float
     memory_bytes: float
     wire_rate: float | None = None
 
     def start(self) -> float:
-        return self.sharing * max(2 * self.alone - self.pair, 0.0)
+        waits, busy = (max(2 * one - two, 0.0) for one, two in zip(self.alone, self.pair, strict=True))
+        return max(waits, self.sharing * busy)
 
     def call(self) -> float:
-        return self.sharing * max(self.pair - self.alone, 0.0) / 2  # the pair makes one visit more in each pass
+        # The pair makes one visit more in each pass.
+        waits, busy = (max(two - one, 0.0) / 2 for one, two in zip(self.alone, self.pair, strict=True))
+        return max(waits, self.sharing * busy)
 
     def visit(self, made: Pass, dim: int) -> float:
         curve = self.backward if made.backward else self.forward
         blocks = sum(many * curve.at(rows * columns) for many, rows, columns in made.blocks) - curve.points[0][1]
-        messages = sum(self.message.above_least(size) for size in (made.passed, made.follows) if size)
+        messages = sum(self.handling.above_least(size) for size in (made.passed, made.follows) if size)
         return self.call() + self.sharing * (max(blocks, 0.0) + messages)
 
     def wire(self, size: int) -> float:

@@ -21,7 +21,7 @@ _SUMS, _LINES = (
 )  # numbers of a text that travel along: its sums forward; its state and its loss's gradient backward
 _SAID = 2 * 2048 + 13 * 8  # bytes that a rank tells each other in the handshakes of a step, and what is summed
 _OF_ROWS = 60  # bytes for each row in the backward pass: states of both sides, their losses' gradients, lines
-_KERNELS = 2 * 10**6  # bytes that kernels and messages take whatever the size, as measured on CPUs
+_KERNELS = 10**6  # bytes that kernels take, beside half a piece of features, as measured on CPUs
 _GATHERED = {2: 16, 4: 24}  # bytes of open_clip's loss at its peak for each of n x N logits, by bytes of a feature
 
 
@@ -129,10 +129,15 @@ def sent_bytes(step: Step) -> int:
 def memory_parts(step: Step) -> dict[str, int]:
     """Returns a rank's bytes at the peak of a step, in the backward pass, by what they are for."""
     n, d, size = step.rows, step.dim, step.itemsize
-    parts = {"features": 2 * n * d * size, "gradients": 2 * n * d * size, "states": n * _OF_ROWS + _KERNELS}
+    piece, several = step.piece * d, step.chunk < n
+    parts = {
+        "features": 2 * n * d * size,
+        "gradients": 2 * n * d * size,
+        "states": n * _OF_ROWS,
+        "kernels": _KERNELS + piece * size // 2,
+    }
     if step.ranks == 1:
         return parts
-    piece, several = step.piece * d, step.chunk < n
     # A piece and the next one; its gradient: what this rank adds, what goes, and with a third rank what comes.
     in_flight = 2 * size + min(step.ranks, 3) * _WIDE
     return parts | {
