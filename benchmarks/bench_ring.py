@@ -110,7 +110,7 @@ def _targets(row: Row) -> list[Target]:
     if row.what == TIME:
         return [
             *(Speedup(row.dtype, True, 1.0, peer) for peer in (GATHER, GATHER_LOCAL)),
-            *(MemoryRatio(row.dtype, True, 10.0, peer) for peer in (GATHER, GATHER_LOCAL)),
+            MemoryRatio(row.dtype, True, 10.0, GATHER),
         ]
     block = row.pairs * DIM * DTYPES[row.dtype].itemsize
     return [ExtraMemory(row.dtype, True, 2 * block / 1e6 + 60)]
