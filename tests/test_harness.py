@@ -158,8 +158,8 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = spec.cases[0]
     real = harness.run
 
-    def wrong(spec: Any, case: Case, inputs: Any, backend: str) -> harness.Result:
-        found = real(spec, case, inputs, backend)
+    def wrong(spec: Any, case: Case, inputs: Any, backend: str, function: Any = None) -> harness.Result:
+        found = real(spec, case, inputs, backend, function)
         return (
             found
             if backend == "reference"
