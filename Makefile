@@ -20,6 +20,8 @@ OLDEST_TRITON := triton==3.6.0
 # The same of transformers, with the packages of which it wants older versions than the one that is installed.
 OLDEST_TRANSFORMERS := transformers==5.17.0
 WITH_OLDEST_TRANSFORMERS := huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+# Its losses, which import torch alone, are tested beside ours.
+OPEN_CLIP := open_clip_torch==3.3.0
 SMOKE_ARGS := --size tiny --tokens 8,16 --out build/smoke
 
 # With a compiler and Python's headers, an extension that does not build is an error (setup.py); else Python parts do.
@@ -84,6 +86,8 @@ define run_tests
 		--target .venv/$(OLDEST_TRITON) $(OLDEST_TRITON)
 	@PYTHONPATH=$(abspath .venv)/$(OLDEST_TRITON) $(BIN)/python -m mmkernels.aot --frontend
 	$(call heading,pytest tests $(DRAWN): not alone$(FAST))
+	@test -d build/$(OPEN_CLIP) || $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps \
+		--target build/$(OPEN_CLIP) $(OPEN_CLIP)
 	@$(ONE_THREAD) $(call pytest,main,tests,not alone) $(SHARED)
 	$(call heading,pytest tests $(DRAWN): alone$(FAST), with all threads)
 	@$(call pytest,alone,tests,alone)

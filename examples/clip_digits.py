@@ -9,6 +9,13 @@ with the fused kernels and with the naive formulas, and shows that the two loss 
 classifies and retrieves held-out images with prompts that were not in training. For batches this small both take about
 the same time; `mmkernels bench info_nce` measures what fusing saves on large ones.
 
+    python examples/clip_digits.py --ranks 4
+    torchrun --standalone --nproc-per-node 4 examples/clip_digits.py
+
+Either command trains in four processes, of which each holds a quarter of every batch; the first one starts torchrun
+itself. `info_nce(..., group=...)` compares all images with all captions, `DistributedDataParallel` averages gradients,
+and the curve is that of one process, which the first rank trains for comparison.
+
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (CLIP), 2021, figure 3.
 """
 
@@ -16,23 +23,36 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import mmkernels
 from mmkernels import SpanMask
 from mmkernels.nn import CrossAttention
 
 try:
+    from clip_digits_data import (
+        CAPTIONS_PER_IMAGE,
+        LONGEST,
+        NUMBERS,
+        PROMPTS,
+        TRAINING_CAPTIONS,
+        Batch,
+        batches,
+        load,
+        tokenize,
+    )
     from clip_digits_pictures import draw_loss, draw_retrieval
-    from sklearn.datasets import load_digits
+    from clip_digits_ranks import BatchNorm, launch
 except ModuleNotFoundError as error:
     package = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}.get((error.name or "").partition(".")[0])
     if package is None:
@@ -40,15 +60,6 @@ except ModuleNotFoundError as error:
     print(f'clip_digits: this needs {package}: pip install "mmkernels[examples]"', file=sys.stderr)
     raise SystemExit(2) from None
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TRAINING_TEMPLATES = (
-    "{}", "the digit {}", "handwritten {}", "someone wrote a {}", "an image of a {}", "a photo of the number {}",
-    "this is the number {}", "a {} drawn by hand",
-)  # fmt: skip
-PROMPT_TEMPLATES = ("a photo of a handwritten {}", "the number {} drawn by someone", "my favourite digit is {}")
-"""Not in training, and neither are the words "my" and "favourite"."""
-
-CAPTIONS_PER_IMAGE = 2
 WIDTH, HEADS, IMAGE_LAYERS, TEXT_LAYERS = 64, 4, 2, 1
 WEIGHT_DECAY, WARMUP_STEPS = 0.05, 20
 LEARNING_RATE = 4e-3  # for 128 images a step; proportionally less for fewer, or rounding errors grow too fast
@@ -60,27 +71,6 @@ LEARNING_RATE = 4e-3  # for 128 images a step; proportionally less for fewer, or
 EPS = torch.finfo(torch.float32).eps
 FIRST_STEPS = 10
 BOUND_OF_FIRST, BOUND_OF_ALL = 16 * EPS, 1e-4
-
-
-# The captions.
-
-
-def captions(templates: tuple[str, ...]) -> list[str]:
-    """Returns all captions, digit by digit: each template with the word and with the figure of the digit."""
-    return [t.format(name) for digit in range(10) for t in templates for name in (DIGITS[digit], str(digit))]
-
-
-TRAINING_CAPTIONS, PROMPTS = captions(TRAINING_TEMPLATES), captions(PROMPT_TEMPLATES)
-LONGEST = max(len(caption.split()) for caption in TRAINING_CAPTIONS + PROMPTS)
-VOCABULARY = sorted({word for caption in TRAINING_CAPTIONS for word in caption.split()})
-NUMBERS = {word: 2 + place for place, word in enumerate(VOCABULARY)}
-"""The number of each word; 0 is padding, 1 a word that is not in training."""
-
-
-def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Returns word numbers int64 [B, L], padded on the right, and lengths int64 [B]."""
-    rows = [torch.tensor([NUMBERS.get(word, 1) for word in text.split()]) for text in texts]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
 
 # The model.
@@ -125,13 +115,17 @@ class DigitClip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(  # 8 x 8 pixels to 4 x 4 tokens
-            nn.Conv2d(1, WIDTH // 2, 3, padding=1, bias=False), nn.BatchNorm2d(WIDTH // 2), nn.GELU(),
-            nn.Conv2d(WIDTH // 2, WIDTH, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(WIDTH),
+            nn.Conv2d(1, WIDTH // 2, 3, padding=1, bias=False), BatchNorm(WIDTH // 2), nn.GELU(),
+            nn.Conv2d(WIDTH // 2, WIDTH, 3, padding=1, stride=2, bias=False), BatchNorm(WIDTH),
         )  # fmt: skip
         self.image_tower = Tower(IMAGE_LAYERS, longest=16)
         self.words = nn.Embedding(2 + len(NUMBERS), WIDTH)
         self.text_tower = Tower(TEXT_LAYERS, LONGEST)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns unit vectors [N, WIDTH] and [M, WIDTH] of images and captions, and the factor of similarities."""
+        return self.encode_image(batch.pixels), self.encode_text(batch.tokens, batch.lengths), self.logit_scale()
 
     def logit_scale(self) -> Tensor:
         """Returns the factor by which the loss multiplies similarities, at most 100 as in CLIP."""
@@ -149,49 +143,34 @@ class DigitClip(nn.Module):
 # Training.
 
 
-class Batch(NamedTuple):
-    """Images and captions of one training step, and the digit of each.
-
-    Attributes:
-        pixels: [N, 8, 8].
-        image_ids: int64 [N], the digit.
-        tokens, lengths: int64 [M, L] and [M].
-        text_ids: int64 [M], the digit.
-    """
-
-    pixels: Tensor
-    image_ids: Tensor
-    tokens: Tensor
-    lengths: Tensor
-    text_ids: Tensor
-
-
-def batches(pixels: Tensor, digits: Tensor, epochs: int, size: int, draw: torch.Generator) -> Iterator[Batch]:
-    """Yields every image once an epoch, in a new order, with new random captions; an incomplete batch is dropped."""
-    tokens, lengths = tokenize(TRAINING_CAPTIONS)
-    per_digit = len(TRAINING_CAPTIONS) // 10
-    for _ in range(epochs):
-        for rows in torch.randperm(len(pixels), generator=draw).split(size):
-            if len(rows) == size:
-                image_ids = digits[rows]
-                text_ids = image_ids.repeat_interleave(CAPTIONS_PER_IMAGE)
-                text = per_digit * text_ids + torch.randint(per_digit, text_ids.shape, generator=draw)
-                yield Batch(augment(pixels[rows], draw), image_ids, tokens[text], lengths[text], text_ids)
-
-
 def train(
-    pixels: Tensor, digits: Tensor, *, epochs: int, batch: int, seed: int, backend: str | None
+    pixels: Tensor,
+    digits: Tensor,
+    *,
+    epochs: int,
+    batch: int,
+    seed: int,
+    backend: str | None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[DigitClip, Tensor, Tensor]:
     """Trains a model on pixels [N, 8, 8] and their digits [N]. The same seed gives the same model.
 
     Args:
+        batch: images a step, of all ranks together.
         backend: of every op: "reference" for the naive formulas, None for the fastest available.
+        group: the ranks that share each batch; None: this process alone.
 
     Returns:
         The model; the loss of each step and the smallest possible loss of each step, both float64 [steps].
     """
     torch.manual_seed(seed)
     model, draw = DigitClip(), torch.Generator().manual_seed(seed)
+    trained: nn.Module = model
+    if group is not None:
+        for module in model.modules():
+            if isinstance(module, BatchNorm):
+                module.group = group
+        trained = DistributedDataParallel(model, process_group=group)
     steps = epochs * (len(pixels) // batch)
     rate = LEARNING_RATE * min(1.0, batch / 128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
@@ -201,12 +180,15 @@ def train(
     losses, least = [], []
     with mmkernels.use_backend(backend or ""):
         for step_batch in batches(pixels, digits, epochs, batch, draw):
+            here = step_batch if group is None else step_batch.share(group)
+            image, text, logit_scale = trained(here)
             loss = mmkernels.info_nce(
-                model.encode_image(step_batch.pixels),  # [N, WIDTH]
-                model.encode_text(step_batch.tokens, step_batch.lengths),  # [M, WIDTH]
-                model.logit_scale(),
-                image_ids=step_batch.image_ids,  # an image and a caption of one digit belong together,
-                text_ids=step_batch.text_ids,  # whichever image the caption was drawn for
+                image,  # [N, WIDTH]
+                text,  # [M, WIDTH]
+                logit_scale,
+                image_ids=here.image_ids,  # an image and a caption of one digit belong together,
+                text_ids=here.text_ids,  # whichever image the caption was drawn for, and on whichever rank
+                group=group,
             )
             optimizer.zero_grad()
             loss.backward()
@@ -215,17 +197,6 @@ def train(
             losses.append(loss.item())
             least.append(least_loss(step_batch.image_ids, step_batch.text_ids))
     return model.eval(), torch.tensor(losses, dtype=torch.float64), torch.tensor(least, dtype=torch.float64)
-
-
-def augment(pixels: Tensor, draw: torch.Generator) -> Tensor:
-    """Rotates each image [8, 8] by up to 8 degrees, scales it by up to 5 % and shifts it by up to half a pixel."""
-    angle, zoom, *shift = (2 * torch.rand(4, len(pixels), generator=draw) - 1) * torch.tensor(
-        [[math.radians(8)], [0.05], [0.125], [0.125]]
-    )
-    cos, sin = (1 + zoom) * angle.cos(), (1 + zoom) * angle.sin()
-    transform = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(transform, [len(pixels), 1, 8, 8], align_corners=False)
-    return F.grid_sample(pixels[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
 
 
 def least_loss(image_ids: Tensor, text_ids: Tensor) -> float:
@@ -327,65 +298,86 @@ def percent(share: float | Tensor) -> str:
 # The command.
 
 
-def load(samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns pixels [N, 8, 8] from 0 to 1 and digits [N]: for training, then held out, the last fifth of the file.
-
-    The file is not shuffled, which makes the task harder: a support vector machine classifies 98.3 % of the images
-    correctly if every fifth is held out, 95.5 % if the last fifth is.
-    """
-    data = load_digits()
-    pixels = torch.tensor(data.images[:samples] / 16, dtype=torch.float32)
-    digits = torch.tensor(data.target[:samples], dtype=torch.int64)
-    kept = len(pixels) - len(pixels) // 5
-    return pixels[:kept], digits[:kept], pixels[kept:], digits[kept:]
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=30, help="passes over the images (%(default)s)")
     parser.add_argument("--batch", type=int, default=128, help="images a step (%(default)s)")
+    parser.add_argument("--ranks", type=int, help="processes that share each batch (1, or as many as torchrun starts)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, captions, augmentation (%(default)s)")
     parser.add_argument("--samples", type=int, default=1797, help="images of the data set in use, from its start (all)")
     parser.add_argument("--out", type=Path, default=Path("build/clip_digits"), help="folder of pictures (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="more gain little on tensors this small (%(default)s)")
     options = parser.parse_args(arguments)
+    started = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else None
+    if options.ranks is None:
+        options.ranks = started or 1
     for name, least, most in (
         ("epochs", 1, 10_000), ("threads", 1, 1024), ("seed", 0, 2**63 - 1), ("samples", 200, 1797),
-        ("batch", 2, options.samples - options.samples // 5),
+        ("batch", 2, options.samples - options.samples // 5), ("ranks", 1, options.batch),
     ):  # fmt: skip
         if not least <= getattr(options, name) <= most:
             parser.error(f"--{name} must be {least} to {most}, got {getattr(options, name)}")
+    if started not in (None, options.ranks):
+        parser.error(f"--ranks must be what torchrun starts, {started}, got {options.ranks}")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "clip_digits_loss.png").touch()
+        (options.out / picture_names(options.ranks)[0]).touch()
     except OSError as error:
         parser.error(f"--out must be a folder that can be written, got {str(options.out)!r}: {error.strerror}")
     return options
 
 
+def compare(options: argparse.Namespace, group: dist.ProcessGroup | None) -> None:
+    """Trains twice, and compares; with a group, each rank calls it, and the first one reports."""
+    pixels, digits, held_pixels, held_digits = load(options.samples)
+    first = group is None or group.rank() == 0
+    if first:
+        size = sum(parameter.numel() for parameter in DigitClip().parameters())
+        print(f"{len(pixels):,} handwritten digits to train on; {len(held_pixels)} held out, the last of the file")
+        print(f"{len(TRAINING_CAPTIONS) // 10} captions a digit, of which each image draws {CAPTIONS_PER_IMAGE} a step")
+        print(f"two towers of {size:,} parameters together, {options.batch} images a step", flush=True)
+    losses = {}
+    runs = (("naive", "reference", None), ("fused", None, None))
+    if group is not None:
+        runs = (("one process", None, None), (f"{group.size()} ranks", None, group))
+    for name, backend, ranks in runs:
+        if not first and ranks is None:
+            continue  # the next run begins when the first rank is there
+        begin = time.perf_counter()
+        model, loss, least = train(
+            pixels, digits, epochs=options.epochs, batch=options.batch, seed=options.seed, backend=backend, group=ranks
+        )
+        seconds = time.perf_counter() - begin
+        if first:
+            print(f"{name}: {len(loss)} steps in {seconds:.1f} s, loss {loss[0]:.3f} to {loss[-1]:.3f}", flush=True)
+        losses[name] = loss
+    if not first:
+        return
+    pictures = [options.out / name for name in picture_names(options.ranks)]
+    bounds = [(FIRST_STEPS, BOUND_OF_FIRST), (None, BOUND_OF_ALL)]
+    draw_loss(losses, least, bounds, EPS, pictures[0])
+    (one, baseline), (other, curve) = losses.items()
+    print(f"the losses of {other} and {one} differ, relatively, by at most {check_same(curve, baseline)}")
+    report(model, held_pixels, held_digits, pictures[1])  # the last run's
+    print(f"pictures: {pictures[0]}, {pictures[1]}")
+
+
+def picture_names(ranks: int) -> list[str]:
+    of = "" if ranks == 1 else f"_{ranks}_ranks"
+    return [f"clip_digits{of}_{name}.png" for name in ("loss", "retrieval")]
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    pixels, digits, held_pixels, held_digits = load(options.samples)
-    size = sum(parameter.numel() for parameter in DigitClip().parameters())
-    print(f"{len(pixels):,} handwritten digits to train on; {len(held_pixels)} held out, the last of the file")
-    print(f"{len(TRAINING_CAPTIONS) // 10} captions a digit, of which each image draws {CAPTIONS_PER_IMAGE} a step")
-    print(f"two towers of {size:,} parameters together, {options.batch} images a step", flush=True)
-    losses = {}
-    for name, backend in (("naive", "reference"), ("fused", None)):
-        begin = time.perf_counter()
-        model, loss, least = train(
-            pixels, digits, epochs=options.epochs, batch=options.batch, seed=options.seed, backend=backend
-        )
-        seconds = time.perf_counter() - begin
-        print(f"{name}: {len(loss)} steps in {seconds:.1f} s, loss {loss[0]:.3f} to {loss[-1]:.3f}", flush=True)
-        losses[name] = loss
-    pictures = [options.out / f"clip_digits_{name}.png" for name in ("loss", "retrieval")]
-    bounds = [(FIRST_STEPS, BOUND_OF_FIRST), (None, BOUND_OF_ALL)]
-    draw_loss(losses["fused"], losses["naive"], least, bounds, EPS, pictures[0])
-    print(f"fused and naive loss differ, relatively, by at most {check_same(losses['fused'], losses['naive'])}")
-    report(model, held_pixels, held_digits, pictures[1])  # the fused model's
-    print(f"pictures: {pictures[0]}, {pictures[1]}")
+    if options.ranks == 1:
+        compare(options, None)
+    elif not dist.is_torchelastic_launched():
+        raise SystemExit(launch(__file__, options.ranks, sys.argv[1:] if arguments is None else arguments))
+    else:
+        dist.init_process_group("gloo")
+        compare(options, dist.group.WORLD)
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ GREY = "#555555"
 
 
 def draw_loss(
-    fused: Tensor, naive: Tensor, least: Tensor, bounds: list[tuple[int | None, float]], eps: float, path: Path
+    losses: dict[str, Tensor], least: Tensor, bounds: list[tuple[int | None, float]], eps: float, path: Path
 ) -> None:
     """Draws two loss curves [steps], and below them their relative difference.
 
     Args:
+        losses: each curve by its name; the first is the baseline.
         least: [steps], the smallest possible loss.
         bounds: pairs of a number of steps from the start (None: all) and the largest difference in them.
         eps: the relative distance of two neighbouring floating-point numbers.
@@ -32,17 +33,18 @@ def draw_loss(
     figure, (upper, lower) = plt.subplots(
         2, 1, sharex=True, figsize=(9.5, 7.6), dpi=110, height_ratios=(3, 2), layout="constrained"
     )
-    figure.suptitle("From one seed, fused and naive training give one loss curve", fontsize=15, weight="bold")
-    steps = np.arange(1, len(fused) + 1)
-    upper.plot(steps, fused.numpy(), color=BLUE, linewidth=5, alpha=0.5, label="fused")
-    upper.plot(steps, naive.numpy(), color="black", linewidth=1.1, label="naive formulas")
+    (one, baseline), (other, curve) = losses.items()
+    figure.suptitle(f"From one seed, training gives one loss curve: {one} and {other}", fontsize=15, weight="bold")
+    steps = np.arange(1, len(curve) + 1)
+    upper.plot(steps, curve.numpy(), color=BLUE, linewidth=5, alpha=0.5, label=other)
+    upper.plot(steps, baseline.numpy(), color="black", linewidth=1.1, label=one)
     upper.plot(
         steps, least.numpy(), color=RED, linewidth=1.1, linestyle=":", label="least possible: the targets' entropy"
     )
     upper.set_ylabel("contrastive loss (nats)", fontsize=11)
     upper.legend(frameon=False, fontsize=11)
     upper.margins(x=0.01)
-    _difference(lower, ((fused - naive).abs() / naive).numpy(), bounds, eps)
+    _difference(lower, ((curve - baseline).abs() / baseline).numpy(), bounds, eps)
     for axes in (upper, lower):
         axes.grid(True, color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-NAMES = ("clip_digits", "clip_digits_pictures")
+NAMES = ("clip_digits", "clip_digits_data", "clip_digits_pictures", "clip_digits_ranks")
 
 
 @pytest.fixture
@@ -67,6 +67,34 @@ def test_it_learns_and_draws(
     for name in ("loss", "retrieval"):
         with Image.open(tmp_path / "new" / "folder" / f"clip_digits_{name}.png") as picture:
             assert min(picture.size) > 500 and len(picture.getcolors(1 << 20)) > 20
+
+
+def test_ranks_give_the_curve_of_one_process(
+    example: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of two ranks, with 33 and 32 images a step."""
+    sizes = ["--epochs", "2", "--samples", "200", "--batch", "65"]
+    with pytest.raises(SystemExit) as ended:
+        example.main([*sizes, "--ranks", "2", "--out", str(tmp_path)])
+    assert ended.value.code == 0
+    lines = capfd.readouterr().out.splitlines()
+    for name in ("one process", "2 ranks"):  # printed by one rank
+        assert len([line for line in lines if line.startswith(f"{name}: 4 steps in ")]) == 1
+    assert len([line for line in lines if line.startswith("the losses of 2 ranks and one process differ, rela")]) == 1
+    for name in ("loss", "retrieval"):
+        with Image.open(tmp_path / f"clip_digits_2_ranks_{name}.png") as picture:
+            assert min(picture.size) > 500 and len(picture.getcolors(1 << 20)) > 20
+
+
+def test_torchrun_starts_as_many_as_are_said(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert example.parse(["--out", str(tmp_path)]).ranks == 4
+    with pytest.raises(SystemExit):
+        example.parse(["--out", str(tmp_path), "--ranks", "2"])
+    assert "--ranks must be what torchrun starts, 4, got 2" in capsys.readouterr().err
 
 
 def test_a_seed_fixes_everything(example: ModuleType) -> None:
@@ -130,6 +158,7 @@ def test_prompts_are_not_in_training(example: ModuleType) -> None:
         (["--samples", "200", "--batch", "161"], "--batch must be 2 to 160, got 161"),
         (["--seed", "-1"], "--seed must be 0 to "),
         (["--threads", "0"], "--threads must be 1 to 1024, got 0"),
+        (["--ranks", "0"], "--ranks must be 1 to 128, got 0"),
         (["--out", __file__], "--out must be a folder that can be written, got "),
     ],
 )

@@ -1,6 +1,7 @@
 """Modules: drop-in layers and losses, thin over the ops."""
 
 from mmkernels.nn.attention_pool import AttentionPool
+from mmkernels.nn.cached_contrastive import CachedContrastive
 from mmkernels.nn.contrastive import ClipLoss, SigLipLoss
 from mmkernels.nn.cross_attention import CrossAttention
 from mmkernels.nn.gated_cross_attention import GatedCrossAttention
@@ -12,6 +13,7 @@ from mmkernels.nn.visual_cache import VisualCache
 
 __all__ = [
     "AttentionPool",
+    "CachedContrastive",
     "ClipLoss",
     "CrossAttention",
     "GatedCrossAttention",

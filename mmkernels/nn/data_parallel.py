@@ -1,0 +1,126 @@
+"""What `CachedContrastive` needs of DDP and FSDP2: passes without communication, then one average of all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class DataParallel:
+    """The DDP and FSDP2 wrappers, and the synchronised batch norms, among some modules and their submodules.
+
+    Args:
+        modules: where to look; a wrapper that is found twice counts once.
+
+    Raises:
+        ValueError: a module of FSDP1, or a DDP module with a static graph.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        found = list(dict.fromkeys(child for module in modules for child in module.modules()))
+        self.ddp = [x for x in found if isinstance(x, DistributedDataParallel)]
+        self.fsdp: list[Any] = []
+        self._norms = [x for x in found if isinstance(x, nn.SyncBatchNorm)]
+        if dist.is_available():
+            from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # imports much: not with the module
+
+            self.fsdp = [x for x in found if isinstance(x, FSDPModule)]
+            if any(isinstance(x, FullyShardedDataParallel) for x in found):
+                raise ValueError("modules must use fully_shard (FSDP2), got a FullyShardedDataParallel (FSDP1)")
+        if any(x.static_graph for x in self.ddp):
+            raise ValueError(
+                "static_graph must be False, as PyTorch counts the passes of a step, which has many here; got a "
+                "DistributedDataParallel with static_graph=True"
+            )
+
+    @contextmanager
+    def local(self) -> Iterator[None]:
+        """DDP does not communicate within: neither gradients, nor buffers before a pass.
+
+        Ranks with different numbers of rows make different numbers of passes; each of DDP's broadcasts of buffers
+        would then wait for a rank that makes no such pass.
+        """
+        before = [(x.require_backward_grad_sync, x.require_forward_param_sync) for x in self.ddp]
+        for x in self.ddp:
+            x.require_backward_grad_sync = x.require_forward_param_sync = False
+        try:
+            yield
+        finally:
+            for x, (backward, forward) in zip(self.ddp, before, strict=True):
+                x.require_backward_grad_sync, x.require_forward_param_sync = backward, forward
+
+    def reduce_next(self, wanted: bool) -> None:
+        """Says whether FSDP2 reduces gradients in the next backward pass; without it they are kept unsharded."""
+        for x in self.fsdp:
+            x.set_requires_gradient_sync(wanted, recurse=False)
+
+    def average(self) -> None:
+        """Averages the gradients of each DDP module over its ranks, unless the caller is within its ``no_sync``."""
+        for x in self.ddp:
+            if x.require_backward_grad_sync:
+                _average(x)
+
+    def agree(self, counts: list[int]) -> list[int]:
+        """Returns the largest counts among the ranks that must make the same number of passes.
+
+        These are the ranks of FSDP2's meshes and of synchronised batch norms: they communicate in each pass.
+        """
+        for group in self._groups():
+            device = "cpu" if dist.get_backend(group) == "gloo" else torch.accelerator.current_accelerator()
+            most = torch.tensor(counts, device=device)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+            counts = most.tolist()
+        return counts
+
+    def _groups(self) -> list[dist.ProcessGroup]:
+        groups = [
+            group
+            for module in self.fsdp
+            for parameter in module.parameters(recurse=True)
+            if (mesh := getattr(parameter, "device_mesh", None)) is not None
+            for group in mesh.get_all_groups()
+        ]
+        if dist.is_available() and dist.is_initialized():
+            groups += [dist.group.WORLD if x.process_group is None else x.process_group for x in self._norms]
+        return list(dict.fromkeys(groups))
+
+
+class _Zero(nn.Module):
+    """Returns 0, and passes a gradient of 0 to some parameters of a module, in whose place it stands in DDP."""
+
+    def __init__(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self._stands_for = (module, parameters)  # in a tuple neither is registered as its own
+
+    def forward(self, _: Tensor) -> Tensor:
+        return 0 * sum(x.sum() for x in self._stands_for[1])  # type: ignore[return-value]
+
+    def named_buffers(self, *args: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        """Yields the module's, as DDP looks them up anew before it broadcasts them."""
+        return self._stands_for[0].named_buffers(*args, **options)
+
+
+def _average(ddp: DistributedDataParallel) -> None:
+    """Runs a pass through a DDP module that adds 0 to every gradient, so that DDP averages what has accumulated.
+
+    DDP averages the gradients of a pass only where every parameter takes part in it. After passes of several encoders
+    the last one says nothing of the others' parameters (two towers in one module, a temperature that only the loss
+    uses), and a rank without rows has made none. With `find_unused_parameters`, a parameter without a gradient stays
+    out, so that one that no rank uses keeps none.
+    """
+    ignored = getattr(ddp, "parameters_to_ignore", ())
+    trained = [x for name, x in ddp.module.named_parameters() if x.requires_grad and name not in ignored]
+    if ddp.find_unused_parameters:
+        trained = [x for x in trained if x.grad is not None] or trained[:1]
+    module, ddp.module = ddp.module, _Zero(ddp.module, trained)
+    try:
+        zero = ddp.forward(torch.zeros(()))
+    finally:
+        ddp.module = module
+    zero.backward()

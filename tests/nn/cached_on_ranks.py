@@ -1,0 +1,190 @@
+"""What each rank does in the tests of `CachedContrastive` on ranks; see `ranks.run`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from cached_tools import Model, assert_equal, batch, grads, one_pass
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import mmkernels
+from mmkernels.nn import CachedContrastive
+
+CHUNKS = (4, 3)
+DDP = ("towers", "one", "unused", "view", "methods", "buffers")
+FSDP = ("towers", "one", "temperature")
+
+
+class Both(nn.Module):
+    """Two towers behind one `forward`, as a wrapper needs it, and a parameter that nothing uses."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+        self.spare = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("rank", torch.tensor(float(dist.get_rank())))
+
+    def forward(self, pixels: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+        if pixels is not None:
+            return self.model.encode_image(pixels)
+        assert tokens is not None
+        return self.model.encode_text(tokens)
+
+
+def loss_of(model: Model, sigmoid: bool = False) -> Callable[..., Tensor]:
+    group = dist.group.WORLD
+
+    def loss(image: Tensor, text: Tensor) -> Tensor:
+        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+        scale = model.log_scale  # a DTensor where it is sharded, and not gathered
+        scale = (scale.full_tensor() if isinstance(scale, DTensor) else scale).reshape(()).exp()
+        if sigmoid:
+            return mmkernels.sigmoid_contrastive(image, text, scale, model.bias, group=group)
+        found: Tensor = mmkernels.info_nce(image, text, scale, group=group)
+        return found
+
+    return loss
+
+
+def truth(sizes: list[int], sigmoid: bool = False) -> tuple[Model, list[Tensor], dict[str, Tensor]]:
+    """Returns a model, this rank's inputs, and the gradients of one process with all of them."""
+    torch.manual_seed(0)
+    model, inputs = Model(0.0), batch(sum(sizes))
+    whole = copy.deepcopy(model)
+    (whole.sigmoid if sigmoid else whole.info_nce)(
+        whole.encode_image(inputs[0]), whole.encode_text(inputs[1])
+    ).backward()
+    return model, [x.split(sizes)[dist.get_rank()] for x in inputs], grads(whole)
+
+
+def wrapped(kind: str, model: Model) -> tuple[list[nn.Module], list[Callable[..., Tensor]]]:
+    """Returns DDP modules, and the encoders."""
+    if kind == "towers":
+        towers: list[Any] = [DistributedDataParallel(model.image), DistributedDataParallel(model.text)]
+        return towers, towers
+    options = {"find_unused_parameters": kind == "unused", "gradient_as_bucket_view": kind == "view"}
+    ddp = DistributedDataParallel(Both(model), **options)
+    if kind == "methods":  # which DDP does not see
+        return [ddp], [model.encode_image, model.encode_text]
+    return [ddp], [lambda x: ddp(pixels=x), lambda x: ddp(tokens=x)]
+
+
+def with_ddp(rank: int, sizes: list[int]) -> None:
+    """Three steps, as DDP arranges its buckets anew after the first; then two that are accumulated."""
+    for kind in DDP:
+        sigmoid = kind == "view"
+        model, inputs, want = truth(sizes, sigmoid)
+        modules, encoders = wrapped(kind, model)
+        reductions: list[int] = []
+        for module in modules:
+            module.register_comm_hook(reductions, _counted)
+        step = CachedContrastive(encoders, loss_of(model, sigmoid), chunk_size=CHUNKS, modules=modules)
+        for _ in range(3):
+            model.zero_grad()
+            reductions.clear()
+            step(*inputs)
+            assert len(reductions) == len(modules), kind  # each one's only bucket, once
+            assert_equal(_alike(model, want), want, what=kind)
+        for module in modules:
+            assert module.require_backward_grad_sync and module.require_forward_param_sync, kind
+        if kind != "towers":
+            (ddp,) = modules
+            spare = ddp.module.spare.grad
+            assert (spare is None) == (kind == "unused"), kind  # as with DDP alone
+            assert float(ddp.module.rank) == 0.0, kind  # a buffer, which DDP copies from rank 0
+            model.zero_grad()
+            reductions.clear()
+            with ddp.no_sync():
+                step(*inputs)
+            step(*inputs, sync=False)
+            assert not reductions, kind
+            step(*inputs, scale_loss=2.0)
+            assert_equal(_alike(model, want), {name: 4 * x for name, x in want.items()}, what=kind)
+
+
+def _counted(reductions, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+    reductions.append(bucket.index())
+    summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return summed.then(lambda x: x.value()[0] / dist.get_world_size())
+
+
+def _alike(model: nn.Module, want: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the gradients that one process has; others are 0, where DDP gives each parameter one."""
+    found = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in grads(model).items()}
+    assert all(not x.any() for name, x in found.items() if name not in want)
+    return {name: x.reshape(want[name].shape) for name, x in found.items() if name in want}
+
+
+def with_fsdp(rank: int, sizes: list[int]) -> None:
+    """Ranks that hold fewer rows pass empty batches through their encoders."""
+    mesh = init_device_mesh("cpu", (len(sizes),))
+    for kind in FSDP:
+        model, inputs, want = truth(sizes)
+        if kind == "towers":
+            encoders: list[Any] = [model.image, model.text]
+            modules: list[nn.Module] = []
+            for tower in encoders:
+                fully_shard(tower[0], mesh=mesh)
+                fully_shard(tower, mesh=mesh)
+        else:
+            both = Both(model)
+            model.log_scale, model.bias = (nn.Parameter(x.data[None]) for x in (model.log_scale, model.bias))
+            outside = set() if kind == "temperature" else {model.log_scale, model.bias}
+            for module in (model.image, model.text, both):
+                fully_shard(module, mesh=mesh, ignored_params=outside)
+            encoders = [lambda x, both=both: both(pixels=x), lambda x, both=both: both(tokens=x)]
+            modules = [both]
+        step = CachedContrastive(encoders, loss_of(model), chunk_size=CHUNKS, modules=modules)
+        for _ in range(2):
+            model.zero_grad()
+            step(*inputs)
+            assert_equal(_alike(model, want), want, what=kind)
+        model.zero_grad()
+        step(*inputs, sync=False)
+        step(*inputs, scale_loss=2.0)
+        assert_equal(_alike(model, want), {name: 3 * x for name, x in want.items()}, what=kind)
+        with torch.no_grad():
+            step(*inputs)
+
+
+def with_dropout(rank: int, sizes: list[int]) -> None:
+    """Each rank draws its own; the same chunks in one graph, averaged by hand, draw the same."""
+    model, inputs, _ = truth(sizes)
+    model.image[2].p = model.text[1].p = 0.4
+    encoders = [model.encode_image, model.encode_text]
+    torch.manual_seed(rank)
+    one_pass(encoders, loss_of(model), inputs, CHUNKS)
+    want = grads(model)
+    for x in want.values():
+        dist.all_reduce(x)
+        x /= len(sizes)
+    model.zero_grad()
+    ddp, _ = wrapped("one", model)
+    torch.manual_seed(rank)
+    CachedContrastive(encoders, loss_of(model), chunk_size=CHUNKS, modules=ddp, verify=True)(*inputs)
+    assert_equal(_alike(model, want), want)
+
+
+def with_what_does_not_work(rank: int) -> list[str]:
+    """Returns the errors."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    found = []
+    for module in (
+        DistributedDataParallel(nn.Linear(2, 2), static_graph=True),
+        FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")),
+    ):
+        try:
+            CachedContrastive(module, lambda x: x.sum(), chunk_size=2)(torch.ones(4, 2))
+        except ValueError as error:
+            found.append(str(error))
+    return found

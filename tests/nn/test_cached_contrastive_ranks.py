@@ -1,0 +1,31 @@
+"""`CachedContrastive` on ranks: with DDP and FSDP2 its gradients are those of one process with the whole batch."""
+
+from __future__ import annotations
+
+import cached_on_ranks
+import pytest
+import ranks
+
+SIZES = [[11, 2], [9, 0, 3], [4, 4, 4, 4]]
+"""Rows of each rank: chunks in different numbers, none, and as many on each."""
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_ddp(sizes: list[int]) -> None:
+    ranks.run(len(sizes), cached_on_ranks.with_ddp, sizes)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_fsdp2(sizes: list[int]) -> None:
+    ranks.run(len(sizes), cached_on_ranks.with_fsdp, sizes)
+
+
+def test_dropout() -> None:
+    ranks.run(2, cached_on_ranks.with_dropout, [9, 6])
+
+
+def test_wrappers_that_do_not_work() -> None:
+    (errors,) = ranks.run(1, cached_on_ranks.with_what_does_not_work)
+    static, fsdp = errors
+    assert static.startswith("static_graph must be False, as PyTorch counts the passes of a step, which has many here")
+    assert fsdp == "modules must use fully_shard (FSDP2), got a FullyShardedDataParallel (FSDP1)"
