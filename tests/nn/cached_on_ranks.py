@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -143,17 +144,38 @@ def with_fsdp(rank: int, sizes: list[int]) -> None:
                 fully_shard(module, mesh=mesh, ignored_params=outside)
             encoders = [lambda x, both=both: both(pixels=x), lambda x, both=both: both(tokens=x)]
             modules = [both]
-        step = CachedContrastive(encoders, loss_of(model), chunk_size=CHUNKS, modules=modules)
+        options = {"chunk_size": CHUNKS, "modules": modules, "reduce_each_chunk": kind == "one"}
+        step = CachedContrastive(encoders, loss_of(model), **options)
+        most = [max(1, -(-max(sizes) // chunk)) for chunk in CHUNKS]
         for _ in range(2):
             model.zero_grad()
-            step(*inputs)
+            with _counted_reductions() as reductions:
+                step(*inputs)
+            # Of each tower there are one or two groups of parameters, and one around them in which nothing is used.
+            times = {"towers": 2 * 2, "one": sum(most), "temperature": 2 + 1}[kind]
+            assert len(reductions) == times, f"{kind}: {len(reductions)}"
             assert_equal(_alike(model, want), want, what=kind)
         model.zero_grad()
-        step(*inputs, sync=False)
+        with _counted_reductions() as reductions:
+            step(*inputs, sync=False)
+        assert not reductions, kind
         step(*inputs, scale_loss=2.0)
         assert_equal(_alike(model, want), {name: 3 * x for name, x in want.items()}, what=kind)
         with torch.no_grad():
             step(*inputs)
+
+
+@contextmanager
+def _counted_reductions() -> Iterator[list[Any]]:
+    """Counts the calls by which FSDP2 reduces gradients."""
+    found: list[Any] = []
+    name = next(x for x in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, x))  # by PyTorch's age
+    original = getattr(dist, name)
+    setattr(dist, name, lambda *args, **options: (found.append(args), original(*args, **options))[1])
+    try:
+        yield found
+    finally:
+        setattr(dist, name, original)
 
 
 def with_dropout(rank: int, sizes: list[int]) -> None:

@@ -6,16 +6,20 @@ import cached_on_ranks
 import pytest
 import ranks
 
-SIZES = [[11, 2], [9, 0, 3], [4, 4, 4, 4]]
+SIZES = [
+    pytest.param([11, 2], id="11,2"),
+    pytest.param([9, 0, 3], id="9,0,3", marks=pytest.mark.slow),
+    pytest.param([4, 0, 4, 4], id="4,0,4,4"),
+]
 """Rows of each rank: chunks in different numbers, none, and as many on each."""
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
 def test_ddp(sizes: list[int]) -> None:
     ranks.run(len(sizes), cached_on_ranks.with_ddp, sizes)
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
 def test_fsdp2(sizes: list[int]) -> None:
     ranks.run(len(sizes), cached_on_ranks.with_fsdp, sizes)
 
