@@ -210,3 +210,42 @@ def with_what_does_not_work(rank: int) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     return found
+
+
+def with_an_error(rank: int) -> None:
+    """An encoder that fails in the second pass leaves no wrapper changed: the next step is right."""
+    model, inputs, want = truth([9])
+    ddp = DistributedDataParallel(Both(model))
+    passes: list[int] = []
+
+    def encoder(x: Tensor) -> Tensor:
+        passes.append(1)
+        if len(passes) == 4:
+            raise ZeroDivisionError
+        found: Tensor = ddp(pixels=x)
+        return found
+
+    step = CachedContrastive([encoder, lambda x: ddp(tokens=x)], loss_of(model), chunk_size=4, modules=ddp)
+    try:
+        step(*inputs)
+        raise AssertionError("no error")
+    except ZeroDivisionError:
+        assert ddp.require_backward_grad_sync and ddp.require_forward_param_sync
+    model.zero_grad()
+    step(*inputs)
+    assert_equal(_alike(model, want), want)
+
+
+def with_compiled_and_checkpointed(rank: int, sizes: list[int]) -> None:
+    """`torch.compile` around DDP, and encoders that compute their activations again in the backward pass."""
+    model, inputs, want = truth(sizes)
+    image, text = DistributedDataParallel(model.image), DistributedDataParallel(model.text)
+    encoders = [
+        torch.compile(image, backend="aot_eager"),
+        lambda x: torch.utils.checkpoint.checkpoint(text, x, use_reentrant=False),
+    ]
+    step = CachedContrastive(encoders, loss_of(model), chunk_size=CHUNKS, modules=[text])
+    for _ in range(3):
+        model.zero_grad()
+        step(*inputs)
+        assert_equal(_alike(model, want), want)

@@ -28,6 +28,14 @@ def test_dropout() -> None:
     ranks.run(2, cached_on_ranks.with_dropout, [9, 6])
 
 
+def test_an_error_changes_nothing() -> None:
+    ranks.run(1, cached_on_ranks.with_an_error)
+
+
+def test_compiled_and_checkpointed_encoders() -> None:
+    ranks.run(2, cached_on_ranks.with_compiled_and_checkpointed, [9, 6])
+
+
 def test_wrappers_that_do_not_work() -> None:
     (errors,) = ranks.run(1, cached_on_ranks.with_what_does_not_work)
     static, fsdp = errors
