@@ -43,8 +43,7 @@ class DataParallel:
     def local(self) -> Iterator[None]:
         """DDP does not communicate within: neither gradients, nor buffers before a pass.
 
-        Ranks with different numbers of rows make different numbers of passes; each of DDP's broadcasts of buffers
-        would then wait for a rank that makes no such pass.
+        `average` then broadcasts buffers, once a step, also of a module whose methods are the encoders, without DDP.
         """
         before = [(x.require_backward_grad_sync, x.require_forward_param_sync) for x in self.ddp]
         for x in self.ddp:

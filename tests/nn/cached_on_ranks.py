@@ -21,7 +21,7 @@ import mmkernels
 from mmkernels.nn import CachedContrastive
 
 CHUNKS = (4, 3)
-DDP = ("towers", "one", "unused", "view", "methods", "buffers")
+DDP = ("towers", "one", "unused", "view", "methods")
 FSDP = ("towers", "one", "temperature")
 
 
@@ -87,13 +87,15 @@ def with_ddp(rank: int, sizes: list[int]) -> None:
         modules, encoders = wrapped(kind, model)
         reductions: list[int] = []
         for module in modules:
-            module.register_comm_hook(reductions, _counted)
+            module.register_comm_hook(reductions, _noted)
         step = CachedContrastive(encoders, loss_of(model, sigmoid), chunk_size=CHUNKS, modules=modules)
         for _ in range(3):
             model.zero_grad()
             reductions.clear()
-            step(*inputs)
+            with _counted("_broadcast_coalesced") as broadcasts:
+                step(*inputs)
             assert len(reductions) == len(modules), kind  # each one's only bucket, once
+            assert len(broadcasts) == (kind != "towers"), kind  # of buffers, which towers have none of
             assert_equal(_alike(model, want), want, what=kind)
         for module in modules:
             assert module.require_backward_grad_sync and module.require_forward_param_sync, kind
@@ -112,7 +114,7 @@ def with_ddp(rank: int, sizes: list[int]) -> None:
             assert_equal(_alike(model, want), {name: 4 * x for name, x in want.items()}, what=kind)
 
 
-def _counted(reductions, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+def _noted(reductions, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
     reductions.append(bucket.index())
     summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return summed.then(lambda x: x.value()[0] / dist.get_world_size())
@@ -128,6 +130,7 @@ def _alike(model: nn.Module, want: dict[str, Tensor]) -> dict[str, Tensor]:
 def with_fsdp(rank: int, sizes: list[int]) -> None:
     """Ranks that hold fewer rows pass empty batches through their encoders."""
     mesh = init_device_mesh("cpu", (len(sizes),))
+    reduce = next(x for x in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, x))  # by PyTorch's age
     for kind in FSDP:
         model, inputs, want = truth(sizes)
         if kind == "towers":
@@ -149,14 +152,14 @@ def with_fsdp(rank: int, sizes: list[int]) -> None:
         most = [max(1, -(-max(sizes) // chunk)) for chunk in CHUNKS]
         for _ in range(2):
             model.zero_grad()
-            with _counted_reductions() as reductions:
+            with _counted(reduce) as reductions:
                 step(*inputs)
             # Of each tower there are one or two groups of parameters, and one around them in which nothing is used.
             times = {"towers": 2 * 2, "one": sum(most), "temperature": 2 + 1}[kind]
             assert len(reductions) == times, f"{kind}: {len(reductions)}"
             assert_equal(_alike(model, want), want, what=kind)
         model.zero_grad()
-        with _counted_reductions() as reductions:
+        with _counted(reduce) as reductions:
             step(*inputs, sync=False)
         assert not reductions, kind
         step(*inputs, scale_loss=2.0)
@@ -166,10 +169,9 @@ def with_fsdp(rank: int, sizes: list[int]) -> None:
 
 
 @contextmanager
-def _counted_reductions() -> Iterator[list[Any]]:
-    """Counts the calls by which FSDP2 reduces gradients."""
+def _counted(name: str) -> Iterator[list[Any]]:
+    """Counts the calls of a function of torch.distributed."""
     found: list[Any] = []
-    name = next(x for x in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, x))  # by PyTorch's age
     original = getattr(dist, name)
     setattr(dist, name, lambda *args, **options: (found.append(args), original(*args, **options))[1])
     try:
