@@ -1,4 +1,4 @@
-"""The command ``mmkernels``: doctor, profile, bench, support. Each command imports what it needs itself."""
+"""The command ``mmkernels``: doctor, profile, bench, support, plan. Each command imports what it needs itself."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def _app() -> typer.Typer:
     )
     for command in (doctor, profile, bench, support):
         app.command()(interruptible(command))
+    plan = typer.Typer(no_args_is_help=True, help="Predict what a training step costs, before it is run.")
+    plan.command("contrastive")(interruptible(plan_contrastive))
+    app.add_typer(plan, name="plan")
     return app
 
 
@@ -187,6 +190,58 @@ def support(
         fine = run_support(families or ())
     if not fine:
         raise SystemExit(1)
+
+
+def plan_contrastive(
+    batch: Annotated[
+        str, typer.Option(help="Pairs over all ranks, or a list; default: 32k to 1M in powers of two.")
+    ] = "",
+    dim: Annotated[int | None, typer.Option(help="Channels of the features; default: 1024.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Processes, each with a GPU or a machine; default: 8.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the features: fp32, bf16 or fp16; default: bf16.")] = "",
+    device: Annotated[
+        str, typer.Option(help='"here": this machine, measured; or by data sheet: a100, h100, h200, b200.')
+    ] = "here",
+    bandwidth: Annotated[
+        float | None, typer.Option(help="GB/s between two ranks, in one direction; default: the data sheet's.")
+    ] = None,
+    encoder_ms: Annotated[
+        float | None, typer.Option(help="Time of a rank's encoders on the first batch, to compare the loss with.")
+    ] = None,
+    from_log: Annotated[
+        Path | None,
+        typer.Option(parser=_path, metavar="FILE", help="open_clip's training log or JSON lines: plan that run."),
+    ] = None,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Hold the model against the ring on 2, 4 and 8 ranks of this machine, or not at all; default: one "
+            "small step over 2 ranks.",
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of --check, after which no larger step begins.")] = 300.0,
+    out: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="FILE", help="For a JSON file with all numbers.")
+    ] = None,
+) -> None:
+    """Price a contrastive step over many ranks: memory, bytes on the wire, time, and which of them binds."""
+    from mmkernels.planning.command import run_plan
+    from mmkernels.planning.options import read_options
+
+    options = read_options(
+        batch=batch,
+        dim=dim,
+        ranks=ranks,
+        dtype=dtype,
+        device=device,
+        bandwidth=bandwidth,
+        encoder_ms=encoder_ms,
+        log=from_log,
+    )
+    if not seconds > 0:
+        raise BadInput(f"--seconds must be a number above 0, got {seconds}")
+    run_plan(options, checking={None: "quick", True: "full", False: "none"}[check], limit=seconds, out=out)
 
 
 def _default_device() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from torch.distributed.run import get_args_parser
 
 from mmkernels import cli
 from mmkernels.ops import MODULES
 from mmkernels.options import BadInput
+from mmkernels.planning.options import read_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "guide").glob("*.md"))
@@ -52,11 +55,44 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     assert code.strip(), "a page without Python"
     file = tmp_path / f"{page.stem}.py"
     file.write_text(code)
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))  # other versions come first
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["TMPDIR"] = str(tmp_path)
-    ended = subprocess.run([sys.executable, file], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, file], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Returns the variables of a reader's program, whose temporary files lie in a folder."""
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))  # other versions come first
+    return os.environ | {
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(folder),
+    }
+
+
+def test_two_groups_of_processes_train(tmp_path: Path) -> None:
+    """The commands for two machines, both on this one."""
+    page = (ROOT / "docs" / "guide" / "large-batches.md").read_text()
+    (tmp_path / "train.py").write_text(script(page))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *(re.sub("host0:[0-9]+", address, x) for x in words[1:])],
+            cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for words in commands(page) if words[0] == "torchrun"
+    ]  # fmt: skip
+    assert len(started) == 2
+    try:
+        said = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], said
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
@@ -87,13 +123,18 @@ def test_each_line_of_troubleshooting_names_a_test() -> None:
         "mmkernels bench transformers --dtype fp8",
         'mmkernels bench transformers --filter "Llama-9"',
         "mmkernels support clap",
+        "mmkernels plan",
+        "mmkernels plan captions",
+        "mmkernels plan contrastive --device v100",
+        "torchrun --nnodes 2 --fast train.py",
+        "torchrun --nnodes 2 learn.py",
         "make everything",
         'pip install ".[everything]"',
         "conda install mmkernels",
     ],
 )
 def test_a_command_that_does_not_exist_is_noticed(line: str) -> None:
-    with pytest.raises((AssertionError, BadInput, USAGE_ERROR)):
+    with pytest.raises((AssertionError, BadInput, USAGE_ERROR, SystemExit)):
         check_command(shlex.split(line))
 
 
@@ -109,6 +150,8 @@ def check_command(words: list[str]) -> None:
         extras = (ROOT / "pyproject.toml").read_text().partition("optional-dependencies]")[2].partition("\n\n")[0]
         for name in re.findall(r"\[(\w+)\]", " ".join(rest)):
             assert re.search(rf"^{name} = ", extras, re.MULTILINE), name
+    elif program == "torchrun":
+        assert get_args_parser().parse_args(rest).training_script == "train.py", words
     else:
         assert program == "cd", words
 
@@ -118,13 +161,20 @@ def check_mmkernels(words: list[str]) -> None:
     name, *rest = words
     known = typer.main.get_command(cli._app()).commands
     assert name in known, name
-    options = known[name].make_context(name, rest).params
+    command = known[name]
+    if name == "plan":
+        assert rest and rest[0] in command.commands, words
+        command, rest = command.commands[rest[0]], rest[1:]
+    options = command.make_context(name, rest).params
     if name == "support":
         from mmkernels.integrations.transformers.sweep import model_types
         from mmkernels.testing.families import find
 
         known_names = model_types if options["every"] else find
         known_names(options["families"] or ())
+    if name == "plan":
+        named = ("batch", "dim", "ranks", "dtype", "device", "bandwidth", "encoder_ms")
+        read_options(**{option: options[option] for option in named})
     if name == "bench" and options["op"] in {module.split(".")[2] for module in MODULES.values()}:  # a family of ops
         assert not options["filter"], options
     elif name == "bench":

@@ -22,6 +22,7 @@ import torch  # once for all of them
 from mmkernels import cli, doctor, machine
 from mmkernels.aot import launches
 from mmkernels.integrations.transformers import support_table
+from mmkernels.planning import command as planning
 from mmkernels.profiling import profiler, timing
 
 torch.set_num_threads(1)
@@ -51,6 +52,7 @@ COMMANDS = {
     "support at once": ("support vilt", support_table, "check", 0),
     "profile": (TINY + "some", profiler, "measure_rows", 1),
     "profile at once": (TINY + "none", profiler, "measure_rows", 0),
+    "plan": ("plan contrastive --device h200 --out plan.json", planning, "quick_check", 0),
     "aot": ("--frontend", launches, "entries", 0),
 }
 for name in sys.argv[2:]:
@@ -72,6 +74,7 @@ KEPT = {
     "support at once": "; 0 of 1 families were checked",
     "profile": "; what is above is saved",
     "profile at once": "; nothing was measured yet",
+    "plan": "; the plan above is kept",
     "aot": "; what was compiled is kept",
 }
 
@@ -99,11 +102,15 @@ def test_every_command_says_so_and_keeps_what_it_measured(tmp_path: Path) -> Non
     assert "Interrupted: 8 tokens per image were not measured." in (tmp_path / "profile.out").read_text()
     table = (tmp_path / "support.out").read_text()
     assert "vilt" in table and "siglip" not in table
+    assert len(json.loads((tmp_path / "plan.json").read_text())["rows"]) == 6
+    assert "1,048,576" in (tmp_path / "plan.out").read_text()
     assert not any((tmp_path / f"{name}.out").read_text() for name in ("support at once", "profile at once", "aot"))
 
 
 def test_every_command_is_covered() -> None:
-    names = {command.callback.__name__ for command in cli._app().registered_commands if command.callback}
+    app = cli._app()
+    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    names |= {group.name for group in app.registered_groups if group.name}
     assert names - {"bench"} == {name.split()[0] for name in KEPT} - {"aot"}
 
 

@@ -27,7 +27,7 @@ LAYERS = (
     ("meters",),
     ("machine",),
     ("testing",),
-    ("integrations", "profiling", "bench", "aot"),
+    ("integrations", "profiling", "bench", "aot", "planning"),
     ("doctor",),
     ("cli",),
     ("__main__",),

@@ -21,8 +21,8 @@ from mmkernels.options import DTYPES, BadInput, check_device, one_of
 from mmkernels.report import WIDTH, console, prepare_folder
 
 _GPU_WIDTH = 130  # columns: a GPU has more peers
-_WHOLE_MODELS = {"tokens": ("fastv",)}
-"""Bench files that measure a model beside the ops of a family."""
+_WHOLE_MODELS = {"tokens": ("fastv",), "contrastive": ("ring",)}
+"""Bench files that measure more than one op beside the ops of a family: a model, ranks."""
 
 
 def run_bench(

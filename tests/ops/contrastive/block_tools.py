@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels.ops.contrastive.formula import NO_PARTNERS
 from mmkernels.ops.contrastive.info_nce import block as softmax
 from mmkernels.ops.contrastive.info_nce.merging import losses, merge
 from mmkernels.ops.contrastive.info_nce.reduction import CLASSES, POSITIVES
@@ -30,7 +31,7 @@ class Part(NamedTuple):
         """Of pairs by place. Where none of the block's texts has its partner here, another value says the same."""
         first = self.texts.start - self.images.start
         apart = self.texts.stop <= self.images.start or self.images.stop <= self.texts.start
-        return softmax.NO_PARTNERS if apart and self.images.start % 2 else first
+        return NO_PARTNERS if apart and self.images.start % 2 else first
 
 
 def spans(count: int, cuts: Cuts) -> list[slice]:

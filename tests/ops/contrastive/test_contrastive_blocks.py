@@ -15,6 +15,7 @@ from pairwise import parametrize, traits
 from torch import Tensor
 
 from mmkernels import info_nce
+from mmkernels.ops.contrastive.formula import NO_PARTNERS
 from mmkernels.ops.contrastive.info_nce import block as softmax
 from mmkernels.ops.contrastive.info_nce.merging import losses, merge
 from mmkernels.ops.contrastive.retrieval_ranks import block as retrieval
@@ -84,6 +85,24 @@ def test_a_bad_feature(backend: str, mode: str, bad: float) -> None:
     _, stats = info_nce_by_blocks(CUTS)(**narrow, return_stats=True, backend=backend)
     _, want = info_nce(**narrow, return_stats=True, backend=backend)
     torch.testing.assert_close(stats, tuple(want), equal_nan=True)
+
+
+@each_backend("info_nce")
+@pytest.mark.parametrize("scale", [1e7, -1e30, 1e-30, -1e-45])
+def test_any_scale(backend: str, scale: float) -> None:
+    """As good as the whole: rounding in a product of d channels moves a logit by no more than d * eps * scale."""
+    inputs = cast(features(33, dim=8, scale=scale), torch.float32)
+
+    def step(function: Callable[..., Tensor], inputs: Inputs, backend: str) -> list[Tensor]:
+        leaves = [x.requires_grad_() for x in inputs.values()]
+        loss = function(*leaves, backend=backend)
+        # Beyond 1e4 each softmax is all or nothing, and a gradient one difference of features, times the scale.
+        grads = torch.autograd.grad(loss, leaves)
+        unit = max(1.0, abs(scale))
+        return [x.detach().double() / size for x, size in zip((loss, *grads), (unit, unit, unit, 1.0), strict=True)]
+
+    found = step(info_nce_by_blocks(CUTS), inputs, backend)
+    torch.testing.assert_close(found, step(info_nce, cast(inputs, torch.float64), "reference"), rtol=1e-4, atol=2e-6)
 
 
 @each_backend("info_nce")
@@ -177,7 +196,7 @@ def _without_references(block: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def test_where_the_partners_are(backend: str, name: str) -> None:
     """Any first text that leaves none is one; of those that leave some, each says another thing."""
     op, make = OPS[name]
-    nobody = op(make(softmax.NO_PARTNERS), backend)
+    nobody = op(make(NO_PARTNERS), backend)
     for first in (6, -9, 7, -10, 2**31 - 1, -(2**31), 2**40):
         torch.testing.assert_close(op(make(first), backend), nobody, rtol=0, atol=0)
     found = [op(make(first), backend) for first in (-8, -4, 0, 3, 5)]

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.formula import (
-    LOG2E,
     Pairs,
     best_scores,
     count_before,
@@ -24,6 +23,7 @@ from mmkernels.ops.contrastive.formula import (
     score_gradients,
 )
 from mmkernels.ops.contrastive.info_nce import chunked_block
+from mmkernels.ops.contrastive.info_nce.merging import logits_in_base_2
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.dispatch import Backend, define
 
@@ -128,8 +128,7 @@ def _dots(args: Any) -> Tensor:
 
 
 def _base_2(dots: Tensor, logit_scale: Tensor) -> Tensor:
-    """Returns logits in float64."""
-    return (logit_scale.reshape(()).double() * dots.double()) * LOG2E
+    return logits_in_base_2(dots, logit_scale, narrow=dots.dtype != torch.float64)
 
 
 def reference_best(args: BestArguments) -> tuple[Tensor, ...]:
@@ -159,7 +158,7 @@ def _sums(dots: Tensor, pairs: Pairs, logit_scale: Tensor, smooth: bool) -> Tens
     logits = pairs.visible(_base_2(dots, logit_scale), -torch.inf)
     top = logits.amax(1)
     if dots.dtype != torch.float64:
-        top = top.round()
+        top = top.round().to(dots.dtype).double()
     base = top.masked_fill(top == -torch.inf, 0.0)
     total = torch.exp2(logits - base[:, None]).sum(1)
     wide = dots.double()

@@ -34,25 +34,27 @@ class RunningSoftmax:
             like.new_zeros(rows, dtype=dtype) for _ in range(5)
         )
 
-    def add(self, at: slice, logits: Tensor, pairs: Pairs | None, summed: Tensor | None = None) -> None:
+    def weights(self, distance: Tensor) -> Tensor:
+        """Returns how a pair weighs in a sum whose largest logit is this far away."""
+        return distance.exp()
+
+    def add(self, at: slice, logits: Tensor, pairs: Pairs | None) -> None:
         """Add a block of columns to the rows `at`.
 
         Args:
             logits: [rows, columns].
             pairs: None: all are negatives.
-            summed: [rows, columns], what the sums for the loss are of; None: the logits.
         """
-        summed = logits if summed is None else summed
         visible = logits if pairs is None else pairs.visible(logits, -torch.inf)
         largest = torch.maximum(self.largest[at], visible.amax(1))
         base = largest.masked_fill(largest == -torch.inf, 0.0)
-        total = (visible - base[:, None]).exp().sum(1)
-        self.sum[at] = self.sum[at] * (self.largest[at] - base).exp() + total
+        total = self.weights(visible - base[:, None]).sum(1)
+        self.sum[at] = self.sum[at] * self.weights(self.largest[at] - base) + total
         self.largest[at] = largest
         if pairs is not None:
-            self.sum_of_positives[at] += summed.masked_fill(~pairs.positive, 0.0).sum(1)
+            self.sum_of_positives[at] += logits.masked_fill(~pairs.positive, 0.0).sum(1)
             self.positives[at] += pairs.positive.sum(1)
-        self.sum_of_all[at] += (summed if pairs is None else pairs.visible(summed, 0.0)).sum(1)
+        self.sum_of_all[at] += (logits if pairs is None else pairs.visible(logits, 0.0)).sum(1)
         self.classes[at] += logits.shape[1] if pairs is None else pairs.classes()
 
     def loss(self, label_smoothing: float) -> Tensor:
@@ -157,9 +159,13 @@ class LogitGradient:
         self.of_positive = (1.0 - label_smoothing) * grad / positives.clamp(min=1)
         self.of_class = label_smoothing * grad / classes if label_smoothing > 0.0 else None
 
+    def exponents(self, at: slice, logits: Tensor) -> Tensor:
+        """Returns the logits of the rows `at` to the base 2, less their references."""
+        return logits * LOG2E - self.reference[at, None]
+
     def add(self, into: Tensor, at: slice, logits: Tensor, pairs: Pairs | None) -> None:
         """Add the gradient of a block of columns of the rows `at` to `into`; see `RunningSoftmax.add`."""
-        gradient = torch.exp2(logits * LOG2E - self.reference[at, None]) * self.of_softmax[at, None]
+        gradient = torch.exp2(self.exponents(at, logits)) * self.of_softmax[at, None]
         if self.of_class is not None:
             gradient -= self.of_class[at, None]
         if pairs is not None:

@@ -1,4 +1,8 @@
-"""A block of the contrastive loss in plain PyTorch: products in the features' wide dtype, all else in float64."""
+"""A block of the contrastive loss in plain PyTorch: bands of rows, each against all of the block's texts.
+
+Exponents are differences of dots times the scale, not of logits: what multiplying rounds in a logit of 100 is lost from
+no exponential, and where dots meet those of other blocks, in the rows' references, there is float64.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops.contrastive.formula import LOG2E, Pairs, count_before
+from mmkernels.ops.contrastive.formula import LOG2E, count_before
 from mmkernels.ops.contrastive.info_nce.chunked import LogitGradient, RunningSoftmax
+from mmkernels.ops.contrastive.info_nce.merging import logits_in_base_2
 from mmkernels.ops.contrastive.info_nce.reduction import CLASSES
 from mmkernels.ops.contrastive.strips import LogitStrips, add_products
+
+_LARGE = 2.0**22  # a logit to the base 2
+_SMALLEST = 1.2e-38  # of a scale: 0 would turn the -inf of hidden pairs into NaN
 
 
 class _Strips(LogitStrips):
@@ -21,13 +29,65 @@ class _Strips(LogitStrips):
             args.image, args.text, args.logit_scale, args.image_ids, args.text_ids, args.ignore,
             first_text=args.first_text,
         )  # fmt: skip
-        self.wide_scale = args.logit_scale.reshape(()).double()
-        self.sign = self.wide_scale.sign().to(self.dtype)
+        self.sign = self.scale.sign()
 
-    def block(self, at: slice) -> tuple[Tensor, Tensor, Pairs]:
-        """Returns the dots of a band, their logits in float64, and the pairs, [rows, M]."""
-        dots = self.dots(at, self.text)[0]
-        return dots, self.wide_scale * dots.double(), self.pairs(at)
+    def scores(self, at: slice) -> Tensor:
+        """Returns the dots [rows, M] times the scale's sign: in the order of logits."""
+        return self.dots(at, self.text)[0].mul_(self.sign)
+
+
+class _RunningScores(RunningSoftmax):
+    """The running state of rows to which scores are added instead of logits."""
+
+    def __init__(self, rows: int, strips: _Strips) -> None:
+        super().__init__(rows, strips.text, strips.dtype)
+        self.sign, self.scale = strips.sign, strips.scale
+        self.factor = strips.scale.abs().clamp(min=_SMALLEST)
+
+    def weights(self, distance: Tensor) -> Tensor:
+        return (distance * self.factor).exp()
+
+    def sums(self, smooth: bool) -> Tensor:
+        """Returns [6, rows], see `merging.POSITIVE_DOTS`. In float32 the reference is a whole number."""
+        dtype = self.sum.dtype
+        narrow = dtype != torch.float64
+        logits = logits_in_base_2(self.largest * self.sign, self.scale, narrow)
+        logits = torch.where(self.largest == -torch.inf, -torch.inf, logits)
+        reference, total = logits, self.sum.double()
+        if narrow:
+            reference = logits.round().to(dtype).double()
+            total = total * torch.exp2(torch.where(logits == reference, 0.0, logits - reference))
+        of_positives, of_all = self.sum_of_positives * self.sign, self.sum_of_all * self.sign
+        if not smooth:
+            of_all = torch.zeros_like(of_all)
+        return torch.stack([reference.to(dtype), total.to(dtype), self.positives, self.classes, of_positives, of_all])
+
+
+class _DotGradient(LogitGradient):
+    """The gradient of one direction's losses, to which dots are given instead of logits.
+
+    Args:
+        state: [4, rows].
+        grad: [rows]. A single class has the probability 1 whatever its logit is, and no gradient.
+        scale: 0-D, in the state's dtype.
+    """
+
+    def __init__(self, state: Tensor, grad: Tensor, label_smoothing: float, scale: Tensor) -> None:
+        super().__init__(state, torch.where(state[CLASSES] == 1.0, 0.0, grad), label_smoothing)
+        factor, reference = scale.double() * LOG2E, self.reference.double()
+        # The dot of the reference, as it is represented, and what is left of the reference.
+        dot = torch.where(factor == 0.0, 0.0, reference / factor).to(scale.dtype)
+        dot = torch.where(dot.isfinite(), dot, 0.0)
+        self.dot, self.rest = dot, (dot.double() * factor - reference).to(scale.dtype)
+        self.scale, self.factor, self.narrow = scale, factor.to(scale.dtype), scale.dtype != torch.float64
+        # In float64 there are digits enough; beyond millions a dot's last digit is more than a unit of its logit.
+        self.rounded = not self.narrow or bool((self.reference.abs() >= _LARGE).any())
+
+    def exponents(self, at: slice, dots: Tensor) -> Tensor:
+        if self.rounded:
+            logits = logits_in_base_2(dots, self.scale, self.narrow)
+            return (logits - self.reference[at, None].double()).to(dots.dtype)
+        return (dots - self.dot[at, None]).mul_(self.factor).add_(self.rest[at, None])
 
 
 def best(args: Any) -> tuple[Tensor, ...]:
@@ -37,8 +97,7 @@ def best(args: Any) -> tuple[Tensor, ...]:
     text_best = strips.text.new_full((m,), -torch.inf)
     text_index = torch.zeros(m, dtype=torch.int64, device=args.image.device)
     for at in strips:
-        dots = strips.dots(at, strips.text)[0].mul_(strips.sign)
-        scores = dots.masked_fill_(~strips.pairs(at).positive, -torch.inf)
+        scores = strips.scores(at).masked_fill_(~strips.pairs(at).positive, -torch.inf)
         image_best[at], image_index[at] = scores.amax(1), scores.argmax(1)
         score, index = scores.amax(0), scores.argmax(0) + at.start
         better = (score > text_best) | (score.isnan() & ~text_best.isnan())
@@ -50,31 +109,18 @@ def best(args: Any) -> tuple[Tensor, ...]:
 def block(args: Any) -> tuple[Tensor, ...]:
     """Returns `block.Block`."""
     strips, (n, m) = _Strips(args), (len(args.image), len(args.text))
-    images, texts = (RunningSoftmax(rows, args.image, torch.float64) for rows in (n, m))
+    images, texts = (_RunningScores(rows, strips) for rows in (n, m))
     counted = args.image_best is not None
     image_before, text_before = (args.image.new_zeros(x if counted else 0, dtype=torch.int64) for x in (n, m))
     for at in strips:
-        dots, logits, pairs = strips.block(at)
-        wide = dots.double()
-        images.add(at, logits, pairs, wide)
-        texts.add(slice(0, m), logits.mT, pairs.transposed(), wide.mT)
+        scores, pairs = strips.scores(at), strips.pairs(at)
+        images.add(at, scores, pairs)
+        texts.add(slice(0, m), scores.mT, pairs.transposed())
         if counted:
-            scores, negative = dots.mul_(strips.sign), pairs.negative
+            negative = pairs.negative
             image_before[at] = count_before(scores, args.image_best[at], args.image_index[at], negative)
             text_before += count_before(scores.mT, args.text_best, args.text_index, negative.mT, first=at.start)
-    sums = (_sums(x, args.smooth, strips.dtype) for x in (images, texts))
-    return (*sums, image_before, text_before)
-
-
-def _sums(rows: RunningSoftmax, smooth: bool, dtype: torch.dtype) -> Tensor:
-    """Returns sums [6, rows], see `merging.POSITIVE_DOTS`. In float32 their reference is a whole number."""
-    reference, total = rows.largest * LOG2E, rows.sum
-    if dtype != torch.float64:
-        whole = reference.round().to(dtype).double()
-        total = total * torch.exp2(torch.where(reference == whole, 0.0, reference - whole))
-        reference = whole
-    of_all = rows.sum_of_all if smooth else torch.zeros_like(total)
-    return torch.stack([reference, total, rows.positives, rows.classes, rows.sum_of_positives, of_all]).to(dtype)
+    return images.sums(args.smooth), texts.sums(args.smooth), image_before, text_before
 
 
 def backward(args: Any) -> tuple[Tensor, ...]:
@@ -82,25 +128,25 @@ def backward(args: Any) -> tuple[Tensor, ...]:
     strips = _Strips(args)
     of_image = strips.text.new_empty(strips.image.shape) if args.need_image else None
     of_text = torch.zeros_like(strips.text) if args.need_text else None
-    of_scale = strips.wide_scale.new_zeros(())
+    of_scale = torch.zeros((), dtype=torch.float64, device=args.image.device)
     of_images, of_texts = (
-        None if grad is None else _gradient(state.double(), grad.double(), args.label_smoothing)
+        None if grad is None else _DotGradient(state.to(strips.dtype), grad, args.label_smoothing, strips.scale)
         for state, grad in ((args.image_state, args.grad_image_loss), (args.text_state, args.grad_text_loss))
     )
     for at in strips:
         dots, winner = strips.dots(at, strips.text)
-        logits, pairs = strips.wide_scale * dots.double(), strips.pairs(at)
-        gradient = torch.zeros_like(logits)
+        pairs, gradient = strips.pairs(at), torch.zeros_like(dots)
         if of_images is not None:
-            of_images.add(gradient, at, logits, pairs)
+            of_images.add(gradient, at, dots, pairs)
         if of_texts is not None:
-            of_texts.add(gradient.mT, slice(0, len(args.text)), logits.mT, pairs.transposed())
-        of_scale += (gradient * (dots.double() - args.middle)).sum()
+            of_texts.add(gradient.mT, slice(0, len(args.text)), dots.mT, pairs.transposed())
+        if args.need_logit_scale:
+            of_scale += (gradient * (dots - args.middle)).sum(dtype=torch.float64)
         if of_image is None and of_text is None:
             continue
         rows = strips.image[at].to(strips.dtype)
         row_grad = torch.zeros_like(rows)
-        add_products((strips.wide_scale * gradient).to(strips.dtype), winner, rows, strips.text, row_grad, of_text)
+        add_products(gradient.mul_(strips.scale), winner, rows, strips.text, row_grad, of_text)
         if of_image is not None:
             of_image[at] = row_grad
     none = strips.text.new_empty(0)
@@ -109,8 +155,3 @@ def backward(args: Any) -> tuple[Tensor, ...]:
         none if of_text is None else of_text,
         of_scale.to(strips.dtype) if args.need_logit_scale else none,
     )
-
-
-def _gradient(state: Tensor, grad: Tensor, label_smoothing: float) -> LogitGradient:
-    """Returns the gradient of one direction's losses; a single class has the probability 1 whatever its logit is."""
-    return LogitGradient(state, torch.where(state[CLASSES] == 1.0, 0.0, grad), label_smoothing)

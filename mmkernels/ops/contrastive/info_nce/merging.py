@@ -13,8 +13,6 @@ POSITIVE_DOTS, ALL_DOTS = 4, 5
 the scale has not multiplied), and that of all visible pairs, which is 0 where no label smoothing needs it. A row that
 sees nothing has the reference -inf and the sum 0."""
 
-_LARGE = 2.0**22  # from these logits on the CPU kernels take float32's rounded logit, which is a whole number
-
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
     """Returns the sums [6, rows] of the same rows over the columns of two blocks.
@@ -42,25 +40,28 @@ def losses(sums: Tensor, logit_scale: Tensor, label_smoothing: float) -> Tensor:
     if label_smoothing > 0.0:
         target = target + label_smoothing * all_dots / classes.clamp(min=1)
     # Both terms may be near 100 and their difference near 0.
-    target = _base_2(target, logit_scale.reshape(()).double(), rounded=sums.dtype != torch.float64)
+    target = logits_in_base_2(target, logit_scale, narrow=sums.dtype != torch.float64)
     loss = (reference + total.log2() - target) / LOG2E
     # A cross-entropy is at least 0: anything else is rounding, but NaN stays.
     loss = torch.where((loss <= 0.0) | ((classes == 1.0) & ~loss.isnan()), 0.0, loss)
     return torch.where(positives > 0, loss, 0.0)
 
 
-def _base_2(dots: Tensor, scale: Tensor, rounded: bool) -> Tensor:
-    """Returns the logits to the base 2, in the order of operations in which `reduction.REFERENCE` is computed.
+def logits_in_base_2(dots: Tensor, logit_scale: Tensor, narrow: bool) -> Tensor:
+    """Returns float64 logits, in the order of operations in which references are computed.
 
     Args:
-        dots, scale: float64.
-        rounded: as float32 has them where they are large.
+        dots: float32 or float64.
+        narrow: as float32 kernels have them: a whole number, as float32 rounds it, and a fraction. From logits of
+            millions on there is none, so that a dot's logit cancels against its own row's reference whatever its size.
     """
-    logits = (scale * dots) * LOG2E
-    if not rounded:
-        return logits
-    exact = scale * LOG2E
-    factor = exact.float()
-    factor = torch.where(factor.double().abs() > exact.abs(), factor.nextafter(torch.zeros_like(factor)), factor)
-    near = (dots.float() * factor).double()
-    return torch.where((near.abs() > _LARGE) & ((logits - near).abs() > 0.75), near, logits)
+    scale = logit_scale.reshape(()).double()
+    exact = (scale * dots.double()) * LOG2E
+    if not narrow:
+        return exact
+    factor = (scale * LOG2E).float()  # towards 0, as in csrc/contrastive/launch.h
+    too_large = factor.double().abs() > (scale * LOG2E).abs()
+    factor = torch.where(too_large, factor.nextafter(torch.zeros_like(factor)), factor)
+    whole = (dots.float() * factor).round().double()
+    fraction = exact - whole
+    return whole + torch.where(fraction.abs() <= 0.75, fraction, 0.0)

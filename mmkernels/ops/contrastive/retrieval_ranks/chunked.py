@@ -12,7 +12,7 @@ from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, before_of,
 from mmkernels.ops.contrastive.strips import STRIP_BYTES
 from mmkernels.runtime.checks import check_range
 
-_RIGHT_ROWS = 64  # of a band, whose right answers' scores are a square: no more than that, or than the gallery's items
+_RIGHT_ROWS = 64  # so many right answers' scores are the diagonal of one product
 
 
 def forward(args: Arguments) -> Tensor:
@@ -34,10 +34,11 @@ def block(args: Any) -> Tensor:
     query, right, wide = args.query, args.right, wide_dtype(args.query)
     items = args.gallery.to(wide)
     before = torch.empty(query.shape[0], dtype=torch.int64, device=query.device)
-    step = min(max(1, STRIP_BYTES // (wide.itemsize * len(items))), max(_RIGHT_ROWS, len(items)))
+    step = max(1, STRIP_BYTES // (wide.itemsize * len(items)))
     for first in range(0, query.shape[0], step):
         at = slice(first, first + step)
         rows = query[at].to(wide)
-        best = (rows @ right[at].to(wide).mT).diagonal()
+        pairs = zip(rows.split(_RIGHT_ROWS), right[at].to(wide).split(_RIGHT_ROWS), strict=True)
+        best = torch.cat([(x @ y.mT).diagonal() for x, y in pairs])
         before[at] = before_of(rows @ items.mT, best, args.right_index[at])
     return before

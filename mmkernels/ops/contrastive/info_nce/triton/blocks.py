@@ -17,8 +17,10 @@ from mmkernels.ops.contrastive.info_nce.triton.backward import gradients
 from mmkernels.ops.contrastive.info_nce.triton.forward import OP, add_best, add_block
 from mmkernels.ops.contrastive.info_nce.triton.states import Best, DirectionState, Fields
 from mmkernels.ops.contrastive.triton.call import Block, Pairing, Partners, pairing
+from mmkernels.ops.contrastive.triton.tiles import LARGE
 
 _INT32 = 2**31
+_TINY = 1e-30  # a scale of which nothing is left to shift
 
 
 def best(args: Any) -> tuple[Tensor, ...]:
@@ -117,13 +119,16 @@ def _sums(
 def _shift(logit_scale: Tensor) -> Tensor:
     """Returns by how much a logit is larger than the kernels', per unit of it; float64, 0-D."""
     exact, kernels = logit_scale.reshape(()).double() * LOG2E, logit_scale.reshape(()).float() * LOG2E
-    return torch.where(kernels == 0, 0.0, exact / kernels.double() - 1.0)
+    return torch.where(kernels.abs() < _TINY, 0.0, exact / kernels.double() - 1.0)
 
 
 def _shifted(state: Tensor, shift: Tensor) -> Tensor:
-    """Returns a state whose sums are those of logits that are larger by `shift` per unit of the rows' log-sum-exp."""
-    reference, total = state[REFERENCE].double(), state[SUM].double()
-    factor = torch.exp2(shift * (reference + total.log2()))
+    """Returns a state whose sums are those of logits that are larger by `shift` per unit of the rows' log-sum-exp.
+
+    From `LARGE` on the kernels round each logit, and nothing is shifted.
+    """
+    total = state[SUM].double()
+    size = state[REFERENCE].double() + total.log2()
     state = state.clone()
-    state[SUM] = torch.where(total > 0, total * factor, total)
+    state[SUM] = torch.where(size.abs() < LARGE.value, total * torch.exp2(shift * size), total)
     return state

@@ -171,6 +171,13 @@ def info_nce_kernel(
 
 
 @triton.jit
+def smallest_sum(partials, lines):
+    """Returns the smallest sum of a tile's lines, 0 if one of them is NaN, which a minimum would pass over."""
+    sums = load_partial(partials, SUM, lines, 1.0)
+    return tl.min(tl.where(sums == sums, sums, 0.0), 0)
+
+
+@triton.jit
 def exact_info_nce_kernel(
     image, text, logit_scale, codes, row_partials, column_partials, positive_dots, strides, sizes,
     PAIRS: tl.constexpr, TILE: tl.constexpr,
@@ -185,10 +192,10 @@ def exact_info_nce_kernel(
         corner = tile_corner(t, sizes, TILE)
         at = position(corner, TILE.BLOCK_Q, TILE.BLOCK_K)
         rows, columns = row_lines(at, sizes), column_lines(at, sizes)
-        smallest = tl.min(load_partial(row_partials, SUM, rows, 1.0), 0)
+        smallest = smallest_sum(row_partials, rows)
         if column_partials is not None:
-            smallest = tl.minimum(smallest, tl.min(load_partial(column_partials, SUM, columns, 1.0), 0))
-        recompute = (smallest >= _SMALLEST_SUM) == 0
+            smallest = tl.minimum(smallest, smallest_sum(column_partials, columns))
+        recompute = smallest < _SMALLEST_SUM
         if PAIRS == "diagonal" or PAIRS == "hidden":
             recompute = recompute | crosses_diagonal(at, sizes)
         if recompute:

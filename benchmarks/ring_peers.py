@@ -1,0 +1,163 @@
+"""What each rank of the ring's benchmark runs: the ring, open_clip's gather, and on rank 0 one process with all."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as collectives
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels import info_nce
+from mmkernels.meters import peak_memory
+from mmkernels.ops.contrastive.info_nce.spec import SPEC
+from mmkernels.options import DTYPES
+from mmkernels.targets import OURS
+
+GATHER, GATHER_LOCAL, ONE = "open_clip", "open_clip local", "one process"
+SCALE = 50.0
+
+Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def measure(pairs: int, dim: int, dtype: str, rounds: int, cores: int, beside: bool) -> dict[str, Any]:
+    """Returns what one rank measured: wrong results, seconds, CPU seconds, peak bytes above inputs and gradients.
+
+    Args:
+        pairs: of each rank.
+        rounds: of which each candidate has one call.
+        cores: threads of the one process that has all pairs, so that both use the whole machine.
+        beside: also run the peers, and compare all results with float64. Else results must be finite.
+    """
+    image, text, scale = _leaves(dist.get_rank(), pairs, dim, dtype)
+    losses: dict[str, Losses] = {OURS: ring}
+    if beside:
+        losses |= {GATHER: gather, GATHER_LOCAL: gather_local}
+    runs = {name: _step(loss, image, text, scale) for name, loss in losses.items()}
+    wrong = _wrong(runs[OURS](), pairs, dim, dtype, beside=beside)
+    memory, seconds, cpu = {}, {name: [] for name in runs}, {name: [] for name in (*runs, ONE)}
+    for name, run in runs.items():
+        if name != OURS:
+            run()
+        dist.barrier()
+        memory[name] = peak_memory(run)
+    whole = _one_process(pairs, dim, dtype, cores) if beside and dist.get_rank() == 0 else None
+    for _ in range(rounds):
+        for name, run in runs.items():
+            dist.barrier()
+            begin, busy = time.perf_counter(), time.process_time()
+            run()
+            cpu[name].append(time.process_time() - busy)
+            dist.barrier()
+            seconds[name].append(time.perf_counter() - begin)
+        if whole is not None:
+            cpu[ONE].append(whole())
+        dist.barrier()
+    own = image.nbytes + text.nbytes
+    extra = {name: None if size is None else max(float(size - own), 1.0) for name, size in memory.items()}
+    return {"wrong": wrong, "seconds": seconds, "cpu": cpu, "memory": extra}
+
+
+def ring(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    loss: Tensor = info_nce(image, text, scale, group=dist.group.WORLD)
+    return loss
+
+
+def gather(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """open_clip's loss with ``gather_with_grad``: every rank computes the logits of all pairs."""
+    images, texts = _gathered(image), _gathered(text)
+    logits, labels = scale * images @ texts.T, torch.arange(len(images))
+    return _wide(F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def gather_local(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """The same with ``local_loss``: the logits of this rank's rows alone."""
+    images, texts = _gathered(image), _gathered(text)
+    labels = torch.arange(len(image)) + len(image) * dist.get_rank()
+    of_images, of_texts = scale * image @ texts.T, scale * text @ images.T
+    return _wide(F.cross_entropy(of_images, labels) + F.cross_entropy(of_texts, labels)) / 2
+
+
+def _gathered(x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # open_clip calls it too
+        return torch.cat(collectives.all_gather(x))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _leaves(rank: int, pairs: int, dim: int, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    drawn = torch.randn(2, pairs, dim, generator=generator)
+    image, text = (F.normalize(x, dim=1).to(DTYPES[dtype]).requires_grad_() for x in drawn)
+    return image, text, torch.tensor(SCALE, requires_grad=True)
+
+
+def _all_leaves(pairs: int, dim: int, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the pairs of all ranks."""
+    parts = [_leaves(rank, pairs, dim, dtype) for rank in range(dist.get_world_size())]
+    image, text = (torch.cat([part[side].detach() for part in parts]).requires_grad_() for side in (0, 1))
+    return image, text, torch.tensor(SCALE, requires_grad=True)
+
+
+def _step(loss: Losses, image: Tensor, text: Tensor, scale: Tensor) -> Callable[[], list[Tensor]]:
+    """Returns a call of the loss and its gradients."""
+
+    def run() -> list[Tensor]:
+        value = loss(image, text, scale)
+        return [value.detach(), *torch.autograd.grad(value, (image, text, scale))]
+
+    return run
+
+
+def _one_process(pairs: int, dim: int, dtype: str, cores: int) -> Callable[[], float]:
+    """Returns a call that gives the CPU seconds of a step over all pairs by this process alone."""
+    run = _step(info_nce, *_all_leaves(pairs, dim, dtype))
+
+    def timed() -> float:
+        torch.set_num_threads(cores)
+        busy = time.process_time()
+        run()
+        busy = time.process_time() - busy
+        torch.set_num_threads(1)
+        return busy
+
+    timed()
+    return timed
+
+
+def _wrong(results: list[Tensor], pairs: int, dim: int, dtype: str, *, beside: bool) -> str | None:
+    """Returns what is wrong with a rank's results: against the definition in float64 of all pairs, or if not finite."""
+    if not beside:
+        return None if all(bool(x.isfinite().all()) for x in results) else "not finite"
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = slice(rank * pairs, (rank + 1) * pairs)
+    expected = []
+    for wide in (False, True):  # every rank computes all, one after the other
+        for turn in range(ranks):
+            if turn == rank:
+                image, text, scale = _all_leaves(pairs, dim, dtype)
+                if wide:
+                    image, text, scale = (x.detach().double().requires_grad_() for x in (image, text, scale))
+                expected.append(_expected(image, text, scale, mine, ranks, wide=wide))
+            dist.barrier()
+    for name, ours, naive, true in zip(("loss", "image", "text", "scale"), results, *expected, strict=True):
+        problem = SPEC.over_budget(ours, naive, true)
+        if problem is not None:
+            return f"{name}: {problem}"
+    return None
+
+
+def _expected(image: Tensor, text: Tensor, scale: Tensor, mine: slice, ranks: int, *, wide: bool) -> list[Tensor]:
+    """Returns what one process makes of all pairs, its gradients as a rank has them: times the number of ranks."""
+    backend = "chunked" if wide else "reference"
+    loss = info_nce(image, text, scale, backend=backend)
+    of_image, of_text, of_scale = torch.autograd.grad(loss, (image, text, scale))
+    return [loss.detach(), ranks * of_image[mine], ranks * of_text[mine], of_scale]
