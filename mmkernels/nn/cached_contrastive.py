@@ -47,6 +47,8 @@ class CachedContrastive:
       `reduce_each_chunk`. As ranks communicate in each pass, all make as many as the one with the most chunks, the
       others with empty batches, which an encoder must take. Keep a temperature out of what is sharded
       (``fully_shard(..., ignored_params=...)``).
+    - **A rank with bad input** makes the others raise too: what they are told before passes in step (FSDP2), and after
+      the first passes (DDP).
     - **Several ranks**: the loss is computed by this rank alone, unless it shares features: pass a `group` to
       `info_nce` or `sigmoid_contrastive`, whose gradients are then averaged to those of one process.
 
@@ -66,7 +68,8 @@ class CachedContrastive:
 
     Raises:
         TypeError, ValueError: a wrong argument; an input whose tensors differ in rows, or that has a graph; features
-            of a wrong type or number of rows; a loss of a wrong type; FSDP1; a DDP module with a static graph.
+            of a wrong type or number of rows; a loss of a wrong type; FSDP1; a DDP module with a static graph; an error
+            of another rank.
         RuntimeError: with `verify`, the features of both passes differ.
 
     Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache), 2021.
@@ -136,23 +139,20 @@ class CachedContrastive:
         Returns:
             What the loss function returned, detached.
         """
-        if len(inputs) != len(self.encoders):
-            raise ValueError(f"inputs must be one for each of {len(self.encoders)} encoders, got {len(inputs)}")
-        rows = [rows_of(f"inputs[{i}]", x) for i, x in enumerate(inputs)]
         modules = self._modules()
-        parallel, devices = DataParallel(modules), random_devices(modules, inputs)
-        counts = [max(1, -(-n // size)) for n, size in zip(rows, self.chunk_sizes, strict=True)]
-        passes = [
-            _Passes(i, encoder, batch, n, size, count, devices)
-            for i, (encoder, batch, n, size, count) in enumerate(
-                zip(self.encoders, inputs, rows, self.chunk_sizes, parallel.agree(counts), strict=True)
-            )
-        ]
+        parallel = DataParallel(modules)
         with parallel.local():
-            with torch.no_grad():
-                features = [x.first() for x in passes]
+            try:
+                with torch.no_grad():
+                    passes, features = self._first_passes(inputs, modules, parallel)
+            except Exception as error:
+                parallel.report(error)  # else the other ranks would wait for this one
+                raise
+            parallel.confirm()
             if not torch.is_grad_enabled():
-                return tree_map_only(Tensor, Tensor.detach, self.loss(*features, **arguments))
+                result = self.loss(*features, **arguments)
+                parallel.reshard()  # else `zero_grad` would not reach the sharded parameters
+                return tree_map_only(Tensor, Tensor.detach, result)
             kept = [x.detach() for x in features] if self.verify else None
             result, grads = self._loss_and_grads(passes, features, scale_loss, arguments)
             try:
@@ -165,6 +165,23 @@ class CachedContrastive:
         if sync:
             parallel.average()
         return result
+
+    def _first_passes(
+        self, inputs: tuple[Any, ...], modules: list[nn.Module], parallel: DataParallel
+    ) -> tuple[list[_Passes], list[Tensor]]:
+        """Returns the passes of each encoder, and its features."""
+        if len(inputs) != len(self.encoders):
+            raise ValueError(f"inputs must be one for each of {len(self.encoders)} encoders, got {len(inputs)}")
+        rows = [rows_of(f"inputs[{i}]", x) for i, x in enumerate(inputs)]
+        counts = [max(1, -(-n // size)) for n, size in zip(rows, self.chunk_sizes, strict=True)]
+        devices = random_devices(modules, inputs)
+        passes = [
+            _Passes(i, encoder, batch, n, size, count, devices)
+            for i, (encoder, batch, n, size, count) in enumerate(
+                zip(self.encoders, inputs, rows, self.chunk_sizes, parallel.agree(counts), strict=True)
+            )
+        ]
+        return passes, [x.first() for x in passes]
 
     def _loss_and_grads(
         self, passes: list[_Passes], features: list[Tensor], scale: Scale, arguments: dict[str, Any]

@@ -19,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmkernels
 from mmkernels.nn import CachedContrastive
+from mmkernels.nn.data_parallel import DataParallel
 
 CHUNKS = (4, 3)
 DDP = ("towers", "one", "unused", "view", "methods")
-FSDP = ("towers", "one", "temperature")
+FSDP = ("flat", "towers", "one", "temperature")
 
 
 class Both(nn.Module):
@@ -133,11 +134,12 @@ def with_fsdp(rank: int, sizes: list[int]) -> None:
     reduce = next(x for x in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, x))  # by PyTorch's age
     for kind in FSDP:
         model, inputs, want = truth(sizes)
-        if kind == "towers":
+        if kind in ("flat", "towers"):
             encoders: list[Any] = [model.image, model.text]
             modules: list[nn.Module] = []
             for tower in encoders:
-                fully_shard(tower[0], mesh=mesh)
+                if kind == "towers":
+                    fully_shard(tower[0], mesh=mesh)
                 fully_shard(tower, mesh=mesh)
         else:
             both = Both(model)
@@ -155,7 +157,7 @@ def with_fsdp(rank: int, sizes: list[int]) -> None:
             with _counted(reduce) as reductions:
                 step(*inputs)
             # Of each tower there are one or two groups of parameters, and one around them in which nothing is used.
-            times = {"towers": 2 * 2, "one": sum(most), "temperature": 2 + 1}[kind]
+            times = {"flat": 2, "towers": 2 * 2, "one": sum(most), "temperature": 2 + 1}[kind]
             assert len(reductions) == times, f"{kind}: {len(reductions)}"
             assert_equal(_alike(model, want), want, what=kind)
         model.zero_grad()
@@ -164,8 +166,11 @@ def with_fsdp(rank: int, sizes: list[int]) -> None:
         assert not reductions, kind
         step(*inputs, scale_loss=2.0)
         assert_equal(_alike(model, want), {name: 3 * x for name, x in want.items()}, what=kind)
-        with torch.no_grad():
+        with torch.no_grad():  # leaves the outermost modules' parameters gathered
             step(*inputs)
+        model.zero_grad()
+        step(*inputs)
+        assert_equal(_alike(model, want), want, what=kind)
 
 
 @contextmanager
@@ -236,6 +241,35 @@ def with_an_error(rank: int) -> None:
     model.zero_grad()
     step(*inputs)
     assert_equal(_alike(model, want), want)
+
+
+def with_bad_input(rank: int) -> list[str]:
+    """Rank 1 has a fault: in an input under DDP and FSDP2, in an encoder under DDP. Returns this rank's errors."""
+    found = []
+    for kind in ("input", "encoder", "sharded"):
+        model, inputs, _ = truth([5, 4])
+        module: Any = model.image
+        if kind == "sharded":
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+        else:
+            module = DistributedDataParallel(module)
+        given: Any = inputs[0]
+        if rank == 1 and kind != "encoder":
+            given = (inputs[0], inputs[0][1:])
+        cut = lambda x, bad=rank == 1 and kind == "encoder": x[1:] if bad else x
+        encoder = lambda x, y=None, module=module, cut=cut: cut(module(x))
+        try:
+            CachedContrastive(encoder, lambda x: x.sum(), chunk_size=2, modules=module)(given)
+        except ValueError as error:
+            found.append(str(error))
+        dist.barrier()  # no rank has gone on to tell the others what they know
+    return found
+
+
+def with_synchronised_norms(rank: int) -> None:
+    """The larger number of passes, for the norms themselves, which run on GPUs only."""
+    parallel = DataParallel([nn.Sequential(nn.SyncBatchNorm(4))])
+    assert parallel.agree([rank + 1, 5 - rank]) == [2, 5]
 
 
 def with_compiled_and_checkpointed(rank: int, sizes: list[int]) -> None:

@@ -28,6 +28,17 @@ def test_dropout() -> None:
     ranks.run(2, cached_on_ranks.with_dropout, [9, 6])
 
 
+def test_a_rank_with_bad_input_makes_all_raise() -> None:
+    own, told = reversed(ranks.run(2, cached_on_ranks.with_bad_input))
+    rows = "inputs[0] must hold tensors of as many rows, got 4 and 3"
+    assert own == [rows, "encoders[0] must return a row for each of 2 rows, got shape (1, 12)", rows]
+    assert told == [f"CachedContrastive: rank 1 of the group has bad input: ValueError: {error}" for error in own]
+
+
+def test_synchronised_norms_make_as_many_passes() -> None:
+    ranks.run(2, cached_on_ranks.with_synchronised_norms)
+
+
 def test_an_error_changes_nothing() -> None:
     ranks.run(1, cached_on_ranks.with_an_error)
 
