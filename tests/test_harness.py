@@ -158,8 +158,8 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = spec.cases[0]
     real = harness.run
 
-    def wrong(spec: Any, case: Case, inputs: Any, backend: str) -> harness.Result:
-        found = real(spec, case, inputs, backend)
+    def wrong(spec: Any, case: Case, inputs: Any, backend: str, function: Any = None) -> harness.Result:
+        found = real(spec, case, inputs, backend, function)
         return (
             found
             if backend == "reference"
@@ -177,8 +177,8 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_written_input_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, real = SPECS["merge_attention"], harness.run
 
-    def writes(spec: Any, case: Case, inputs: Any, backend: str) -> harness.Result:
-        found = real(spec, case, inputs, backend)
+    def writes(spec: Any, case: Case, inputs: Any, backend: str, function: Any = None) -> harness.Result:
+        found = real(spec, case, inputs, backend, function)
         inputs["lse_b"].zero_()
         return found
 

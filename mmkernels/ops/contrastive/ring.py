@@ -12,8 +12,10 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.formula import NO_PARTNERS
 from mmkernels.runtime.checks import in_graph
 from mmkernels.runtime.dispatch import TABLES, Backend, BackendError, Op, resolve
@@ -110,6 +112,34 @@ def features(args: Any, at: slice, text: Tensor, ids: Tensor | None, first_text:
         "text_ids": ids,
         "first_text": first_text if first_text == NO_PARTNERS else first_text - at.start,
     }
+
+
+class TextGradient:
+    """The gradient of texts: wide with the pieces that travel, of which each rank keeps its own texts' rows.
+
+    Its methods are `circulate`'s `empty`, `merge` and `home`.
+
+    Args:
+        text: this rank's texts.
+        travels: whether a rank needs it.
+        kept: the dtype in which this rank keeps it, zeros before it comes home; None: it needs none.
+    """
+
+    def __init__(self, text: Tensor, travels: bool, kept: torch.dtype | None) -> None:
+        self.text, self.travels = text, travels
+        self.kept = None if kept is None else text.new_zeros(text.shape, dtype=kept)
+
+    def empty(self, rows: int) -> list[Tensor]:
+        text = self.text
+        return [text.new_zeros(rows, text.shape[1], dtype=wide_dtype(text))] if self.travels else []
+
+    @staticmethod
+    def merge(some: list[Tensor], more: list[Tensor]) -> list[Tensor]:
+        return [x.add_(y) for x, y in zip(more, some, strict=True)]
+
+    def home(self, at: slice, found: list[Tensor]) -> None:
+        if self.kept is not None:
+            self.kept[at] = found[0]
 
 
 def record_over_ranks(arguments: type[Any], **more: type[Any]) -> Any:

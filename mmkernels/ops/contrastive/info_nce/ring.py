@@ -20,6 +20,7 @@ from mmkernels.ops.contrastive.info_nce.merging import ALL_DOTS, losses, merge
 from mmkernels.ops.contrastive.info_nce.reduction import CLASSES, POSITIVES, REFERENCE, SUM, Arguments
 from mmkernels.ops.contrastive.ring import (
     Ring,
+    TextGradient,
     backends_of,
     call_over_ranks,
     chunks,
@@ -314,7 +315,7 @@ class _Backward:
         )
         self.middle = float(args.totals[10])
         self.image_grad = args.image.new_zeros(args.image.shape, dtype=wide) if args.need_image else None
-        self.text_grad = args.text.new_zeros(args.text.shape) if args.need_text else None
+        self.text_grad = TextGradient(args.text, self.need_texts, args.text.dtype if args.need_text else None)
         self.hard_grad = args.hard_texts.new_zeros(args.hard_texts.shape) if args.need_hard_texts else None
         self.scale_grad = torch.zeros((), dtype=torch.float64, device=args.image.device)
 
@@ -330,7 +331,8 @@ class _Backward:
         """Returns the gradients."""
         args, ring = self.args, self.call.ring
         lines = torch.cat([args.text_state, self.text_flow[None]]).mT  # [m, 5]
-        self.call.circulate([lines], self._meet, empty=self._no_gradient, merge=_add_gradients, home=self._keep)
+        of_text = self.text_grad
+        self.call.circulate([lines], self._meet, empty=of_text.empty, merge=of_text.merge, home=of_text.home)
         for at, texts in self.call.hard_texts():
             state = args.image_state.new_zeros(CLASSES + 1, len(texts.features))
             found = self._block(texts, state, None, need_text=args.need_hard_texts)
@@ -340,7 +342,7 @@ class _Backward:
         none, like = args.image.new_empty(0), args.logit_scale
         return (
             none if self.image_grad is None else self.image_grad.to(args.image.dtype),
-            none if self.text_grad is None else self.text_grad,
+            none if of_text.kept is None else of_text.kept,
             scale.to(like.dtype).reshape(like.shape) if args.need_logit_scale else none,
             none if self.hard_grad is None else self.hard_grad,
         )
@@ -378,18 +380,6 @@ class _Backward:
             if need_text:
                 total = of_text if total is None else total.add_(of_text)
         return total
-
-    def _no_gradient(self, rows: int) -> list[Tensor]:
-        text = self.args.text
-        return [text.new_zeros(rows, text.shape[1], dtype=self.call.wide)] if self.need_texts else []
-
-    def _keep(self, at: slice, found: list[Tensor]) -> None:
-        if self.text_grad is not None:
-            self.text_grad[at] = found[0]
-
-
-def _add_gradients(some: list[Tensor], more: list[Tensor]) -> list[Tensor]:
-    return [x.add_(y) for x, y in zip(more, some, strict=True)]
 
 
 # The op.

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.inputs import check_features, check_ids, check_scalar
 from mmkernels.ops.contrastive.sigmoid_contrastive import chunked, ring
-from mmkernels.ops.contrastive.sigmoid_contrastive.spec import KEEP, KEPT, Arguments, Results, fake, formula, reference
+from mmkernels.ops.contrastive.sigmoid_contrastive.spec import (
+    KEEP,
+    KEPT,
+    Arguments,
+    Results,
+    fake,
+    formula,
+    reference,
+    scaled_gradients,
+)
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import autocast, in_graph, requires_grad
 from mmkernels.runtime.dispatch import Backend, define, resolve
@@ -140,13 +148,7 @@ def local_share(
 
 def _scaled(args: Any) -> tuple[Tensor, ...]:
     """The backward pass: the loss's gradients times what flows back to it."""
-    of_loss, none = args.grad_loss, args.image.new_empty(0)
-    return (
-        scaled(args.of_image, of_loss, args.image.dtype) if args.need_image else none,
-        scaled(args.of_text, of_loss, args.text.dtype) if args.need_text else none,
-        scaled(args.of_logit_scale, of_loss, args.logit_scale.dtype) if args.need_logit_scale else none,
-        scaled(args.of_logit_bias, of_loss, args.logit_bias.dtype) if args.need_logit_bias else none,
-    )
+    return scaled_gradients(args, args.grad_loss, args.grad_loss)
 
 
 OP = define(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.ops.contrastive.formula import scaled
 from mmkernels.ops.contrastive.ring import (
     Ring,
+    TextGradient,
     backends_of,
     call_over_ranks,
     chunks,
@@ -23,7 +23,15 @@ from mmkernels.ops.contrastive.ring import (
     record_over_ranks,
 )
 from mmkernels.ops.contrastive.sigmoid_contrastive import block, spec
-from mmkernels.ops.contrastive.sigmoid_contrastive.spec import KEEP, KEPT, Results, fake, kept, kept_dtype
+from mmkernels.ops.contrastive.sigmoid_contrastive.spec import (
+    KEEP,
+    KEPT,
+    Results,
+    fake,
+    kept,
+    kept_dtype,
+    scaled_gradients,
+)
 from mmkernels.runtime.dispatch import Backend, define
 from mmkernels.runtime.gradient import Gradient
 from mmkernels.runtime.group import Group, Piece, circulate
@@ -55,8 +63,7 @@ class _Call:
         self.ring.check_rows(CALL)
         self.need_text, self.need_scale, self.need_bias = (self.ring.any(name) for name in own)
         self.image_grad = args.image.new_zeros(args.image.shape, dtype=self.wide) if args.keep_image else None
-        shape = args.text.shape if args.keep_text else (0,)
-        self.text_grad = args.text.new_zeros(shape, dtype=kept_dtype(args.text))
+        self.text_grad = TextGradient(args.text, self.need_text, kept_dtype(args.text) if args.keep_text else None)
         # The loss, and the gradients of the scale and the bias.
         self.sums = torch.zeros(3, dtype=torch.float64, device=args.image.device)
 
@@ -64,13 +71,13 @@ class _Call:
         """Returns `Results`."""
         args, ring = self.args, self.ring
         tensors = [args.text] if args.text_ids is None else [args.text, args.text_ids]
+        of_text = self.text_grad
         circulate(
             ring.group, ring.texts, ring.rows, tensors, self._visit,
-            empty=self._no_gradient, merge=_add, home=self._keep,
+            empty=of_text.empty, merge=of_text.merge, home=of_text.home,
         )  # fmt: skip
         loss, of_scale, of_bias = self.sums * ring.size if args.local else ring.group.sum(self.sums)
-        of_image, _, *of_scalars = kept((self.image_grad, None, of_scale, of_bias), args)
-        return (loss.to(self.wide), of_image, self.text_grad, *of_scalars)
+        return (loss.to(self.wide), *kept((self.image_grad, of_text.kept, of_scale, of_bias), args))
 
     def _visit(self, piece: Piece, tensors: list[Tensor]) -> list[Tensor] | None:
         args, total = self.args, None
@@ -98,31 +105,13 @@ class _Call:
                 total = of_text if total is None else total.add_(of_text)
         return None if total is None else [total]
 
-    def _no_gradient(self, rows: int) -> list[Tensor]:
-        text = self.args.text
-        return [text.new_zeros(rows, text.shape[1], dtype=self.wide)] if self.need_text else []
-
-    def _keep(self, at: slice, found: list[Tensor]) -> None:
-        if self.args.keep_text:
-            self.text_grad[at] = found[0]
-
-
-def _add(some: list[Tensor], more: list[Tensor]) -> list[Tensor]:
-    return [x.add_(y) for x, y in zip(more, some, strict=True)]
-
 
 def _scaled(args: Any) -> tuple[Tensor, ...]:
     """The backward pass: features' gradients times what flows back on all ranks, scalars' times its mean."""
     group = Group(args.group, f"{CALL}, backward", args.image.device)
     said = group.agree({}, {"flow": float(args.grad_loss)})
     flow = args.image.new_full((), sum(x["flow"] for x in said), dtype=torch.float64)
-    of_scalars, none = args.grad_loss if args.local else flow / group.size, args.image.new_empty(0)
-    return (
-        scaled(args.of_image, flow, args.image.dtype) if args.need_image else none,
-        scaled(args.of_text, flow, args.text.dtype) if args.need_text else none,
-        scaled(args.of_logit_scale, of_scalars, args.logit_scale.dtype) if args.need_logit_scale else none,
-        scaled(args.of_logit_bias, of_scalars, args.logit_bias.dtype) if args.need_logit_bias else none,
-    )
+    return scaled_gradients(args, flow, args.grad_loss if args.local else flow / group.size)
 
 
 OP = define(

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive import parts
 from mmkernels.ops.contrastive.cases import contrastive_cost, features, two_towers
-from mmkernels.ops.contrastive.formula import best_scores, pairs, queries_of, score_gradients
+from mmkernels.ops.contrastive.formula import best_scores, pairs, queries_of, scaled, score_gradients
 from mmkernels.runtime.arguments import Differentiable
 from mmkernels.spec import Benchmark, Case, Inputs, OpSpec
 from mmkernels.targets import MemoryRatio, PeakShare, Target
@@ -103,6 +103,22 @@ def kept(grads: Sequence[Tensor | None], args: Arguments) -> list[Tensor]:
         grad.to(kept_dtype(x)).reshape(x.shape) if wanted and grad is not None else x.new_empty(0)
         for x, grad, wanted in zip(inputs, grads, keep, strict=True)
     ]
+
+
+def scaled_gradients(args: Any, of_features: Tensor, of_scalars: Tensor) -> tuple[Tensor, ...]:
+    """Returns the kept gradients that are needed, in their inputs' dtypes, times what flows back.
+
+    Args:
+        args: the record of a backward pass.
+        of_features, of_scalars: what flows back to features, and to the scale and the bias: without a dim.
+    """
+    none = args.image.new_empty(0)
+    return (
+        scaled(args.of_image, of_features, args.image.dtype) if args.need_image else none,
+        scaled(args.of_text, of_features, args.text.dtype) if args.need_text else none,
+        scaled(args.of_logit_scale, of_scalars, args.logit_scale.dtype) if args.need_logit_scale else none,
+        scaled(args.of_logit_bias, of_scalars, args.logit_bias.dtype) if args.need_logit_bias else none,
+    )
 
 
 def fake(args: Arguments) -> tuple[Tensor, ...]:
