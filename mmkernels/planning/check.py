@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from mmkernels.runtime import host
 __all__ = ["Checked", "check", "full_check", "quick_check"]
 
 _ROUNDS = 5
+_NOT, _ONCE, _OFTEN = range(3)
+_LONG = 5.0  # seconds of a step whose first run counts, and which is run in the first round alone
 _TIMEOUT = 1800.0  # seconds that a rank may wait for the others, who measure
 
 
@@ -104,35 +107,49 @@ def _measure(steps: list[Step], limit: float) -> tuple[list[Samples], list[list[
             )
         dist.barrier()
         for index, step in enumerate(steps):
-            if not _agreed(_fits(times, index, steps, limit - (time.monotonic() - begin))):
+            how = _agreed(_how(times, index, steps, limit - (time.monotonic() - begin)))
+            if how == _NOT or (how == _ONCE and round_ > 0):
                 continue
             if rank < step.ranks:
                 group, rows = groups[step.ranks], len(range(rank, step.batch, step.ranks))
-                run = step_on(*pairs(rows, dim, dtype, seed=rank), group)
+                run = _Timed(step_on(*pairs(rows, dim, dtype, seed=rank), group))
                 if round_ == 0:
-                    run()
+                    if how == _OFTEN:
+                        run()
+                    dist.barrier(group)
                     peaks[index] = peak_memory(run)
-                dist.barrier(group)
-                start = time.perf_counter()
-                run()
-                times[index].append(time.perf_counter() - start)
+                if how == _OFTEN:
+                    dist.barrier(group)
+                    run()
+                times[index].append(run.seconds)
             dist.barrier()
     return samples, times, peaks
 
 
-def _fits(times: list[list[float]], index: int, steps: list[Step], left: float) -> bool:
-    """Returns whether a step ends within the seconds that are left, by its last time or that of a smaller batch."""
-    if times[index]:
-        return times[index][-1] < left
-    smaller = [(steps[i].batch, found[-1]) for i, found in enumerate(times[:index]) if found]
-    if not smaller:
-        return left > 0
-    batch, seconds = max(smaller)
-    return 3 * seconds * (steps[index].batch / batch) ** 2 < left  # a first run, one for memory, and the timed one
+class _Timed:
+    """A call that notes how long it took."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run, self.seconds = run, 0.0
+
+    def __call__(self) -> None:
+        start = time.perf_counter()
+        self._run()
+        self.seconds = time.perf_counter() - start
 
 
-def _agreed(mine: bool) -> bool:
+def _how(times: list[list[float]], index: int, steps: list[Step], left: float) -> int:
+    """Returns how a step is measured in the seconds that are left, by its last time or that of a smaller batch."""
+    found = [(steps[i].batch, taken[-1]) for i, taken in enumerate(times[: index + 1]) if taken]
+    batch, seconds = max(found, default=(steps[index].batch, 0.0))
+    seconds *= (steps[index].batch / batch) ** 2
+    if seconds > _LONG:
+        return _ONCE if seconds < left else _NOT
+    return _OFTEN if 3 * seconds < left else _NOT
+
+
+def _agreed(mine: int) -> int:
     """Returns rank 0's answer."""
     answer = torch.tensor([mine])
     dist.broadcast(answer, 0)
-    return bool(answer)
+    return int(answer)

@@ -20,12 +20,11 @@ ACCURACY = (
     "here is exactness and memory, not accuracy."
 )
 _LEGEND = (
-    "memory: of the loss on one rank, its features and their gradients included, without the encoders. gather: what "
-    "open_clip's gather with its local loss takes in their place: 8 bytes (12 in float32) for each of n x N logits, twice "
-    "as much under autocast. "
-    "sent: by one rank, in a step; the gather sends about as much. compute, wire: what each takes alone; a step takes "
-    "the longer of the two, visit by visit. binds: which it is; memory where the loss alone does not fit; calls where "
-    "what a visit costs whatever its size is more than half of compute."
+    "memory: of the loss on one rank, its features and their gradients included, without the encoders. gather: the "
+    "same with open_clip's gather and its local loss, which takes 8 bytes (12 in float32) for each of n x N logits and "
+    "twice that under autocast. sent: by one rank, in a step; the gather sends about as much. compute, wire: what each "
+    "takes alone; a step takes the longer of the two, visit by visit. binds: which it is; memory where the loss alone "
+    "does not fit; calls where what a visit costs whatever its size is more than half of compute."
 )
 
 
