@@ -15,30 +15,32 @@ from mmkernels.planning.processes import on_ranks
 from mmkernels.targets import OURS
 
 
-def on_rank(beside: bool, wrong: bool) -> dict[str, Any]:
+def on_rank(wrong: bool) -> dict[str, Any]:
     """Returns what the benchmark measures on one rank of a small batch; where asked for, of half of the pairs."""
     if wrong:
         ring_peers.ring = lambda image, text, scale: info_nce(image, text, scale, group=_alone())
-    return ring_peers.measure(32, 16, "fp32", 2, 1, beside)
+    return ring_peers.measure_beside(32, 16, "fp32", 2, 1)
 
 
 def _alone() -> dist.ProcessGroup:
     return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_both_ranks_measure(beside: bool) -> None:
-    found = on_ranks(2, on_rank, beside, False, timeout=60.0)
-    peers = {OURS, GATHER, GATHER_LOCAL} if beside else {OURS}
-    for rank, of_rank in enumerate(found):
-        assert of_rank["wrong"] is None
-        assert of_rank["seconds"].keys() == of_rank["memory"].keys() == peers
-        assert all(len(times) == 2 and min(times) > 0 for times in of_rank["seconds"].values())
-        assert len(of_rank["cpu"][ONE]) == (2 if beside and rank == 0 else 0)
+def test_both_ranks_measure() -> None:
+    for rank, found in enumerate(on_ranks(2, on_rank, False, timeout=60.0)):
+        assert found["wrong"] is None
+        assert found["seconds"].keys() == found["memory"].keys() == {OURS, GATHER, GATHER_LOCAL}
+        assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
+        assert len(found["cpu"][ONE]) == (2 if rank == 0 else 0)
+
+
+def test_both_ranks_measure_the_ring_alone() -> None:
+    for found in on_ranks(2, ring_peers.measure_alone, 32, 16, "fp32", timeout=60.0):
+        assert found["wrong"] is None and found["seconds"][OURS][0] > 0 and found["memory"][OURS] >= 1
 
 
 def test_a_wrong_loss_is_found() -> None:
-    found = on_ranks(2, on_rank, True, True, timeout=60.0)
+    found = on_ranks(2, on_rank, True, timeout=60.0)
     assert all(of_rank["wrong"].startswith("loss: largest error") for of_rank in found)
 
 
