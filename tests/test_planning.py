@@ -81,13 +81,14 @@ def test_ranks_that_share_a_core_take_turns() -> None:
 
 def test_waiting_is_not_multiplied_where_ranks_share_a_core() -> None:
     waiting = replace(MEASURED, alone=Took(1e-3, 1e-4), pair=Took(1.4e-3, 1.4e-4), sharing=4.0)
-    assert waiting.call() == pytest.approx(0.2e-3) and waiting.start() == pytest.approx(0.6e-3)
+    assert waiting.call(2) == pytest.approx(1.5 * 0.04e-3) and waiting.start(1) == pytest.approx(1e-3)
 
 
 def test_the_smallest_step_is_predicted_as_it_was_measured() -> None:
-    """On two ranks, and on more each visit costs what the second rank's did."""
-    for ranks, seconds in ((2, 1.4e-3), (6, 1.4e-3 + 4 * 0.4e-3)):
-        assert predict(Step(8 * ranks, 16, ranks, "fp32"), MEASURED).seconds == pytest.approx(seconds)
+    """On two ranks; more have more messages of those by which two ranks differ from one."""
+    for ranks, messages in ((2, 10), (6, 4 * 5 + 2 * 11)):
+        seconds = predict(Step(8 * ranks, 16, ranks, "fp32"), MEASURED).seconds
+        assert seconds == pytest.approx(1e-3 + messages * 0.04e-3)
 
 
 def test_a_limited_wire_is_hidden_until_it_binds() -> None:
@@ -117,7 +118,7 @@ def test_from_the_batch_named_on_no_hop_waits() -> None:
     assert hidden is not None and hidden % step.ranks == 0
     for batch, waits in ((hidden, False), (hidden - step.ranks, True)):
         visits = passes(Step(batch, 1024, 256, "bf16", gpu=True))
-        waiting = [H200.wire(made.passed) + H200.wire(made.follows) > H200.visit(made, 1024) for made in visits]
+        waiting = [H200.wire(made.passed) + H200.wire(made.follows) > H200.visit(made, step) for made in visits]
         assert any(waiting) == waits
 
 

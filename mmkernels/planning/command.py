@@ -115,8 +115,8 @@ def _measured(options: Options) -> tuple[Rates, list[str]]:
     of_wire = "as given" if options.wire_rate else "as measured between ranks on this machine"
     return rates, [
         f"Each rank is a machine like this one, {device_name(device)}, {plural(torch.get_num_threads(), 'thread')}: "
-        f"measured {' and '.join(speeds)} in blocks of {rows:,} x {columns:,}, {rates.call() * 1e6:.0f} us a visit "
-        "whatever its size.",
+        f"measured {' and '.join(speeds)} in blocks of {rows:,} x {columns:,}, and "
+        f"{rates.call(step.ranks) * 1e6:.0f} us a visit whatever its size.",
         f"Wire: {rate(wire)}, {of_wire}.",
     ]
 

@@ -13,6 +13,7 @@ from mmkernels.planning.ring import Pass, Step, memory_parts, passes, sent_bytes
 __all__ = ["Curve", "MeasuredRates", "Prediction", "Rates", "SheetRates", "Took", "hidden_from", "predict"]
 
 _FLOPS = {False: 2.0, True: 6.0}  # for each logit and channel, of a block forward and backward
+_GATHERS = 4  # of what all ranks say, in a step
 _STEADY = 8  # visits after which each takes as long as the one before
 
 
@@ -24,15 +25,15 @@ class Rates(Protocol):
         """That a rank may take."""
         ...
 
-    def start(self) -> float:
+    def start(self, ranks: int) -> float:
         """Returns the seconds that a step takes beside its visits: handshakes, and what is computed once."""
         ...
 
-    def call(self) -> float:
+    def call(self, ranks: int) -> float:
         """Returns the seconds of a visit whatever its size."""
         ...
 
-    def visit(self, made: Pass, dim: int) -> float:
+    def visit(self, made: Pass, step: Step) -> float:
         """Returns the seconds that a rank is busy with a piece that visits it, and with passing it on."""
         ...
 
@@ -65,14 +66,15 @@ class SheetRates:
     def memory_bytes(self) -> float:
         return self.sheet.memory_bytes
 
-    def start(self) -> float:
+    def start(self, ranks: int) -> float:
         return 0.0
 
-    def call(self) -> float:
+    def call(self, ranks: int) -> float:
         return self.host
 
-    def visit(self, made: Pass, dim: int) -> float:
-        return max(self.host, sum(many * self._block(rows, columns, dim, made) for many, rows, columns in made.blocks))
+    def visit(self, made: Pass, step: Step) -> float:
+        blocks = sum(many * self._block(rows, columns, step.dim, made) for many, rows, columns in made.blocks)
+        return max(self.host, blocks)
 
     def _block(self, rows: int, columns: int, dim: int, made: Pass) -> float:
         flops = _FLOPS[made.backward] * rows * columns * dim
@@ -148,20 +150,28 @@ class MeasuredRates:
     memory_bytes: float
     wire_rate: float | None = None
 
-    def start(self) -> float:
-        waits, busy = (max(2 * one - two, 0.0) for one, two in zip(self.alone, self.pair, strict=True))
+    def start(self, ranks: int) -> float:
+        return self._turns(1.0, _GATHERS * (ranks - 1))
+
+    def call(self, ranks: int) -> float:
+        return self._turns(0.0, (2 * ranks - 1) / ranks)  # a piece passes on W - 1 times, its results follow W times
+
+    def _turns(self, alone: float, messages: float) -> float:
+        """Returns the seconds of so many steps of one rank and so many of the smallest messages.
+
+        The smallest step of two ranks takes ten messages more than that of one: four gathers and six exchanges.
+        """
+        waits, busy = (
+            alone * one + messages * max(two - one, 0.0) / (_GATHERS + 6)
+            for one, two in zip(self.alone, self.pair, strict=True)
+        )
         return max(waits, self.sharing * busy)
 
-    def call(self) -> float:
-        # The pair makes one visit more in each pass.
-        waits, busy = (max(two - one, 0.0) / 2 for one, two in zip(self.alone, self.pair, strict=True))
-        return max(waits, self.sharing * busy)
-
-    def visit(self, made: Pass, dim: int) -> float:
+    def visit(self, made: Pass, step: Step) -> float:
         curve = self.backward if made.backward else self.forward
         blocks = sum(many * curve.at(rows * columns) for many, rows, columns in made.blocks) - curve.points[0][1]
         messages = sum(self.handling.above_least(size) for size in (made.passed, made.follows) if size)
-        return self.call() + self.sharing * (max(blocks, 0.0) + messages)
+        return self.call(step.ranks) + self.sharing * (max(blocks, 0.0) + messages)
 
     def wire(self, size: int) -> float:
         return 0.0 if self.wire_rate is None else size / self.wire_rate
@@ -197,14 +207,14 @@ class Prediction:
 def predict(step: Step, rates: Rates) -> Prediction:
     """Returns what a step costs."""
     w = step.ranks
-    total = compute = calls = rates.start()
+    total = compute = calls = rates.start(w)
     wire = 0.0
     for made in passes(step):
-        busy = rates.visit(made, step.dim)
+        busy = rates.visit(made, step)
         passed, follows = rates.wire(made.passed), rates.wire(made.follows)
         total += made.count * _round(w, busy, passed, follows)
         compute += made.count * w * busy
-        calls += made.count * w * rates.call()
+        calls += made.count * w * rates.call(w)
         wire += made.count * ((w - 1) * passed + w * follows)
     memory = memory_parts(step)
     binds = "wire" if wire > compute else "calls" if calls > compute / 2 else "compute"
@@ -242,7 +252,7 @@ def hidden_from(step: Step, rates: Rates) -> int | None:
     def hidden(rows: int) -> bool:
         larger = Step(rows * step.ranks, step.dim, step.ranks, step.dtype, step.gpu)
         return all(
-            rates.visit(made, step.dim) >= rates.wire(made.passed) + rates.wire(made.follows) for made in passes(larger)
+            rates.visit(made, larger) >= rates.wire(made.passed) + rates.wire(made.follows) for made in passes(larger)
         )
 
     most = 2**36 // step.ranks
