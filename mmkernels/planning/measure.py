@@ -120,7 +120,8 @@ def curves(samples: Sequence[Samples], sharing: float, memory_bytes: float, wire
 
     (_, alone), (_, pair) = points("step")
     forward, backward = (Curve([(size, took.seconds) for size, took in points(x)]) for x in ("forward", "backward"))
-    handling = Curve([(size, took.busy) for size, took in points("message")])
+    messages = points("message")
+    handling = Curve([(size, min(took.busy for _, took in messages[i:])) for i, (size, _) in enumerate(messages)])
     return MeasuredRates(forward, backward, handling, alone, pair, sharing, memory_bytes, wire_rate)
 
 
