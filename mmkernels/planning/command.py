@@ -133,10 +133,11 @@ def _verdict(step: Step, hidden: int | None) -> list[str]:
         return ["One rank sends nothing."]
     if hidden is None:
         return ["The wire is hidden behind the blocks at no batch."]
-    of_rank = plural(hidden // step.ranks, "pair")
+    if hidden == step.ranks:
+        return ["The wire is hidden at every batch."]
     return [
-        f"The wire is hidden from a batch of {hidden:,} on ({of_rank} a rank): a block's time grows with the pairs of "
-        "both sides, its bytes with those of one."
+        f"The wire is hidden from a batch of {hidden:,} on ({hidden // step.ranks:,} pairs a rank): a block's time "
+        "grows with the pairs of both sides, its bytes with those of one."
     ]
 
 

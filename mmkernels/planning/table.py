@@ -20,11 +20,12 @@ ACCURACY = (
     "here is exactness and memory, not accuracy."
 )
 _LEGEND = (
-    "memory: of the loss on one rank, its features and their gradients included, without the encoders. gather: the "
-    "same with open_clip's gather and its local loss, which takes 8 bytes (12 in float32) for each of n x N logits and "
-    "twice that under autocast. sent: by one rank, in a step; the gather sends about as much. compute, wire: what each "
-    "takes alone; a step takes the longer of the two, visit by visit. binds: which it is; memory where the loss alone "
-    "does not fit; calls where what a visit costs whatever its size is more than half of compute."
+    "memory: of the loss on one rank, its features and their gradients included, without the encoders; work: what is "
+    "neither. gather: with open_clip's gather and its local loss, which takes 8 bytes (12 in float32) for each "
+    "of n x N logits and twice that under autocast. sent: by one rank, in a step; the gather sends about as much. "
+    "compute, wire: what each takes alone; a step takes the longer of the two, visit by visit. binds: which it is; "
+    "memory where the loss alone does not fit; calls where what a visit costs whatever its size is more than half of "
+    "compute."
 )
 
 
@@ -34,7 +35,7 @@ def plan_table(predictions: Sequence[Prediction], encoder_seconds: float | None)
     Args:
         encoder_seconds: of a rank's encoders for one pair, to which the loss is then compared.
     """
-    titles = ["pairs\na rank", "memory\nMB", "in flight\nMB", "gather\nMB", "sent\nMB", "compute\nms", "wire\nms"]
+    titles = ["pairs\na rank", "memory\nMB", "work\nMB", "gather\nMB", "sent\nMB", "compute\nms", "wire\nms"]
     titles += ["step\nms", "binds", *["of the\nwhole"] * (encoder_seconds is not None)]
     rows = []
     for made in predictions:
