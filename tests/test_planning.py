@@ -16,7 +16,7 @@ from rich.console import Console
 from mmkernels import cli
 from mmkernels.options import BadInput
 from mmkernels.planning import measure
-from mmkernels.planning.check import Checked, check
+from mmkernels.planning.check import Check, Checked, check
 from mmkernels.planning.devices import DEVICES
 from mmkernels.planning.model import Curve, MeasuredRates, SheetRates, Took, hidden_from, predict
 from mmkernels.planning.options import BATCHES, read_options
@@ -309,12 +309,19 @@ def test_of_this_machine(plan) -> None:
 
 def test_a_check_measures_what_fits_into_the_time() -> None:
     steps = [Step(64, 16, 2, "fp32"), Step(1 << 22, 16, 2, "fp32")]
-    checked, left_out = check(steps, 30.0)
-    assert [one.step for one in checked] == steps[:1] and left_out == steps[1:]
-    one = checked[0]
+    found = check(steps, 30.0)
+    assert [one.step for one in found.checked] == steps[:1] and found.left_out == steps[1:]
+    one = found.checked[0]
     assert min(one.seconds) > 0 and one.memory_bytes is not None
-    words = rendered(checked_table(checked, left_out))
+    words = rendered(checked_table(found))
     assert "Worst error in time" in words and "Left out, as the time was up: 4,194,304 on 2." in words
+
+
+def test_a_busy_machine_is_told() -> None:
+    one = Checked(Step(1024, 64, 2, "fp32"), (1.1, 1.0), None)
+    for spread, told in ((0.01, False), (0.2, True)):
+        words = rendered(checked_table(Check([one], [], spread)))
+        assert ("Unsteady: repeated times differ by 20% and more." in words) == told
 
 
 def rendered(table: object) -> str:

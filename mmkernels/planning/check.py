@@ -6,19 +6,19 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from mmkernels.meters import peak_memory
+from mmkernels.meters import Timing, peak_memory
 from mmkernels.planning.measure import Samples, curves, memory_for, pairs, sample_blocks, sample_ring, step_on
 from mmkernels.planning.model import predict
 from mmkernels.planning.processes import on_ranks
 from mmkernels.planning.ring import Step
 from mmkernels.runtime import host
 
-__all__ = ["Checked", "check", "full_check", "quick_check"]
+__all__ = ["Check", "Checked", "check", "full_check", "quick_check"]
 
 _ROUNDS = 5
 _NOT, _ONCE, _OFTEN = range(3)
@@ -50,18 +50,32 @@ class Checked:
         return None if self.memory_bytes is None else self.memory_bytes[0] / self.memory_bytes[1] - 1.0
 
 
-def full_check(dim: int, dtype: str, limit: float) -> tuple[list[Checked], list[Step]]:
+class Check(NamedTuple):
+    """What a check found.
+
+    Args:
+        checked: the steps that were run.
+        left_out: those that there was no time for.
+        spread: by how much repeated times of the same block differ, see `Timing.spread`; the median over blocks.
+    """
+
+    checked: list[Checked]
+    left_out: list[Step]
+    spread: float
+
+
+def full_check(dim: int, dtype: str, limit: float) -> Check:
     """Returns 2, 4 and 8 ranks at 1k to 64k pairs, and the steps that `limit` seconds leave no time for."""
     steps = [Step(2**power, dim, ranks, dtype) for power in range(10, 17, 2) for ranks in (2, 4, 8)]
     return check(steps, limit)
 
 
-def quick_check(dim: int, dtype: str) -> list[Checked]:
+def quick_check(dim: int, dtype: str) -> Check:
     """Returns one small step over 2 ranks: a few seconds."""
-    return check([Step(4096, dim, 2, dtype)], 20.0)[0]
+    return check([Step(4096, dim, 2, dtype)], 20.0)
 
 
-def check(steps: Sequence[Step], limit: float) -> tuple[list[Checked], list[Step]]:
+def check(steps: Sequence[Step], limit: float) -> Check:
     """Predicts and measures steps, all of one dim and dtype.
 
     What the model stands on is measured between the steps, in the same noise, by two ranks.
@@ -69,9 +83,6 @@ def check(steps: Sequence[Step], limit: float) -> tuple[list[Checked], list[Step
     Args:
         steps: in the order of their time.
         limit: seconds after which no more begins.
-
-    Returns:
-        The steps that were run, and those that were left out.
     """
     cores, most = host.physical_cores(), max(step.ranks for step in steps)
     found = on_ranks(most, _measure, list(steps), limit, timeout=_TIMEOUT)
@@ -88,7 +99,9 @@ def check(steps: Sequence[Step], limit: float) -> tuple[list[Checked], list[Step
         predicted = prediction.memory_bytes - prediction.memory["features"]
         memory = None if None in peaks else (float(predicted), float(statistics.median(peaks)))
         checked.append(Checked(step, (prediction.seconds, statistics.median(times)), memory))
-    return checked, left_out
+    blocks = {key for one in samples for key in one if key[0] in ("forward", "backward")}
+    spreads = [Timing(tuple(one[key].seconds for one in samples if key in one)).spread for key in sorted(blocks)]
+    return Check(checked, left_out, statistics.median(spreads))
 
 
 def _measure(steps: list[Step], limit: float) -> tuple[list[Samples], list[list[float]], list[float | None]]:

@@ -154,15 +154,16 @@ def _of_run(options: Options, predictions: Sequence[Prediction]) -> list[str]:
 
 
 def _check(step: Step, *, full: bool, limit: float) -> list[Checked]:
-    output, left_out = console(), list[Step]()
+    output = console()
     if full:
-        checked, left_out = full_check(step.dim, step.dtype, limit)
+        found = full_check(step.dim, step.dtype, limit)
     else:
-        checked = quick_check(min(step.dim, _CHECK_DIM), step.dtype)
+        found = quick_check(min(step.dim, _CHECK_DIM), step.dtype)
+    checked = found.checked
     shared, channels = plural(host.physical_cores(), "core"), checked[0].step.dim if checked else step.dim
     title = f"\nThe model on this machine, whose {shared} the ranks share, d = {channels:,}, {step.dtype}"
     output.print(Text(title, style="bold"))
-    output.print(checked_table(checked, left_out))
+    output.print(checked_table(found))
     return checked
 
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from mmkernels.planning.check import Checked
+from mmkernels.planning.check import Check, Checked
 from mmkernels.planning.model import Prediction
-from mmkernels.planning.ring import Step, gathered_bytes
+from mmkernels.planning.ring import gathered_bytes
 from mmkernels.report import megabytes, milliseconds, number, percent, table
 
 __all__ = ["ACCURACY", "checked_table", "plan_table"]
+
+_UNSTEADY = 0.05  # the spread from which a check says so
 
 ACCURACY = (
     "Published results see the gain in accuracy end near a batch of 32k: SigLIP's authors went up to one million and "
@@ -58,8 +60,9 @@ def plan_table(predictions: Sequence[Prediction], encoder_seconds: float | None)
     return Group(table(rows, ["batch", *titles]), Text(_LEGEND, style="dim"))
 
 
-def checked_table(checked: Sequence[Checked], left_out: Sequence[Step]) -> RenderableType:
+def checked_table(check: Check) -> RenderableType:
     """Returns what was predicted beside what was measured."""
+    checked, left_out, spread = check
     rows = []
     for one in checked:
         memory = ["n/a"] * 3
@@ -74,6 +77,8 @@ def checked_table(checked: Sequence[Checked], left_out: Sequence[Step]) -> Rende
     if left_out:
         names = ", ".join(f"{step.batch:,} on {step.ranks}" for step in left_out)
         parts.append(Text(f"Left out, as the time was up: {names}."))
+    if spread > _UNSTEADY:
+        parts.append(Text(f"Unsteady: repeated times differ by {percent(spread)} and more. Is the machine busy?"))
     return Group(*parts)
 
 
