@@ -56,7 +56,7 @@ class Check(NamedTuple):
     Args:
         checked: the steps that were run.
         left_out: those that there was no time for.
-        spread: by how much repeated times of the same block differ, see `Timing.spread`; the median over blocks.
+        spread: by how much repeated times of the same block differ, see `Timing.spread`; of the least steady one.
     """
 
     checked: list[Checked]
@@ -101,7 +101,7 @@ def check(steps: Sequence[Step], limit: float) -> Check:
         checked.append(Checked(step, (prediction.seconds, statistics.median(times)), memory))
     blocks = {key for one in samples for key in one if key[0] in ("forward", "backward")}
     spreads = [Timing(tuple(one[key].seconds for one in samples if key in one)).spread for key in sorted(blocks)]
-    return Check(checked, left_out, statistics.median(spreads))
+    return Check(checked, left_out, max(spreads))
 
 
 def _measure(steps: list[Step], limit: float) -> tuple[list[Samples], list[list[float]], list[float | None]]:

@@ -21,7 +21,7 @@ _SUMS, _LINES = (
 )  # numbers of a text that travel along: its sums forward; its state and its loss's gradient backward
 _SAID = 2 * 2048 + 13 * 8  # bytes that a rank tells each other in the handshakes of a step, and what is summed
 _OF_ROWS = 60  # bytes for each row in the backward pass: states of both sides, their losses' gradients, lines
-_KERNELS = 10**6  # bytes that kernels take, beside half a piece of features, as measured on CPUs
+_KERNELS = 2000  # bytes for each channel that kernels take, beside half a piece of features, as measured on CPUs
 _GATHERED = {2: 8, 4: 12}  # bytes of open_clip's loss at its peak for each of n x N logits, by bytes of a feature
 
 
@@ -134,7 +134,7 @@ def memory_parts(step: Step) -> dict[str, int]:
         "features": 2 * n * d * size,
         "gradients": 2 * n * d * size,
         "states": n * _OF_ROWS,
-        "kernels": _KERNELS + piece * size // 2,
+        "kernels": _KERNELS * d + piece * size // 2,
     }
     if step.ranks == 1:
         return parts

@@ -14,7 +14,7 @@ from mmkernels.report import megabytes, milliseconds, number, percent, table
 
 __all__ = ["ACCURACY", "checked_table", "plan_table"]
 
-_UNSTEADY = 0.05  # the spread from which a check says so
+_UNSTEADY = 0.1  # the spread from which a check says so
 
 ACCURACY = (
     "Published results see the gain in accuracy end near a batch of 32k: SigLIP's authors went up to one million and "
