@@ -40,13 +40,14 @@ class CachedContrastive:
       exact for that. The running averages count each chunk once.
     - **Autocast**: call it within the context. Both passes and the loss run under it, backward passes do not.
     - **Gradient accumulation**: gradients are added to those that are there. Zero them when the optimizer has stepped.
+      Hooks on gradients run in every chunk, so an optimizer that steps in them raises an error.
     - **DDP**: gradients are averaged once, at the end of a call, also where both encoders are parts of one DDP module,
       where the temperature is a parameter of it, with `find_unused_parameters`, and on ranks with fewer rows, or none.
       Within `ddp.no_sync()` they are not averaged.
     - **FSDP2**: gradients are reduced in each encoder's last chunk; until then they are kept unsharded, unless
       `reduce_each_chunk`. As ranks communicate in each pass, all make as many as the one with the most chunks, the
       others with empty batches, which an encoder must take. Keep a temperature out of what is sharded
-      (``fully_shard(..., ignored_params=...)``).
+      (``fully_shard(..., ignored_params=...)``). After an error in a second pass the model can't be used any more.
     - **A rank with bad input** makes the others raise too: what they are told before passes in step (FSDP2), and after
       the first passes (DDP).
     - **Several ranks**: the loss is computed by this rank alone, unless it shares features: pass a `group` to
@@ -70,7 +71,8 @@ class CachedContrastive:
         TypeError, ValueError: a wrong argument; an input whose tensors differ in rows, or that has a graph; features
             of a wrong type or number of rows; a loss of a wrong type; FSDP1; a DDP module with a static graph; an error
             of another rank.
-        RuntimeError: with `verify`, the features of both passes differ.
+        RuntimeError: with `verify`, the features of both passes differ; a parameter changes in a backward pass; an
+            earlier step under FSDP2 ended in an error.
 
     Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache), 2021.
 
@@ -121,11 +123,13 @@ class CachedContrastive:
                 raise TypeError(f"modules must be modules, got {type(module).__name__}")
         self.reduce_each_chunk = reduce_each_chunk
         self.verify = verify
+        self._unusable = False
 
     def __call__(self, *inputs: Any, scale_loss: Scale = None, sync: bool = True, **arguments: Any) -> Any:
         """Adds the loss's gradients to those of all parameters, and returns the loss.
 
-        Where gradients are disabled (`torch.no_grad`), it returns the loss alone, of features encoded in chunks.
+        Where gradients are disabled (`torch.no_grad`), it returns the loss alone, of features encoded in chunks. Then
+        DDP communicates nothing, so one rank can call it alone if its loss has no group.
 
         Args:
             inputs: what each encoder is given: a tensor; a tuple or list, its positional arguments; or a mapping, its
@@ -139,6 +143,11 @@ class CachedContrastive:
         Returns:
             What the loss function returned, detached.
         """
+        if self._unusable:
+            raise RuntimeError(
+                "the model must be built and sharded anew: a step ended in an error, and FSDP2 keeps the gradients of "
+                "its chunks where zero_grad does not reach them"
+            )
         modules = self._modules()
         parallel = DataParallel(modules)
         with parallel.local():
@@ -160,6 +169,9 @@ class CachedContrastive:
                     for i, of_encoder in enumerate(passes):
                         for last in of_encoder.second(grads.pop(0), None if kept is None else kept[i]):
                             parallel.reduce_next(sync and (last or self.reduce_each_chunk))
+            except BaseException:
+                self._unusable = bool(parallel.fsdp)
+                raise
             finally:
                 parallel.reduce_next(True)
         if sync:
@@ -175,8 +187,9 @@ class CachedContrastive:
         rows = [rows_of(f"inputs[{i}]", x) for i, x in enumerate(inputs)]
         counts = [max(1, -(-n // size)) for n, size in zip(rows, self.chunk_sizes, strict=True)]
         devices = random_devices(modules, inputs)
+        parameters = list(dict.fromkeys(x for module in modules for x in module.parameters()))
         passes = [
-            _Passes(i, encoder, batch, n, size, count, devices)
+            _Passes(i, encoder, batch, n, size, count, devices, parameters)
             for i, (encoder, batch, n, size, count) in enumerate(
                 zip(self.encoders, inputs, rows, self.chunk_sizes, parallel.agree(counts), strict=True)
             )
@@ -213,18 +226,22 @@ class _Passes:
         rows: of the batch.
         count: of chunks; those behind the last row are empty.
         devices: whose random numbers the encoder may use.
+        parameters: which no backward pass may change.
     """
 
     def __init__(
-        self, index: int, encoder: Encoder, batch: Any, rows: int, size: int, count: int, devices: list[torch.device]
+        self,
+        index: int,
+        encoder: Encoder,
+        batch: Any,
+        rows: int,
+        size: int,
+        count: int,
+        devices: list[torch.device],
+        parameters: list[nn.Parameter],
     ) -> None:
-        self.name, self.encoder, self.batch, self.rows, self.devices = (
-            f"encoders[{index}]",
-            encoder,
-            batch,
-            rows,
-            devices,
-        )
+        self.name = f"encoders[{index}]"
+        self.encoder, self.batch, self.rows, self.devices, self.parameters = encoder, batch, rows, devices, parameters
         self.chunks = [slice(min(i * size, rows), min((i + 1) * size, rows)) for i in range(count)]
         self.states: list[RandomState] = []
         trained = [encoder.parameters()] if isinstance(encoder, nn.Module) else []
@@ -265,8 +282,14 @@ class _Passes:
             if expected is not None:
                 self._compare(features.detach(), expected[rows])
             if features.requires_grad:
+                before = [x._version for x in self.parameters]
                 with torch._C._DisableAutocast():
                     features.backward(grad[rows])
+                if before != [x._version for x in self.parameters]:
+                    raise RuntimeError(
+                        "parameters must not change in a backward pass, as each chunk has one: step the optimizer "
+                        "after the call, not in a hook on gradients"
+                    )
             del features  # before the next chunk's are made
 
     def _encode(self, rows: slice) -> Tensor:
