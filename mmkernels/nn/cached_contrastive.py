@@ -29,9 +29,9 @@ class CachedContrastive:
     """Encodes a large batch in chunks, and gives each parameter the gradient that one pass over all of it would give.
 
     A call encodes chunk by chunk without a graph, computes the loss of all features and its gradients by them, then
-    encodes each chunk again, with the same random numbers, and backpropagates its features' gradients. At most one
-    chunk's activations are in memory, beside the features, for one more forward pass. A call replaces
-    ``loss.backward()``; the optimizer's step remains the caller's. It is no module: it has no parameters.
+    encodes each chunk again, with the same random numbers, and backpropagates its features' gradients. Memory holds the
+    features and the activations of one chunk; the price is one more forward pass. A call replaces ``loss.backward()``;
+    the caller steps the optimizer. It is no module: it has no parameters.
 
     - **Random numbers**: dropout and whatever else draws PyTorch's random numbers are the same in both passes, and a
       call advances the generators as one pass of the same chunks does. Random numbers of Python or NumPy, and state
@@ -48,14 +48,15 @@ class CachedContrastive:
       `reduce_each_chunk`. As ranks communicate in each pass, all make as many as the one with the most chunks, the
       others with empty batches, which an encoder must take. Keep a temperature out of what is sharded
       (``fully_shard(..., ignored_params=...)``). After an error in a second pass the model can't be used any more.
-    - **A rank with bad input** makes the others raise too: what they are told before passes in step (FSDP2), and after
-      the first passes (DDP).
+    - **A rank with bad input** makes the others raise too. They learn of it before the first pass (FSDP2, where ranks
+      communicate in each pass), or after all first passes (DDP).
     - **Several ranks**: the loss is computed by this rank alone, unless it shares features: pass a `group` to
       `info_nce` or `sigmoid_contrastive`, whose gradients are then averaged to those of one process.
 
     Args:
         encoders: one callable, or a list of them, one for each input: a module, a method of one, or a function. Each
-            returns features, a floating-point tensor with a row for each row of its input. One may stand there twice.
+            returns features, a floating-point tensor with a row for each row of its input. The list may hold the same
+            encoder twice.
         loss: called with the features of each encoder and the named arguments of the step. Returns the loss, a tensor
             of one element, or a tuple that begins with it (`info_nce` with `return_stats`). Parameters that it uses,
             such as a temperature, get their gradients too.
@@ -133,7 +134,8 @@ class CachedContrastive:
 
         Args:
             inputs: what each encoder is given: a tensor; a tuple or list, its positional arguments; or a mapping, its
-                named arguments. Every tensor in it with a dim is cut along dim 0, all else is passed on as it is.
+                named arguments. Every tensor in it with a dim is cut along dim 0; all else, such as a list of strings,
+                is passed whole to each chunk.
                 Inputs may differ in rows, if the loss takes such features.
             scale_loss: what the gradients are those of, and not the returned value: a number by which the loss is
                 multiplied (1/4 in four accumulated steps), or a function of it (``scaler.scale`` of a `GradScaler`).

@@ -171,6 +171,10 @@ def with_fsdp(rank: int, sizes: list[int]) -> None:
         model.zero_grad()
         step(*inputs)
         assert_equal(_alike(model, want), want, what=kind)
+        step(*inputs, sync=False)
+        with _counted(reduce) as reductions:  # a pass of the caller's own
+            encoders[0](inputs[0]).sum().backward()
+        assert reductions, kind
 
 
 @contextmanager
