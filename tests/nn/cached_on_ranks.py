@@ -82,7 +82,7 @@ def wrapped(kind: str, model: Model) -> tuple[list[nn.Module], list[Callable[...
 
 def with_ddp(rank: int, sizes: list[int]) -> None:
     """Three steps, as DDP arranges its buckets anew after the first; then two that are accumulated."""
-    for kind in DDP:
+    for kind in DDP if len(sizes) < 4 else DDP[:2]:
         sigmoid = kind == "view"
         model, inputs, want = truth(sizes, sigmoid)
         modules, encoders = wrapped(kind, model)
@@ -132,7 +132,7 @@ def with_fsdp(rank: int, sizes: list[int]) -> None:
     """Ranks that hold fewer rows pass empty batches through their encoders."""
     mesh = init_device_mesh("cpu", (len(sizes),))
     reduce = next(x for x in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, x))  # by PyTorch's age
-    for kind in FSDP:
+    for kind in FSDP if len(sizes) < 4 else FSDP[1:3]:
         model, inputs, want = truth(sizes)
         if kind in ("flat", "towers"):
             encoders: list[Any] = [model.image, model.text]

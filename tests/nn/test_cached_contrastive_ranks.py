@@ -11,7 +11,7 @@ SIZES = [
     pytest.param([9, 0, 3], id="9,0,3", marks=pytest.mark.slow),
     pytest.param([4, 0, 4, 4], id="4,0,4,4"),
 ]
-"""Rows of each rank: chunks in different numbers, none, and as many on each."""
+"""Rows of each rank: chunks in different numbers, none, and as many on each. Four ranks try fewer wrappers."""
 
 
 @pytest.mark.parametrize("sizes", SIZES)
