@@ -43,7 +43,7 @@ class CachedContrastive:
       Hooks on gradients run in every chunk, so an optimizer that steps in them raises an error.
     - **DDP**: gradients are averaged once, at the end of a call, also where both encoders are parts of one DDP module,
       where the temperature is a parameter of it, with `find_unused_parameters`, and on ranks with fewer rows, or none.
-      Within `ddp.no_sync()` they are not averaged. Instead of `ddp.join()` a rank that has run out of data passes no rows.
+      Within `ddp.no_sync()` they are not averaged. In place of `ddp.join()`, a rank without data left passes no rows.
     - **FSDP2**: gradients are reduced in each encoder's last chunk; until then they are kept unsharded, unless
       `reduce_each_chunk`. As ranks communicate in each pass, all make as many as the one with the most chunks, the
       others with empty batches, which an encoder must take. Keep a temperature out of what is sharded
