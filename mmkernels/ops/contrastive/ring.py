@@ -18,7 +18,8 @@ from torch import Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.formula import NO_PARTNERS
 from mmkernels.runtime.checks import in_graph
-from mmkernels.runtime.dispatch import TABLES, Backend, BackendError, Op, resolve
+from mmkernels.runtime.dispatch import TABLES, Backend, Op, resolve
+from mmkernels.runtime.eager import in_forward_mode
 from mmkernels.runtime.group import Group, Piece, check_group, told_to_group
 
 _PIECE_BYTES = 2**21  # of features on a CPU: two or three pieces and their float32 gradients fit into the caches
@@ -183,12 +184,14 @@ def call_over_ranks(
         inputs, backend = record(*args, name, *more), resolve(backend)
         if not in_graph():
             op.choose(backend, inputs)
-    except (TypeError, ValueError, BackendError) as error:
+            if in_forward_mode(op.layout.take_tensors(inputs)):
+                no_formula(inputs)
+    except Exception as error:  # of any kind: the other ranks wait
         told_to_group(error, name, call, like)
         raise
     return inputs, op(inputs, backend)
 
 
 def no_formula(args: Any) -> Any:
-    """Takes the place of a formula for second derivatives."""
+    """Takes the place of a formula for derivatives of other kinds."""
     raise NotImplementedError("a loss over a group has no second derivatives, and none in forward mode")

@@ -239,7 +239,7 @@ def _checked(
         label_smoothing=check_number("label_smoothing", label_smoothing, "a number from 0 to 1", 0.0, 1.0),
         image_weight=check_number("image_weight", image_weight, "a number from 0 to 1", 0.0, 1.0),
         reduction=reduction,
-        stats=return_stats,
+        stats=bool(return_stats),
     )
 
 
