@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,12 @@ class CachedContrastive:
     - **DDP**: gradients are averaged once, at the end of a call, also where both encoders are parts of one DDP module,
       where the temperature is a parameter of it, with `find_unused_parameters`, and on ranks with fewer rows, or none.
       Within `ddp.no_sync()` they are not averaged.
-    - **FSDP2**: gradients are reduced in each encoder's last chunk; until then they are kept unsharded. As ranks
-      communicate in each pass, all make as many as the one with the most chunks, the others with empty batches, which
-      an encoder must take. Keep a temperature out of what is sharded (``fully_shard(..., ignored_params=...)``).
+    - **FSDP2**: gradients are reduced in each encoder's last chunk; until then they are kept unsharded, unless
+      `reduce_each_chunk`. As ranks communicate in each pass, all make as many as the one with the most chunks, the
+      others with empty batches, which an encoder must take. Keep a temperature out of what is sharded
+      (``fully_shard(..., ignored_params=...)``).
+    - **A rank with bad input** makes the others raise too: what they are told before passes in step (FSDP2), and after
+      the first passes (DDP).
     - **Several ranks**: the loss is computed by this rank alone, unless it shares features: pass a `group` to
       `info_nce` or `sigmoid_contrastive`, whose gradients are then averaged to those of one process.
 
@@ -59,12 +62,14 @@ class CachedContrastive:
         modules: modules that contain the encoders, where these are functions, or methods of what a wrapper contains
             (``ddp.module.encode_image``: then pass ``modules=ddp``). Wrappers (DDP, FSDP2), batch norms and devices are
             looked for in these, in the encoders, in the objects of which encoders are methods, and in the loss.
+        reduce_each_chunk: FSDP2 reduces gradients in every chunk: more communication, and no unsharded gradients.
         verify: compare the features of the second pass with those of the first, which are then kept, and raise where
             they differ by more than rounding.
 
     Raises:
         TypeError, ValueError: a wrong argument; an input whose tensors differ in rows, or that has a graph; features
-            of a wrong type or number of rows; a loss of a wrong type; FSDP1; a DDP module with a static graph.
+            of a wrong type or number of rows; a loss of a wrong type; FSDP1; a DDP module with a static graph; an error
+            of another rank.
         RuntimeError: with `verify`, the features of both passes differ.
 
     Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache), 2021.
@@ -90,6 +95,7 @@ class CachedContrastive:
         *,
         chunk_size: int | Sequence[int],
         modules: nn.Module | Sequence[nn.Module] = (),
+        reduce_each_chunk: bool = False,
         verify: bool = False,
     ) -> None:
         many = isinstance(encoders, list | tuple | nn.ModuleList)
@@ -113,6 +119,7 @@ class CachedContrastive:
         for module in self.modules:
             if not isinstance(module, nn.Module):
                 raise TypeError(f"modules must be modules, got {type(module).__name__}")
+        self.reduce_each_chunk = reduce_each_chunk
         self.verify = verify
 
     def __call__(self, *inputs: Any, scale_loss: Scale = None, sync: bool = True, **arguments: Any) -> Any:
@@ -132,43 +139,64 @@ class CachedContrastive:
         Returns:
             What the loss function returned, detached.
         """
+        modules = self._modules()
+        parallel = DataParallel(modules)
+        with parallel.local():
+            try:
+                with torch.no_grad():
+                    passes, features = self._first_passes(inputs, modules, parallel)
+            except Exception as error:
+                parallel.report(error)  # else the other ranks would wait for this one
+                raise
+            parallel.confirm()
+            if not torch.is_grad_enabled():
+                result = self.loss(*features, **arguments)
+                parallel.reshard()  # else `zero_grad` would not reach the sharded parameters
+                return tree_map_only(Tensor, Tensor.detach, result)
+            kept = [x.detach() for x in features] if self.verify else None
+            result, grads = self._loss_and_grads(passes, features, scale_loss, arguments)
+            try:
+                with running_statistics_kept(modules):
+                    for i, of_encoder in enumerate(passes):
+                        for last in of_encoder.second(grads.pop(0), None if kept is None else kept[i]):
+                            parallel.reduce_next(sync and (last or self.reduce_each_chunk))
+            finally:
+                parallel.reduce_next(True)
+        if sync:
+            parallel.average()
+        return result
+
+    def _first_passes(
+        self, inputs: tuple[Any, ...], modules: list[nn.Module], parallel: DataParallel
+    ) -> tuple[list[_Passes], list[Tensor]]:
+        """Returns the passes of each encoder, and its features."""
         if len(inputs) != len(self.encoders):
             raise ValueError(f"inputs must be one for each of {len(self.encoders)} encoders, got {len(inputs)}")
         rows = [rows_of(f"inputs[{i}]", x) for i, x in enumerate(inputs)]
-        modules = self._modules()
-        parallel, devices = DataParallel(modules), random_devices(modules, inputs)
         counts = [max(1, -(-n // size)) for n, size in zip(rows, self.chunk_sizes, strict=True)]
+        devices = random_devices(modules, inputs)
         passes = [
             _Passes(i, encoder, batch, n, size, count, devices)
             for i, (encoder, batch, n, size, count) in enumerate(
                 zip(self.encoders, inputs, rows, self.chunk_sizes, parallel.agree(counts), strict=True)
             )
         ]
-        with parallel.local():
-            with torch.no_grad():
-                features = [x.first() for x in passes]
-            if not torch.is_grad_enabled():
-                return tree_map_only(Tensor, Tensor.detach, self.loss(*features, **arguments))
-            for x, of_encoder in zip(features, passes, strict=True):
-                x.requires_grad_(of_encoder.may_train)
-            result = self.loss(*features, **arguments)
-            with torch._C._DisableAutocast():
-                _scaled(_loss_of(result), scale_loss).backward()
-            result = tree_map_only(Tensor, Tensor.detach, result)
-            grads = [x.grad for x in features]
-            kept = [x.detach() for x in features] if self.verify else [None] * len(features)
-            del features  # with the loss's graph, they are gone when the passes begin
-            parallel.reduce_next(False)
-            try:
-                with running_statistics_kept(modules):
-                    for i, of_encoder in enumerate(passes):
-                        of_encoder.second(grads[i], kept[i], last=lambda: parallel.reduce_next(sync))
-                        grads[i] = None
-            finally:
-                parallel.reduce_next(True)
-        if sync:
-            parallel.average()
-        return result
+        return passes, [x.first() for x in passes]
+
+    def _loss_and_grads(
+        self, passes: list[_Passes], features: list[Tensor], scale: Scale, arguments: dict[str, Any]
+    ) -> tuple[Any, list[Tensor | None]]:
+        """Returns what the loss function returns, detached, and the gradient of each encoder's features.
+
+        Args:
+            features: emptied, so that they and the loss's graph are gone when the second passes begin.
+        """
+        leaves = [x.requires_grad_(y.may_train) for x, y in zip(features, passes, strict=True)]
+        features.clear()
+        result = self.loss(*leaves, **arguments)
+        with torch._C._DisableAutocast():
+            _scaled(_loss_of(result), scale).backward()
+        return tree_map_only(Tensor, Tensor.detach, result), [x.grad for x in leaves]
 
     def _modules(self) -> list[nn.Module]:
         """Returns the modules that are known to take part."""
@@ -219,18 +247,19 @@ class _Passes:
         assert features is not None  # there is a chunk, if an empty one
         return features
 
-    def second(self, grad: Tensor | None, expected: Tensor | None, last: Callable[[], None]) -> None:
+    def second(self, grad: Tensor | None, expected: Tensor | None) -> Iterator[bool]:
         """Encodes again, and backpropagates the features' gradient; None: the loss does not depend on them.
 
         Args:
             expected: the features of the first pass, to compare with.
-            last: called before the last chunk.
+
+        Yields:
+            before each chunk, whether it is the last.
         """
         if grad is None:
             return
-        for i, (rows, state) in enumerate(zip(self.chunks, self.states, strict=True)):
-            if i == len(self.chunks) - 1:
-                last()
+        for rows, state in zip(self.chunks, self.states, strict=True):
+            yield rows is self.chunks[-1]
             with state.again():
                 features = self._encode(rows)
             if expected is not None:
@@ -238,6 +267,7 @@ class _Passes:
             if features.requires_grad:
                 with torch._C._DisableAutocast():
                     features.backward(grad[rows])
+            del features  # before the next chunk's are made
 
     def _encode(self, rows: slice) -> Tensor:
         features = call(self.encoder, slice_rows(self.batch, rows))

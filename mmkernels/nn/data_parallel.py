@@ -11,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mmkernels.runtime.group import Group, check_group
+
+_CALL = "CachedContrastive"
+
 
 class DataParallel:
     """The DDP and FSDP2 wrappers, and the synchronised batch norms, among some modules and their submodules.
@@ -26,7 +30,7 @@ class DataParallel:
         found = list(dict.fromkeys(child for module in modules for child in module.modules()))
         self.ddp = [x for x in found if isinstance(x, DistributedDataParallel)]
         self.fsdp: list[Any] = []
-        self._norms = [x for x in found if isinstance(x, nn.SyncBatchNorm)]
+        norms = [x for x in found if isinstance(x, nn.SyncBatchNorm)]
         if dist.is_available():
             from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # imports much: not with the module
 
@@ -38,13 +42,24 @@ class DataParallel:
                 "static_graph must be False, as PyTorch counts the passes of a step, which has many here; got a "
                 "DistributedDataParallel with static_graph=True"
             )
+        self.reshard()
+        meshes = [x.device_mesh for module in self.fsdp for x in module.parameters() if hasattr(x, "device_mesh")]
+        in_step = [group for mesh in dict.fromkeys(meshes) for group in mesh.get_all_groups()]
+        if norms and dist.is_available() and dist.is_initialized():
+            in_step += [dist.group.WORLD if x.process_group is None else x.process_group for x in norms]
+        self._in_step, self._agreed = list(dict.fromkeys(in_step)), False
+        self._averaging = list(dict.fromkeys(x.process_group for x in self.ddp))
+
+    def reshard(self) -> None:
+        """Shards FSDP2's parameters, of which a pass without a backward pass leaves the outermost module's gathered."""
+        for x in self.fsdp:
+            x.reshard()
 
     @contextmanager
     def local(self) -> Iterator[None]:
         """DDP does not communicate within: neither gradients, nor buffers before a pass.
 
-        Ranks with different numbers of rows make different numbers of passes; each of DDP's broadcasts of buffers
-        would then wait for a rank that makes no such pass.
+        `average` then broadcasts buffers, once a step, also of a module whose methods are the encoders, without DDP.
         """
         before = [(x.require_backward_grad_sync, x.require_forward_param_sync) for x in self.ddp]
         for x in self.ddp:
@@ -70,25 +85,33 @@ class DataParallel:
         """Returns the largest counts among the ranks that must make the same number of passes.
 
         These are the ranks of FSDP2's meshes and of synchronised batch norms: they communicate in each pass.
+
+        Raises:
+            ValueError: another rank has reported an error, or has another number of encoders.
         """
-        for group in self._groups():
-            device = "cpu" if dist.get_backend(group) == "gloo" else torch.accelerator.current_accelerator()
-            most = torch.tensor(counts, device=device)
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-            counts = most.tolist()
+        self._agreed = True
+        for group in self._in_step:
+            said = Group(check_group(group), _CALL).agree({"encoders": len(counts)}, {"chunks": counts})
+            counts = [max(x) for x in zip(*(y["chunks"] for y in said), strict=True)]
         return counts
 
-    def _groups(self) -> list[dist.ProcessGroup]:
-        groups = [
-            group
-            for module in self.fsdp
-            for parameter in module.parameters(recurse=True)
-            if (mesh := getattr(parameter, "device_mesh", None)) is not None
-            for group in mesh.get_all_groups()
-        ]
-        if dist.is_available() and dist.is_initialized():
-            groups += [dist.group.WORLD if x.process_group is None else x.process_group for x in self._norms]
-        return list(dict.fromkeys(groups))
+    def confirm(self) -> None:
+        """Waits until all ranks of DDP modules have come here too.
+
+        Raises:
+            ValueError: one of them has reported an error instead.
+        """
+        for group in self._averaging:
+            Group(check_group(group), _CALL).agree({}, {})
+
+    def report(self, error: Exception) -> None:
+        """Tells an error to the ranks that wait in `agree` or `confirm`, for the first of the groups.
+
+        After `agree` those that communicate in each pass wait in a pass, where they can't be told.
+        """
+        waiting = self._averaging if not self._in_step else [] if self._agreed else self._in_step
+        if waiting:
+            Group(check_group(waiting[0]), _CALL).report(error)
 
 
 class _Zero(nn.Module):

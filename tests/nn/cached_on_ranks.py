@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmkernels
 from mmkernels.nn import CachedContrastive
+from mmkernels.nn.data_parallel import DataParallel
 
 CHUNKS = (4, 3)
-DDP = ("towers", "one", "unused", "view", "methods", "buffers")
-FSDP = ("towers", "one", "temperature")
+DDP = ("towers", "one", "unused", "view", "methods")
+FSDP = ("flat", "towers", "one", "temperature")
 
 
 class Both(nn.Module):
@@ -86,13 +88,15 @@ def with_ddp(rank: int, sizes: list[int]) -> None:
         modules, encoders = wrapped(kind, model)
         reductions: list[int] = []
         for module in modules:
-            module.register_comm_hook(reductions, _counted)
+            module.register_comm_hook(reductions, _noted)
         step = CachedContrastive(encoders, loss_of(model, sigmoid), chunk_size=CHUNKS, modules=modules)
         for _ in range(3):
             model.zero_grad()
             reductions.clear()
-            step(*inputs)
+            with _counted("_broadcast_coalesced") as broadcasts:
+                step(*inputs)
             assert len(reductions) == len(modules), kind  # each one's only bucket, once
+            assert len(broadcasts) == (kind != "towers"), kind  # of buffers, which towers have none of
             assert_equal(_alike(model, want), want, what=kind)
         for module in modules:
             assert module.require_backward_grad_sync and module.require_forward_param_sync, kind
@@ -111,7 +115,7 @@ def with_ddp(rank: int, sizes: list[int]) -> None:
             assert_equal(_alike(model, want), {name: 4 * x for name, x in want.items()}, what=kind)
 
 
-def _counted(reductions, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+def _noted(reductions, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
     reductions.append(bucket.index())
     summed = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return summed.then(lambda x: x.value()[0] / dist.get_world_size())
@@ -127,13 +131,15 @@ def _alike(model: nn.Module, want: dict[str, Tensor]) -> dict[str, Tensor]:
 def with_fsdp(rank: int, sizes: list[int]) -> None:
     """Ranks that hold fewer rows pass empty batches through their encoders."""
     mesh = init_device_mesh("cpu", (len(sizes),))
+    reduce = next(x for x in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, x))  # by PyTorch's age
     for kind in FSDP:
         model, inputs, want = truth(sizes)
-        if kind == "towers":
+        if kind in ("flat", "towers"):
             encoders: list[Any] = [model.image, model.text]
             modules: list[nn.Module] = []
             for tower in encoders:
-                fully_shard(tower[0], mesh=mesh)
+                if kind == "towers":
+                    fully_shard(tower[0], mesh=mesh)
                 fully_shard(tower, mesh=mesh)
         else:
             both = Both(model)
@@ -143,17 +149,40 @@ def with_fsdp(rank: int, sizes: list[int]) -> None:
                 fully_shard(module, mesh=mesh, ignored_params=outside)
             encoders = [lambda x, both=both: both(pixels=x), lambda x, both=both: both(tokens=x)]
             modules = [both]
-        step = CachedContrastive(encoders, loss_of(model), chunk_size=CHUNKS, modules=modules)
+        options = {"chunk_size": CHUNKS, "modules": modules, "reduce_each_chunk": kind == "one"}
+        step = CachedContrastive(encoders, loss_of(model), **options)
+        most = [max(1, -(-max(sizes) // chunk)) for chunk in CHUNKS]
         for _ in range(2):
             model.zero_grad()
-            step(*inputs)
+            with _counted(reduce) as reductions:
+                step(*inputs)
+            # Of each tower there are one or two groups of parameters, and one around them in which nothing is used.
+            times = {"flat": 2, "towers": 2 * 2, "one": sum(most), "temperature": 2 + 1}[kind]
+            assert len(reductions) == times, f"{kind}: {len(reductions)}"
             assert_equal(_alike(model, want), want, what=kind)
         model.zero_grad()
-        step(*inputs, sync=False)
+        with _counted(reduce) as reductions:
+            step(*inputs, sync=False)
+        assert not reductions, kind
         step(*inputs, scale_loss=2.0)
         assert_equal(_alike(model, want), {name: 3 * x for name, x in want.items()}, what=kind)
-        with torch.no_grad():
+        with torch.no_grad():  # leaves the outermost modules' parameters gathered
             step(*inputs)
+        model.zero_grad()
+        step(*inputs)
+        assert_equal(_alike(model, want), want, what=kind)
+
+
+@contextmanager
+def _counted(name: str) -> Iterator[list[Any]]:
+    """Counts the calls of a function of torch.distributed."""
+    found: list[Any] = []
+    original = getattr(dist, name)
+    setattr(dist, name, lambda *args, **options: (found.append(args), original(*args, **options))[1])
+    try:
+        yield found
+    finally:
+        setattr(dist, name, original)
 
 
 def with_dropout(rank: int, sizes: list[int]) -> None:
@@ -188,3 +217,71 @@ def with_what_does_not_work(rank: int) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     return found
+
+
+def with_an_error(rank: int) -> None:
+    """An encoder that fails in the second pass leaves no wrapper changed: the next step is right."""
+    model, inputs, want = truth([9])
+    ddp = DistributedDataParallel(Both(model))
+    passes: list[int] = []
+
+    def encoder(x: Tensor) -> Tensor:
+        passes.append(1)
+        if len(passes) == 4:
+            raise ZeroDivisionError
+        found: Tensor = ddp(pixels=x)
+        return found
+
+    step = CachedContrastive([encoder, lambda x: ddp(tokens=x)], loss_of(model), chunk_size=4, modules=ddp)
+    try:
+        step(*inputs)
+        raise AssertionError("no error")
+    except ZeroDivisionError:
+        assert ddp.require_backward_grad_sync and ddp.require_forward_param_sync
+    model.zero_grad()
+    step(*inputs)
+    assert_equal(_alike(model, want), want)
+
+
+def with_bad_input(rank: int) -> list[str]:
+    """Rank 1 has a fault: in an input under DDP and FSDP2, in an encoder under DDP. Returns this rank's errors."""
+    found = []
+    for kind in ("input", "encoder", "sharded"):
+        model, inputs, _ = truth([5, 4])
+        module: Any = model.image
+        if kind == "sharded":
+            fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+        else:
+            module = DistributedDataParallel(module)
+        given: Any = inputs[0]
+        if rank == 1 and kind != "encoder":
+            given = (inputs[0], inputs[0][1:])
+        cut = lambda x, bad=rank == 1 and kind == "encoder": x[1:] if bad else x
+        encoder = lambda x, y=None, module=module, cut=cut: cut(module(x))
+        try:
+            CachedContrastive(encoder, lambda x: x.sum(), chunk_size=2, modules=module)(given)
+        except ValueError as error:
+            found.append(str(error))
+        dist.barrier()  # no rank has gone on to tell the others what they know
+    return found
+
+
+def with_synchronised_norms(rank: int) -> None:
+    """The larger number of passes, for the norms themselves, which run on GPUs only."""
+    parallel = DataParallel([nn.Sequential(nn.SyncBatchNorm(4))])
+    assert parallel.agree([rank + 1, 5 - rank]) == [2, 5]
+
+
+def with_compiled_and_checkpointed(rank: int, sizes: list[int]) -> None:
+    """`torch.compile` around DDP, and encoders that compute their activations again in the backward pass."""
+    model, inputs, want = truth(sizes)
+    image, text = DistributedDataParallel(model.image), DistributedDataParallel(model.text)
+    encoders = [
+        torch.compile(image, backend="aot_eager"),
+        lambda x: torch.utils.checkpoint.checkpoint(text, x, use_reentrant=False),
+    ]
+    step = CachedContrastive(encoders, loss_of(model), chunk_size=CHUNKS, modules=[text])
+    for _ in range(3):
+        model.zero_grad()
+        step(*inputs)
+        assert_equal(_alike(model, want), want)

@@ -6,22 +6,45 @@ import cached_on_ranks
 import pytest
 import ranks
 
-SIZES = [[11, 2], [9, 0, 3], [4, 4, 4, 4]]
+SIZES = [
+    pytest.param([11, 2], id="11,2"),
+    pytest.param([9, 0, 3], id="9,0,3", marks=pytest.mark.slow),
+    pytest.param([4, 0, 4, 4], id="4,0,4,4"),
+]
 """Rows of each rank: chunks in different numbers, none, and as many on each."""
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
 def test_ddp(sizes: list[int]) -> None:
     ranks.run(len(sizes), cached_on_ranks.with_ddp, sizes)
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
 def test_fsdp2(sizes: list[int]) -> None:
     ranks.run(len(sizes), cached_on_ranks.with_fsdp, sizes)
 
 
 def test_dropout() -> None:
     ranks.run(2, cached_on_ranks.with_dropout, [9, 6])
+
+
+def test_a_rank_with_bad_input_makes_all_raise() -> None:
+    own, told = reversed(ranks.run(2, cached_on_ranks.with_bad_input))
+    rows = "inputs[0] must hold tensors of as many rows, got 4 and 3"
+    assert own == [rows, "encoders[0] must return a row for each of 2 rows, got shape (1, 12)", rows]
+    assert told == [f"CachedContrastive: rank 1 of the group has bad input: ValueError: {error}" for error in own]
+
+
+def test_synchronised_norms_make_as_many_passes() -> None:
+    ranks.run(2, cached_on_ranks.with_synchronised_norms)
+
+
+def test_an_error_changes_nothing() -> None:
+    ranks.run(1, cached_on_ranks.with_an_error)
+
+
+def test_compiled_and_checkpointed_encoders() -> None:
+    ranks.run(2, cached_on_ranks.with_compiled_and_checkpointed, [9, 6])
 
 
 def test_wrappers_that_do_not_work() -> None:
