@@ -69,7 +69,11 @@ def told_to_group(error: Exception, name: str, call: str, like: object) -> None:
         call: what the others compute.
         like: a tensor on the device of theirs, if it is one.
     """
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():  # transforms would wrap the message's tensors
         Group(name, call, like.device if isinstance(like, Tensor) else None).report(error)
 
 
