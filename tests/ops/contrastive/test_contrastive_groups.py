@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from group_tools import Job, case_of, compute, compute_in_pieces, together
+import torch.distributed as dist
+from group_tools import Job, case_of, compute, compute_in_pieces, small_pieces, together
 from harness import SPECS, backends, compare, expected, inputs_in, name_of
 from torch import Tensor
 
+import mmkernels
 from mmkernels.runtime import triton as gpu
 
 OPS = ("info_nce", "sigmoid_contrastive", "retrieval_ranks")
@@ -56,6 +58,38 @@ def test_blocks_in_triton() -> None:
         "retrieval_ranks": ("ties",),
     }
     _check(2, [Job(op, case, torch.float32, "triton") for op, names in cases.items() for case in names])
+
+
+_TIED = 60
+
+
+def _tied(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns a batch of few different rows, whose scores are whole numbers: many are equal to the last bit."""
+    generator = torch.Generator().manual_seed(3)
+    image, text = (torch.randint(-1, 2, (_TIED, 2), generator=generator).to(dtype) for _ in range(2))
+    image_ids, text_ids = torch.randint(4, (2, _TIED), generator=generator)
+    return {"image": image, "text": text, "image_ids": image_ids, "text_ids": text_ids}
+
+
+def _tied_statistics(rank: int, dtype: torch.dtype) -> list[list[float]]:
+    rows = slice(*[(0, 7), (7, 40), (40, _TIED)][rank])
+    mine = {name: x[rows] for name, x in _tied(dtype).items()}
+    with small_pieces(5, 10):
+        return [
+            [
+                float(x)
+                for x in mmkernels.info_nce(**mine, logit_scale=scale, group=dist.group.WORLD, return_stats=True)[1]
+            ]
+            for scale in (2.0, -2.0)
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=name_of)
+def test_statistics_of_ties(dtype: torch.dtype) -> None:
+    """Of equal scores the one with the lower index among all ranks' comes first, positives and negatives."""
+    whole = [mmkernels.info_nce(**_tied(dtype), logit_scale=scale, return_stats=True)[1] for scale in (2.0, -2.0)]
+    right = [[float(x) for x in stats] for stats in whole]
+    assert ranks.run(3, _tied_statistics, dtype) == [right] * 3
 
 
 def _check(world: int, jobs: list[Job], run: Callable[..., Any] = compute) -> None:
