@@ -10,12 +10,15 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from group_tools import small_pieces
+from harness import peak_of
 from test_contrastive_groups import assert_equal
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mmkernels
+from mmkernels.meters import memory_why_not
 
 _IN, _DIM = 10, 6
 _COUNTS = {2: (5, 3), 3: (4, 0, 6), 4: (3, 1, 0, 5)}
@@ -226,6 +229,33 @@ def test_bytes_that_a_rank_sends(op: str, dtype: torch.dtype, row_bytes: int) ->
         least = (row_bytes * world - (row_bytes - 4)) * rows * dim  # texts do not travel home, gradients do
         assert least <= sent <= row_bytes * rows * world * dim + 64 * rows * world
         assert gathered < 20_000
+
+
+# Memory.
+
+_ROWS, _WIDE = 1024, 512
+
+
+def _peak(rank: int, op: str) -> int:
+    """Returns the bytes that a step takes at its peak above its inputs; gradients are in them."""
+
+    def step(rows: int) -> None:
+        outputs = (image[:rows], text[:rows], torch.tensor(10.0, requires_grad=True), torch.tensor(-5.0))
+        torch.autograd.grad(_loss(op, outputs, dist.group.WORLD), outputs[:2])
+
+    image, text = (torch.randn(_ROWS, _WIDE, requires_grad=True) for _ in range(2))
+    with small_pieces(64, 256):
+        return peak_of(lambda: step(_ROWS), first=lambda: step(100))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_memory_of_a_rank(op: str) -> None:
+    """At most two blocks of features and some scratch above the gradients: three more were those of all ranks."""
+    if (why_not := memory_why_not()) is not None:
+        pytest.skip(why_not)
+    block = _ROWS * _WIDE * 4
+    for peak in ranks.run(4, _peak, op):
+        assert 2 * block <= peak < 4 * block + 3_000_000, peak / block
 
 
 # How it is called.

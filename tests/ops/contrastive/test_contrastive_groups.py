@@ -66,14 +66,15 @@ _TIED = 60
 def _tied(dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns a batch of few different rows, whose scores are whole numbers: many are equal to the last bit."""
     generator = torch.Generator().manual_seed(3)
-    image, text = (torch.randint(-1, 2, (_TIED, 2), generator=generator).to(dtype) for _ in range(2))
-    image_ids, text_ids = torch.randint(4, (2, _TIED), generator=generator)
-    return {"image": image, "text": text, "image_ids": image_ids, "text_ids": text_ids}
+    image, text, hard = torch.randint(-1, 2, (3, _TIED, 2), generator=generator).to(dtype)
+    ids = torch.randint(30, (3, _TIED), generator=generator)
+    more = {"hard_texts": hard, "hard_text_ids": ids[2]}  # the same on all ranks
+    return {"image": image, "text": text, "image_ids": ids[0], "text_ids": ids[1], **more}
 
 
 def _tied_statistics(rank: int, dtype: torch.dtype) -> list[list[float]]:
     rows = slice(*[(0, 7), (7, 40), (40, _TIED)][rank])
-    mine = {name: x[rows] for name, x in _tied(dtype).items()}
+    mine = {name: x if name.startswith("hard") else x[rows] for name, x in _tied(dtype).items()}
     with small_pieces(5, 10):
         return [
             [
