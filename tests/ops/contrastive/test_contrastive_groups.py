@@ -93,6 +93,30 @@ def test_statistics_of_ties(dtype: torch.dtype) -> None:
     assert ranks.run(3, _tied_statistics, dtype) == [right] * 3
 
 
+def _far_from_zero(dtype: torch.dtype) -> list[Tensor]:
+    """Returns features whose dots are exact: near 2**22, and little apart."""
+    generator = torch.Generator().manual_seed(0)
+    return [(256 + torch.randint(-1, 2, (40, 64), generator=generator)).to(dtype) for _ in range(2)]
+
+
+def _scale_gradient(features: list[Tensor], group: Any = None, backend: str | None = None) -> float:
+    scale = torch.tensor(2.0**-8, requires_grad=True)
+    return float(torch.autograd.grad(mmkernels.info_nce(*features, scale, group=group, backend=backend), scale)[0])
+
+
+def _scale_gradients(rank: int) -> list[float]:
+    rows = slice(30 * rank, 30 + 10 * rank)
+    mine = [x[rows] for x in _far_from_zero(torch.float32)]
+    return [_scale_gradient(mine, dist.group.WORLD, backend) for backend in ("cpu", "chunked", "reference")]
+
+
+def test_scale_gradient_of_dots_far_from_zero() -> None:
+    """A constant that all dots share cancels only over the blocks of all ranks, so that none may round it."""
+    right = _scale_gradient(_far_from_zero(torch.float64))
+    for found in ranks.run(2, _scale_gradients):
+        assert found == pytest.approx([right] * 3, rel=1e-6)
+
+
 def _check(world: int, jobs: list[Job], run: Callable[..., Any] = compute) -> None:
     """Assert the ops' error budgets, and in float64 1e-12."""
     parts = ranks.run(world, run, world, jobs)
