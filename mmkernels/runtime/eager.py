@@ -83,10 +83,9 @@ def call(op: Op, inputs: Any, backend: str) -> Any:
     if wanted and op.recorded is not None:
         return op.recorded(*inputs, backend)
     if op.transformed is not None:
-        transform = _transform()
-        if transform == "forward" or has_tangent(tensors):
+        if in_forward_mode(tensors):
             return _naive(op, inputs, backend)
-        if transform == "reverse":
+        if _transform() == "reverse":
             return op.transformed(*inputs, backend)
     return _cross(op, inputs, backend)
 
@@ -229,6 +228,11 @@ def _is_traced_in_a_transform() -> bool:
 # TorchDynamo, which enters the transforms that it traces, calls it and takes its result for a constant of the graph.
 # `torch.compiler.assume_constant_result` sets the same, but imports TorchDynamo.
 _is_traced_in_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def in_forward_mode(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Returns whether a call is differentiated in forward mode, by ``torch.func`` or as dual numbers."""
+    return _transform() == "forward" or has_tangent(tensors)
 
 
 def has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:

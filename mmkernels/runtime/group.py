@@ -20,6 +20,7 @@ _OPERATION = "call"  # the name under which ranks agree on what they call
 
 class GroupError(RuntimeError):
     """A rank of a group did not answer: it has died, is late by more than the group's timeout, or made another call.
+    Or the group itself was destroyed between forward and backward.
 
     The group can't be used any more: messages of the call that failed may still be under way.
     """
@@ -68,7 +69,11 @@ def told_to_group(error: Exception, name: str, call: str, like: object) -> None:
         call: what the others compute.
         like: a tensor on the device of theirs, if it is one.
     """
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():  # transforms would wrap the message's tensors
         Group(name, call, like.device if isinstance(like, Tensor) else None).report(error)
 
 
@@ -86,7 +91,10 @@ class Group:
 
         self.call = call
         resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
-        self.process_group = resolve(name)
+        try:
+            self.process_group = resolve(name)
+        except (RuntimeError, LookupError):
+            raise GroupError(f"{call}: the process group {name!r} has been destroyed since forward") from None
         able = self.process_group._device_types
         self.device = device if device is not None and torch.device(device.type) in able else able[-1]
         self.rank, self.size = self.process_group.rank(), self.process_group.size()
@@ -131,7 +139,7 @@ class Group:
         return [message["own"] for message in said]
 
     def _gather(self, message: Mapping[str, Any]) -> list[dict[str, Any]]:
-        text = json.dumps(message).encode()
+        text = json.dumps(message, ensure_ascii=False).encode(errors="replace")
         assert len(text) <= _MESSAGE_BYTES, "what is said must be short"
         mine = torch.frombuffer(bytearray(text.ljust(_MESSAGE_BYTES)), dtype=torch.uint8).to(self.device)
         return [json.loads(x.tobytes()) for x in self.gather(mine).cpu().numpy()]

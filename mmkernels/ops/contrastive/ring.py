@@ -18,26 +18,28 @@ from torch import Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.formula import NO_PARTNERS
 from mmkernels.runtime.checks import in_graph
-from mmkernels.runtime.dispatch import TABLES, Backend, BackendError, Op, resolve
+from mmkernels.runtime.dispatch import TABLES, Backend, Op, resolve
+from mmkernels.runtime.eager import in_forward_mode
 from mmkernels.runtime.group import Group, Piece, check_group, told_to_group
 
-_PIECE_BYTES = 2**21  # of features on a CPU: two or three pieces and their float32 gradients fit into the caches
-_CHUNK_BYTES = 2**23  # of the float32 gradients of the images that one block takes on a CPU
+PIECE_BYTES = 2**21  # of features on a CPU: two or three pieces and their float32 gradients fit into the caches
+CHUNK_BYTES = 2**23  # of the float32 gradients of the images that one block takes on a CPU
 _ACCELERATOR = 16  # times as much there: a kernel of milliseconds, beside which its launch is nothing
 
 
 def piece_rows(text: Tensor) -> int:
     """Returns the rows of a piece, which are the same on every rank; text: [M, d]."""
-    return _rows(_PIECE_BYTES, text, text.shape[1] * text.element_size())
+    return rows_within(PIECE_BYTES, text, text.shape[1] * text.element_size())
 
 
 def chunks(image: Tensor) -> Iterator[slice]:
     """Yields images whose float32 gradients fit into the budget; image: [N, d] or [N, Q, d]."""
-    step = _rows(_CHUNK_BYTES, image, image.shape[1:].numel() * 4)
+    step = rows_within(CHUNK_BYTES, image, image.shape[1:].numel() * 4)
     return (slice(first, min(first + step, len(image))) for first in range(0, len(image), step))
 
 
-def _rows(budget: int, x: Tensor, row_bytes: int) -> int:
+def rows_within(budget: int, x: Tensor, row_bytes: int) -> int:
+    """Returns how many rows a budget holds on x's device: whole tiles of 64, and one tile at least."""
     return max(64, budget * (1 if x.is_cpu else _ACCELERATOR) // row_bytes // 64 * 64)
 
 
@@ -183,12 +185,14 @@ def call_over_ranks(
         inputs, backend = record(*args, name, *more), resolve(backend)
         if not in_graph():
             op.choose(backend, inputs)
-    except (TypeError, ValueError, BackendError) as error:
+            if in_forward_mode(op.layout.take_tensors(inputs)):
+                no_formula(inputs)
+    except Exception as error:  # of any kind: the other ranks wait
         told_to_group(error, name, call, like)
         raise
     return inputs, op(inputs, backend)
 
 
 def no_formula(args: Any) -> Any:
-    """Takes the place of a formula for second derivatives."""
+    """Takes the place of a formula for derivatives of other kinds."""
     raise NotImplementedError("a loss over a group has no second derivatives, and none in forward mode")

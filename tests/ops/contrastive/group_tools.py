@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from harness import SPECS, Result, cotangent, flatten, inputs_in, leaves_of
 from torch import Tensor
 
+from mmkernels.ops.contrastive import ring
 from mmkernels.spec import Case, Inputs, OpSpec
 
 _SIDES = {"image": "image", "image_ids": "image", "text": "text", "text_ids": "text"}
@@ -53,10 +57,29 @@ def rows_of(job: Job, inputs: Inputs, rank: int, world: int) -> dict[str, slice]
     return {side: slice(*x[rank : rank + 2]) for side, x in cuts.items()}
 
 
+@contextmanager
+def small_pieces(rows: int, chunk: int) -> Iterator[None]:
+    """Let texts travel in pieces of so many rows, and blocks take so many images at once."""
+    sizes = {ring.PIECE_BYTES: rows, ring.CHUNK_BYTES: chunk}
+    with mock.patch.object(ring, "rows_within", lambda budget, *_: sizes[budget]):
+        yield
+
+
 def compute(rank: int, world: int, jobs: list[Job]) -> list[Part]:
     """Returns the results of one rank."""
     torch.set_num_threads(1)
     return [_part(job, rank, world) for job in jobs]
+
+
+def compute_in_pieces(rank: int, world: int, jobs: list[Job]) -> list[Part]:
+    """Returns the results of one rank, its texts and images in about two pieces and three chunks."""
+    parts = []
+    for job in jobs:
+        inputs = inputs_in(*case_of(job), job.dtype)
+        images, texts = (inputs[name] for name in (("query", "gallery") if "query" in inputs else ("image", "text")))
+        with small_pieces(1 + len(texts) // (2 * world), 1 + len(images) // (3 * world)):
+            parts.append(_part(job, rank, world))
+    return parts
 
 
 def _part(job: Job, rank: int, world: int) -> Part:

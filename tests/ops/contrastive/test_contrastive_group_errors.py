@@ -33,7 +33,11 @@ def _call(rank: int, rows: int = 4, **change: Any) -> Tensor:
 def _changed(name: str, rank: int) -> dict[str, Any]:
     """Returns what rank 1 does otherwise than the others."""
     if rank != 1:
-        return {"image_ids": torch.arange(4)} if name == "no ids" else {}
+        all_others: dict[str, dict[str, Any]] = {
+            "no ids": {"image_ids": torch.arange(4)},
+            "backend": {"return_stats": True, "backend": "chunked"},
+        }
+        return all_others.get(name, {})
     return {
         "channels": lambda: {"image": torch.randn(4, 6), "text": torch.randn(4, 6)},
         "dtype": lambda: {"image": torch.randn(4, _DIM).double(), "text": torch.randn(4, _DIM).double()},
@@ -45,6 +49,7 @@ def _changed(name: str, rank: int) -> dict[str, Any]:
         "ids": lambda: {"image_ids": torch.arange(4)},
         "no ids": lambda: {},
         "queries": lambda: {"image": torch.randn(4, 3, _DIM)},
+        "backend": lambda: {"return_stats": True, "backend": "reference"},
     }[name]()
 
 
@@ -54,7 +59,9 @@ def _disagree(rank: int, names: list[str]) -> list[str]:
         with pytest.raises(ValueError) as caught:
             _call(rank, **_changed(name, rank))
         messages.append(str(caught.value))
-    assert _call(rank).isfinite()  # the group can still be used
+    # The group can still be used, and an option may be said in another way.
+    assert _call(rank, return_stats=torch.tensor(True) if rank else True)[0].isfinite()
+    assert _call(rank, backend="chunked" if rank else "reference").isfinite()
     return messages
 
 
@@ -70,6 +77,7 @@ def test_ranks_that_disagree() -> None:
         "ids": r"whether ids are given must be the same .*, got False on rank 0 and True on rank 1",
         "no ids": r"whether ids are given must be the same .*, got True on rank 0 and False on rank 1",
         "queries": r"the number of dims must be the same",
+        "backend": r"the backend must be the same .*, got 'chunked' on rank 0 and 'reference' on rank 1",
     }
     first, *others = ranks.run(3, _disagree, list(said))
     assert all(messages == first for messages in others)
@@ -82,6 +90,8 @@ def _bad_on_one(rank: int) -> list[str]:
         {"text": torch.randint(3, (4, _DIM))},
         {"text": torch.randn(5, _DIM)},
         {"same_id": "maybe"},
+        {"same_id": 400 * "\U0001f600"},  # four bytes each
+        {"return_stats": torch.zeros(2)},  # a RuntimeError of PyTorch
         {"label_smoothing": 2.0},
         {"logit_scale": "10"},
         {"image": None},
@@ -90,7 +100,7 @@ def _bad_on_one(rank: int) -> list[str]:
     ]
     messages = []
     for change in bad:
-        with pytest.raises((TypeError, ValueError, mmkernels.BackendError)) as caught:
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
             _call(rank, **(change if rank == 2 else {}))
         messages.append(f"{type(caught.value).__name__}: {caught.value}")
     assert _call(rank).isfinite()
@@ -104,6 +114,31 @@ def test_bad_input_of_one_rank() -> None:
     for heard, own in zip(first, third, strict=True):
         assert heard.startswith("ValueError: info_nce, forward: rank 2 of the group has bad input: ")
         assert own[:100] in heard
+
+
+def _transforms(rank: int) -> None:
+    image, text = torch.randn(2, 4, _DIM)
+
+    def loss(x: Tensor) -> Tensor:
+        return mmkernels.info_nce(x, text, 10.0, group=dist.group.WORLD)
+
+    for alone in (True, False):  # rank 0 alone, then all ranks
+        if rank and alone:
+            with pytest.raises(ValueError, match="rank 0 of the group has bad input: NotImplementedError"):
+                loss(image)
+        else:
+            with pytest.raises(NotImplementedError, match="none in forward mode"):
+                torch.func.jvp(loss, (image,), (image,))
+    two = torch.vmap(loss)(torch.stack([image, 2 * image]))
+    assert torch.equal(two, torch.stack([loss(image), loss(2 * image)]))
+    grad = torch.func.grad(loss)(image)
+    loss(image.requires_grad_()).backward()
+    assert image.grad is not None and torch.equal(grad, image.grad)
+
+
+def test_transforms() -> None:
+    """Derivatives in forward mode are refused before ranks wait for each other."""
+    ranks.run(2, _transforms)
 
 
 def _other_call(rank: int) -> str:
@@ -197,8 +232,17 @@ def _destroyed(rank: int) -> None:
         _call(rank, group=group)
 
 
+def _destroyed_before_backward(rank: int) -> None:
+    loss = _call(rank)
+    dist.barrier()
+    dist.destroy_process_group()
+    with pytest.raises(GroupError, match="backward: the process group '0' has been destroyed since forward"):
+        loss.backward()
+
+
 def test_no_group() -> None:
     ranks.run(1, _destroyed)
+    ranks.run(2, _destroyed_before_backward)
     features = torch.randn(3, _DIM)
     with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup .*, got str"):
         mmkernels.info_nce(features, features, 10.0, group="world")  # type: ignore[arg-type]

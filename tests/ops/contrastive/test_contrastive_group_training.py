@@ -10,12 +10,15 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from group_tools import small_pieces
+from harness import peak_of
 from test_contrastive_groups import assert_equal
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mmkernels
+from mmkernels.meters import memory_why_not
 
 _IN, _DIM = 10, 6
 _COUNTS = {2: (5, 3), 3: (4, 0, 6), 4: (3, 1, 0, 5)}
@@ -123,6 +126,71 @@ def test_parameters_gradients(world: int) -> None:
                 assert_equal(grad, right[name], 1e-12, f"{what} / rank {rank} of {world} / {name}")
 
 
+# Ranks that differ in what they want.
+
+_FLOWS = (1.0, 0.5, 3.0)  # what flows back to the loss on each rank
+_FEATURES_WANTED = ((True, True), (False, True), (True, False))  # whether image's and text's gradients are
+_HARD_RANK, _SCALE_NUMBER = 2, 1
+
+
+def _unlike_parts() -> dict[str, list[Tensor]]:
+    """Returns features of each rank, float64; hard texts of one rank."""
+    generator = torch.Generator().manual_seed(2)
+    counts = {"image": (4, 2, 3), "text": (4, 2, 3), "hard": (0, 0, 5)}
+    return {
+        name: list(torch.randn(sum(rows), 8, generator=generator, dtype=torch.float64).split(rows))
+        for name, rows in counts.items()
+    }
+
+
+def _unlike(rank: int, op: str) -> dict[str, Tensor]:
+    parts = _unlike_parts()
+    image, text = (
+        parts[name][rank].requires_grad_(wanted)
+        for name, wanted in zip(("image", "text"), _FEATURES_WANTED[rank], strict=True)
+    )
+    hard = parts["hard"][rank].requires_grad_() if rank == _HARD_RANK else None
+    scale: Any = 3.0 if rank == _SCALE_NUMBER else torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    if op == "info_nce":
+        loss = mmkernels.info_nce(image, text, scale, hard_texts=hard, group=dist.group.WORLD)
+    else:
+        loss = mmkernels.sigmoid_contrastive(image, text, scale, -1.0, group=dist.group.WORLD)
+    leaves = {"image": image, "text": text, "scale": scale, "hard": hard if op == "info_nce" else None}
+    wanted = {name: x for name, x in leaves.items() if isinstance(x, Tensor) and x.requires_grad}
+    (_FLOWS[rank] * loss).backward()
+    grads = {name: x.grad for name, x in wanted.items() if x.grad is not None}
+    assert grads.keys() == wanted.keys()
+    return grads
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ranks_that_differ_in_what_they_want(op: str) -> None:
+    """Unequal upstream gradients, frozen towers, a scale that is a number, and hard texts, each on some ranks only."""
+    parts = _unlike_parts()
+    image, text, hard = (torch.cat(parts[name]).requires_grad_() for name in ("image", "text", "hard"))
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    logits, diagonal = scale * image @ text.mT, torch.arange(len(image))
+    if op == "info_nce":
+        unseen = torch.ones(len(image), 1, dtype=torch.bool)
+        unseen[-len(parts["image"][_HARD_RANK]) :] = False
+        more = (scale * image @ hard.mT).masked_fill(unseen, -torch.inf)
+        loss = (F.cross_entropy(torch.cat([logits, more], 1), diagonal) + F.cross_entropy(logits.mT, diagonal)) / 2
+    else:
+        signs = 2 * torch.eye(len(image), dtype=torch.float64) - 1
+        loss = -F.logsigmoid(signs * (logits - 1.0)).sum() / len(image)
+    loss.backward()
+    flow = sum(_FLOWS)
+    for rank, grads in enumerate(ranks.run(3, _unlike, op)):
+        for name, grad in grads.items():
+            whole = {"image": image, "text": text, "hard": hard, "scale": scale}[name].grad
+            assert whole is not None
+            if name == "scale":
+                right = whole * flow / 3
+            else:
+                right = whole.split([len(x) for x in parts[name]])[rank] * flow
+            assert_equal(grad, right, 1e-12, f"{op} / rank {rank} / {name}")
+
+
 # Bytes on the wire.
 
 
@@ -161,6 +229,33 @@ def test_bytes_that_a_rank_sends(op: str, dtype: torch.dtype, row_bytes: int) ->
         least = (row_bytes * world - (row_bytes - 4)) * rows * dim  # texts do not travel home, gradients do
         assert least <= sent <= row_bytes * rows * world * dim + 64 * rows * world
         assert gathered < 20_000
+
+
+# Memory.
+
+_ROWS, _WIDE = 1024, 512
+
+
+def _peak(rank: int, op: str) -> int:
+    """Returns the bytes that a step takes at its peak above its inputs; gradients are in them."""
+
+    def step(rows: int) -> None:
+        outputs = (image[:rows], text[:rows], torch.tensor(10.0, requires_grad=True), torch.tensor(-5.0))
+        torch.autograd.grad(_loss(op, outputs, dist.group.WORLD), outputs[:2])
+
+    image, text = (torch.randn(_ROWS, _WIDE, requires_grad=True) for _ in range(2))
+    with small_pieces(64, 256):
+        return peak_of(lambda: step(_ROWS), first=lambda: step(100))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_memory_of_a_rank(op: str) -> None:
+    """At most two blocks of features and some scratch above the gradients: three more were those of all ranks."""
+    if (why_not := memory_why_not()) is not None:
+        pytest.skip(why_not)
+    block = _ROWS * _WIDE * 4
+    for peak in ranks.run(4, _peak, op):
+        assert 2 * block <= peak < 4 * block + 3_000_000, peak / block
 
 
 # How it is called.

@@ -135,15 +135,17 @@ def info_nce(
     only this rank's images see them. Every rank returns the loss, and the statistics, of all ranks together
     (reduction="none": of its own rows). Texts travel round the ring of ranks in pieces, in their own dtype, while what
     has come is computed with; no rank ever holds the features of all, and each sends about ``2 N W d`` numbers of the
-    features' dtype and ``N W d`` of float32 a step for its N texts and W ranks. All ranks must call forward, and then
-    backward, in the same order. The sizes that they tell each other make a GPU's call wait for the device.
+    features' dtype and ``N W d`` of float32 a step for its N texts and W ranks (``3 N W d`` of the former with
+    `return_stats`, which needs one backend on all ranks). All ranks must call forward, and then backward, in the same
+    order. The sizes that they tell each other make a GPU's call wait for the device.
 
     Gradients are those of the sum over ranks of what they return, W times the loss: a rank's features, and what it
     computed them from, get W times the loss's gradient, so that the mean over ranks is right; logit_scale gets the
     loss's own gradient on each rank, whose mean is that gradient again. So under DDP and FSDP2, which average gradients
     over ranks, all are exactly those of one process with the whole batch. Where nothing averages them, divide the
     parameters' gradients by W and sum them over ranks; logit_scale's is right as it is. (For unequal upstream gradients
-    read their sum over ranks for W, and their mean for 1.) There are no second derivatives over a group.
+    read their sum over ranks for W, and their mean for 1.) Over a group there are no second derivatives and none in
+    forward mode.
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, range or choice. Each names the argument,
@@ -239,7 +241,7 @@ def _checked(
         label_smoothing=check_number("label_smoothing", label_smoothing, "a number from 0 to 1", 0.0, 1.0),
         image_weight=check_number("image_weight", image_weight, "a number from 0 to 1", 0.0, 1.0),
         reduction=reduction,
-        stats=return_stats,
+        stats=bool(return_stats),
     )
 
 

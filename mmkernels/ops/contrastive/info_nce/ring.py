@@ -70,10 +70,11 @@ def totals_of(totals: Tensor) -> tuple[Direction, Direction]:
     return Direction(*totals[:5].unbind()), Direction(*totals[5:10].unbind())
 
 
-def _ring(args: Any, pass_name: str, own: dict[str, Any]) -> Ring:
+def _ring(args: Any, kernels: str, pass_name: str, own: dict[str, Any]) -> Ring:
     """Returns the ring of a call, after the handshake.
 
     Args:
+        kernels: the backend of the blocks.
         pass_name: "forward" or "backward": what ranks must do at once.
         own: what this rank says of itself besides its sizes.
     """
@@ -85,6 +86,8 @@ def _ring(args: Any, pass_name: str, own: dict[str, Any]) -> Ring:
         "image_weight": args.image_weight,
         "reduction": args.reduction,
         "return_stats": args.stats,
+        # Ranks compare their best scores, whose unit is the backend's own.
+        "the backend": kernels if args.stats and pass_name == "forward" else None,
     }
     return Ring(f"{CALL}, {pass_name}", args.group, args.image, args.text, same, own)
 
@@ -112,7 +115,7 @@ class _Call:
 
     def __init__(self, args: Any, kernels: str, pass_name: str, own: dict[str, Any]) -> None:
         self.args, self.kernels, self.wide = args, kernels, wide_dtype(args.image)
-        self.ring = _ring(args, pass_name, own)
+        self.ring = _ring(args, kernels, pass_name, own)
         self.images = slice(0, len(args.image))
 
     def circulate(self, own: list[Tensor], meet: Callable[[_Texts], list[Tensor] | None], **results: Any) -> None:

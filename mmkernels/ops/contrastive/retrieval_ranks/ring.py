@@ -30,14 +30,14 @@ def forward(args: Any, kernels: str) -> Tensor:
     low, high = (int(x) for x in target.aminmax()) if seen else (0, 0)
     ring = Ring(CALL, args.group, query, gallery, {}, {"low": low, "high": high})
     items = ring.all_texts
+    if sum(ring.images) and not items:
+        raise ValueError("gallery must have an item on one rank at least, got none")
     for rank, said in enumerate(ring.said):
         if said["low"] < 0 or said["high"] >= max(items, 1):
             raise ValueError(
                 f"target must be from 0 to {items - 1}, a row of all ranks' galleries, got {said['low']} to "
                 f"{said['high']} on rank {rank}"
             )
-    if sum(ring.images) and not items:
-        raise ValueError("gallery must have an item on one rank at least, got none")
     inside = target.clamp(0, max(items - 1, 0))
     right = query.new_empty(query.shape)
     before, is_nan = torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool)
