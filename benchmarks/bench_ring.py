@@ -87,10 +87,10 @@ def test_ring(benchmark: Any, row: Row) -> None:
 
 @cache
 def _measured(pairs: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
+    if pairs == MANY:
+        return on_ranks(RANKS, ring_peers.measure_alone, pairs, DIM, dtype, timeout=_TIMEOUT)
     cores = host.physical_cores()
-    return on_ranks(
-        RANKS, ring_peers.measure, pairs, DIM, dtype, rounds, cores, pairs == PAIRS, timeout=_TIMEOUT
-    )  # fmt: skip
+    return on_ranks(RANKS, ring_peers.measure_beside, pairs, DIM, dtype, rounds, cores, timeout=_TIMEOUT)
 
 
 def _over_ranks(found: list[dict[str, Any]], kind: str, name: str, join: Any) -> float:
@@ -110,7 +110,7 @@ def _targets(row: Row) -> list[Target]:
     if row.what == TIME:
         return [
             *(Speedup(row.dtype, True, 1.0, peer) for peer in (GATHER, GATHER_LOCAL)),
-            *(MemoryRatio(row.dtype, True, 10.0, peer) for peer in (GATHER, GATHER_LOCAL)),
+            MemoryRatio(row.dtype, True, 10.0, GATHER),
         ]
     block = row.pairs * DIM * DTYPES[row.dtype].itemsize
     return [ExtraMemory(row.dtype, True, 2 * block / 1e6 + 60)]

@@ -25,28 +25,25 @@ SCALE = 50.0
 Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def measure(pairs: int, dim: int, dtype: str, rounds: int, cores: int, beside: bool) -> dict[str, Any]:
-    """Returns what one rank measured: wrong results, seconds, CPU seconds, peak bytes above inputs and gradients.
+def measure_beside(pairs: int, dim: int, dtype: str, rounds: int, cores: int) -> dict[str, Any]:
+    """Returns what one rank measured of all candidates: seconds, CPU seconds, peak bytes above inputs and gradients.
 
     Args:
         pairs: of each rank.
         rounds: of which each candidate has one call.
         cores: threads of the one process that has all pairs, so that both use the whole machine.
-        beside: also run the peers, and compare all results with float64. Else results must be finite.
     """
     image, text, scale = _leaves(dist.get_rank(), pairs, dim, dtype)
-    losses: dict[str, Losses] = {OURS: ring}
-    if beside:
-        losses |= {GATHER: gather, GATHER_LOCAL: gather_local}
+    losses: dict[str, Losses] = {OURS: ring, GATHER: gather, GATHER_LOCAL: gather_local}
     runs = {name: _step(loss, image, text, scale) for name, loss in losses.items()}
-    wrong = _wrong(runs[OURS](), pairs, dim, dtype, beside=beside)
+    wrong = _wrong(runs[OURS](), pairs, dim, dtype)
     memory, seconds, cpu = {}, {name: [] for name in runs}, {name: [] for name in (*runs, ONE)}
     for name, run in runs.items():
         if name != OURS:
             run()
         dist.barrier()
-        memory[name] = peak_memory(run)
-    whole = _one_process(pairs, dim, dtype, cores) if beside and dist.get_rank() == 0 else None
+        memory[name] = _extra(peak_memory(run), image, text)
+    whole = _one_process(pairs, dim, dtype, cores) if dist.get_rank() == 0 else None
     for _ in range(rounds):
         for name, run in runs.items():
             dist.barrier()
@@ -58,9 +55,24 @@ def measure(pairs: int, dim: int, dtype: str, rounds: int, cores: int, beside: b
         if whole is not None:
             cpu[ONE].append(whole())
         dist.barrier()
-    own = image.nbytes + text.nbytes
-    extra = {name: None if size is None else max(float(size - own), 1.0) for name, size in memory.items()}
-    return {"wrong": wrong, "seconds": seconds, "cpu": cpu, "memory": extra}
+    return {"wrong": wrong, "seconds": seconds, "cpu": cpu, "memory": memory}
+
+
+def measure_alone(pairs: int, dim: int, dtype: str) -> dict[str, Any]:
+    """Returns the same of the ring alone, of one call: so many pairs take minutes. Its results must be finite."""
+    image, text, scale = _leaves(dist.get_rank(), pairs, dim, dtype)
+    run, results = _step(ring, image, text, scale), list[Tensor]()
+    dist.barrier()
+    begin = time.perf_counter()
+    memory = _extra(peak_memory(lambda: results.extend(run())), image, text)
+    seconds = time.perf_counter() - begin
+    wrong = None if all(bool(x.isfinite().all()) for x in results) else "not finite"
+    return {"wrong": wrong, "seconds": {OURS: [seconds]}, "memory": {OURS: memory}}
+
+
+def _extra(peak: int | None, image: Tensor, text: Tensor) -> float | None:
+    """Returns the bytes above inputs and gradients, at least one."""
+    return None if peak is None else max(float(peak - image.nbytes - text.nbytes), 1.0)
 
 
 def ring(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -133,31 +145,33 @@ def _one_process(pairs: int, dim: int, dtype: str, cores: int) -> Callable[[], f
     return timed
 
 
-def _wrong(results: list[Tensor], pairs: int, dim: int, dtype: str, *, beside: bool) -> str | None:
-    """Returns what is wrong with a rank's results: against the definition in float64 of all pairs, or if not finite."""
-    if not beside:
-        return None if all(bool(x.isfinite().all()) for x in results) else "not finite"
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = slice(rank * pairs, (rank + 1) * pairs)
-    expected = []
-    for wide in (False, True):  # every rank computes all, one after the other
-        for turn in range(ranks):
-            if turn == rank:
-                image, text, scale = _all_leaves(pairs, dim, dtype)
-                if wide:
-                    image, text, scale = (x.detach().double().requires_grad_() for x in (image, text, scale))
-                expected.append(_expected(image, text, scale, mine, ranks, wide=wide))
-            dist.barrier()
+def _wrong(results: list[Tensor], pairs: int, dim: int, dtype: str) -> str | None:
+    """Returns what is wrong with a rank's results, against the definition in float64 of all pairs."""
+    ranks = dist.get_world_size()
+    expected = [_expected(pairs, dim, dtype, wide=wide) for wide in (False, True)]
     for name, ours, naive, true in zip(("loss", "image", "text", "scale"), results, *expected, strict=True):
+        share = slice(dist.get_rank() * pairs, (dist.get_rank() + 1) * pairs)
+        if name in ("image", "text"):  # gradients of features are those of the sum over ranks
+            naive, true = ranks * naive[share], ranks * true[share]
         problem = SPEC.over_budget(ours, naive, true)
         if problem is not None:
             return f"{name}: {problem}"
     return None
 
 
-def _expected(image: Tensor, text: Tensor, scale: Tensor, mine: slice, ranks: int, *, wide: bool) -> list[Tensor]:
-    """Returns what one process makes of all pairs, its gradients as a rank has them: times the number of ranks."""
-    backend = "chunked" if wide else "reference"
-    loss = info_nce(image, text, scale, backend=backend)
-    of_image, of_text, of_scale = torch.autograd.grad(loss, (image, text, scale))
-    return [loss.detach(), ranks * of_image[mine], ranks * of_text[mine], of_scale]
+def _expected(pairs: int, dim: int, dtype: str, *, wide: bool) -> list[Tensor]:
+    """Returns what one process makes of all pairs: rank 0 computes it, and tells the others."""
+    image, text, scale = _all_leaves(pairs, dim, dtype)
+    if wide:
+        image, text, scale = (x.detach().double().requires_grad_() for x in (image, text, scale))
+    results = [
+        image.new_empty((), dtype=torch.float64 if wide else torch.float32),
+        *map(torch.empty_like, (image, text, scale)),
+    ]
+    if dist.get_rank() == 0:
+        loss = info_nce(image, text, scale, backend="chunked" if wide else "reference")
+        results = [loss.detach(), *torch.autograd.grad(loss, (image, text, scale))]
+    results = [x.detach().contiguous() for x in results]
+    for x in results:
+        dist.broadcast(x, 0)
+    return results

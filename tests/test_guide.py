@@ -72,6 +72,7 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_two_groups_of_processes_train(tmp_path: Path) -> None:
     """The commands for two machines, both on this one."""
     page = (ROOT / "docs" / "guide" / "large-batches.md").read_text()

@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 import two_hosts
 
-from mmkernels.planning.check import step_on
-from mmkernels.planning.measure import curves, sample
-from mmkernels.planning.model import predict
+from mmkernels.planning.measure import curves, memory_for, pairs, sample_blocks, sample_ring, step_on
+from mmkernels.planning.model import Took, predict
 from mmkernels.planning.ring import Step, sent_bytes
 from mmkernels.runtime import host
 
@@ -56,26 +55,30 @@ ROUNDS = 5
 
 
 def steps_at(link: two_hosts.Link | None, shares: list[float]) -> dict[str, Any]:
-    """Returns what the plan stands on, and the time of a step by limit of the link.
+    """Returns what the plan stands on, and the time of a step by limit of the link, the first of which is none.
 
     Args:
         shares: the time that the step's bytes take on the wire, of the time of a step where the link has no limit.
     """
-    group = dist.group.WORLD
-    run = step_on(STEP, group)
-    samples, unlimited = [], []
-    for _ in range(ROUNDS):
-        samples.append([[*what, seconds] for what, seconds in sample(STEP.dim, STEP.dtype, "cpu", group).items()])
-        unlimited.append(_seconds(run))
-    agreed = torch.tensor([statistics.median(unlimited)])
+    group, rank = dist.group.WORLD, dist.get_rank()
+    assert group is not None
+    alone = [dist.new_group([member]) for member in range(2)][rank]
+    run = step_on(*pairs(STEP.rows, STEP.dim, STEP.dtype, seed=rank), group)
+    run()
+    agreed = torch.tensor([statistics.median(_seconds(run) for _ in range(3))])
     dist.broadcast(agreed, 0)
-    steps = []
-    for share in shares:
-        rate = sent_bytes(STEP) / (share * float(agreed))
-        if link is not None:
-            link.limit(rate)
-        steps.append((rate, statistics.median(_seconds(run) for _ in range(ROUNDS))))
-    return {"samples": samples, "unlimited": float(agreed), "steps": steps}
+    rates = [None, *(sent_bytes(STEP) / (share * float(agreed)) for share in shares)]
+    samples, times = [], [[] for _ in rates]
+    for _ in range(ROUNDS):  # all in the same noise
+        for at, rate in zip(times, rates, strict=True):
+            if link is not None:
+                link.limit(rate)
+            if rate is None:
+                ours = sample_blocks(STEP.dim, STEP.dtype, "cpu", group)
+                ours |= sample_ring(STEP.dim, STEP.dtype, group, alone)
+                samples.append([[*what, *took] for what, took in ours.items()])
+            at.append(_seconds(run))
+    return {"samples": samples, "steps": [(rate, statistics.median(at)) for rate, at in zip(rates, times, strict=True)]}
 
 
 def _seconds(run: Any) -> float:
@@ -89,15 +92,15 @@ def _seconds(run: Any) -> float:
 @pytest.mark.slow
 def test_the_wire_is_hidden_until_it_binds_as_the_plan_says() -> None:
     found = two_hosts.run(f"{__name__}:steps_at", SHARES, timeout=600)
-    samples = [{(name, size): seconds for name, size, seconds in one} for one in found["samples"]]
+    samples = [{(name, size): Took(*took) for name, size, *took in one} for one in found["samples"]]
     sharing = max(1.0, STEP.ranks / host.physical_cores())
     rows = []
     for rate, seconds in found["steps"]:
-        rows.append((rate, seconds, predict(STEP, curves(samples, sharing, 2, rate)).seconds))
+        rows.append((rate, seconds, predict(STEP, curves(samples, sharing, memory_for(2), rate)).seconds))
     print("\nMB/s   step, ms   predicted")
     for rate, seconds, predicted in rows:
-        print(f"{rate / 1e6:4.0f} {seconds * 1e3:10.0f} {predicted * 1e3:11.0f} {predicted / seconds - 1:+.0%}")
-    hidden, bound = rows[0], rows[-1]
-    assert hidden[1] < 1.3 * found["unlimited"]
-    assert bound[1] > 0.8 * SHARES[-1] * found["unlimited"]
+        limit = "none" if rate is None else f"{rate / 1e6:.0f}"
+        print(f"{limit:>4} {seconds * 1e3:10.0f} {predicted * 1e3:11.0f} {predicted / seconds - 1:+.0%}")
+    free, hidden, bound = rows[0][1], rows[1][1], rows[-1][1]
+    assert hidden < 1.3 * free and bound > 3 * free
     assert all(0.7 < predicted / seconds < 1.3 for _, seconds, predicted in rows), rows

@@ -64,9 +64,12 @@ class Link:
             _call(*prefix, "ip", "addr", "add", f"{address}/24", "dev", name)
             _call(*prefix, "ip", "link", "set", name, "up")
 
-    def limit(self, bytes_per_second: float) -> None:
-        """Makes each direction pass no more than this."""
+    def limit(self, bytes_per_second: float | None) -> None:
+        """Makes each direction pass no more than this; None: as much as it can."""
         for prefix, name in zip(self._prefixes, NAMES, strict=True):
+            if bytes_per_second is None:
+                _call(*prefix, "tc", "qdisc", "replace", "dev", name, "root", "pfifo")
+                continue
             rate = ["rate", f"{round(bytes_per_second * 8)}bit", "burst", str(BURST), "latency", QUEUE]
             _call(*prefix, "tc", "qdisc", "replace", "dev", name, "root", "tbf", *rate)
 

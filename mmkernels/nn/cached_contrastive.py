@@ -29,9 +29,9 @@ class CachedContrastive:
     """Encodes a large batch in chunks, and gives each parameter the gradient that one pass over all of it would give.
 
     A call encodes chunk by chunk without a graph, computes the loss of all features and its gradients by them, then
-    encodes each chunk again, with the same random numbers, and backpropagates its features' gradients. At most one
-    chunk's activations are in memory, beside the features, for one more forward pass. A call replaces
-    ``loss.backward()``; the optimizer's step remains the caller's. It is no module: it has no parameters.
+    encodes each chunk again, with the same random numbers, and backpropagates its features' gradients. Memory holds the
+    features and the activations of one chunk; the price is one more forward pass. A call replaces ``loss.backward()``;
+    the caller steps the optimizer. It is no module: it has no parameters.
 
     - **Random numbers**: dropout and whatever else draws PyTorch's random numbers are the same in both passes, and a
       call advances the generators as one pass of the same chunks does. Random numbers of Python or NumPy, and state
@@ -40,21 +40,23 @@ class CachedContrastive:
       exact for that. The running averages count each chunk once.
     - **Autocast**: call it within the context. Both passes and the loss run under it, backward passes do not.
     - **Gradient accumulation**: gradients are added to those that are there. Zero them when the optimizer has stepped.
+      Hooks on gradients run in every chunk, so an optimizer that steps in them raises an error.
     - **DDP**: gradients are averaged once, at the end of a call, also where both encoders are parts of one DDP module,
       where the temperature is a parameter of it, with `find_unused_parameters`, and on ranks with fewer rows, or none.
-      Within `ddp.no_sync()` they are not averaged.
+      Within `ddp.no_sync()` they are not averaged. In place of `ddp.join()`, a rank without data left passes no rows.
     - **FSDP2**: gradients are reduced in each encoder's last chunk; until then they are kept unsharded, unless
       `reduce_each_chunk`. As ranks communicate in each pass, all make as many as the one with the most chunks, the
       others with empty batches, which an encoder must take. Keep a temperature out of what is sharded
-      (``fully_shard(..., ignored_params=...)``).
-    - **A rank with bad input** makes the others raise too: what they are told before passes in step (FSDP2), and after
-      the first passes (DDP).
+      (``fully_shard(..., ignored_params=...)``). After an error in a second pass the model can't be used any more.
+    - **A rank with bad input** makes the others raise too. They learn of it before the first pass (FSDP2, where ranks
+      communicate in each pass), or after all first passes (DDP).
     - **Several ranks**: the loss is computed by this rank alone, unless it shares features: pass a `group` to
       `info_nce` or `sigmoid_contrastive`, whose gradients are then averaged to those of one process.
 
     Args:
         encoders: one callable, or a list of them, one for each input: a module, a method of one, or a function. Each
-            returns features, a floating-point tensor with a row for each row of its input. One may stand there twice.
+            returns features, a floating-point tensor with a row for each row of its input. The list may hold the same
+            encoder twice.
         loss: called with the features of each encoder and the named arguments of the step. Returns the loss, a tensor
             of one element, or a tuple that begins with it (`info_nce` with `return_stats`). Parameters that it uses,
             such as a temperature, get their gradients too.
@@ -70,7 +72,8 @@ class CachedContrastive:
         TypeError, ValueError: a wrong argument; an input whose tensors differ in rows, or that has a graph; features
             of a wrong type or number of rows; a loss of a wrong type; FSDP1; a DDP module with a static graph; an error
             of another rank.
-        RuntimeError: with `verify`, the features of both passes differ.
+        RuntimeError: with `verify`, the features of both passes differ; a parameter changes in a backward pass; an
+            earlier step under FSDP2 ended in an error.
 
     Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (GradCache), 2021.
 
@@ -121,15 +124,18 @@ class CachedContrastive:
                 raise TypeError(f"modules must be modules, got {type(module).__name__}")
         self.reduce_each_chunk = reduce_each_chunk
         self.verify = verify
+        self._unusable = False
 
     def __call__(self, *inputs: Any, scale_loss: Scale = None, sync: bool = True, **arguments: Any) -> Any:
         """Adds the loss's gradients to those of all parameters, and returns the loss.
 
-        Where gradients are disabled (`torch.no_grad`), it returns the loss alone, of features encoded in chunks.
+        Where gradients are disabled (`torch.no_grad`), it returns the loss alone, of features encoded in chunks. Then
+        DDP communicates nothing, so one rank can call it alone if its loss has no group.
 
         Args:
             inputs: what each encoder is given: a tensor; a tuple or list, its positional arguments; or a mapping, its
-                named arguments. Every tensor in it with a dim is cut along dim 0, all else is passed on as it is.
+                named arguments. Every tensor in it with a dim is cut along dim 0; all else, such as a list of strings,
+                is passed whole to each chunk.
                 Inputs may differ in rows, if the loss takes such features.
             scale_loss: what the gradients are those of, and not the returned value: a number by which the loss is
                 multiplied (1/4 in four accumulated steps), or a function of it (``scaler.scale`` of a `GradScaler`).
@@ -139,6 +145,11 @@ class CachedContrastive:
         Returns:
             What the loss function returned, detached.
         """
+        if self._unusable:
+            raise RuntimeError(
+                "the model must be built and sharded anew: a step ended in an error, and FSDP2 keeps the gradients of "
+                "its chunks where zero_grad does not reach them"
+            )
         modules = self._modules()
         parallel = DataParallel(modules)
         with parallel.local():
@@ -160,6 +171,9 @@ class CachedContrastive:
                     for i, of_encoder in enumerate(passes):
                         for last in of_encoder.second(grads.pop(0), None if kept is None else kept[i]):
                             parallel.reduce_next(sync and (last or self.reduce_each_chunk))
+            except BaseException:
+                self._unusable = bool(parallel.fsdp)
+                raise
             finally:
                 parallel.reduce_next(True)
         if sync:
@@ -175,8 +189,9 @@ class CachedContrastive:
         rows = [rows_of(f"inputs[{i}]", x) for i, x in enumerate(inputs)]
         counts = [max(1, -(-n // size)) for n, size in zip(rows, self.chunk_sizes, strict=True)]
         devices = random_devices(modules, inputs)
+        parameters = list(dict.fromkeys(x for module in modules for x in module.parameters()))
         passes = [
-            _Passes(i, encoder, batch, n, size, count, devices)
+            _Passes(i, encoder, batch, n, size, count, devices, parameters)
             for i, (encoder, batch, n, size, count) in enumerate(
                 zip(self.encoders, inputs, rows, self.chunk_sizes, parallel.agree(counts), strict=True)
             )
@@ -213,18 +228,22 @@ class _Passes:
         rows: of the batch.
         count: of chunks; those behind the last row are empty.
         devices: whose random numbers the encoder may use.
+        parameters: which no backward pass may change.
     """
 
     def __init__(
-        self, index: int, encoder: Encoder, batch: Any, rows: int, size: int, count: int, devices: list[torch.device]
+        self,
+        index: int,
+        encoder: Encoder,
+        batch: Any,
+        rows: int,
+        size: int,
+        count: int,
+        devices: list[torch.device],
+        parameters: list[nn.Parameter],
     ) -> None:
-        self.name, self.encoder, self.batch, self.rows, self.devices = (
-            f"encoders[{index}]",
-            encoder,
-            batch,
-            rows,
-            devices,
-        )
+        self.name = f"encoders[{index}]"
+        self.encoder, self.batch, self.rows, self.devices, self.parameters = encoder, batch, rows, devices, parameters
         self.chunks = [slice(min(i * size, rows), min((i + 1) * size, rows)) for i in range(count)]
         self.states: list[RandomState] = []
         trained = [encoder.parameters()] if isinstance(encoder, nn.Module) else []
@@ -265,8 +284,14 @@ class _Passes:
             if expected is not None:
                 self._compare(features.detach(), expected[rows])
             if features.requires_grad:
+                before = [x._version for x in self.parameters]
                 with torch._C._DisableAutocast():
                     features.backward(grad[rows])
+                if before != [x._version for x in self.parameters]:
+                    raise RuntimeError(
+                        "parameters must not change in a backward pass, as each chunk has one: step the optimizer "
+                        "after the call, not in a hook on gradients"
+                    )
             del features  # before the next chunk's are made
 
     def _encode(self, rows: slice) -> Tensor:

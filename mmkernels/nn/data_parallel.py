@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,7 +49,7 @@ class DataParallel:
         if norms and dist.is_available() and dist.is_initialized():
             in_step += [dist.group.WORLD if x.process_group is None else x.process_group for x in norms]
         self._in_step, self._agreed = list(dict.fromkeys(in_step)), False
-        self._averaging = list(dict.fromkeys(x.process_group for x in self.ddp))
+        self._averaging = list(dict.fromkeys(x.process_group for x in self.ddp)) if torch.is_grad_enabled() else []
 
     def reshard(self) -> None:
         """Shards FSDP2's parameters, of which a pass without a backward pass leaves the outermost module's gathered."""
@@ -96,7 +97,7 @@ class DataParallel:
         return counts
 
     def confirm(self) -> None:
-        """Waits until all ranks of DDP modules have come here too.
+        """Waits until all ranks of DDP modules have come here too, if gradients will be averaged.
 
         Raises:
             ValueError: one of them has reported an error instead.
@@ -120,9 +121,16 @@ class _Zero(nn.Module):
     def __init__(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
         super().__init__()
         self._stands_for = (module, parameters)  # in a tuple neither is registered as its own
+        tables = [x for x in module.modules() if isinstance(x, nn.Embedding | nn.EmbeddingBag)]
+        self._sparse = {id(x.weight) for x in tables if x.sparse}  # of which DDP expects sparse gradients
 
     def forward(self, _: Tensor) -> Tensor:
-        return 0 * sum(x.sum() for x in self._stands_for[1])  # type: ignore[return-value]
+        return 0 * sum(self._one(x).sum() for x in self._stands_for[1])  # type: ignore[return-value]
+
+    def _one(self, x: Tensor) -> Tensor:
+        if id(x) not in self._sparse:
+            return x
+        return F.embedding(torch.zeros(1, dtype=torch.int64, device=x.device), x, sparse=True)
 
     def named_buffers(self, *args: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
         """Yields the module's, as DDP looks them up anew before it broadcasts them."""

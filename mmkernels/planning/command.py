@@ -12,11 +12,11 @@ import torch.distributed as dist
 from rich.text import Text
 
 from mmkernels.interrupts import Interrupted
-from mmkernels.machine import describe_machine, device_name
+from mmkernels.machine import describe_machine, device_name, memory_of
 from mmkernels.options import BadInput
 from mmkernels.planning.check import Checked, full_check, quick_check
 from mmkernels.planning.devices import DEVICES, PEAK_SHARE, PEAK_SHARE_WHY, WIRE_SHARE
-from mmkernels.planning.measure import BLOCKS, MESSAGES, Samples, curves, sample
+from mmkernels.planning.measure import Samples, block_shapes, curves, message_rate, sample_blocks, sample_ring
 from mmkernels.planning.model import Prediction, Rates, SheetRates, hidden_from, predict
 from mmkernels.planning.options import HERE, Options
 from mmkernels.planning.processes import on_ranks
@@ -88,7 +88,8 @@ def _of_sheet(options: Options) -> tuple[Rates, list[str]]:
     peak = f"{number(sheet.flops[step.dtype] / 1e12)} TFLOP/s {step.dtype}"
     return rates, [
         f"{sheet.name}: {peak} x {PEAK_SHARE:.0%}, {PEAK_SHARE_WHY}.",
-        f"Wire: {rate(wire)} ({of_link}), {rates.latency * 1e6:.0f} us a hop, assumed.",
+        f"Wire: {rate(wire)} ({of_link}), {rates.latency * 1e6:.0f} us a message, assumed; the host launches a "
+        f"visit in {rates.host * 1e6:.0f} us, assumed.",
         f"Figures: {sheet.source}.",
         "No kernel of this package has run on a GPU: times are a projection, not a measurement.",
     ]
@@ -102,24 +103,29 @@ def _measured(options: Options) -> tuple[Rates, list[str]]:
         raise BadInput("--bandwidth must be given for GPUs that are here, as their links are not measured")
     with progress_bar(2) as advance:
         advance("blocks of the loss")
-        samples: list[Samples] = [sample(step.dim, step.dtype, device) for _ in range(_ROUNDS)]
+        samples: list[Samples] = [sample_blocks(step.dim, step.dtype, device) for _ in range(_ROUNDS)]
         advance("messages between 2 ranks")
-        samples += [one for rank in on_ranks(2, _messages, timeout=_TIMEOUT) for one in rank]
-    rates = curves(samples, 1.0, 1, options.wire_rate)
-    size, message = BLOCKS[-1], MESSAGES[-1]
-    flops = 2.0 * size * size * step.dim
-    speeds = [f"{number(times * flops / getattr(rates, name).at(size * size) / 1e9)} GFLOP/s {name}"
-              for name, times in (("forward", 1), ("backward", 3))]  # fmt: skip
-    here = f"{rate(message / rates.message.at(message))} between ranks on this machine"
+        samples += [one for rank in on_ranks(2, _ring, step.dim, step.dtype, timeout=_TIMEOUT) for one in rank]
+    wire = options.wire_rate or message_rate(samples)
+    rates = curves(samples, 1.0, memory_of(device), wire)
+    rows, columns = block_shapes(step.dim, step.dtype, gpu=device == "cuda")[-1]
+    flops = 2.0 * rows * columns * step.dim
+    speeds = [f"{number(times * flops / curve.at(rows * columns) / 1e9)} GFLOP/s {name}"
+              for name, times, curve in (("forward", 1, rates.forward), ("backward", 3, rates.backward))]  # fmt: skip
+    of_wire = "as given" if options.wire_rate else "as measured between ranks on this machine"
     return rates, [
         f"Each rank is a machine like this one, {device_name(device)}, {plural(torch.get_num_threads(), 'thread')}: "
-        f"measured {' and '.join(speeds)} in blocks of {size:,} x {size:,}.",
-        f"Wire: {'as given, ' + rate(options.wire_rate) if options.wire_rate else 'measured, ' + here}.",
+        f"measured {' and '.join(speeds)} in blocks of {rows:,} x {columns:,}, and "
+        f"{rates.call(step.ranks) * 1e6:.0f} us a visit whatever its size.",
+        f"Wire: {rate(wire)}, {of_wire}.",
     ]
 
 
-def _messages() -> list[Samples]:
-    return [sample(1, "fp32", "cpu", dist.group.WORLD, sizes=()) for _ in range(_ROUNDS)]
+def _ring(dim: int, dtype: str) -> list[Samples]:
+    """Returns samples of one of 2 ranks."""
+    alone = [dist.new_group([member]) for member in range(2)][dist.get_rank()]
+    assert dist.group.WORLD is not None
+    return [sample_ring(dim, dtype, dist.group.WORLD, alone) for _ in range(_ROUNDS)]
 
 
 def _verdict(step: Step, hidden: int | None) -> list[str]:
@@ -127,8 +133,10 @@ def _verdict(step: Step, hidden: int | None) -> list[str]:
         return ["One rank sends nothing."]
     if hidden is None:
         return ["The wire is hidden behind the blocks at no batch."]
+    if hidden == step.ranks:
+        return ["The wire is hidden at every batch."]
     return [
-        f"The wire is hidden from a batch of {hidden:,} on ({-(-hidden // step.ranks):,} pairs a rank): a block's time "
+        f"The wire is hidden from a batch of {hidden:,} on ({hidden // step.ranks:,} pairs a rank): a block's time "
         "grows with the pairs of both sides, its bytes with those of one."
     ]
 
@@ -146,15 +154,16 @@ def _of_run(options: Options, predictions: Sequence[Prediction]) -> list[str]:
 
 
 def _check(step: Step, *, full: bool, limit: float) -> list[Checked]:
-    output, left_out = console(), list[Step]()
+    output = console()
     if full:
-        checked, left_out = full_check(step.dim, step.dtype, limit)
+        found = full_check(step.dim, step.dtype, limit)
     else:
-        checked = quick_check(min(step.dim, _CHECK_DIM), step.dtype)
+        found = quick_check(min(step.dim, _CHECK_DIM), step.dtype)
+    checked = found.checked
     shared, channels = plural(host.physical_cores(), "core"), checked[0].step.dim if checked else step.dim
     title = f"\nThe model on this machine, whose {shared} the ranks share, d = {channels:,}, {step.dtype}"
     output.print(Text(title, style="bold"))
-    output.print(checked_table(checked, left_out))
+    output.print(checked_table(found))
     return checked
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from mmkernels.options import DTYPES, BadInput, one_of, parse_list
 from mmkernels.planning.devices import DEVICES
 from mmkernels.planning.ring import Step
@@ -81,7 +83,8 @@ def read_options(
             raise BadInput(f"{name} must be from 1 to {_MOST[name]}, got {number}")
     if min(batches) < ranks:
         raise BadInput(f"--batch must be at least --ranks, {ranks}, so that each has a pair; got {min(batches)}")
-    steps = tuple(Step(size, dim, ranks, dtype) for size in batches)
+    gpu = device != HERE or torch.cuda.is_available()
+    steps = tuple(Step(size, dim, ranks, dtype, gpu) for size in batches)
     encoder = None
     if encoder_ms is not None:
         encoder = encoder_ms / 1e3 / steps[0].rows

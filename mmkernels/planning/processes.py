@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -63,7 +65,7 @@ def _results(pipes: dict[int, Connection]) -> list[Any]:
         for pipe in wait(list(waiting)):
             rank = waiting[pipe]  # type: ignore[index]
             try:
-                fine, value = pipe.recv()  # type: ignore[union-attr, call-arg]
+                fine, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 fine, value = False, "it ended"
             if not fine:
@@ -87,8 +89,11 @@ def _run(
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=timeout)
         )
-        pipe.send((True, function(*arguments)))
-        dist.barrier()
+        answer = pickle.dumps((True, function(*arguments)))  # not by the pipe: it would send handles of tensors
+        dist.barrier()  # another rank may still read from this one
         dist.destroy_process_group()
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        answer = pickle.dumps((False, traceback.format_exc()))
+    with suppress(OSError):  # the caller has ended
+        pipe.send_bytes(answer)
+    os._exit(0)

@@ -1,16 +1,28 @@
-"""A contrastive step over a ring of ranks, counted: blocks of logits, bytes on the wire, bytes of memory."""
+"""A step of `info_nce` over a ring of ranks, counted: blocks of logits, bytes on the wire, bytes of memory.
+
+The counts follow ``ops/contrastive/info_nce/ring.py`` and ``runtime/group.py``, without ids, hard texts and statistics.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from mmkernels.ops.contrastive.ring import chunks, piece_rows
 from mmkernels.options import DTYPES
 
-__all__ = ["Hop", "Step", "gathered_bytes", "hops", "memory_parts", "sent_bytes"]
+__all__ = ["Pass", "Step", "gathered_bytes", "memory_parts", "passes", "sent_bytes"]
 
 _WIDE = 4  # bytes of float32: sums, states and gradients on their way
-_SUMS, _STATE = 6, 4  # rows of a text's sums on their way in the forward pass; of its state in the backward pass
-_GATHERED = {2: 16, 4: 24}  # bytes of open_clip's loss at its peak for each of n x N logits, by bytes of a feature
+_SUMS, _LINES = (
+    6,
+    5,
+)  # numbers of a text that travel along: its sums forward; its state and its loss's gradient backward
+_SAID = 2 * 2048 + 13 * 8  # bytes that a rank tells each other in the handshakes of a step, and what is summed
+_OF_ROWS = 60  # bytes for each row in the backward pass: states of both sides, their losses' gradients, lines
+_KERNELS = 10**6  # bytes that kernels take, beside half a piece of features, as measured on CPUs
+_GATHERED = {2: 8, 4: 12}  # bytes of open_clip's loss at its peak for each of n x N logits, by bytes of a feature
 
 
 @dataclass(frozen=True)
@@ -22,12 +34,14 @@ class Step:
         dim: channels of the features.
         ranks: processes that share the batch evenly.
         dtype: of the features, a name in `DTYPES`.
+        gpu: the features lie on GPUs, where pieces are larger.
     """
 
     batch: int
     dim: int
     ranks: int
     dtype: str
+    gpu: bool = False
 
     @property
     def rows(self) -> int:
@@ -43,56 +57,93 @@ class Step:
         """Of one rank: one product forward, three backward."""
         return 8.0 * self.rows * self.batch * self.dim
 
+    @property
+    def piece(self) -> int:
+        """The texts that travel together."""
+        return min(self.rows, piece_rows(self._like()))
+
+    @property
+    def chunk(self) -> int:
+        """The images of which a block of the backward pass gives the gradient."""
+        at = next(chunks(self._like()))
+        return at.stop - at.start
+
+    def _like(self) -> torch.Tensor:
+        """Returns this rank's features, without memory."""
+        row = torch.empty(1, self.dim, dtype=DTYPES[self.dtype], device="meta" if self.gpu else "cpu")
+        return row.expand(self.rows, -1)
+
 
 @dataclass(frozen=True)
-class Hop:
-    """What a rank does over and over in one pass: compute a block while the next texts arrive.
+class Pass:
+    """One piece of each rank visits every rank: forward or backward.
 
     Args:
-        count: how many times.
-        rows, columns: images and texts of the block.
-        sent: bytes that travel meanwhile.
-        backward: the backward pass's block, of three products.
+        count: how many such pieces each rank has.
+        blocks: what is computed at each visit: how many blocks, of how many images, with how many texts.
+        passed: bytes of a piece that pass on while it is computed with.
+        follows: bytes of its results, which follow, and at last return home.
+        backward: each block is three products, not one.
     """
 
     count: int
-    rows: int
-    columns: int
-    sent: int
+    blocks: tuple[tuple[int, int, int], ...]
+    passed: int
+    follows: int
     backward: bool
 
 
-def hops(step: Step) -> list[Hop]:
-    """Returns what one rank does in a step."""
-    n, d, size = step.rows, step.dim, step.itemsize
-    forward = n * d * size + n * _SUMS * _WIDE
-    backward = n * d * (size + _WIDE) + n * _STATE * _WIDE
+def passes(step: Step) -> list[Pass]:
+    """Returns what the ranks do in a step; one rank passes nothing."""
+    made = []
+    for count, columns in _cut(step.rows, step.piece):
+        made.append(_pass(step, count, columns, backward=False))
+        made.append(_pass(step, count, columns, backward=True))
+    return made
+
+
+def _pass(step: Step, count: int, columns: int, *, backward: bool) -> Pass:
+    features, wide = columns * step.dim * step.itemsize, columns * _WIDE
+    if backward:
+        blocks = tuple((many, rows, columns) for many, rows in _cut(step.rows, step.chunk))
+        passed, follows = features + _LINES * wide, step.dim * wide
+    else:
+        blocks, passed, follows = ((1, step.rows, columns),), features, _SUMS * wide
     alone = step.ranks == 1
-    return [
-        Hop(step.ranks, n, n, 0 if alone else forward, False),
-        Hop(step.ranks, n, n, 0 if alone else backward, True),
-    ]
+    return Pass(count, blocks, 0 if alone else passed, 0 if alone else follows, backward)
+
+
+def _cut(rows: int, size: int) -> list[tuple[int, int]]:
+    """Returns how many parts of which size there are: whole ones, and a rest."""
+    whole, rest = divmod(rows, size)
+    return [part for part in ((whole, size), (1, rest)) if all(part)]
 
 
 def sent_bytes(step: Step) -> int:
-    """Returns the bytes that a rank sends in a step: texts go W - 1 hops, sums and gradients W, back home."""
-    if step.ranks == 1:
-        return 0
-    n, d, size, w = step.rows, step.dim, step.itemsize, step.ranks
-    texts = 2 * (w - 1) * n * d * size
-    gradients = w * n * d * _WIDE
-    return texts + gradients + n * _WIDE * (_SUMS * w + _STATE * (w - 1))
+    """Returns the bytes that a rank sends in a step: texts W - 1 times, their sums and gradients W times, back home."""
+    w = step.ranks
+    pieces = sum(made.count * ((w - 1) * made.passed + w * made.follows) for made in passes(step))
+    return pieces + (w - 1) * _SAID
 
 
 def memory_parts(step: Step) -> dict[str, int]:
-    """Returns a rank's bytes at the peak of a step, by what they are for."""
+    """Returns a rank's bytes at the peak of a step, in the backward pass, by what they are for."""
     n, d, size = step.rows, step.dim, step.itemsize
-    return {
+    piece, several = step.piece * d, step.chunk < n
+    parts = {
         "features": 2 * n * d * size,
         "gradients": 2 * n * d * size,
-        "in flight": 2 * n * d * (size + _WIDE) if step.ranks > 1 else 0,
-        "accumulators": 2 * n * d * _WIDE,
-        "states": n * 2 * _WIDE * (_SUMS + _STATE),
+        "states": n * _OF_ROWS,
+        "kernels": _KERNELS + piece * size // 2,
+    }
+    if step.ranks == 1:
+        return parts
+    # A piece and the next one; its gradient: what this rank adds, what goes, and with a third rank what comes.
+    in_flight = 2 * size + min(step.ranks, 3) * _WIDE
+    return parts | {
+        "accumulators": n * d * (_WIDE - size),  # the images' gradient, which in float32 is the result
+        "in flight": piece * in_flight,
+        "blocks": step.chunk * d * _WIDE + (piece * _WIDE if several else 0),
     }
 
 
@@ -100,8 +151,9 @@ def gathered_bytes(step: Step) -> int:
     """Returns the bytes above features and gradients that open_clip's gather takes on each rank, with its local loss.
 
     All features of both sides, their gradients, and the logits of both directions, with what cross-entropy and its
-    gradient make of them. The memory of Inf-CL's table (arXiv 2410.17243, table 1: 2.27 GB at 32k, 33.6 GB at 128k on
-    8 GPUs) is 16 bytes for each of the n x N logits.
+    gradient make of them: 8 bytes for each of the n x N logits in 16 bits and 12 in float32, as measured on a CPU.
+    Under autocast it is more: 16 in Inf-CL's table (arXiv 2410.17243, table 1: 2.27 GB at 32k and 33.6 GB at 128k on 8
+    GPUs).
     """
     features = 4 * step.batch * step.dim * step.itemsize
     return features + _GATHERED[step.itemsize] * step.rows * step.batch

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from mmkernels.planning.check import Checked
+from mmkernels.planning.check import Check, Checked
 from mmkernels.planning.model import Prediction
-from mmkernels.planning.ring import Step, gathered_bytes
+from mmkernels.planning.ring import gathered_bytes
 from mmkernels.report import megabytes, milliseconds, number, percent, table
 
 __all__ = ["ACCURACY", "checked_table", "plan_table"]
+
+_UNSTEADY = 0.05  # the spread from which a check says so
 
 ACCURACY = (
     "Published results see the gain in accuracy end near a batch of 32k: SigLIP's authors went up to one million and "
@@ -20,10 +22,12 @@ ACCURACY = (
     "here is exactness and memory, not accuracy."
 )
 _LEGEND = (
-    "memory: of the loss on one rank, its features and their gradients included, without the encoders. gather: what "
-    "open_clip's gather with its local loss takes in their place, 16 bytes (24 in float32) for each of n x N logits. "
-    "sent: by one rank, in a step. compute, wire: what each takes alone; a step takes the longer of the two, hop by "
-    "hop. binds: which it is; memory where the loss alone does not fit."
+    "memory: of the loss on one rank, its features and their gradients included, without the encoders; work: what is "
+    "neither. gather: with open_clip's gather and its local loss, which takes 8 bytes (12 in float32) for each "
+    "of n x N logits and twice that under autocast. sent: by one rank, in a step; the gather sends about as much. "
+    "compute, wire: what each takes alone; a step takes the longer of the two, visit by visit. binds: which it is; "
+    "memory where the loss alone does not fit; calls where what a visit costs whatever its size is more than half of "
+    "compute."
 )
 
 
@@ -33,7 +37,7 @@ def plan_table(predictions: Sequence[Prediction], encoder_seconds: float | None)
     Args:
         encoder_seconds: of a rank's encoders for one pair, to which the loss is then compared.
     """
-    titles = ["pairs\na rank", "memory\nMB", "in flight\nMB", "gather\nMB", "sent\nMB", "compute\nms", "wire\nms"]
+    titles = ["pairs\na rank", "memory\nMB", "work\nMB", "gather\nMB", "sent\nMB", "compute\nms", "wire\nms"]
     titles += ["step\nms", "binds", *["of the\nwhole"] * (encoder_seconds is not None)]
     rows = []
     for made in predictions:
@@ -56,8 +60,9 @@ def plan_table(predictions: Sequence[Prediction], encoder_seconds: float | None)
     return Group(table(rows, ["batch", *titles]), Text(_LEGEND, style="dim"))
 
 
-def checked_table(checked: Sequence[Checked], left_out: Sequence[Step]) -> RenderableType:
+def checked_table(check: Check) -> RenderableType:
     """Returns what was predicted beside what was measured."""
+    checked, left_out, spread = check
     rows = []
     for one in checked:
         memory = ["n/a"] * 3
@@ -72,6 +77,8 @@ def checked_table(checked: Sequence[Checked], left_out: Sequence[Step]) -> Rende
     if left_out:
         names = ", ".join(f"{step.batch:,} on {step.ranks}" for step in left_out)
         parts.append(Text(f"Left out, as the time was up: {names}."))
+    if spread > _UNSTEADY:
+        parts.append(Text(f"Unsteady: repeated times differ by {percent(spread)} and more. Is the machine busy?"))
     return Group(*parts)
 
 

@@ -50,6 +50,31 @@ def test_steps_accumulate_and_a_loss_can_be_scaled() -> None:
         assert torch.equal(value, loss.detach())  # the value is not scaled
 
 
+def test_a_loss_that_draws_random_numbers() -> None:
+    """After a call the generator is where one pass leaves it, although second passes draw after the loss."""
+    model, inputs = Model(), batch()
+    encoders = [model.encode_image, model.encode_text]
+    loss = lambda image, text: model.info_nce(nn.functional.dropout(image, 0.2), text)
+    torch.manual_seed(1)
+    one_pass(encoders, loss, inputs, (8, 8))
+    want, after = grads(model), torch.rand(3)
+    model.zero_grad()
+    torch.manual_seed(1)
+    CachedContrastive(encoders, loss, chunk_size=8)(*inputs)
+    assert torch.equal(after, torch.rand(3))
+    assert_equal(grads(model), want)
+
+
+def test_an_optimizer_in_a_hook_is_an_error() -> None:
+    """It would step in every chunk."""
+    model, inputs = Model(0.0), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.text[0].weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    step = CachedContrastive([model.image, model.text], model.info_nce, chunk_size=8)
+    with pytest.raises(RuntimeError, match="parameters must not change in a backward pass, as each chunk has one"):
+        step(*inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_around_the_step(dtype: torch.dtype) -> None:
     """Both passes use one cache of weights; before PyTorch 2.10 it lost their graph where the first had none."""

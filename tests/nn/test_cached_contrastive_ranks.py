@@ -11,7 +11,7 @@ SIZES = [
     pytest.param([9, 0, 3], id="9,0,3", marks=pytest.mark.slow),
     pytest.param([4, 0, 4, 4], id="4,0,4,4"),
 ]
-"""Rows of each rank: chunks in different numbers, none, and as many on each."""
+"""Rows of each rank: chunks in different numbers, none, and as many on each. Four ranks try fewer wrappers."""
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -41,6 +41,20 @@ def test_synchronised_norms_make_as_many_passes() -> None:
 
 def test_an_error_changes_nothing() -> None:
     ranks.run(1, cached_on_ranks.with_an_error)
+
+
+def test_fsdp2_refuses_a_step_after_an_error() -> None:
+    for error in ranks.run(2, cached_on_ranks.with_an_error_where_sharded):
+        assert error.startswith("the model must be built and sharded anew: a step ended in an error, and FSDP2 keeps")
+
+
+def test_sparse_gradients() -> None:
+    ranks.run(2, cached_on_ranks.with_sparse_gradients)
+
+
+def test_one_rank_alone_without_gradients() -> None:
+    first, other = ranks.run(2, cached_on_ranks.without_gradients, timeout=5.0)
+    assert first > 0 and other is None
 
 
 def test_compiled_and_checkpointed_encoders() -> None:

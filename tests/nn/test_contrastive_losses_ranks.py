@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import losses_on_ranks
+import open_clip_loop
 import pytest
 import ranks
 from open_clip_loss import open_clip, why_not
@@ -19,6 +20,14 @@ needs_open_clip = pytest.mark.skipif(why_not() is not None, reason=str(why_not()
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_beside_open_clip(world: int) -> None:
     ranks.run(world, losses_on_ranks.beside_open_clip, world)
+
+
+@needs_open_clip
+def test_in_open_clips_training_loop() -> None:
+    """An epoch of `train_one_epoch` of the release, under DDP, ends with the same weights."""
+    for found in ranks.run(2, open_clip_loop.trained, 2):
+        assert list(found) == list(open_clip_loop.OPTIONS)
+        assert max(found.values()) <= 2e-6, found
 
 
 @pytest.mark.parametrize("sizes", [[7, 2], [5, 0, 6]], ids=str)
