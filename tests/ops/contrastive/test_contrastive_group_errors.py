@@ -13,6 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from group_tools import small_pieces
 from torch import Tensor
 
 import mmkernels
@@ -198,6 +199,30 @@ def test_nan_on_one_rank() -> None:
         assert loss != loss and mean_rank == mean_rank and nan_gradient == 1.0
     assert all(x == x for x in first[3:])
     assert [x != x for x in second[3:]] == [False, False, True, False]
+
+
+def _one_id(rank: int) -> None:
+    """Of a row all texts but its own are hidden: whole blocks, and one class is left."""
+    image = torch.randn(4, _DIM, requires_grad=True)
+    with small_pieces(1, 2):
+        loss = _call(rank, image=image, image_ids=torch.zeros(4, dtype=torch.int64), same_id="ignore")
+        loss.backward()
+    assert image.grad is not None and float(loss.detach()) == 0.0 and not image.grad.any()
+
+
+def test_all_texts_but_one_hidden() -> None:
+    ranks.run(3, _one_id)
+
+
+def _nan_query(rank: int) -> list[int]:
+    query, gallery = torch.eye(4), torch.eye(4)
+    if rank == 1:
+        query[2, 1] = torch.nan
+    return mmkernels.retrieval_ranks(query, gallery, torch.arange(4), group=dist.group.WORLD).tolist()
+
+
+def test_nan_in_a_query_of_one_rank() -> None:
+    assert ranks.run(2, _nan_query) == [[0, 0, 0, 0], [0, 0, 7, 0]]
 
 
 def _subgroup(rank: int) -> tuple[str, float]:
