@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from mmkernels import cli, machine
 from mmkernels.bench import command, picture, rounds, tables
+from mmkernels.bench.plugin import RowsPlugin
 from mmkernels.bench.rows import select
 from mmkernels.options import BadInput
 
@@ -202,6 +204,24 @@ def test_a_run_that_is_interrupted_keeps_what_it_measured(folder: Path, number: 
     assert configurations(saved) == ["one"] and (folder / "out" / "fake.png").exists()
     assert "2 of 3 rows were not measured" in out
     assert err.splitlines()[-1] == "mmkernels: interrupted; the rows above are saved"
+
+
+def test_an_interrupt_at_an_instruction_without_a_line() -> None:
+    captured = 0
+
+    def stopped() -> FrameType:
+        assert captured == 0  # a function's first instruction takes what it captured, and has no line
+        return sys._getframe()
+
+    without_line = TracebackType(None, stopped(), 0, -1)
+    assert without_line.tb_lineno is None
+    trace = TracebackType(without_line, sys._getframe(), sys._getframe().f_lasti, sys._getframe().f_lineno)
+    interrupt = pytest.ExceptionInfo.from_exception(KeyboardInterrupt().with_traceback(trace))
+    with pytest.raises(TypeError):
+        interrupt.getrepr(funcargs=True)
+    plugin = RowsPlugin("", Path())
+    plugin.pytest_keyboard_interrupt(interrupt)
+    assert plugin.interrupted and "KeyboardInterrupt" in str(interrupt.getrepr(funcargs=True))
 
 
 def test_a_bar_on_a_terminal_names_the_row_and_what_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,8 +83,11 @@ class RowsPlugin:
         """Leaves out the dots, which the bar replaces."""
         return (report.outcome if report.when == "call" or not report.passed else "", "", "")
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         self.interrupted = excinfo.type is KeyboardInterrupt  # pytest derives other interruptions from it
+        # An interrupt may come at an instruction without a line, of which pytest's report would fail.
+        excinfo.traceback = type(excinfo.traceback)(x for x in excinfo.traceback if x._rawentry.tb_lineno is not None)
 
     # Results.
 

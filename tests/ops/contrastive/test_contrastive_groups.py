@@ -20,8 +20,23 @@ OPS = ("info_nce", "sigmoid_contrastive", "retrieval_ranks")
 _SMALL = 1e-3  # what is less is a difference of terms that cancel: a loss or a gradient that is 0 but for rounding
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=name_of)
+def _worlds() -> list[Any]:
+    """Returns numbers of ranks with dtypes: every pair, of which ``make test`` has float64 and one other for each."""
+    quick = {1: None, 2: torch.bfloat16, 3: torch.float32, 4: torch.bfloat16}
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
+    return [
+        pytest.param(
+            world,
+            dtype,
+            marks=() if dtype in (torch.float64, quick[world]) else pytest.mark.slow,
+            id=f"{world}-{name_of(dtype)}",
+        )
+        for world in quick
+        for dtype in dtypes
+    ]
+
+
+@pytest.mark.parametrize(("world", "dtype"), _worlds())
 def test_as_one_process(world: int, dtype: torch.dtype) -> None:
     """Every case of the ops, its rows on ranks with uneven shares; a third of them with the naive blocks."""
     jobs = [
