@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import harness
 import torch
 import torch.distributed as dist
 
@@ -87,7 +88,7 @@ def outcomes(
         ranks = []
         for rank in range(world):
             ours, theirs = _CONTEXT.Pipe(duplex=False)
-            values = (rank, world, Path(folder) / "store", timeout, theirs, function, args)
+            values = (rank, world, Path(folder) / "store", timeout, theirs, harness.settings, function, args)
             process = _CONTEXT.Process(target=_rank, args=values, daemon=True)
             process.start()
             theirs.close()
@@ -118,8 +119,16 @@ def _answers(pipes: Sequence[Connection], limit: float) -> list[Outcome]:
 
 
 def _rank(
-    rank: int, world: int, store: Path, timeout: float, pipe: Connection, function: Callable[..., Any], args: Any
+    rank: int,
+    world: int,
+    store: Path,
+    timeout: float,
+    pipe: Connection,
+    settings: harness.Settings,
+    function: Callable[..., Any],
+    args: Any,
 ) -> None:
+    harness.settings.seed, harness.settings.thorough = settings.seed, settings.thorough
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     begin = time.perf_counter()
