@@ -307,6 +307,7 @@ def test_of_this_machine(plan) -> None:
     assert "as measured between ranks on this machine" in words
 
 
+@pytest.mark.slow
 def test_a_check_measures_what_fits_into_the_time() -> None:
     steps = [Step(64, 16, 2, "fp32"), Step(1 << 22, 16, 2, "fp32")]
     found = check(steps, 30.0)

@@ -349,6 +349,7 @@ def _no_backward(rank: int) -> None:
         time.sleep(2 * TIMEOUT)
 
 
+@pytest.mark.slow
 def test_a_rank_does_not_go_backward() -> None:
     first, *others = ranks.outcomes(3, _no_backward, timeout=TIMEOUT)
     assert first.error is None
