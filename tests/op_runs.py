@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from budget import BUDGET, DEFAULT
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 _counts: Counter[str] = Counter()
 _PROPERTY = "op runs"
@@ -134,11 +137,20 @@ class OpRuns:
         }
 
 
+def watch_storage() -> None:
+    """Let every backend of every boundary check that what it returns is memory of its own; see `shared_storage`."""
+    from mmkernels.runtime.dispatch import TABLES
+
+    for op, table in TABLES.items():
+        TABLES[op] = tuple(replace(entry, run=_own_storage(f"{op}, {entry.name}", entry.run)) for entry in table)
+
+
 def _install() -> None:
     """Let every backend of every op count its runs; backward passes belong to the run that they end."""
     from mmkernels.ops import NAMES
     from mmkernels.runtime.dispatch import TABLES
 
+    watch_storage()
     for op in NAMES:
         TABLES[op] = tuple(replace(entry, run=_counted(op, entry.run)) for entry in TABLES[op])
 
@@ -149,3 +161,32 @@ def _counted(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
         return run(*args, **kwargs)
 
     return counted
+
+
+def _own_storage(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def checked(inputs: Any) -> Any:
+        outputs = run(inputs)
+        if not torch.compiler.is_compiling():  # a formula that is traced: its tensors have no memory
+            assert not (shared := shared_storage(inputs, outputs)), f"{name}: {shared}"
+        return outputs
+
+    return checked
+
+
+def shared_storage(inputs: Sequence[Any], outputs: Tensor | Sequence[Tensor]) -> str:
+    """Returns which tensors share memory that an op must not share, or "".
+
+    PyTorch refuses an output that is a view of an input or of another output, in a graph and only on some machines.
+    """
+    owner = {_storage(x): "an input" for x in inputs if isinstance(x, Tensor)}
+    for place, output in enumerate([outputs] if isinstance(outputs, Tensor) else outputs):
+        if owner.setdefault(_storage(output), name := f"output {place}") != name:
+            return f"{name} lies in the memory of {owner[_storage(output)]}"
+    return ""
+
+
+def _storage(x: Tensor) -> int | object:
+    """Returns where a tensor's memory is; of one without memory, or wrapped by torch.func, a new object."""
+    if is_functorch_wrapped_tensor(x) or not x.numel():
+        return object()
+    return x.untyped_storage().data_ptr() or object()

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import harness
 import torch
 import torch.distributed as dist
+from op_runs import watch_storage
 
 
 class Outcome(NamedTuple):
@@ -130,6 +131,7 @@ def _rank(
 ) -> None:
     harness.settings.seed, harness.settings.thorough = settings.seed, settings.thorough
     torch.set_num_threads(1)
+    watch_storage()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     begin = time.perf_counter()
     try:

@@ -76,7 +76,8 @@ class _Call:
             ring.group, ring.texts, ring.rows, tensors, self._visit,
             empty=of_text.empty, merge=of_text.merge, home=of_text.home,
         )  # fmt: skip
-        loss, of_scale, of_bias = self.sums * ring.size if args.local else ring.group.sum(self.sums)
+        sums = self.sums * ring.size if args.local else ring.group.sum(self.sums)
+        loss, of_scale, of_bias = (x.clone() for x in sums)  # an op's outputs don't share memory
         return (loss.to(self.wide), *kept((self.image_grad, of_text.kept, of_scale, of_bias), args))
 
     def _visit(self, piece: Piece, tensors: list[Tensor]) -> list[Tensor] | None:
