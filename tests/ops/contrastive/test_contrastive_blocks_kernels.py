@@ -137,7 +137,8 @@ def _private(name: str, **change: Any) -> Any:
         "info_nce_best": {**pair, **ids, "ignore": True},
         "info_nce_block": {**pair, **ids, "ignore": True, "smooth": True, **best},
         "info_nce_block_backward": {
-            **pair, **ids, "ignore": True, "ranked": False, "label_smoothing": 0.1, "middle": 0.0, **states, **grads, **needs,
+            **pair, **ids, "ignore": True, "ranked": False, "label_smoothing": 0.1, "middle": 0.0,
+            **states, **grads, **needs,
         },
         "sigmoid_contrastive_block": {**pair, "logit_bias": torch.tensor(0.0), **ids, "divisor": 2.0, **keeps},
         "retrieval_ranks_block": {"query": x, "gallery": x[:5], "right": x, "right_index": numbers},
