@@ -174,10 +174,10 @@ def conditional_generation_loss(
         input_ids, prompt_lengths=prompt_lengths, image_mask=image_mask, attention_mask=attention_mask
     )
     check_hidden(hidden, input_ids, "input_ids")
-    loss = linear_cross_entropy(
-        hidden.flatten(0, 1),
+    return linear_cross_entropy(
+        hidden,
         weight,
-        targets.flatten(),
+        targets,
         linear_bias=bias,
         label_smoothing=label_smoothing,
         reduction=reduction,
@@ -186,4 +186,3 @@ def conditional_generation_loss(
         group=group,
         backend=backend,
     )
-    return loss.unflatten(0, targets.shape) if loss.dim() else loss

@@ -74,7 +74,7 @@ def dpo_loss(
         TypeError: a wrong dtype or type. ValueError: a wrong shape, range or choice.
 
     Source: Rafailov et al., "Direct Preference Optimization", 2023, equation 7; Mitchell, "A note on DPO with noisy
-    preferences", 2023, equation 3; Chowdhury et al., "Provably Robust DPO", 2024, equation 12; Zhao et al., "SLiC-HF",
+    preferences", 2023; Chowdhury et al., "Provably Robust DPO", 2024; Zhao et al., "SLiC-HF",
     2023; Azar et al., "A General Theoretical Paradigm to Understand Learning from Human Preferences" (IPO), 2023,
     equation 17. Names are those of trl's `DPOConfig`.
 

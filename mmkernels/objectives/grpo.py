@@ -34,7 +34,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: str = "group", 
             `group_size`.
 
     Source: Shao et al., "DeepSeekMath", 2024, section 4.1.2; "none": Liu et al., "Understanding R1-Zero-Like Training"
-    (Dr. GRPO), 2025, equation 3. Names are those of trl's ``scale_rewards``.
+    (Dr. GRPO), 2025. Names are those of trl's ``scale_rewards``.
 
     Example:
         >>> import torch

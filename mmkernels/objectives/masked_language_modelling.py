@@ -173,10 +173,10 @@ def masked_language_modelling_loss(
     """
     check_token_ids("targets", targets)
     check_hidden(hidden, targets, "targets")
-    loss = linear_cross_entropy(
-        hidden.flatten(0, 1),
+    return linear_cross_entropy(
+        hidden,
         weight,
-        targets.flatten().long(),
+        targets.long(),
         linear_bias=bias,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -184,4 +184,3 @@ def masked_language_modelling_loss(
         group=group,
         backend=backend,
     )
-    return loss.unflatten(0, targets.shape) if loss.dim() else loss

@@ -58,10 +58,10 @@ def sequence_logprobs(
     check_token_ids("targets", targets)
     check_hidden(hidden, targets, "targets")
     check_bool("average", average)
-    tokens: Tensor = linear_logprobs(
+    tokens = linear_logprobs(
         hidden,
         weight,
-        targets,
+        targets.long(),
         bias=bias,
         softcap=softcap,
         temperature=temperature,
@@ -69,5 +69,6 @@ def sequence_logprobs(
         group=group,
         backend=backend,
     )
+    assert isinstance(tokens, Tensor)
     total = tokens.sum(1)
     return total / (targets != ignore_index).sum(1).clamp(min=1) if average else total
