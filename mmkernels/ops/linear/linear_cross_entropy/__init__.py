@@ -45,6 +45,7 @@ class CrossEntropy(NamedTuple):
 
     loss: Tensor  # wide, without a dim, or [...] without a reduction
     z_loss: Tensor  # the part of the loss that is the z-loss, detached
+    logprobs: Tensor  # wide [...], the targets', 0 where ignored; of no use with probabilities
     best_index: Tensor  # int64 [...], -1 where ignored; [0] unless it is wanted
 
 
@@ -305,6 +306,8 @@ def _reduced(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntrop
     of_rows = call.weight_of_rows()
     divisor, count = call.divisors(of_rows)
     args, backend = _arguments(call, of_rows, divisor, count), resolve(backend)
+    if call.probabilities is not None and backend != "reference":
+        backend = "chunked"  # which alone reads them
     if backend == "reference" and not in_graph():
         with torch._C._DisableAutocast():  # the head has been cast
             found = Results._make((formula(args), *reference(args.without_gradients())[1:]))
@@ -312,7 +315,8 @@ def _reduced(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntrop
         found = Results._make(OP(args, backend))
     loss = found.loss + torch.where(divisor == 0, torch.nan, 0.0)
     z_loss = (args.rows[SQUARE] * found.lse.detach() ** 2).sum()
-    return CrossEntropy(loss, z_loss, found.best_index.reshape(shape) if call.best else found.best_index)
+    best = found.best_index.reshape(shape) if call.best else found.best_index
+    return CrossEntropy(loss, z_loss, found.logprobs.detach().reshape(shape), best)
 
 
 def _of_rows(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntropy:
@@ -331,16 +335,18 @@ def _of_rows(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntrop
             group=call.group,
         )
         found = results(args, backend)
-        loss, squares, best = -(1.0 - call.smoothing) * of_rows * found.logprobs, found.lse**2, found.best_index
+        logprobs, squares, best = found.logprobs, found.lse**2, found.best_index
+        loss = -(1.0 - call.smoothing) * of_rows * logprobs
         if call.smoothing:
             loss = loss - call.smoothing * found.average
     else:
         loss, squares, best = _of_probabilities(call, of_rows)
+        logprobs = loss
     squares = call.z_loss * squares
-    best = best.reshape(shape) if call.best else best
+    logprobs, best = logprobs.detach().reshape(shape), best.reshape(shape) if call.best else best
     if call.reduction == "none":
         total = loss + squares if call.z_loss else loss
-        return CrossEntropy(total.reshape(shape), squares.detach().reshape(shape), best)
+        return CrossEntropy(total.reshape(shape), squares.detach().reshape(shape), logprobs, best)
     divisor, count = call.divisors(of_rows)
 
     def mean(x: Tensor, by: Tensor) -> Tensor:
@@ -348,7 +354,7 @@ def _of_rows(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntrop
         return x.sum() / by.where(by != 0, 1.0) + torch.where(by == 0, torch.nan, 0.0)
 
     total, z_loss = mean(loss, divisor), mean(squares, count)
-    return CrossEntropy(total + z_loss if call.z_loss else total, z_loss.detach(), best)
+    return CrossEntropy(total + z_loss if call.z_loss else total, z_loss.detach(), logprobs, best)
 
 
 def _of_probabilities(call: _Call, of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
