@@ -51,7 +51,7 @@ class FlamingoOutput:
     Attributes:
         logits: ``[B, L, vocab_size]``, or ``[B, 1, vocab_size]`` of the last token of each row; None with labels, where
             they were not asked for.
-        loss: the mean cross-entropy of the next token, fp32; None without labels.
+        loss: the mean cross-entropy of the next token, fp32 (fp64 for fp64 weights); None without labels.
         kv_cache, visual_cache: arguments of the next call.
     """
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from mmkernels.nn.checks import check_choice
 from mmkernels.ops.linear.linear_cross_entropy import CrossEntropy, cross_entropy
-from mmkernels.ops.linear.linear_logprobs import linear_logprobs
 from mmkernels.runtime.checks import FINITE, check_bool, check_floating, check_number
 
 
@@ -51,7 +50,7 @@ class LinearCrossEntropyLoss(nn.Module):
         accum_dtype: None or ``torch.float32``. Both are the same here: gradients are always summed in float32 (float64
             for float64 inputs). Nothing else can be had.
         use_token_scaling: whether each row's loss is multiplied by ``p_i[y_i]``, taken as a constant (dynamic
-            fine-tuning). It takes one product more, for that probability.
+            fine-tuning).
 
     Raises:
         TypeError: a wrong type. ValueError: a number or name that is none of the above.
@@ -182,12 +181,7 @@ class LinearCrossEntropyLoss(nn.Module):
                 divisor = self.ce_weight[torch.where(live, target, 0)].where(live, 0.0).sum()
                 z_loss = z_loss * float(divisor / count.clamp(min=1))  # its sum is divided by the number of rows
         rows = self._call(weight, hidden, target, bias, "none", z_loss)
-        with torch.no_grad():
-            chance = linear_logprobs(
-                hidden, weight, target, bias=bias, softcap=self.softcap, ignore_index=self.ignore_index
-            )
-        assert isinstance(chance, Tensor)
-        chance = chance.exp_()
+        chance = rows.logprobs.detach().exp()
         losses, z_losses = rows.loss * chance, rows.z_loss * chance
         if self.reduction != "none":
             losses, z_losses = losses.sum() / divisor, z_losses.sum() / divisor
