@@ -20,7 +20,7 @@ from mmkernels.runtime.eager import stub_ops
 REMOVED = "removed"
 """The candidate in which every op returns zeros at once: its time is the Amdahl bound."""
 
-NAIVE_LOSS = "naive loss"
+NAIVE_LOSS = "logits"
 """The candidate "fused" but for the training loss, which is made from all logits: what the loss alone saves."""
 
 Cell = dict[str, Any]
