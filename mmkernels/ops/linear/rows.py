@@ -52,7 +52,7 @@ class GradientArguments(NamedTuple):
     bias: Tensor | None  # [V]
     target: Tensor  # int64 [T]
     token_weight: Tensor | None  # wide [V]
-    lse: Tensor  # wide [T], log-sum-exp of the logits of all tokens, elsewhere too
+    softmax: Tensor  # wide [2, T], REFERENCE and `formula.LOG_SUM` of the logits of all tokens, elsewhere too
     rows: Tensor  # wide [4, T], see `formula.OF_PROBABILITY`
     softcap: float
     temperature: float

@@ -137,7 +137,7 @@ def results(args: Arguments, backend: str | None) -> Results:
     if backend == "reference" and not args.group and not in_graph():
         with torch._C._DisableAutocast():  # the head has been cast
             best = best_index(logits_of(args).detach()) if args.best else args.target.new_empty(0)
-            return Results(*formula(args), best_index=best)
+            return Results(*formula(args), softmax=args.hidden.new_empty(0), best_index=best)
     return Results._make(OP(args, backend))
 
 
@@ -148,7 +148,7 @@ OP = define(
     fake=parallel.fake,
     backends=parallel.FORWARD,
     gradient=Gradient(
-        saves=("lse", "entropy_of_rows"),
+        saves=("entropy_of_rows", "softmax"),
         formula=parallel.formula_of_pass,
         backends=parallel.BACKWARD,
         contiguous=True,
