@@ -44,7 +44,8 @@ class LinearCrossEntropyLoss(nn.Module):
         lse_square_scale: >= 0, of the z-loss, which is part of the loss.
         label_smoothing: e, from 0 to 1.
         reduction: "mean": the cross-entropies' sum divided by that of ``w[y_i]``, the z-losses' by the number of rows
-            that are not ignored, and 0 if there is none; "sum"; or "none": one loss for each row, 0 where ignored.
+            that are not ignored, and 0 if there is none, as Liger's (PyTorch's is NaN); "sum"; or "none": one loss for
+            each row, 0 where ignored.
         softcap: a number above 0, or None: logits z become ``softcap tanh(z / softcap)``.
         return_z_loss, return_token_accuracy, return_predicted_tokens: return a `CrossEntropyOutput` with these.
         accum_dtype: None or ``torch.float32``. Both are the same here: gradients are always summed in float32 (float64
@@ -137,9 +138,9 @@ class LinearCrossEntropyLoss(nn.Module):
         found = self._scaled(lin_weight, _input, target, bias) if self.use_token_scaling else self._call(
             lin_weight, _input, target, bias, self.reduction, self.lse_square_scale
         )  # fmt: skip
-        loss, live = found.loss, target != self.ignore_index
+        loss, z_loss, live = found.loss, found.z_loss, target != self.ignore_index
         if self.reduction == "mean":
-            loss = torch.where(live.any(), loss, 0.0)
+            loss, z_loss = (torch.where(live.any(), x, 0.0) for x in (loss, z_loss))
         if not (self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens):
             return loss
         accuracy: Tensor | None = None
@@ -148,7 +149,7 @@ class LinearCrossEntropyLoss(nn.Module):
             accuracy = right if self.reduction == "none" else right.sum() / live.sum()
         return CrossEntropyOutput(
             loss,
-            found.z_loss if self.return_z_loss else None,
+            z_loss if self.return_z_loss else None,
             accuracy,
             found.best_index if self.return_predicted_tokens else None,
         )

@@ -111,9 +111,9 @@ def test_rows_of_any_shape() -> None:
 def test_no_row_counts(options: dict[str, Any]) -> None:
     """Liger's mean is 0 then, where PyTorch's is NaN."""
     hidden = HIDDEN.clone().requires_grad_()
-    module = LinearCrossEntropyLoss(**options, return_token_accuracy=True)
+    module = LinearCrossEntropyLoss(**options, return_z_loss=True, return_token_accuracy=True)
     out = module(WEIGHT, hidden, torch.full_like(TARGET, -100))
-    assert out.loss.item() == 0.0 and out.token_accuracy.isnan()
+    assert out.loss.item() == out.z_loss.item() == 0.0 and out.token_accuracy.isnan()
     assert not torch.autograd.grad(out.loss, hidden)[0].any()
 
 
