@@ -67,8 +67,9 @@ def dpo_loss(
         reduction: "mean", "sum" or "none".
 
     Returns:
-        `DPOResult`, in the log-probabilities' dtype. A pair that is masked altogether (both log-probabilities 0, and
-        their references) has h = 0: it adds a constant and no information. B = 0: the mean is NaN.
+        `DPOResult`, in the dtype of the trained model's log-probabilities. A pair that is masked altogether (both
+        log-probabilities 0, and their references) has h = 0: it adds a constant and no information. B = 0: the mean is
+        NaN.
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, range or choice.
@@ -103,8 +104,8 @@ def dpo_loss(
     if label_smoothing and loss_type in ("hinge", "ipo"):
         raise ValueError(f"label_smoothing must be 0 with loss_type {loss_type!r}, got {label_smoothing}")
 
-    chosen = chosen_logprobs - ref_chosen_logprobs.detach()
-    rejected = rejected_logprobs - ref_rejected_logprobs.detach()
+    chosen = chosen_logprobs - ref_chosen_logprobs.detach().to(chosen_logprobs.dtype)
+    rejected = rejected_logprobs - ref_rejected_logprobs.detach().to(rejected_logprobs.dtype)
     losses = _losses(chosen - rejected, beta, loss_type, label_smoothing)
     loss = losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
     rewards = beta * chosen.detach(), beta * rejected.detach()

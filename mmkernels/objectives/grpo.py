@@ -134,8 +134,8 @@ def grpo_loss(
         entropy: ``[B, L]`` of `linear_logprobs` with return_entropy, for the metric.
 
     Returns:
-        `GRPOResult`, in logprobs' dtype. An answer without a token adds nothing, but counts among B; a batch without a
-        token gives 0, and NaN metrics.
+        `GRPOResult`, the loss in logprobs' dtype. An answer without a token adds nothing, but counts among B; a batch
+        without a token gives 0, and NaN metrics.
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, range or choice; beta without `ref_logprobs`, or
@@ -168,13 +168,13 @@ def grpo_loss(
         raise ValueError(f"ref_logprobs must be given where beta is not 0, got None with beta {beta}")
 
     # Hidden before `exp`: its gradient at a hidden token must be 0, not 0 times inf.
-    old = logprobs.detach() if old_logprobs is None else old_logprobs.detach()
+    old = logprobs.detach() if old_logprobs is None else old_logprobs.detach().to(logprobs.dtype)
     ratio = (logprobs - old).masked_fill(~shown, 0).exp()
-    advantage = (advantages[:, None] if advantages.dim() == 1 else advantages).detach()
+    advantage = (advantages[:, None] if advantages.dim() == 1 else advantages).detach().to(logprobs.dtype)
     losses = -torch.min(ratio * advantage, ratio.clamp(1 - epsilon_low, 1 + high) * advantage)
     kl = torch.zeros_like(ratio)
     if ref_logprobs is not None:
-        away = (ref_logprobs.detach() - logprobs).masked_fill(~shown, 0)
+        away = (ref_logprobs.detach().to(logprobs.dtype) - logprobs).masked_fill(~shown, 0)
         kl = away.exp() - away - 1
         if beta:
             losses = losses + beta * kl

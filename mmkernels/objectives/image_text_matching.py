@@ -86,9 +86,9 @@ def matching_pairs(
         check_integers("ids", ids)
         if tuple(ids.shape) != (count,):
             raise ValueError(f"ids must be [{count}], one for each pair, got shape {tuple(ids.shape)}")
+    scale = check_scalar("logit_scale", logit_scale, image)
     own = torch.arange(count, device=image.device)
-    texts, images = _draw(image, text, check_scalar("logit_scale", logit_scale, image), own if ids is None else ids,
-                          generator)  # fmt: skip
+    texts, images = _draw(image, text, scale, own if ids is None else ids, generator)
     of_images, of_texts = (torch.where(drawn < 0, -100, 0) for drawn in (texts, images))
     return MatchingPairs(
         torch.cat([own, own, images.clamp(0)]),

@@ -107,6 +107,8 @@ def test_a_masked_pair_is_a_constant_and_large_margins_are_finite() -> None:
         loss = dpo_loss(sign * far, -sign * far, zero, zero, beta=1.0).loss
         assert loss.isfinite() and torch.autograd.grad(loss, far)[0].isfinite()
     assert dpo_loss(*torch.zeros(4, 0)).loss.isnan()
+    wide = zero.detach().double()
+    assert all(x.dtype == torch.float32 for x in dpo_loss(zero, zero, wide, wide))
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,12 @@ def test_what_the_mask_hides_reaches_nothing(loss_type: str) -> None:
     assert not results[0][-1][~MASK].any() and bool(results[0][-1][MASK].any())
 
 
+def test_constants_of_another_dtype_do_not_widen_the_loss() -> None:
+    new, old, ref = logprobs()
+    constants = {"advantages": ADVANTAGES, "old_logprobs": old, "ref_logprobs": ref.bfloat16()}
+    assert grpo_loss(new.float(), mask=MASK, beta=0.1, **constants).loss.dtype == torch.float32
+
+
 def test_an_empty_mask_and_no_mask() -> None:
     new, old, _ = logprobs()
     for loss_type in LOSSES:
