@@ -138,6 +138,5 @@ def gradients(args: Any) -> tuple[Tensor, ...]:
         y = capped(products(args, chunk), args.softcap, args.temperature)
         flow = y_gradient(args, y, args.rows[:, chunk.at], args.softmax[:, chunk.at], chunk.target)
         sums.add(chunk, capped_gradient(flow, y, args.softcap, args.temperature))
-    none = hidden.new_empty(0)
-    of_hidden, of_weight, of_bias = (none if x is None else x for x in sums.results())
+    of_hidden, of_weight, of_bias = (hidden.new_empty(0) if x is None else x for x in sums.results())
     return of_hidden, of_weight, of_bias

@@ -76,10 +76,9 @@ def formula_of_logits(args: Any, y: Tensor) -> RowResults:
     """Returns the results of logits y, wide [T, V]."""
     live, vocabulary = args.target != IGNORED, y.shape[1]
     every = y.log_softmax(1)
-    none = y.new_empty(0)
     token = args.target.clamp(0, vocabulary - 1)[:, None]
     picked = every.gather(1, token)[:, 0].where(args.target < vocabulary, torch.nan).where(live, 0.0)
-    entropy, average = none, none
+    entropy, average = y.new_empty(0), y.new_empty(0)
     if args.entropy:
         p = every.exp()
         entropy = -(p * every.masked_fill(p == 0, 0.0)).sum(1).where(live, 0.0)
@@ -123,9 +122,8 @@ def gradients(args: Any) -> tuple[Tensor, ...]:
     found = head_gradients(args, flow.masked_fill_(~live[:, None], 0.0), y)
     dtypes = (wide_dtype(args.hidden) if args.wide else args.hidden.dtype, args.weight.dtype, None)
     needs = (args.need_hidden, args.need_weight, args.need_bias and args.bias is not None)
-    none = args.hidden.new_empty(0)
     return tuple(
-        x.to(dtype or args.bias.dtype) if need and x is not None else none
+        x.to(dtype or args.bias.dtype) if need and x is not None else args.hidden.new_empty(0)
         for x, dtype, need in zip(found, dtypes, needs, strict=True)
     )
 

@@ -27,8 +27,9 @@ from mmkernels.ops.linear.linear_cross_entropy.spec import (
 from mmkernels.ops.linear.linear_logprobs import parallel, results
 from mmkernels.ops.linear.linear_logprobs.spec import Arguments as RowArguments
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import can_look, check_floating, check_number, in_graph, requires_grad
+from mmkernels.runtime.checks import check_floating, check_number, in_graph, requires_grad
 from mmkernels.runtime.dispatch import Backend, define, resolve
+from mmkernels.runtime.eager import cotangents_are_batched, transform_active
 from mmkernels.runtime.gradient import Gradient
 
 if TYPE_CHECKING:
@@ -209,12 +210,14 @@ class _Call(NamedTuple):
 
     def token_weight(self) -> Tensor | None:
         """Returns what `formula.TOTAL` is summed with: the class weights, where the loss sums over all tokens."""
-        if self.class_weight is not None and (self.smoothing or self.probabilities is not None):
+        if self.class_weight is not None and (self.smooths or self.probabilities is not None):
             return self.class_weight
-        return self._ones() if self.smoothing else None
+        return self.head.hidden.new_ones(self.vocabulary, dtype=wide_dtype(self.head.hidden)) if self.smooths else None
 
-    def _ones(self) -> Tensor:
-        return self.head.hidden.new_ones(self.vocabulary, dtype=wide_dtype(self.head.hidden))
+    @property
+    def smooths(self) -> bool:
+        """Whether labels may be smoothed: a share that a graph computes is not looked at."""
+        return isinstance(self.smoothing, torch.SymFloat) or self.smoothing != 0.0
 
     def weight_of_rows(self) -> Tensor:
         """Returns wide [T], the class weight of each row's target, 0 where it is ignored."""
@@ -326,18 +329,18 @@ def _of_rows(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntrop
         args = RowArguments(
             *call.head,
             target=call.target,
-            token_weight=call.class_weight if call.smoothing else None,
+            token_weight=call.class_weight if call.smooths else None,
             softcap=call.softcap,
             temperature=1.0,
             entropy=False,
-            average=call.smoothing > 0.0,
+            average=call.smooths,
             best=call.best,
             group=call.group,
         )
         found = results(args, backend)
         logprobs, squares, best = found.logprobs, found.lse**2, found.best_index
         loss = -(1.0 - call.smoothing) * of_rows * logprobs
-        if call.smoothing:
+        if call.smooths:
             loss = loss - call.smoothing * found.average
     else:
         loss, squares, best = _of_probabilities(call, of_rows)
@@ -369,11 +372,10 @@ def _of_probabilities(call: _Call, of_rows: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def _scaled(args: Any) -> tuple[Tensor, ...]:
     """The backward pass: the loss's gradients times what flows back to it."""
-    none = args.input.new_empty(0)
     inputs, kept = (args.input, args.linear_weight, args.linear_bias), (getattr(args, name) for name in KEPT)
     needs = (args.need_input, args.need_linear_weight, args.need_linear_bias)
     found = (
-        scaled(grad, args.grad_loss, x.dtype) if need and x is not None else none
+        scaled(grad, args.grad_loss, x.dtype) if need and x is not None else args.input.new_empty(0)
         for x, grad, need in zip(inputs, kept, needs, strict=True)
     )
     return tuple(found)
@@ -382,7 +384,7 @@ def _scaled(args: Any) -> tuple[Tensor, ...]:
 def _passes(args: Any) -> Mapping[str, Tensor]:
     """Returns the kept gradients that are the wanted ones, as 1 flows back: no copy of the weight's size is made."""
     flow = args.grad_loss
-    if not flow.is_cpu or torch.is_grad_enabled() or not can_look(flow) or float(flow) != 1.0:
+    if not flow.is_cpu or torch.is_grad_enabled() or transform_active() or cotangents_are_batched() or float(flow) != 1:
         return {}
     names = ("input", "linear_weight", "linear_bias")
     pairs = ((name, getattr(args, name), getattr(args, f"of_{name}")) for name in names)
@@ -402,7 +404,7 @@ OP = define(
     ],
     gradient=Gradient(
         saves=KEPT,
-        formula=lambda args: (formula(args),),
+        formula=lambda args: (formula(Arguments(*(getattr(args, name) for name in Arguments._fields))),),
         backends=[Backend("chunked", _scaled), Backend("reference", _scaled)],
         contiguous=True,
         prepared=KEEP,

@@ -26,7 +26,10 @@ from mmkernels.ops.linear.formula import (
     SUM,
     TOTAL,
     RowResults,
+    best_index,
     formula,
+    formula_of_logits,
+    logits_of,
 )
 from mmkernels.ops.linear.rows import GRADIENTS, STATES, GradientArguments, gradients_of, states_of
 from mmkernels.runtime.dispatch import TABLES, Backend, Op
@@ -110,6 +113,8 @@ def _check_targets(said: list[dict[str, Any]], vocabulary: int) -> None:
 
 def forward(args: Any, kernels: str) -> tuple[Tensor, ...]:
     """Returns the op's `Results`."""
+    if kernels == "reference" and not args.group:
+        return reference(args)
     shard = _Shard(args, CALL, {})
     states, index = states_of(shard.local(args), kernels)
     if shard.group is not None:
@@ -119,6 +124,17 @@ def forward(args: Any, kernels: str) -> tuple[Tensor, ...]:
     if args.best:
         index = index.masked_fill(args.target == IGNORED, IGNORED)
     return *found, softmax, index
+
+
+def reference(args: Any) -> tuple[Tensor, ...]:
+    """Returns the op's `Results` by the naive formula, which PyTorch can differentiate."""
+    y = logits_of(args)
+    reference = y.detach().amax(1)
+    softmax = torch.stack([reference, (y.detach() - reference[:, None]).exp().sum(1).log()])
+    index = args.target.new_empty(0)
+    if args.best:
+        index = best_index(y.detach()).masked_fill(args.target == IGNORED, IGNORED)
+    return *formula_of_logits(args, y), softmax, index
 
 
 def _merged(group: Group, states: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,8 +165,7 @@ def _finished(args: Any, states: Tensor, vocabulary: int) -> RowResults:
     lse = reference + log_sum
     logprobs = (states[PICKED] - reference) - log_sum
     logprobs = logprobs.masked_fill(args.target >= vocabulary, torch.nan).masked_fill(ignored, 0.0)
-    none = states.new_empty(0)
-    entropy = average = none
+    entropy, average = states.new_empty(0), states.new_empty(0)
     if args.entropy:
         entropy = (log_sum - states[MOMENT] / states[SUM]).masked_fill(ignored, 0.0)
     if args.average:
