@@ -11,6 +11,8 @@ from mmkernels.ops.attention.merge_attention import merge_attention
 from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
+from mmkernels.ops.linear.linear_cross_entropy import linear_cross_entropy
+from mmkernels.ops.linear.linear_logprobs import linear_logprobs
 from mmkernels.ops.tokens.frame_difference import frame_difference
 from mmkernels.ops.tokens.match_tokens import match_tokens
 from mmkernels.ops.tokens.merge_patches import merge_patches
@@ -41,6 +43,8 @@ __all__ = [
     "cross_attention",
     "frame_difference",
     "info_nce",
+    "linear_cross_entropy",
+    "linear_logprobs",
     "match_tokens",
     "merge_attention",
     "merge_patches",

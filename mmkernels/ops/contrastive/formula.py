@@ -14,13 +14,6 @@ NO_PARTNERS = -(2**31 - 16)
 ``first_text + j``'s, which is below 0."""
 
 
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns ``x * factor`` in `dtype`. The factor is 0-D and keeps its dtype."""
-    if x.device.type == "cpu":  # a 0-D factor is never rounded to x's dtype there
-        return torch.mul(x, factor).to(dtype)
-    return torch.mul(x, factor.reshape([1] * x.dim()), out=x.new_empty(x.shape, dtype=dtype))
-
-
 def queries_of(image: Tensor) -> Tensor:
     """Returns image features as [N, Q, d]; [N, d] get a Q of 1."""
     return image if image.dim() == 3 else image[:, None]

@@ -20,7 +20,8 @@ from mmkernels.ops.linear.formula import (
     TOTAL,
     best_index,
     capped,
-    logits_gradient,
+    capped_gradient,
+    y_gradient,
 )
 
 CHUNK_BYTES = 2**24  # of one chunk's logits; about four of them are alive at once
@@ -134,8 +135,9 @@ def gradients(args: Any) -> tuple[Tensor, ...]:
         bias.dtype if args.need_bias and bias is not None else None,
     )
     for chunk in chunks(args):
-        z = products(args, chunk)
-        sums.add(chunk, logits_gradient(args, z, args.rows[:, chunk.at], args.lse[chunk.at], chunk.target))
+        y = capped(products(args, chunk), args.softcap, args.temperature)
+        flow = y_gradient(args, y, args.rows[:, chunk.at], args.lse[chunk.at], chunk.target)
+        sums.add(chunk, capped_gradient(flow, y, args.softcap, args.temperature))
     none = hidden.new_empty(0)
     of_hidden, of_weight, of_bias = (none if x is None else x for x in sums.results())
     return of_hidden, of_weight, of_bias

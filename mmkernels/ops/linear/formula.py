@@ -66,62 +66,70 @@ class RowResults(NamedTuple):
 
 def formula(args: Any) -> RowResults:
     """Returns the results by the naive formula, which PyTorch can differentiate."""
-    y = logits_of(args)
-    live = args.target != IGNORED
-    vocabulary = y.shape[1]
+    return formula_of_logits(args, logits_of(args))
+
+
+def formula_of_logits(args: Any, y: Tensor) -> RowResults:
+    """Returns the results of logits y, wide [T, V]."""
+    live, vocabulary = args.target != IGNORED, y.shape[1]
     every = y.log_softmax(1)
     none = y.new_empty(0)
     token = args.target.clamp(0, vocabulary - 1)[:, None]
+    picked = every.gather(1, token)[:, 0].where(args.target < vocabulary, torch.nan).where(live, 0.0)
     entropy, average = none, none
     if args.entropy:
         p = every.exp()
         entropy = -(p * every.masked_fill(p == 0, 0.0)).sum(1).where(live, 0.0)
-    if args.token_weight is not None:
-        average = ((every * args.token_weight.to(y.dtype)).sum(1) / vocabulary).where(live, 0.0)
-    picked = every.gather(1, token)[:, 0].where(args.target < vocabulary, torch.nan).where(live, 0.0)
+    if args.average:
+        every = every if args.token_weight is None else every * args.token_weight.to(y.dtype)
+        average = every.mean(1).where(live, 0.0)
     return RowResults(picked, y.logsumexp(1).where(live, 0.0), entropy, average)
 
 
-def logits_gradient(args: Any, z: Tensor, rows: Tensor, lse: Tensor, target: Tensor) -> Tensor:
-    """Returns the gradient of the products z [T, V], which it writes.
+def y_gradient(args: Any, y: Tensor, rows: Tensor, lse: Tensor, target: Tensor) -> Tensor:
+    """Returns the gradient of logits y, wide [T, V].
 
     Args:
-        args: a record with softcap, temperature, token_weight, entropy.
+        args: a record with token_weight and entropy.
         rows: [4, T], see `OF_PROBABILITY`. lse, target: [T].
     """
-    slope = None
-    if args.softcap:
-        z = torch.tanh(z / args.softcap)
-        slope = 1 - z * z
-        z = z * args.softcap
-    y = z / args.temperature if args.temperature != 1.0 else z
     of_p, of_entropy, of_target, of_tokens = rows[:, :, None]
-    p = (y - lse[:, None]).exp()
+    above = y - lse[:, None]
+    p = above.exp()
     flow = p * of_p
     if args.entropy:
-        flow += (p * (y - lse[:, None]).masked_fill(p == 0, 0.0)) * of_entropy
+        flow += p * above.masked_fill_(p == 0, 0.0) * of_entropy
     if args.token_weight is not None:
         flow += of_tokens * args.token_weight.to(flow.dtype)
     here = (target >= 0) & (target < y.shape[1])
-    flow.scatter_add_(1, target.clamp(0, y.shape[1] - 1)[:, None], of_target.where(here[:, None], 0.0))
-    if slope is not None:
-        flow *= slope
-    return flow / args.temperature if args.temperature != 1.0 else flow
+    return flow.scatter_add_(1, target.clamp(0, y.shape[1] - 1)[:, None], of_target.where(here[:, None], 0.0))
+
+
+def capped_gradient(flow: Tensor, y: Tensor, softcap: float, temperature: float) -> Tensor:
+    """Returns the gradient of the products, from that of the logits y, which it writes."""
+    if softcap:
+        unit = y * (temperature / softcap)  # the tanh
+        flow *= 1 - unit * unit
+    return flow.div_(temperature) if temperature != 1.0 else flow
 
 
 def gradients(args: Any) -> tuple[Tensor, ...]:
     """Returns the gradients of hidden, weight and bias by the naive formula; see `rows.Gradients`."""
-    hidden, weight, bias = without_ignored(args.hidden, args.target), args.weight, args.bias
-    wide, none = wide_dtype(hidden), hidden.new_empty(0)
-    z = hidden @ weight.mT
-    z = (z if bias is None else z + bias).to(wide)
-    live = args.target != IGNORED
-    flow = logits_gradient(args, z, args.rows.masked_fill(~live, 0.0), args.lse, args.target)
-    flow = flow.masked_fill(~live[:, None], 0.0)
-    narrow = flow.to(hidden.dtype)
-    of_hidden = narrow @ weight
-    return (
-        (of_hidden.to(wide) if args.wide else of_hidden) if args.need_hidden else none,
-        narrow.mT @ hidden if args.need_weight else none,
-        flow.sum(0).to(bias.dtype) if args.need_bias and bias is not None else none,
+    y, live = logits_of(args), args.target != IGNORED
+    flow = y_gradient(args, y, args.rows.masked_fill(~live, 0.0), args.lse, args.target)
+    found = head_gradients(args, flow.masked_fill_(~live[:, None], 0.0), y)
+    dtypes = (wide_dtype(args.hidden) if args.wide else args.hidden.dtype, args.weight.dtype, None)
+    needs = (args.need_hidden, args.need_weight, args.need_bias and args.bias is not None)
+    none = args.hidden.new_empty(0)
+    return tuple(
+        x.to(dtype or args.bias.dtype) if need and x is not None else none
+        for x, dtype, need in zip(found, dtypes, needs, strict=True)
     )
+
+
+def head_gradients(args: Any, flow: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of hidden, weight and, wide, bias from that of logits y [T, V], which it writes."""
+    hidden = without_ignored(args.hidden, args.target)
+    flow = capped_gradient(flow, y, args.softcap, args.temperature)
+    narrow = flow.to(hidden.dtype)
+    return narrow @ args.weight, narrow.mT @ hidden, flow.sum(0)

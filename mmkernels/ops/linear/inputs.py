@@ -70,7 +70,9 @@ def _check_like(name: str, x: Tensor, hidden: Tensor, names: Names, dtypes: tupl
         raise ValueError(f"{name} must be on {names.hidden}'s device {hidden.device}, got {x.device}")
 
 
-def checked_target(target: Tensor, hidden: Tensor, ignore_index: object, names: Names, vocabulary: int | None) -> Tensor:
+def checked_target(
+    target: Tensor, hidden: Tensor, ignore_index: object, names: Names, vocabulary: int | None
+) -> Tensor:
     """Returns int64 [T], `IGNORED` where the row takes no part; every other negative target becomes ``2**62``.
 
     Args:
@@ -101,9 +103,8 @@ def _check_tokens(target: Tensor, ignored: Tensor, ignore_index: int, vocabulary
     if bool(bad.any()):
         place = [int(x) for x in bad.nonzero()[0]]
         most = "" if vocabulary is None else f" to {vocabulary - 1}"
-        raise ValueError(
-            f"target{place} must be a token, from 0{most}, or ignore_index {ignore_index}, got {int(target[tuple(place)])}"
-        )
+        got = int(target[tuple(place)])
+        raise ValueError(f"target{place} must be a token, from 0{most}, or ignore_index {ignore_index}, got {got}")
 
 
 def checked_cap(softcap: object) -> float:

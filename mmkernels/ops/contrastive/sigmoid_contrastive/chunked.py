@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, kept, kept_dtype
+from mmkernels.ops.common.kept import kept_dtype
+from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, kept
 from mmkernels.ops.contrastive.strips import LogitStrips, add_products
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.common.kept import kept_dtype
 from mmkernels.ops.contrastive.ring import (
     Ring,
     TextGradient,
@@ -29,7 +30,6 @@ from mmkernels.ops.contrastive.sigmoid_contrastive.spec import (
     Results,
     fake,
     kept,
-    kept_dtype,
     scaled_gradients,
 )
 from mmkernels.runtime.dispatch import Backend, define

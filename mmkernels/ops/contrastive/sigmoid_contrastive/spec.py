@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.common.kept import fake_kept, scaled
+from mmkernels.ops.common.kept import kept as kept_gradients
 from mmkernels.ops.contrastive import parts
 from mmkernels.ops.contrastive.cases import contrastive_cost, features, two_towers
-from mmkernels.ops.contrastive.formula import best_scores, pairs, queries_of, scaled, score_gradients
+from mmkernels.ops.contrastive.formula import best_scores, pairs, queries_of, score_gradients
 from mmkernels.runtime.arguments import Differentiable
 from mmkernels.spec import Benchmark, Case, Inputs, OpSpec
 from mmkernels.targets import MemoryRatio, PeakShare, Target
@@ -87,22 +89,13 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
     return (loss, *kept((image_grad, text_grad, scale_grad, bias_grad), args))
 
 
-def kept_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype in which the gradient of x is kept between the forward and the backward pass.
-
-    float16 has too little range: a loss scale in the upstream gradient multiplies the kept values only later.
-    """
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
-
-
 def kept(grads: Sequence[Tensor | None], args: Arguments) -> list[Tensor]:
     """Returns the gradients of image, text, logit_scale, logit_bias as they are kept; empty where none is."""
-    inputs = (args.image, args.text, args.logit_scale, args.logit_bias)
-    keep = (getattr(args, name) for name in KEEP)
-    return [
-        grad.to(kept_dtype(x)).reshape(x.shape) if wanted and grad is not None else x.new_empty(0)
-        for x, grad, wanted in zip(inputs, grads, keep, strict=True)
-    ]
+    return kept_gradients(grads, _inputs(args), [getattr(args, name) for name in KEEP], args.image)
+
+
+def _inputs(args: Arguments) -> tuple[Tensor, ...]:
+    return args.image, args.text, args.logit_scale, args.logit_bias
 
 
 def scaled_gradients(args: Any, of_features: Tensor, of_scalars: Tensor) -> tuple[Tensor, ...]:
@@ -123,11 +116,7 @@ def scaled_gradients(args: Any, of_features: Tensor, of_scalars: Tensor) -> tupl
 
 def fake(args: Arguments) -> tuple[Tensor, ...]:
     """Returns outputs of the right shapes and dtypes, and nothing in them."""
-    inputs = (args.image, args.text, args.logit_scale, args.logit_bias)
-    grads = (
-        x.new_empty(x.shape, dtype=kept_dtype(x)) if getattr(args, name) else x.new_empty(0)
-        for x, name in zip(inputs, KEEP, strict=True)
-    )
+    grads = fake_kept(_inputs(args), [getattr(args, name) for name in KEEP], args.image)
     return (args.image.new_empty((), dtype=wide_dtype(args.image)), *grads)
 
 

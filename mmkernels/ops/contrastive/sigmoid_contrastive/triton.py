@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.common.kept import kept_dtype, scaled
 from mmkernels.ops.common.triton.constants import LN2, LOG2E
-from mmkernels.ops.contrastive.formula import scaled
-from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, kept, kept_dtype
+from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, kept
 from mmkernels.ops.contrastive.triton.arguments import Strip
 from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, Pairing, Partners, loss_scale_of, pairing
 from mmkernels.ops.contrastive.triton.pairs import (

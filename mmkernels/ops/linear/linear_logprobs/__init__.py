@@ -72,9 +72,9 @@ def linear_logprobs(
 
     Returns:
         ``[...]`` float32 (float64 for float64 inputs), 0 where ignored; with `return_entropy` or `return_correct` a
-        tuple of it, the entropy ``[...]``, 0 where ignored, and a bool ``[...]``, False where ignored. Log-probabilities
-        and entropy are differentiable by hidden, weight and bias; second derivatives, and those in forward mode, are
-        computed by the reference formula, at its memory cost.
+        tuple of it, the entropy, 0 where ignored, and a bool ``[...]``, False where ignored. The first two are
+        differentiable by hidden, weight and bias; second derivatives, and those in forward mode, are computed by the
+        reference formula, at its memory cost.
 
     Sums are made in float32 (float64), the weight's gradient too, and are the same each time. No gradient is computed
     for what needs none, a frozen weight for example. A row with NaN has NaN results. Under autocast hidden, weight and
@@ -104,6 +104,7 @@ def linear_logprobs(
         >>> logprobs.shape, bool((logprobs[:, :2] == 0).all())
         (torch.Size([2, 6]), True)
     """
+
     def make(name: str) -> Arguments:
         check_bool("return_entropy", return_entropy)
         check_bool("return_correct", return_correct)
@@ -115,6 +116,7 @@ def linear_logprobs(
             softcap=checked_cap(softcap),
             temperature=checked_temperature(temperature),
             entropy=return_entropy,
+            average=False,
             best=return_correct,
             group=name,
         )

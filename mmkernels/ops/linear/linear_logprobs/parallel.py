@@ -57,15 +57,17 @@ class _Shard:
 
     def local(self, args: Any) -> Any:
         """Returns the record with this shard's targets and token weights."""
-        if self.group is None:
-            return args
         target, weights = args.target, args.token_weight
-        if weights is not None:
+        if args.average and weights is None:
+            weights = args.hidden.new_ones(len(args.weight), dtype=wide_dtype(args.hidden))
+        elif self.group is not None and weights is not None:
             if len(weights) != self.vocabulary:
                 raise ValueError(
                     f"weight must be [{self.vocabulary}], one for each token of all ranks, got [{len(weights)}]"
                 )
             weights = weights[self.first : self.first + len(args.weight)]
+        if self.group is None:
+            return args._replace(token_weight=weights)
         index = target - self.first
         inside = (index >= 0) & (index < len(args.weight))
         local = torch.where(inside, index, len(args.weight)).masked_fill(target == IGNORED, IGNORED)
@@ -79,12 +81,12 @@ def _shape(args: Any) -> dict[str, Any]:
         "the dtype": str(args.hidden.dtype),
         "the type of device": args.hidden.device.type,
         "whether there is a bias": args.bias is not None,
-        "whether there are class weights or label smoothing": args.token_weight is not None,
+        "whether there are class weights": args.token_weight is not None,
     }
 
 
 def _options(args: Any) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("softcap", "temperature", "entropy", "best")}
+    return {name: getattr(args, name) for name in ("softcap", "temperature", "entropy", "average", "best")}
 
 
 def _targets(target: Tensor) -> dict[str, Any]:
@@ -101,7 +103,8 @@ def _check_targets(said: list[dict[str, Any]], vocabulary: int) -> None:
         raise ValueError("target must be the same on every rank of the group, as must hidden")
     if said[0]["high"] >= vocabulary:
         raise ValueError(
-            f"target must be below {vocabulary}, the number of all ranks' tokens, or ignore_index; got {said[0]['high']}"
+            f"target must be below {vocabulary}, as many tokens as all ranks have, or ignore_index; "
+            f"got {said[0]['high']}"
         )
 
 
@@ -149,9 +152,14 @@ def _finished(args: Any, states: Tensor, vocabulary: int) -> RowResults:
     entropy = average = none
     if args.entropy:
         entropy = (log_sum - states[MOMENT] / states[SUM]).masked_fill(ignored, 0.0)
-    if args.token_weight is not None:
-        average = ((states[TOTAL] - args.token_weight.sum() * lse) / vocabulary).masked_fill(ignored, 0.0)
+    if args.average:
+        average = (states[TOTAL] / vocabulary - _mean_weight(args) * lse).masked_fill(ignored, 0.0)
     return RowResults(logprobs, lse.masked_fill(ignored, 0.0), entropy, average)
+
+
+def _mean_weight(args: Any) -> Tensor | float:
+    """Returns the mean of all tokens' weights."""
+    return 1.0 if args.token_weight is None else args.token_weight.mean()
 
 
 def backward(args: Any, kernels: str) -> tuple[Tensor, ...]:
@@ -185,7 +193,8 @@ def _gradient_rows(args: Any, vocabulary: int) -> Tensor:
     """Returns wide [4, T], see `formula.OF_PROBABILITY`: 0 in ignored rows, and where the target is no token."""
     none = torch.zeros_like(args.lse)
     picked, lse, entropy, average = (
-        none if x is None else x for x in (args.grad_logprobs, args.grad_lse, args.grad_entropy_of_rows, args.grad_average)
+        none if x is None else x
+        for x in (args.grad_logprobs, args.grad_lse, args.grad_entropy_of_rows, args.grad_average)
     )
     rows = torch.zeros((4, len(args.lse)), dtype=wide_dtype(args.hidden), device=args.hidden.device)
     rows[OF_PROBABILITY] = lse - picked
@@ -193,8 +202,8 @@ def _gradient_rows(args: Any, vocabulary: int) -> Tensor:
     if args.entropy:
         rows[OF_PROBABILITY] -= entropy * args.entropy_of_rows
         rows[OF_ENTROPY] = -entropy
-    if args.token_weight is not None:
-        rows[OF_PROBABILITY] -= average * (args.token_weight.sum() / vocabulary)
+    if args.average:
+        rows[OF_PROBABILITY] -= average * _mean_weight(args)
         rows[OF_TOKENS] = average / vocabulary
     return rows.masked_fill((args.target == IGNORED) | (args.target >= vocabulary), 0.0)
 
@@ -203,8 +212,7 @@ def fake(args: Any) -> tuple[Tensor, ...]:
     """Returns outputs of the right shapes and dtypes, and nothing in them."""
     rows, wide = args.hidden.shape[0], wide_dtype(args.hidden)
     row_results = (
-        args.hidden.new_empty(rows if wanted else 0, dtype=wide)
-        for wanted in (True, True, args.entropy, args.token_weight is not None)
+        args.hidden.new_empty(rows if wanted else 0, dtype=wide) for wanted in (True, True, args.entropy, args.average)
     )
     return *row_results, args.target.new_empty(rows if args.best else 0)
 

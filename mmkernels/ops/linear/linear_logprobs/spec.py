@@ -19,10 +19,11 @@ class Arguments(NamedTuple):
     weight: Differentiable  # [V, d], this rank's tokens
     bias: Differentiable | None  # [V]
     target: Tensor  # int64 [T], `formula.IGNORED` in ignored rows; V or more: no token
-    token_weight: Tensor | None  # wide [V], of all ranks' tokens
+    token_weight: Tensor | None  # wide [V], of all ranks' tokens; None: 1 each
     softcap: float  # 0: none
     temperature: float
     entropy: bool
+    average: bool  # whether `formula.RowResults.average` is wanted
     best: bool
     group: str  # the name of a process group; "": this process alone
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.contrastive.formula import scaled
+from mmkernels.ops.common.kept import scaled
 from mmkernels.ops.contrastive.info_nce.triton.states import CLASS_FACTOR, POSITIVE_FACTOR, softmax_factors
 from mmkernels.ops.contrastive.triton.arguments import Strip
 from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, hard_pairing, loss_scale_of, pairing
