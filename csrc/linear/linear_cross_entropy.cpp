@@ -27,8 +27,9 @@ i64 tokens_of_chunk(const LinearLaunch& launch, i64 tokens) {
 // What one token gives: rows of `rows` are how its target, the weighted words and the squared lse count.
 struct TokenLoss {
   double pick, spread, square, words; // words: the sum of the words' weights
+  bool has_target;
   TokenState state;
-  double lse = state.lse(), logprob = state.picked - lse;
+  double lse = state.lse(), logprob = has_target ? state.picked - lse : std::numeric_limits<double>::quiet_NaN();
 
   double loss() const {
     const double average = spread == 0.0 ? 0.0 : spread * (state.total - words * lse);
@@ -148,7 +149,7 @@ private:
     const float* rows = rows_.const_data_ptr<float>();
     for (i64 token = 0; token < chunk.tokens; ++token) {
       const i64 row = chunk.live[token];
-      const TokenLoss x{rows[row], rows[count + row], rows[2 * count + row], words_, states.of(token)};
+      const TokenLoss x{rows[row], rows[count + row], rows[2 * count + row], words_, chunk.target[token] >= 0, states.of(token)};
       loss_ += x.loss();
       x.write_gradient(to.data() + token, stride);
       write(row, x.logprob, x.lse, x.state.best_word);
