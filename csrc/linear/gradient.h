@@ -21,7 +21,7 @@ struct GradientLanes {
     return p.word_weight != nullptr ? get(kOfWords) * set1(p.word_weight[word]) : zero();
   }
   MMK_INLINE Vec of_logit(Vec y, i64 word) const {
-    const Vec x = y - get(kLse), probability = exp_of(x);
+    const Vec x = y - get(kBase), probability = exp_of(x);
     Vec g = probability * get(kOfProbability);
     if (p.entropy) {
       g += probability == zero() ? zero() : probability * x * get(kOfEntropy);
@@ -49,7 +49,7 @@ inline void gradient_of_kept(const LinearParams& p, Words words, i64 first_word,
       const float* exponents = p.exponents + (first - first_word) / s.words * padded_tokens(p);
       for (i64 token = 0; token < p.tokens; token += kLanes) {
         const GradientLanes lanes{p, token};
-        store(s.factors + token, exp_of(load(exponents + token) - lanes.get(kLse)) * lanes.get(kOfProbability));
+        store(s.factors + token, exp_of(load(exponents + token) - lanes.get(kBase)) * lanes.get(kOfProbability));
       }
     }
     for (i64 word = first; word < first + rows; ++word) {

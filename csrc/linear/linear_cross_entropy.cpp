@@ -36,8 +36,10 @@ struct TokenLoss {
     return (pick == 0.0 ? 0.0 : -pick * logprob) - average + (square == 0.0 ? 0.0 : square * lse * lse);
   }
   void write_gradient(float* to, i64 stride) const {
-    to[kLse * stride] = static_cast<float>(lse);
-    to[kOfProbability * stride] = static_cast<float>(pick + spread * words + 2.0 * square * lse);
+    // Above the reference, as a large lse would be rounded.
+    const double mass = pick + spread * words + 2.0 * square * lse;
+    to[kBase * stride] = static_cast<float>(state.reference);
+    to[kOfProbability * stride] = static_cast<float>(mass * std::exp(state.reference - lse));
     to[kOfEntropy * stride] = 0.0f;
     to[kOfTarget * stride] = static_cast<float>(-pick);
     to[kOfWords * stride] = static_cast<float>(-spread);
@@ -145,7 +147,7 @@ private:
   std::vector<float> add_states(const LinearParams& chunk, const StateSums& states) {
     const i64 stride = padded(chunk.tokens), count = launch_.rows();
     std::vector<float> to(kGradientRows * stride, 0.0f);
-    std::fill_n(to.begin() + kLse * stride, stride, std::numeric_limits<float>::infinity());
+    std::fill_n(to.begin() + kBase * stride, stride, std::numeric_limits<float>::infinity());
     const float* rows = rows_.const_data_ptr<float>();
     for (i64 token = 0; token < chunk.tokens; ++token) {
       const i64 row = chunk.live[token];

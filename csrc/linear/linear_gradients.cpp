@@ -11,12 +11,12 @@ constexpr i64 kStripBytes = i64(32) << 20; // of the logits' gradient, where col
 std::vector<float> gradient_rows(const LinearParams& p, const Tensor& lse, const Tensor& rows) {
   const i64 stride = padded(p.tokens), count = lse.size(0);
   std::vector<float> to(kGradientRows * stride, 0.0f);
-  std::fill_n(to.begin() + kLse * stride, stride, std::numeric_limits<float>::infinity());
+  std::fill_n(to.begin() + kBase * stride, stride, std::numeric_limits<float>::infinity());
   const Tensor wide_lse = wide_and_dense(lse), wide_rows = wide_and_dense(rows);
   const float *from_lse = wide_lse.const_data_ptr<float>(), *from = wide_rows.const_data_ptr<float>();
   for (i64 token = 0; token < p.tokens; ++token) {
     const i64 row = p.live[token];
-    to[kLse * stride + token] = from_lse[row];
+    to[kBase * stride + token] = from_lse[row];
     to[kOfProbability * stride + token] = from[row];
     to[kOfEntropy * stride + token] = from[count + row];
     to[kOfTarget * stride + token] = from[2 * count + row];
