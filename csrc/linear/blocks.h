@@ -6,9 +6,10 @@
 
 namespace mmkernels::MMK_ISA {
 
-constexpr i64 kMaxBlockWords = kProductWords; // of logits: whole tiles of 6 and of 8 rows
-constexpr i64 kMinBlockWords = 48;            // of deep rows, which do not fit into a cache
-constexpr i64 kPackedColumns = 512;           // tokens are copied so many channels at a time
+constexpr i64 kMaxBlockWords = 96;    // of logits: whole tiles of 6 and of 8 rows
+constexpr i64 kMinBlockWords = 48;    // of deep rows, which do not fit into a cache
+constexpr i64 kProductDepth = 96;     // of a block of words in products: with a panel's columns it fits into a cache
+constexpr i64 kPackedColumns = 512;   // tokens are copied so many channels at a time
 constexpr i64 kBlockBytes = 512 << 10; // of a block's words, which all panels multiply
 
 MMK_INLINE bool is_dot(const LinearParams& p) {
@@ -20,6 +21,9 @@ MMK_INLINE i64 depth_of(const LinearParams& p) {
 inline i64 block_words(const LinearParams& p) {
   const i64 fit = kBlockBytes / row_bytes(is_dot(p), p.dim) / kMinBlockWords * kMinBlockWords;
   return most(kMinBlockWords, least(fit, kMaxBlockWords));
+}
+inline i64 product_words(const LinearParams& p) {
+  return is_dot(p) ? 2 * kProductDepth : kProductDepth;
 }
 inline i64 panel_tokens() {
   return kPanel;

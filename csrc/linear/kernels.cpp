@@ -11,6 +11,7 @@ const LinearKernels linear_kernels = {
     .take_multiplied = take_multiplied,
     .is_dot = is_dot,
     .block_words = block_words,
+    .product_words = product_words,
     .panel_tokens = panel_tokens,
     .panels_floats = panels_floats,
     .groups_floats = groups_floats,

@@ -68,7 +68,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_gradients(const Arguments& args) {
     Products products(launch, p.tokens, need_hidden, sums);
     p.logits_row = logits_row(p.tokens, launch.k.is_dot(p) ? 2 : 4);
     float* of_bias = need_bias ? bias_sums.mutable_data_ptr<float>() : nullptr;
-    const i64 fit = std::max<i64>(kStripBytes / p.logits_row / kProductWords, 1) * kProductWords;
+    const i64 block = launch.k.product_words(p);
+    const i64 fit = std::max<i64>(kStripBytes / p.logits_row / block, 1) * block;
     const i64 step = products.by_words() ? p.words : std::min(fit, p.words);
     const Workspace strip(products.by_words() ? 0 : step * p.logits_row);
     p.logits = products.by_words() ? nullptr : strip.data();

@@ -27,9 +27,8 @@ constexpr std::int64_t kStateRows = 10; // kBestWord: int32
 enum GradientRow { kBase, kOfProbability, kOfEntropy, kOfTarget, kOfWords, kTargetLogit };
 constexpr std::int64_t kGradientRows = 6;
 
-constexpr std::int64_t kTokenAlign = 64;   // arrays over tokens are padded to this: whole panels
-constexpr std::int64_t kVectorAlign = 16;  // whole vectors of any instruction set
-constexpr std::int64_t kProductWords = 96; // of a block in products; a multiple of each `block_words`
+constexpr std::int64_t kTokenAlign = 64;  // arrays over tokens are padded to this: whole panels
+constexpr std::int64_t kVectorAlign = 16; // whole vectors of any instruction set
 
 struct LinearParams {
   std::int64_t tokens = 0, words = 0, dim = 0;
@@ -76,7 +75,8 @@ struct WeightSums {
 struct LinearKernels {
   std::int64_t (*take_multiplied)(); // FLOP of this thread's products since the last call
   bool (*is_dot)(const LinearParams&);
-  std::int64_t (*block_words)(const LinearParams&);
+  std::int64_t (*block_words)(const LinearParams&);   // of a block of logits
+  std::int64_t (*product_words)(const LinearParams&); // of a block in products, a multiple of the former
   std::int64_t (*panel_tokens)(); // of a panel, and columns of a group
 
   std::int64_t (*panels_floats)(const LinearParams&);

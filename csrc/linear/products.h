@@ -7,11 +7,11 @@ namespace mmkernels::MMK_ISA {
 
 struct ProductScratch : Arena {
   const LinearParams& p;
-  char* copy = take<char>(kProductWords * row_bytes(is_dot(p), kPanel));
-  float* words = take<float>(kProductWords * kPanel);
-  char* pairs = take<char>(is_dot(p) ? kProductWords / 2 * pad_lanes(p.tokens) * 4 : 0);
-  float* by_token = take<float>(pad_lanes(p.tokens) * kProductWords); // [tokens, words (or pairs)]
-  float* tile = take<float>(kProductWords * kPanel);
+  char* copy = take<char>(product_words(p) * row_bytes(is_dot(p), kPanel));
+  float* words = take<float>(kProductDepth * kPanel);
+  char* pairs = take<char>(is_dot(p) ? kProductDepth * pad_lanes(p.tokens) * 4 : 0);
+  float* by_token = take<float>(pad_lanes(p.tokens) * kProductDepth); // [tokens, words (or pairs)]
+  float* tile = take<float>(product_words(p) * kPanel);
 };
 
 // A block of words of a task.
@@ -23,12 +23,12 @@ struct ProductBlock {
 
   // Transposes the logits' gradient, so that words are its depth.
   void turn() const {
-    const i64 depth = product_depth(p, rows), lanes = product_depth(p, kProductWords);
+    const i64 depth = product_depth(p, rows);
     if (is_dot(p)) {
       interleave_rows(gradient, rows, p.tokens, s.pairs);
-      transpose_rows({s.pairs, pad_lanes(p.tokens) * 4}, depth, p.tokens, lanes, s.by_token);
+      transpose_rows({s.pairs, pad_lanes(p.tokens) * 4}, depth, p.tokens, kProductDepth, s.by_token);
     } else {
-      transpose_rows(gradient, depth, p.tokens, lanes, s.by_token);
+      transpose_rows(gradient, depth, p.tokens, kProductDepth, s.by_token);
     }
   }
 
@@ -49,8 +49,7 @@ struct ProductBlock {
 
   template <bool kDot> void hidden_product(i64 group, float* sums, bool add) const {
     const Right right = words_of_group(group);
-    const i64 row = product_depth(p, kProductWords) * 4;
-    product<kDot>({(const char*)s.by_token, row, 4}, right.data, right.row, sums + group * p.tokens * kPanel, kPanel,
+    product<kDot>({(const char*)s.by_token, kProductDepth * 4, 4}, right.data, right.row, sums + group * p.tokens * kPanel, kPanel,
                   p.tokens, vectors_of_lanes(columns_of(p, group)), product_depth(p, rows), add);
   }
 
@@ -83,7 +82,7 @@ struct ProductBlock {
 inline void products(const LinearParams& p, const ProductTask& task, i64 first_word, const WeightSums& weight,
                      char* scratch) {
   const ProductScratch s{{scratch}, p};
-  each_block(task.words.first, task.words.last, kProductWords, [&](i64 word, i64 rows) {
+  each_block(task.words.first, task.words.last, product_words(p), [&](i64 word, i64 rows) {
     const ProductBlock block{p, s, word, rows, {p.logits + (word - first_word) * p.logits_row, p.logits_row}};
     if (task.hidden != nullptr) {
       block.turn();

@@ -17,6 +17,7 @@ public:
   // `tokens`: at most, of a chunk.
   Products(const LinearLaunch& launch, i64 tokens, bool need_hidden, const WeightSums& weight)
       : launch_(launch), weight_(weight), need_hidden_(need_hidden),
+        block_(launch.k.product_words(launch.p)),
         groups_((launch.p.dim + launch.k.panel_tokens() - 1) / launch.k.panel_tokens()),
         apart_(groups_ * tokens * launch.k.panel_tokens()),
         parts_(launch.threads == 1 ? 1 : std::clamp<i64>(need_hidden ? kPartBytes / (apart_ * 4) : 2 * launch.threads,
@@ -39,13 +40,13 @@ public:
     if (by_words()) {
       const bool own = chunk.logits == nullptr;
       const i64 scratch_bytes = (std::max(prepare_scratch, product_scratch) + 63) / 64 * 64;
-      const i64 of_logits = own ? kProductWords * chunk.logits_row : 0;
+      const i64 of_logits = own ? block_ * chunk.logits_row : 0;
       used_ = launch_.in_shares(
-          words, parts_, kProductWords, scratch_bytes + of_logits, [&](Words share, i64 part, char* scratch) {
+          words, parts_, block_, scratch_bytes + of_logits, [&](Words share, i64 part, char* scratch) {
             LinearParams p = chunk;
             p.logits = own ? scratch + scratch_bytes : chunk.logits;
-            for (i64 word = share.first; word < share.last; word += kProductWords) {
-              const Words some{word, std::min(share.last, word + kProductWords)};
+            for (i64 word = share.first; word < share.last; word += block_) {
+              const Words some{word, std::min(share.last, word + block_)};
               const i64 first_word = own ? word : words.first;
               prepare(p, some, first_word, scratch);
               multiply(p, some, {0, groups_}, part, add_hidden || word > share.first, first_word, scratch);
@@ -53,10 +54,10 @@ public:
           });
       return;
     }
-    launch_.in_shares(words, 4 * launch_.threads, kProductWords, prepare_scratch,
+    launch_.in_shares(words, 4 * launch_.threads, block_, prepare_scratch,
                       [&](Words some, i64, char* scratch) { prepare(chunk, some, words.first, scratch); });
-    used_ = launch_.share_count(words, parts_, kProductWords);
-    const i64 share = launch_.share_words(words, parts_, kProductWords);
+    used_ = launch_.share_count(words, parts_, block_);
+    const i64 share = launch_.share_words(words, parts_, block_);
     const i64 wanted = std::min(groups_, (launch_.threads + used_ - 1) / used_), each = (groups_ + wanted - 1) / wanted;
     const i64 splits = (groups_ + each - 1) / each;
     parallel_tasks(used_ * splits, launch_.threads, product_scratch, [&](i64 i, char* scratch) {
@@ -89,7 +90,7 @@ private:
   const LinearLaunch& launch_;
   WeightSums weight_;
   bool need_hidden_;
-  i64 groups_, apart_, parts_, used_ = 0;
+  i64 block_, groups_, apart_, parts_, used_ = 0;
   Workspace sums_;
 };
 
