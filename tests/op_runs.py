@@ -186,7 +186,5 @@ def shared_storage(inputs: Sequence[Any], outputs: Tensor | Sequence[Tensor]) ->
 
 
 def _storage(x: Tensor) -> int | object:
-    """Returns where a tensor's memory is; of one without memory, or wrapped by torch.func, a new object."""
-    if is_functorch_wrapped_tensor(x) or not x.numel():
-        return object()
-    return x.untyped_storage().data_ptr() or object()
+    """Returns which memory a tensor has, if only none; of one that torch.func wraps, a new object."""
+    return object() if is_functorch_wrapped_tensor(x) else x.untyped_storage()._cdata

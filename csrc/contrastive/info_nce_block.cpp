@@ -121,7 +121,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce_block(const Arguments& args)
 }
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_block_backward(const Arguments& args) {
-  Inputs inputs(args, false);
+  // The dots have the bits that are in the sums: where a probability is near 1, what they differ by does not cancel.
+  Inputs inputs(args, args.flag("ranked"));
   Tensor image_state = args.tensor("image_state"), text_state = args.tensor("text_state");
   OptionalTensor grad_image_loss = args.optional_tensor("grad_image_loss"),
                  grad_text_loss = args.optional_tensor("grad_text_loss");

@@ -149,6 +149,7 @@ def _block(rows: int, columns: int, dim: int, dtype: str, device: str) -> tuple[
     image_sums, text_sums = BLOCK(forward, backend)[:2]
     backward = BackwardArguments(
         **shared,
+        ranked=False,
         label_smoothing=0.0,
         middle=0.0,
         image_state=image_sums[: CLASSES + 1].contiguous(),

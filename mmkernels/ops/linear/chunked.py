@@ -136,8 +136,7 @@ def gradients(args: Any) -> tuple[Tensor, ...]:
     )
     for chunk in chunks(args):
         y = capped(products(args, chunk), args.softcap, args.temperature)
-        flow = y_gradient(args, y, args.rows[:, chunk.at], args.lse[chunk.at], chunk.target)
+        flow = y_gradient(args, y, args.rows[:, chunk.at], args.softmax[:, chunk.at], chunk.target)
         sums.add(chunk, capped_gradient(flow, y, args.softcap, args.temperature))
-    none = hidden.new_empty(0)
-    of_hidden, of_weight, of_bias = (none if x is None else x for x in sums.results())
+    of_hidden, of_weight, of_bias = (hidden.new_empty(0) if x is None else x for x in sums.results())
     return of_hidden, of_weight, of_bias

@@ -24,11 +24,14 @@ BEST       the largest logit, if it is wanted; else 0
 
 An ignored row has a SUM of 1, and 0 in all else."""
 STATES_OF_ROW = 6
+LOG_SUM = 1
+"""The row behind REFERENCE m of a softmax [2, T]: log sum_c exp(y_c - m). Probabilities are exp((y - m) - LOG_SUM):
+where logits are large, a log-sum-exp in one number would not hold what tells a probability near 1 from 1."""
 
 OF_PROBABILITY, OF_ENTROPY, OF_TARGET, OF_TOKENS = range(4)
-"""The rows of [4, T] that give the logits' gradient, with p_c = exp(y_c - lse):
+"""The rows of [4, T] that give the logits' gradient, with log p_c = (y_c - m) - LOG_SUM:
 
-dy_c = p_c (OF_PROBABILITY + OF_ENTROPY (y_c - lse)) + OF_TARGET [c = target] + OF_TOKENS token_weight_c"""
+dy_c = p_c (OF_PROBABILITY + OF_ENTROPY log p_c) + OF_TARGET [c = target] + OF_TOKENS token_weight_c"""
 
 
 def without_ignored(hidden: Tensor, target: Tensor) -> Tensor:
@@ -73,10 +76,9 @@ def formula_of_logits(args: Any, y: Tensor) -> RowResults:
     """Returns the results of logits y, wide [T, V]."""
     live, vocabulary = args.target != IGNORED, y.shape[1]
     every = y.log_softmax(1)
-    none = y.new_empty(0)
     token = args.target.clamp(0, vocabulary - 1)[:, None]
     picked = every.gather(1, token)[:, 0].where(args.target < vocabulary, torch.nan).where(live, 0.0)
-    entropy, average = none, none
+    entropy, average = y.new_empty(0), y.new_empty(0)
     if args.entropy:
         p = every.exp()
         entropy = -(p * every.masked_fill(p == 0, 0.0)).sum(1).where(live, 0.0)
@@ -86,19 +88,19 @@ def formula_of_logits(args: Any, y: Tensor) -> RowResults:
     return RowResults(picked, y.logsumexp(1).where(live, 0.0), entropy, average)
 
 
-def y_gradient(args: Any, y: Tensor, rows: Tensor, lse: Tensor, target: Tensor) -> Tensor:
+def y_gradient(args: Any, y: Tensor, rows: Tensor, softmax: Tensor, target: Tensor) -> Tensor:
     """Returns the gradient of logits y, wide [T, V].
 
     Args:
         args: a record with token_weight and entropy.
-        rows: [4, T], see `OF_PROBABILITY`. lse, target: [T].
+        rows: [4, T], see `OF_PROBABILITY`. softmax: [2, T], see `LOG_SUM`. target: [T].
     """
     of_p, of_entropy, of_target, of_tokens = rows[:, :, None]
-    above = y - lse[:, None]
-    p = above.exp()
+    every = (y - softmax[REFERENCE][:, None]) - softmax[LOG_SUM][:, None]
+    p = every.exp()
     flow = p * of_p
     if args.entropy:
-        flow += p * above.masked_fill_(p == 0, 0.0) * of_entropy
+        flow += p * every.masked_fill_(p == 0, 0.0) * of_entropy
     if args.token_weight is not None:
         flow += of_tokens * args.token_weight.to(flow.dtype)
     here = (target >= 0) & (target < y.shape[1])
@@ -116,13 +118,12 @@ def capped_gradient(flow: Tensor, y: Tensor, softcap: float, temperature: float)
 def gradients(args: Any) -> tuple[Tensor, ...]:
     """Returns the gradients of hidden, weight and bias by the naive formula; see `rows.Gradients`."""
     y, live = logits_of(args), args.target != IGNORED
-    flow = y_gradient(args, y, args.rows.masked_fill(~live, 0.0), args.lse, args.target)
+    flow = y_gradient(args, y, args.rows.masked_fill(~live, 0.0), args.softmax, args.target)
     found = head_gradients(args, flow.masked_fill_(~live[:, None], 0.0), y)
     dtypes = (wide_dtype(args.hidden) if args.wide else args.hidden.dtype, args.weight.dtype, None)
     needs = (args.need_hidden, args.need_weight, args.need_bias and args.bias is not None)
-    none = args.hidden.new_empty(0)
     return tuple(
-        x.to(dtype or args.bias.dtype) if need and x is not None else none
+        x.to(dtype or args.bias.dtype) if need and x is not None else args.hidden.new_empty(0)
         for x, dtype, need in zip(found, dtypes, needs, strict=True)
     )
 

@@ -54,7 +54,7 @@ def checked_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: Nam
     _check_like(names.weight, weight, hidden, names, (hidden.dtype,))
     if bias is not None:
         check_tensor(names.bias, bias)
-        if autocast_dtype(hidden) is not None and bias.dtype not in (hidden.dtype, torch.float64):
+        if autocast_dtype(hidden) is not None and bias.dtype in (torch.float16, torch.bfloat16):
             bias = bias.float()
         if tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"{names.bias} must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")

@@ -52,7 +52,7 @@ class GradientArguments(NamedTuple):
     bias: Tensor | None  # [V]
     target: Tensor  # int64 [T]
     token_weight: Tensor | None  # wide [V]
-    lse: Tensor  # wide [T], log-sum-exp of the logits of all tokens, elsewhere too
+    softmax: Tensor  # wide [2, T], REFERENCE and `formula.LOG_SUM` of the logits of all tokens, elsewhere too
     rows: Tensor  # wide [4, T], see `formula.OF_PROBABILITY`
     softcap: float
     temperature: float
@@ -106,11 +106,10 @@ def _fake_states(args: StateArguments) -> tuple[Tensor, Tensor]:
 
 def _fake_gradients(args: GradientArguments) -> tuple[Tensor, ...]:
     hidden, weight, bias = args.hidden, args.weight, args.bias
-    none = hidden.new_empty(0)
     return (
-        hidden.new_empty(hidden.shape, dtype=wide_dtype(hidden) if args.wide else None) if args.need_hidden else none,
-        weight.new_empty(weight.shape) if args.need_weight else none,
-        bias.new_empty(bias.shape) if args.need_bias and bias is not None else none,
+        hidden.new_empty(hidden.shape if args.need_hidden else 0, dtype=wide_dtype(hidden) if args.wide else None),
+        weight.new_empty(weight.shape if args.need_weight else 0),
+        hidden.new_empty(0) if not args.need_bias or bias is None else bias.new_empty(bias.shape),
     )
 
 

@@ -136,7 +136,8 @@ class _Loss(torch.autograd.Function):
         of_scale = torch.zeros((), dtype=torch.float64)
         for part in parts(len(image), len(text), options["cuts"]):
             args = softmax.BackwardArguments(
-                *_inputs(image, text, scale, options["ids"], part), options["ignore"], options["label_smoothing"],
+                *_inputs(image, text, scale, options["ids"], part), options["ignore"], options["stats"],
+                options["label_smoothing"],
                 middle_of(images, scale), images[:, part.images], texts[:, part.texts],
                 grads[0].to(wide)[part.images], grads[1].to(wide)[part.texts], *ctx.needs_input_grad[:3],
             )  # fmt: skip

@@ -165,7 +165,7 @@ def _backward(first_text: int, needed: bool = True) -> softmax.BackwardArguments
         torch.stack([torch.ones(n), torch.full((n,), 20.0), torch.ones(n), torch.full((n,), 9.0)]) for n in (6, 9)
     ]
     return softmax.BackwardArguments(
-        **_block(first_text), ignore=False, label_smoothing=0.1, middle=0.0, image_state=states[0],
+        **_block(first_text), ignore=False, ranked=False, label_smoothing=0.1, middle=0.0, image_state=states[0],
         text_state=states[1], grad_image_loss=torch.linspace(-1, 1, 6), grad_text_loss=None, need_image=needed,
         need_text=needed, need_logit_scale=needed,
     )  # fmt: skip

@@ -111,7 +111,7 @@ def test_no_middle_changes_the_sum_over_all_blocks(backend: str) -> None:
     found = [
         softmax.BACKWARD(
             softmax.BackwardArguments(
-                *block, 0.0, middle, sums[0][:4], sums[1][:4], torch.ones(20).double(), None, False, False, True
+                *block, False, 0.0, middle, sums[0][:4], sums[1][:4], torch.ones(20).double(), None, False, False, True
             ),
             backend,
         )
@@ -137,7 +137,8 @@ def _private(name: str, **change: Any) -> Any:
         "info_nce_best": {**pair, **ids, "ignore": True},
         "info_nce_block": {**pair, **ids, "ignore": True, "smooth": True, **best},
         "info_nce_block_backward": {
-            **pair, **ids, "ignore": True, "label_smoothing": 0.1, "middle": 0.0, **states, **grads, **needs,
+            **pair, **ids, "ignore": True, "ranked": False, "label_smoothing": 0.1, "middle": 0.0,
+            **states, **grads, **needs,
         },
         "sigmoid_contrastive_block": {**pair, "logit_bias": torch.tensor(0.0), **ids, "divisor": 2.0, **keeps},
         "retrieval_ranks_block": {"query": x, "gallery": x[:5], "right": x, "right_index": numbers},

@@ -94,6 +94,7 @@ class BackwardArguments(NamedTuple):
     text_ids: Tensor | None
     first_text: int
     ignore: bool
+    ranked: bool  # whether the sums were made beside ranks: then dots are summed in the order that comparing them needs
     label_smoothing: float
     middle: float  # dots are measured from here in the scale's gradient, where over all blocks a constant cancels
     image_state: Tensor  # [4, N], the first rows of the sums over all blocks

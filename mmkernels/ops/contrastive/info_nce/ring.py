@@ -365,6 +365,7 @@ class _Backward:
         for at in chunks(args.image):
             arguments = block.BackwardArguments(
                 **self.call.block(texts, at),
+                ranked=args.stats,
                 label_smoothing=args.label_smoothing,
                 middle=self.middle,
                 image_state=args.image_state[:, at],

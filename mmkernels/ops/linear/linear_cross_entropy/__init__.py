@@ -27,8 +27,9 @@ from mmkernels.ops.linear.linear_cross_entropy.spec import (
 from mmkernels.ops.linear.linear_logprobs import parallel, results
 from mmkernels.ops.linear.linear_logprobs.spec import Arguments as RowArguments
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import can_look, check_floating, check_number, in_graph, requires_grad
+from mmkernels.runtime.checks import check_floating, check_number, in_graph, requires_grad
 from mmkernels.runtime.dispatch import Backend, define, resolve
+from mmkernels.runtime.eager import cotangents_are_batched, transform_active
 from mmkernels.runtime.gradient import Gradient
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class CrossEntropy(NamedTuple):
 
     loss: Tensor  # wide, without a dim, or [...] without a reduction
     z_loss: Tensor  # the part of the loss that is the z-loss, detached
+    logprobs: Tensor  # wide [...], the targets', 0 where ignored; of no use with probabilities
     best_index: Tensor  # int64 [...], -1 where ignored; [0] unless it is wanted
 
 
@@ -208,12 +210,14 @@ class _Call(NamedTuple):
 
     def token_weight(self) -> Tensor | None:
         """Returns what `formula.TOTAL` is summed with: the class weights, where the loss sums over all tokens."""
-        if self.class_weight is not None and (self.smoothing or self.probabilities is not None):
+        if self.class_weight is not None and (self.smooths or self.probabilities is not None):
             return self.class_weight
-        return self._ones() if self.smoothing else None
+        return self.head.hidden.new_ones(self.vocabulary, dtype=wide_dtype(self.head.hidden)) if self.smooths else None
 
-    def _ones(self) -> Tensor:
-        return self.head.hidden.new_ones(self.vocabulary, dtype=wide_dtype(self.head.hidden))
+    @property
+    def smooths(self) -> bool:
+        """Whether labels may be smoothed: a share that a graph computes is not looked at."""
+        return isinstance(self.smoothing, torch.SymFloat) or self.smoothing != 0.0
 
     def weight_of_rows(self) -> Tensor:
         """Returns wide [T], the class weight of each row's target, 0 where it is ignored."""
@@ -305,6 +309,8 @@ def _reduced(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntrop
     of_rows = call.weight_of_rows()
     divisor, count = call.divisors(of_rows)
     args, backend = _arguments(call, of_rows, divisor, count), resolve(backend)
+    if call.probabilities is not None and backend != "reference":
+        backend = "chunked"  # which alone reads them
     if backend == "reference" and not in_graph():
         with torch._C._DisableAutocast():  # the head has been cast
             found = Results._make((formula(args), *reference(args.without_gradients())[1:]))
@@ -312,7 +318,8 @@ def _reduced(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntrop
         found = Results._make(OP(args, backend))
     loss = found.loss + torch.where(divisor == 0, torch.nan, 0.0)
     z_loss = (args.rows[SQUARE] * found.lse.detach() ** 2).sum()
-    return CrossEntropy(loss, z_loss, found.best_index.reshape(shape) if call.best else found.best_index)
+    best = found.best_index.reshape(shape) if call.best else found.best_index
+    return CrossEntropy(loss, z_loss, found.logprobs.detach().reshape(shape), best)
 
 
 def _of_rows(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntropy:
@@ -322,25 +329,27 @@ def _of_rows(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntrop
         args = RowArguments(
             *call.head,
             target=call.target,
-            token_weight=call.class_weight if call.smoothing else None,
+            token_weight=call.class_weight if call.smooths else None,
             softcap=call.softcap,
             temperature=1.0,
             entropy=False,
-            average=call.smoothing > 0.0,
+            average=call.smooths,
             best=call.best,
             group=call.group,
         )
         found = results(args, backend)
-        loss, squares, best = -(1.0 - call.smoothing) * of_rows * found.logprobs, found.lse**2, found.best_index
-        if call.smoothing:
+        logprobs, squares, best = found.logprobs, found.lse**2, found.best_index
+        loss = -(1.0 - call.smoothing) * of_rows * logprobs
+        if call.smooths:
             loss = loss - call.smoothing * found.average
     else:
         loss, squares, best = _of_probabilities(call, of_rows)
+        logprobs = loss
     squares = call.z_loss * squares
-    best = best.reshape(shape) if call.best else best
+    logprobs, best = logprobs.detach().reshape(shape), best.reshape(shape) if call.best else best
     if call.reduction == "none":
         total = loss + squares if call.z_loss else loss
-        return CrossEntropy(total.reshape(shape), squares.detach().reshape(shape), best)
+        return CrossEntropy(total.reshape(shape), squares.detach().reshape(shape), logprobs, best)
     divisor, count = call.divisors(of_rows)
 
     def mean(x: Tensor, by: Tensor) -> Tensor:
@@ -348,7 +357,7 @@ def _of_rows(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntrop
         return x.sum() / by.where(by != 0, 1.0) + torch.where(by == 0, torch.nan, 0.0)
 
     total, z_loss = mean(loss, divisor), mean(squares, count)
-    return CrossEntropy(total + z_loss if call.z_loss else total, z_loss.detach(), best)
+    return CrossEntropy(total + z_loss if call.z_loss else total, z_loss.detach(), logprobs, best)
 
 
 def _of_probabilities(call: _Call, of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -363,11 +372,10 @@ def _of_probabilities(call: _Call, of_rows: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def _scaled(args: Any) -> tuple[Tensor, ...]:
     """The backward pass: the loss's gradients times what flows back to it."""
-    none = args.input.new_empty(0)
     inputs, kept = (args.input, args.linear_weight, args.linear_bias), (getattr(args, name) for name in KEPT)
     needs = (args.need_input, args.need_linear_weight, args.need_linear_bias)
     found = (
-        scaled(grad, args.grad_loss, x.dtype) if need and x is not None else none
+        scaled(grad, args.grad_loss, x.dtype) if need and x is not None else args.input.new_empty(0)
         for x, grad, need in zip(inputs, kept, needs, strict=True)
     )
     return tuple(found)
@@ -376,7 +384,7 @@ def _scaled(args: Any) -> tuple[Tensor, ...]:
 def _passes(args: Any) -> Mapping[str, Tensor]:
     """Returns the kept gradients that are the wanted ones, as 1 flows back: no copy of the weight's size is made."""
     flow = args.grad_loss
-    if not flow.is_cpu or torch.is_grad_enabled() or not can_look(flow) or float(flow) != 1.0:
+    if not flow.is_cpu or torch.is_grad_enabled() or transform_active() or cotangents_are_batched() or float(flow) != 1:
         return {}
     names = ("input", "linear_weight", "linear_bias")
     pairs = ((name, getattr(args, name), getattr(args, f"of_{name}")) for name in names)
@@ -396,7 +404,7 @@ OP = define(
     ],
     gradient=Gradient(
         saves=KEPT,
-        formula=lambda args: (formula(args),),
+        formula=lambda args: (formula(Arguments(*(getattr(args, name) for name in Arguments._fields))),),
         backends=[Backend("chunked", _scaled), Backend("reference", _scaled)],
         contiguous=True,
         prepared=KEEP,

@@ -48,5 +48,5 @@ def forward(args: Any) -> tuple[Tensor, ...]:
                 rows=rows,
                 probabilities=None if args.probabilities is None else args.probabilities[chunk.at],
             )
-            sums.add(chunk, capped_gradient(y_gradient(some, y, of_rows), y, args.softcap, 1.0))
+            sums.add(chunk, capped_gradient(y_gradient(some, y, reference, log_sum), y, args.softcap, 1.0))
     return (loss, *kept(sums.results(), args), logprobs, lse, index)

@@ -124,18 +124,21 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
         index = best_index(y).masked_fill(args.target == IGNORED, IGNORED)
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(args.keep):
-        grads = head_gradients(args, y_gradient(args, y, lse), y)
+        reference = y.amax(1)
+        log_sum = (y - reference[:, None]).exp().sum(1).log()
+        grads = head_gradients(args, y_gradient(args, y, reference, log_sum), y)
     return (of_rows.sum(), *kept(grads, args), logprobs, lse, index)
 
 
-def y_gradient(args: Any, y: Tensor, lse: Tensor) -> Tensor:
+def y_gradient(args: Any, y: Tensor, reference: Tensor, log_sum: Tensor) -> Tensor:
     """Returns the gradient of logits y, wide [T, V]; the same of some rows, if the record has those.
 
     Args:
-        lse: [T].
+        reference, log_sum: [T], see `formula.LOG_SUM`.
     """
     pick, spread, square = args.rows[:, :, None]
-    p = (y - lse[:, None]).exp()
+    p = ((y - reference[:, None]) - log_sum[:, None]).exp()
+    lse = reference + log_sum
     weights = None if args.token_weight is None else args.token_weight.to(y.dtype)
     mass = pick + 2 * square * lse[:, None]
     chosen = None

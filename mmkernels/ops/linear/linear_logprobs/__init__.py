@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmkernels.ops.linear.formula import IGNORED, best_index, formula, logits_of
+from mmkernels.ops.linear.formula import IGNORED
 from mmkernels.ops.linear.inputs import (
     Names,
     checked_cap,
@@ -136,8 +136,7 @@ def results(args: Arguments, backend: str | None) -> Results:
     backend = resolve(backend)
     if backend == "reference" and not args.group and not in_graph():
         with torch._C._DisableAutocast():  # the head has been cast
-            best = best_index(logits_of(args).detach()) if args.best else args.target.new_empty(0)
-            return Results(*formula(args), best_index=best)
+            return Results._make(parallel.reference(args))
     return Results._make(OP(args, backend))
 
 
@@ -148,7 +147,7 @@ OP = define(
     fake=parallel.fake,
     backends=parallel.FORWARD,
     gradient=Gradient(
-        saves=("lse", "entropy_of_rows"),
+        saves=("entropy_of_rows", "softmax"),
         formula=parallel.formula_of_pass,
         backends=parallel.BACKWARD,
         contiguous=True,

@@ -26,7 +26,10 @@ from mmkernels.ops.linear.formula import (
     SUM,
     TOTAL,
     RowResults,
+    best_index,
     formula,
+    formula_of_logits,
+    logits_of,
 )
 from mmkernels.ops.linear.rows import GRADIENTS, STATES, GradientArguments, gradients_of, states_of
 from mmkernels.runtime.dispatch import TABLES, Backend, Op
@@ -110,14 +113,28 @@ def _check_targets(said: list[dict[str, Any]], vocabulary: int) -> None:
 
 def forward(args: Any, kernels: str) -> tuple[Tensor, ...]:
     """Returns the op's `Results`."""
+    if kernels == "reference" and not args.group:
+        return reference(args)
     shard = _Shard(args, CALL, {})
     states, index = states_of(shard.local(args), kernels)
     if shard.group is not None:
         states, index = _merged(shard.group, states, index + shard.first)
     found = _finished(args, states, shard.vocabulary)
+    softmax = torch.stack([states[REFERENCE], states[SUM].log()])
     if args.best:
         index = index.masked_fill(args.target == IGNORED, IGNORED)
-    return *found, index
+    return *found, softmax, index
+
+
+def reference(args: Any) -> tuple[Tensor, ...]:
+    """Returns the op's `Results` by the naive formula, which PyTorch can differentiate."""
+    y = logits_of(args)
+    reference = y.detach().amax(1)
+    softmax = torch.stack([reference, (y.detach() - reference[:, None]).exp().sum(1).log()])
+    index = args.target.new_empty(0)
+    if args.best:
+        index = best_index(y.detach()).masked_fill(args.target == IGNORED, IGNORED)
+    return *formula_of_logits(args, y), softmax, index
 
 
 def _merged(group: Group, states: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,8 +165,7 @@ def _finished(args: Any, states: Tensor, vocabulary: int) -> RowResults:
     lse = reference + log_sum
     logprobs = (states[PICKED] - reference) - log_sum
     logprobs = logprobs.masked_fill(args.target >= vocabulary, torch.nan).masked_fill(ignored, 0.0)
-    none = states.new_empty(0)
-    entropy = average = none
+    entropy, average = states.new_empty(0), states.new_empty(0)
     if args.entropy:
         entropy = (log_sum - states[MOMENT] / states[SUM]).masked_fill(ignored, 0.0)
     if args.average:
@@ -173,7 +189,7 @@ def backward(args: Any, kernels: str) -> tuple[Tensor, ...]:
         bias=args.bias,
         target=local.target,
         token_weight=local.token_weight,
-        lse=args.lse,
+        softmax=args.softmax,
         rows=_gradient_rows(args, shard.vocabulary),
         softcap=args.softcap,
         temperature=args.temperature,
@@ -191,12 +207,12 @@ def backward(args: Any, kernels: str) -> tuple[Tensor, ...]:
 
 def _gradient_rows(args: Any, vocabulary: int) -> Tensor:
     """Returns wide [4, T], see `formula.OF_PROBABILITY`: 0 in ignored rows, and where the target is no token."""
-    none = torch.zeros_like(args.lse)
+    none = torch.zeros_like(args.softmax[0])
     picked, lse, entropy, average = (
         none if x is None else x
         for x in (args.grad_logprobs, args.grad_lse, args.grad_entropy_of_rows, args.grad_average)
     )
-    rows = torch.zeros((4, len(args.lse)), dtype=wide_dtype(args.hidden), device=args.hidden.device)
+    rows = torch.zeros((4, len(none)), dtype=wide_dtype(args.hidden), device=args.hidden.device)
     rows[OF_PROBABILITY] = lse - picked
     rows[OF_TARGET] = picked
     if args.entropy:
@@ -214,7 +230,8 @@ def fake(args: Any) -> tuple[Tensor, ...]:
     row_results = (
         args.hidden.new_empty(rows if wanted else 0, dtype=wide) for wanted in (True, True, args.entropy, args.average)
     )
-    return *row_results, args.target.new_empty(rows if args.best else 0)
+    softmax = args.hidden.new_empty((2, rows), dtype=wide)
+    return *row_results, softmax, args.target.new_empty(rows if args.best else 0)
 
 
 def formula_of_pass(args: Any) -> RowResults:

@@ -29,12 +29,13 @@ class Arguments(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a backend returns, wide [T] each, see `formula.RowResults`; empty where it is not wanted."""
+    """What a backend returns, wide [T] each, see `formula.RowResults`, or empty where it is not wanted."""
 
     logprobs: Differentiable
     lse: Differentiable
     entropy_of_rows: Differentiable
     average: Differentiable
+    softmax: Tensor  # wide [2, T], see `formula.LOG_SUM`
     best_index: Tensor  # int64 [T], the token with the largest logit; -1 where ignored
 
 
