@@ -8,17 +8,20 @@ namespace {
 constexpr i64 kStripBytes = i64(32) << 20; // of the logits' gradient, where columns are shared out
 
 // [kGradientRows, padded] of all tokens that take part; padding has no probability.
-std::vector<float> gradient_rows(const LinearParams& p, const Tensor& lse, const Tensor& rows) {
-  const i64 stride = padded(p.tokens), count = lse.size(0);
+// `softmax`: a reference m and the log of the sum of exp(y - m), by which exp(y - m) is still to be divided.
+std::vector<float> gradient_rows(const LinearParams& p, const Tensor& softmax, const Tensor& rows) {
+  const i64 stride = padded(p.tokens), count = softmax.size(1);
   std::vector<float> to(kGradientRows * stride, 0.0f);
   std::fill_n(to.begin() + kBase * stride, stride, std::numeric_limits<float>::infinity());
-  const Tensor wide_lse = wide_and_dense(lse), wide_rows = wide_and_dense(rows);
-  const float *from_lse = wide_lse.const_data_ptr<float>(), *from = wide_rows.const_data_ptr<float>();
+  const Tensor wide_softmax = wide_and_dense(softmax), wide_rows = wide_and_dense(rows);
+  const float *of_softmax = wide_softmax.const_data_ptr<float>(), *from = wide_rows.const_data_ptr<float>();
   for (i64 token = 0; token < p.tokens; ++token) {
     const i64 row = p.live[token];
-    to[kBase * stride + token] = from_lse[row];
-    to[kOfProbability * stride + token] = from[row];
-    to[kOfEntropy * stride + token] = from[count + row];
+    const double log_sum = of_softmax[count + row], share = std::exp(-log_sum);
+    const double of_entropy = p.entropy ? from[count + row] : 0.0;
+    to[kBase * stride + token] = of_softmax[row];
+    to[kOfProbability * stride + token] = static_cast<float>((from[row] - of_entropy * log_sum) * share);
+    to[kOfEntropy * stride + token] = static_cast<float>(of_entropy * share);
     to[kOfTarget * stride + token] = from[2 * count + row];
     to[kOfWords * stride + token] = from[3 * count + row];
   }
@@ -30,8 +33,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_gradients(const Arguments& args) {
   const OptionalTensor bias = args.optional_tensor("bias");
   LinearLaunch launch(hidden, weight, bias, args.tensor("target"), args.optional_tensor("token_weight"));
   LinearParams& p = launch.p;
-  const Tensor &lse = args.tensor("lse"), &rows = args.tensor("rows");
-  check_sizes("lse", lse, {launch.rows()});
+  const Tensor &softmax = args.tensor("softmax"), &rows = args.tensor("rows");
+  check_sizes("softmax", softmax, {2, launch.rows()});
   check_sizes("rows", rows, {4, launch.rows()});
   p.softcap = static_cast<float>(args.number("softcap"));
   p.temperature = static_cast<float>(args.number("temperature"));
@@ -52,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_gradients(const Arguments& args) {
     of_weight.zero_();
     bias_sums.zero_();
   } else if (need_hidden || need_weight || need_bias) {
-    const std::vector<float> token_rows = gradient_rows(p, lse, rows);
+    const std::vector<float> token_rows = gradient_rows(p, softmax, rows);
     p.gradient_rows = token_rows.data();
     const i64 panels = launch.k.panels_floats(p) * 4, groups = need_weight ? launch.k.groups_floats(p) * 4 : 0;
     const Workspace memory(panels + groups);
