@@ -69,7 +69,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
         "FLOP a second of all threads together that only multiply and add in registers, for some seconds.");
   m.def(
       "multiplied", [] { return multiplied().load(); },
-      "FLOP of the contrastive ops' matrix products since the process began.");
+      "FLOP of the contrastive and linear ops' matrix products since the process began.");
   m.def("release", &release_kept, ReleaseGil(), "Frees the memory that the kernels keep between calls.");
   m.attr("torch_version") = MMKERNELS_TORCH; // that this was built for
   m.attr("compiler") = MMKERNELS_COMPILER;

@@ -139,12 +139,33 @@ MMK_INLINE bool usable_in_place(const Source& x, i64 cols, bool is_dot) {
   return x.index == nullptr && x.d == 1 && (x.type == Type::f32 || (is_dot && cols % 2 == 0));
 }
 
+// `fetch` of rows whose elements of one column are neighbours, such as a transposed view's.
+inline void fetch_transposed(const Source& x, i64 count, i64 cols, bool is_dot, char* to) {
+  const i64 size = bytes_of(x.type), stride = row_bytes(is_dot, cols);
+  for (i64 r = 0; r < count; r += kLanes) {
+    for (i64 c = 0; c < cols; c += kLanes) {
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = c + i < cols ? load_as_f32(x.data + (r + (c + i) * x.d) * size, x.type, count - r) : zero();
+      }
+      transpose(block);
+      for (i64 i = 0; i < least<i64>(kLanes, count - r); ++i) {
+        store_working(to + (r + i) * stride + c * (is_dot ? 2 : 4), is_dot, block[i]);
+      }
+    }
+  }
+}
+
 // `count` rows of `cols` in the working format: in place where possible, else copied to `to` and padded with zeros.
 // whole: rows of the right operand, which are read in whole vectors.
 inline Rows fetch(const Source& x, i64 count, i64 cols, bool is_dot, char* to, bool whole = false) {
   const i64 size = bytes_of(x.type), stride = row_bytes(is_dot, cols);
   if (usable_in_place(x, cols, is_dot) && (!whole || cols * (is_dot ? 2 : 4) == stride)) {
     return {x.data, x.l * size};
+  }
+  if (x.index == nullptr && x.l == 1 && x.d != 1) {
+    fetch_transposed(x, count, cols, is_dot, to);
+    return {to, stride};
   }
   for (i64 r = 0; r < count; ++r) {
     const char* from = x.data + (x.index != nullptr ? x.index[r] : r) * x.l * size;

@@ -1,4 +1,4 @@
-// How many FLOP the contrastive ops' matrix products have computed, for benchmarks that count them.
+// How many FLOP the contrastive and linear ops' matrix products have computed, for benchmarks that count them.
 #pragma once
 
 #include <atomic>

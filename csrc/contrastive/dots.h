@@ -5,8 +5,6 @@
 
 namespace mmkernels::MMK_ISA {
 
-constexpr i64 kChain = 128; // products that are summed in one float32 chain; longer chains round more than a BLAS does
-
 // Images [first, first + lanes) as the right operand of products. Products in steps have not packed them: `packed` is
 // null.
 struct Panel {

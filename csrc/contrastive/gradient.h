@@ -85,7 +85,7 @@ inline void pack(const ContrastiveParams& p, const Strip& strip, i64 piece, floa
     }
     const i64 depth = product_depth(p, strip.count);
     for (i64 group = 0; group < groups_of(p); ++group) {
-      group_columns(p, from_group(p, working, group), lanes, columns_of(p, group),
+      group_columns(is_dot(p), from_group(p, working, group), lanes, columns_of(p, group),
                     (float*)rows + (group * depth + product_depth(p, lane)) * kPanel);
     }
   }
@@ -263,7 +263,7 @@ template <bool kDot> void text_product(const StripTask& t, const GradientScratch
   if (in_steps(p)) {
     const Source images = from_column(source_of(p.image, t.strip.first), group * kPanel);
     const Rows some = fetch(images, t.strip.count, columns_of(p, group), is_dot(p), s.images);
-    group_columns(p, some, t.strip.count, columns_of(p, group), s.strip_group);
+    group_columns(is_dot(p), some, t.strip.count, columns_of(p, group), s.strip_group);
     b = s.strip_group;
   }
   float* to = t.grad_text(row) + group * kPanel;
@@ -294,7 +294,7 @@ void products(const StripTask& t, const GradientScratch& s, Source texts, Rows w
       const i64 cols = columns_of(p, group);
       const Rows some = in_steps(p) ? fetch(from_column(texts, group * kPanel), rows, cols, is_dot(p), s.texts)
                                     : from_group(p, whole, group);
-      group_columns(p, some, rows, cols, s.groups);
+      group_columns(is_dot(p), some, rows, cols, s.groups);
       product<kDot>({s.by_image, s.image_stride, 4}, s.groups, kPanel, t.part + group * part_lanes(p) * kPanel, kPanel,
                     t.strip.count, vectors_of(p, group), product_depth(p, rows), row > t.task.first);
     }

@@ -1,8 +1,7 @@
 // Sizes of strips and blocks, and the tile of logits that all passes share.
 #pragma once
 
-#include "../common/rows.h"
-#include "../common/tile_gemm.h"
+#include "../common/product.h"
 #include "params.h"
 
 namespace mmkernels::MMK_ISA {
@@ -59,34 +58,10 @@ MMK_INLINE i64 groups_of(const ContrastiveParams& p) {
 MMK_INLINE i64 vectors_of(const ContrastiveParams& p, i64 group) {
   return least<i64>(kVectors, columns_of(p) / kLanes - group * kVectors);
 }
-MMK_INLINE i64 vectors_of_lanes(i64 lanes) {
-  return (lanes + kLanes - 1) / kLanes;
-}
-
-// FLOP of this thread's products since the last take_multiplied().
-inline i64& multiplied_here() {
-  static thread_local i64 flops = 0;
-  return flops;
-}
-inline i64 take_multiplied() {
-  const i64 flops = multiplied_here();
-  multiplied_here() = 0;
-  return flops;
-}
-// A counted gemm. b_row: floats from one row of b to the next.
-template <bool kDot>
-void product(Operand a, const float* b, i64 b_row, float* c, i64 c_row, i64 rows, i64 vectors, i64 depth, bool add) {
-  multiplied_here() += 2 * rows * vectors * kLanes * depth * (kDot ? 2 : 1);
-  gemm<kDot>(a, b, b_row * 4, c, c_row, rows, vectors, depth, add);
-}
 
 // Row r of query q.
 MMK_INLINE Source source_of(const Features& x, i64 row, i64 query = 0) {
   return {x.data + (row * x.row + query * x.query) * bytes_of(x.type), x.type, x.row, x.column, nullptr};
-}
-MMK_INLINE Source from_column(Source x, i64 column) {
-  x.data += column * x.d * bytes_of(x.type);
-  return x;
 }
 MMK_INLINE const Features& texts_of(const ContrastiveParams& p, bool hard) {
   return !hard ? p.text : p.hard;
@@ -122,23 +97,6 @@ MMK_INLINE i64 columns_of(const ContrastiveParams& p, i64 group) {
 MMK_INLINE Rows from_group(const ContrastiveParams& p, Rows rows, i64 group) {
   return {rows.data + group * kPanel * (is_dot(p) ? 2 : 4), rows.stride};
 }
-// Copies `cols` columns of `count` rows, at most a group's, to the right operand of a product over rows: [rows (or
-// pairs of rows), kPanel].
-inline void group_columns(const ContrastiveParams& p, Rows rows, i64 count, i64 cols, float* to) {
-  if (is_dot(p)) {
-    for (i64 r = 0; r < count; r += 2, to += kPanel) {
-      interleave_rows({rows.data + r * rows.stride, rows.stride}, least<i64>(2, count - r), cols, (char*)to);
-    }
-    return;
-  }
-  for (i64 r = 0; r < count; ++r, to += kPanel) {
-    const char* from = rows.data + r * rows.stride;
-    for (i64 c = 0; c < cols; c += kLanes) {
-      store(to + c, load_part(from + c * 4, cols - c));
-    }
-  }
-}
-
 // Transposes `cols` columns of one panel of one query, whose rows are `lanes` long; returns the columns in the working
 // format.
 MMK_OUTLINE Rows pack_panel(const ContrastiveParams& p, Source images, i64 count, i64 cols, i64 lanes, float* to,

@@ -112,7 +112,7 @@ def peak(dtype: torch.dtype, seconds: float) -> float:
 
 
 def multiplied() -> int:
-    """FLOP of the contrastive ops' matrix products since the process began; 0 without the extension."""
+    """FLOP of the contrastive and linear ops' matrix products since the process began; 0 without the extension."""
     return 0 if extension is None else int(extension.multiplied())
 
 

@@ -1,0 +1,189 @@
+// linear_cross_entropy on the CPU: the loss, and its gradients with it. A chunk of tokens has its logits for all words
+// once; see ops/linear/linear_cross_entropy, whose public function has checked the arguments.
+#include "products_launch.h"
+
+namespace mmkernels {
+namespace {
+
+constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk in float32; half of it in bfloat16
+constexpr i64 kChunkTokens = 128;           // a chunk of fewer would spend its time on reading the weight
+
+// The dtype that gradients are kept in until backward scales them: as `kept_dtype` in Python.
+at::ScalarType kept_type(const Tensor& x) {
+  return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
+}
+
+// How many tokens of so many are taken together: an eighth of many, so that their logits are few of all.
+i64 tokens_of_chunk(const LinearLaunch& launch, i64 tokens) {
+  const auto round_up = [](i64 x, i64 to) { return (x + to - 1) / to * to; };
+  const bool narrow = launch.p.weight.type != Type::f32 && !launch.k.is_dot(launch.p); // kept in float32 nevertheless
+  const i64 fit = (narrow ? kLogitsBytes / 2 : kLogitsBytes) / (launch.p.words * 4);
+  const i64 whole = fit >= kTokenAlign ? fit / kTokenAlign * kTokenAlign : std::max(fit / kVectorAlign, i64(1)) * kVectorAlign;
+  const i64 most = std::min(whole, std::max(kChunkTokens, round_up(tokens / 8, kTokenAlign)));
+  const i64 chunks = (tokens + most - 1) / most;
+  return std::min(most, round_up((tokens + chunks - 1) / std::max<i64>(chunks, 1), kVectorAlign));
+}
+
+// What one token gives: rows of `rows` are how its target, the weighted words and the squared lse count.
+struct TokenLoss {
+  double pick, spread, square, words; // words: the sum of the words' weights
+  bool has_target;
+  TokenState state;
+  double lse = state.lse(), logprob = has_target ? state.picked - lse : std::numeric_limits<double>::quiet_NaN();
+
+  double loss() const {
+    const double average = spread == 0.0 ? 0.0 : spread * (state.total - words * lse);
+    return (pick == 0.0 ? 0.0 : -pick * logprob) - average + (square == 0.0 ? 0.0 : square * lse * lse);
+  }
+  void write_gradient(float* to, i64 stride) const {
+    // Above the reference, as a large lse would be rounded.
+    const double mass = pick + spread * words + 2.0 * square * lse;
+    to[kBase * stride] = static_cast<float>(state.reference);
+    to[kOfProbability * stride] = static_cast<float>(mass * std::exp(state.reference - lse));
+    to[kOfEntropy * stride] = 0.0f;
+    to[kOfTarget * stride] = static_cast<float>(-pick);
+    to[kOfWords * stride] = static_cast<float>(-spread);
+    to[kTargetLogit * stride] = static_cast<float>(state.picked);
+  }
+};
+
+class CrossEntropy {
+public:
+  explicit CrossEntropy(const Arguments& args)
+      : input_(args.tensor("input")), weight_(args.tensor("linear_weight")), bias_(args.optional_tensor("linear_bias")),
+        rows_(wide_and_dense(args.tensor("rows"))), keep_input_(args.flag("keep_input")),
+        keep_weight_(args.flag("keep_linear_weight")), keep_bias_(args.flag("keep_linear_bias") && bias_.has_value()),
+        launch_(input_, weight_, bias_, args.tensor("target"), args.optional_tensor("token_weight")) {
+    LinearParams& p = launch_.p;
+    check_sizes("rows", rows_, {3, launch_.rows()});
+    p.softcap = static_cast<float>(args.number("softcap"));
+    p.best = args.flag("best");
+    launch_.choose_threads(1.0 + keep_input_ + keep_weight_);
+    for (i64 word = 0; p.word_weight != nullptr && word < p.words; ++word) {
+      words_ += p.word_weight[word];
+    }
+    const auto empty = [](bool need, at::IntArrayRef sizes, at::ScalarType type) {
+      return expect_writes(at::detail::empty_cpu(need ? sizes : at::IntArrayRef{0}, type));
+    };
+    of_input_ = empty(keep_input_, input_.sizes(), kept_type(input_));
+    of_weight_ = empty(keep_weight_, weight_.sizes(), kept_type(weight_));
+    of_bias_ = empty(keep_bias_, {p.words}, at::kFloat);
+    logprobs_ = at::detail::empty_cpu({launch_.rows()}, at::kFloat);
+    lse_ = at::detail::empty_cpu({launch_.rows()}, at::kFloat);
+    best_index_ = at::detail::empty_cpu({p.best ? launch_.rows() : 0}, at::kLong);
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run() {
+    launch_.each_ignored([&](i64 row) { write(row, 0.0, 0.0, -1); });
+    if (keep_input_) {
+      clear_ignored(launch_, of_input_);
+    }
+    if (launch_.p.tokens == 0) {
+      of_weight_.zero_();
+      of_bias_.zero_();
+    } else {
+      run_chunks();
+    }
+    const Tensor loss = at::detail::empty_cpu({}, at::kFloat);
+    const at::ScalarType bias_type = kept_type(keep_bias_ ? *bias_ : input_);
+    return {loss.fill_(loss_), of_input_, of_weight_, of_bias_.to(bias_type), logprobs_, lse_, best_index_};
+  }
+
+private:
+  bool keeps() const {
+    return keep_input_ || keep_weight_ || keep_bias_;
+  }
+
+  void run_chunks() {
+    LinearParams& p = launch_.p;
+    const i64 step = tokens_of_chunk(launch_, p.tokens), block = launch_.k.block_words(p);
+    const LinearParams largest = launch_.chunk(0, std::min(step, p.tokens));
+    p.keeps_exponentials = keeps() && launch_.k.is_dot(p) && p.softcap == 0.0f;
+    p.logits_row = (largest.tokens + kVectorAlign - 1) / kVectorAlign * kVectorAlign * (p.keeps_exponentials ? 2 : 4);
+    const i64 panels = launch_.k.panels_floats(largest) * 4;
+    const Workspace packed(panels + (keep_weight_ ? launch_.k.groups_floats(largest) * 4 : 0));
+    const i64 logits_bytes = keeps() ? (p.words * p.logits_row + 63) / 64 * 64 : 0;
+    const i64 exponents = p.keeps_exponentials ? (p.words + block - 1) / block * padded(largest.tokens) * 4 : 0;
+    const Workspace logits(logits_bytes + exponents);
+    expect_writes(logits.data(), logits_bytes + exponents);
+    p.logits = keeps() ? logits.data() : nullptr;
+    p.exponents = reinterpret_cast<float*>(logits.data() + logits_bytes);
+    WeightSums sums = weight_sums(step);
+    Products products(launch_, largest.tokens, keep_input_, sums);
+    for (i64 first = 0; first < p.tokens; first += step) {
+      LinearParams chunk = launch_.chunk(first, std::min(step, p.tokens - first));
+      launch_.pack(chunk, packed.data(), keep_weight_ ? packed.data() + panels : nullptr);
+      const std::vector<float> rows = add_states(chunk, StateSums(launch_, chunk));
+      if (!keeps()) {
+        continue;
+      }
+      chunk.gradient_rows = rows.data();
+      sums.add = first > 0;
+      sums.to = converts_ && first + step >= p.tokens ? static_cast<char*>(of_weight_.mutable_data_ptr()) : nullptr;
+      products.set_weight(sums);
+      float* of_bias = keep_bias_ ? of_bias_.mutable_data_ptr<float>() : nullptr;
+      products.run(chunk, {0, p.words}, false, launch_.k.logits_scratch(chunk),
+                   [&](const LinearParams& some, Words words, i64 first_word, char* scratch) {
+                     launch_.k.gradient_of_kept(some, words, first_word, of_bias, first > 0, scratch);
+                   });
+      products.write_hidden(chunk, of_input_);
+    }
+  }
+
+  // The weight's gradient itself where it is float32, else separate memory, unless there is only one chunk.
+  WeightSums weight_sums(i64 step) {
+    WeightSums sums;
+    sums.need = keep_weight_;
+    converts_ = keep_weight_ && of_weight_.scalar_type() != at::kFloat;
+    sums.type = converts_ ? type_of(of_weight_) : Type::f32;
+    if (keep_weight_ && (!converts_ || step < launch_.p.tokens)) {
+      sums_ = converts_ ? expect_writes(at::detail::empty_cpu(of_weight_.sizes(), at::kFloat)) : of_weight_;
+      sums.sums = sums_.mutable_data_ptr<float>();
+    }
+    return sums;
+  }
+
+  // Writes a chunk's results, and returns the rows of its gradient; padding has no probability.
+  std::vector<float> add_states(const LinearParams& chunk, const StateSums& states) {
+    const i64 stride = padded(chunk.tokens), count = launch_.rows();
+    std::vector<float> to(kGradientRows * stride, 0.0f);
+    std::fill_n(to.begin() + kBase * stride, stride, std::numeric_limits<float>::infinity());
+    const float* rows = rows_.const_data_ptr<float>();
+    for (i64 token = 0; token < chunk.tokens; ++token) {
+      const i64 row = chunk.live[token];
+      const TokenLoss x{rows[row], rows[count + row], rows[2 * count + row], words_, chunk.target[token] >= 0, states.of(token)};
+      loss_ += x.loss();
+      x.write_gradient(to.data() + token, stride);
+      write(row, x.logprob, x.lse, x.state.best_word);
+    }
+    return to;
+  }
+
+  void write(i64 row, double logprob, double lse, i64 best) {
+    logprobs_.mutable_data_ptr<float>()[row] = static_cast<float>(logprob);
+    lse_.mutable_data_ptr<float>()[row] = static_cast<float>(lse);
+    if (launch_.p.best) {
+      best_index_.mutable_data_ptr<i64>()[row] = best;
+    }
+  }
+
+  Tensor input_, weight_;
+  OptionalTensor bias_;
+  Tensor rows_;
+  bool keep_input_, keep_weight_, keep_bias_, converts_ = false;
+  LinearLaunch launch_;
+  double words_ = 0.0, loss_ = 0.0;
+  Tensor of_input_, of_weight_, of_bias_, sums_, logprobs_, lse_, best_index_;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(const Arguments& args) {
+  return CrossEntropy(args).run();
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("linear_cross_entropy_cpu", by_name<linear_cross_entropy>());
+}
+
+} // namespace mmkernels
