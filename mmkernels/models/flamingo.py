@@ -284,9 +284,9 @@ class Flamingo(Model):
     def _next_token_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Returns the mean cross-entropy, fp32, of the tokens that are not ignored, each given those before it."""
         targets = shifted_targets(labels)
-        if isinstance(self.head, nn.Linear):
+        if getattr(self.head.forward, "__func__", None) is nn.Linear.forward:
             return linear_cross_entropy(hidden, self.head.weight, targets, linear_bias=self.head.bias)
-        # A layer put in its place, such as LoRA's: its weight is not all of it.
+        # A layer put in its place, such as LoRA's, of which some inherit from Linear: its weight is not all of it.
         return F.cross_entropy(self.head(hidden).flatten(0, 1).float(), targets.flatten())
 
     def _images_seen(

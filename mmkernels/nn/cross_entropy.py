@@ -138,7 +138,7 @@ class LinearCrossEntropyLoss(nn.Module):
         found = self._scaled(lin_weight, _input, target, bias) if self.use_token_scaling else self._call(
             lin_weight, _input, target, bias, self.reduction, self.lse_square_scale
         )  # fmt: skip
-        loss, z_loss, live = found.loss, found.z_loss, target != self.ignore_index
+        loss, z_loss, live = found.loss, found.z_loss.detach(), target != self.ignore_index
         if self.reduction == "mean":
             loss, z_loss = (torch.where(live.any(), x, 0.0) for x in (loss, z_loss))
         if not (self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens):
@@ -175,15 +175,19 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def _scaled(self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None) -> CrossEntropy:
         """Returns the results with each row's losses times its target's probability."""
-        live, z_loss, divisor = target != self.ignore_index, self.lse_square_scale, torch.ones(())
-        if self.reduction == "mean":
-            divisor = count = live.sum()
-            if self.ce_weight is not None:
-                divisor = self.ce_weight[torch.where(live, target, 0)].where(live, 0.0).sum()
-                z_loss = z_loss * float(divisor / count.clamp(min=1))  # its sum is divided by the number of rows
-        rows = self._call(weight, hidden, target, bias, "none", z_loss)
-        chance = rows.logprobs.detach().exp()
+        rows = self._call(weight, hidden, target, bias, "none", self.lse_square_scale)
+        chance = rows.logprobs.exp()
         losses, z_losses = rows.loss * chance, rows.z_loss * chance
-        if self.reduction != "none":
-            losses, z_losses = losses.sum() / divisor, z_losses.sum() / divisor
-        return rows._replace(loss=losses, z_loss=z_losses)
+        if self.reduction == "none":
+            return rows._replace(loss=losses, z_loss=z_losses)
+        loss, z_loss = losses.sum(), z_losses.sum()
+        if self.reduction == "mean":
+            live = target != self.ignore_index
+            count = live.sum().clamp(min=1)
+            if self.ce_weight is None:
+                loss = loss / count
+            else:  # divides the cross-entropy, but not the z-loss in it
+                divisor = self.ce_weight.to(loss.dtype)[torch.where(live, target, 0)].where(live, 0.0).sum()
+                loss = (loss - z_loss) / divisor + z_loss / count
+            z_loss = z_loss / count
+        return rows._replace(loss=loss, z_loss=z_loss)

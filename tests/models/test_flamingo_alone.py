@@ -104,12 +104,23 @@ class Scaled(nn.Module):
         return 2 * self.head(x)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_the_loss_is_that_of_the_logits(wrapped: bool) -> None:
+class ScaledLinear(nn.Linear):
+    """The same, as loralib has it: it inherits from Linear."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__(head.in_features, head.out_features, head.bias is not None)
+        self.weight, self.bias = head.weight, head.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("wrapped", [None, Scaled, ScaledLinear])
+def test_the_loss_is_that_of_the_logits(wrapped: type[nn.Module] | None) -> None:
     """Value and gradients, with labels that are ignored."""
     model, ids, _, pixels = prompted(2)
-    if wrapped:
-        model.head = Scaled(model.head)
+    if wrapped is not None:
+        model.head = wrapped(model.head)
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.5, -100).int()
     found = []
     for out in (model(ids, pixels, labels=labels, return_logits=True), model(ids, pixels)):

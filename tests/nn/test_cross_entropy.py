@@ -127,6 +127,22 @@ def test_16_bit_inputs_and_a_moved_class_weight() -> None:
     torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("options", OPTIONS[-3:])
+def test_one_graph(options: dict[str, Any]) -> None:
+    """With token scaling: nothing waits for a number that a class weight gives."""
+    module = LinearCrossEntropyLoss(**options)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(WEIGHT, HIDDEN, TARGET), module(WEIGHT, HIDDEN, TARGET))
+
+
+def test_a_wide_class_weight_does_not_widen_the_loss() -> None:
+    hidden, weight = HIDDEN.float(), WEIGHT.float()
+    for scaling in (False, True):
+        loss = LinearCrossEntropyLoss(CE_WEIGHT.double(), use_token_scaling=scaling)(weight, hidden, TARGET)
+        assert loss.dtype == torch.float32
+
+
 def test_it_is_the_public_op_and_learns() -> None:
     head = torch.nn.Linear(DIM, VOCAB).double()
     loss = LinearCrossEntropyLoss()

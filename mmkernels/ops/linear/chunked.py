@@ -21,6 +21,7 @@ from mmkernels.ops.linear.formula import (
     best_index,
     capped,
     capped_gradient,
+    products_of,
     y_gradient,
 )
 
@@ -67,7 +68,7 @@ def states(args: Any) -> tuple[Tensor, Tensor]:
     found[SUM] = 1.0
     index = torch.full_like(args.target, -1) if args.best else args.target.new_empty(0)
     for chunk in chunks(args):
-        y = capped(products(args, chunk), args.softcap, args.temperature)
+        y = capped(products(args, chunk), args.softcap, args.temperature).y
         reference, weights = softmax(y)
         found[REFERENCE, chunk.at] = reference
         found[SUM, chunk.at] = weights.sum(1)
@@ -108,11 +109,11 @@ class GradientSums:
 
     def add(self, chunk: Chunk, flow: Tensor) -> None:
         """Add what the gradient of a chunk's products, wide [rows, V], gives."""
-        narrow = flow.to(chunk.hidden.dtype)
+        times = products_of(flow, chunk.hidden.dtype)
         if self.of_hidden is not None:
-            self.of_hidden[chunk.at] = (narrow @ self.weight).to(self.of_hidden.dtype)
+            self.of_hidden[chunk.at] = times(self.weight, False).to(self.of_hidden.dtype)
         if self.of_weight is not None:
-            self.of_weight += narrow.mT @ chunk.hidden
+            self.of_weight += times(chunk.hidden, True)
         if self.of_bias is not None:
             self.of_bias += flow.sum(0)
 
@@ -135,8 +136,8 @@ def gradients(args: Any) -> tuple[Tensor, ...]:
         bias.dtype if args.need_bias and bias is not None else None,
     )
     for chunk in chunks(args):
-        y = capped(products(args, chunk), args.softcap, args.temperature)
+        y, tanh = capped(products(args, chunk), args.softcap, args.temperature)
         flow = y_gradient(args, y, args.rows[:, chunk.at], args.softmax[:, chunk.at], chunk.target)
-        sums.add(chunk, capped_gradient(flow, y, args.softcap, args.temperature))
+        sums.add(chunk, capped_gradient(flow, tanh, args.temperature))
     of_hidden, of_weight, of_bias = (hidden.new_empty(0) if x is None else x for x in sums.results())
     return of_hidden, of_weight, of_bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -39,17 +40,29 @@ def without_ignored(hidden: Tensor, target: Tensor) -> Tensor:
     return hidden.masked_fill((target == IGNORED)[:, None], 0.0)
 
 
-def capped(z: Tensor, softcap: float, temperature: float) -> Tensor:
-    """Returns the logits y of products z."""
-    y = softcap * torch.tanh(z / softcap) if softcap else z
-    return y / temperature if temperature != 1.0 else y
+class Logits(NamedTuple):
+    """Logits, and what their gradient needs."""
+
+    y: Tensor
+    tanh: Tensor | None  # tanh(z / softcap), as y does not give it back exactly; None without a softcap
+
+
+def capped(z: Tensor, softcap: float, temperature: float) -> Logits:
+    """Returns the logits of products z."""
+    tanh = torch.tanh(z / softcap) if softcap else None
+    y = z if tanh is None else softcap * tanh
+    return Logits(y / temperature if temperature != 1.0 else y, tanh)
+
+
+def capped_logits_of(args: Any) -> Logits:
+    """Returns the logits, wide [T, V]: products in hidden's dtype, everything else wide."""
+    z = (without_ignored(args.hidden, args.target) @ args.weight.mT).to(wide_dtype(args.hidden))
+    return capped(z if args.bias is None else z + args.bias, args.softcap, args.temperature)
 
 
 def logits_of(args: Any) -> Tensor:
-    """Returns the logits, wide [T, V]: products in hidden's dtype, everything else wide."""
-    z = without_ignored(args.hidden, args.target) @ args.weight.mT
-    z = z if args.bias is None else z + args.bias
-    return capped(z.to(wide_dtype(args.hidden)), args.softcap, args.temperature)
+    """Returns `Logits.y` of all rows."""
+    return capped_logits_of(args).y
 
 
 def best_index(y: Tensor) -> Tensor:
@@ -107,19 +120,36 @@ def y_gradient(args: Any, y: Tensor, rows: Tensor, softmax: Tensor, target: Tens
     return flow.scatter_add_(1, target.clamp(0, y.shape[1] - 1)[:, None], of_target.where(here[:, None], 0.0))
 
 
-def capped_gradient(flow: Tensor, y: Tensor, softcap: float, temperature: float) -> Tensor:
-    """Returns the gradient of the products, from that of the logits y, which it writes."""
-    if softcap:
-        unit = y * (temperature / softcap)  # the tanh
-        flow *= 1 - unit * unit
+def capped_gradient(flow: Tensor, tanh: Tensor | None, temperature: float) -> Tensor:
+    """Returns the gradient of the products, from that of the logits, which it writes; tanh: see `Logits`."""
+    if tanh is not None:
+        flow *= 1 - tanh * tanh
     return flow.div_(temperature) if temperature != 1.0 else flow
+
+
+def products_of(flow: Tensor, dtype: torch.dtype) -> Callable[[Tensor, bool], Tensor]:
+    """Returns a function that multiplies the gradient of some rows' products, wide [rows, V], in `dtype`.
+
+    It takes the weight [V, d], or, with its rows as columns, hidden [rows, d], and returns their gradient's share.
+
+    float16 holds the gradient of a mean over many tokens only if that is multiplied: here by a power of two, with which
+    the rows' largest numbers sum to at most 256, so that the products don't overflow either. They are divided again in
+    float32.
+    """
+    if dtype != torch.float16:
+        narrow = flow.to(dtype)
+        return lambda x, transposed: (narrow.mT if transposed else narrow) @ x
+    largest = flow.abs().amax(1).nan_to_num(0.0, 0.0, 0.0).sum()  # without rows with NaN
+    scale = torch.exp2((256.0 / largest.clamp(min=1e-30)).log2().floor())
+    scaled = (flow * scale).to(dtype)
+    return lambda x, transposed: ((scaled.mT if transposed else scaled) @ x).to(flow.dtype) / scale
 
 
 def gradients(args: Any) -> tuple[Tensor, ...]:
     """Returns the gradients of hidden, weight and bias by the naive formula; see `rows.Gradients`."""
-    y, live = logits_of(args), args.target != IGNORED
+    (y, tanh), live = capped_logits_of(args), args.target != IGNORED
     flow = y_gradient(args, y, args.rows.masked_fill(~live, 0.0), args.softmax, args.target)
-    found = head_gradients(args, flow.masked_fill_(~live[:, None], 0.0), y)
+    found = head_gradients(args, flow.masked_fill_(~live[:, None], 0.0), tanh)
     dtypes = (wide_dtype(args.hidden) if args.wide else args.hidden.dtype, args.weight.dtype, None)
     needs = (args.need_hidden, args.need_weight, args.need_bias and args.bias is not None)
     return tuple(
@@ -128,9 +158,9 @@ def gradients(args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def head_gradients(args: Any, flow: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of hidden, weight and, wide, bias from that of logits y [T, V], which it writes."""
+def head_gradients(args: Any, flow: Tensor, tanh: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of hidden, weight and bias, wide, from that of the logits [T, V], which it writes."""
     hidden = without_ignored(args.hidden, args.target)
-    flow = capped_gradient(flow, y, args.softcap, args.temperature)
-    narrow = flow.to(hidden.dtype)
-    return narrow @ args.weight, narrow.mT @ hidden, flow.sum(0)
+    flow = capped_gradient(flow, tanh, args.temperature)
+    times = products_of(flow, hidden.dtype)
+    return times(args.weight, False), times(hidden, True), flow.sum(0)

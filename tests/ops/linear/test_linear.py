@@ -146,6 +146,34 @@ def test_gradients_that_were_kept(backend: str) -> None:
     torch.testing.assert_close([hidden.grad, weight.grad], [2.0 * x for x in once])
 
 
+@each_backend("linear_cross_entropy", interpreted=False)
+def test_gradients_may_be_written_before_the_next_pass(backend: str) -> None:
+    """As clipping does: kept gradients are not handed on themselves with retain_graph=True."""
+    hidden, weight, _, target = head(torch.float32)
+    loss = mmkernels.linear_cross_entropy(hidden, weight, target, backend=backend)
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    kept = [x.clone() for x in first]
+    for x in first:
+        x.zero_()
+    torch.testing.assert_close([*torch.autograd.grad(loss, (hidden, weight))], kept, rtol=0.0, atol=0.0)
+
+
+def test_class_probabilities_in_one_graph() -> None:
+    """Without a reduction too, under autocast, and on any device."""
+    hidden, weight, _, _ = head(torch.float32)
+    target = torch.rand(ROWS, TOKENS, generator=generator(4)).softmax(1)
+
+    def losses(hidden: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return mmkernels.linear_cross_entropy(hidden, weight, target, reduction="none", z_loss=0.1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden), losses(hidden))
+    there = [x.detach().to("meta") for x in (hidden, weight, target)]
+    assert mmkernels.linear_cross_entropy(*there, reduction="none").shape == (ROWS,)
+
+
 # Rows that are ignored, hidden tokens, numbers that are not finite.
 
 

@@ -42,10 +42,10 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 class CrossEntropy(NamedTuple):
-    """What `cross_entropy` returns; the rows are not differentiable."""
+    """What `cross_entropy` returns; logprobs and best_index are not differentiable."""
 
     loss: Tensor  # wide, without a dim, or [...] without a reduction
-    z_loss: Tensor  # the part of the loss that is the z-loss, detached
+    z_loss: Tensor  # the part of the loss that is the z-loss; without a reduction differentiable
     logprobs: Tensor  # wide [...], the targets', 0 where ignored; of no use with probabilities
     best_index: Tensor  # int64 [...], -1 where ignored; [0] unless it is wanted
 
@@ -349,7 +349,7 @@ def _of_rows(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntrop
     logprobs, best = logprobs.detach().reshape(shape), best.reshape(shape) if call.best else best
     if call.reduction == "none":
         total = loss + squares if call.z_loss else loss
-        return CrossEntropy(total.reshape(shape), squares.detach().reshape(shape), logprobs, best)
+        return CrossEntropy(total.reshape(shape), squares.reshape(shape), logprobs, best)
     divisor, count = call.divisors(of_rows)
 
     def mean(x: Tensor, by: Tensor) -> Tensor:
@@ -364,10 +364,13 @@ def _of_probabilities(call: _Call, of_rows: Tensor) -> tuple[Tensor, Tensor, Ten
     """Returns each row's cross-entropy and squared log-sum-exp by the naive formula, and the best tokens."""
     one = of_rows.new_ones(())
     args = _arguments(call, of_rows, one, one)
-    with torch._C._DisableAutocast():
+    rows = args.rows.clone()
+    rows[SQUARE] = 0.0
+    device = call.head.hidden.device.type  # TorchDynamo does not know `_DisableAutocast`
+    with torch.autocast(device, enabled=False) if in_graph() else torch._C._DisableAutocast():  # the head has been cast
         y = logits_of(args)
-        loss, lse = row_losses(args._replace(rows=args.rows * torch.tensor([[1.0], [1.0], [0.0]])), y)
-        return loss, lse**2, best_index(y.detach()) if call.best else call.target.new_empty(0)
+        loss, lse = row_losses(args._replace(rows=rows), y)
+    return loss, lse**2, best_index(y.detach()) if call.best else call.target.new_empty(0)
 
 
 def _scaled(args: Any) -> tuple[Tensor, ...]:
@@ -382,8 +385,13 @@ def _scaled(args: Any) -> tuple[Tensor, ...]:
 
 
 def _passes(args: Any) -> Mapping[str, Tensor]:
-    """Returns the kept gradients that are the wanted ones, as 1 flows back: no copy of the weight's size is made."""
+    """Returns the kept gradients that are the wanted ones, as 1 flows back: no copy of the weight's size is made.
+
+    None with ``retain_graph=True``: the caller may write into the gradients before the next backward pass.
+    """
     flow = args.grad_loss
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return {}
     if not flow.is_cpu or torch.is_grad_enabled() or transform_active() or cotangents_are_batched() or float(flow) != 1:
         return {}
     names = ("input", "linear_weight", "linear_bias")

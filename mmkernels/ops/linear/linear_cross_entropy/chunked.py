@@ -24,7 +24,7 @@ def forward(args: Any) -> tuple[Tensor, ...]:
     sums, loss = GradientSums(args, *dtypes), hidden.new_zeros((), dtype=wide)
     weights = args.token_weight
     for chunk in chunks(args):
-        y = capped(products(args, chunk), args.softcap, 1.0)
+        y, tanh = capped(products(args, chunk), args.softcap, 1.0)
         reference, exponentials = softmax(y)
         log_sum = exponentials.sum(1).log()
         of_rows = lse[chunk.at] = reference + log_sum
@@ -48,5 +48,5 @@ def forward(args: Any) -> tuple[Tensor, ...]:
                 rows=rows,
                 probabilities=None if args.probabilities is None else args.probabilities[chunk.at],
             )
-            sums.add(chunk, capped_gradient(y_gradient(some, y, reference, log_sum), y, args.softcap, 1.0))
+            sums.add(chunk, capped_gradient(y_gradient(some, y, reference, log_sum), tanh, 1.0))
     return (loss, *kept(sums.results(), args), logprobs, lse, index)

@@ -11,7 +11,14 @@ from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.common.kept import fake_kept
 from mmkernels.ops.common.kept import kept as kept_gradients
 from mmkernels.ops.linear.cases import inputs_of, large, linear_cost
-from mmkernels.ops.linear.formula import IGNORED, best_index, formula_of_logits, head_gradients, logits_of
+from mmkernels.ops.linear.formula import (
+    IGNORED,
+    best_index,
+    capped_logits_of,
+    formula_of_logits,
+    head_gradients,
+    logits_of,
+)
 from mmkernels.runtime.arguments import Differentiable
 from mmkernels.spec import Benchmark, Case, Inputs, OpSpec
 from mmkernels.targets import MemoryRatio, PeakShare, Speedup, Target
@@ -116,7 +123,7 @@ def formula(args: Any) -> Tensor:
 
 def reference(args: Arguments) -> tuple[Tensor, ...]:
     """Returns the op's results, the gradients written out."""
-    y = logits_of(args)
+    y, tanh = capped_logits_of(args)
     of_rows, lse = row_losses(args, y)
     logprobs = formula_of_logits(args, y).logprobs
     index = args.target.new_empty(0)
@@ -126,7 +133,7 @@ def reference(args: Arguments) -> tuple[Tensor, ...]:
     if any(args.keep):
         reference = y.amax(1)
         log_sum = (y - reference[:, None]).exp().sum(1).log()
-        grads = head_gradients(args, y_gradient(args, y, reference, log_sum), y)
+        grads = head_gradients(args, y_gradient(args, y, reference, log_sum), tanh)
     return (of_rows.sum(), *kept(grads, args), logprobs, lse, index)
 
 
