@@ -1,7 +1,7 @@
 """The peers of the linear ops: PyTorch's and transformers' losses, compiled ones; on a GPU packages with kernels.
 
 "eager" is what a model without a fused loss does, in bfloat16 as in float32. "torch chunked" is
-``F.linear_cross_entropy`` with its option of chunks. "transformers" is the library's own ``ForCausalLMLoss``, on the
+``F.linear_cross_entropy`` with its option of chunks. "HF loss" is transformers' own ``ForCausalLMLoss``, on the
 logits of all rows, as its models compute them. "mm alone" is no loss: the matrix products that the op needs, by
 PyTorch, into memory that is there already.
 """
@@ -219,7 +219,7 @@ CROSS_ENTROPY = (
     Peer("eager", eager),
     Peer("torch chunked", torch_chunked, slow=True),
     Peer("compiled", compiled_loss, slow=True),
-    Peer("transformers", causal_lm_loss),
+    Peer("HF loss", causal_lm_loss),
     Peer("mm alone", products_of_loss, checked=False),
     _on_gpu("Liger", liger),
     _on_gpu("Liger CuTe", liger_cute),

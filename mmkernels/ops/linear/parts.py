@@ -229,7 +229,7 @@ def _scale(x: Tensor) -> Tensor:
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """Returns the sum of the elements' products, in float64."""
-    parts = zip(x.split(_BLOCK), y.split(_BLOCK), strict=True)
+    parts = zip(x.split(256), y.split(256), strict=True)  # in the caches
     return torch.stack([(a.double() * b.double()).sum() for a, b in parts]).sum()
 
 

@@ -81,7 +81,7 @@ SPEC = OpSpec(
     cost=linear_cost(products=4),
     benchmarks=(
         _config(
-            "log-probabilities and entropy",
+            "152k, entropy",
             1024,
             151_936,
             1024,
@@ -98,7 +98,7 @@ SPEC = OpSpec(
             *(Speedup(dtype, False, 1.0, "log_softmax") for dtype in ("fp32", "bf16")),
         ),
         _config(
-            "log-probabilities and entropy, 131k",
+            "131k, entropy",
             4096,
             131_072,
             4096,
