@@ -203,7 +203,8 @@ class MemoryRatio(Target):
 
     @property
     def name(self) -> str:
-        return f"memory of {self.peer}"
+        allowed = f", {self.allowed / 1e6:,.0f} MB allowed" if self.allowed else ""
+        return f"memory of {self.peer}{allowed}"
 
     def reached(self, row: Measured) -> float | None:
         ours, theirs = row.memory.get(OURS), row.memory.get(self.peer)

@@ -42,7 +42,7 @@ ROW = Measured(
         (Speedup("fp32", True, 5.0, "naive"), "naive", 4.0, 8.0 / 1.5),
         (Speedup("fp32", True, 5.0, "missing"), "missing", None, None),
         (MemoryRatio("fp32", True, 30.0, "naive"), "memory of naive", 30.0, None),
-        (MemoryRatio("fp32", True, 30.0, "naive", allowed=1e6), "memory of naive", 60.0, None),
+        (MemoryRatio("fp32", True, 30.0, "naive", allowed=1e6), "memory of naive, 1 MB allowed", 60.0, None),
         (MemoryRatio("fp32", True, 30.0, "unweighed"), "memory of unweighed", None, None),
         (MemoryRatio("fp32", True, 30.0, "missing"), "memory of missing", None, None),
         (ExtraMemory("fp32", True, 2.0), "extra MB", 2.0, None),
