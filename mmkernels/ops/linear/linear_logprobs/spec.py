@@ -88,7 +88,6 @@ SPEC = OpSpec(
             Speedup("fp32", False, 1.5, "log_softmax"),
             MemoryRatio("fp32", False, 50.0, "log_softmax"),
             options={"return_entropy": True},
-            headline=True,
         ),
         _config(
             "few rows",
@@ -109,7 +108,7 @@ SPEC = OpSpec(
             options={"return_entropy": True},
             devices=("gpu",),
         ),
-        _config("a decoder's head", 1024, 32_000, 1024, grads=_GRADS[:2]),
+        _config("a decoder's head", 1024, 32_000, 1024, grads=_GRADS[:2], headline=True),
     ),
     always_wide=frozenset({"bias"}),
     parts=LOGPROBS,
