@@ -35,7 +35,8 @@ struct TokenLoss {
     const double average = spread == 0.0 ? 0.0 : spread * (state.total - words * lse);
     return (pick == 0.0 ? 0.0 : -pick * logprob) - average + (square == 0.0 ? 0.0 : square * lse * lse);
   }
-  void write_gradient(float* to, i64 stride) const {
+  // target_weight: the target's as a word.
+  void write_gradient(float* to, i64 stride, double target_weight) const {
     // Above the reference, as a large lse would be rounded.
     const double mass = pick + spread * words + 2.0 * square * lse;
     to[kBase * stride] = static_cast<float>(state.reference);
@@ -43,7 +44,7 @@ struct TokenLoss {
     to[kOfEntropy * stride] = 0.0f;
     to[kOfTarget * stride] = static_cast<float>(-pick);
     to[kOfWords * stride] = static_cast<float>(-spread);
-    to[kTargetLogit * stride] = static_cast<float>(state.picked);
+    to[kOfTargetLogit * stride] = static_cast<float>(mass * std::exp(logprob) - pick - spread * target_weight);
   }
 };
 
@@ -153,7 +154,8 @@ private:
       const i64 row = chunk.live[token];
       const TokenLoss x{rows[row], rows[count + row], rows[2 * count + row], words_, chunk.target[token] >= 0, states.of(token)};
       loss_ += x.loss();
-      x.write_gradient(to.data() + token, stride);
+      const bool weighted = chunk.word_weight != nullptr && x.has_target;
+      x.write_gradient(to.data() + token, stride, weighted ? chunk.word_weight[chunk.target[token]] : 0.0);
       write(row, x.logprob, x.lse, x.state.best_word);
     }
     return to;

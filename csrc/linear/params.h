@@ -23,8 +23,9 @@ enum StateRow { kReference, kSum, kSumLost, kMoment, kMomentLost, kTotal, kTotal
 constexpr std::int64_t kStateRows = 10; // kBestWord: int32
 
 // Rows of [kGradientRows, stride] floats: the gradient of token i's logit y of word c is
-// exp(y - base) (probability + entropy (y - base)) + target [c = target] + words * word_weight_c.
-enum GradientRow { kBase, kOfProbability, kOfEntropy, kOfTarget, kOfWords, kTargetLogit };
+// exp(y - base) (probability + entropy (y - base)) + target [c = target] + words * word_weight_c. kOfTargetLogit: that
+// of the target's logit, where exponentials are kept.
+enum GradientRow { kBase, kOfProbability, kOfEntropy, kOfTarget, kOfWords, kOfTargetLogit };
 constexpr std::int64_t kGradientRows = 6;
 
 constexpr std::int64_t kTokenAlign = 64;  // arrays over tokens are padded to this: whole panels
