@@ -42,8 +42,8 @@ struct LinearParams {
   const float* panels = nullptr; // the tokens transposed, [panels, depth, kPanel]
   const float* groups = nullptr; // the tokens by columns, [groups, tokens (or pairs), kPanel]
 
-  // [words, tokens in whole vectors] of some words: logits in float32, or exponentials above `exponents` in bfloat16; then the logits'
-  // gradient in the working format. Null where only sums are wanted.
+  // [words, tokens in whole vectors] of some words: logits in float32, or exponentials above `exponents` in bfloat16;
+  // then the logits' gradient in the working format. Null where only sums are wanted.
   char* logits = nullptr;
   bool keeps_exponentials = false;
   std::int64_t logits_row = 0; // bytes
@@ -78,7 +78,7 @@ struct LinearKernels {
   bool (*is_dot)(const LinearParams&);
   std::int64_t (*block_words)(const LinearParams&);   // of a block of logits
   std::int64_t (*product_words)(const LinearParams&); // of a block in products, a multiple of the former
-  std::int64_t (*panel_tokens)(); // of a panel, and columns of a group
+  std::int64_t (*panel_tokens)();                     // of a panel, and columns of a group
 
   std::int64_t (*panels_floats)(const LinearParams&);
   std::int64_t (*groups_floats)(const LinearParams&);

@@ -121,15 +121,13 @@ inline void states(const LinearParams& p, Words words, i64 first_word, float* st
         }
         char* kept = p.logits + (word - first_word) * p.logits_row + token * (p.keeps_exponentials ? 2 : 4);
         if (p.keeps_exponentials) {
-          block.add_exponentials(lanes, top, [&](i64 r, Vec, Vec e) {
-            store_bf16((std::uint16_t*)(kept + r * p.logits_row), e);
-          });
+          block.add_exponentials(lanes, top,
+                                 [&](i64 r, Vec, Vec e) { store_bf16((std::uint16_t*)(kept + r * p.logits_row), e); });
         } else {
           block.add_exponentials(lanes, top, [&](i64 r, Vec y, Vec) { store(kept + r * p.logits_row, y); });
         }
         if (p.keeps_exponentials) {
-          store(p.exponents + (word - first_word) / s.words * padded_tokens(p) + token,
-                top == -kInf ? zero() : top);
+          store(p.exponents + (word - first_word) / s.words * padded_tokens(p) + token, top == -kInf ? zero() : top);
         }
       }
     });
