@@ -29,6 +29,8 @@ from mmkernels.models.blocks.vision import VisionTransformer
 from mmkernels.models.flamingo_config import SIZES, FlamingoConfig
 from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
 from mmkernels.nn.checks import check_positive
+from mmkernels.objectives import shifted_targets
+from mmkernels.ops.linear.linear_cross_entropy import linear_cross_entropy
 from mmkernels.runtime.checks import broadcasts
 
 
@@ -47,12 +49,13 @@ class FlamingoOutput:
     """The result of `Flamingo.forward`.
 
     Attributes:
-        logits: ``[B, L, vocab_size]``, or ``[B, 1, vocab_size]`` of the last token of each row.
-        loss: the mean cross-entropy of the next token, fp32; None without labels.
+        logits: ``[B, L, vocab_size]``, or ``[B, 1, vocab_size]`` of the last token of each row; None with labels, where
+            they were not asked for.
+        loss: the mean cross-entropy of the next token, fp32 (fp64 for fp64 weights); None without labels.
         kv_cache, visual_cache: arguments of the next call.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     loss: Tensor | None
     kv_cache: FlamingoCache | None
     visual_cache: VisualCache
@@ -219,8 +222,9 @@ class Flamingo(Model):
         kv_cache: FlamingoCache | None = None,
         labels: Tensor | None = None,
         last_logits_only: bool = False,
+        return_logits: bool | None = None,
     ) -> FlamingoOutput:
-        """Returns the logits of the next token, for a text or, with caches, for its continuation.
+        """Returns the logits of the next token, for a text or, with caches, for its continuation; or the loss.
 
         Args:
             input_ids: the new tokens, ``[B, L]``; an `image_token_id` marks an image.
@@ -233,8 +237,10 @@ class Flamingo(Model):
             visual_cache, kv_cache: from earlier calls; they are updated. With a `visual_cache` of batch 1, B questions
                 share its images.
             labels: ``[B, L]``, -100: ignored. Token i is predicted from the tokens before i. If all are ignored, the
-                loss is NaN, as in ``F.cross_entropy``.
+                loss is NaN, as in ``F.cross_entropy``. The loss builds no logits, and rows that predict an ignored
+                token are not multiplied: see `mmkernels.linear_cross_entropy`.
             last_logits_only: whether to compute the logits of the last token of each row only.
+            return_logits: whether to compute logits at all; None: unless labels are given.
 
         Returns:
             `FlamingoOutput`. Its `kv_cache` is None if labels and no cache were given.
@@ -270,9 +276,18 @@ class Flamingo(Model):
 
         cache.sees, cache.num_images, cache.pending = last_of(sees, valid), visual_cache.next_id, None
         x = last_of(x, valid)[:, None] if last_logits_only else x[:, ids.shape[1] - input_ids.shape[1] :]
-        logits = self.head(self.norm(x))
-        loss = None if labels is None else _next_token_loss(logits, labels)
-        return FlamingoOutput(logits, loss, store, visual_cache)
+        x = self.norm(x)
+        loss = None if labels is None else self._next_token_loss(x, labels)
+        wanted = labels is None if return_logits is None else return_logits
+        return FlamingoOutput(self.head(x) if wanted else None, loss, store, visual_cache)
+
+    def _next_token_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Returns the mean cross-entropy, fp32, of the tokens that are not ignored, each given those before it."""
+        targets = shifted_targets(labels)
+        if isinstance(self.head, nn.Linear):
+            return linear_cross_entropy(hidden, self.head.weight, targets, linear_bias=self.head.bias)
+        # A layer put in its place, such as LoRA's: its weight is not all of it.
+        return F.cross_entropy(self.head(hidden).flatten(0, 1).float(), targets.flatten())
 
     def _images_seen(
         self,
@@ -375,8 +390,3 @@ class Flamingo(Model):
             if len(tokens) == max_new_tokens or (len(ends) and not alive.any()):
                 return FlamingoGeneration(torch.stack(tokens, dim=1), kv_cache, out.visual_cache)
             out = self(input_ids[:, :0], visual_cache=out.visual_cache, kv_cache=kv_cache, last_logits_only=True)
-
-
-def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean cross-entropy, fp32, of the tokens that are not ignored, each given those before it."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().long())

@@ -4,6 +4,7 @@ from mmkernels.nn.attention_pool import AttentionPool
 from mmkernels.nn.cached_contrastive import CachedContrastive
 from mmkernels.nn.contrastive import ClipLoss, SigLipLoss
 from mmkernels.nn.cross_attention import CrossAttention
+from mmkernels.nn.cross_entropy import CrossEntropyOutput, LinearCrossEntropyLoss
 from mmkernels.nn.gated_cross_attention import GatedCrossAttention
 from mmkernels.nn.projectors import PatchMerger, PixelShuffleProjector
 from mmkernels.nn.reducer import Reduced, TokenReducer
@@ -16,7 +17,9 @@ __all__ = [
     "CachedContrastive",
     "ClipLoss",
     "CrossAttention",
+    "CrossEntropyOutput",
     "GatedCrossAttention",
+    "LinearCrossEntropyLoss",
     "PatchMerger",
     "PerceiverResampler",
     "PixelShuffleProjector",

@@ -83,6 +83,11 @@ class Adapter(Protocol):
         """Returns the whole model's training loss, with its graph."""
         ...
 
+    @property
+    def naive_loss(self) -> Callable[[Any, Any], Tensor] | None:
+        """The same loss from all logits, for which all but the loss runs as in `loss`; None: there is no such one."""
+        ...
+
 
 class ReducingAdapter(Adapter, Protocol):
     """A model in which a `mmkernels.nn.TokenReducer` may choose the visual tokens."""

@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -80,6 +81,11 @@ def _marker(model: Flamingo) -> int:
     return model.config.image_token_id
 
 
+def _labels(model: Flamingo, inputs: Inputs) -> Tensor:
+    """Every token is learned but the images' markers."""
+    return inputs.input_ids.masked_fill(torch.eq(inputs.input_ids, _marker(model)), -100)
+
+
 _ENCODE = Stage("encode", "the image encoder, all images", _encode)
 _RESAMPLE = Stage("resample", "the resampler, and its tokens projected to visual keys and values", _resample)
 _REDUCE = Stage("reduce", "scores and reducer, and the tokens left projected to visual keys and values", _resample)
@@ -109,9 +115,12 @@ class FlamingoAdapter:
         return model(inputs.input_ids, inputs.pixel_values, media_index=inputs.media_index).logits
 
     def loss(self, model: Flamingo, inputs: Inputs) -> Tensor:
-        markers = torch.eq(inputs.input_ids, _marker(model))
-        labels = inputs.input_ids.masked_fill(markers, -100)
+        labels = _labels(model, inputs)
         return model(inputs.input_ids, inputs.pixel_values, media_index=inputs.media_index, labels=labels).loss
+
+    def naive_loss(self, model: Flamingo, inputs: Inputs) -> Tensor:
+        logits, labels = self.logits(model, inputs), _labels(model, inputs)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
 
 class ReducingFlamingoAdapter(FlamingoAdapter):

@@ -20,16 +20,19 @@ from mmkernels.runtime.eager import stub_ops
 REMOVED = "removed"
 """The candidate in which every op returns zeros at once: its time is the Amdahl bound."""
 
+NAIVE_LOSS = "logits"
+"""The candidate "fused" but for the training loss, which is made from all logits: what the loss alone saves."""
+
 Cell = dict[str, Any]
 
 
 @contextmanager
 def running_as(candidate: str) -> Iterator[None]:
-    """Runs every op as this candidate does: "fused" (the automatic choice), a forced backend, or `REMOVED`."""
+    """Runs every op as this candidate does: a forced backend, or the automatic choice ("fused" and those above)."""
     with ExitStack() as stack:
         if candidate == REMOVED:  # by the automatic choice: "reference" would not pass the op boundary
             stack.enter_context(stub_ops())
-        stack.enter_context(use_backend("" if candidate in ("fused", REMOVED) else candidate))
+        stack.enter_context(use_backend("" if candidate in ("fused", REMOVED, NAIVE_LOSS) else candidate))
         yield
 
 
@@ -60,7 +63,7 @@ class Point:
     Attributes:
         model, inputs: what the adapter takes.
         cells: by backend; what `prepare` and `mmkernels.profiling.timing` find is written into them.
-        seconds: by candidate, the cells' and those of `REMOVED`.
+        seconds: by candidate, the cells' and those of `REMOVED`; of `NAIVE_LOSS`, what stands in the cell of "fused".
         reduction: what the reducer makes of the first image, where the row is one.
     """
 
@@ -103,12 +106,15 @@ class Point:
                 "samples_seconds": {},
                 "peak_memory_bytes": None,
                 "train_peak_memory_bytes": None,
+                "naive_loss": {},
                 "drift": None,
                 "amdahl": {},
             }
             for backend in options.backends
         }
-        self.seconds = {backend: cell["seconds"] for backend, cell in self.cells.items()} | {REMOVED: {}}
+        self.seconds = {backend: cell["seconds"] for backend, cell in self.cells.items()}
+        self.seconds[REMOVED] = {}
+        self.seconds[NAIVE_LOSS] = self.cells["fused"]["naive_loss"] if "fused" in self.cells else {}
 
     def _build(self, row: Row, photos: list[Image.Image]) -> None:
         """Makes model and inputs; finds the outputs in float32 on the way, where another dtype is measured."""
@@ -131,6 +137,11 @@ class Point:
     def able(self) -> list[str]:
         """Returns the backends that have not run out of memory."""
         return [backend for backend, cell in self.cells.items() if cell["failed"] is None]
+
+    def trainable(self) -> list[str]:
+        """Returns the candidates whose training step is measured."""
+        naive = self.adapter.naive_loss is not None and "fused" in self.able()
+        return [*self.able(), NAIVE_LOSS] if naive else self.able()
 
     def peak(self, backend: str, run: Callable[[], Any]) -> int | None:
         with running_as(backend):

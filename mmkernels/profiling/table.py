@@ -12,6 +12,7 @@ from rich.text import Text
 from mmkernels import report as writer
 from mmkernels.meters import Timing
 from mmkernels.profiling.options import UNREDUCED, Row, baseline_of, name_of
+from mmkernels.profiling.point import NAIVE_LOSS
 from mmkernels.report import MISSING, megabytes, microseconds, milliseconds, plural, ratio
 
 _UNSTEADY = 0.1
@@ -112,6 +113,7 @@ def _measurements(report: dict[str, Any]) -> Table:
     if reducing and not _is_crowded(report):
         drifts.append(Column("same\ntoken", justify="right"))
     table = writer.table((), [*_columns(report), *numbers, *drifts])
+    last = report["settings"]["backends"][-1]
     for cell in report["cells"]:
         row = _begin(report, cell)
         if cell["failed"]:
@@ -120,7 +122,13 @@ def _measurements(report: dict[str, Any]) -> Table:
             row += [milliseconds(cell["seconds"].get(name)) for name in times]
             row += [megabytes(cell[name]) for name in memories]
             row += _drift(report, cell)[: len(drifts)]
-        table.add_row(*row, end_section=cell["backend"] == report["settings"]["backends"][-1])
+        naive_loss = train and cell.get("naive_loss")  # older reports have none
+        table.add_row(*row, end_section=cell["backend"] == last and not naive_loss)
+        if naive_loss:
+            row = _begin(report, cell | {"backend": NAIVE_LOSS})
+            row += [milliseconds(naive_loss.get(name)) if name == "train_step" else "" for name in times]
+            row += [megabytes(naive_loss.get(name)) if name in naive_loss else "" for name in memories]
+            table.add_row(*row, end_section=cell["backend"] == last)
     return table
 
 
@@ -171,6 +179,8 @@ def _legend(report: dict[str, Any]) -> str:
     memory = report["memory_why_not"] or "measured peak above weights and inputs, over all stages"
     lines.append(f"memory: {memory}.")
     wide = any("relative_l2_to_fp32" in (cell["drift"] or {}) for cell in report["cells"])
+    if s["train"] and any(cell.get("naive_loss") for cell in report["cells"]):
+        lines.append(f"{NAIVE_LOSS}: fused but for the training loss, which is made from all logits.")
     if s.get("reduce"):
         lines += _reducing_legend(report, wide)
     elif any(cell["drift"] for cell in report["cells"]):

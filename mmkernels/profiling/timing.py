@@ -12,7 +12,7 @@ from PIL import Image
 from mmkernels.meters import time_alternating
 from mmkernels.profiling.adapter import Adapter, Stage
 from mmkernels.profiling.options import Options, Row, name_of
-from mmkernels.profiling.point import REMOVED, Point, amdahl, fits, running_as
+from mmkernels.profiling.point import NAIVE_LOSS, REMOVED, Point, amdahl, fits, running_as
 
 _BUDGET = 1.0  # seconds of counted rounds for one stage of one row, all candidates together
 _LEAST_ROUNDS = 3
@@ -26,7 +26,8 @@ Candidate = tuple[Point, str]
 def steps_of_rows(options: Options, adapter: Adapter, rows: int) -> int:
     """Returns how often `measure_rows` reports progress."""
     memory = len(options.backends)
-    return rows * (1 + memory * (1 + options.train)) + len(adapter.stages) + options.train
+    naive_loss = options.train and adapter.naive_loss is not None and "fused" in options.backends
+    return rows * (1 + memory * (1 + options.train) + naive_loss) + len(adapter.stages) + options.train
 
 
 def measure_rows(
@@ -121,18 +122,21 @@ def _measure_training(adapter: Adapter, points: list[Point], progress: Callable[
         point.model.zero_grad(set_to_none=True)
 
     def step(point: Point, candidate: str) -> None:
+        loss = adapter.naive_loss if candidate == NAIVE_LOSS else adapter.loss
+        assert loss is not None
         with running_as(candidate):
-            adapter.loss(point.model, point.inputs).backward()
+            loss(point.model, point.inputs).backward()
 
     steps: dict[Candidate, Callable[[], None]] = {}
     for point in points:
-        for backend in point.able():
-            point.progress(f"training step's peak memory, {name_of(backend)}")
-            enough = fits(partial(step, point, backend))
+        for candidate in point.trainable():
+            point.progress(f"training step's peak memory, {name_of(candidate)}")
+            enough = fits(partial(step, point, candidate))
             clear(point)
             if enough:
-                steps[point, backend] = run = partial(step, point, backend)
-                point.cells[backend]["train_peak_memory_bytes"] = point.peak(backend, run)
+                steps[point, candidate] = run = partial(step, point, candidate)
+                cell = point.seconds[candidate] if candidate == NAIVE_LOSS else point.cells[candidate]
+                cell["train_peak_memory_bytes"] = point.peak(candidate, run)
                 clear(point)
         steps[point, REMOVED] = partial(step, point, REMOVED)
     progress("time of a training step")

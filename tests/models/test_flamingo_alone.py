@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoints import distance
 from idefics_checkpoints import IMAGE, image_attention_mask, prompts
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmkernels.models import Flamingo
 from mmkernels.models.flamingo import FlamingoCache
@@ -90,6 +91,45 @@ def test_training_step_lowers_the_loss() -> None:
         optimiser.step()
         losses.append(float(loss.detach()))
     assert losses[2] < losses[1] < losses[0]
+
+
+class Scaled(nn.Module):
+    """Stands for LoRA's layer: its result is not that of its weight alone."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.head, self.weight, self.bias = head, head.weight, head.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.head(x)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_loss_is_that_of_the_logits(wrapped: bool) -> None:
+    """Value and gradients, with labels that are ignored."""
+    model, ids, _, pixels = prompted(2)
+    if wrapped:
+        model.head = Scaled(model.head)
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.5, -100).int()
+    found = []
+    for out in (model(ids, pixels, labels=labels, return_logits=True), model(ids, pixels)):
+        logits = out.logits[:, :-1].flatten(0, 1)
+        loss = F.cross_entropy(logits, labels[:, 1:].flatten().long()) if out.loss is None else out.loss
+        found.append((loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_are_built_only_where_they_are_wanted() -> None:
+    model, ids, _, pixels = prompted(2)
+    calls: list[int] = []
+    model.head.register_forward_hook(lambda *args: calls.append(1))
+    loss = model(ids, pixels, labels=ids)
+    assert loss.logits is None and loss.loss is not None and not calls
+    assert model(ids, pixels, return_logits=False).logits is None and not calls
+    both = model(ids, pixels, labels=ids, return_logits=True)
+    assert torch.equal(both.logits, model(ids, pixels).logits) and torch.equal(both.loss, loss.loss)
+    nothing = model(ids, pixels, labels=torch.full_like(ids, -100))
+    assert nothing.loss.isnan()
 
 
 PIXELS = torch.randn(1, 2, 3, 32, 32)

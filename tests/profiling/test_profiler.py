@@ -72,6 +72,36 @@ def test_amdahl_bounds_agree_with_the_times(report: dict[str, Any]) -> None:
         assert bound["cap"] * bound["share_of_cap"] == pytest.approx(bound["speedup"])
 
 
+def test_a_naive_loss_stands_beside_the_fused_one(report: dict[str, Any]) -> None:
+    for cell in report["cells"]:
+        found = cell["naive_loss"]
+        if cell["backend"] == "reference":
+            assert found == {}
+        else:
+            assert found["train_step"] > 0
+            assert report["memory_why_not"] or found["train_peak_memory_bytes"] > 0
+    lines = render(report).splitlines()
+    (legend,) = (line for line in lines if line.startswith("logits:"))
+    assert legend == "logits: fused but for the training loss, which is made from all logits."
+    first, second = (line.split() for line in lines if " logits  " in line)
+    assert first[:4] == ["2", "x", "4", "logits"] and second[:4] == ["2", "x", "8", "logits"]
+    measured = report["cells"][0]["naive_loss"]
+    expected = [writer.milliseconds(measured["train_step"]), writer.megabytes(measured["train_peak_memory_bytes"])]
+    assert first[4:] == expected
+    older = [{name: value for name, value in cell.items() if name != "naive_loss"} for cell in report["cells"]]
+    assert " logits  " not in render(report | {"cells": older})
+
+
+def test_the_naive_loss_is_the_same_loss() -> None:
+    adapter = profiler.MODELS["flamingo"]
+    model = adapter.build(options(), 4).double()
+    inputs = adapter.inputs(options(), model, [PHOTO, PHOTO])
+    losses = adapter.loss(model, inputs), adapter.naive_loss(model, inputs)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    torch.testing.assert_close(losses[0].float(), losses[1], rtol=1e-6, atol=0)  # the naive one is in float32
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
 def test_marginal_cost_is_the_slope_between_the_ends(report: dict[str, Any]) -> None:
     few, many = report["cells"][0], report["cells"][2]
     slope = (many["seconds"]["prefill"] - few["seconds"]["prefill"]) / 8
@@ -89,7 +119,7 @@ def test_command_in_the_report_names_no_folder(report: dict[str, Any]) -> None:
 def test_table_fits_in_100_columns(report: dict[str, Any]) -> None:
     lines = render(report).splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 100
-    assert sum("2 x 8" in line for line in lines) == 3  # fused, naive; fused again beside its bounds
+    assert sum("2 x 8" in line for line in lines) == 4  # fused, its naive loss, naive; fused again beside its bounds
     assert "…" not in "".join(lines)
     assert "8 tokens x 2 images" in table.summary(report)
 
@@ -175,6 +205,8 @@ class Linear:
 
     def loss(self, model: nn.Linear, inputs: Tensor) -> Tensor:
         return model(inputs).sum()
+
+    naive_loss = None  # it has no logits
 
     fails = ""
 

@@ -110,7 +110,7 @@ def test_tables_fit_in_100_columns(report: dict[str, Any], train: bool) -> None:
     for reducer, tokens in TOKENS.items():
         rows = [line.split() for line in lines if line.split()[:1] == [reducer]]
         assert [row[1:5] for row in rows] == [
-            ["2", "x", str(tokens), backend] for backend in ("fused", "naive", "fused")
+            ["2", "x", str(tokens), backend] for backend in ("fused", *["logits"] * train, "naive", "fused")
         ]
         drift = rows[0][-1 if train else -2]
         found = cell(report, reducer)["drift"]

@@ -264,7 +264,7 @@ def _probabilities(target: Tensor, input: Tensor, linear_weight: Tensor, group: 
         raise TypeError("target must be int64 over a group, where no rank has all tokens; got class probabilities")
     if tuple(target.shape) != must:
         raise ValueError(
-            f"target must be int64 {list(must[:-1])} or probabilities {list(must)}, got {tuple(target.shape)}"
+            f"target must be int64 {list(must[:-1])}, or probabilities {list(must)}, got {tuple(target.shape)}"
         )
     if target.requires_grad:
         raise ValueError("target must not require a gradient: detach the probabilities")
