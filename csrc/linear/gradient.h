@@ -59,7 +59,7 @@ inline void gradient_of_kept(const LinearParams& p, Words words, i64 first_word,
           const Vec e = load_bf16((const std::uint16_t*)kept + token);
           const Vec g = fma(e, load(s.factors + token), lanes.of_words(word));
           // The target's: a bfloat16 near 1 less 1 would have few digits.
-          return lanes.is_target(word) ? lanes.of_logit(lanes.get(kTargetLogit), word) : g;
+          return lanes.is_target(word) ? lanes.get(kOfTargetLogit) : g;
         }
         const Vec y = load(kept + token * 4), g = lanes.of_logit(y, word);
         const Vec t = p.softcap != 0.0f ? y / set1(p.softcap) : zero();

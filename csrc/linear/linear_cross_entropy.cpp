@@ -5,8 +5,10 @@
 namespace mmkernels {
 namespace {
 
-constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk in float32; half of it in bfloat16
-constexpr i64 kChunkTokens = 128;           // a chunk of fewer would spend its time on reading the weight
+constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk
+// Tokens of a chunk, if they fit: fewer would spend the time on the weight and its gradient's sums. In bfloat16 the
+// products take half the time, and the logits half the memory.
+constexpr i64 kChunkTokens = 128, kNarrowChunkTokens = 256;
 
 // The dtype that gradients are kept in until backward scales them: as `kept_dtype` in Python.
 at::ScalarType kept_type(const Tensor& x) {
@@ -16,10 +18,12 @@ at::ScalarType kept_type(const Tensor& x) {
 // How many tokens of so many are taken together: an eighth of many, so that their logits are few of all.
 i64 tokens_of_chunk(const LinearLaunch& launch, i64 tokens) {
   const auto round_up = [](i64 x, i64 to) { return (x + to - 1) / to * to; };
-  const bool narrow = launch.p.weight.type != Type::f32 && !launch.k.is_dot(launch.p); // kept in float32 nevertheless
-  const i64 fit = (narrow ? kLogitsBytes / 2 : kLogitsBytes) / (launch.p.words * 4);
-  const i64 whole = fit >= kTokenAlign ? fit / kTokenAlign * kTokenAlign : std::max(fit / kVectorAlign, i64(1)) * kVectorAlign;
-  const i64 most = std::min(whole, std::max(kChunkTokens, round_up(tokens / 8, kTokenAlign)));
+  const bool exponentials = launch.k.is_dot(launch.p) && launch.p.softcap == 0.0f; // what `keeps_exponentials` will be
+  const bool half = launch.p.weight.type != Type::f32 && !launch.k.is_dot(launch.p); // of the memory, as eager's
+  const i64 fit = (half ? kLogitsBytes / 2 : kLogitsBytes) / (launch.p.words * (exponentials ? 2 : 4));
+  const i64 align = fit >= kTokenAlign ? kTokenAlign : kVectorAlign,
+            least = exponentials ? kNarrowChunkTokens : kChunkTokens;
+  const i64 most = std::min(std::max(fit / align, i64(1)) * align, std::max(least, round_up(tokens / 8, kTokenAlign)));
   const i64 chunks = (tokens + most - 1) / most;
   return std::min(most, round_up((tokens + chunks - 1) / std::max<i64>(chunks, 1), kVectorAlign));
 }
@@ -35,7 +39,8 @@ struct TokenLoss {
     const double average = spread == 0.0 ? 0.0 : spread * (state.total - words * lse);
     return (pick == 0.0 ? 0.0 : -pick * logprob) - average + (square == 0.0 ? 0.0 : square * lse * lse);
   }
-  void write_gradient(float* to, i64 stride) const {
+  // target_weight: the target's as a word.
+  void write_gradient(float* to, i64 stride, double target_weight) const {
     // Above the reference, as a large lse would be rounded.
     const double mass = pick + spread * words + 2.0 * square * lse;
     to[kBase * stride] = static_cast<float>(state.reference);
@@ -43,7 +48,7 @@ struct TokenLoss {
     to[kOfEntropy * stride] = 0.0f;
     to[kOfTarget * stride] = static_cast<float>(-pick);
     to[kOfWords * stride] = static_cast<float>(-spread);
-    to[kTargetLogit * stride] = static_cast<float>(state.picked);
+    to[kOfTargetLogit * stride] = static_cast<float>(mass * std::exp(logprob) - pick - spread * target_weight);
   }
 };
 
@@ -151,9 +156,11 @@ private:
     const float* rows = rows_.const_data_ptr<float>();
     for (i64 token = 0; token < chunk.tokens; ++token) {
       const i64 row = chunk.live[token];
-      const TokenLoss x{rows[row], rows[count + row], rows[2 * count + row], words_, chunk.target[token] >= 0, states.of(token)};
+      const TokenLoss x{rows[row], rows[count + row],        rows[2 * count + row],
+                        words_,    chunk.target[token] >= 0, states.of(token)};
       loss_ += x.loss();
-      x.write_gradient(to.data() + token, stride);
+      const bool weighted = chunk.word_weight != nullptr && x.has_target;
+      x.write_gradient(to.data() + token, stride, weighted ? chunk.word_weight[chunk.target[token]] : 0.0);
       write(row, x.logprob, x.lse, x.state.best_word);
     }
     return to;

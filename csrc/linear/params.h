@@ -23,8 +23,9 @@ enum StateRow { kReference, kSum, kSumLost, kMoment, kMomentLost, kTotal, kTotal
 constexpr std::int64_t kStateRows = 10; // kBestWord: int32
 
 // Rows of [kGradientRows, stride] floats: the gradient of token i's logit y of word c is
-// exp(y - base) (probability + entropy (y - base)) + target [c = target] + words * word_weight_c.
-enum GradientRow { kBase, kOfProbability, kOfEntropy, kOfTarget, kOfWords, kTargetLogit };
+// exp(y - base) (probability + entropy (y - base)) + target [c = target] + words * word_weight_c. kOfTargetLogit: that
+// of the target's logit, where exponentials are kept.
+enum GradientRow { kBase, kOfProbability, kOfEntropy, kOfTarget, kOfWords, kOfTargetLogit };
 constexpr std::int64_t kGradientRows = 6;
 
 constexpr std::int64_t kTokenAlign = 64;  // arrays over tokens are padded to this: whole panels
@@ -41,8 +42,8 @@ struct LinearParams {
   const float* panels = nullptr; // the tokens transposed, [panels, depth, kPanel]
   const float* groups = nullptr; // the tokens by columns, [groups, tokens (or pairs), kPanel]
 
-  // [words, tokens in whole vectors] of some words: logits in float32, or exponentials above `exponents` in bfloat16; then the logits'
-  // gradient in the working format. Null where only sums are wanted.
+  // [words, tokens in whole vectors] of some words: logits in float32, or exponentials above `exponents` in bfloat16;
+  // then the logits' gradient in the working format. Null where only sums are wanted.
   char* logits = nullptr;
   bool keeps_exponentials = false;
   std::int64_t logits_row = 0; // bytes
@@ -77,7 +78,7 @@ struct LinearKernels {
   bool (*is_dot)(const LinearParams&);
   std::int64_t (*block_words)(const LinearParams&);   // of a block of logits
   std::int64_t (*product_words)(const LinearParams&); // of a block in products, a multiple of the former
-  std::int64_t (*panel_tokens)(); // of a panel, and columns of a group
+  std::int64_t (*panel_tokens)();                     // of a panel, and columns of a group
 
   std::int64_t (*panels_floats)(const LinearParams&);
   std::int64_t (*groups_floats)(const LinearParams&);

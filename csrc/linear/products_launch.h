@@ -16,12 +16,12 @@ class Products {
 public:
   // `tokens`: at most, of a chunk.
   Products(const LinearLaunch& launch, i64 tokens, bool need_hidden, const WeightSums& weight)
-      : launch_(launch), weight_(weight), need_hidden_(need_hidden),
-        block_(launch.k.product_words(launch.p)),
+      : launch_(launch), weight_(weight), need_hidden_(need_hidden), block_(launch.k.product_words(launch.p)),
         groups_((launch.p.dim + launch.k.panel_tokens() - 1) / launch.k.panel_tokens()),
         apart_(groups_ * tokens * launch.k.panel_tokens()),
-        parts_(launch.threads == 1 ? 1 : std::clamp<i64>(need_hidden ? kPartBytes / (apart_ * 4) : 2 * launch.threads,
-                                                         1, 2 * launch.threads)),
+        parts_(launch.threads == 1 ? 1
+                                   : std::clamp<i64>(need_hidden ? kPartBytes / (apart_ * 4) : 2 * launch.threads, 1,
+                                                     2 * launch.threads)),
         sums_(need_hidden ? parts_ * apart_ * 4 : 0) {}
 
   // Whether each share of the words computes its products at once: then nothing of other shares is needed.
