@@ -166,7 +166,6 @@ struct TokenState {
 // The states of a chunk of tokens, each share of the words its own, merged in order.
 class StateSums {
 public:
-  // `first_word`, and what is kept: see `LinearKernels::states`.
   StateSums(const LinearLaunch& launch, const LinearParams& chunk) : stride_(padded(chunk.tokens)) {
     const i64 wanted = launch.threads == 1 ? 1 : 4 * launch.threads, block = launch.k.block_words(chunk);
     const Words words{0, chunk.words};
@@ -175,7 +174,7 @@ public:
     launch.in_shares(words, wanted, block, launch.k.logits_scratch(chunk), [&](Words some, i64 i, char* scratch) {
       float* states = states_.data() + i * kStateRows * stride_;
       begin(states, static_cast<std::int32_t>(some.first));
-      launch.k.states(chunk, some, 0, states, stride_, scratch);
+      launch.k.states(chunk, some, states, stride_, scratch);
     });
   }
 

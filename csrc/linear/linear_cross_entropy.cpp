@@ -9,6 +9,8 @@ constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk
 // Tokens of a chunk, if they fit: fewer would spend the time on the weight and its gradient's sums. In bfloat16 the
 // products take half the time, and the logits half the memory.
 constexpr i64 kChunkTokens = 128, kNarrowChunkTokens = 256;
+constexpr i64 kLentTokens = 1024;  // of the first chunk: more would not fit into caches beside their products
+constexpr i64 kShareOfLogits = 16; // of the logits' bytes, for sums of the hidden states' gradient
 
 // The dtype that gradients are kept in until backward scales them: as `kept_dtype` in Python.
 at::ScalarType kept_type(const Tensor& x) {
@@ -91,7 +93,13 @@ public:
     }
     const Tensor loss = at::detail::empty_cpu({}, at::kFloat);
     const at::ScalarType bias_type = kept_type(keep_bias_ ? *bias_ : input_);
-    return {loss.fill_(loss_), of_input_, of_weight_, of_bias_.to(bias_type), logprobs_, lse_, best_index_};
+    return {loss.fill_(static_cast<float>(loss_)),
+            of_input_,
+            of_weight_,
+            of_bias_.to(bias_type),
+            logprobs_,
+            lse_,
+            best_index_};
   }
 
 private:
@@ -101,47 +109,83 @@ private:
 
   void run_chunks() {
     LinearParams& p = launch_.p;
-    const i64 step = tokens_of_chunk(launch_, p.tokens), block = launch_.k.block_words(p);
-    const LinearParams largest = launch_.chunk(0, std::min(step, p.tokens));
     p.keeps_exponentials = keeps() && launch_.k.is_dot(p) && p.softcap == 0.0f;
-    p.logits_row = (largest.tokens + kVectorAlign - 1) / kVectorAlign * kVectorAlign * (p.keeps_exponentials ? 2 : 4);
-    const i64 panels = launch_.k.panels_floats(largest) * 4;
-    const Workspace packed(panels + (keep_weight_ ? launch_.k.groups_floats(largest) * 4 : 0));
-    const i64 logits_bytes = keeps() ? (p.words * p.logits_row + 63) / 64 * 64 : 0;
-    const i64 exponents = p.keeps_exponentials ? (p.words + block - 1) / block * padded(largest.tokens) * 4 : 0;
-    const Workspace logits(logits_bytes + exponents);
-    expect_writes(logits.data(), logits_bytes + exponents);
-    p.logits = keeps() ? logits.data() : nullptr;
-    p.exponents = reinterpret_cast<float*>(logits.data() + logits_bytes);
-    WeightSums sums = weight_sums(step);
-    Products products(launch_, largest.tokens, keep_input_, sums);
-    for (i64 first = 0; first < p.tokens; first += step) {
-      LinearParams chunk = launch_.chunk(first, std::min(step, p.tokens - first));
+    const i64 further = std::min(tokens_of_chunk(launch_, p.tokens), p.tokens), lent = tokens_in_gradient(further);
+    const i64 largest = std::max(further, lent), block = launch_.k.block_words(p);
+    WeightSums sums = weight_sums(largest);
+    Products products(launch_, largest, keep_input_, sums, part_bytes(largest));
+    const i64 panels = launch_.k.panels_floats(launch_.chunk(0, largest)) * 4;
+    const i64 groups = keep_weight_ ? launch_.k.groups_floats(launch_.chunk(0, largest)) * 4 : 0;
+    const Workspace packed(panels + groups);
+    const i64 row = logits_row(further, kept_size()), blocks = (p.words + block - 1) / block;
+    const Workspace kept(keeps() && lent < p.tokens ? p.words * row : 0);
+    expect_writes(kept.data(), lent < p.tokens ? p.words * row : 0);
+    const Workspace exponents(p.keeps_exponentials ? blocks * padded(largest) * 4 : 0);
+    for (i64 first = 0; first < p.tokens;) {
+      const bool lends = first < lent;
+      LinearParams chunk = launch_.chunk(first, std::min(lends ? lent : further, p.tokens - first));
+      chunk.kept = lends ? lender() : (keeps() ? kept.data() : nullptr);
+      chunk.kept_row = lends ? p.dim * lender_size() : row;
+      chunk.exponents = reinterpret_cast<float*>(exponents.data());
+      chunk.logits_row = products.by_words() ? logits_row(chunk.tokens, launch_.k.is_dot(p) ? 2 : 4) : row;
+      chunk.logits = products.by_words() ? nullptr : chunk.kept;
       launch_.pack(chunk, packed.data(), keep_weight_ ? packed.data() + panels : nullptr);
       const std::vector<float> rows = add_states(chunk, StateSums(launch_, chunk));
+      const bool adds = first > 0;
+      first += chunk.tokens;
       if (!keeps()) {
         continue;
       }
       chunk.gradient_rows = rows.data();
-      sums.add = first > 0;
-      sums.to = converts_ && first + step >= p.tokens ? static_cast<char*>(of_weight_.mutable_data_ptr()) : nullptr;
+      sums.add = adds;
+      sums.to = converts_ && first >= p.tokens ? static_cast<char*>(of_weight_.mutable_data_ptr()) : nullptr;
       products.set_weight(sums);
       float* of_bias = keep_bias_ ? of_bias_.mutable_data_ptr<float>() : nullptr;
       products.run(chunk, {0, p.words}, false, launch_.k.logits_scratch(chunk),
                    [&](const LinearParams& some, Words words, i64 first_word, char* scratch) {
-                     launch_.k.gradient_of_kept(some, words, first_word, of_bias, first > 0, scratch);
+                     launch_.k.gradient_of_kept(some, words, first_word, of_bias, adds, scratch);
                    });
       products.write_hidden(chunk, of_input_);
     }
   }
 
-  // The weight's gradient itself where it is float32, else separate memory, unless there is only one chunk.
+  i64 kept_size() const {
+    return launch_.p.keeps_exponentials ? 2 : 4;
+  }
+  i64 part_bytes(i64 tokens) const {
+    return std::max(kPartBytes, tokens * launch_.p.words * 4 / kShareOfLogits);
+  }
+  // The first chunk keeps its logits in the memory of the weight's gradient, a word's in the word's row, which is
+  // written only after they were read. Returns how many tokens that are; 0 if no more than another chunk has.
+  i64 tokens_in_gradient(i64 further) {
+    const LinearParams& p = launch_.p;
+    const auto fit = [&](i64 size) {
+      return std::min(p.dim * size / kept_size(), kLentTokens) / kVectorAlign * kVectorAlign;
+    };
+    i64 most = keep_weight_ ? fit(of_weight_.element_size()) : 0;
+    const bool in_sums = keep_weight_ && most < p.tokens;
+    most = in_sums ? fit(4) : most;
+    while (most > further && keep_input_ && !Products::fits(launch_, most, part_bytes(most))) {
+      most = most / 2 / kVectorAlign * kVectorAlign;
+    }
+    const bool lends = most > further || (most >= p.tokens && most > 0);
+    needs_sums_ = lends && in_sums;
+    return lends ? std::min(most, p.tokens) : 0;
+  }
+  char* lender() const {
+    return static_cast<char*>((sums_.defined() ? sums_ : of_weight_).mutable_data_ptr());
+  }
+  i64 lender_size() const {
+    return static_cast<i64>((sums_.defined() ? sums_ : of_weight_).element_size());
+  }
+
+  // The weight's gradient itself where it is float32, else separate memory, unless one chunk needs none.
   WeightSums weight_sums(i64 step) {
     WeightSums sums;
     sums.need = keep_weight_;
     converts_ = keep_weight_ && of_weight_.scalar_type() != at::kFloat;
     sums.type = converts_ ? type_of(of_weight_) : Type::f32;
-    if (keep_weight_ && (!converts_ || step < launch_.p.tokens)) {
+    if (keep_weight_ && (!converts_ || needs_sums_ || step < launch_.p.tokens)) {
       sums_ = converts_ ? expect_writes(at::detail::empty_cpu(of_weight_.sizes(), at::kFloat)) : of_weight_;
       sums.sums = sums_.mutable_data_ptr<float>();
     }
@@ -177,7 +221,7 @@ private:
   Tensor input_, weight_;
   OptionalTensor bias_;
   Tensor rows_;
-  bool keep_input_, keep_weight_, keep_bias_, converts_ = false;
+  bool keep_input_, keep_weight_, keep_bias_, converts_ = false, needs_sums_ = false;
   LinearLaunch launch_;
   double words_ = 0.0, loss_ = 0.0;
   Tensor of_input_, of_weight_, of_bias_, sums_, logprobs_, lse_, best_index_;

@@ -42,12 +42,14 @@ struct LinearParams {
   const float* panels = nullptr; // the tokens transposed, [panels, depth, kPanel]
   const float* groups = nullptr; // the tokens by columns, [groups, tokens (or pairs), kPanel]
 
-  // [words, tokens in whole vectors] of some words: logits in float32, or exponentials above `exponents` in bfloat16;
-  // then the logits' gradient in the working format. Null where only sums are wanted.
-  char* logits = nullptr;
+  // Of all words, [words, tokens]: products in float32, or exponentials above `exponents` in bfloat16. Null where only
+  // sums are wanted.
+  char* kept = nullptr;
   bool keeps_exponentials = false;
-  std::int64_t logits_row = 0; // bytes
+  std::int64_t kept_row = 0;   // bytes
   float* exponents = nullptr;  // [blocks of words, padded tokens]
+  char* logits = nullptr;      // of some words, [words, tokens in whole vectors]: the logits' gradient, working format
+  std::int64_t logits_row = 0; // bytes
   const float* gradient_rows = nullptr;
 };
 
@@ -87,11 +89,10 @@ struct LinearKernels {
   void (*pack_group)(const LinearParams&, std::int64_t group, float* groups, char* scratch);
 
   std::int64_t (*logits_scratch)(const LinearParams&);
-  // Adds the logits of some words to a task's states, and keeps them if `logits` says so.
-  void (*states)(const LinearParams&, Words, std::int64_t first_word, float* states, std::int64_t stride,
-                 char* scratch);
-  // The gradient of some words' logits, in place of what `states` kept, or of logits that are computed again; and, if
-  // wanted, that of the bias, which is added to if `add_bias`.
+  // Adds the logits of some words to a task's states, and keeps what `kept` says.
+  void (*states)(const LinearParams&, Words, float* states, std::int64_t stride, char* scratch);
+  // The gradient of some words' logits, of what `states` kept, whose place it may take, or of logits that are computed
+  // again; and, if wanted, that of the bias, which is added to if `add_bias`.
   void (*gradient_of_kept)(const LinearParams&, Words, std::int64_t first_word, float* bias, bool add_bias,
                            char* scratch);
   void (*gradient)(const LinearParams&, Words, std::int64_t first_word, float* bias, char* scratch);

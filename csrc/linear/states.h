@@ -76,7 +76,7 @@ struct BlockLanes {
     s.set(kBestWord, (Vec)at);
   }
 
-  // Adds exponentials relative to the largest logit; keep(r, logit, exponential).
+  // Adds exponentials relative to the largest logit; keep(r, exponential).
   template <typename Keep> MMK_INLINE void add_exponentials(const StateLanes& s, Vec top, const Keep& keep) const {
     const Vec old = s.get(kReference), base = top == -kInf ? zero() : top; // no logit above -inf yet
     const Vec factor = exp_of(old - base), before = s.get(kSum);
@@ -86,7 +86,7 @@ struct BlockLanes {
         const Vec y = load(tile + r * kPanel), x = y - base, e = exp_of(x);
         sum += e;
         moment += x == -kInf ? zero() : e * x;
-        keep(r, y, e);
+        keep(r, e);
       }
       const Vec moved = old == -kInf ? zero() : (old - base) * before;
       s.add(kMoment, kMomentLost, factor * (s.get(kMoment) + moved), factor, moment);
@@ -94,7 +94,7 @@ struct BlockLanes {
       for (i64 r = 0; r < rows; ++r) {
         const Vec y = load(tile + r * kPanel), e = exp_of(y - base);
         sum += e;
-        keep(r, y, e);
+        keep(r, e);
       }
     }
     s.add(kSum, kSumLost, factor * before, factor, sum);
@@ -102,7 +102,7 @@ struct BlockLanes {
   }
 };
 
-inline void states(const LinearParams& p, Words words, i64 first_word, float* states, i64 stride, char* scratch) {
+inline void states(const LinearParams& p, Words words, float* states, i64 stride, char* scratch) {
   const LogitsScratch s{{scratch}, p};
   each_block(words.first, words.last, s.words, [&](i64 word, i64 rows) {
     each_tile(p, s, word, rows, [&](i64 panel) {
@@ -110,24 +110,21 @@ inline void states(const LinearParams& p, Words words, i64 first_word, float* st
         const i64 token = panel * kPanel + v * kLanes;
         const StateLanes lanes{states + token, stride};
         const BlockLanes block{p, word, rows, token, s.tile + v * kLanes};
+        char* kept = p.kept + word * p.kept_row + token * (p.keeps_exponentials ? 2 : 4);
+        for (i64 r = 0; p.kept != nullptr && !p.keeps_exponentials && r < rows; ++r) {
+          store(kept + r * p.kept_row, load(block.tile + r * kPanel));
+        }
         const Vec top = block.make_logits(lanes);
         block.pick_targets(lanes);
         if (p.best) {
           block.find_best(lanes);
         }
-        if (p.logits == nullptr) {
-          block.add_exponentials(lanes, top, [](i64, Vec, Vec) {});
-          continue;
-        }
-        char* kept = p.logits + (word - first_word) * p.logits_row + token * (p.keeps_exponentials ? 2 : 4);
-        if (p.keeps_exponentials) {
+        if (p.kept != nullptr && p.keeps_exponentials) {
           block.add_exponentials(lanes, top,
-                                 [&](i64 r, Vec, Vec e) { store_bf16((std::uint16_t*)(kept + r * p.logits_row), e); });
+                                 [&](i64 r, Vec e) { store_bf16((std::uint16_t*)(kept + r * p.kept_row), e); });
+          store(p.exponents + word / s.words * padded_tokens(p) + token, top == -kInf ? zero() : top);
         } else {
-          block.add_exponentials(lanes, top, [&](i64 r, Vec y, Vec) { store(kept + r * p.logits_row, y); });
-        }
-        if (p.keeps_exponentials) {
-          store(p.exponents + (word - first_word) / s.words * padded_tokens(p) + token, top == -kInf ? zero() : top);
+          block.add_exponentials(lanes, top, [](i64, Vec) {});
         }
       }
     });
