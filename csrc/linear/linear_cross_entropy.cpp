@@ -5,27 +5,27 @@
 namespace mmkernels {
 namespace {
 
-constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk
-// Tokens of a chunk, if they fit: fewer would spend the time on the weight and its gradient's sums. In bfloat16 the
-// products take half the time, and the logits half the memory.
-constexpr i64 kChunkTokens = 128, kNarrowChunkTokens = 256;
+constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk, at most
+// A chunk of few tokens would spend its time on the weight and its gradient's sums. Eager keeps two matrices of logits
+// for all rows: of 80 in 1024, with all else, we keep less than a twentieth. In bfloat16 products take half the time.
+constexpr i64 kChunkTokens = 64, kNarrowChunkTokens = 256, kRowsOfToken = 12;
 
 // The dtype that gradients are kept in until backward scales them: as `kept_dtype` in Python.
 at::ScalarType kept_type(const Tensor& x) {
   return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
 }
 
-// How many tokens of so many are taken together: an eighth of many, so that their logits are few of all.
-i64 tokens_of_chunk(const LinearLaunch& launch, i64 tokens) {
+// How many tokens are taken together.
+i64 tokens_of_chunk(const LinearLaunch& launch) {
+  const LinearParams& p = launch.p;
   const auto round_up = [](i64 x, i64 to) { return (x + to - 1) / to * to; };
-  const bool exponentials = launch.k.is_dot(launch.p) && launch.p.softcap == 0.0f; // what `keeps_exponentials` will be
-  const bool half = launch.p.weight.type != Type::f32 && !launch.k.is_dot(launch.p); // of the memory, as eager's
-  const i64 fit = (half ? kLogitsBytes / 2 : kLogitsBytes) / (launch.p.words * (exponentials ? 2 : 4));
-  const i64 align = fit >= kTokenAlign ? kTokenAlign : kVectorAlign,
-            least = exponentials ? kNarrowChunkTokens : kChunkTokens;
-  const i64 most = std::min(std::max(fit / align, i64(1)) * align, std::max(least, round_up(tokens / 8, kTokenAlign)));
-  const i64 chunks = (tokens + most - 1) / most;
-  return std::min(most, round_up((tokens + chunks - 1) / std::max<i64>(chunks, 1), kVectorAlign));
+  const bool exponentials = launch.k.is_dot(p) && p.softcap == 0.0f;           // what `keeps_exponentials` will be
+  const i64 share = p.weight.type != Type::f32 && !launch.k.is_dot(p) ? 2 : 1; // eager's logits are not float32
+  const i64 fit = kLogitsBytes / share / (p.words * (exponentials ? 2 : 4)) / kVectorAlign * kVectorAlign;
+  const i64 few = launch.rows() / (kRowsOfToken * share) / kVectorAlign * kVectorAlign;
+  const i64 wanted = std::max(few, exponentials ? kNarrowChunkTokens : kChunkTokens);
+  const i64 most = std::max(std::min(fit, wanted), kVectorAlign), chunks = (p.tokens + most - 1) / most;
+  return std::min(most, round_up((p.tokens + chunks - 1) / chunks, kVectorAlign));
 }
 
 // What one token gives: rows of `rows` are how its target, the weighted words and the squared lse count.
@@ -101,7 +101,7 @@ private:
 
   void run_chunks() {
     LinearParams& p = launch_.p;
-    const i64 step = tokens_of_chunk(launch_, p.tokens), block = launch_.k.block_words(p);
+    const i64 step = tokens_of_chunk(launch_), block = launch_.k.block_words(p);
     const LinearParams largest = launch_.chunk(0, std::min(step, p.tokens));
     p.keeps_exponentials = keeps() && launch_.k.is_dot(p) && p.softcap == 0.0f;
     p.logits_row = (largest.tokens + kVectorAlign - 1) / kVectorAlign * kVectorAlign * (p.keeps_exponentials ? 2 : 4);
