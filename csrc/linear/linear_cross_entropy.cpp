@@ -5,10 +5,10 @@
 namespace mmkernels {
 namespace {
 
-constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk
-// Tokens of a chunk, if they fit: fewer would spend the time on the weight and its gradient's sums. In bfloat16 the
-// products take half the time, and the logits half the memory.
-constexpr i64 kChunkTokens = 128, kNarrowChunkTokens = 256;
+constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk, at most
+// A chunk of few tokens would spend its time on the weight and its gradient's sums. Eager keeps two matrices of logits
+// for all rows: of 80 in 1024, with all else, we keep less than a twentieth. In bfloat16 products take half the time.
+constexpr i64 kChunkTokens = 64, kNarrowChunkTokens = 256, kRowsOfToken = 12;
 constexpr i64 kLentTokens = 1024;  // of the first chunk: more would not fit into caches beside their products
 constexpr i64 kShareOfLogits = 16; // of the logits' bytes, for sums of the hidden states' gradient
 
@@ -17,17 +17,17 @@ at::ScalarType kept_type(const Tensor& x) {
   return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
 }
 
-// How many tokens of so many are taken together: an eighth of many, so that their logits are few of all.
-i64 tokens_of_chunk(const LinearLaunch& launch, i64 tokens) {
+// How many tokens are taken together.
+i64 tokens_of_chunk(const LinearLaunch& launch) {
+  const LinearParams& p = launch.p;
   const auto round_up = [](i64 x, i64 to) { return (x + to - 1) / to * to; };
-  const bool exponentials = launch.k.is_dot(launch.p) && launch.p.softcap == 0.0f; // what `keeps_exponentials` will be
-  const bool half = launch.p.weight.type != Type::f32 && !launch.k.is_dot(launch.p); // of the memory, as eager's
-  const i64 fit = (half ? kLogitsBytes / 2 : kLogitsBytes) / (launch.p.words * (exponentials ? 2 : 4));
-  const i64 align = fit >= kTokenAlign ? kTokenAlign : kVectorAlign,
-            least = exponentials ? kNarrowChunkTokens : kChunkTokens;
-  const i64 most = std::min(std::max(fit / align, i64(1)) * align, std::max(least, round_up(tokens / 8, kTokenAlign)));
-  const i64 chunks = (tokens + most - 1) / most;
-  return std::min(most, round_up((tokens + chunks - 1) / std::max<i64>(chunks, 1), kVectorAlign));
+  const bool exponentials = launch.k.is_dot(p) && p.softcap == 0.0f;           // what `keeps_exponentials` will be
+  const i64 share = p.weight.type != Type::f32 && !launch.k.is_dot(p) ? 2 : 1; // eager's logits are not float32
+  const i64 fit = kLogitsBytes / share / (p.words * (exponentials ? 2 : 4)) / kVectorAlign * kVectorAlign;
+  const i64 few = launch.rows() / (kRowsOfToken * share) / kVectorAlign * kVectorAlign;
+  const i64 wanted = std::max(few, exponentials ? kNarrowChunkTokens : kChunkTokens);
+  const i64 most = std::max(std::min(fit, wanted), kVectorAlign), chunks = (p.tokens + most - 1) / most;
+  return std::min(most, round_up((p.tokens + chunks - 1) / chunks, kVectorAlign));
 }
 
 // What one token gives: rows of `rows` are how its target, the weighted words and the squared lse count.
@@ -110,7 +110,7 @@ private:
   void run_chunks() {
     LinearParams& p = launch_.p;
     p.keeps_exponentials = keeps() && launch_.k.is_dot(p) && p.softcap == 0.0f;
-    const i64 further = std::min(tokens_of_chunk(launch_, p.tokens), p.tokens), lent = tokens_in_gradient(further);
+    const i64 further = std::min(tokens_of_chunk(launch_), p.tokens), lent = tokens_in_gradient(further);
     const i64 largest = std::max(further, lent), block = launch_.k.block_words(p);
     WeightSums sums = weight_sums(largest);
     Products products(launch_, largest, keep_input_, sums, part_bytes(largest));
@@ -118,8 +118,9 @@ private:
     const i64 groups = keep_weight_ ? launch_.k.groups_floats(launch_.chunk(0, largest)) * 4 : 0;
     const Workspace packed(panels + groups);
     const i64 row = logits_row(further, kept_size()), blocks = (p.words + block - 1) / block;
-    const Workspace kept(keeps() && lent < p.tokens ? p.words * row : 0);
-    expect_writes(kept.data(), lent < p.tokens ? p.words * row : 0);
+    const i64 kept_bytes = keeps() && lent < p.tokens ? p.words * row : 0;
+    const Workspace kept(kept_bytes);
+    expect_writes(kept.data(), kept_bytes);
     const Workspace exponents(p.keeps_exponentials ? blocks * padded(largest) * 4 : 0);
     for (i64 first = 0; first < p.tokens;) {
       const bool lends = first < lent;
