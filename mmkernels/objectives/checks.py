@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from mmkernels.runtime.checks import check_floating, check_tensor
 
@@ -36,6 +36,11 @@ def checked_mask(name: str, x: Tensor, shape: tuple[int, ...], of: str) -> Tenso
         raise TypeError(f"{name} must be bool or integers, got {x.dtype}")
     check_shape(name, x, shape, of)
     return x.bool()
+
+
+def check_generator(generator: object) -> None:
+    if generator is not None and not isinstance(generator, Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
 def check_hidden(hidden: Tensor, ids: Tensor, of: str) -> None:

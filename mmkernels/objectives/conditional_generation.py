@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.objectives.checks import check_hidden, check_integers, check_token_ids, checked_mask
+from mmkernels.ops.linear.inputs import checked_ignore_index
 from mmkernels.ops.linear.linear_cross_entropy import linear_cross_entropy
 from mmkernels.runtime.checks import check_range
 
@@ -29,7 +30,7 @@ def shifted_targets(labels: Tensor, *, ignore_index: int = -100) -> Tensor:
         int64 ``[..., L]``.
 
     Raises:
-        TypeError: `labels` is not a tensor of integers. ValueError: it has no dim.
+        TypeError: `labels` is not a tensor of integers, or `ignore_index` no int. ValueError: `labels` has no dim.
 
     Source: the causal language model's loss of Hugging Face transformers, ``ForCausalLMLoss``.
 
@@ -40,6 +41,7 @@ def shifted_targets(labels: Tensor, *, ignore_index: int = -100) -> Tensor:
         tensor([[-100,    7,    8, -100]])
     """
     check_integers("labels", labels)
+    checked_ignore_index(ignore_index)
     if labels.dim() == 0:
         raise ValueError("labels must be [..., L], got shape ()")
     targets = labels.long().roll(-1, dims=-1)

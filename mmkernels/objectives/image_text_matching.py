@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mmkernels.objectives.checks import check_integers
+from mmkernels.objectives.checks import check_generator, check_integers
+from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.contrastive.inputs import check_features, check_scalar
-from mmkernels.runtime.checks import check_floating
+from mmkernels.ops.linear.inputs import Names, checked_head
+from mmkernels.runtime.checks import check_floating, check_range
 
 _STRIP_BYTES = 8 * 2**20
 """Of the scores that are held at once, in `matching_pairs`."""
@@ -79,6 +81,7 @@ def matching_pairs(
         False
     """
     check_features(image, text)
+    check_generator(generator)
     count = image.shape[0]
     if image.dim() != 2 or text.shape[0] != count:
         raise ValueError(f"image and text must be [N, d], got shapes {tuple(image.shape)} and {tuple(text.shape)}")
@@ -134,14 +137,14 @@ def image_text_matching_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, 
         hidden: ``[P, d]`` of the encoder that sees image and text of a pair, float16, bfloat16, float32 or float64.
         weight: of the head ``[2, d]``, hidden's dtype; row 1 is "belongs together".
         labels: int64 ``[P]``: 1, 0, or -100: ignored.
-        bias: of the head ``[2]``, or None.
+        bias: of the head ``[2]``, hidden's dtype or float32, or None.
 
     Returns:
         a float32 scalar (float64 for float64 inputs); NaN if all pairs are ignored, as in ``F.cross_entropy``.
         Differentiable by hidden, weight and bias. The logits, ``[P, 2]``, are built.
 
     Raises:
-        TypeError: a wrong dtype. ValueError: a wrong shape.
+        TypeError: a wrong dtype. ValueError: a wrong shape or label.
 
     Source: Li et al., "Align before Fuse" (ALBEF), 2021, equation 4.
 
@@ -157,11 +160,13 @@ def image_text_matching_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, 
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     check_integers("labels", labels)
+    check_range("labels", labels.masked_fill(labels == -100, 0), 0, 1, note=" (or -100, ignored)")
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be [P, d], got shape {tuple(hidden.shape)}")
     if tuple(weight.shape) != (2, hidden.shape[1]):
         raise ValueError(f"weight must be [2, {hidden.shape[1]}], got shape {tuple(weight.shape)}")
     if tuple(labels.shape) != (hidden.shape[0],):
         raise ValueError(f"labels must be [{hidden.shape[0]}], got shape {tuple(labels.shape)}")
-    logits = F.linear(hidden, weight, bias)
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels.long())
+    head = checked_head(hidden, weight, bias, Names())
+    logits = F.linear(head.hidden, head.weight).to(wide_dtype(head.hidden))
+    return F.cross_entropy(logits if head.bias is None else logits + head.bias, labels.long())

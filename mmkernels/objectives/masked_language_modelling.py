@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from mmkernels.nn.checks import check_positive
-from mmkernels.objectives.checks import check_hidden, check_token_ids, checked_mask
+from mmkernels.objectives.checks import check_generator, check_hidden, check_token_ids, checked_mask
+from mmkernels.ops.linear.inputs import checked_ignore_index
 from mmkernels.ops.linear.linear_cross_entropy import linear_cross_entropy
 from mmkernels.runtime.checks import check_number, check_range
 
@@ -85,6 +86,8 @@ def mask_tokens(
         (True, True)
     """
     check_token_ids("input_ids", input_ids)
+    check_generator(generator)
+    checked_ignore_index(ignore_index)
     chance = check_number("probability", probability, "a number from 0 to 1", 0.0, 1.0)
     masked = check_number("mask_share", mask_share, "a number from 0 to 1", 0.0, 1.0)
     changed = masked + check_number("random_share", random_share, "a number from 0 to 1", 0.0, 1.0)
@@ -112,6 +115,8 @@ def mask_tokens(
 def _special_ids(mask_token_id: int, special_ids: Sequence[int], vocab_size: int) -> list[int]:
     """Returns the tokens that are never chosen or drawn, in rising order."""
     check_positive("vocab_size", vocab_size)
+    if not isinstance(special_ids, Iterable):
+        raise TypeError(f"special_ids must be a sequence of integers, got {type(special_ids).__name__}")
     for token in (mask_token_id, *special_ids):
         if isinstance(token, bool) or not isinstance(token, int):
             raise TypeError(f"mask_token_id and special_ids must be integers, got {type(token).__name__}")

@@ -117,6 +117,7 @@ def test_loss_against_the_formula() -> None:
         ({"ids": torch.arange(3)}, ValueError, r"ids must be \[4\], one for each pair, got shape \(3,\)"),
         ({"ids": torch.ones(4)}, TypeError, "ids must be integers, got torch.float32"),
         ({"logit_scale": "100"}, TypeError, "logit_scale must be a tensor of one element or a number, got str"),
+        ({"generator": 1}, TypeError, "generator must be a torch.Generator or None, got int"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -132,6 +133,9 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
         ({"weight": torch.randn(3, 6)}, ValueError, r"weight must be \[2, 6\], got shape \(3, 6\)"),
         ({"labels": torch.ones(3).long()}, ValueError, r"labels must be \[4\], got shape \(3,\)"),
         ({"labels": torch.ones(4)}, TypeError, "labels must be integers, got torch.float32"),
+        ({"labels": torch.tensor([0, 1, 2, -100])}, ValueError, "labels must be from 0 .* to 1, got 0 to 2"),
+        ({"weight": torch.randn(2, 6).double()}, TypeError, "weight must have hidden's dtype"),
+        ({"bias": torch.randn(3)}, ValueError, r"bias must be \[2\], got shape \(3,\)"),
     ],
 )
 def test_bad_input_of_the_loss(change: dict[str, Any], error: type[Exception], message: str) -> None:

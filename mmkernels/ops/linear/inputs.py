@@ -79,8 +79,7 @@ def checked_target(
         hidden: as the user passed it, [..., d].
         vocabulary: below which targets must be; None: not known.
     """
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    ignore_index = checked_ignore_index(ignore_index)
     check_tensor("target", target)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {target.dtype}")
@@ -105,6 +104,15 @@ def _check_tokens(target: Tensor, ignored: Tensor, ignore_index: int, vocabulary
         most = "" if vocabulary is None else f" to {vocabulary - 1}"
         got = int(target[tuple(place)])
         raise ValueError(f"target{place} must be a token, from 0{most}, or ignore_index {ignore_index}, got {got}")
+
+
+def checked_ignore_index(ignore_index: object) -> int:
+    """Returns ignore_index; raises unless a target may be so."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int that int64 holds, got {ignore_index}")
+    return ignore_index
 
 
 def checked_cap(softcap: object) -> float:

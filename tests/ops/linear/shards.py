@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -92,14 +93,19 @@ def disagree(rank: int, name: str) -> str:
             "entropy": lambda: {"return_entropy": True},
             "bad input": lambda: {"target": arguments["target"].float()},
             "a token that nobody has": lambda: {},
+            "class weights of a shard": lambda: {},
             "hidden's gradient": lambda: {},
         }[name]()
     if name == "a token that nobody has":
         arguments["target"] = arguments["target"].clone().fill_(23)
     if name == "hidden's gradient" and rank == 0:
         arguments["hidden"] = arguments["hidden"].requires_grad_()
+    if name == "class weights of a shard":
+        op = partial(mmkernels.linear_cross_entropy, weight=torch.ones(10))
+        arguments = {"input": arguments["hidden"], "linear_weight": arguments["weight"], "target": arguments["target"]}
+    head = "linear_weight" if "input" in arguments else "weight"
     try:
-        found = op(**arguments | {"weight": arguments["weight"].requires_grad_()}, group=dist.group.WORLD)
+        found = op(**arguments | {head: arguments[head].requires_grad_()}, group=dist.group.WORLD)
         found.sum().backward()
     except (ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -42,6 +42,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"target": torch.tensor([[0, 1, 2], [3, 4, -1]])}, ValueError, r"target\[1, 2\] must be .*-100, got -1"),
     ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got float"),
     ({"ignore_index": True}, TypeError, "ignore_index must be an int, got bool"),
+    ({"ignore_index": 2**63}, ValueError, "ignore_index must be an int that int64 holds, got 9223372036854775808"),
     ({"softcap": 0.0}, ValueError, "softcap must be a positive number or None, got 0.0"),
     ({"softcap": float("nan")}, ValueError, "softcap must be a positive number or None, got nan"),
     ({"softcap": "30"}, TypeError, "softcap must be a positive number or None, got str"),

@@ -45,6 +45,7 @@ def test_kernels_of_shards(dtype: torch.dtype) -> None:
         ("target", "target must be the same on every rank of the group"),
         ("temperature", "temperature must be the same on every rank of the group, got 1.0 on rank 0 and 2.0 on rank 1"),
         ("entropy", "entropy must be the same on every rank"),
+        ("class weights of a shard", "weight must be [23], one for each token of all ranks, got [10]"),
         ("a token that nobody has", "target must be below 23, as many tokens as all ranks have"),
         ("hidden's gradient", "whether hidden needs a gradient must be the same on every rank"),
     ],

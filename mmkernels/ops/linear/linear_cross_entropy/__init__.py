@@ -329,7 +329,7 @@ def _of_rows(call: _Call, backend: str | None, shape: torch.Size) -> CrossEntrop
         args = RowArguments(
             *call.head,
             target=call.target,
-            token_weight=call.class_weight if call.smooths else None,
+            token_weight=call.class_weight if call.smooths or call.group else None,  # a group checks how many they are
             softcap=call.softcap,
             temperature=1.0,
             entropy=False,

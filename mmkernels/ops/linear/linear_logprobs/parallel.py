@@ -61,13 +61,15 @@ class _Shard:
     def local(self, args: Any) -> Any:
         """Returns the record with this shard's targets and token weights."""
         target, weights = args.target, args.token_weight
-        if args.average and weights is None:
+        if weights is not None and len(weights) != self.vocabulary:
+            raise ValueError(
+                f"weight must be [{self.vocabulary}], one for each token of all ranks, got [{len(weights)}]"
+            )
+        if not args.average:
+            weights = None
+        elif weights is None:
             weights = args.hidden.new_ones(len(args.weight), dtype=wide_dtype(args.hidden))
-        elif self.group is not None and weights is not None:
-            if len(weights) != self.vocabulary:
-                raise ValueError(
-                    f"weight must be [{self.vocabulary}], one for each token of all ranks, got [{len(weights)}]"
-                )
+        else:
             weights = weights[self.first : self.first + len(args.weight)]
         if self.group is None:
             return args._replace(token_weight=weights)
@@ -84,7 +86,7 @@ def _shape(args: Any) -> dict[str, Any]:
         "the dtype": str(args.hidden.dtype),
         "the type of device": args.hidden.device.type,
         "whether there is a bias": args.bias is not None,
-        "whether there are class weights": args.token_weight is not None,
+        "the number of class weights": 0 if args.token_weight is None else len(args.token_weight),
     }
 
 

@@ -20,7 +20,7 @@ class Arguments(NamedTuple):
     weight: Differentiable  # [V, d], this rank's tokens
     bias: Differentiable | None  # [V]
     target: Tensor  # int64 [T], `formula.IGNORED` in ignored rows; V or more: no token
-    token_weight: Tensor | None  # wide [V], of all ranks' tokens; None: 1 each
+    token_weight: Tensor | None  # wide [V], of all ranks' tokens; None: 1 each; only checked without `average`
     softcap: float  # 0: none
     temperature: float
     entropy: bool
