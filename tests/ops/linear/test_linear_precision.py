@@ -51,7 +51,7 @@ def test_a_bad_row_does_not_reach_the_scale_of_float16() -> None:
     assert of_hidden[[0, 2, 3]].isfinite().all() and (of_hidden[[0, 2, 3]] != 0).any()
 
 
-@pytest.mark.parametrize("backend", ["chunked"])
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
 def test_gradients_of_capped_logits(backend: str) -> None:
     """The slope 1 - tanh^2 is near 0, so that tanh must not be taken back from rounded logits."""
     ours, theirs = [], []
