@@ -7,8 +7,8 @@ namespace {
 
 constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk, at most
 // A chunk of few tokens would spend its time on the weight and its gradient's sums. Eager keeps two matrices of logits
-// for all rows: of 80 in 1024, with all else, we keep less than a twentieth. In bfloat16 products take half the time.
-constexpr i64 kChunkTokens = 64, kNarrowChunkTokens = 256, kRowsOfToken = 12;
+// for all rows: of 96 in 1024, with all else, we keep less than a twentieth. In bfloat16 products take half the time.
+constexpr i64 kChunkTokens = 64, kNarrowChunkTokens = 256, kRowsOfToken = 10;
 
 // The dtype that gradients are kept in until backward scales them: as `kept_dtype` in Python.
 at::ScalarType kept_type(const Tensor& x) {
