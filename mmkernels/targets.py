@@ -76,7 +76,7 @@ class Target(ABC):
     device: str = field(default="cpu", kw_only=True)
 
     unit: ClassVar[str]
-    """Of the limit: "share", "ratio", "MB" or "TFLOP/s"."""
+    """Of the limit: "share", "ratio", "MB", "ms" or "TFLOP/s"."""
     upper: ClassVar[bool] = False
     bounded: ClassVar[bool] = False
     """A kernel at the full peak reaches 1."""
@@ -164,19 +164,51 @@ class Speedup(Target):
 
 
 @dataclass(frozen=True)
-class MemoryRatio(Target):
-    """How many times the op's memory a peer takes, each above inputs and gradients."""
+class PeakOrPeerShare(Target):
+    """A share of the arithmetic peak, or, where that asks for less, of the rate of a peer that does the same work.
+
+    Args:
+        limit: the share of the peak.
+        peer, of_peer: the peer, and the share of its rate.
+    """
 
     peer: str
+    of_peer: float
+    unit = "share"
+    name = "peak"
+    bounded = True
+
+    def reached(self, row: Measured) -> float:
+        return row.share_of_peak
+
+    def judge(self, row: Measured) -> dict[str, Any]:
+        """Returns the one of both that asks for less."""
+        seconds = row.seconds.get(self.peer)
+        if seconds is None or self.of_peer * row.flops / seconds >= self.limit * row.peak_flops:
+            return super().judge(row)
+        return Speedup(self.dtype, self.backward, self.of_peer, self.peer, device=self.device).judge(row)
+
+
+@dataclass(frozen=True)
+class MemoryRatio(Target):
+    """How many times the op's memory a peer takes, each above inputs and gradients.
+
+    Args:
+        allowed: bytes of the op's that don't count, such as an accumulator in a wider dtype.
+    """
+
+    peer: str
+    allowed: float = 0.0
     unit = "ratio"
 
     @property
     def name(self) -> str:
-        return f"memory of {self.peer}"
+        allowed = f", {self.allowed / 1e6:,.0f} MB allowed" if self.allowed else ""
+        return f"memory of {self.peer}{allowed}"
 
     def reached(self, row: Measured) -> float | None:
         ours, theirs = row.memory.get(OURS), row.memory.get(self.peer)
-        return None if ours is None or theirs is None else theirs / ours
+        return None if ours is None or theirs is None else theirs / max(ours - self.allowed, 1.0)
 
 
 @dataclass(frozen=True)
@@ -190,6 +222,25 @@ class ExtraMemory(Target):
     def reached(self, row: Measured) -> float | None:
         ours = row.memory.get(OURS)
         return None if ours is None else ours / 1e6
+
+
+@dataclass(frozen=True)
+class Milliseconds(Target):
+    """The most that a call may take, as others have published it of one kind of device."""
+
+    where: str
+    unit = "ms"
+    upper = True
+
+    @property
+    def name(self) -> str:
+        return f"ms, {self.where}"
+
+    def reached(self, row: Measured) -> float:
+        return row.seconds[OURS] * 1e3
+
+    def at_peak(self, row: Measured) -> float:
+        return row.seconds_at_peak * 1e3
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from mmkernels.runtime.tuning import Config
 
 pytest.importorskip("triton")
 
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from mmkernels.aot import build
 from mmkernels.aot import triton as aot
 from mmkernels.aot.launches import Entry, launches
@@ -127,6 +129,19 @@ def test_contrastive_launches() -> None:
     assert names.count("info_nce_gradient_kernel") == names.count("exact_info_nce_gradient_kernel") == 2
 
 
+def test_linear_launches() -> None:
+    """Three products of a loss, in one chunk without sums; four of log-probabilities."""
+    for op, logits in (("linear_cross_entropy", "states_kernel"), ("linear_logprobs", "gradients_kernel")):
+        variant = variant_of(op, f"bfloat16 D4096 {op}")
+        for target, tma in (("sm_90", True), ("sm_80", False), ("gfx942", False)):
+            found = {x.kernel.__name__: x for x in launches(op, variant, target)}
+            products = [found[name] for name in (logits, "hidden_gradient_kernel", "weight_gradient_kernel")]
+            assert {x.constants["TILE"].TMA for x in products} == {tma}
+            assert found[logits].constants["FLATTEN"] == (target != "gfx942")
+            assert products[2].constants["FIRST"] and products[2].args[3] is None
+            assert ("gradients_kernel" in found) == (op == "linear_logprobs")
+
+
 def test_a_machine_without_a_gpu_is_refused_only_outside_a_recording() -> None:
     x = torch.empty(1, 1, 16, 64)
     reason = gpu.why_not_of("cross_attention")
@@ -157,6 +172,10 @@ def test_a_launch_is_specialised_by_alignment_ones_and_none() -> None:
     assert set(attributes) == {(3, 0), (3, 3), (3, 5)}
     record = aot._type_of(Record(value[0], None, value[0]), (0,), constants, attributes)
     assert record == Record("*bf16", "constexpr", "*bf16") and type(record) is Record
+    descriptor = TensorDescriptor(torch.empty(64, 64, dtype=torch.bfloat16), [64, 64], [64, 1], [16, 32])
+    assert aot._type_of(descriptor, (0,), constants, attributes) == "tensordesc<bf16[16, 32]>"
+    with pytest.raises(TypeError, match="must be an argument of its own"):
+        aot._type_of(Record(descriptor, None, None), (0,), constants, attributes)
 
 
 def small_entry(target: str = "sm_90") -> Entry:
@@ -306,6 +325,9 @@ PLACE, EVERYTHING = "bfloat16 D768 place info_nce", "bfloat16 D768 everything in
         ("info_nce", "info_nce_kernel", PLACE, "sm_90", True),
         ("info_nce", "info_nce_gradient_kernel", PLACE, "sm_90", True),
         ("info_nce", "info_nce_kernel", EVERYTHING, "sm_90", False),
+        ("linear_logprobs", "gradients_kernel", "bfloat16 D4096 linear_logprobs", "sm_90", True),
+        ("linear_cross_entropy", "weight_gradient_kernel", "bfloat16 D4096 linear_cross_entropy", "sm_90", True),
+        ("linear_cross_entropy", "pack_rows_kernel", "bfloat16 D4096 linear_cross_entropy", "sm_90", False),
         ("info_nce", "exact_info_nce_kernel", PLACE, "sm_90", False),
     ],
 )

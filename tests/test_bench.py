@@ -264,6 +264,20 @@ def test_a_long_row_wastes_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gemms" not in info["peers"]["sdpa"]  # PyTorch's products in a long run are not counted
 
 
+def test_a_row_whose_peers_are_long_has_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the op multiplies little of what they do."""
+    monkeypatch.setattr(benchmark, "_LONG_BUDGET", 1e-9)
+    runs: list[str] = []
+    assert measured(Peer("sdpa", noted(runs)))["rounds"] == 1
+    assert len(runs) == 3  # its check, its memory, and one round
+
+
+def test_a_loss_gets_a_cotangent_of_1() -> None:
+    loss, rows = gate.draw_cotangents([torch.zeros((), dtype=torch.bfloat16), torch.zeros(3)])
+    assert loss.dtype == torch.bfloat16 and loss == 1
+    assert rows.shape == (3,) and rows.unique().numel() == 3
+
+
 def test_products_are_counted_where_that_is_asked_for() -> None:
     """In units of the forward pass, which has two; the naive one multiplies the 5 of 18 keys that are hidden too."""
     for asked in (False, True):

@@ -37,6 +37,10 @@ MMK_INLINE Source from_column(Source x, i64 column) {
 // Copies `cols` columns of `count` rows, at most a panel's, to the right operand of a product over rows: [rows (or
 // pairs of rows), kPanel].
 inline void group_columns(bool is_dot, Rows rows, i64 count, i64 cols, float* to) {
+  if (is_dot && pad_lanes(cols) == kPanel) {
+    interleave_rows(rows, count, cols, (char*)to);
+    return;
+  }
   if (is_dot) {
     for (i64 r = 0; r < count; r += 2, to += kPanel) {
       interleave_rows({rows.data + r * rows.stride, rows.stride}, least<i64>(2, count - r), cols, (char*)to);

@@ -6,10 +6,12 @@
 
 namespace mmkernels::MMK_ISA {
 
-constexpr i64 kMaxBlockWords = 96;    // of logits: whole tiles of 6 and of 8 rows
-constexpr i64 kMinBlockWords = 48;    // of deep rows, which do not fit into a cache
-constexpr i64 kProductDepth = 96;     // of a block of words in products: with a panel's columns it fits into a cache
-constexpr i64 kPackedColumns = 512;   // tokens are copied so many channels at a time
+constexpr i64 kMaxBlockWords = 96;     // of logits: whole tiles of 6 and of 8 rows
+constexpr i64 kMinBlockWords = 48;     // of deep rows, which do not fit into a cache
+constexpr i64 kPairChain = 512;        // pairs of channels that are multiplied before sums go to memory
+constexpr i64 kWordDepth = 96;         // words that products sum over before sums go to memory
+constexpr i64 kPairDepth = 192;        // pairs of words that they do
+constexpr i64 kPackedColumns = 512;    // tokens are copied so many channels at a time
 constexpr i64 kBlockBytes = 512 << 10; // of a block's words, which all panels multiply
 
 MMK_INLINE bool is_dot(const LinearParams& p) {
@@ -23,7 +25,10 @@ inline i64 block_words(const LinearParams& p) {
   return most(kMinBlockWords, least(fit, kMaxBlockWords));
 }
 inline i64 product_words(const LinearParams& p) {
-  return is_dot(p) ? 2 * kProductDepth : kProductDepth;
+  return is_dot(p) ? 2 * kPairDepth : kWordDepth;
+}
+MMK_INLINE i64 depth_of_block(const LinearParams& p) {
+  return is_dot(p) ? kPairDepth : kWordDepth;
 }
 inline i64 panel_tokens() {
   return kPanel;
@@ -96,20 +101,18 @@ inline void panel_products(const LinearParams& p, Rows words, i64 rows, i64 pane
   const i64 depth = depth_of(p), vectors = vectors_of_panel(p, panel);
   const float* packed = p.panels + panel * depth * kPanel;
   with_pairs(is_dot(p), [&](auto pairs) {
-    for (i64 k = 0; k < depth; k += kChain) {
+    constexpr i64 kStep = pairs() ? kPairChain : kChain;
+    for (i64 k = 0; k < depth; k += kStep) {
       product<pairs()>({words.data + k * 4, words.stride, 4}, packed + k * vectors * kLanes, vectors * kLanes, to,
-                       kPanel, rows, vectors, least(kChain, depth - k), k > 0);
+                       kPanel, rows, vectors, least(kStep, depth - k), k > 0);
     }
   });
 }
 
-constexpr float kLog2eLow = 1.9259629911e-8f; // log2(e) less kLog2e
-
-// e^x: exactly 0 for -inf and where it would be below 2^-126, NaN for NaN.
+// e^x: exactly 0 for -inf and where it would be below 2^-126, NaN for NaN. Relative error below 2e-7 + 2e-8 |x|.
 MMK_INLINE Vec exp_of(Vec x) {
   const Vec n = round_to_whole(x * set1(kLog2e));
-  const Vec f = fma(x, set1(kLog2eLow), fma(x, set1(kLog2e), -n));
-  return times_exp2(exp2_of_fraction(f), n, n);
+  return times_exp2(exp2_of_fraction(fma(x, set1(kLog2e), -n)), n, n);
 }
 
 // tanh x, and its derivative 1 - tanh^2 x without a difference of what is nearly equal.
@@ -126,6 +129,11 @@ MMK_INLINE Tanh tanh_of(Vec x) {
   small = fma(small, squared, set1(-3.333327806e-1f));
   small = fma(small * squared, x, x);
   return {size < 0.625f ? small : (x < zero() ? -large : large), set1(4.0f) * u / (more * more)};
+}
+
+// Whether logits are the products themselves.
+MMK_INLINE bool are_products(const LinearParams& p) {
+  return p.bias == nullptr && p.softcap == 0.0f && p.temperature == 1.0f;
 }
 
 struct Logit {
@@ -161,8 +169,7 @@ template <typename F> MMK_INLINE void each_block(i64 first, i64 last, i64 step, 
   }
 }
 // Calls f(panel) for each panel of a block, whose products are in the tile.
-template <typename F>
-void each_tile(const LinearParams& p, const LogitsScratch& s, i64 word, i64 rows, const F& f) {
+template <typename F> void each_tile(const LinearParams& p, const LogitsScratch& s, i64 word, i64 rows, const F& f) {
   const Rows words = fetch(words_from(p, word), rows, p.dim, is_dot(p), s.copy);
   for (i64 panel = 0; panel < panels_of(p); ++panel) {
     panel_products(p, words, rows, panel, s.tile);

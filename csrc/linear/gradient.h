@@ -1,4 +1,4 @@
-// The gradient of logits: of those that a pass kept, in their place, or of logits that are computed again.
+// The gradient of logits: of what a pass kept of them, or of logits that are computed again.
 #pragma once
 
 #include "blocks.h"
@@ -46,24 +46,24 @@ inline void gradient_of_kept(const LinearParams& p, Words words, i64 first_word,
   const LogitsScratch s{{scratch}, p};
   each_block(words.first, words.last, s.words, [&](i64 first, i64 rows) {
     if (p.keeps_exponentials) {
-      const float* exponents = p.exponents + (first - first_word) / s.words * padded_tokens(p);
+      const float* exponents = p.exponents + first / s.words * padded_tokens(p);
       for (i64 token = 0; token < p.tokens; token += kLanes) {
         const GradientLanes lanes{p, token};
         store(s.factors + token, exp_of(load(exponents + token) - lanes.get(kBase)) * lanes.get(kOfProbability));
       }
     }
     for (i64 word = first; word < first + rows; ++word) {
-      char* kept = p.logits + (word - first_word) * p.logits_row;
-      const Vec total = gradient_of_word(p, kept, [&](const GradientLanes& lanes, i64 token) {
+      const char* kept = p.kept + word * p.kept_row;
+      char* to = p.logits + (word - first_word) * p.logits_row;
+      const Vec total = gradient_of_word(p, to, [&](const GradientLanes& lanes, i64 token) {
         if (p.keeps_exponentials) {
           const Vec e = load_bf16((const std::uint16_t*)kept + token);
           const Vec g = fma(e, load(s.factors + token), lanes.of_words(word));
           // The target's: a bfloat16 near 1 less 1 would have few digits.
-          return lanes.is_target(word) ? lanes.of_logit(lanes.get(kTargetLogit), word) : g;
+          return lanes.is_target(word) ? lanes.get(kOfTargetLogit) : g;
         }
-        const Vec y = load(kept + token * 4), g = lanes.of_logit(y, word);
-        const Vec t = p.softcap != 0.0f ? y / set1(p.softcap) : zero();
-        return g * ((set1(1.0f) - t) * (set1(1.0f) + t));
+        const Logit y = logit_of(p, load(kept + token * 4), word);
+        return lanes.of_logit(y.value, word) * y.slope;
       });
       if (bias != nullptr) {
         bias[word] = (add_bias ? bias[word] : 0.0f) + sum(total);

@@ -45,8 +45,7 @@ public:
     check_sizes("weight", weight, {-1, p.dim});
     p.words = weight.size(0);
     check_sizes("target", target, {rows_});
-    TORCH_CHECK_TYPE(weight.scalar_type() == hidden.scalar_type(), "weight must have the dtype ",
-                     hidden.scalar_type());
+    TORCH_CHECK_TYPE(weight.scalar_type() == hidden.scalar_type(), "weight must have the dtype ", hidden.scalar_type());
     TORCH_CHECK_VALUE(p.words > 0 && p.dim > 0, "weight must not be empty, got ", weight.sizes());
     TORCH_CHECK_VALUE(rows_ < INT32_MAX && p.words < INT32_MAX, "there are too many rows");
     p.hidden = matrix_of(hidden);
@@ -110,8 +109,7 @@ public:
 
   // Calls run(words, task, scratch) for about so many shares of words [first, last), which begin at whole blocks.
   // Returns how many there are.
-  template <typename F>
-  i64 in_shares(Words words, i64 wanted, i64 block, i64 scratch_bytes, const F& run) const {
+  template <typename F> i64 in_shares(Words words, i64 wanted, i64 block, i64 scratch_bytes, const F& run) const {
     const i64 count = share_count(words, wanted, block), share = share_words(words, wanted, block);
     parallel_tasks(count, threads, scratch_bytes, [&](i64 i, char* scratch) {
       const i64 begin = words.first + i * share;
@@ -131,8 +129,7 @@ public:
 
 private:
   static Matrix matrix_of(const Tensor& x) {
-    return {static_cast<const char*>(x.const_data_ptr()), type_of(x), x.stride(0),
-            x.size(1) == 1 ? 1 : x.stride(1)};
+    return {static_cast<const char*>(x.const_data_ptr()), type_of(x), x.stride(0), x.size(1) == 1 ? 1 : x.stride(1)};
   }
 
   void find_live(const Tensor& target) {
@@ -169,7 +166,6 @@ struct TokenState {
 // The states of a chunk of tokens, each share of the words its own, merged in order.
 class StateSums {
 public:
-  // `first_word`, and what is kept: see `LinearKernels::states`.
   StateSums(const LinearLaunch& launch, const LinearParams& chunk) : stride_(padded(chunk.tokens)) {
     const i64 wanted = launch.threads == 1 ? 1 : 4 * launch.threads, block = launch.k.block_words(chunk);
     const Words words{0, chunk.words};
@@ -178,7 +174,7 @@ public:
     launch.in_shares(words, wanted, block, launch.k.logits_scratch(chunk), [&](Words some, i64 i, char* scratch) {
       float* states = states_.data() + i * kStateRows * stride_;
       begin(states, static_cast<std::int32_t>(some.first));
-      launch.k.states(chunk, some, 0, states, stride_, scratch);
+      launch.k.states(chunk, some, states, stride_, scratch);
     });
   }
 

@@ -5,23 +5,29 @@
 namespace mmkernels {
 namespace {
 
-constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk in float32; half of it in bfloat16
-constexpr i64 kChunkTokens = 128;           // a chunk of fewer would spend its time on reading the weight
+constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk, at most
+// A chunk of few tokens would spend its time on the weight and its gradient's sums. Eager keeps two matrices of logits
+// for all rows: of 80 in 1024, with all else, we keep less than a twentieth. In bfloat16 products take half the time.
+constexpr i64 kChunkTokens = 64, kNarrowChunkTokens = 256, kRowsOfToken = 12;
+constexpr i64 kLentTokens = 1024;  // of the first chunk: more would not fit into caches beside their products
+constexpr i64 kShareOfLogits = 16; // of the logits' bytes, for sums of the hidden states' gradient
 
 // The dtype that gradients are kept in until backward scales them: as `kept_dtype` in Python.
 at::ScalarType kept_type(const Tensor& x) {
   return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
 }
 
-// How many tokens of so many are taken together: an eighth of many, so that their logits are few of all.
-i64 tokens_of_chunk(const LinearLaunch& launch, i64 tokens) {
+// How many tokens are taken together.
+i64 tokens_of_chunk(const LinearLaunch& launch) {
+  const LinearParams& p = launch.p;
   const auto round_up = [](i64 x, i64 to) { return (x + to - 1) / to * to; };
-  const bool narrow = launch.p.weight.type != Type::f32 && !launch.k.is_dot(launch.p); // kept in float32 nevertheless
-  const i64 fit = (narrow ? kLogitsBytes / 2 : kLogitsBytes) / (launch.p.words * 4);
-  const i64 whole = fit >= kTokenAlign ? fit / kTokenAlign * kTokenAlign : std::max(fit / kVectorAlign, i64(1)) * kVectorAlign;
-  const i64 most = std::min(whole, std::max(kChunkTokens, round_up(tokens / 8, kTokenAlign)));
-  const i64 chunks = (tokens + most - 1) / most;
-  return std::min(most, round_up((tokens + chunks - 1) / std::max<i64>(chunks, 1), kVectorAlign));
+  const bool exponentials = launch.k.is_dot(p) && p.softcap == 0.0f;           // what `keeps_exponentials` will be
+  const i64 share = p.weight.type != Type::f32 && !launch.k.is_dot(p) ? 2 : 1; // eager's logits are not float32
+  const i64 fit = kLogitsBytes / share / (p.words * (exponentials ? 2 : 4)) / kVectorAlign * kVectorAlign;
+  const i64 few = launch.rows() / (kRowsOfToken * share) / kVectorAlign * kVectorAlign;
+  const i64 wanted = std::max(few, exponentials ? kNarrowChunkTokens : kChunkTokens);
+  const i64 most = std::max(std::min(fit, wanted), kVectorAlign), chunks = (p.tokens + most - 1) / most;
+  return std::min(most, round_up((p.tokens + chunks - 1) / chunks, kVectorAlign));
 }
 
 // What one token gives: rows of `rows` are how its target, the weighted words and the squared lse count.
@@ -35,7 +41,8 @@ struct TokenLoss {
     const double average = spread == 0.0 ? 0.0 : spread * (state.total - words * lse);
     return (pick == 0.0 ? 0.0 : -pick * logprob) - average + (square == 0.0 ? 0.0 : square * lse * lse);
   }
-  void write_gradient(float* to, i64 stride) const {
+  // target_weight: the target's as a word.
+  void write_gradient(float* to, i64 stride, double target_weight) const {
     // Above the reference, as a large lse would be rounded.
     const double mass = pick + spread * words + 2.0 * square * lse;
     to[kBase * stride] = static_cast<float>(state.reference);
@@ -43,7 +50,7 @@ struct TokenLoss {
     to[kOfEntropy * stride] = 0.0f;
     to[kOfTarget * stride] = static_cast<float>(-pick);
     to[kOfWords * stride] = static_cast<float>(-spread);
-    to[kTargetLogit * stride] = static_cast<float>(state.picked);
+    to[kOfTargetLogit * stride] = static_cast<float>(mass * std::exp(logprob) - pick - spread * target_weight);
   }
 };
 
@@ -86,7 +93,13 @@ public:
     }
     const Tensor loss = at::detail::empty_cpu({}, at::kFloat);
     const at::ScalarType bias_type = kept_type(keep_bias_ ? *bias_ : input_);
-    return {loss.fill_(loss_), of_input_, of_weight_, of_bias_.to(bias_type), logprobs_, lse_, best_index_};
+    return {loss.fill_(static_cast<float>(loss_)),
+            of_input_,
+            of_weight_,
+            of_bias_.to(bias_type),
+            logprobs_,
+            lse_,
+            best_index_};
   }
 
 private:
@@ -96,47 +109,84 @@ private:
 
   void run_chunks() {
     LinearParams& p = launch_.p;
-    const i64 step = tokens_of_chunk(launch_, p.tokens), block = launch_.k.block_words(p);
-    const LinearParams largest = launch_.chunk(0, std::min(step, p.tokens));
     p.keeps_exponentials = keeps() && launch_.k.is_dot(p) && p.softcap == 0.0f;
-    p.logits_row = (largest.tokens + kVectorAlign - 1) / kVectorAlign * kVectorAlign * (p.keeps_exponentials ? 2 : 4);
-    const i64 panels = launch_.k.panels_floats(largest) * 4;
-    const Workspace packed(panels + (keep_weight_ ? launch_.k.groups_floats(largest) * 4 : 0));
-    const i64 logits_bytes = keeps() ? (p.words * p.logits_row + 63) / 64 * 64 : 0;
-    const i64 exponents = p.keeps_exponentials ? (p.words + block - 1) / block * padded(largest.tokens) * 4 : 0;
-    const Workspace logits(logits_bytes + exponents);
-    expect_writes(logits.data(), logits_bytes + exponents);
-    p.logits = keeps() ? logits.data() : nullptr;
-    p.exponents = reinterpret_cast<float*>(logits.data() + logits_bytes);
-    WeightSums sums = weight_sums(step);
-    Products products(launch_, largest.tokens, keep_input_, sums);
-    for (i64 first = 0; first < p.tokens; first += step) {
-      LinearParams chunk = launch_.chunk(first, std::min(step, p.tokens - first));
+    const i64 further = std::min(tokens_of_chunk(launch_), p.tokens), lent = tokens_in_gradient(further);
+    const i64 largest = std::max(further, lent), block = launch_.k.block_words(p);
+    WeightSums sums = weight_sums(largest);
+    Products products(launch_, largest, keep_input_, sums, part_bytes(largest));
+    const i64 panels = launch_.k.panels_floats(launch_.chunk(0, largest)) * 4;
+    const i64 groups = keep_weight_ ? launch_.k.groups_floats(launch_.chunk(0, largest)) * 4 : 0;
+    const Workspace packed(panels + groups);
+    const i64 row = logits_row(further, kept_size()), blocks = (p.words + block - 1) / block;
+    const i64 kept_bytes = keeps() && lent < p.tokens ? p.words * row : 0;
+    const Workspace kept(kept_bytes);
+    expect_writes(kept.data(), kept_bytes);
+    const Workspace exponents(p.keeps_exponentials ? blocks * padded(largest) * 4 : 0);
+    for (i64 first = 0; first < p.tokens;) {
+      const bool lends = first < lent;
+      LinearParams chunk = launch_.chunk(first, std::min(lends ? lent : further, p.tokens - first));
+      chunk.kept = lends ? lender() : (keeps() ? kept.data() : nullptr);
+      chunk.kept_row = lends ? p.dim * lender_size() : row;
+      chunk.exponents = reinterpret_cast<float*>(exponents.data());
+      chunk.logits_row = products.by_words() ? logits_row(chunk.tokens, launch_.k.is_dot(p) ? 2 : 4) : row;
+      chunk.logits = products.by_words() ? nullptr : chunk.kept;
       launch_.pack(chunk, packed.data(), keep_weight_ ? packed.data() + panels : nullptr);
       const std::vector<float> rows = add_states(chunk, StateSums(launch_, chunk));
+      const bool adds = first > 0;
+      first += chunk.tokens;
       if (!keeps()) {
         continue;
       }
       chunk.gradient_rows = rows.data();
-      sums.add = first > 0;
-      sums.to = converts_ && first + step >= p.tokens ? static_cast<char*>(of_weight_.mutable_data_ptr()) : nullptr;
+      sums.add = adds;
+      sums.to = converts_ && first >= p.tokens ? static_cast<char*>(of_weight_.mutable_data_ptr()) : nullptr;
       products.set_weight(sums);
       float* of_bias = keep_bias_ ? of_bias_.mutable_data_ptr<float>() : nullptr;
       products.run(chunk, {0, p.words}, false, launch_.k.logits_scratch(chunk),
                    [&](const LinearParams& some, Words words, i64 first_word, char* scratch) {
-                     launch_.k.gradient_of_kept(some, words, first_word, of_bias, first > 0, scratch);
+                     launch_.k.gradient_of_kept(some, words, first_word, of_bias, adds, scratch);
                    });
       products.write_hidden(chunk, of_input_);
     }
   }
 
-  // The weight's gradient itself where it is float32, else separate memory, unless there is only one chunk.
+  i64 kept_size() const {
+    return launch_.p.keeps_exponentials ? 2 : 4;
+  }
+  i64 part_bytes(i64 tokens) const {
+    return std::max(kPartBytes, tokens * launch_.p.words * 4 / kShareOfLogits);
+  }
+  // The first chunk keeps its logits in the memory of the weight's gradient, a word's in the word's row, which is
+  // written only after they were read. Returns how many tokens that are; 0 if no more than another chunk has.
+  i64 tokens_in_gradient(i64 further) {
+    const LinearParams& p = launch_.p;
+    const auto fit = [&](i64 size) {
+      return std::min(p.dim * size / kept_size(), kLentTokens) / kVectorAlign * kVectorAlign;
+    };
+    i64 most = keep_weight_ ? fit(of_weight_.element_size()) : 0;
+    const bool in_sums = keep_weight_ && most < p.tokens;
+    most = in_sums ? fit(4) : most;
+    while (most > further && keep_input_ && !Products::fits(launch_, most, part_bytes(most))) {
+      most = most / 2 / kVectorAlign * kVectorAlign;
+    }
+    const bool lends = most > further || (most >= p.tokens && most > 0);
+    needs_sums_ = lends && in_sums;
+    return lends ? std::min(most, p.tokens) : 0;
+  }
+  char* lender() const {
+    return static_cast<char*>((sums_.defined() ? sums_ : of_weight_).mutable_data_ptr());
+  }
+  i64 lender_size() const {
+    return static_cast<i64>((sums_.defined() ? sums_ : of_weight_).element_size());
+  }
+
+  // The weight's gradient itself where it is float32, else separate memory, unless one chunk needs none.
   WeightSums weight_sums(i64 step) {
     WeightSums sums;
     sums.need = keep_weight_;
     converts_ = keep_weight_ && of_weight_.scalar_type() != at::kFloat;
     sums.type = converts_ ? type_of(of_weight_) : Type::f32;
-    if (keep_weight_ && (!converts_ || step < launch_.p.tokens)) {
+    if (keep_weight_ && (!converts_ || needs_sums_ || step < launch_.p.tokens)) {
       sums_ = converts_ ? expect_writes(at::detail::empty_cpu(of_weight_.sizes(), at::kFloat)) : of_weight_;
       sums.sums = sums_.mutable_data_ptr<float>();
     }
@@ -151,9 +201,11 @@ private:
     const float* rows = rows_.const_data_ptr<float>();
     for (i64 token = 0; token < chunk.tokens; ++token) {
       const i64 row = chunk.live[token];
-      const TokenLoss x{rows[row], rows[count + row], rows[2 * count + row], words_, chunk.target[token] >= 0, states.of(token)};
+      const TokenLoss x{rows[row], rows[count + row],        rows[2 * count + row],
+                        words_,    chunk.target[token] >= 0, states.of(token)};
       loss_ += x.loss();
-      x.write_gradient(to.data() + token, stride);
+      const bool weighted = chunk.word_weight != nullptr && x.has_target;
+      x.write_gradient(to.data() + token, stride, weighted ? chunk.word_weight[chunk.target[token]] : 0.0);
       write(row, x.logprob, x.lse, x.state.best_word);
     }
     return to;
@@ -170,7 +222,7 @@ private:
   Tensor input_, weight_;
   OptionalTensor bias_;
   Tensor rows_;
-  bool keep_input_, keep_weight_, keep_bias_, converts_ = false;
+  bool keep_input_, keep_weight_, keep_bias_, converts_ = false, needs_sums_ = false;
   LinearLaunch launch_;
   double words_ = 0.0, loss_ = 0.0;
   Tensor of_input_, of_weight_, of_bias_, sums_, logprobs_, lse_, best_index_;

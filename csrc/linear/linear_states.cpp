@@ -8,8 +8,8 @@ namespace {
 constexpr i64 kResultRows = 6; // reference, sum, picked, moment, total, best: as ops/linear/formula.py has them
 
 std::tuple<Tensor, Tensor> linear_states(const Arguments& args) {
-  LinearLaunch launch(args.tensor("hidden"), args.tensor("weight"), args.optional_tensor("bias"),
-                      args.tensor("target"), args.optional_tensor("token_weight"));
+  LinearLaunch launch(args.tensor("hidden"), args.tensor("weight"), args.optional_tensor("bias"), args.tensor("target"),
+                      args.optional_tensor("token_weight"));
   LinearParams& p = launch.p;
   p.softcap = static_cast<float>(args.number("softcap"));
   p.temperature = static_cast<float>(args.number("temperature"));

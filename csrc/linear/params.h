@@ -23,8 +23,9 @@ enum StateRow { kReference, kSum, kSumLost, kMoment, kMomentLost, kTotal, kTotal
 constexpr std::int64_t kStateRows = 10; // kBestWord: int32
 
 // Rows of [kGradientRows, stride] floats: the gradient of token i's logit y of word c is
-// exp(y - base) (probability + entropy (y - base)) + target [c = target] + words * word_weight_c.
-enum GradientRow { kBase, kOfProbability, kOfEntropy, kOfTarget, kOfWords, kTargetLogit };
+// exp(y - base) (probability + entropy (y - base)) + target [c = target] + words * word_weight_c. kOfTargetLogit: that
+// of the target's logit, where exponentials are kept.
+enum GradientRow { kBase, kOfProbability, kOfEntropy, kOfTarget, kOfWords, kOfTargetLogit };
 constexpr std::int64_t kGradientRows = 6;
 
 constexpr std::int64_t kTokenAlign = 64;  // arrays over tokens are padded to this: whole panels
@@ -41,12 +42,14 @@ struct LinearParams {
   const float* panels = nullptr; // the tokens transposed, [panels, depth, kPanel]
   const float* groups = nullptr; // the tokens by columns, [groups, tokens (or pairs), kPanel]
 
-  // [words, tokens in whole vectors] of some words: logits in float32, or exponentials above `exponents` in bfloat16; then the logits'
-  // gradient in the working format. Null where only sums are wanted.
-  char* logits = nullptr;
+  // Of all words, [words, tokens]: products in float32, or exponentials above `exponents` in bfloat16. Null where only
+  // sums are wanted.
+  char* kept = nullptr;
   bool keeps_exponentials = false;
-  std::int64_t logits_row = 0; // bytes
+  std::int64_t kept_row = 0;   // bytes
   float* exponents = nullptr;  // [blocks of words, padded tokens]
+  char* logits = nullptr;      // of some words, [words, tokens in whole vectors]: the logits' gradient, working format
+  std::int64_t logits_row = 0; // bytes
   const float* gradient_rows = nullptr;
 };
 
@@ -77,7 +80,7 @@ struct LinearKernels {
   bool (*is_dot)(const LinearParams&);
   std::int64_t (*block_words)(const LinearParams&);   // of a block of logits
   std::int64_t (*product_words)(const LinearParams&); // of a block in products, a multiple of the former
-  std::int64_t (*panel_tokens)(); // of a panel, and columns of a group
+  std::int64_t (*panel_tokens)();                     // of a panel, and columns of a group
 
   std::int64_t (*panels_floats)(const LinearParams&);
   std::int64_t (*groups_floats)(const LinearParams&);
@@ -86,11 +89,10 @@ struct LinearKernels {
   void (*pack_group)(const LinearParams&, std::int64_t group, float* groups, char* scratch);
 
   std::int64_t (*logits_scratch)(const LinearParams&);
-  // Adds the logits of some words to a task's states, and keeps them if `logits` says so.
-  void (*states)(const LinearParams&, Words, std::int64_t first_word, float* states, std::int64_t stride,
-                 char* scratch);
-  // The gradient of some words' logits, in place of what `states` kept, or of logits that are computed again; and, if
-  // wanted, that of the bias, which is added to if `add_bias`.
+  // Adds the logits of some words to a task's states, and keeps what `kept` says.
+  void (*states)(const LinearParams&, Words, float* states, std::int64_t stride, char* scratch);
+  // The gradient of some words' logits, of what `states` kept, whose place it may take, or of logits that are computed
+  // again; and, if wanted, that of the bias, which is added to if `add_bias`.
   void (*gradient_of_kept)(const LinearParams&, Words, std::int64_t first_word, float* bias, bool add_bias,
                            char* scratch);
   void (*gradient)(const LinearParams&, Words, std::int64_t first_word, float* bias, char* scratch);

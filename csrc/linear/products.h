@@ -5,12 +5,14 @@
 
 namespace mmkernels::MMK_ISA {
 
+constexpr i64 kTileRows = kVectors == 4 || kLanes < 16 ? 6 : 8; // of a whole tile of the GEMM
+
 struct ProductScratch : Arena {
   const LinearParams& p;
   char* copy = take<char>(product_words(p) * row_bytes(is_dot(p), kPanel));
-  float* words = take<float>(kProductDepth * kPanel);
-  char* pairs = take<char>(is_dot(p) ? kProductDepth * pad_lanes(p.tokens) * 4 : 0);
-  float* by_token = take<float>(pad_lanes(p.tokens) * kProductDepth); // [tokens, words (or pairs)]
+  float* words = take<float>(depth_of_block(p) * kPanel);
+  char* pairs = take<char>(is_dot(p) ? depth_of_block(p) * pad_lanes(p.tokens) * 4 : 0);
+  float* by_token = take<float>(pad_lanes(p.tokens) * depth_of_block(p)); // [tokens, words (or pairs)]
   float* tile = take<float>(product_words(p) * kPanel);
 };
 
@@ -26,9 +28,9 @@ struct ProductBlock {
     const i64 depth = product_depth(p, rows);
     if (is_dot(p)) {
       interleave_rows(gradient, rows, p.tokens, s.pairs);
-      transpose_rows({s.pairs, pad_lanes(p.tokens) * 4}, depth, p.tokens, kProductDepth, s.by_token);
+      transpose_rows({s.pairs, pad_lanes(p.tokens) * 4}, depth, p.tokens, depth_of_block(p), s.by_token);
     } else {
-      transpose_rows(gradient, depth, p.tokens, kProductDepth, s.by_token);
+      transpose_rows(gradient, depth, p.tokens, depth_of_block(p), s.by_token);
     }
   }
 
@@ -49,8 +51,21 @@ struct ProductBlock {
 
   template <bool kDot> void hidden_product(i64 group, float* sums, bool add) const {
     const Right right = words_of_group(group);
-    product<kDot>({(const char*)s.by_token, kProductDepth * 4, 4}, right.data, right.row, sums + group * p.tokens * kPanel, kPanel,
-                  p.tokens, vectors_of_lanes(columns_of(p, group)), product_depth(p, rows), add);
+    product<kDot>({(const char*)s.by_token, depth_of_block(p) * 4, 4}, right.data, right.row,
+                  sums + group * p.tokens * kPanel, kPanel, p.tokens, vectors_of_lanes(columns_of(p, group)),
+                  product_depth(p, rows), add);
+  }
+
+  // Rows of the next group's words, or of the first group's of the next block.
+  MMK_INLINE void read_ahead(i64 group, i64 r, i64 count) const {
+    const bool last = group + 1 == groups_of(p);
+    const i64 first = word + r + (last ? rows : 0), column = last ? 0 : (group + 1) * kPanel;
+    for (i64 n = first; n < least(first + count, p.words); ++n) {
+      const char* at = from_column(words_from(p, n), column).data;
+      for (i64 byte = 0; byte < kPanel * bytes_of(p.weight.type); byte += 64) {
+        __builtin_prefetch(at + byte);
+      }
+    }
   }
 
   template <bool kDot> void weight_product(i64 group, const WeightSums& w) const {
@@ -59,9 +74,14 @@ struct ProductBlock {
     const bool direct = w.sums != nullptr && cols % kLanes == 0;
     float* to = direct ? w.sums + at : s.tile;
     const i64 to_row = direct ? p.dim : kPanel;
-    for (i64 k = 0; k < depth; k += kChain) {
-      product<kDot>({gradient.data + k * 4, gradient.stride, 4}, p.groups + (group * depth + k) * kPanel, kPanel, to,
-                    to_row, rows, vectors_of_lanes(cols), least(kChain, depth - k), k > 0 || (direct && w.add));
+    for (i64 r = 0; r < rows; r += kTileRows) { // a tile at a time, beside which the words that come next are read
+      const i64 some = least(kTileRows, rows - r);
+      read_ahead(group, r, some);
+      for (i64 k = 0; k < depth; k += kChain) {
+        product<kDot>({gradient.data + r * gradient.stride + k * 4, gradient.stride, 4},
+                      p.groups + (group * depth + k) * kPanel, kPanel, to + r * to_row, to_row, some,
+                      vectors_of_lanes(cols), least(kChain, depth - k), k > 0 || (direct && w.add));
+      }
     }
     for (i64 r = 0; r < rows && (!direct || w.to != nullptr); ++r) {
       for (i64 c = 0; c < cols; c += kLanes) {

@@ -14,14 +14,19 @@ inline i64 logits_row(i64 tokens, i64 size) {
 
 class Products {
 public:
-  // `tokens`: at most, of a chunk.
-  Products(const LinearLaunch& launch, i64 tokens, bool need_hidden, const WeightSums& weight)
-      : launch_(launch), weight_(weight), need_hidden_(need_hidden),
-        block_(launch.k.product_words(launch.p)),
+  // Whether as many shares as threads fit into so many bytes of sums for so many tokens; see `by_words`.
+  static bool fits(const LinearLaunch& launch, i64 tokens, i64 bytes) {
+    return launch.threads * sums_of(launch, tokens) * 4 <= bytes;
+  }
+
+  // `tokens`: at most, of a chunk. `bytes`: of all sums for the hidden states' gradient.
+  Products(const LinearLaunch& launch, i64 tokens, bool need_hidden, const WeightSums& weight, i64 bytes = kPartBytes)
+      : launch_(launch), weight_(weight), need_hidden_(need_hidden), block_(launch.k.product_words(launch.p)),
         groups_((launch.p.dim + launch.k.panel_tokens() - 1) / launch.k.panel_tokens()),
-        apart_(groups_ * tokens * launch.k.panel_tokens()),
-        parts_(launch.threads == 1 ? 1 : std::clamp<i64>(need_hidden ? kPartBytes / (apart_ * 4) : 2 * launch.threads,
-                                                         1, 2 * launch.threads)),
+        apart_(sums_of(launch, tokens)),
+        parts_(launch.threads == 1
+                   ? 1
+                   : std::clamp<i64>(need_hidden ? bytes / (apart_ * 4) : 2 * launch.threads, 1, 2 * launch.threads)),
         sums_(need_hidden ? parts_ * apart_ * 4 : 0) {}
 
   // Whether each share of the words computes its products at once: then nothing of other shares is needed.
@@ -81,6 +86,12 @@ public:
   }
 
 private:
+  // Floats of one share's sums.
+  static i64 sums_of(const LinearLaunch& launch, i64 tokens) {
+    const i64 width = launch.k.panel_tokens();
+    return (launch.p.dim + width - 1) / width * tokens * width;
+  }
+
   void multiply(const LinearParams& p, Words words, Words groups, i64 part, bool add_hidden, i64 first_word,
                 char* scratch) const {
     float* sums = need_hidden_ ? reinterpret_cast<float*>(sums_.data()) + part * apart_ : nullptr;

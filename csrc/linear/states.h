@@ -32,22 +32,34 @@ struct BlockLanes {
 
   // Makes logits of products; returns the largest up to now, ignoring NaN.
   MMK_INLINE Vec make_logits(const StateLanes& s) const {
-    const IVec target = (IVec)load(p.target + token);
-    Vec top = s.get(kReference), picked = s.get(kPicked), total = zero();
+    Vec top = s.get(kReference), total = zero();
+    if (are_products(p) && p.word_weight == nullptr) {
+      for (i64 r = 0; r < rows; ++r) {
+        top = max_skip_nan(top, load(tile + r * kPanel));
+      }
+      return top;
+    }
     for (i64 r = 0; r < rows; ++r) {
       const Vec y = logit_of(p, load(tile + r * kPanel), word + r).value;
       store(tile + r * kPanel, y);
       top = max_skip_nan(top, y);
-      picked = target == (std::int32_t)(word + r) - IVec{} ? y : picked;
       if (p.word_weight != nullptr) {
         total = fma(set1(p.word_weight[word + r]), y, total);
       }
     }
-    s.set(kPicked, picked);
     if (p.word_weight != nullptr) {
       s.add(kTotal, kTotalLost, s.get(kTotal), set1(1.0f), total);
     }
     return top;
+  }
+
+  // Keeps the logits of targets that are words of this block.
+  MMK_INLINE void pick_targets(const StateLanes& s) const {
+    const IVec at = (IVec)load(p.target + token) - ((std::int32_t)word - IVec{});
+    for (std::uint32_t bits = bits_of((at >= 0) & (at < (std::int32_t)rows - IVec{})); bits != 0; bits &= bits - 1) {
+      const int lane = __builtin_ctz(bits);
+      s.at[kPicked * s.stride + lane] = tile[at[lane] * kPanel + lane];
+    }
   }
 
   // The best word up to now, the first of equals.
@@ -64,31 +76,33 @@ struct BlockLanes {
     s.set(kBestWord, (Vec)at);
   }
 
-  // Adds exponentials relative to the largest logit, and keeps what is to be kept at `kept`.
-  MMK_INLINE void add_exponentials(const StateLanes& s, Vec top, char* kept) const {
+  // Adds exponentials relative to the largest logit; keep(r, exponential).
+  template <typename Keep> MMK_INLINE void add_exponentials(const StateLanes& s, Vec top, const Keep& keep) const {
     const Vec old = s.get(kReference), base = top == -kInf ? zero() : top; // no logit above -inf yet
-    Vec sum = zero(), moment = zero();
-    for (i64 r = 0; r < rows; ++r) {
-      const Vec y = load(tile + r * kPanel), x = y - base, e = exp_of(x);
-      sum += e;
-      if (p.entropy) {
-        moment += x == -kInf ? zero() : e * x;
-      }
-      if (kept != nullptr) {
-        store_working(kept + r * p.logits_row, p.keeps_exponentials, p.keeps_exponentials ? e : y);
-      }
-    }
     const Vec factor = exp_of(old - base), before = s.get(kSum);
+    Vec sum = zero(), moment = zero();
     if (p.entropy) {
+      for (i64 r = 0; r < rows; ++r) {
+        const Vec y = load(tile + r * kPanel), x = y - base, e = exp_of(x);
+        sum += e;
+        moment += x == -kInf ? zero() : e * x;
+        keep(r, e);
+      }
       const Vec moved = old == -kInf ? zero() : (old - base) * before;
       s.add(kMoment, kMomentLost, factor * (s.get(kMoment) + moved), factor, moment);
+    } else {
+      for (i64 r = 0; r < rows; ++r) {
+        const Vec y = load(tile + r * kPanel), e = exp_of(y - base);
+        sum += e;
+        keep(r, e);
+      }
     }
     s.add(kSum, kSumLost, factor * before, factor, sum);
     s.set(kReference, top);
   }
 };
 
-inline void states(const LinearParams& p, Words words, i64 first_word, float* states, i64 stride, char* scratch) {
+inline void states(const LinearParams& p, Words words, float* states, i64 stride, char* scratch) {
   const LogitsScratch s{{scratch}, p};
   each_block(words.first, words.last, s.words, [&](i64 word, i64 rows) {
     each_tile(p, s, word, rows, [&](i64 panel) {
@@ -96,18 +110,21 @@ inline void states(const LinearParams& p, Words words, i64 first_word, float* st
         const i64 token = panel * kPanel + v * kLanes;
         const StateLanes lanes{states + token, stride};
         const BlockLanes block{p, word, rows, token, s.tile + v * kLanes};
+        char* kept = p.kept + word * p.kept_row + token * (p.keeps_exponentials ? 2 : 4);
+        for (i64 r = 0; p.kept != nullptr && !p.keeps_exponentials && r < rows; ++r) {
+          store(kept + r * p.kept_row, load(block.tile + r * kPanel));
+        }
         const Vec top = block.make_logits(lanes);
+        block.pick_targets(lanes);
         if (p.best) {
           block.find_best(lanes);
         }
-        char* kept = nullptr;
-        if (p.logits != nullptr) {
-          kept = p.logits + (word - first_word) * p.logits_row + token * (p.keeps_exponentials ? 2 : 4);
-        }
-        block.add_exponentials(lanes, top, kept);
-        if (p.keeps_exponentials) {
-          store(p.exponents + (word - first_word) / s.words * padded_tokens(p) + token,
-                top == -kInf ? zero() : top);
+        if (p.kept != nullptr && p.keeps_exponentials) {
+          block.add_exponentials(lanes, top,
+                                 [&](i64 r, Vec e) { store_bf16((std::uint16_t*)(kept + r * p.kept_row), e); });
+          store(p.exponents + word / s.words * padded_tokens(p) + token, top == -kInf ? zero() : top);
+        } else {
+          block.add_exponentials(lanes, top, [](i64, Vec) {});
         }
       }
     });

@@ -101,6 +101,8 @@ def _type_of(value: Any, path: _Path, constants: dict[_Path, Any], attributes: d
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     if isinstance(value, float):
         return "fp32"
+    if len(path) > 1:  # compiles, and can't be launched
+        raise TypeError("a descriptor must be an argument of its own: Triton's launcher passes none in a tuple")
     return f"tensordesc<{_NAMES[value.base.dtype]}{list(value.block_shape)}>"
 
 

@@ -81,7 +81,7 @@ def measure(benchmark: Any, row: Row, peers: Iterable[Peer], *, counts_products:
     checked = "parts at full length, and all for being finite" if admitted.gate.partial else "everything"
     del admitted.gate  # and with it the truth, before anything is timed
     rounds = None
-    if problem.long:
+    if problem.long or admitted.seconds > _LONG_BUDGET / _LONG_ROUNDS:  # peers may be long where the op is not
         budget = _QUICK_BUDGET if row.quick else _LONG_BUDGET
         rounds = min(max(1, int(budget / admitted.seconds)), _LONG_ROUNDS)
     yardstick, yardstick_flops = _yardstick(row)

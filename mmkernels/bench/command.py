@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,8 @@ from mmkernels.report import WIDTH, console, prepare_folder
 _GPU_WIDTH = 130  # columns: a GPU has more peers
 _WHOLE_MODELS = {"tokens": ("fastv",), "contrastive": ("ring",)}
 """Bench files that measure more than one op beside the ops of a family: a model, ranks."""
+_WITH = {"linear_logprobs": ("linear_cross_entropy",)}
+"""Ops that are shown with those built on them."""
 
 
 def run_bench(
@@ -77,9 +79,9 @@ def run_bench(
         raise SystemExit(1)
 
 
-def _groups(files: Iterable[str]) -> dict[str, list[str]]:
+def _groups(files: Collection[str]) -> dict[str, list[str]]:
     """Returns what can be asked for, and the bench files of each: a file, or a family of ops."""
-    groups = {name: [name] for name in files}
+    groups = {name: [name, *(other for other in _WITH.get(name, ()) if other in files)] for name in files}
     for name in files:
         if name in MODULES:
             groups.setdefault(MODULES[name].split(".")[2], []).append(name)

@@ -23,7 +23,8 @@ _LEGEND = (
 _TARGETS_LEGEND = (
     "\ntargets: ours over a peer's speed, or the share of a peak, of the ratio at peak, or of the\n"
     "yardstick's rate (head dim 128); tflops: of the pass, and in rows of forward + backward of the\n"
-    "backward alone; memory: peak above inputs and gradients, a peer's over ours, or ours in MB."
+    "backward alone; memory: peak above inputs and gradients, a peer's over ours (of which some MB may be\n"
+    "allowed), or ours in MB; ms: of a training step, beside the best that is published."
 )
 _COUNTED = "\nGEMMs: matrix products that ours made, counted as it ran; the op's forward pass needs one."
 

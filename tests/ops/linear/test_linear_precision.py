@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from harness import each_backend, generator
@@ -60,7 +59,7 @@ def test_large_weights_in_float16() -> None:
     torch.testing.assert_close(of_hidden, torch.full((3, 1), 20000.0, dtype=torch.float64), rtol=1e-3, atol=0.0)
 
 
-@pytest.mark.parametrize("backend", ["chunked"])
+@each_backend("linear_cross_entropy", interpreted=False)
 def test_gradients_of_capped_logits(backend: str) -> None:
     """The slope 1 - tanh^2 is near 0, so that tanh must not be taken back from rounded logits."""
     ours, theirs = [], []

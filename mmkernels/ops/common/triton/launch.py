@@ -20,6 +20,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def loss_scale_of(dtype: torch.dtype) -> float:
+    """Returns the largest upstream gradient in strips of `dtype`: float16 has range to spare above 1, and needs it."""
+    return 1024.0 if dtype == torch.float16 else 1.0
+
+
 def stride_unit(strides: Iterable[int]) -> int:
     """Returns how many elements one unit of a kernel's strides stands for: 8 if 8 divides all strides, else 1.
 

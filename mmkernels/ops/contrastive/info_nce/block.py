@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.contrastive.formula import (
     Pairs,
     best_scores,
@@ -184,12 +185,12 @@ def reference_backward(args: BackwardArguments) -> tuple[Tensor, ...]:
     of_scale = (total * (dots.double() - args.middle)).sum().to(wide)
     scale = args.logit_scale.reshape(()).double()
     of_image, of_text = score_gradients((scale * total).to(wide), winner, image, text)
-    none = image.new_empty(0)
-    return (
-        of_image.contiguous() if args.need_image else none,
-        of_text.contiguous() if args.need_text else none,
-        of_scale if args.need_logit_scale else none,
+    grads = (
+        of_image.contiguous() if args.need_image else None,
+        of_text.contiguous() if args.need_text else None,
+        of_scale if args.need_logit_scale else None,
     )
+    return tuple(or_empty(x, image) for x in grads)
 
 
 def _logit_gradient(logits: Tensor, pairs: Pairs, state: Tensor, grad: Tensor, label_smoothing: float) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.contrastive.formula import LOG2E, count_before
 from mmkernels.ops.contrastive.info_nce.chunked import LogitGradient, RunningSoftmax
 from mmkernels.ops.contrastive.info_nce.merging import logits_in_base_2
@@ -149,9 +150,9 @@ def backward(args: Any) -> tuple[Tensor, ...]:
         add_products(gradient.mul_(strips.scale), winner, rows, strips.text, row_grad, of_text)
         if of_image is not None:
             of_image[at] = row_grad
-    none = strips.text.new_empty(0)
-    return (
-        none if of_image is None else of_image.reshape(args.image.shape),
-        none if of_text is None else of_text,
-        of_scale.to(strips.dtype) if args.need_logit_scale else none,
+    found = (
+        None if of_image is None else of_image.reshape(args.image.shape),
+        of_text,
+        of_scale.to(strips.dtype) if args.need_logit_scale else None,
     )
+    return tuple(or_empty(x, strips.text) for x in found)

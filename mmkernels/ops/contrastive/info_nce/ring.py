@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.contrastive.formula import LOG2E, NO_PARTNERS, ranks
 from mmkernels.ops.contrastive.info_nce import block
 from mmkernels.ops.contrastive.info_nce.merging import ALL_DOTS, losses, merge
@@ -342,13 +343,14 @@ class _Backward:
             if self.hard_grad is not None:
                 self.hard_grad[at] = found
         scale = ring.group.sum(self.scale_grad) / ring.size if self.need_scale else self.scale_grad
-        none, like = args.image.new_empty(0), args.logit_scale
-        return (
-            none if self.image_grad is None else self.image_grad.to(args.image.dtype),
-            none if of_text.kept is None else of_text.kept,
-            scale.to(like.dtype).reshape(like.shape) if args.need_logit_scale else none,
-            none if self.hard_grad is None else self.hard_grad,
+        like = args.logit_scale
+        grads = (
+            None if self.image_grad is None else self.image_grad.to(args.image.dtype),
+            of_text.kept,
+            scale.to(like.dtype).reshape(like.shape) if args.need_logit_scale else None,
+            self.hard_grad,
         )
+        return tuple(or_empty(x, args.image) for x in grads)
 
     def _meet(self, texts: _Texts) -> list[Tensor] | None:
         (lines,) = texts.own

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.contrastive.formula import pairs, queries_of, score_gradients
 from mmkernels.ops.contrastive.sigmoid_contrastive import chunked
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
@@ -85,8 +86,10 @@ def _with_results(run: Run) -> Run:
 
 def _wanted(grads: Any, args: BlockArguments) -> list[Tensor]:
     keep = (args.keep_image, args.keep_text, args.keep_logit_scale, args.keep_logit_bias)
-    none = args.image.new_empty(0, dtype=wide_dtype(args.image))
-    return [x.contiguous() if wanted else none for x, wanted in zip(grads, keep, strict=True)]
+    wide = wide_dtype(args.image)
+    return [
+        or_empty(x.contiguous() if wanted else None, args.image, wide) for x, wanted in zip(grads, keep, strict=True)
+    ]
 
 
 def _fake(args: BlockArguments) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.common.kept import fake_kept, scaled
 from mmkernels.ops.common.kept import kept as kept_gradients
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.contrastive import parts
 from mmkernels.ops.contrastive.cases import contrastive_cost, features, two_towers
 from mmkernels.ops.contrastive.formula import best_scores, pairs, queries_of, score_gradients
@@ -105,13 +106,12 @@ def scaled_gradients(args: Any, of_features: Tensor, of_scalars: Tensor) -> tupl
         args: the record of a backward pass.
         of_features, of_scalars: what flows back to features, and to the scale and the bias: without a dim.
     """
-    none = args.image.new_empty(0)
-    return (
-        scaled(args.of_image, of_features, args.image.dtype) if args.need_image else none,
-        scaled(args.of_text, of_features, args.text.dtype) if args.need_text else none,
-        scaled(args.of_logit_scale, of_scalars, args.logit_scale.dtype) if args.need_logit_scale else none,
-        scaled(args.of_logit_bias, of_scalars, args.logit_bias.dtype) if args.need_logit_bias else none,
+    inputs, flows = _inputs(args), (of_features, of_features, of_scalars, of_scalars)
+    found = (
+        scaled(getattr(args, kept), flow, x.dtype) if getattr(args, f"need_{name}") else None
+        for name, kept, x, flow in zip(_GRADS, KEPT, inputs, flows, strict=True)
     )
+    return tuple(or_empty(x, args.image) for x in found)
 
 
 def fake(args: Arguments) -> tuple[Tensor, ...]:

@@ -12,9 +12,11 @@ from torch import Tensor
 from mmkernels.ops.common.dtypes import wide_dtype
 from mmkernels.ops.common.kept import kept_dtype, scaled
 from mmkernels.ops.common.triton.constants import LN2, LOG2E
+from mmkernels.ops.common.triton.launch import loss_scale_of
+from mmkernels.ops.common.triton.tiles import split_columns
 from mmkernels.ops.contrastive.sigmoid_contrastive.spec import Arguments, kept
 from mmkernels.ops.contrastive.triton.arguments import Strip
-from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, Pairing, Partners, loss_scale_of, pairing
+from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, Pairing, Partners, pairing
 from mmkernels.ops.contrastive.triton.pairs import (
     crosses_diagonal,
     is_ragged,
@@ -26,7 +28,6 @@ from mmkernels.ops.contrastive.triton.tiles import (
     best_dots,
     fold_sign,
     position,
-    split_columns,
     store_gradients,
     tile_corner,
 )

@@ -226,11 +226,6 @@ def add_product(into: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
         torch.addmm(into, x, y, out_dtype=torch.float32, out=into)
 
 
-def loss_scale_of(dtype: torch.dtype) -> float:
-    """Returns the largest upstream gradient in strips of `dtype`: float16 has range to spare above 1, and needs it."""
-    return 1024.0 if dtype == torch.float16 else 1.0
-
-
 Fill = Callable[[Block, slice, Strip], Tensor]
 """Fills a strip [rows, columns] of a block's rows; returns partial sums, [..., partials]."""
 

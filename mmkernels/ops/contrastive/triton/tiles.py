@@ -42,12 +42,6 @@ def position(corner, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FIRST: tl.conste
     return at
 
 
-@triton.jit
-def split_columns(x, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Returns the left and the right half of a tile: an epilogue of half a tile needs half of the registers."""
-    return tl.split(tl.permute(tl.reshape(x, [BLOCK_Q, 2, BLOCK_K // 2]), (0, 2, 1)))
-
-
 # Dot products.
 
 

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from torch import Generator, Tensor
 
 from mmkernels.ops.linear.cases import inputs_of, large, linear_cost
+from mmkernels.ops.linear.parts import LOGPROBS
 from mmkernels.runtime.arguments import Differentiable
 from mmkernels.spec import Benchmark, Case, Inputs, OpSpec
-from mmkernels.targets import MemoryRatio, PeakShare, Speedup, Target
+from mmkernels.targets import MemoryRatio, Milliseconds, PeakShare, Speedup, Target
 
 
 class Arguments(NamedTuple):
@@ -80,26 +81,35 @@ SPEC = OpSpec(
     cost=linear_cost(products=4),
     benchmarks=(
         _config(
-            "log-probabilities and entropy",
+            "152k, entropy",
             1024,
             151_936,
             1024,
             Speedup("fp32", False, 1.5, "log_softmax"),
             MemoryRatio("fp32", False, 50.0, "log_softmax"),
             options={"return_entropy": True},
-            headline=True,
         ),
         _config(
-            "log-probabilities and entropy, 131k",
+            "few rows",
+            16,
+            32_000,
+            1024,
+            *(Speedup(dtype, False, 1.0, "log_softmax") for dtype in ("fp32", "bf16")),
+        ),
+        _config(
+            "131k, entropy",
             4096,
             131_072,
             4096,
             PeakShare("bf16", True, 0.6, device="gpu"),
-            grads=("hidden", "weight"),
+            Speedup("bf16", True, 1 / 1.3, "verl", device="gpu"),
+            Milliseconds("bf16", True, 1.3 * 24.9, "H200", device="gpu"),
+            grads=_GRADS[:2],
             options={"return_entropy": True},
             devices=("gpu",),
         ),
-        _config("a decoder's head", 1024, 32_000, 1024, grads=("hidden", "weight")),
+        _config("a decoder's head", 1024, 32_000, 1024, grads=_GRADS[:2], headline=True),
     ),
     always_wide=frozenset({"bias"}),
+    parts=LOGPROBS,
 )

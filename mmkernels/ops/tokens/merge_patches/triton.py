@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.common.triton.launch import ceil_div
 from mmkernels.ops.tokens.merge_patches.plan import padded
 from mmkernels.ops.tokens.merge_patches.spec import count_tokens, merged_grid
@@ -240,7 +241,7 @@ def forward(args: Any) -> Tensor:
 
 def backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias."""
-    call, x, none = _Call(args), args.x, args.x.new_empty(0)
+    call, x = _Call(args), args.x
     grad_x = x.new_empty(x.shape) if args.need_x else None
     strides = token_strides(x if grad_x is None else grad_x)
     flow = TokenStrides(0, *args.grad_y.stride())
@@ -249,7 +250,7 @@ def backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
             copy_backward_kernel, (call.rows, call.blocks), call.config,
             grad_x, args.grad_y, call.table, strides, flow, call.images, WINDOW=call.window,
         )  # fmt: skip
-        return none if grad_x is None else grad_x, none, none
+        return or_empty(grad_x, x), or_empty(None, x), or_empty(None, x)
     programs = min(call.rows, _PROGRAMS * multiprocessors(x.device))
     sums = [
         torch.empty(programs, parameter.shape[0], dtype=torch.float32, device=x.device)
@@ -262,5 +263,5 @@ def backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
         x, grad_x, args.grad_y, call.weight, *sums, call.table, token_strides(x), strides, flow, call.images, call.rows,
         args.eps, WINDOW=call.window,
     )  # fmt: skip
-    of_weight, of_bias = (none if part is None else part.sum(0).to(x.dtype) for part in sums)
-    return none if grad_x is None else grad_x, of_weight, of_bias
+    of_weight, of_bias = (or_empty(None if part is None else part.sum(0).to(x.dtype), x) for part in sums)
+    return or_empty(grad_x, x), of_weight, of_bias

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.common.triton.constants import INFINITY
 from mmkernels.ops.common.triton.launch import ceil_div
 from mmkernels.ops.tokens.merge_patches.plan import padded
@@ -276,7 +277,7 @@ def forward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(args: Any) -> tuple[Tensor, Tensor]:
     """Returns the gradients of x and scores."""
-    call, x, none = _Call(args, backward=True), args.x, args.x.new_empty(0)
+    call, x = _Call(args, backward=True), args.x
     flow, grad_x = token_strides(args.grad_y), x.new_empty(x.shape) if args.need_x else None
     grid = (call.rows, call.blocks)
     if args.mode == "attention":
@@ -286,9 +287,9 @@ def backward(args: Any) -> tuple[Tensor, Tensor]:
             x, args.y, _scores(args), args.lse.contiguous(), grad_x, of_scores, args.grad_y, call.tables,
             token_strides(x), token_strides(args.y), flow, call.images, **call.constants,
         )  # fmt: skip
-        return none if grad_x is None else grad_x, none if of_scores is None else of_scores.to(x.dtype)
+        return or_empty(grad_x, x), or_empty(None if of_scores is None else of_scores.to(x.dtype), x)
     if grad_x is None:
-        return none, none
+        return or_empty(None, x), or_empty(None, x)
     if args.mode == "max":
         launch(
             max_backward_kernel, grid, call.config,
@@ -299,4 +300,4 @@ def backward(args: Any) -> tuple[Tensor, Tensor]:
             pool_kernel, grid, call.config,
             args.grad_y, grad_x, None, None, None, call.tables, flow, call.images, MODE="sum", **call.constants,
         )  # fmt: skip
-    return grad_x, none
+    return grad_x, or_empty(None, x)

@@ -88,14 +88,13 @@ def results(args: Arguments, index: Tensor, place: Tensor | None) -> tuple[Tenso
     Args:
         place: int64 [tokens], of the tokens that are not kept; None: without merging.
     """
-    x, none, wide = args.x, index.new_empty(0), wide_dtype(args.x)
-    counts = none
+    x, counts, wide = args.x, index.new_empty(0), wide_dtype(args.x)
     if args.over == "batch":
         owner = image_of(args.lengths, index.device)[index]
         counts = index.new_zeros(len(args.lengths)).scatter_add(0, owner, torch.ones_like(index))
     weight = torch.empty(0, dtype=wide, device=x.device)
     if place is None:
-        place = none
+        place = index.new_empty(0)
     else:
         place = place.scatter(0, index, torch.arange(len(index), device=index.device))
         weight = weights_of(args, index, place, wide)

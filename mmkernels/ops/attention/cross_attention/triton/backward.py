@@ -18,6 +18,7 @@ from mmkernels.ops.attention.cross_attention.triton.grad_query import GradQueryS
 from mmkernels.ops.attention.triton.arguments import NO_STRIDES, SplitStrides, Strides
 from mmkernels.ops.attention.triton.attend import OP
 from mmkernels.ops.attention.triton.call import Call, dropout_of, gate_of, head_dim, strides_of, unit_of
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.common.triton.launch import ceil_div
 from mmkernels.runtime.triton import launch, multiprocessors
 from mmkernels.runtime.tuning import Config, config
@@ -51,7 +52,6 @@ class _Backward:
         args, call, bias = self.args, self.call, self.args.bias
         need_query, need_key, need_value = args.need_query, args.need_key, args.need_value
         need_bias, need_gate = args.need_bias and bias is not None, args.need_gate and self.gate is not None
-        none = self.grad_out.new_empty(0)
         grad_query = torch.empty_like(call.query) if need_query else None
         whole = (call.batch, call.heads, call.q_len, call.k_len)
         grad_bias = torch.zeros_like(bias) if need_bias and bias is not None and bias.shape == whole else None
@@ -70,7 +70,7 @@ class _Backward:
             slope = 1 - self.gate.float().tanh() ** 2
             grad_gate = like((slope * gate_sums.sum((0, 2))).sum_to_size(self.gate.shape or (1,)), self.gate)
         grads = (grad_query, grad_key, grad_value, grad_bias, grad_gate)
-        return tuple(none if grad is None else grad for grad in grads)
+        return tuple(or_empty(grad, self.grad_out) for grad in grads)
 
     def _config(self, kernel: str) -> Config:
         query = self.call.query

@@ -16,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.common.kept import scaled
+from mmkernels.ops.common.triton.launch import loss_scale_of
+from mmkernels.ops.common.triton.tiles import split_columns
 from mmkernels.ops.contrastive.info_nce.triton.states import CLASS_FACTOR, POSITIVE_FACTOR, softmax_factors
 from mmkernels.ops.contrastive.triton.arguments import Strip
-from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, hard_pairing, loss_scale_of, pairing
+from mmkernels.ops.contrastive.triton.call import Block, GradientStrips, hard_pairing, pairing
 from mmkernels.ops.contrastive.triton.pairs import (
     crosses_diagonal,
     has_hidden_pairs,
@@ -33,7 +35,6 @@ from mmkernels.ops.contrastive.triton.tiles import (
     exponents,
     fold_sign,
     position,
-    split_columns,
     store_gradients,
     tile_corner,
 )

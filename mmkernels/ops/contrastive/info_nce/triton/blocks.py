@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.contrastive.formula import LOG2E
 from mmkernels.ops.contrastive.info_nce.reduction import REFERENCE, SUM
 from mmkernels.ops.contrastive.info_nce.triton.backward import gradients
@@ -55,8 +56,8 @@ def block(args: Any) -> tuple[Tensor, ...]:
     shift, sign = _shift(args.logit_scale), torch.where(args.logit_scale.reshape(()) < 0, -1.0, 1.0)
     of_images = _sums(images, pairs, 0, m, partners.images, shift, sign)
     of_texts = _sums(texts, pairs, 1, n, partners.texts, shift, sign)
-    none = args.image.new_empty(0, dtype=torch.int64)
-    before = (none if x.sums.before is None else x.sums.before.to(torch.int64) for x in (images, texts))
+    counts = (x.sums.before for x in (images, texts))
+    before = (or_empty(None if x is None else x.to(torch.int64), args.image, torch.int64) for x in counts)
     return (of_images, of_texts, *before)
 
 
@@ -65,12 +66,8 @@ def backward(args: Any) -> tuple[Tensor, ...]:
     block, shift = _block(args, "contrastive_grad", _partners(args)), _shift(args.logit_scale)
     image_state, text_state = (_shifted(state, -shift) for state in (args.image_state, args.text_state))
     of_image, (of_text,), of_scale = gradients(args, [block], [args.need_text], image_state, text_state, torch.float32)
-    none = of_scale.new_empty(0)
-    return (
-        none if of_image is None else of_image,
-        none if of_text is None else of_text,
-        of_scale.reshape(()) if args.need_logit_scale else none,
-    )
+    found = (of_image, of_text, of_scale.reshape(()) if args.need_logit_scale else None)
+    return tuple(or_empty(x, of_scale) for x in found)
 
 
 def _partners(args: Any) -> Partners:
