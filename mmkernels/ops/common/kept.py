@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_STRIP = 2**18  # numbers that are multiplied at a time
+
 
 def kept_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype in which the gradient of x is kept between the forward and the backward pass.
@@ -41,5 +43,11 @@ def fake_kept(inputs: Sequence[Tensor | None], wanted: Sequence[bool], like: Ten
 def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns ``x * factor`` in `dtype`. The factor is 0-D and keeps its dtype."""
     if x.device.type == "cpu":  # a 0-D factor is never rounded to x's dtype there
-        return torch.mul(x, factor).to(dtype)
+        if x.dtype == dtype or x.dim() == 0:
+            return torch.mul(x, factor).to(dtype)
+        found = x.new_empty(x.shape, dtype=dtype)  # not by way of a whole one in x's dtype
+        rows = max(1, _STRIP * len(x) // max(1, x.numel()))
+        for strip, to in zip(x.split(rows), found.split(rows), strict=True):
+            to.copy_(strip * factor)
+        return found
     return torch.mul(x, factor.reshape([1] * x.dim()), out=x.new_empty(x.shape, dtype=dtype))

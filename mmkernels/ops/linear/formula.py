@@ -132,17 +132,22 @@ def products_of(flow: Tensor, dtype: torch.dtype) -> Callable[[Tensor, bool], Te
 
     It takes the weight [V, d], or, with its rows as columns, hidden [rows, d], and returns their gradient's share.
 
-    float16 holds the gradient of a mean over many tokens only if that is multiplied: here by a power of two, with which
-    the rows' largest numbers sum to at most 256, so that the products don't overflow either. They are divided again in
-    float32.
+    float16 holds the gradient of a mean over many tokens only if that is multiplied: here by the largest power of two
+    with which no sum can pass 2^15. The sums are divided again in float32.
     """
     if dtype != torch.float16:
         narrow = flow.to(dtype)
         return lambda x, transposed: (narrow.mT if transposed else narrow) @ x
-    largest = flow.abs().amax(1).nan_to_num(0.0, 0.0, 0.0).sum()  # without rows with NaN
-    scale = torch.exp2((256.0 / largest.clamp(min=1e-30)).log2().floor())
-    scaled = (flow * scale).to(dtype)
-    return lambda x, transposed: ((scaled.mT if transposed else scaled) @ x).to(flow.dtype) / scale
+    total = flow.abs().sum(1).nan_to_num(0.0, 0.0, 0.0).sum().clamp(min=1e-30)  # without rows with NaN
+
+    def times(x: Tensor, transposed: bool) -> Tensor:
+        low, high = (end.float() for end in x.aminmax())
+        largest = torch.maximum(-low, high).clamp(min=1.0).nan_to_num(1.0, 1.0, 1.0)
+        scale = torch.exp2((2.0**15 / (total * largest)).log2().floor())
+        narrow = (flow * scale).to(dtype)
+        return ((narrow.mT if transposed else narrow) @ x).to(flow.dtype) / scale
+
+    return times
 
 
 def gradients(args: Any) -> tuple[Tensor, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from harness import each_backend, generator
@@ -51,7 +50,16 @@ def test_a_bad_row_does_not_reach_the_scale_of_float16() -> None:
     assert of_hidden[[0, 2, 3]].isfinite().all() and (of_hidden[[0, 2, 3]] != 0).any()
 
 
-@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+def test_large_weights_in_float16() -> None:
+    """What is multiplied so that float16 holds it does not overflow: the gradients are 20,000 each."""
+    hidden, weight = torch.full((3, 1), 1e-3).half(), torch.tensor([[30000.0], [-30000.0]] * 25).half()
+    of_hidden, _ = gradients(
+        lambda h, w: mmkernels.linear_cross_entropy(h, w, torch.ones(3).long(), backend="chunked"), hidden, weight
+    )
+    torch.testing.assert_close(of_hidden, torch.full((3, 1), 20000.0, dtype=torch.float64), rtol=1e-3, atol=0.0)
+
+
+@each_backend("linear_cross_entropy", interpreted=False)
 def test_gradients_of_capped_logits(backend: str) -> None:
     """The slope 1 - tanh^2 is near 0, so that tanh must not be taken back from rounded logits."""
     ours, theirs = [], []
