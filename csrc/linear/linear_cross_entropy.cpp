@@ -9,19 +9,26 @@ constexpr i64 kLogitsBytes = i64(80) << 20; // of a chunk, at most
 // A chunk of few tokens would spend its time on the weight and its gradient's sums. Eager keeps two matrices of logits
 // for all rows: of 80 in 1024, with all else, we keep less than a twentieth. In bfloat16 products take half the time.
 constexpr i64 kChunkTokens = 64, kNarrowChunkTokens = 256, kRowsOfToken = 12;
-constexpr i64 kLentTokens = 1024;  // of the first chunk: more would not fit into caches beside their products
-constexpr i64 kShareOfLogits = 16; // of the logits' bytes, for sums of the hidden states' gradient
+constexpr i64 kFewBytes = i64(4) << 20; // of logits that have memory of their own, which lies close together
+constexpr i64 kLentTokens = 1024;       // of the first chunk: more would not fit into caches beside their products
+constexpr i64 kShareOfLogits = 16;      // of the logits' bytes, for sums of the hidden states' gradient
 
 // The dtype that gradients are kept in until backward scales them: as `kept_dtype` in Python.
 at::ScalarType kept_type(const Tensor& x) {
   return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
 }
 
+// Whether bfloat16 exponentials are kept in place of float32 logits: their rounding is that of the logits' gradient,
+// unless that is the small difference of a probability and a smoothed target.
+bool fit_exponentials(const LinearLaunch& launch) {
+  return launch.k.is_dot(launch.p) && launch.p.softcap == 0.0f && launch.p.word_weight == nullptr;
+}
+
 // How many tokens are taken together.
 i64 tokens_of_chunk(const LinearLaunch& launch) {
   const LinearParams& p = launch.p;
   const auto round_up = [](i64 x, i64 to) { return (x + to - 1) / to * to; };
-  const bool exponentials = launch.k.is_dot(p) && p.softcap == 0.0f;           // what `keeps_exponentials` will be
+  const bool exponentials = fit_exponentials(launch);
   const i64 share = p.weight.type != Type::f32 && !launch.k.is_dot(p) ? 2 : 1; // eager's logits are not float32
   const i64 fit = kLogitsBytes / share / (p.words * (exponentials ? 2 : 4)) / kVectorAlign * kVectorAlign;
   const i64 few = launch.rows() / (kRowsOfToken * share) / kVectorAlign * kVectorAlign;
@@ -109,7 +116,7 @@ private:
 
   void run_chunks() {
     LinearParams& p = launch_.p;
-    p.keeps_exponentials = keeps() && launch_.k.is_dot(p) && p.softcap == 0.0f;
+    p.keeps_exponentials = keeps() && fit_exponentials(launch_);
     const i64 further = std::min(tokens_of_chunk(launch_), p.tokens), lent = tokens_in_gradient(further);
     const i64 largest = std::max(further, lent), block = launch_.k.block_words(p);
     WeightSums sums = weight_sums(largest);
@@ -163,8 +170,11 @@ private:
     const auto fit = [&](i64 size) {
       return std::min(p.dim * size / kept_size(), kLentTokens) / kVectorAlign * kVectorAlign;
     };
-    i64 most = keep_weight_ ? fit(of_weight_.element_size()) : 0;
-    const bool in_sums = keep_weight_ && most < p.tokens;
+    if (!keep_weight_ || (further == p.tokens && p.words * logits_row(further, kept_size()) <= kFewBytes)) {
+      return 0;
+    }
+    i64 most = fit(of_weight_.element_size());
+    const bool in_sums = most < p.tokens;
     most = in_sums ? fit(4) : most;
     while (most > further && keep_input_ && !Products::fits(launch_, most, part_bytes(most))) {
       most = most / 2 / kVectorAlign * kVectorAlign;

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from harness import each_backend, generator
+from harness import SPECS, backends, each_backend, generator
 from torch import Tensor
 
 import mmkernels
@@ -80,3 +80,18 @@ def test_gradients_of_capped_logits(backend: str) -> None:
     assert all(
         x <= 2 * y + 1e-7 for mine, own in zip(ours, theirs, strict=True) for x, y in zip(mine, own, strict=True)
     )
+
+
+def test_smoothed_targets_near_the_probabilities() -> None:
+    """In bfloat16 a probability may differ from a smoothed target by less than its own rounding."""
+    g = generator(9)
+    hidden, weight = torch.randn(16, 32, generator=g).bfloat16(), (torch.randn(64, 32, generator=g) * 2e-3).bfloat16()
+    target = torch.randint(64, (16,), generator=g)
+    step = lambda backend, *x: gradients(
+        lambda h, w: mmkernels.linear_cross_entropy(h, w, target, label_smoothing=1.0, backend=backend), *x
+    )
+    exact = step("reference", hidden.double(), weight.double())
+    theirs = step("reference", hidden, weight)
+    for backend in backends(SPECS["linear_cross_entropy"], torch.bfloat16):
+        for x, y, z in zip(step(backend, hidden, weight), theirs, exact, strict=True):
+            assert error(x, z) <= 2 * error(y, z) + 1e-7, backend
