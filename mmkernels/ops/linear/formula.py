@@ -135,7 +135,7 @@ def products_of(flow: Tensor, dtype: torch.dtype) -> Callable[[Tensor, bool], Te
     float16 holds the gradient of a mean over many tokens only if that is multiplied: here by the largest power of two
     with which no sum can pass 2^15. The sums are divided again in float32.
     """
-    if dtype != torch.float16:
+    if dtype != torch.float16 or not flow.numel():
         narrow = flow.to(dtype)
         return lambda x, transposed: (narrow.mT if transposed else narrow) @ x
     total = flow.abs().sum(1).nan_to_num(0.0, 0.0, 0.0).sum().clamp(min=1e-30)  # without rows with NaN

@@ -174,6 +174,13 @@ def test_class_probabilities_in_one_graph() -> None:
     assert mmkernels.linear_cross_entropy(*there, reduction="none").shape == (ROWS,)
 
 
+def test_no_row_in_float16() -> None:
+    hidden, weight, _, target = head(torch.float16)
+    loss = mmkernels.linear_cross_entropy(hidden, weight, target.fill_(-100), reduction="sum", backend="chunked")
+    loss.backward()
+    assert not loss.detach() and not hidden.grad.any() and not weight.grad.any()
+
+
 # Rows that are ignored, hidden tokens, numbers that are not finite.
 
 

@@ -36,10 +36,10 @@ def forward(args: Any) -> tuple[Tensor, ...]:
             logprobs[chunk.at] = chosen
         else:
             targets = targets if weights is None else targets * weights
-            chosen = (targets * (y - of_rows[:, None])).sum(1)
+            chosen = (targets * ((y - reference[:, None]) - log_sum[:, None])).sum(1)
         loss += (rows[SQUARE] * of_rows**2 - rows[PICK] * chosen).sum()
         if weights is not None:
-            loss -= (rows[SPREAD] * ((y - of_rows[:, None]) @ weights)).sum()
+            loss -= (rows[SPREAD] * (((y - reference[:, None]) - log_sum[:, None]) @ weights)).sum()
         if args.best:
             index[chunk.at] = best_index(y)
         if any(args.keep):
