@@ -49,9 +49,9 @@ BUDGET = {
     "unmerge_tokens": Budget(native=700, interpreted=40),
     "merge_patches": Budget(native=850, interpreted=110),
     "pool_tokens": Budget(native=950, interpreted=110),
-    # Together as two defaults: models and objectives call them too.
-    "linear_logprobs": Budget(native=1_100, interpreted=60),
-    "linear_cross_entropy": Budget(native=900, interpreted=60),
+    # Together as two defaults: what asks for a loss calls the second.
+    "linear_logprobs": Budget(native=900, interpreted=60),
+    "linear_cross_entropy": Budget(native=1_100, interpreted=60),
     # Together as two defaults: three reductions against none.
     "frame_difference": Budget(native=600, interpreted=85),
     "select_tokens": Budget(native=1_250, interpreted=60),
