@@ -22,6 +22,7 @@ from mmkernels.nn import (
     ClipLoss,
     CrossAttention,
     GatedCrossAttention,
+    LinearCrossEntropyLoss,
     PatchMerger,
     PerceiverResampler,
     PixelShuffleProjector,
@@ -102,7 +103,7 @@ def clip(size: str) -> dict[str, Case]:
 
 def flamingo(variant: str, **changes: Any) -> dict[str, Case]:
     def labels(model: Flamingo, ids: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
-        out = model(ids, pixels, labels=ids)
+        out = model(ids, pixels, labels=ids, return_logits=True)
         return out.logits, out.loss
 
     def padded(model: Flamingo, ids: Tensor, valid: Tensor, pixels: Tensor) -> Tensor:
@@ -252,10 +253,13 @@ def caches() -> dict[str, Case]:
 
 def losses() -> dict[str, Case]:
     pairs = lambda b, l: (features(b), features(b), torch.tensor(9.0), torch.tensor(-3.0))
-    return {
+    found = {
         type(loss).__name__: Case(loss, call=lambda loss, *x: loss(*x), inputs=pairs, sizes=["0", "0", "", ""])
         for loss in (ClipLoss(), SigLipLoss())
     }
+    rows = lambda b, l: (torch.randn(32, 8), torch.randn(b, 8), torch.randint(32, (b,)))
+    head = Case(LinearCrossEntropyLoss(), call=lambda loss, *x: loss(*x), inputs=rows, sizes=["", "0", "0"])
+    return found | {"LinearCrossEntropyLoss": head}
 
 
 def masks() -> dict[str, Case]:
@@ -296,9 +300,20 @@ def ops() -> dict[str, Case]:
         pairwise = mmkernels.sigmoid_contrastive(image, text, scale, -10.0, text_ids=ids)
         return loss, *stats, pairwise, mmkernels.retrieval_ranks(image, text, torch.zeros_like(ids))
 
+    def linear(hidden: Tensor, weight: Tensor, target: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
+        rows = mmkernels.linear_logprobs(hidden, weight, target, return_entropy=True, return_correct=True)
+        loss = mmkernels.linear_cross_entropy(hidden, weight, target, softcap=9.0)
+        options = {"weight": classes, "label_smoothing": 0.1, "z_loss": 1e-3}
+        smooth = [
+            mmkernels.linear_cross_entropy(hidden, weight, target, reduction=x, **options) for x in ("sum", "none")
+        ]
+        return *rows, loss, *smooth
+
     heads = lambda b, l: (torch.randn(b, 4, l, 8), torch.randn(b, 2, l + 2, 8), torch.randint(1, l, (b,)))
     pairs = lambda b, l: (features(b), features(b), torch.arange(b) // 2, features(l), torch.tensor(9.0))
+    rows = lambda b, l: (torch.randn(b, l, 8), torch.randn(32, 8), tokens(b, l) % 32, torch.rand(32))
     return {
+        "ops: linear": Case(call=linear, inputs=rows, sizes=["01", "", "01", ""]),
         "ops: attention": Case(call=attention, inputs=heads, sizes=["02", "02", "0"]),
         "ops: contrastive": Case(call=contrastive, inputs=pairs, sizes=["0", "0", "0", "0", ""]),
     }
@@ -322,6 +337,7 @@ MADE = [
 CASES = {name: case for made in MADE for name, case in made.items()}
 NOT_CALLED = {
     "CachedContrastive",
+    "CrossEntropyOutput",
     "Reduced",
     "CLIPConfig",
     "FlamingoConfig",

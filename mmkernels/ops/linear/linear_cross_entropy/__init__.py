@@ -166,10 +166,10 @@ def cross_entropy(
         head = checked_head(input, linear_weight, linear_bias, _NAMES, least)
         probabilities = _probabilities(target, input, linear_weight, name)
         if probabilities is None:
-            vocabulary = None if name else len(linear_weight)
+            vocabulary = None if name else linear_weight.shape[0]
             rows = checked_target(target, input, ignore_index, _NAMES, vocabulary)
         else:
-            rows = torch.zeros(len(head.hidden), dtype=torch.int64, device=target.device)
+            rows = torch.zeros(head.hidden.shape[0], dtype=torch.int64, device=target.device)
         return _Call(
             head,
             rows,
@@ -185,7 +185,7 @@ def cross_entropy(
 
     call = told(make, group, parallel.CALL, input)
     shape = target.shape if call.probabilities is None else target.shape[:-1]
-    if call.reduction == "none" or call.group or not len(call.head.hidden):
+    if call.reduction == "none" or call.group or call.head.hidden.shape[0] == 0:
         return _of_rows(call, backend, shape)
     return _reduced(call, backend, shape)
 
@@ -206,7 +206,7 @@ class _Call(NamedTuple):
 
     @property
     def vocabulary(self) -> int:
-        return len(self.head.weight)
+        return self.head.weight.shape[0]
 
     def token_weight(self) -> Tensor | None:
         """Returns what `formula.TOTAL` is summed with: the class weights, where the loss sums over all tokens."""
@@ -224,7 +224,7 @@ class _Call(NamedTuple):
         live, wide = self.target != IGNORED, wide_dtype(self.head.hidden)
         if self.class_weight is None or self.probabilities is not None:
             return live.to(wide)
-        token = self.target.clamp(0, len(self.class_weight) - 1)
+        token = self.target.clamp(0, self.class_weight.shape[0] - 1)
         return self.class_weight[token].where(live, 0.0)
 
     def divisors(self, of_rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,8 +246,8 @@ def _class_weight(weight: object, head: Head, group: bool) -> Tensor | None:
         return None
     check_floating("weight", weight)
     assert isinstance(weight, Tensor)
-    count = len(head.weight)
-    if weight.dim() != 1 or (not group and len(weight) != count):
+    count = head.weight.shape[0]
+    if weight.dim() != 1 or (not group and weight.shape[0] != count):
         raise ValueError(f"weight must be [{'V' if group else count}], one for each token, got {tuple(weight.shape)}")
     if not (weight.is_cpu and head.hidden.is_cpu) and weight.device != head.hidden.device:
         raise ValueError(f"weight must be on input's device {head.hidden.device}, got {weight.device}")
@@ -259,7 +259,7 @@ def _probabilities(target: Tensor, input: Tensor, linear_weight: Tensor, group: 
     if not isinstance(target, Tensor) or not target.is_floating_point():
         return None
     check_floating("target", target)
-    must = (*input.shape[:-1], len(linear_weight))
+    must = (*input.shape[:-1], linear_weight.shape[0])
     if group:
         raise TypeError("target must be int64 over a group, where no rank has all tokens; got class probabilities")
     if tuple(target.shape) != must:

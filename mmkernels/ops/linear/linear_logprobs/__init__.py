@@ -111,7 +111,7 @@ def linear_logprobs(
         head = checked_head(hidden, weight, bias, _NAMES, least=0 if name else 1)
         return Arguments(
             *head,
-            target=checked_target(target, hidden, ignore_index, _NAMES, None if name else len(weight)),
+            target=checked_target(target, hidden, ignore_index, _NAMES, None if name else weight.shape[0]),
             token_weight=None,
             softcap=checked_cap(softcap),
             temperature=checked_temperature(temperature),
