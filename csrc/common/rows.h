@@ -143,7 +143,7 @@ MMK_INLINE bool usable_in_place(const Source& x, i64 cols, bool is_dot) {
 inline void fetch_transposed(const Source& x, i64 count, i64 cols, bool is_dot, char* to) {
   const i64 size = bytes_of(x.type), stride = row_bytes(is_dot, cols);
   for (i64 r = 0; r < count; r += kLanes) {
-    for (i64 c = 0; c < cols; c += kLanes) {
+    for (i64 c = 0; c < stride / (is_dot ? 2 : 4); c += kLanes) { // to the end of the padding, which is zeros
       Vec block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         block[i] = c + i < cols ? load_as_f32(x.data + (r + (c + i) * x.d) * size, x.type, count - r) : zero();

