@@ -258,9 +258,10 @@ def test_small_arguments_of_a_softcap() -> None:
 @interpreted
 def test_the_lowest_of_equal_logits_is_best() -> None:
     """Wherever in a tile and in which tile they stand."""
-    rows = torch.randn(7, 16, generator=generator()).to(DEVICE)
-    record = states_record(25, 98, 16, best=True, ignored=0.0)._replace(weight=rows.repeat(14, 1))
-    first = (record.hidden @ rows.mT).argmax(1)
+    hidden, rows = (torch.randint(-50, 51, (n, 16), generator=generator()).float().to(DEVICE) for n in (25, 7))
+    record = states_record(25, 98, 16, best=True, ignored=0.0)
+    record = record._replace(hidden=hidden, weight=rows.repeat(14, 1))  # whole numbers, whose products are exact
+    first = formula.best_index(hidden @ rows.mT)
     states_, index = logprobs.states(record)
     assert torch.equal(index, first)
     torch.testing.assert_close(states_[formula.BEST], (record.hidden @ rows.mT).amax(1))
