@@ -16,7 +16,7 @@ import mmkernels
 import mmkernels.models
 import mmkernels.nn
 from mmkernels import SpanMask
-from mmkernels.models import CLIP, Flamingo
+from mmkernels.models import CLIP, Flamingo, InternVL, QwenVL
 from mmkernels.nn import (
     AttentionPool,
     ClipLoss,
@@ -34,7 +34,7 @@ from mmkernels.nn import (
 
 Inputs = tuple[Tensor, ...]
 EXAMPLE, OTHERS = (4, 6), ((7, 9), (1, 5))  # batch and length: of the example, and of the calls of the program
-MARKER = 127  # of an image, in the tiny Flamingo's vocabulary
+MARKER = 127  # of an image, in the vocabulary of the tiny models
 
 
 class Case(nn.Module):
@@ -141,6 +141,68 @@ def flamingo(variant: str, **changes: Any) -> dict[str, Case]:
     }
     chosen = cases if changes == {} else [labels]
     return {f"Flamingo, {variant}: {call.__name__}": cases[call] for call in chosen}
+
+
+def qwen_vl(size: str) -> dict[str, Case]:
+    """A program has the images' sizes of the example; the text, and how many rows there are, may differ."""
+    model = QwenVL.from_size(size, vision_layers=1, full_layers=(), deep_layers=(0,) * (size == "tiny_qwen3"))
+    grid = [(1, 2, 4), (1, 2, 2)]
+    images = model.encode(pixels := torch.rand(12, model.vision.sizes.inputs), grid)
+    images = images._replace(tokens=images.tokens.detach(), deep=tuple(x.detach() for x in images.deep))
+
+    def photos(model: QwenVL, ids: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, pixels, image_grid_thw=grid, labels=ids, return_logits=True)
+        return out.logits, out.loss
+
+    def encoded(model: QwenVL, ids: Tensor, valid: Tensor) -> Tensor:
+        return model(ids, images=images, attention_mask=valid, last_logits_only=True).logits
+
+    def two_turns(model: QwenVL, ids: Tensor, more: Tensor, pixels: Tensor) -> Tensor:
+        return model(more, kv_cache=model(ids, pixels, image_grid_thw=grid).kv_cache).logits
+
+    def marked(batch: int, length: int) -> Tensor:
+        ids = torch.randint(1, model.config.video_token_id, (batch, length))
+        ids[0, [0, 1, 3]] = model.config.image_token_id
+        return ids
+
+    padded = lambda b, l: (marked(b, l), padding(b, l, least=4))
+    turns = lambda b, l: (marked(b, l), tokens(b, 2) % model.config.video_token_id, pixels)
+    cases = {
+        photos: Case(model, call=photos, inputs=lambda b, l: (marked(b, l), pixels), sizes=["01", ""]),
+        encoded: Case(model, call=encoded, inputs=padded, sizes=["01", "01"]),
+        two_turns: Case(model, call=two_turns, inputs=turns, sizes=["01", "0", ""]),
+    }
+    chosen = cases if size == "tiny_qwen3" else [photos]
+    return {f"QwenVL, {size}: {call.__name__}": cases[call] for call in chosen}
+
+
+def internvl() -> dict[str, Case]:
+    """A program has the example's number of tiles; fewer tokens of them are served in one row."""
+    changes = {"vision_layers": 1, "text_layers": 1, "image_size": 16}  # 4 tokens a tile
+    model, fewer = InternVL.from_size("tiny", **changes), InternVL.from_size("tiny", reduce="select:0.5", **changes)
+    tile = torch.rand(1, 3, 16, 16)
+
+    def tiles(model: InternVL, ids: Tensor, tile: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, tile, labels=ids, return_logits=True)
+        return out.logits, out.loss
+
+    def two_turns(model: InternVL, ids: Tensor, more: Tensor, tile: Tensor) -> Tensor:
+        return model(more, kv_cache=model(ids, tile).kv_cache).logits
+
+    def reduced(model: InternVL, ids: Tensor, tile: Tensor) -> Tensor:
+        return model(ids, tile).logits
+
+    def marked(batch: int, length: int) -> Tensor:
+        ids = tokens(batch, length)
+        ids[0, :4] = MARKER
+        return ids
+
+    cases = [
+        Case(model, call=tiles, inputs=lambda b, l: (marked(b, l), tile), sizes=["01", ""]),
+        Case(model, call=two_turns, inputs=lambda b, l: (marked(b, l), tokens(b, 2), tile), sizes=["01", "0", ""]),
+        Case(fewer, call=reduced, inputs=lambda b, l: (marked(1, l), tile), sizes=["1", ""]),
+    ]
+    return {f"InternVL: {case.call.__name__}": case for case in cases}
 
 
 # The modules.
@@ -324,6 +386,8 @@ MADE = [
     clip("siglip_tiny"),
     flamingo("resampler"),
     flamingo("patches", num_latents=None, gate="vector", qk_norm=True),  # as Idefics without a resampler
+    *map(qwen_vl, ("tiny_qwen2", "tiny", "tiny_qwen3")),
+    internvl(),
     cross_attention(),
     gated_cross_attention(),
     resampler(),
@@ -341,6 +405,11 @@ NOT_CALLED = {
     "Reduced",
     "CLIPConfig",
     "FlamingoConfig",
+    "InternVLConfig",
+    "QwenVLConfig",
+    "ContextCache",
+    "ContextPolicy",
+    "Visual",
     "EmbeddingCache",
     "EmbeddingCacheError",
     "SearchResult",

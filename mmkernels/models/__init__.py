@@ -1,19 +1,32 @@
 """Whole models, one file per system, built on the modules and ops."""
 
+from mmkernels.models.blocks.context import ContextCache, ContextPolicy
+from mmkernels.models.blocks.visual import Visual
 from mmkernels.models.clip import CLIP
 from mmkernels.models.clip_config import CLIPConfig
 from mmkernels.models.embeddings import EmbeddingCache, EmbeddingCacheError, SearchResult, content_key, fingerprint
 from mmkernels.models.flamingo import Flamingo
 from mmkernels.models.flamingo_config import FlamingoConfig
+from mmkernels.models.internvl import InternVL
+from mmkernels.models.internvl_config import InternVLConfig
+from mmkernels.models.qwen_vl import QwenVL
+from mmkernels.models.qwen_vl_config import QwenVLConfig
 
 __all__ = [
     "CLIP",
     "CLIPConfig",
+    "ContextCache",
+    "ContextPolicy",
     "EmbeddingCache",
     "EmbeddingCacheError",
     "Flamingo",
     "FlamingoConfig",
+    "InternVL",
+    "InternVLConfig",
+    "QwenVL",
+    "QwenVLConfig",
     "SearchResult",
+    "Visual",
     "content_key",
     "fingerprint",
 ]

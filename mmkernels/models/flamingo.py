@@ -13,24 +13,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.models import idefics
 from mmkernels.models.blocks.checkpoint import Names
 from mmkernels.models.blocks.encoder import Heads, Sizes
+from mmkernels.models.blocks.generation import continue_text, next_token_loss
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.models.blocks.media import carry_on, images_seen, join, last_of, visual_mask
 from mmkernels.models.blocks.model import Model
 from mmkernels.models.blocks.reduction import PatchReducer
-from mmkernels.models.blocks.sampling import check_sampling, sample
-from mmkernels.models.blocks.text import SwiGLU, TextBlock, check_tokens, rotary_angles
+from mmkernels.models.blocks.text import SwiGLU, TextBlock, check_ids, check_tokens, rotary_angles
 from mmkernels.models.blocks.vision import VisionTransformer
 from mmkernels.models.flamingo_config import SIZES, FlamingoConfig
 from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
 from mmkernels.nn.checks import check_positive
-from mmkernels.objectives import shifted_targets
-from mmkernels.ops.linear.linear_cross_entropy import linear_cross_entropy
 from mmkernels.runtime.checks import broadcasts
 
 
@@ -41,7 +38,6 @@ class FlamingoCache(KVCache):
         super().__init__(num_layers, reserve=reserve)
         self.num_images = 0  # how many images the text so far has
         self.sees: Tensor | None = None  # what the last token sees: image id, int64 [B], or images, bool [B, images]
-        self.pending: tuple[Tensor, Tensor] | None = None  # token generated last and its validity, [B, 1]
 
 
 @dataclass
@@ -277,17 +273,9 @@ class Flamingo(Model):
         cache.sees, cache.num_images, cache.pending = last_of(sees, valid), visual_cache.next_id, None
         x = last_of(x, valid)[:, None] if last_logits_only else x[:, ids.shape[1] - input_ids.shape[1] :]
         x = self.norm(x)
-        loss = None if labels is None else self._next_token_loss(x, labels)
+        loss = None if labels is None else next_token_loss(self.head, x, labels)
         wanted = labels is None if return_logits is None else return_logits
         return FlamingoOutput(self.head(x) if wanted else None, loss, store, visual_cache)
-
-    def _next_token_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Returns the mean cross-entropy, fp32, of the tokens that are not ignored, each given those before it."""
-        targets = shifted_targets(labels)
-        if getattr(self.head.forward, "__func__", None) is nn.Linear.forward:
-            return linear_cross_entropy(hidden, self.head.weight, targets, linear_bias=self.head.bias)
-        # A layer put in its place, such as LoRA's, of which some inherit from Linear: its weight is not all of it.
-        return F.cross_entropy(self.head(hidden).flatten(0, 1).float(), targets.flatten())
 
     def _images_seen(
         self,
@@ -362,31 +350,28 @@ class Flamingo(Model):
             eos_token_id: the tokens that end a row; None: those of the configuration; (): none.
         """
         check_positive("max_new_tokens", max_new_tokens)
-        check_sampling(temperature, top_p)
-        if eos_token_id is None:
-            eos_token_id = self.config.eos_token_ids
-        ends = input_ids.new_tensor([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
-        generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+        check_ids(input_ids)
         if kv_cache is None:
             kv_cache = FlamingoCache(len(self.text_blocks), reserve=input_ids.shape[1] + max_new_tokens)
-        out = self(
+        visual = VisualCache(len(self.cross_blocks)) if visual_cache is None else visual_cache
+
+        def step(ids: Tensor, **inputs: Any) -> Tensor:
+            out = self(ids, visual_cache=visual, kv_cache=kv_cache, last_logits_only=True, **inputs)
+            return out.logits[:, 0]
+
+        tokens = continue_text(
+            step,
             input_ids,
-            pixel_values,
+            kv_cache,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            eos_token_id=self.config.eos_token_ids if eos_token_id is None else eos_token_id,
+            pad_token_id=self.config.pad_token_id,
+            pixel_values=pixel_values,
             media_index=media_index,
             image_attention_mask=image_attention_mask,
             attention_mask=attention_mask,
-            visual_cache=visual_cache,
-            kv_cache=kv_cache,
-            last_logits_only=True,
         )
-        tokens: list[Tensor] = []
-        alive = torch.ones_like(input_ids[:, 0], dtype=torch.bool)
-        while True:
-            token = sample(out.logits[:, 0], temperature, top_p, generator)
-            token = torch.where(alive, token, self.config.pad_token_id)
-            tokens.append(token)
-            kv_cache.pending = token[:, None], alive[:, None]
-            alive = alive & ~torch.isin(token, ends)
-            if len(tokens) == max_new_tokens or (len(ends) and not alive.any()):
-                return FlamingoGeneration(torch.stack(tokens, dim=1), kv_cache, out.visual_cache)
-            out = self(input_ids[:, :0], visual_cache=out.visual_cache, kv_cache=kv_cache, last_logits_only=True)
+        return FlamingoGeneration(tokens, kv_cache, visual)

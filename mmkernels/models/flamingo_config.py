@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mmkernels.models import idefics
 from mmkernels.models.blocks.checkpoint import CheckpointError
-from mmkernels.models.blocks.config import check_config, read_config, read_fields
+from mmkernels.models.blocks.config import check_config, read_config, read_fields, token_ids
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,6 @@ class FlamingoConfig:
             raise ValueError(f'gate must be "scalar" or "vector", got {self.gate!r}')
         if self.reduce is not None and self.num_latents is not None:
             raise ValueError(f"num_latents must be None with reduce = {self.reduce!r}, got {self.num_latents}")
-        for token in self.eos_token_ids:
-            if type(token) is not int or token < 0:
-                raise ValueError(f"eos_token_ids must be integers >= 0, got {self.eos_token_ids!r}")
 
     @classmethod
     def from_idefics(cls, config: dict[str, Any], where: str = "config") -> FlamingoConfig:
@@ -95,7 +92,6 @@ class FlamingoConfig:
             raise CheckpointError(f"{where}: rope_type must be default, got {rope['rope_type']!r}")
         if theirs.additional_vocab_size < 0:
             raise CheckpointError(f"{where}: additional_vocab_size must be >= 0, got {theirs.additional_vocab_size}")
-        eos = theirs.eos_token_id
         return read_fields(
             cls,
             theirs,
@@ -109,7 +105,7 @@ class FlamingoConfig:
             # The additional tokens come last; a checkpoint holds their rows in tensors apart from the others.
             vocab_size=theirs.vocab_size + theirs.additional_vocab_size,
             pad_token_id=0 if theirs.pad_token_id is None else theirs.pad_token_id,
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_token_ids=token_ids(theirs.eos_token_id),
             image_token_id=getattr(theirs, "image_token_id", None),
         )
 

@@ -26,7 +26,8 @@ class CrossAttention(nn.Module):
         num_heads: query heads.
         num_kv_heads: key and value heads (grouped-query attention), a divisor of `num_heads`; None: `num_heads`.
         head_dim: width of a head; None: ``dim / num_heads``.
-        bias: whether the four projections add a bias.
+        bias: whether the projections of query, key and value add a bias.
+        out_bias: whether the last projection adds one; None: as `bias`.
         dropout: the chance that an attention probability is dropped, in training mode.
         qk_norm: makes the norm of each head of query and key from the head's width, as ``nn.RMSNorm`` does; None: no
             norm.
@@ -58,6 +59,7 @@ class CrossAttention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: bool = False,
+        out_bias: bool | None = None,
         dropout: float = 0.0,
         qk_norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
@@ -80,7 +82,7 @@ class CrossAttention(nn.Module):
         self.q_proj = nn.Linear(dim, inner, bias=bias)
         self.k_proj = nn.Linear(self.context_dim, kv_inner, bias=bias)
         self.v_proj = nn.Linear(self.context_dim, kv_inner, bias=bias)
-        self.out_proj = nn.Linear(inner, dim, bias=bias)
+        self.out_proj = nn.Linear(inner, dim, bias=bias if out_bias is None else out_bias)
         self.q_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(self.head_dim) if qk_norm else nn.Identity()
 

@@ -84,6 +84,11 @@ class TokenBuffer:
             tokens = self._live()
             self._adopt(torch.cat([tokens[:, :start], tokens[:, end:]], dim=1))
 
+    def select(self, columns: Tensor) -> None:
+        """Keeps, in each row, the tokens at these places, int64 ``[B, n]``, in this order."""
+        live = self._live()
+        self._adopt(live.gather(1, columns[:, :, None, None].expand(-1, -1, *live.shape[2:])))
+
     def _live(self) -> Tensor:
         if self._storage is None:
             raise RuntimeError("nothing was appended yet")

@@ -312,18 +312,22 @@ def test_shards(copy: Copy) -> None:
 
 
 def test_a_tied_tensor_may_be_on_disk(copy: Copy) -> None:
-    """Older versions saved it twice; the embedding is used, as in transformers."""
+    """Older versions saved it twice. Different values are not tied, as in transformers, whatever config.json says."""
     folder = copy("tied")
     whole = load(folder)
     assert whole.head.weight is whole.embed.weight
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert not any(name.startswith("lm_head.") for name in index)
-    shard = folder / index["model.norm.weight"]
-    shard = shard.rename(folder / "model.safetensors")
-    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(128, 64)}))
-    (folder / "model.safetensors").rename(folder / index["model.norm.weight"])
-    change_index(folder, lambda new: new["weight_map"].update({"lm_head.weight": index["model.norm.weight"]}))
-    assert torch.equal(load(folder).head.weight, whole.embed.weight)
+    for value in (whole.embed.weight.detach().clone(), torch.zeros(131, 64)):
+        new = {"lm_head.weight": value[:128].clone(), "lm_head.additional_fc.weight": value[128:].clone()}
+        shard = folder / index["model.norm.weight"]
+        shard = shard.rename(folder / "model.safetensors")
+        change_weights(folder, lambda tensors, new=new: tensors.update(new))
+        (folder / "model.safetensors").rename(folder / index["model.norm.weight"])
+        change_index(folder, lambda held: held["weight_map"].update({"lm_head.weight": index["model.norm.weight"]}))
+        loaded = load(folder)
+        assert torch.equal(loaded.head.weight, value) and torch.equal(loaded.embed.weight, whole.embed.weight)
+        assert (loaded.head.weight is loaded.embed.weight) == bool(value.any())
 
 
 def test_the_image_token_is_that_of_the_tokenizer(copy: Copy) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mmkernels.models import CLIP, Flamingo
+from mmkernels.models import CLIP, Flamingo, InternVL, QwenVL
 
-SIZES = [(CLIP, "tiny"), (CLIP, "siglip_tiny"), (Flamingo, "tiny")]
+SIZES: list[tuple[Any, str]] = [(CLIP, "tiny"), (CLIP, "siglip_tiny"), (Flamingo, "tiny"), (InternVL, "tiny")]
+SIZES += [(QwenVL, size) for size in ("tiny_qwen2", "tiny", "tiny_qwen3")]
 
 
 @pytest.mark.parametrize(("model", "size"), SIZES)
@@ -37,6 +38,9 @@ def test_where_the_logits_start() -> None:
         (CLIP, "siglip_base", 203.2, 0.05),  # its model card, B/16
         (Flamingo, "small", 85, 5),
         (Flamingo, "base", 295, 35),
+        (QwenVL, "qwen2_2b", 2209.0, 0.05),  # their checkpoints on the hub
+        (QwenVL, "qwen2_5_3b", 3754.6, 0.05),
+        (QwenVL, "qwen3_2b", 2127.5, 0.05),
     ],
 )
 def test_numbers_of_parameters(model: Any, size: str, millions: float, within: float) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +30,14 @@ class Names(NamedTuple):
             name. The first start that matches counts.
         ignored: a pattern of names in the checkpoint that the model does not need.
         convert: changes the tensors, by the model's names, where more than names differ; None: nothing does.
+        also: the start of a name in checkpoints that other versions wrote -> in those that the table describes. The
+            first start that matches counts.
     """
 
     table: Mapping[str, str]
     ignored: re.Pattern[str]
     convert: Callable[[dict[str, Tensor]], None] | None = None
+    also: Mapping[str, str] = MappingProxyType({})
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str | None:
@@ -47,7 +51,10 @@ def renamed(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def load_weights(model: nn.Module, folder: Path, names: Names, file: object = None) -> None:
-    """Gives a model on the meta device the weights of a folder. Tensors that the model shares stay shared.
+    """Gives a model on the meta device the weights of a folder.
+
+    Tensors that the model shares stay shared, unless the folder holds different ones under their names: as in
+    transformers, its weights then count, not its configuration.
 
     Args:
         file: what ``transformers_weights`` of ``config.json`` names; None: the folder's usual files.
@@ -58,7 +65,7 @@ def load_weights(model: nn.Module, folder: Path, names: Names, file: object = No
     files: dict[str, Path] = {}
     for path in _weight_files(folder, file):
         for stored, x in _read(path, names.ignored).items():
-            name = renamed(stored, ours)
+            name = renamed(renamed(stored, names.also) or stored, ours)
             if name is None:
                 raise CheckpointError(f"{path}: must hold only the model's tensors, got {stored} {list(x.shape)}")
             if name in weights:
@@ -67,23 +74,39 @@ def load_weights(model: nn.Module, folder: Path, names: Names, file: object = No
     if names.convert is not None:
         names.convert(weights)
     state = model.state_dict(keep_vars=True)
-    first: dict[int, str] = {}  # identity of a tensor -> its first name
-    tied = {name: first.setdefault(id(x), name) for name, x in state.items()}
-    missing = [name for name in first.values() if name not in weights]
+    sources = _sources(state, weights)
+    read = list(dict.fromkeys(sources.values()))
+    missing = [name for name in read if name not in weights]
     if missing:
         must = f"{theirs(missing[0])} {list(state[missing[0]].shape)}{_and_more(missing)}"
         raise CheckpointError(f"{folder}: the weights must hold {must}, got {len(weights)} tensors without it")
     for name in sorted(weights.keys() - state.keys()):
         got = f"{theirs(name)} {list(weights[name].shape)}{_and_more(weights.keys() - state.keys())}"
         raise CheckpointError(f"{files.get(name, folder)}: must hold only the model's tensors, got {got}")
-    for name in first.values():
+    for name in read:
         x, must = weights[name], state[name]
         if [size for size in x.shape if size != 1] != [size for size in must.shape if size != 1]:
             rule = f"{theirs(name)} must be {list(must.shape)} by config.json"
             raise CheckpointError(f"{files.get(name, folder)}: {rule}, got {list(x.shape)}")
         x = x.reshape(must.shape)
         weights[name] = nn.Parameter(x, must.requires_grad) if isinstance(must, nn.Parameter) else x
-    model.load_state_dict({name: weights[tied[name]] for name in state}, assign=True)
+    model.load_state_dict({name: weights[source] for name, source in sources.items()}, assign=True)
+
+
+def _sources(state: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns for each name of a model's tensors the name of the weights that it gets.
+
+    The names of a shared tensor get those of the first name that the weights have, but for one whose weights differ.
+    """
+    names: dict[int, list[str]] = {}  # identity of a tensor -> its names
+    for name, x in state.items():
+        names.setdefault(id(x), []).append(name)
+    first = {name: next((n for n in shared if n in weights), shared[0]) for shared in names.values() for name in shared}
+    differs = lambda x, y: x.dtype != y.dtype or not torch.equal(x, y)
+    return {
+        name: name if name in weights and differs(weights[name], weights[source]) else source
+        for name, source in first.items()
+    }
 
 
 def _and_more(names: Collection[str]) -> str:

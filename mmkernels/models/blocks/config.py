@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mmkernels.models.blocks.activations import ACTIVATIONS
-from mmkernels.models.blocks.checkpoint import CheckpointError
+from mmkernels.models.blocks.checkpoint import CheckpointError, read_json
 from mmkernels.transformers_version import import_transformers
 
 # The largest sizes that are accepted: above any published model, but small enough to build the model on the meta
@@ -16,19 +17,28 @@ from mmkernels.transformers_version import import_transformers
 _LARGEST = {
     **dict.fromkeys(("vision_width", "text_width", "embed_dim"), 2**16),
     **dict.fromkeys(("vision_layers", "resampler_depth", "text_layers", "cross_every"), 2**9),
-    **dict.fromkeys(("vision_heads", "resampler_heads", "resampler_head_dim", "text_heads"), 2**12),
+    **dict.fromkeys(("vision_heads", "resampler_heads", "resampler_head_dim"), 2**12),
+    **dict.fromkeys(("text_heads", "text_kv_heads", "text_head_dim"), 2**12),
     **dict.fromkeys(("vision_mlp", "text_mlp", "num_latents"), 2**18),
-    **dict.fromkeys(("image_size", "patch_size"), 2**13),
-    "text_length": 2**16,
+    **dict.fromkeys(("image_size", "patch_size", "window"), 2**13),
+    **dict.fromkeys(("merge", "patch_frames"), 2**6),
+    **dict.fromkeys(("position_side", "tokens_per_second"), 2**10),
+    "text_length": 2**22,
     "vocab_size": 2**24,
     "channels": 2**8,
 }
 _OPTIONAL = ("num_latents",)  # may be None
-_MULTIPLES = {"vision_width": "vision_heads", "text_width": "text_heads", "text_layers": "cross_every"}
+_MAY_BE_ZERO = ("window", "position_side", "tokens_per_second")
+_MULTIPLES = {
+    "vision_width": "vision_heads",
+    "text_width": "text_heads",
+    "text_heads": "text_kv_heads",
+    "text_layers": "cross_every",
+}
 _ACTIVATIONS = ("vision_activation", "text_activation")
 _POSITIVE = ("vision_eps", "text_eps", "layer_norm_eps", "rms_norm_eps", "rope_theta")
 _SHARES = ("vision_dropout", "text_dropout", "dropout")
-_TOKENS = ("image_token_id", "pad_token_id", "eos_token_id")
+_TOKENS = ("image_token_id", "video_token_id", "pad_token_id", "eos_token_id")
 Config = TypeVar("Config")
 
 
@@ -37,12 +47,14 @@ def check_config(config: Any) -> None:
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     present = lambda names: [name for name in names if name in fields]
     for name in present(_LARGEST):
-        value, most = fields[name], _LARGEST[name]
-        if (type(value) is not int or not 1 <= value <= most) and not (name in _OPTIONAL and value is None):
-            raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
-    if config.patch_size > config.image_size:
+        value, least, most = fields[name], int(name not in _MAY_BE_ZERO), _LARGEST[name]
+        if (type(value) is not int or not least <= value <= most) and not (name in _OPTIONAL and value is None):
+            raise ValueError(f"{name} must be an integer from {least} to {most}, got {value!r}")
+    if "image_size" in fields and config.patch_size > config.image_size:
         raise ValueError(f"patch_size must be at most image_size = {config.image_size}, got {config.patch_size}")
     for whole, part in _MULTIPLES.items():
+        if whole == "text_width" and "text_head_dim" in fields:
+            continue  # all heads together may have another width
         if part in fields and fields[whole] % fields[part]:
             raise ValueError(f"{whole} must be a multiple of {part} = {fields[part]}, got {fields[whole]}")
     for name in present(_ACTIVATIONS):
@@ -58,6 +70,9 @@ def check_config(config: Any) -> None:
         token = fields[name]
         if token is not None and (type(token) is not int or not 0 <= token < config.vocab_size):
             raise ValueError(f"{name} must be an integer below vocab_size = {config.vocab_size}, got {token!r}")
+    for token in fields.get("eos_token_ids", ()):
+        if type(token) is not int or token < 0:
+            raise ValueError(f"eos_token_ids must be integers >= 0, got {fields['eos_token_ids']!r}")
 
 
 def read_config(values: dict[str, Any], architectures: Mapping[str, str], where: str) -> Any:
@@ -80,6 +95,7 @@ def read_config(values: dict[str, Any], architectures: Mapping[str, str], where:
         raise CheckpointError(f"{where}: architectures must be {[architectures[model_type]]}, got {repr(got)[:200]}")
     config_class = import_transformers("reading a checkpoint").AutoConfig
     values = _without_labels(values)
+    _check_layers(values, where)
     try:
         return config_class.for_model(**values)
     except Exception as error:  # transformers raises errors of many kinds
@@ -110,11 +126,49 @@ def read_fields(
         raise CheckpointError(f"{where}{'' if theirs == ours else f', {theirs}'}: {error}") from error
 
 
+def token_ids(value: Any) -> tuple[Any, ...]:
+    """Returns the tokens that a field such as ``eos_token_id`` names: None, one token or a list."""
+    return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def with_generation(config: Config, path: Path) -> Config:
+    """Returns a configuration with the end-of-text and padding tokens of a ``generation_config.json``, if there is one.
+
+    As transformers has it, they count more than those of ``config.json``, which often names fewer.
+
+    Args:
+        config: has the fields `eos_token_ids` and `pad_token_id`.
+        path: of the file, which may be missing.
+
+    Raises:
+        CheckpointError: the file is no JSON object, or a token is wrong.
+    """
+    if not path.is_file():
+        return config
+    values = read_json(path)
+    ends, padding = token_ids(values.get("eos_token_id")), values.get("pad_token_id")
+    changes = ({"eos_token_ids": ends} if ends else {}) | ({} if padding is None else {"pad_token_id": padding})
+    try:
+        return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def _without_labels(values: dict[str, Any]) -> dict[str, Any]:
     """Returns `values` without classifier labels: transformers would build a table of ``num_labels`` entries."""
     labels = ("num_labels", "id2label", "label2id")
     kept = {key: value for key, value in values.items() if key not in labels}
     return {key: _without_labels(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def _check_layers(values: dict[str, Any], where: str) -> None:
+    """Raises where a part of the configuration has too many layers: transformers would build a list of so many."""
+    most = _LARGEST["text_layers"]
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_layers(value, f"{where}, {key}")
+        elif key in ("num_hidden_layers", "depth") and isinstance(value, (int, float)) and value > most:
+            raise CheckpointError(f"{where}: {key} must be at most {most}, got {repr(value)[:200]}")
 
 
 def _refused_section(config: type, values: dict[str, Any]) -> str:

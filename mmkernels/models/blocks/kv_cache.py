@@ -33,6 +33,7 @@ class KVCache:
     def __init__(self, num_layers: int, *, reserve: int = 0) -> None:
         self._layers = [(TokenBuffer(reserve), TokenBuffer(reserve)) for _ in range(num_layers)]
         self._valid: Tensor | None = None  # bool [B, L]: False: padding
+        self.pending: tuple[Tensor, Tensor] | None = None  # token generated last and its validity, [B, 1]
         self._padded = False  # False: the causal mask suffices
 
     def __len__(self) -> int:
@@ -42,6 +43,10 @@ class KVCache:
     def num_tokens(self) -> int:
         """The number of tokens, padding included; symbolic where a graph is traced, unlike ``len``."""
         return 0 if self._valid is None else self._valid.shape[1]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
 
     @property
     def batch_size(self) -> int | None:

@@ -68,34 +68,43 @@ class PatchReducer(nn.Module):
         return self.reducer(features, self.grid, metric=heads.key.mean(1))
 
     def token_of(self, reduced: Reduced) -> Tensor | None:
-        """Returns to which token each patch of an image went, int64 ``[images, patches]``, for pictures.
+        """Returns to which token each patch of an image went: `token_of` of what `forward` returned."""
+        return token_of(self.reducer, reduced, self.grid)
 
-        Tokens are numbered from 0, the class token left out; -1: to none. None: "perceiver" has any patch in any token.
-        Where a "pool" with a budget has windows that overlap, a patch goes to the first.
 
-        Args:
-            reduced: what `forward` returned.
-        """
-        images, left = reduced.x.shape[:2]
-        _, height, width = self.grid
-        first = torch.arange(images, device=reduced.x.device)[:, None]
-        if reduced.assignment is not None:
-            return reduced.assignment[:, self.protect :] - first * left - self.protect
-        if reduced.positions is not None:
-            patches = reduced.positions[:, self.protect :] - first * (height * width + self.protect) - self.protect
-            places = torch.arange(left - self.protect, device=patches.device).expand_as(patches)
-            return places.new_full((images, height * width), -1).scatter(1, patches, places)
-        if reduced.grid is None:
-            return None
-        _, rows, columns = grid_sizes(reduced.grid)[:3]
-        row, column = self._window_of(height, rows, 1), self._window_of(width, columns, 2)
-        return (row[:, None] * columns + column).flatten().to(first.device).expand(images, -1)
+def token_of(reducer: TokenReducer, reduced: Reduced, grid: tuple[int, int, int]) -> Tensor | None:
+    """Returns to which token each patch of an image went, int64 ``[images, patches]``, for pictures.
 
-    def _window_of(self, size: int, windows: int, axis: int) -> Tensor:
-        """Returns the window of each patch along an axis of the grid."""
-        patch = torch.arange(size)
-        # With a budget the windows are as even as can be, as those of adaptive pooling.
-        return patch // self.reducer.window[axis] if self.reducer.budget is None else patch * windows // size
+    Tokens are numbered from 0, protected ones left out; -1: to none. None: "perceiver" has any patch in any token.
+    Where a "pool" with a budget has windows that overlap, a patch goes to the first.
+
+    Args:
+        reducer: what made fewer tokens.
+        reduced: what it returned for images ``[images, tokens, C]``.
+        grid: (1, rows, columns) of each.
+    """
+    images, left = reduced.x.shape[:2]
+    _, height, width = grid
+    protect = reducer.protect
+    first = torch.arange(images, device=reduced.x.device)[:, None]
+    if reduced.assignment is not None:
+        return reduced.assignment[:, protect:] - first * left - protect
+    if reduced.positions is not None:
+        patches = reduced.positions[:, protect:] - first * (height * width + protect) - protect
+        places = torch.arange(left - protect, device=patches.device).expand_as(patches)
+        return places.new_full((images, height * width), -1).scatter(1, patches, places)
+    if reduced.grid is None:
+        return None
+    _, rows, columns = grid_sizes(reduced.grid)[:3]
+    row, column = _window_of(reducer, height, rows, 1), _window_of(reducer, width, columns, 2)
+    return (row[:, None] * columns + column).flatten().to(first.device).expand(images, -1)
+
+
+def _window_of(reducer: TokenReducer, size: int, windows: int, axis: int) -> Tensor:
+    """Returns the window of each patch along an axis of the grid."""
+    patch = torch.arange(size)
+    # With a budget the windows are as even as can be, as those of adaptive pooling.
+    return patch // reducer.window[axis] if reducer.budget is None else patch * windows // size
 
 
 def class_attention(heads: Heads, *, class_token: bool = True) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -43,12 +45,19 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def check_ids(input_ids: Tensor) -> None:
+    """Raises unless tokens are integers ``[B, L]``."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be integers [B, L], got {type(input_ids).__name__}")
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"input_ids must be integers [B, L], got {input_ids.dtype} {tuple(input_ids.shape)}")
+
+
 def check_tokens(
     input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, vocab_size: int, cache: KVCache
 ) -> tuple[Tensor, bool]:
     """Checks new tokens ``[B, L]``; returns which are valid, bool ``[B, L]``, and whether any may be padding."""
-    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"input_ids must be integers [B, L], got {input_ids.dtype} {tuple(input_ids.shape)}")
+    check_ids(input_ids)
     for name, x in (("attention_mask", attention_mask), ("labels", labels)):
         if x is not None and x.shape != input_ids.shape:
             raise ValueError(f"{name} must be {list(input_ids.shape)} as input_ids, got shape {tuple(x.shape)}")
@@ -71,10 +80,13 @@ class TextBlock(nn.Module):
     Args:
         dim, heads, mlp: the width, the number of heads, and the width of the feed-forward.
         kv_heads: the number of key and value heads; None: `heads`.
+        head_dim: the width of a head; None: ``dim / heads``.
+        bias: whether the projections of query, key and value add a bias.
+        qk_norm: whether each head of query and key has an RMS norm.
         activation: of the feed-forward, a name in `ACTIVATIONS`.
         eps: of the norms.
-        dropout: the probability that an attention probability, or an element of the results of both branches, is
-            dropped in training mode.
+        dropout: the probability that an attention probability is dropped in training mode.
+        residual_dropout: the probability that an element of the results of both branches is; None: `dropout`.
 
     Source: Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023, section 2.2.
     """
@@ -86,16 +98,29 @@ class TextBlock(nn.Module):
         heads: int,
         mlp: int,
         kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        qk_norm: bool = False,
         activation: str = "silu",
         eps: float = 1e-6,
         dropout: float = 0.0,
+        residual_dropout: float | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(dim, eps=eps)
-        self.attention = CrossAttention(dim, num_heads=heads, num_kv_heads=kv_heads, dropout=dropout)
+        self.attention = CrossAttention(
+            dim,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            bias=bias,
+            out_bias=False,
+            dropout=dropout,
+            qk_norm=partial(nn.RMSNorm, eps=eps) if qk_norm else None,
+        )
         self.mlp_norm = nn.RMSNorm(dim, eps=eps)
         self.mlp = SwiGLU(dim, mlp, activation)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout if residual_dropout is None else residual_dropout)
 
     def forward(
         self,

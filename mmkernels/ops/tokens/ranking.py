@@ -65,6 +65,11 @@ def on_device(values: Sizes | list[int], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor of the host on a device. A GPU's queue is not waited for, whatever the size."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not in_graph() else x.to(device)
+
+
 @lru_cache(maxsize=256)
 def _on_gpu(values: Sizes, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
