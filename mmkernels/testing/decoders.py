@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from mmkernels.testing.models import Family, Inputs
 from mmkernels.testing.parts import (
@@ -65,18 +68,26 @@ def _qwen_vl() -> Inputs:
     """Two rows of two images each, all of different shapes; the second row has less text, so that it is padded."""
     grid = torch.tensor([[1, 4, 6], [1, 4, 4], [1, 2, 4], [1, 8, 4]])
     counts = (grid.prod(1) // 4).tolist()  # four patches are merged into one token
-    rows = [_qwen_row(5, *counts[:2]), _qwen_row(2, *counts[2:])]
-    length = max(map(len, rows))
-    ids = torch.stack([torch.cat([tokens(1, length - len(row))[0], row]) for row in rows])
-    return left_padded(ids, [len(row) for row in rows]) | {
+    return qwen_prompt([qwen_row(5, *counts[:2]), qwen_row(2, *counts[2:])], grid)
+
+
+def qwen_prompt(rows: Sequence[Tensor], grid: Tensor) -> Inputs:
+    """Rows [tokens] as a batch, padded by text on the left, and the patches of their images.
+
+    Args:
+        grid: frames, rows and columns of patches of each image, int64 [images, 3].
+    """
+    length = max(row.shape[0] for row in rows)
+    ids = torch.stack([torch.cat([tokens(1, length - row.shape[0])[0], row]) for row in rows])
+    return left_padded(ids, [row.shape[0] for row in rows]) | {
         "pixel_values": torch.randn(int(grid.prod(1).sum()), 3 * 2 * 8 * 8),
         "image_grid_thw": grid,
         "mm_token_type_ids": (ids == IMAGE).int(),
     }
 
 
-def _qwen_row(text: int, *images: int) -> torch.Tensor:
-    """Text, then images of so many tokens with text after each."""
+def qwen_row(text: int, *images: int) -> Tensor:
+    """Text, then images of so many tokens with text after each. int64 [tokens]"""
     parts = [tokens(1, text)[0]]
     for count in images:
         parts += [torch.tensor([IMAGE_START] + [IMAGE] * count + [IMAGE_END]), tokens(1, 2)[0]]
@@ -127,8 +138,10 @@ _JANUS_CODEBOOK = {
     "latent_channels": 8,
     "double_latent": False,
 }
-_QWEN_VISION = {"depth": 2, "num_heads": 4, "patch_size": 8}
-_QWEN2_5_VISION = _QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
+QWEN_VISION = {"depth": 2, "num_heads": 4, "patch_size": 8}
+QWEN2_5_VISION = QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EAGER_EXPERTS = {"experts_implementation": "eager"}  # the others have no float64
 _QWEN2_AUDIO = {
     "num_mel_bins": 16,
     "d_model": 32,
@@ -212,13 +225,13 @@ FAMILIES = (
     Family(
         "qwen2_vl",
         "Qwen2VLForConditionalGeneration",
-        qwen_vl(decoder(), _QWEN_VISION | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}, (2, 3, 3)),
+        qwen_vl(decoder(), QWEN_VISION | {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}, (2, 3, 3)),
         _qwen_vl,
     ),
     Family(  # the first vision layer attends within windows, the second within images
         "qwen2_5_vl",
         "Qwen2_5_VLForConditionalGeneration",
-        qwen_vl(decoder(), _QWEN2_5_VISION | {"window_size": 32, "fullatt_block_indexes": [1]}, (2, 3, 3)),
+        qwen_vl(decoder(), QWEN2_5_VISION | {"window_size": 32, "fullatt_block_indexes": [1]}, (2, 3, 3)),
         _qwen_vl,
     ),
     Family(
@@ -226,10 +239,29 @@ FAMILIES = (
         "Qwen3VLForConditionalGeneration",
         qwen_vl(
             decoder(depth=3, head_dim=16),
-            _QWEN2_5_VISION | {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+            QWEN2_5_VISION | {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
             (4, 2, 2),
             mrope_interleaved=True,
         ),
+        _qwen_vl,
+    ),
+    Family(
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        qwen_vl(
+            decoder(depth=3, head_dim=16, **MIXTURE),
+            QWEN2_5_VISION | {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+            (4, 2, 2),
+            mrope_interleaved=True,
+        )
+        | EAGER_EXPERTS,
+        _qwen_vl,
+    ),
+    Family(
+        "glm4v",
+        "Glm4vForConditionalGeneration",
+        qwen_vl(decoder(), QWEN2_5_VISION | {"image_size": 32}, (2, 3, 3))
+        | {"image_start_token_id": IMAGE_START, "image_end_token_id": IMAGE_END},
         _qwen_vl,
     ),
     Family(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmkernels.options import BadInput
-from mmkernels.testing import decoders, resampled, text, towers
+from mmkernels.testing import decoders, omni, resampled, text, towers
 from mmkernels.testing.models import Family
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for module in (text, towers, resampled, decoders) for family in module.FAMILIES
+    family.name: family for module in (text, towers, resampled, decoders, omni) for family in module.FAMILIES
 }
 """By name, in the order of the table."""
 

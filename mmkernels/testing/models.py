@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 
 Config = dict[str, Any]
 """Arguments of a transformers configuration; those of its parts are dicts too."""
@@ -24,7 +24,7 @@ class Family:
 
     Args:
         name: as transformers names the folder, followed by what is special about this entry.
-        model: the class's name.
+        model: the class's name, as `build` takes it.
         config: the arguments of its configuration.
         draw_inputs: draws inputs from PyTorch's global generator; call `build` instead.
         padded: the masks among the inputs whose zeros are padding, [B, L].
@@ -50,11 +50,12 @@ def build(model: str, config: Config, **arguments: Any) -> Any:
     """Returns a model of transformers with the weights that its class initialises.
 
     Args:
-        model: the name of the class.
+        model: the name of the class; of one that transformers does not export, with its module before it,
+            ``models.qwen2_vl.modeling_qwen2_vl:Qwen2VisionTransformerPretrainedModel``.
         config: the arguments of its configuration.
         arguments: further arguments of the class.
     """
-    model_class = getattr(transformers, model)
+    model_class = pkgutil.resolve_name(f"transformers.{model}" if ":" in model else f"transformers:{model}")
     return model_class(model_class.config_class(**copy.deepcopy(config)), **arguments)  # some remove keys from dicts
 
 

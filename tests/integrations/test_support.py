@@ -108,12 +108,13 @@ def test_supported(comparison, name: str, every_way: bool) -> None:
     row = check(FAMILIES[name], comparison(name), ways)
     assert row.failures == {} and row.refused == ""
     assert (row.forward, row.gradients, row.loading) == (YES, YES, YES)
-    assert row.outside == OUTSIDE.get(name, {}) and row.inside.total() > 0
+    assert row.trace.outside == OUTSIDE.get(name, {}) and row.trace.inside.total() > 0
     assert row.built == (name in KEEPS)
     assert list(row.generation) == ([] if name in EMBED else ways)
     assert set(row.not_offered) == NOT_OFFERED.get(name, set()) & set(ways)
     assert row.equal == [way for way in row.generation if way not in row.not_offered]
-    assert (row.calls.dense > 0) == (name in DENSE)
+    assert (row.trace.calls.dense > 0) == (name in DENSE)
+    assert row.trace.calls_a_layer == 1 and row.trace.syncs_a_layer == 0
 
 
 @families(list(REFUSED))
@@ -122,7 +123,7 @@ def test_refused(comparison, name: str) -> None:
     assert REFUSED[name] in row.refused
     assert (row.forward, row.gradients, row.loading, row.generation) == (NOTHING, NOTHING, NOTHING, {})
     assert row.failures == {}
-    assert row.calls.total == 0 and not row.inside
+    assert row.trace.calls.total == 0 and not row.trace.inside
 
 
 @families(list(FAMILIES))
@@ -244,7 +245,7 @@ def test_a_model_that_nothing_can_be_set_on_is_compared_as_it_is_built(
     if make is not None:
         replace_attention(make)
     row = check(FAMILIES["llama"])
-    assert row.built and row.refused == "" and row.inside == {"LlamaAttention": 2}
+    assert row.built and row.refused == "" and row.trace.inside == {"LlamaAttention": 2}
     expected = set() if make is None else {"forward", "gradients", "greedy", "beam", "static", "assisted"}
     assert set(row.failures) - {"sampled"} == expected  # a sampled token may be the same by chance
 
@@ -272,7 +273,7 @@ def test_a_call_belongs_to_the_innermost_module_whatever_its_name(monkeypatch: p
     llama = transformers.models.llama.modeling_llama
     monkeypatch.setattr(llama, "LlamaAttention", type("LlamaMLA", (llama.LlamaAttention,), {}))
     row = check(FAMILIES["llama"], ways=())
-    assert row.failures == {} and row.inside == {"LlamaMLA": 2} and not row.outside and not row.built
+    assert row.failures == {} and row.trace.inside == {"LlamaMLA": 2} and not row.trace.outside and not row.built
 
 
 @families(SUPPORTED)

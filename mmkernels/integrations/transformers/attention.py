@@ -9,23 +9,16 @@ import torch
 from torch import Tensor
 
 from mmkernels.integrations.transformers.counts import active
+from mmkernels.integrations.transformers.keywords import check_keywords
 from mmkernels.integrations.transformers.masks import causal_from
 from mmkernels.integrations.transformers.matrices import read_matrix
-from mmkernels.integrations.transformers.model_mask import USE_ANOTHER, ModelMask, Visible
+from mmkernels.integrations.transformers.model_mask import NAME, USE_ANOTHER, ModelMask, Visible
+from mmkernels.integrations.transformers.packed import Packed, both, packed_spans, read_packed
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_weights import attention_weights
 from mmkernels.ops.attention.cross_attention import cross_attention
 from mmkernels.ops.attention.formula import probabilities
 from mmkernels.runtime.checks import broadcasts
-
-_UNSUPPORTED = {
-    "softcap": "cap on the scores",
-    "cache": "paged cache",
-    "indices": "sparse attention by indices",
-    "block_indices": "sparse attention by blocks",
-    "sinks": "sinks by query",
-}
-"""Keyword arguments that change the result; others (window sizes, position ids, ...) only repeat the mask."""
 
 _KINDS = ("attentions", "cross_attentions")
 
@@ -43,6 +36,8 @@ def attention(
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
     output_attentions: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention for ``AttentionInterface``.
@@ -59,24 +54,26 @@ def attention(
         position_bias: added to the scores, broadcastable to ``[B, Hq, Lq, Lk]``.
         s_aux: ``[Hq]`` attention sinks: one more score for each query, whose value is 0.
         output_attentions: also return the probabilities, before dropout: ``[B, Hq, Lq, Lk]`` in query's dtype.
+        cu_seq_lens_q, cu_seq_lens_k: int32 or int64 ``[N + 1]``: N sequences are packed into the one row, and sequence
+            n is the tokens ``cu_seq_lens[n]`` to ``cu_seq_lens[n + 1]``. A query sees what its sequence and the mask
+            show; without a mask and with `is_causal`, its last query sees all keys, each one before it one key less.
+        kwargs: those of `keywords.WITHOUT_EFFECT`; others must be None.
 
     Returns:
         ``[B, Lq, Hq, Dv]`` contiguous, and the probabilities or None.
 
     Raises:
-        NotImplementedError: the model needs something that `cross_attention` lacks, such as ``softcap``; or its mask
-            was made for other sizes; or there is no mask and the call does not say that it is causal.
-        TypeError, ValueError: as `mmkernels.cross_attention`.
+        NotImplementedError: the model needs something that `cross_attention` lacks, such as ``softcap``, or passes a
+            keyword argument that would be ignored; or its mask was made for other sizes; or there is no mask and the
+            call does not say whether it is causal.
+        TypeError, ValueError: as `mmkernels.cross_attention`; or the packed sequences do not fill the row.
     """
-    for name, what in _UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f'attn_implementation="mmkernels" has no {what} ({name}), which {type(module).__name__} needs; '
-                'use "eager" there'
-            )
+    packed = read_packed(module, key, cu_seq_lens_q, cu_seq_lens_k)
+    if kwargs:
+        check_keywords(module, kwargs, packed is not None, attention_mask is not None)
     if query.shape[0] < key.shape[0] and query.shape[0] == 1:  # learned queries
         query = query.expand(key.shape[0], -1, -1, -1)
-    mask, bias = _mask(module, query, key.shape[2], attention_mask, is_causal)
+    mask, bias = _mask(module, query, key.shape[2], attention_mask, is_causal, packed)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
@@ -103,8 +100,25 @@ def _mask(
     k_len: int,
     attention_mask: ModelMask | Tensor | None,
     is_causal: bool | None,
+    packed: Packed | None,
 ) -> tuple[Visible, Tensor | None]:
     """Returns the mask and the bias for `cross_attention`."""
+    if attention_mask is None and packed is not None:
+        return packed_spans(packed, query.shape[2], k_len, _packed_is_causal(module, is_causal)), None
+    mask, bias = _whole_row(module, query, k_len, attention_mask, is_causal)
+    if packed is not None:
+        mask = both(mask, packed_spans(packed, query.shape[2], k_len, causal=False), k_len)
+    return mask, bias
+
+
+def _whole_row(
+    module: torch.nn.Module,
+    query: Tensor,
+    k_len: int,
+    attention_mask: ModelMask | Tensor | None,
+    is_causal: bool | None,
+) -> tuple[Visible, Tensor | None]:
+    """Returns the mask and the bias of a call whose rows are one sequence each."""
     if attention_mask is None:
         return _unmasked(module, query, is_causal), None
     if isinstance(attention_mask, ModelMask):
@@ -114,11 +128,26 @@ def _mask(
         attention_mask = visible
     if not isinstance(attention_mask, Tensor):
         raise TypeError(
-            f"attention_mask must be a tensor, None or made for {'mmkernels'!r}, got {type(attention_mask).__name__}; "
+            f"attention_mask must be a tensor, None or made for {NAME!r}, got {type(attention_mask).__name__}; "
             "set the implementation with set_attn_implementation, so that masks are made for it"
         )
     mask, bias, _ = read_matrix(attention_mask, query.dtype)
     return mask, bias
+
+
+def _packed_is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
+    """Returns whether packed sequences without a mask are causal: as transformers' "flash_attention_2" decides it.
+
+    Raises:
+        NotImplementedError: neither the call nor the module says it.
+    """
+    causal: bool | None = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if causal is None:
+        raise NotImplementedError(
+            f'attn_implementation="mmkernels" is not for {type(module).__name__}: it packs sequences and does not say '
+            f"whether they are causal; {USE_ANOTHER}"
+        )
+    return causal
 
 
 def _unmasked(module: torch.nn.Module, query: Tensor, is_causal: bool | None) -> Visible:

@@ -14,6 +14,9 @@ from mmkernels.masks import SpanMask
 Visible = SpanMask | Tensor | None
 """What a mask shows: spans; or a bool matrix; or everything (None)."""
 
+NAME = "mmkernels"
+"""The name by which models are set to the attention function."""
+
 USE_ANOTHER = (
     'use attn_implementation="eager" there (or "sdpa" where the model takes it); a model with several parts can have '
     'one for each: set_attn_implementation({"text_config": "mmkernels", "vision_config": "eager"})'

@@ -16,9 +16,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from mmkernels.integrations.transformers.model_mask import USE_ANOTHER
-
-NAME = "mmkernels"
+from mmkernels.integrations.transformers.model_mask import NAME, USE_ANOTHER
+from mmkernels.integrations.transformers.packed_towers import pack_towers
 
 
 def check_config(config: Any) -> None:
@@ -35,6 +34,8 @@ def check_config(config: Any) -> None:
 def guard(model_class: Any) -> None:
     """Lets every model that is built with "mmkernels" in its configuration ask `allowed` first. A second call is void.
 
+    The towers of a model that is built with it or set to it pack their sequences.
+
     Args:
         model_class: ``PreTrainedModel``, whose constructor asks its method what implementation the model can have.
     """
@@ -44,8 +45,10 @@ def guard(model_class: Any) -> None:
 
     @functools.wraps(original)
     def get_correct_attn_implementation(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:
-        if requested_attention == NAME and is_init_check:
-            requested_attention = allowed(self)
+        if requested_attention == NAME:
+            pack_towers(type(self))
+            if is_init_check:
+                requested_attention = allowed(self)
         return original(self, requested_attention, is_init_check)
 
     get_correct_attn_implementation.guarded = True  # type: ignore[attr-defined]

@@ -6,7 +6,8 @@ import inspect
 import threading
 from typing import Any
 
-from mmkernels.integrations.transformers.own_attention import NAME, guard
+from mmkernels.integrations.transformers.model_mask import NAME
+from mmkernels.integrations.transformers.own_attention import guard
 from mmkernels.transformers_version import RANGE, VersionError, import_transformers
 
 __all__ = ["NAME", "register"]
@@ -25,8 +26,9 @@ def register() -> None:
     Afterwards every model that uses transformers' attention interface accepts it: in ``from_pretrained(...,
     attn_implementation="mmkernels")``, in a configuration, by ``model.set_attn_implementation("mmkernels")``, or for a
     part of a model by ``set_attn_implementation({"vision_config": "mmkernels"})``. ``mmkernels support`` shows which
-    families use it. A model that has only an attention of its own is refused with `NotImplementedError` when it is
-    built; a part of a model that has one keeps it, with a warning.
+    families use it. Towers that pack images or recordings into one row attend to all of them in one call a layer. A
+    model that has only an attention of its own is refused with `NotImplementedError` when it is built; a part of a
+    model that has one keeps it, with a warning.
 
     Raises:
         ImportError: transformers is missing, is older than 5.17 or not below 6, or has another interface than this

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
-from mmkernels.integrations.transformers.counts import Calls, counting
 from mmkernels.integrations.transformers.registration import NAME, register
 from mmkernels.integrations.transformers.support_compare import (
     WAYS,
@@ -23,7 +20,8 @@ from mmkernels.integrations.transformers.support_compare import (
     NotOffered,
     one_line,
 )
-from mmkernels.testing.models import Family, Inputs
+from mmkernels.integrations.transformers.support_trace import Trace, trace
+from mmkernels.testing.models import Family
 
 YES, NOTHING = "yes", "-"
 BUILT_ONLY = "no: called where the model is built with it, but not where it is set"
@@ -38,8 +36,7 @@ class Support:
     Args:
         name: the family's name.
         model: the model's class.
-        calls: attention calls of one forward pass, by mask.
-        inside, outside: how many modules of each attention class called ``"mmkernels"``, and how many did not.
+        trace: what one forward pass did.
         forward, gradients: `YES`, or "no: " and the reason; `NOTHING` if nothing was compared.
         loading: the same for ``from_pretrained`` and ``_from_config`` with ``attn_implementation="mmkernels"``.
         generation: the same for each of `WAYS`, or "not offered: " and why transformers' own attention does not support
@@ -50,9 +47,7 @@ class Support:
 
     name: str
     model: str
-    calls: Calls = field(default_factory=Calls)
-    inside: Counter[str] = field(default_factory=Counter)
-    outside: Counter[str] = field(default_factory=Counter)
+    trace: Trace = field(default_factory=Trace)
     forward: str = NOTHING
     gradients: str = NOTHING
     loading: str = NOTHING
@@ -96,18 +91,16 @@ def check(family: Family, compare: Comparison | None = None, ways: Collection[st
         row = Support(family.name, type(model).__name__)
         model.set_attn_implementation(NAME)
         try:
-            calls, inside, outside = _trace(model, inputs)
+            row = replace(row, trace=trace(model, inputs))
         except NotImplementedError as error:
             return replace(row, refused=one_line(error))
         except Exception as error:
             return replace(row, forward=_no(error))
-        row = replace(row, calls=calls, inside=inside, outside=outside)
-        row = replace(row, built=_keeps_attention(compare, calls.total))
+        row = replace(row, built=_keeps_attention(compare, row.trace.calls.total))
         if row.built:
             compare = compare.by_building
-            calls, inside, outside = _trace(compare.on(NAME), inputs)
-            row = replace(row, calls=calls, inside=inside, outside=outside)
-        elif not inside:
+            row = replace(row, trace=trace(compare.on(NAME), inputs))
+        elif not row.trace.inside:
             return _uncalled(row, compare)
         return replace(
             row,
@@ -145,45 +138,6 @@ def _uncalled(row: Support, compare: Comparison) -> Support:
         if not torch.equal(outputs[name], expected):
             return replace(row, forward=f"no: {name} changes where the model is built with it")
     return replace(row, refused=f"{own}, and where the model is built with it")
-
-
-def _trace(model: Any, inputs: Inputs) -> tuple[Calls, Counter[str], Counter[str]]:
-    """Returns the calls of one forward pass, and the classes of the attention modules that made a call or made none.
-
-    A call belongs to the innermost module that runs, whatever its name; a module that makes none is an attention by its
-    class's name, unless it contains another one or is a part of a module that made a call.
-    """
-    called: dict[nn.Module, bool] = {}
-    running: list[int] = []  # for each module that runs: the calls before it, and those of its parts
-    with torch.no_grad(), torch.random.fork_rng(devices=()), counting() as calls, ExitStack() as hooks:
-        for module in model.modules():
-            for hook in _watch(module, calls, called, running):
-                hooks.callback(hook.remove)
-        model(**inputs)
-    inside = [module for module, did_call in called.items() if did_call]
-    within = {part for module in inside for part in module.modules()}
-    outside = [module for module in _attention_modules(model) if module in called and module not in within]
-    return calls, Counter(type(module).__name__ for module in inside), Counter(type(m).__name__ for m in outside)
-
-
-def _attention_modules(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules whose class is named as attention, without those that contain another one."""
-    named = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
-    return [module for module in named if not set(module.modules()) & set(named) - {module}]
-
-
-def _watch(module: nn.Module, calls: Calls, called: dict[nn.Module, bool], running: list[int]) -> list[Any]:
-    """Registers hooks that note in `called` whether every run of the module made a call of its own."""
-
-    def start(module: nn.Module, args: Any) -> None:
-        running.append(calls.total)
-
-    def end(module: nn.Module, args: Any, out: Any) -> None:
-        made = calls.total - running.pop()
-        running[:] = [before + made for before in running]
-        called[module] = called.get(module, True) and made > 0
-
-    return [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
 
 
 def outcome(compare: Callable[..., None], *args: Any) -> str:

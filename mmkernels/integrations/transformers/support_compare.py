@@ -235,8 +235,9 @@ def one_pass(family: Family, model: Any, inputs: Inputs) -> Results:
     model.zero_grad()
     with seeded(1):
         outputs = outputs_of(family, model, inputs)
-        weights = [torch.randn(x.shape, dtype=torch.float64).to(x.dtype) for x in outputs.values()]
-    torch.autograd.backward(list(outputs.values()), weights)
+        learned = [x for x in outputs.values() if x.requires_grad]  # positions may be floats too
+        weights = [torch.randn(x.shape, dtype=torch.float64).to(x.dtype) for x in learned]
+    torch.autograd.backward(learned, weights)
     grads = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
     return Results({name: x.detach() for name, x in outputs.items()}, grads)
 

@@ -30,9 +30,10 @@ _OP = "cross_attention"
 _LEGEND = (
     "modules: attention modules that ran on mmkernels, of all that ran.\n"
     "spans, dense, none, bias: their calls in one forward pass, by mask.\n"
+    "calls, syncs a layer: the most that one run of such a module made; a sync reads values, and waits on a device.\n"
     "forward, gradient: float32 is at most twice as far from float64 as transformers' own attention (sdpa, eager).\n"
     'loading: from_pretrained and _from_config with attn_implementation="mmkernels" equal set_attn_implementation.\n'
-    "generation: the same tokens as transformers' own attention."
+    f"generation: the same tokens as transformers' own attention; all: {', '.join(WAYS)}."
 )
 
 
@@ -104,7 +105,8 @@ def _facts(ran: Counter[str]) -> str:
 
 def _rendered(rows: Sequence[Support]) -> Iterator[Table | Text]:
     notes = Footnotes()
-    numbers = (Column(name, justify="right") for name in ("modules", "spans", "dense", "none", "bias"))
+    names = ("modules", "spans", "dense", "none", "bias", "calls\na\nlayer", "syncs\na\nlayer")
+    numbers = (Column(name, justify="right") for name in names)
     words = map(Column, ("forward", "gradient", "loading", "generation", "notes"))
     yield table([_row(row, notes) for row in rows], [Column("family", no_wrap=True), *numbers, *words])
     yield Text("\n".join(notes.lines()))
@@ -112,10 +114,11 @@ def _rendered(rows: Sequence[Support]) -> Iterator[Table | Text]:
 
 
 def _row(row: Support, notes: Footnotes) -> list[Text]:
-    calls = row.calls
-    counts = [str(count) for count in (calls.spans, calls.dense, calls.unmasked, calls.bias)]
-    inside, ran = row.inside.total(), row.inside.total() + row.outside.total()
-    cells = [f"{inside} of {ran}" if ran else NOTHING, *(counts if inside else [NOTHING] * 4)]
+    trace, calls = row.trace, row.trace.calls
+    numbers = (calls.spans, calls.dense, calls.unmasked, calls.bias)
+    counts = [str(count) for count in (*numbers, trace.calls_a_layer, trace.syncs_a_layer)]
+    inside, ran = trace.inside.total(), trace.inside.total() + trace.outside.total()
+    cells = [f"{inside} of {ran}" if ran else NOTHING, *(counts if inside else [NOTHING] * len(counts))]
     judged = [*map(_judged, (row.forward, row.gradients, row.loading)), _generation(row)]
     return [Text(row.name), *map(Text, cells), *judged, Text(notes.mark(*_notes(row)))]
 
@@ -130,18 +133,21 @@ def _generation(row: Support) -> Text:
     failed = [f"no {way}" for way in WAYS if way in row.failures]
     if failed:
         return Text(", ".join(row.equal + failed), style="red")
-    return Text(", ".join(row.equal), style="green") if row.equal else Text(NOTHING, style="dim")
+    if not row.equal:
+        return Text(NOTHING, style="dim")
+    others = [way for way in WAYS if way not in row.equal]
+    return Text(f"all but {', '.join(others)}" if others else "all", style="green")
 
 
 def _notes(row: Support) -> Iterator[str]:
     """What the cells of the row do not say."""
     if row.refused:
         yield row.refused
-    elif row.inside and row.outside:
-        yield f"modules with an attention of their own: {', '.join(sorted(row.outside))}"
+    elif row.trace.inside and row.trace.outside:
+        yield f"modules with an attention of their own: {', '.join(sorted(row.trace.outside))}"
     if row.built:
         yield NOT_SET
-    for reason in row.calls.reasons:
+    for reason in row.trace.calls.reasons:
         yield f"mask made dense: {reason}"
     for what, reason in row.failures.items():
         yield f"{what}: {reason}"

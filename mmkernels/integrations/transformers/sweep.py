@@ -51,7 +51,11 @@ _MAPPINGS = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "
 
 @dataclass(frozen=True)
 class Row:
-    """What was found for one class: `result` is a key of `RESULTS`, the cells are as those of `Support`."""
+    """What was found for one class: `result` is a key of `RESULTS`, the cells are as those of `Support`.
+
+    Args:
+        calls, syncs: calls and waits a layer, see `Trace`; `NOTHING` if the class did not run on ``"mmkernels"``.
+    """
 
     model_type: str
     model: str
@@ -62,6 +66,8 @@ class Row:
     left: str = NOTHING
     right: str = NOTHING
     generation: str = NOTHING
+    calls: str = NOTHING
+    syncs: str = NOTHING
     note: str = ""
 
 
@@ -150,6 +156,8 @@ def _compared(row: Row, compare: Comparison) -> Row:
         some = any("Attention" in type(module).__name__ for module in compare.model.modules())
         note = support.refused.partition("; use")[0] if some else ""
         return replace(row, result=REFUSED if some else NO_ATTENTION, note=note)
+    if support.trace.inside:
+        row = replace(row, calls=str(support.trace.calls_a_layer), syncs=str(support.trace.syncs_a_layer))
     cells = {"forward": support.forward, "gradients": support.gradients, "loading": support.loading}
     remarks = list[str]()
     unpadded = compare.inputs
@@ -181,8 +189,8 @@ def _on_padding(compare: Comparison) -> str:
 
 
 def _remarks(support: Support, cells: dict[str, str]) -> Iterator[str]:
-    if support.outside:
-        yield f"modules with an attention of their own: {', '.join(sorted(support.outside))}"
+    if support.trace.outside:
+        yield f"modules with an attention of their own: {', '.join(sorted(support.trace.outside))}"
     for name, cell in cells.items():
         if cell.startswith("not offered: "):
             yield f"{name}, on transformers' own attention too: {cell.removeprefix('not offered: ')}"

@@ -16,8 +16,21 @@ from mmkernels.report import console, markdown, plural, prepare_folder, progress
 
 COMMAND = "mmkernels support --all --out docs/support.md"
 
-_COLUMNS = ("model type", "class", "result", "forward", "gradient", "left", "right", "loading", "generation", "note")
-_CELLS = (*("model_type", "model", "result", "forward", "gradients", "left", "right", "loading", "generation", "note"),)
+_COLUMNS = {
+    "model type": "model_type",
+    "class": "model",
+    "result": "result",
+    "forward": "forward",
+    "gradient": "gradients",
+    "left": "left",
+    "right": "right",
+    "loading": "loading",
+    "generation": "generation",
+    "calls a layer": "calls",
+    "syncs a layer": "syncs",
+    "note": "note",
+}
+"""Titles, and the fields of `Row`."""
 
 _EXPLANATION = """\
 Which models of transformers run on `attn_implementation="mmkernels"`, found by running them: look yours up by the
@@ -31,6 +44,8 @@ images among the text, all ways to generate.
 - **loading**: `from_pretrained` and `_from_config` with `attn_implementation="mmkernels"` give the same as
   `set_attn_implementation`.
 - **generation**: the same tokens, greedy, with left padding where the model takes it.
+- **calls, syncs a layer**: the most attention calls that one module made in a forward pass, and the most times that it
+  read a tensor's values, for which it would wait if they lay on a device.
 - `-`: not compared, because the class has no such thing or because transformers' own attention fails there too.
 
 A model of text and images is given text alone where it takes that; in most cases its image encoder has a model type of
@@ -76,7 +91,7 @@ def page(rows: Sequence[Row], wanted: int) -> str:
     packages = ", ".join(f"{name} {versions[name]}" for name in ("mmkernels", "torch", "transformers"))
     counts = Counter(row.result for row in rows)
     found = [(result, str(counts[result]), meaning) for result, meaning in RESULTS.items()]
-    cells = [[getattr(row, name) for name in _CELLS] for row in sorted(rows, key=lambda row: row.model_type)]
+    cells = [[getattr(row, name) for name in _COLUMNS.values()] for row in sorted(rows, key=lambda row: row.model_type)]
     interrupted = f"\nInterrupted after {len(rows)} of {plural(wanted, 'model type')}.\n" if len(rows) < wanted else ""
     return "\n".join(
         (
@@ -85,6 +100,6 @@ def page(rows: Sequence[Row], wanted: int) -> str:
             _EXPLANATION,
             f"Found on {date.today():%Y-%m-%d} with {packages} by `{COMMAND}`.\n{interrupted}",
             markdown(found, ("result", "model types", "what it means")),
-            markdown(cells, _COLUMNS),
+            markdown(cells, tuple(_COLUMNS)),
         )
     )
