@@ -11,7 +11,7 @@ from typing import Annotated
 
 from mmkernels.interrupts import ends_well, interruptible
 from mmkernels.options import BadInput
-from mmkernels.profiling.options import TOKENS, Options
+from mmkernels.profiling.options import REDUCERS, RESOLUTIONS, TOKENS, VISION_LANGUAGE, Options
 from mmkernels.runtime.dispatch import BackendError
 from mmkernels.transformers_version import VersionError
 
@@ -21,7 +21,7 @@ except ImportError:  # `main` says what to install
     typer = None  # type: ignore[assignment]
 
 PROFILE_OUT, BENCH_OUT, SUPPORT_OUT = Path("profiles"), Path("build/bench"), Path("build/support.md")
-_TOKENS = ",".join(map(str, TOKENS))
+_TOKENS, _RESOLUTIONS, _REDUCERS = (",".join(map(str, rows)) for rows in (TOKENS, RESOLUTIONS, REDUCERS))
 
 
 def main() -> None:
@@ -94,39 +94,67 @@ def doctor() -> None:
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="flamingo")],
+    model: Annotated[str, typer.Argument(help=f"flamingo, {', '.join(VISION_LANGUAGE)}")],
     image: Annotated[
         Path | None,
         typer.Option(parser=_path, metavar="FILE", help="Photograph; default: one that matplotlib ships."),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help=f"Visual tokens per image, one profile each; default: {_TOKENS}.")
+        str | None, typer.Option(help=f"Visual tokens per image of flamingo, one profile each; default: {_TOKENS}.")
+    ] = None,
+    resolutions: Annotated[
+        str | None,
+        typer.Option(
+            help="Images of as many pixels as squares of these sides, each with every one of --reduce; default: "
+            f"{_RESOLUTIONS}, or flamingo's own size."
+        ),
     ] = None,
     reduce: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --tokens: ways to make all patches fewer tokens, compared with none: pool:2, shuffle:2, "
-            "perceiver:64, tome:0.5, select:0.25, diverse:0.25, or a budget such as pool:<=256; comma-separated."
+            help="Instead of --tokens: ways to make all patches fewer tokens, compared with none: pool:2, tome:0.5, "
+            "select:0.25, diverse:0.25, of flamingo shuffle:2 and perceiver:64, or a budget such as pool:<=256. "
+            f"Default: {_REDUCERS}, or --tokens for flamingo."
         ),
     ] = None,
-    images: Annotated[int, typer.Option(help="Images in the prompt: crops of the photograph.")] = Options.images,
-    text_length: Annotated[int, typer.Option(help="Text tokens in the prompt.")] = Options.text_length,
+    images: Annotated[
+        int | None, typer.Option(help="Images in the prompt, parts of the photograph; default: 1, of flamingo 5.")
+    ] = None,
+    text_length: Annotated[
+        int | None, typer.Option(help="Text tokens in the prompt; default: 64, of flamingo 512.")
+    ] = None,
     backend: Annotated[
-        str,
-        typer.Option(help='What to compare: "fused" (automatic choice), "reference" (naive), or a backend by name.'),
-    ] = ",".join(Options.backends),
+        str | None,
+        typer.Option(
+            help='What to compare: "fused" (automatic choice), "reference" (naive), or a backend by name; default: '
+            "fused, for flamingo fused,reference."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = Options.dtype,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = "",
-    size: Annotated[str, typer.Option(help="Of the model: tiny, small or base; random weights.")] = Options.size,
+    size: Annotated[
+        str | None, typer.Option(help="Of the model: tiny, small or base; random weights. Default: small.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--model", parser=_path, metavar="FOLDER", help="A checkpoint of your own, instead of --size."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="A question, for --model with a tokenizer; default: random tokens.")
+    ] = None,
     train: Annotated[bool, typer.Option("--train", help="Also measure a training step.")] = False,
     out: Annotated[
         Path, typer.Option(parser=_path, metavar="FOLDER", help="For profile.json and profile.png.")
     ] = PROFILE_OUT,
+    report: Annotated[
+        Path | None,
+        typer.Option(parser=_path, metavar="FILE.html", help="For a report to read in a browser, without a network."),
+    ] = None,
 ) -> None:
     """Show what each visual token costs: time by stage, peak memory, drift; fused beside the naive baseline."""
     from mmkernels.options import parse_list
     from mmkernels.profiling.command import run_profile
-    from mmkernels.profiling.options import parse_tokens
+    from mmkernels.profiling.options import parse_resolutions, parse_tokens
     from mmkernels.profiling.photo import default_photo
 
     options = Options(
@@ -134,15 +162,18 @@ def profile(
         image=default_photo() if image is None else image,
         tokens=None if tokens is None else parse_tokens(tokens),
         reduce=None if reduce is None else parse_list(reduce),
+        resolutions=None if resolutions is None else parse_resolutions(resolutions),
         images=images,
         text_length=text_length,
-        backends=parse_list(backend),
+        backends=None if backend is None else parse_list(backend),
         dtype=dtype,
         device=device or _default_device(),
         size=size,
+        folder=folder,
+        prompt=prompt,
         train=train,
     )
-    run_profile(options, out)
+    run_profile(options, out, report)
 
 
 def bench(

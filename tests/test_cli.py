@@ -31,6 +31,7 @@ class Ended:
 def mmkernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs the command line in this process."""
     monkeypatch.setattr(timing, "_BUDGET", 0.0)
+    monkeypatch.setattr(timing, "_ROUNDS_TOGETHER", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -77,10 +78,35 @@ def test_profile_of_reducers(mmkernels, tmp_path: Path) -> None:
     assert "[1/10] none: weights" in ended.err and "[10/10] time to decode" in ended.err
 
 
+def test_profile_with_a_report(mmkernels, tmp_path: Path) -> None:
+    words = (
+        "--size",
+        "tiny",
+        "--resolutions",
+        "32, 64",
+        "--reduce",
+        "pool:2",
+        "--text-length",
+        "12",
+        "--device",
+        "cpu",
+    )
+    report = tmp_path / "new folder" / "report.html"
+    ended = mmkernels("profile", "qwen2_5_vl", *words, "--out", tmp_path / "out", "--report", report)
+    assert ended.code == 0, ended.err
+    found = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert found["rows"] == ["64 none", "64 pool:2", "32 none", "32 pool:2"]
+    page = report.read_text()
+    assert page.startswith("<!doctype html>") and found["command"] in page and str(tmp_path) not in page
+    assert "report.html (report, for a browser)" in " ".join(ended.out.split())
+    assert max(map(len, ended.out.splitlines())) <= 100
+    assert [path.name for path in report.parent.iterdir()] == ["report.html"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["profile", "clip"], "model must be one of flamingo; got 'clip'"),
+        (["profile", "clip"], "model must be one of flamingo, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl; got 'clip'"),
         (["profile"], "model"),
         ([*TINY, "--tokens", "16,many"], "--tokens must be integers, such as 16,64; got '16,many'"),
         ([*TINY, "--tokens", "0"], "--tokens must be integers from 1 to 65536, such as 16,64; got 0"),
@@ -109,6 +135,16 @@ def test_profile_of_reducers(mmkernels, tmp_path: Path) -> None:
         ([*TINY, "--out", ""], "'--out': must be a path, got an empty text"),
         ([*TINY, "--out", __file__], f"--out must be a folder, got the file {__file__}"),
         ([*TINY, "--out", f"{__file__}/inside"], "inside can't be written to: Not a directory"),
+        ([*TINY, "--report", ""], "'--report': must be a path, got an empty text"),
+        ([*TINY, "--report", "."], "--report must be a file, got the folder ."),
+        ([*TINY, "--report", "/proc/here.html"], "--report /proc/here.html can't be written to"),
+        ([*TINY, "--image", __file__, "--report", __file__], "must be an image"),
+        ([*TINY, "--resolutions", "64,many"], "--resolutions must be integers, such as 224,448; got '64,many'"),
+        ([*TINY, "--resolutions", "32", "--tokens", "4"], "--tokens and --resolutions can't be given together"),
+        ([*TINY, "--model", "here"], "--model must be for one of qwen2_vl"),
+        (["profile", "qwen3_vl", "--tokens", "4"], "--tokens must not be given for qwen3_vl"),
+        (["profile", "qwen3_vl", "--model", "/nowhere"], "--model: "),
+        (["profile", "qwen3_vl", "--prompt", "Why?"], "--prompt must be given with --model"),
         (["bench", "--out", ""], "'--out': must be a path, got an empty text"),
         (["bench", "--out", __file__], f"--out must be a folder, got the file {__file__}"),
         (["bench", "no_such_op"], "op must be one of"),
@@ -164,6 +200,12 @@ def test_files_that_stand_where_results_go(mmkernels, tmp_path: Path) -> None:
     ended = mmkernels(*TINY, "--image", tmp_path / "profile.png", "--out", tmp_path)
     assert ended.code == 2 and "--out must be a folder in which profile.png is not the photograph" in ended.err
     assert (tmp_path / "profile.png").read_bytes() == photo
+    for name in ("photo.png", "out/profile.png"):
+        (tmp_path / "photo.png").write_bytes(photo)
+        files = ("--image", tmp_path / "photo.png", "--out", tmp_path / "out", "--report", tmp_path / name)
+        ended = mmkernels(*TINY, *files)
+        assert ended.code == 2 and "--report must be a file of its own" in ended.err
+        assert (tmp_path / "photo.png").read_bytes() == photo
     (tmp_path / "profile.json").mkdir()
     ended = mmkernels(*TINY, "--out", tmp_path)
     assert ended.code == 2 and ended.err.endswith("in which profile.json is a folder\n")
@@ -216,9 +258,9 @@ def test_support_prints_a_row_for_each_family(mmkernels) -> None:
     lines = ended.out.splitlines()
     assert max(map(len, lines)) <= 120
     rows = {line.split()[0]: line for line in lines if line[1:2].isalpha()}
-    assert "greedy, sampled, beam, static, assisted" in rows["llama"] and "[" not in rows["llama"]
-    assert rows["llama"].split()[1:11] == ["2", "of", "2", "2", "0", "0", "0", "yes", "yes", "yes"]
-    assert "greedy, sampled, beam, static [1]" in " ".join(rows["blip_2"].split())
+    assert rows["llama"].split()[1:] == ["2", "of", "2", "2", *"0001", "0", *["yes"] * 3, "all"]
+    assert "all: greedy, sampled, beam, static, assisted" in ended.out
+    assert "all but assisted [1]" in " ".join(rows["blip_2"].split())
     assert "4 of 5" in rows["siglip"] and "0 of 2" in rows["vilt"] and "yes" not in rows["vilt"]
     notes = " ".join(ended.out.split())
     assert "[1] assisted generation, on transformers' own attention too: TypeError" in notes

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor, nn
 
-from mmkernels.profiling.options import Options, Row
+from mmkernels.profiling.options import Choice, Options, Row
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Stage:
         run: takes the model, the inputs and the state after the stage before; returns the state after this one.
         calls: how many equal steps one `run` makes; the time reported is that of one.
         fork: copies a state that `run` would change; not timed.
+        shared: whether it is the same work whatever the reducer is, so that rows with the same inputs share its time.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Stage:
     run: Callable[[Any, Any, Any], Any]
     calls: int = 1
     fork: Callable[[Any], Any] = lambda state: state
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,29 +56,35 @@ class Adapter(Protocol):
 
     Attributes:
         sizes: names that ``--size`` takes.
+        about: what must be said of some of them, such as that layers are left out.
         stages: in the order in which they run. Those with ``calls == 1`` lead to the first output, and summaries are
             about the last of them; the others repeat.
         total: the name of the sum of those with ``calls == 1``.
+        square: whether images are squares cut out of the photograph; else each has the photograph's shape.
     """
 
     @property
     def sizes(self) -> tuple[str, ...]: ...
     @property
+    def about(self) -> Mapping[str, str]: ...
+    @property
     def stages(self) -> tuple[Stage, ...]: ...
     @property
     def total(self) -> str: ...
+    @property
+    def square(self) -> bool: ...
 
     def build(self, options: Options, row: Row) -> nn.Module:
         """Returns the model with random weights, float32, on the CPU: of so many visual tokens per image, or with this
         reducer, which changes no other weights."""
         ...
 
-    def inputs(self, options: Options, model: Any, photos: list[Image.Image]) -> Any:
+    def inputs(self, options: Options, model: Any, photos: list[Image.Image], row: Row) -> Any:
         """Returns what the stages, `logits` and `loss` take, on the model's device and in its dtype."""
         ...
 
     def logits(self, model: Any, inputs: Any) -> Tensor:
-        """Returns the whole model's scores ``[..., classes]``."""
+        """Returns the whole model's scores ``[..., classes]``; of text tokens alone, if the others may become fewer."""
         ...
 
     def loss(self, model: Any, inputs: Any) -> Tensor:
@@ -96,8 +104,13 @@ class ReducingAdapter(Adapter, Protocol):
         """Raises `BadInput` unless every reducer of `options` exists and suits the model's images."""
         ...
 
-    def exchange(self, options: Options, model: Any, text: str) -> nn.Module:
-        """Returns the model with another reducer: it shares all weights that are not the reducer's."""
+    def check_photo(self, options: Options, photo: Image.Image) -> None:
+        """Raises `BadInput` unless every row suits the photograph's shape."""
+        ...
+
+    def exchange(self, options: Options, model: Any, choice: Choice) -> nn.Module:
+        """Returns the model with another reducer, or for images of another size: it shares all weights that are neither
+        the reducer's nor positions."""
         ...
 
     def reduction(self, model: Any, inputs: Any) -> Reduction:

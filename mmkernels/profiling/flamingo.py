@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from mmkernels.models.flamingo_config import SIZES
 from mmkernels.nn import VisualCache
 from mmkernels.options import BadInput
 from mmkernels.profiling.adapter import Reduction, Stage
-from mmkernels.profiling.options import MOST_TOKENS, Options, Row
+from mmkernels.profiling.options import MOST_TOKENS, Choice, Options, Row
 
 DECODE_TOKENS = 8
 """Tokens over which the time of one is averaged."""
@@ -95,13 +96,16 @@ _DECODE = Stage("decode", f"one more token, the mean of {DECODE_TOKENS}", _decod
 
 class FlamingoAdapter:
     sizes = tuple(SIZES)
+    about: Mapping[str, str] = {}
     total = "first token"
+    square = True
     stages: tuple[Stage, ...] = (_ENCODE, _RESAMPLE, _PREFILL, _DECODE)
 
     def build(self, options: Options, row: Row) -> nn.Module:
-        return Flamingo.from_size(options.size, num_latents=row, seed=options.seed)
+        return Flamingo.from_size(options.size or "", num_latents=row, seed=options.seed)
 
-    def inputs(self, options: Options, model: Flamingo, photos: list[Image.Image]) -> Inputs:
+    def inputs(self, options: Options, model: Flamingo, photos: list[Image.Image], row: Row) -> Inputs:
+        assert options.images is not None and options.text_length is not None
         marker = _marker(model)
         weight = model.embed.weight
         ids = torch.randint(marker, (1, options.text_length), generator=torch.Generator().manual_seed(options.seed))
@@ -127,23 +131,42 @@ class ReducingFlamingoAdapter(FlamingoAdapter):
     stages = (_ENCODE, _REDUCE, _PREFILL, _DECODE)
 
     def check(self, options: Options) -> None:
-        config = SIZES[options.size]
-        with torch.device("meta"):
-            vision = VisionTransformer.of(config, Sizes.of(config, "vision", eps=config.layer_norm_eps))
-            for text in options.reduce or ():
-                try:
-                    tokens = PatchReducer(text, vision).tokens
-                except (ValueError, TypeError) as error:
-                    raise BadInput(f"--reduce {text}: {error}") from None
-                if tokens > MOST_TOKENS:
-                    raise BadInput(f"--reduce must leave at most {MOST_TOKENS} tokens per image, got {text}")
+        config = SIZES[options.size or ""]
+        for side in options.resolutions or (config.image_size,):
+            if side % config.patch_size:
+                raise BadInput(f"--resolutions must be multiples of {config.patch_size}, the patches' side; got {side}")
+            with torch.device("meta"):
+                vision = VisionTransformer.of(
+                    replace(config, image_size=side), Sizes.of(config, "vision", eps=config.layer_norm_eps)
+                )
+                for text in options.reduce or ():
+                    self._check_reducer(text, vision)
+
+    def _check_reducer(self, text: str, vision: VisionTransformer) -> None:
+        try:
+            tokens = PatchReducer(text, vision).tokens
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"--reduce {text}: {error}") from None
+        if tokens > MOST_TOKENS:
+            raise BadInput(f"--reduce must leave at most {MOST_TOKENS} tokens per image, got {text}")
+
+    def check_photo(self, options: Options, photo: Image.Image) -> None:
+        """Every photograph suits: its crops are squares."""
 
     def build(self, options: Options, row: Row) -> nn.Module:
-        return Flamingo.from_size(options.size, reduce=row, seed=options.seed)
+        assert isinstance(row, Choice)
+        return self._build(options, row)
 
-    def exchange(self, options: Options, model: Flamingo, text: str) -> nn.Module:
-        other = Flamingo.from_size(options.size, reduce=text, seed=options.seed)
-        other.load_state_dict(model.state_dict(), strict=False, assign=True)  # which lacks the reducer's own
+    def _build(self, options: Options, choice: Choice) -> Flamingo:
+        return Flamingo.from_size(
+            options.size or "", reduce=choice.reducer, image_size=choice.resolution, seed=options.seed
+        )
+
+    def exchange(self, options: Options, model: Flamingo, choice: Choice) -> nn.Module:
+        other = self._build(options, choice)
+        weights = model.state_dict()
+        weights["vision.positions"] = _positions(model.vision, other.vision)
+        other.load_state_dict(weights, strict=False, assign=True)  # which lacks the reducer's own
         return other.to(model.embed.weight)
 
     def reduction(self, model: Flamingo, inputs: Inputs) -> Reduction:
@@ -154,3 +177,19 @@ class ReducingFlamingoAdapter(FlamingoAdapter):
         token_of = reducer.token_of(reducer(features[0], heads))
         learned = next(reducer.parameters(), None) is not None
         return Reduction(reducer.tokens, rows, columns, None if token_of is None else token_of[0].tolist(), learned)
+
+
+def _positions(have: VisionTransformer, want: VisionTransformer) -> nn.Parameter:
+    """Returns the positions for images of another size: those of the patches are interpolated, bicubic.
+
+    Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, section 3.2.
+    """
+    (_, *old), (_, *new) = have.grid, want.grid
+    positions = have.positions
+    if old == new:
+        return positions
+    patches = old[0] * old[1]
+    front, body = positions.detach().split([positions.shape[0] - patches, patches])
+    body = body.T.unflatten(1, old)[None].float()  # [1, C, rows, columns]
+    body = F.interpolate(body, new, mode="bicubic", align_corners=False, antialias=True)[0].flatten(1).T
+    return nn.Parameter(torch.cat([front, body.to(front.dtype)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,13 +23,37 @@ TOKENS = (16, 64, 256, 1024)
 UNREDUCED = "none"
 """The reducer that leaves all tokens: the first row of a profile of reducers, with which the others are compared."""
 
-Row = int | str
+VISION_LANGUAGE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
+"""The models in which images are tokens of the text: how many follows from an image's size, and from a reducer."""
+
+RESOLUTIONS, REDUCERS = (224, 448, 896), (UNREDUCED, "pool:2", "tome:0.5", "select:0.25")
+"""What is profiled of the `VISION_LANGUAGE` models where nothing else is asked for."""
+
+
+class Choice(NamedTuple):
+    """What one row of a profile of reducers is about.
+
+    Attributes:
+        reducer: as `mmkernels.nn.TokenReducer.parse` reads it.
+        resolution: each image has about as many pixels as a square of this side; None: those of the model.
+    """
+
+    reducer: str
+    resolution: int | None = None
+
+    def __str__(self) -> str:
+        return self.reducer if self.resolution is None else f"{self.resolution} {self.reducer}"
+
+
+Row = int | Choice
 """What one row of a profile is about: a number of visual tokens per image, or a reducer."""
 
 MOST_TOKENS = 65536
 """Visual tokens per image."""
 
-_MOST_IMAGES, _MOST_REDUCERS = 1000, 24
+_MOST_IMAGES, _MOST_REDUCERS, _MOST_RESOLUTIONS, _MOST_PIXELS = 1000, 24, 8, 8192
+_IMAGES, _TEXT_LENGTH, _BACKENDS, _SIZE = 5, 512, ("fused", "reference"), "small"
+_IMAGES_OF_VISION_LANGUAGE, _TEXT_LENGTH_OF_VISION_LANGUAGE = 1, 64  # one image and a question
 
 
 @dataclass(frozen=True)
@@ -39,45 +64,49 @@ class Options:
         model: a name in `mmkernels.profiling.profiler.MODELS`.
         image: the photograph.
         tokens: visual tokens per image, each a row of the profile; sorted, without repeats. None: `TOKENS`, or none
-            with `reduce`.
+            with `reduce` or `resolutions`, and of `VISION_LANGUAGE` models.
         reduce: reducers, each a row of the profile instead of `tokens`, as `mmkernels.nn.TokenReducer.parse` reads
-            them; `UNREDUCED` comes first, given or not.
-        images: crops of the photograph in the prompt.
-        text_length: tokens of text, markers of the images included.
-        backends: names in `CHOICES`.
+            them; `UNREDUCED` comes first, given or not. None: `REDUCERS` of `VISION_LANGUAGE` models.
+        resolutions: sides of squares in pixels, each a row with each of the reducers; the largest comes first. None:
+            `RESOLUTIONS` of `VISION_LANGUAGE` models, else the model's own.
+        images: pictures in the prompt, parts of the photograph; None: 1 of `VISION_LANGUAGE` models, else 5.
+        text_length: tokens of text, of other models with a marker for each image; None: 64 of `VISION_LANGUAGE` models,
+            else 512.
+        backends: names in `CHOICES`; None: "fused", and "reference" unless it is a `VISION_LANGUAGE` model, whose naive
+            attention to large images takes more memory than many machines have.
         dtype: a name in `DTYPES`.
         device: as torch names it.
-        size: of the model, a name that it offers.
+        size: of the model, a name that it offers; None: "small", or that of `folder`.
+        folder: a checkpoint with weights; None: they are random.
+        prompt: what is asked about the images, where `folder` has a tokenizer; None: random tokens.
         train: also measure a training step.
         seed: of weights and text.
 
     Raises:
-        BadInput: a name is unknown, a number is out of range, or the device is missing.
+        BadInput: a name is unknown, a number is out of range, two settings exclude each other, or the device is
+            missing.
     """
 
     model: str
     image: Path
     tokens: tuple[int, ...] | None = None
     reduce: tuple[str, ...] | None = None
-    images: int = 5
-    text_length: int = 512
-    backends: tuple[str, ...] = ("fused", "reference")
+    resolutions: tuple[int, ...] | None = None
+    images: int | None = None
+    text_length: int | None = None
+    backends: tuple[str, ...] | None = None
     dtype: str = "fp32"
     device: str = "cpu"
-    size: str = "small"
+    size: str | None = None
+    folder: Path | None = None
+    prompt: str | None = None
     train: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.reduce is None:
-            object.__setattr__(self, "tokens", _checked_tokens(TOKENS if self.tokens is None else self.tokens))
-        elif self.tokens is None:
-            object.__setattr__(self, "reduce", _checked_reducers(self.reduce))
-        else:
-            raise BadInput(
-                "--tokens and --reduce can't be given together: each says what the rows are; "
-                f"got {_join(self.tokens)} and {_join(self.reduce)}"
-            )
+        self._fill()
+        self._check_rows()
+        assert self.images is not None and self.text_length is not None and self.backends is not None
         if not 1 <= self.images <= _MOST_IMAGES:
             raise BadInput(f"--images must be from 1 to {_MOST_IMAGES}, got {self.images}")
         if self.text_length <= self.images:
@@ -85,16 +114,63 @@ class Options:
                 f"--text-length must be above the number of images, {self.images}, each of which has a marker in the "
                 f"text; got {self.text_length}"
             )
-        object.__setattr__(self, "backends", tuple(dict.fromkeys(self.backends)))
+        self._set("backends", tuple(dict.fromkeys(self.backends)))
         for backend in self.backends or ("",):
             one_of("--backend", backend, CHOICES)
         one_of("--dtype", self.dtype, tuple(DTYPES))
         check_device(self.device)
 
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _fill(self) -> None:
+        """Gives settings that were left out the values that suit the model."""
+        whole = self.model in VISION_LANGUAGE
+        for name, value in (
+            ("images", _IMAGES_OF_VISION_LANGUAGE if whole else _IMAGES),
+            ("text_length", _TEXT_LENGTH_OF_VISION_LANGUAGE if whole else _TEXT_LENGTH),
+            ("backends", _BACKENDS[:1] if whole else _BACKENDS),
+            ("size", None if self.folder else _SIZE),
+            ("resolutions", RESOLUTIONS if whole else None),
+            ("reduce", REDUCERS if whole else None),
+        ):
+            if getattr(self, name) is None:
+                self._set(name, value)
+        if self.resolutions is not None and self.reduce is None:
+            self._set("reduce", (UNREDUCED,))
+
+    def _check_rows(self) -> None:
+        if self.tokens is not None and self.model in VISION_LANGUAGE:
+            raise BadInput(
+                f"--tokens must not be given for {self.model}, whose images have as many tokens as their size and "
+                f"--reduce leave them, such as --reduce pool:<=64; got {_join(self.tokens)}"
+            )
+        if self.reduce is None:
+            self._set("tokens", _checked_tokens(TOKENS if self.tokens is None else self.tokens))
+        elif self.tokens is None:
+            self._set("reduce", _checked_reducers(self.reduce))
+        else:
+            by, rows = ("--resolutions", self.resolutions) if self.reduce == (UNREDUCED,) else ("--reduce", self.reduce)
+            raise BadInput(
+                f"--tokens and {by} can't be given together: each says what the rows are; "
+                f"got {_join(self.tokens)} and {_join(rows or ())}"
+            )
+        if self.resolutions is not None:
+            self._set("resolutions", _checked_resolutions(self.resolutions))
+        if self.folder is not None and self.model not in VISION_LANGUAGE:
+            must = f"must be for one of {', '.join(VISION_LANGUAGE)}, whose numbers of tokens need no other weights"
+            raise BadInput(f"--model {must}; got {self.model}")
+        if self.folder is not None and self.size is not None:
+            raise BadInput(f"--size must not be given with --model, whose checkpoint has a size; got {self.size!r}")
+        if self.prompt is not None and self.folder is None:
+            raise BadInput("--prompt must be given with --model, whose tokenizer reads it; got it alone")
+
     @property
     def rows(self) -> tuple[Row, ...]:
         """What the rows of the profile are about."""
-        return self.reduce or self.tokens or ()
+        if self.reduce is None:
+            return self.tokens or ()
+        return tuple(Choice(reducer, side) for side in self.resolutions or (None,) for reducer in self.reduce)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -107,8 +183,8 @@ def name_of(backend: str) -> str:
 
 
 def title_of(row: Row) -> str:
-    """Returns what people read of a row: "64 tokens per image", or the reducer."""
-    return row if isinstance(row, str) else f"{row:,} tokens per image"
+    """Returns what people read of a row: "64 tokens per image", or the reducer, with its resolution."""
+    return str(row) if isinstance(row, Choice) else f"{row:,} tokens per image"
 
 
 def baseline_of(backends: Sequence[str], *, reducing: bool) -> str:
@@ -127,6 +203,22 @@ def parse_tokens(text: str) -> tuple[int, ...]:
         raise BadInput(f"--tokens must be integers, such as 16,64; got {text!r}") from None
 
 
+def parse_resolutions(text: str) -> tuple[int, ...]:
+    """Returns the numbers of a text such as "224,448"."""
+    try:
+        return tuple(int(part) for part in parse_list(text))
+    except ValueError:
+        raise BadInput(f"--resolutions must be integers, such as 224,448; got {text!r}") from None
+
+
+def _checked_resolutions(sides: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the sides without repeats, the largest first."""
+    if not 1 <= len(sides) <= _MOST_RESOLUTIONS or min(sides) < 1 or max(sides) > _MOST_PIXELS:
+        must = f"1 to {_MOST_RESOLUTIONS} sides in pixels, each at most {_MOST_PIXELS}, such as 224,448"
+        raise BadInput(f"--resolutions must be {must}; got {_join(sides)}")
+    return tuple(sorted(set(sides), reverse=True))
+
+
 def _checked_tokens(tokens: tuple[int, ...]) -> tuple[int, ...]:
     if not tokens or min(tokens) < 1 or max(tokens) > MOST_TOKENS:
         raise BadInput(f"--tokens must be integers from 1 to {MOST_TOKENS}, such as 16,64; got {_join(tokens)}")
@@ -140,5 +232,5 @@ def _checked_reducers(texts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((UNREDUCED, *texts)))
 
 
-def _join(parts: tuple[Row, ...]) -> str:
+def _join(parts: Sequence[int | str]) -> str:
     return ",".join(map(str, parts)) or "nothing"

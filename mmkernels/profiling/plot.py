@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from PIL import Image
 
-from mmkernels.profiling.table import compared, crops_of, memory_ratio, summary, warnings
+from mmkernels.profiling.table import compared, crops_of, memory_ratio, summary, text_of, title_of_model, warnings
 from mmkernels.report import COLOURS, picture, plain, plural, ratio
 
 _TOTAL, _TRAINING = "#000000", "#A06A00"
@@ -40,15 +40,16 @@ def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
 
 def _titles(figure: Figure, report: dict[str, Any]) -> None:
     s = report["settings"]
-    figure.text(0.06, 0.935, f"What a visual token costs: {s['model']} {s['size']}", fontsize=19, weight="bold")
+    figure.text(0.06, 0.935, f"What a visual token costs: {title_of_model(s)}", fontsize=19, weight="bold")
     figure.text(0.06, 0.89, subtitle(report), fontsize=12, color="#444444")
 
 
 def subtitle(report: dict[str, Any]) -> str:
     """Returns what was measured, and where."""
     s = report["settings"]
-    prompt = f"A prompt of {plural(s['images'], 'image')} and {s['text_length']:,} text tokens"
-    return f"{prompt}, {s['dtype']}, on {report['device']}"
+    prompt = f"A prompt of {plural(s['images'], 'image')} and {text_of(s)}"
+    about = report.get("about_size")
+    return f"{prompt}, {s['dtype']}, on {report['device']}" + (f"; {about}" if about else "")
 
 
 def _strokes(report: dict[str, Any], backend: str, colour: str) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def _photo(figure: Figure, report: dict[str, Any], photo: Image.Image) -> None:
     axes = figure.add_axes((0.685, 0.66, 0.11, 0.29), anchor="NW")
     axes.imshow(small)
     axes.set_axis_off()
-    lines = [crops_of(report["settings"]), "", *stage_lines(report, 34)]
+    lines = [crops_of(report), "", *stage_lines(report, 34)]
     figure.text(0.805, 0.95, "\n".join(lines), va="top", fontsize=9, linespacing=1.32, color="#333333")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmkernels.meters import peak_memory
 from mmkernels.profiling.adapter import Adapter, ReducingAdapter, Reduction
-from mmkernels.profiling.options import Options, Row, baseline_of, name_of, title_of
+from mmkernels.profiling.options import Choice, Options, Row, baseline_of, name_of, title_of
 from mmkernels.runtime.dispatch import use_backend
 from mmkernels.runtime.eager import stub_ops
 
@@ -57,8 +57,9 @@ class Point:
         row: a number of tokens, or a reducer.
         photos: the images.
         progress: called with the name of each step before it begins.
-        first: for reducers, the first row, whose weights and inputs this one shares, and from whose outputs drift is
-            measured. None: this is the first row, or drift is measured from this row's own naive outputs.
+        earlier: for reducers, the rows before this one, which shares their weights, and the inputs of one with the same
+            resolution; drift is measured from the outputs of the first. Without any, this is the first row, or drift is
+            measured from this row's own naive outputs.
 
     Attributes:
         model, inputs: what the adapter takes.
@@ -74,9 +75,10 @@ class Point:
         row: Row,
         photos: list[Image.Image],
         progress: Callable[[str], None],
-        first: Point | None = None,
+        earlier: Sequence[Point] = (),
     ) -> None:
-        self.adapter, self.options, self.first = adapter, options, first
+        first = earlier[0] if earlier else None
+        self.adapter, self.options, self.row, self.first = adapter, options, row, first
         self.device = torch.device(options.device)
         self.progress = lambda what: progress(f"{title_of(row)}: {what}")
         self.progress("weights, inputs, warm-up")
@@ -86,8 +88,10 @@ class Point:
         if first is None:
             self._build(row, photos)
         else:
-            self.model = cast(ReducingAdapter, adapter).exchange(options, first.model, str(row))
-            self.inputs = first.inputs
+            assert isinstance(row, Choice)
+            self.model = cast(ReducingAdapter, adapter).exchange(options, first.model, row)
+            alike = [point for point in earlier if cast(Choice, point.row).resolution == row.resolution]
+            self.inputs = alike[0].inputs if alike else adapter.inputs(options, self.model, photos, row)
         self.reduction: Reduction | None = None
         if isinstance(row, int):
             tokens = row
@@ -97,9 +101,10 @@ class Point:
             tokens = self.reduction.tokens
         self.cells: dict[str, Cell] = {
             backend: {
-                "reducer": None if isinstance(row, int) else row,
+                "reducer": None if isinstance(row, int) else row.reducer,
+                "resolution": None if isinstance(row, int) else row.resolution,
                 "tokens_per_image": tokens,
-                "visual_tokens": tokens * options.images,
+                "visual_tokens": tokens * (options.images or 0),
                 "backend": backend,
                 "failed": None,
                 "seconds": {},
@@ -110,7 +115,7 @@ class Point:
                 "drift": None,
                 "amdahl": {},
             }
-            for backend in options.backends
+            for backend in options.backends or ()
         }
         self.seconds = {backend: cell["seconds"] for backend, cell in self.cells.items()}
         self.seconds[REMOVED] = {}
@@ -120,11 +125,11 @@ class Point:
         """Makes model and inputs; finds the outputs in float32 on the way, where another dtype is measured."""
         options = self.options
         self.model = self.adapter.build(options, row).to(self.device)
-        if options.torch_dtype != torch.float32 and "reference" in options.backends:
-            wide = self._logits("reference", self.adapter.inputs(options, self.model, photos))
+        if options.torch_dtype != torch.float32 and "reference" in (options.backends or ()):
+            wide = self._logits("reference", self.adapter.inputs(options, self.model, photos, row))
             self.exact = Exact(None, wide)
         self.model.to(options.torch_dtype)
-        self.inputs = self.adapter.inputs(options, self.model, photos)
+        self.inputs = self.adapter.inputs(options, self.model, photos, row)
 
     def prepare(self) -> None:
         """Measures all but times: drift, which also warms up every backend, and peak memory."""
@@ -162,7 +167,7 @@ class Point:
     def _measure_drift(self) -> None:
         outputs = {backend: self._logits(backend, self.inputs) for backend in self.cells}
         if self.first is None:
-            baseline = baseline_of(self.options.backends, reducing=self.reduction is not None)
+            baseline = baseline_of(self.options.backends or (), reducing=self.reduction is not None)
             self.exact = Exact(outputs.get(baseline), self.exact.wide)
         else:
             self.exact = self.first.exact

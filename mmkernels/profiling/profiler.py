@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,16 +15,25 @@ from mmkernels.meters import memory_why_not
 from mmkernels.options import BadInput
 from mmkernels.profiling.adapter import Adapter, ReducingAdapter
 from mmkernels.profiling.flamingo import FlamingoAdapter, ReducingFlamingoAdapter
+from mmkernels.profiling.internvl import InternVLAdapter
 from mmkernels.profiling.options import Options, Row
+from mmkernels.profiling.pareto import front
 from mmkernels.profiling.photo import crops
 from mmkernels.profiling.point import Cell
+from mmkernels.profiling.qwen_vl import QwenVLAdapter
 from mmkernels.profiling.timing import measure_rows, steps_of_rows
 
-MODELS: dict[str, Adapter] = {"flamingo": FlamingoAdapter()}
-"""What can be profiled. A new model is one adapter here."""
+REDUCING: dict[str, ReducingAdapter] = {
+    "flamingo": ReducingFlamingoAdapter(),
+    "qwen2_vl": QwenVLAdapter("qwen2"),
+    "qwen2_5_vl": QwenVLAdapter("qwen2_5"),
+    "qwen3_vl": QwenVLAdapter("qwen3"),
+    "internvl": InternVLAdapter(),
+}
+"""What can be profiled over reducers and resolutions. A new model is one adapter here."""
 
-REDUCING: dict[str, ReducingAdapter] = {"flamingo": ReducingFlamingoAdapter()}
-"""What can be profiled over reducers."""
+MODELS: dict[str, Adapter] = {**REDUCING, "flamingo": FlamingoAdapter()}
+"""What can be profiled: `REDUCING` models, or over numbers of tokens."""
 
 SCHEMA = 1
 
@@ -40,11 +49,17 @@ def find_model(options: Options) -> Adapter:
         with_reduce = " with --reduce" * bool(options.reduce)
         raise BadInput(f"model must be one of {', '.join(models)}{with_reduce}; got {options.model!r}")
     adapter = models[options.model]
-    if options.size not in adapter.sizes:
+    if options.folder is None and options.size not in adapter.sizes:
         raise BadInput(f"--size must be one of {', '.join(adapter.sizes)}; got {options.size!r}")
     if options.reduce:
         REDUCING[options.model].check(options)
     return adapter
+
+
+def check_photo(options: Options, photo: Image.Image) -> None:
+    """Raises `BadInput` unless every row of `options` suits the photograph's shape."""
+    if options.reduce:
+        REDUCING[options.model].check_photo(options, photo)
 
 
 def steps(options: Options) -> int:
@@ -55,7 +70,7 @@ def steps(options: Options) -> int:
 
 def _groups(options: Options) -> list[tuple[Row, ...]]:
     """Returns the rows that are measured together: reducers share weights, and are compared with each other."""
-    return [options.rows] if options.reduce else [(row,) for row in options.rows]
+    return [options.rows] if options.reduce is not None else [(row,) for row in options.rows]
 
 
 def profile(
@@ -83,7 +98,8 @@ def reports(
         BadInput: no such model or size.
     """
     adapter = find_model(options)
-    photos = crops(photo, options.images)
+    check_photo(options, photo)
+    photos = crops(photo, options.images or 1, square=adapter.square)
     cells: list[Cell] = []
     for rows in _groups(options):
         found: list[Cell] = []
@@ -105,6 +121,9 @@ def _report(options: Options, adapter: Adapter, cells: list[Cell], reductions: d
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command(options),
         "settings": _settings(options),
+        "rows": [row if isinstance(row, int) else str(row) for row in options.rows],
+        "square": adapter.square,
+        "about_size": adapter.about.get(options.size or "", ""),
         "stages": {stage.name: stage.about for stage in adapter.stages},
         "total": {"name": adapter.total, "stages": [stage.name for stage in adapter.stages if stage.calls == 1]},
         "device": device_name(options.device),
@@ -112,23 +131,35 @@ def _report(options: Options, adapter: Adapter, cells: list[Cell], reductions: d
         "memory_why_not": memory_why_not(options.device),
         "cells": cells,
         "reducers": reductions,
+        "pareto": front(cells, options.backends or ()),
         "marginal_seconds_per_visual_token": {} if options.reduce else marginal(cells),
     }
 
 
 def _settings(options: Options) -> dict[str, Any]:
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(options).items()}
-    return settings | {"image": options.image.name}
+    folder = {} if options.folder is None else {"folder": options.folder.name}
+    return settings | {"image": options.image.name} | folder
 
 
 def command(options: Options) -> str:
     """Returns the command that repeats this profile; it has no path but the photograph's file name."""
     words = ["mmkernels", "profile", options.model, "--image", options.image.name]
-    words += ["--reduce" if options.reduce else "--tokens", ",".join(map(str, options.rows))]
+    if options.resolutions is not None:
+        words += ["--resolutions", _joined(options.resolutions)]
+    words += (
+        ["--tokens", _joined(options.tokens or ())] if options.reduce is None else ["--reduce", _joined(options.reduce)]
+    )
     words += ["--images", str(options.images)]
-    words += ["--text-length", str(options.text_length), "--backend", ",".join(options.backends)]
-    words += ["--dtype", options.dtype, "--device", options.device, "--size", options.size]
+    words += ["--text-length", str(options.text_length), "--backend", _joined(options.backends or ())]
+    words += ["--dtype", options.dtype, "--device", options.device]
+    words += ["--model", options.folder.name] if options.folder else ["--size", options.size or ""]
+    words += ["--prompt", options.prompt] if options.prompt else []
     return shlex.join(words + ["--train"] * options.train)
+
+
+def _joined(parts: Iterable[object]) -> str:
+    return ",".join(map(str, parts))
 
 
 def marginal(cells: list[Cell]) -> dict[str, dict[str, float]]:

@@ -11,12 +11,25 @@ from rich.text import Text
 
 from mmkernels import report as writer
 from mmkernels.meters import Timing
-from mmkernels.profiling.options import UNREDUCED, Row, baseline_of, name_of
+from mmkernels.profiling.options import UNREDUCED, baseline_of, name_of
+from mmkernels.profiling.pareto import drift_of, row_of
 from mmkernels.profiling.point import NAIVE_LOSS
 from mmkernels.report import MISSING, megabytes, microseconds, milliseconds, plural, ratio
 
+MARK = "*"
+"""Beside the drift of a row on the Pareto front."""
+
 _UNSTEADY = 0.1
 """Above this spread, as a share, the table warns."""
+
+_MOST_SAID = 7
+"""Rows of a summary; where there are more, it tells those on the Pareto front alone."""
+
+RANDOM = (
+    "The weights are random. Time and memory are those of a trained model; drift is not: it shows how much of the "
+    "output a reducer changes, not how much a trained model would lose."
+)
+"""What a reader of drift must know where there is no checkpoint."""
 
 _GAINS_LEGEND = (
     "faster: naive time / this backend's time. at most: naive time / time with every op removed (the Amdahl cap)"
@@ -26,7 +39,7 @@ _GAINS_LEGEND = (
 
 def render(report: dict[str, Any]) -> RenderableType:
     """Returns the whole profile but its last sentence."""
-    parts: list[RenderableType] = [_heading(report), _measurements(report), Text(_legend(report), style="dim")]
+    parts: list[RenderableType] = [_heading(report), _measurements(report), Text(legend(report), style="dim")]
     parts += [Text(warning, style="red") for warning in warnings(report)]
     if any(cell["amdahl"] for cell in report["cells"]):
         parts += [Text(), _gains(report), Text(_gains_legend(report), style="dim")]
@@ -49,7 +62,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
     if unsteady > _UNSTEADY:
         lines.append(f"Unsteady: repeated times differ by {unsteady:.0%} and more. Is the machine busy?")
     measured = {row_of(cell) for cell in report["cells"]}
-    missing = [row for row in rows_of(report["settings"]) if row not in measured]
+    missing = [row for row in rows_of(report) if row not in measured]
     if missing:
         names = " and ".join(f"{row:,}" if isinstance(row, int) else row for row in missing)
         what = " tokens per image" * isinstance(missing[0], int)
@@ -59,14 +72,10 @@ def warnings(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def rows_of(settings: dict[str, Any]) -> list[Row]:
-    """Returns what the rows are about: numbers of tokens, or reducers."""
-    return settings.get("reduce") or settings["tokens"]
-
-
-def row_of(cell: dict[str, Any]) -> Row:
-    """Returns what the row of a cell is about."""
-    return cell.get("reducer") or cell["tokens_per_image"]
+def rows_of(report: dict[str, Any]) -> list[int | str]:
+    """Returns what the rows are about: numbers of tokens, or names of reducers."""
+    settings = report["settings"]
+    return report.get("rows") or settings.get("reduce") or settings["tokens"]  # the first is not in older reports
 
 
 def _unsteadiness(report: dict[str, Any]) -> float:
@@ -78,9 +87,11 @@ def _unsteadiness(report: dict[str, Any]) -> float:
 def _heading(report: dict[str, Any]) -> Text:
     s, threads = report["settings"], report["machine"]["torch_threads"]
     text = Text()
-    text.append(f"{s['model']} {s['size']}", style="bold")
+    text.append(title_of_model(s), style="bold")
+    weights = "its weights" if s.get("folder") else "random weights"
+    about = report.get("about_size")
     text.append(
-        f", {s['dtype']}, random weights; {crops_of(s)}, {s['text_length']:,} text tokens\n"
+        f", {s['dtype']}, {weights}{f', {about}' * bool(about)}; {crops_of(report)}, {text_of(s)}\n"
         f"{report['device']}, torch {report['machine']['versions']['torch']}, "
         f"{plural(threads, 'thread')}\n"
     )
@@ -95,6 +106,8 @@ def _measurements(report: dict[str, Any]) -> Table:
         {stage: stage for stage in total["stages"]} | {"total": total["name"]} | {stage: stage for stage in repeated}
     )
     memories = {"peak_memory_bytes": "memory"}
+    if _is_crowded(report) and report["settings"].get("resolutions"):
+        times = {name: title for name, title in times.items() if name not in repeated}
     if train:
         times["train_step"] = "train"
         memories["train_peak_memory_bytes"] = "train"
@@ -113,8 +126,8 @@ def _measurements(report: dict[str, Any]) -> Table:
     if reducing and not _is_crowded(report):
         drifts.append(Column("same\ntoken", justify="right"))
     table = writer.table((), [*_columns(report), *numbers, *drifts])
-    last = report["settings"]["backends"][-1]
-    for cell in report["cells"]:
+    for cell, following in zip(report["cells"], [*report["cells"][1:], None], strict=True):
+        ends = _ends_section(report, cell, following)
         row = _begin(report, cell)
         if cell["failed"]:
             row.append(cell["failed"])
@@ -123,13 +136,21 @@ def _measurements(report: dict[str, Any]) -> Table:
             row += [megabytes(cell[name]) for name in memories]
             row += _drift(report, cell)[: len(drifts)]
         naive_loss = train and cell.get("naive_loss")  # older reports have none
-        table.add_row(*row, end_section=cell["backend"] == last and not naive_loss)
+        table.add_row(*row, end_section=ends and not naive_loss)
         if naive_loss:
             row = _begin(report, cell | {"backend": NAIVE_LOSS})
             row += [milliseconds(naive_loss.get(name)) if name == "train_step" else "" for name in times]
             row += [megabytes(naive_loss.get(name)) if name in naive_loss else "" for name in memories]
-            table.add_row(*row, end_section=cell["backend"] == last)
+            table.add_row(*row, end_section=ends)
     return table
+
+
+def _ends_section(report: dict[str, Any], cell: dict[str, Any], following: dict[str, Any] | None) -> bool:
+    """Returns whether a line is drawn behind a cell: behind all backends; of one alone, behind each resolution."""
+    backends = report["settings"]["backends"]
+    if len(backends) > 1 or not cell.get("resolution"):
+        return bool(cell["backend"] == backends[-1])
+    return following is not None and following["resolution"] != cell["resolution"]
 
 
 def _gains(report: dict[str, Any]) -> Table:
@@ -156,13 +177,17 @@ def _gains(report: dict[str, Any]) -> Table:
 def _columns(report: dict[str, Any]) -> list[Column]:
     """Returns the columns that both tables begin with."""
     columns = [Column("visual\ntokens", justify="right"), Column("backend")]
-    return [Column("reducer", overflow="fold"), *columns] if report["settings"].get("reduce") else columns
+    if not report["settings"].get("reduce"):
+        return columns
+    sides = [Column("side\npx", justify="right")] if report["settings"].get("resolutions") else []
+    return [*sides, Column("reducer", overflow="fold"), *columns]
 
 
 def _begin(report: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     """Returns what stands in a cell's row in `_columns`."""
     begin = [tokens(report, cell), name_of(cell["backend"])]
-    return [cell["reducer"], *begin] if cell.get("reducer") else begin
+    side = [f"{cell['resolution']:,}"] if cell.get("resolution") else []
+    return [*side, cell["reducer"], *begin] if cell.get("reducer") else begin
 
 
 def _gain(bound: dict[str, float] | None, *, short: bool) -> str:
@@ -172,9 +197,14 @@ def _gain(bound: dict[str, float] | None, *, short: bool) -> str:
     return gain if short else f"{gain} {bound['share_of_cap']:4.0%}"
 
 
-def _legend(report: dict[str, Any]) -> str:
+def legend(report: dict[str, Any]) -> str:
+    """Returns what the columns are, in lines."""
     s = report["settings"]
-    lines = [f"{stage}: {about}." for stage, about in report["stages"].items()]
+    hidden = _is_crowded(report) and bool(s.get("resolutions"))
+    lines = [
+        f"{stage}: {about}{'; in the JSON alone' * (hidden and stage not in report['total']['stages'])}."
+        for stage, about in report["stages"].items()
+    ]
     lines.append(f"{report['total']['name']}: {' + '.join(report['total']['stages'])}.")
     memory = report["memory_why_not"] or "measured peak above weights and inputs, over all stages"
     lines.append(f"memory: {memory}.")
@@ -192,30 +222,32 @@ def _legend(report: dict[str, Any]) -> str:
 
 
 def _reducing_legend(report: dict[str, Any], wide: bool) -> list[str]:
+    """Returns what must be known of rows that are about reducers."""
     baseline = "naive float32" if wide else name_of(baseline_of(report["settings"]["backends"], reducing=True))
-    lines = [
-        f"visual tokens: images x tokens of each; without a reducer ({UNREDUCED}) those are all patches and a class "
-        "token, which every reducer keeps.",
-        f"drift: relative L2 distance of all logits from those of {UNREDUCED}, {baseline}"
+    first = rows_of(report)[0]
+    sides = bool(report["settings"].get("resolutions"))
+    every = "all patches and a class token, which every reducer keeps" if report.get("square", True) else "all"
+    of_each = "of each image" if sides else "images x tokens of each"
+    lines = [f"visual tokens: {of_each}; without a reducer ({UNREDUCED}) those are {every}."]
+    if sides:
+        lines.append("side: each image is scaled to at most as many pixels as a square of this side has.")
+    largest = ", the largest images with all tokens" if sides else ""
+    where = "" if report.get("square", True) else " of text tokens"
+    lines.append(
+        f"drift: relative L2 distance of all logits{where} from those of {first}{largest}, {baseline}"
         + ("" if _is_crowded(report) else "; same token: how often the most likely next token is the same")
-        + f". The other rows of {UNREDUCED} show rounding alone.",
-        "The weights are random. Time and memory are those of a trained model; drift is not: it shows how much of the "
-        "output a reducer changes, not how much a trained model would lose.",
-    ]
+        + (f". The other rows of {first} show rounding alone." if len(report["settings"]["backends"]) > 1 else ".")
+    )
+    if report.get("pareto"):
+        lines.append(
+            f"{MARK}: on the Pareto front: no other row has an earlier {report['total']['name']} and less drift."
+        )
+    if not report["settings"].get("folder"):
+        lines.append(RANDOM)
     learned = [name for name, about in report["reducers"].items() if about["learned"]]
     if learned:
         lines.append(f"No drift of {', '.join(learned)}: with random weights of its own it says nothing.")
     return lines
-
-
-def drift_of(cell: dict[str, Any]) -> tuple[float, float] | None:
-    """Returns a cell's drift, from float32 where another dtype was measured, and its agreement; None: neither."""
-    drift = cell["drift"]
-    if not drift:
-        return None
-    if "relative_l2_to_fp32" in drift:
-        return drift["relative_l2_to_fp32"], drift["top1_agreement_with_fp32"]
-    return drift["relative_l2"], drift["top1_agreement"]
 
 
 def drift_text(distance: float) -> str:
@@ -227,21 +259,27 @@ def _drift(report: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     """Returns what stands in the last columns."""
     found, reducing = drift_of(cell), bool(cell.get("reducer"))
     if found is None:
-        text = "-" if reducing and report["reducers"][cell["reducer"]]["learned"] else MISSING
+        text = "-" if reducing and report["reducers"][str(row_of(cell))]["learned"] else MISSING
         return [text] * (1 + reducing)
     distance, agreement = found
+    mark = MARK if is_best(report, cell) else ""
     if "relative_l2_to_fp32" not in cell["drift"] and _is_baseline(report, cell):
-        return ["-"] * (1 + reducing)
+        return ["-" + mark] + ["-"] * reducing
     if reducing:
-        return [drift_text(distance), f"{agreement:.1%}"]
+        return [drift_text(distance) + mark, f"{agreement:.1%}"]
     return [f"{distance:.0e}" + (f" {agreement:.1%}" if agreement < 1 else "")]
+
+
+def is_best(report: dict[str, Any], cell: dict[str, Any]) -> bool:
+    """Returns whether a cell is on the Pareto front, which is that of the first backend."""
+    return cell["backend"] == report["settings"]["backends"][0] and row_of(cell) in report.get("pareto", ())
 
 
 def _is_baseline(report: dict[str, Any], cell: dict[str, Any]) -> bool:
     """Returns whether drift is measured from this cell."""
-    reducer = cell.get("reducer")
-    baseline = baseline_of(report["settings"]["backends"], reducing=reducer is not None)
-    return cell["backend"] == baseline and reducer in (None, UNREDUCED)
+    reducing = bool(cell.get("reducer"))
+    baseline = baseline_of(report["settings"]["backends"], reducing=reducing)
+    return cell["backend"] == baseline and (not reducing or row_of(cell) == rows_of(report)[0])
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -270,10 +308,10 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _reducing_summary(report: dict[str, Any]) -> str:
-    """Returns how each reducer changes time and output, by the first backend that has the unreduced model too."""
-    backends = report["settings"]["backends"]
+    """Returns how each row changes time and output, by the first backend that has the first row too."""
+    backends, first = report["settings"]["backends"], rows_of(report)[0]
     rows = [cell for cell in report["cells"] if "total" in cell["seconds"]]
-    backend = next((name for name in backends if any(_unreduced(cell, name) for cell in rows)), None)
+    backend = next((name for name in backends if any(_is_row(cell, first, name) for cell in rows)), None)
     if backend is None:
         fitted = any(cell["failed"] is None for cell in report["cells"])
         return "Not all times were measured." if fitted else "Nothing fitted into memory."
@@ -281,15 +319,18 @@ def _reducing_summary(report: dict[str, Any]) -> str:
     whole = cells[0]["seconds"]["total"]
     parts = [f"{name_of(backend)}, all {cells[0]['tokens_per_image']:,} tokens: {report['total']['name']} after "
              f"{milliseconds(whole)} ms"]  # fmt: skip
-    for cell in cells[1:]:
-        text = f"{cell['reducer']} {ratio(whole / cell['seconds']['total'])} as fast"
+    shown = cells[1:]
+    if len(shown) > _MOST_SAID:  # those worth choosing
+        shown = [cell for cell in shown if is_best(report, cell)]
+    for cell in shown:
+        text = f"{row_of(cell)} {ratio(whole / cell['seconds']['total'])} as fast"
         found = drift_of(cell)
         parts.append(text if found is None else f"{text} (drift {drift_text(found[0])})")
     return "; ".join(parts) + "."
 
 
-def _unreduced(cell: dict[str, Any], backend: str) -> bool:
-    return cell["backend"] == backend and cell["reducer"] == UNREDUCED
+def _is_row(cell: dict[str, Any], row: int | str, backend: str) -> bool:
+    return cell["backend"] == backend and row_of(cell) == row
 
 
 def _cost_of_a_token(report: dict[str, Any], backend: str) -> str:
@@ -316,12 +357,28 @@ def memory_ratio(report: dict[str, Any], cell: dict[str, Any], name: str = "peak
     return None
 
 
-def crops_of(settings: dict[str, Any]) -> str:
-    return f"{plural(settings['images'], 'crop')} of {settings['image']}"
+def title_of_model(settings: dict[str, Any]) -> str:
+    """Such as "flamingo small", or the checkpoint's folder."""
+    return f"{settings['model']} {settings.get('folder') or settings['size']}"
+
+
+def crops_of(report: dict[str, Any]) -> str:
+    s = report["settings"]
+    if s["images"] == 1 and not report.get("square", True):
+        return str(s["image"])
+    return f"{plural(s['images'], 'crop')} of {s['image']}"
+
+
+def text_of(settings: dict[str, Any]) -> str:
+    """Such as "512 text tokens", or the question."""
+    prompt = settings.get("prompt")
+    return f"{settings['text_length']:,} text tokens" if prompt is None else f'"{prompt}"'
 
 
 def tokens(report: dict[str, Any], cell: dict[str, Any]) -> str:
-    return f"{report['settings']['images']} x {cell['tokens_per_image']:,}"
+    """Returns images x tokens of each; where each row has its resolution, for which there must be room, the latter."""
+    count = f"{cell['tokens_per_image']:,}"
+    return count if report["settings"].get("resolutions") else f"{report['settings']['images']} x {count}"
 
 
 def compared(speedup: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,9 @@ Candidate = tuple[Point, str]
 
 def steps_of_rows(options: Options, adapter: Adapter, rows: int) -> int:
     """Returns how often `measure_rows` reports progress."""
-    memory = len(options.backends)
-    naive_loss = options.train and adapter.naive_loss is not None and "fused" in options.backends
+    backends = options.backends or ()
+    memory = len(backends)
+    naive_loss = options.train and adapter.naive_loss is not None and "fused" in backends
     return rows * (1 + memory * (1 + options.train) + naive_loss) + len(adapter.stages) + options.train
 
 
@@ -43,7 +44,7 @@ def measure_rows(
     """
     points: list[Point] = []
     for row in rows:
-        points.append(Point(adapter, options, row, photos, progress, points[0] if points else None))
+        points.append(Point(adapter, options, row, photos, progress, points))
         points[-1].prepare()
         if len(rows) > 1:
             yield points
@@ -62,7 +63,7 @@ def measure_rows(
 
 def _time_stages(adapter: Adapter, points: list[Point], progress: Callable[[str], None]) -> Iterator[None]:
     """Yields after each stage."""
-    candidates = [(point, backend) for point in points for backend in [*point.able(), REMOVED]]
+    candidates = [(point, name) for point in points for name in [*point.able(), *_removed(point)]]
     states: dict[Candidate, Any] = dict.fromkeys(candidates)
     for stage in adapter.stages:
         progress(f"time to {stage.name}")
@@ -76,6 +77,7 @@ def _time_stages(adapter: Adapter, points: list[Point], progress: Callable[[str]
 
 def _time_stage(stage: Stage, begins: dict[Candidate, Any]) -> dict[Candidate, Any]:
     """Returns the states that the candidates are in afterwards."""
+    leaders = {candidate: _leader(stage, candidate, begins) for candidate in begins}
     forks, ends = dict(begins), dict(begins)
 
     def fork(candidate: Candidate) -> None:
@@ -86,9 +88,22 @@ def _time_stage(stage: Stage, begins: dict[Candidate, Any]) -> dict[Candidate, A
         with running_as(name):
             ends[candidate] = stage.run(point.model, point.inputs, forks[candidate])
 
-    runs = {candidate: partial(run, candidate) for candidate in begins}
-    _time(stage.name, runs, {candidate: partial(fork, candidate) for candidate in begins}, stage.calls)
+    runs = {candidate: partial(run, candidate) for candidate in dict.fromkeys(leaders.values())}
+    _time(stage.name, runs, {candidate: partial(fork, candidate) for candidate in runs}, stage.calls)
+    for (point, name), leader in leaders.items():
+        ends[point, name] = ends[leader]
+        point.seconds[name][stage.name] = leader[0].seconds[name][stage.name]
+        if name in point.cells:
+            samples = leader[0].cells[name]["samples_seconds"][stage.name]
+            point.cells[name]["samples_seconds"][stage.name] = list(samples)
     return ends
+
+
+def _leader(stage: Stage, candidate: Candidate, candidates: Iterable[Candidate]) -> Candidate:
+    """Returns the candidate that is timed in place of one: the first with the same work in a shared stage."""
+    point, name = candidate
+    alike = (other for other in candidates if other[1] == name and other[0].inputs is point.inputs)
+    return next(alike) if stage.shared else candidate
 
 
 def _time(
@@ -138,11 +153,17 @@ def _measure_training(adapter: Adapter, points: list[Point], progress: Callable[
                 cell = point.seconds[candidate] if candidate == NAIVE_LOSS else point.cells[candidate]
                 cell["train_peak_memory_bytes"] = point.peak(candidate, run)
                 clear(point)
-        steps[point, REMOVED] = partial(step, point, REMOVED)
+        for candidate in _removed(point):
+            steps[point, candidate] = partial(step, point, candidate)
     progress("time of a training step")
     _time("train_step", steps, {candidate: partial(clear, candidate[0]) for candidate in steps})
     for point in points:
         clear(point)
+
+
+def _removed(point: Point) -> list[str]:
+    """Returns the candidate that bounds the speed-up over the naive baseline, where there is such a baseline."""
+    return [REMOVED] if "reference" in point.cells else []
 
 
 def _amdahl(point: Point, backend: str) -> dict[str, dict[str, float]]:

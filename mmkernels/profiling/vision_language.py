@@ -1,0 +1,383 @@
+"""Models in which images are tokens of the text, for the profiler: one prompt with images, and text behind each."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mmkernels.models.blocks.checkpoint import CheckpointError
+from mmkernels.models.blocks.context import ContextCache
+from mmkernels.models.blocks.reduction import token_of
+from mmkernels.models.blocks.vision_language import VisionLanguageModel
+from mmkernels.models.blocks.visual import Visual, shorten
+from mmkernels.models.blocks.visual_reduction import VisualReducer
+from mmkernels.nn.reducer import Reduced, TokenReducer
+from mmkernels.options import BadInput
+from mmkernels.profiling.adapter import Reduction, Stage
+from mmkernels.profiling.flamingo import DECODE_TOKENS
+from mmkernels.profiling.options import MOST_TOKENS, Choice, Options, Row
+from mmkernels.transformers_version import import_transformers
+
+
+class Layout(NamedTuple):
+    """How an image becomes tokens, before a reducer.
+
+    Attributes:
+        rows, columns: tokens of a tile; of the image, where it is not cut into tiles.
+        down, across: tiles of an image.
+        thumbnail: whether one more tile, the last one, shows all of the image.
+    """
+
+    rows: int
+    columns: int
+    down: int = 1
+    across: int = 1
+    thumbnail: bool = False
+
+    @property
+    def tiles(self) -> int:
+        return self.down * self.across + self.thumbnail
+
+    @property
+    def tokens(self) -> int:
+        return self.tiles * self.rows * self.columns
+
+    def picture(self, token_of: Tensor) -> list[int]:
+        """Returns the token of each place of the image, row by row, without those of a thumbnail.
+
+        Args:
+            token_of: of each place of each tile, ``[tiles, rows * columns]``.
+        """
+        tiles = token_of[: self.down * self.across].view(self.down, self.across, self.rows, self.columns)
+        places: list[int] = tiles.transpose(1, 2).flatten().tolist()
+        return places
+
+
+class Size(NamedTuple):
+    """A size that ``--size`` takes: a size of the model class, and fields of its configuration that differ.
+
+    Attributes:
+        about: what must be said of it.
+    """
+
+    name: str
+    changes: Mapping[str, Any] = {}
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stages take.
+
+    Args:
+        input_ids: the prompt, int64 ``[1, L]``, with a marker for each visual token.
+        images: what the model's `encode` takes, all images.
+        first: the same of the first image alone.
+        layout: of each image.
+        text_ids: every token below this number is text.
+    """
+
+    input_ids: Tensor
+    images: tuple[Any, ...]
+    first: tuple[Any, ...]
+    layout: Layout
+    text_ids: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """The state after the prompt, ready for the next token."""
+
+    kv_cache: ContextCache
+    token: Tensor  # [1, 1]
+
+
+class _Encoded(Exception):
+    """Ends a forward pass behind the encoder, whose output it carries."""
+
+
+def _encode(model: Any, inputs: Inputs, state: None) -> Any:
+    """Returns what the encoder alone makes of the images."""
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Encoded(output)
+
+    handle = model.vision.register_forward_hook(stop)
+    try:
+        model.encode(*inputs.images)
+    except _Encoded as encoded:
+        return encoded.args[0]
+    finally:
+        handle.remove()
+    raise AssertionError("the model has encoded images without its encoder")
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Calls of the module return at once what it has returned before."""
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _merge(model: Any, inputs: Inputs, state: Any) -> Visual:
+    with _returning(model.vision, state):
+        visual: Visual = model.encode(*inputs.images)
+    return visual
+
+
+def _prefill(model: Any, inputs: Inputs, state: Visual) -> Read:
+    length = inputs.input_ids.shape[1] - sum(state.marked) + sum(state.lengths)
+    cache = ContextCache(len(model.decoder.blocks), reserve=length + DECODE_TOKENS)
+    out = model(inputs.input_ids, images=state, kv_cache=cache, last_logits_only=True)
+    return Read(cache, _next_token(out.logits, inputs))
+
+
+def _decode(model: Any, inputs: Inputs, state: Read) -> Read:
+    token = state.token
+    for _ in range(DECODE_TOKENS):
+        token = _next_token(model(token, kv_cache=state.kv_cache, last_logits_only=True).logits, inputs)
+    return Read(state.kv_cache, token)
+
+
+def _next_token(logits: Tensor, inputs: Inputs) -> Tensor:
+    """Returns the most likely text token ``[1, 1]``. A marker, which random weights may like, would need an image."""
+    return logits[:, -1:, : inputs.text_ids].argmax(-1)
+
+
+class VisionLanguageAdapter(ABC):
+    """A `VisionLanguageModel`, whose encoder is its module `vision`.
+
+    Attributes:
+        model_class: the model's class.
+        named: by the names that ``--size`` takes.
+    """
+
+    model_class: type[VisionLanguageModel]
+    named: Mapping[str, Size]
+
+    total = "first token"
+    square = False
+    stages = (
+        Stage("encode", "the image encoder, all images", _encode, shared=True),
+        Stage("merge", "the merger, and the reducer with its scores", _merge),
+        Stage("prefill", "the prompt through the language model, up to the next token's scores", _prefill),
+        Stage("decode", f"one more token, the mean of {DECODE_TOKENS}", _decode, DECODE_TOKENS,
+              lambda state: Read(state.kv_cache.fork(), state.token)),
+    )  # fmt: skip
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return tuple(self.named)
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {name: size.about for name, size in self.named.items()}
+
+    # What a model brings.
+
+    @abstractmethod
+    def config(self, options: Options) -> Any:
+        """Returns the model's configuration, before any weight is made or read."""
+
+    @abstractmethod
+    def layout(self, config: Any, photo: Image.Image, resolution: int) -> Layout:
+        """Returns how images of the shape of `photo` become tokens.
+
+        Raises:
+            BadInput: they can't.
+        """
+
+    @abstractmethod
+    def pixels(self, options: Options, config: Any, photos: list[Image.Image], layout: Layout) -> tuple[Any, ...]:
+        """Returns what the model's `encode` takes for images that are scaled to `layout`."""
+
+    @abstractmethod
+    def text_ids(self, config: Any) -> int:
+        """Returns below which number every token is text."""
+
+    # The adapter.
+
+    def check(self, options: Options) -> None:
+        config = self.config(options)
+        for text in options.reduce or ():
+            try:
+                VisualReducer(text, config.text_width)
+            except (ValueError, TypeError) as error:
+                raise BadInput(f"--reduce {text}: {error}") from None
+        self._text(options, config)
+
+    def check_photo(self, options: Options, photo: Image.Image) -> None:
+        config = self.config(options)
+        images, text_length = options.images or 0, len(self._text(options, config))  # one marker for each image
+        for side in options.resolutions or ():
+            layout = self.layout(config, photo, side)
+            tokens = layout.tokens
+            if tokens > MOST_TOKENS:
+                raise BadInput(
+                    f"--resolutions must leave at most {MOST_TOKENS} tokens per image, got {tokens} by {side}"
+                )
+            length = images * (tokens - 1) + text_length + DECODE_TOKENS
+            if length > config.text_length:
+                raise BadInput(
+                    f"--resolutions must leave the prompt and {DECODE_TOKENS} tokens more within {config.text_length}, "
+                    f"got {length} by {side} and --images {images}"
+                )
+            for text in options.reduce or ():
+                try:
+                    VisualReducer(text, config.text_width).reducer.tokens([(1, layout.rows, layout.columns)])
+                except (ValueError, TypeError) as error:
+                    raise BadInput(f"--reduce {text} with --resolutions {side}: {error}") from None
+
+    def build(self, options: Options, row: Row) -> nn.Module:
+        assert isinstance(row, Choice)
+        if options.folder is not None:
+            model = self.model_class.from_pretrained(options.folder)
+            model.set_reducer(row.reducer)
+            return model
+        size = self.named[options.size or ""]
+        changes = dict(size.changes) | {"reduce": row.reducer}
+        return self.model_class.from_size(size.name, seed=options.seed, **changes)
+
+    def exchange(self, options: Options, model: Any, choice: Choice) -> nn.Module:
+        other = copy.copy(model)  # its modules are the same ones
+        other.set_reducer(choice.reducer)
+        return other
+
+    def inputs(self, options: Options, model: Any, photos: list[Image.Image], row: Row) -> Inputs:
+        assert isinstance(row, Choice) and row.resolution is not None
+        config, weight = model.config, model.head.weight
+        layout = self.layout(config, photos[0], row.resolution)
+        every, first = (self.pixels(options, config, part, layout) for part in (photos, photos[:1]))
+        marker, tokens = config.image_token_id, layout.tokens
+        text = self._text(options, config)
+        ids = torch.tensor([[token for token in text for _ in range(tokens if token == marker else 1)]])
+        images, first = (tuple(x.to(weight) if _is_floating(x) else x for x in part) for part in (every, first))
+        return Inputs(ids.to(weight.device), images, first, layout, self.text_ids(config))
+
+    def _text(self, options: Options, config: Any) -> list[int]:
+        """Returns the prompt with one marker for each image."""
+        assert options.images is not None and options.text_length is not None
+        marker = config.image_token_id
+        if options.prompt is not None:
+            return _tokenized(options, options.images, marker)
+        generator = torch.Generator().manual_seed(options.seed)
+        ids: list[int] = torch.randint(self.text_ids(config), (options.text_length,), generator=generator).tolist()
+        for image in reversed(range(options.images)):  # evenly, the first one in front
+            ids.insert(image * options.text_length // options.images, marker)
+        return ids
+
+    def reduction(self, model: Any, inputs: Inputs) -> Reduction:
+        assert model.reducer is not None
+        found: list[Reduced] = []
+        reducer = model.reducer.reducer
+        handle = reducer.register_forward_hook(lambda module, args, reduced: found.append(reduced))
+        try:
+            visual = model.encode(*inputs.first)
+        finally:
+            handle.remove()
+        layout = inputs.layout
+        return Reduction(
+            sum(visual.lengths),
+            layout.down * layout.rows,
+            layout.across * layout.columns,
+            layout.picture(_token_of_places(reducer, found[0], layout)),  # later calls move positions
+            learned=False,
+        )
+
+    def logits(self, model: Any, inputs: Inputs) -> Tensor:
+        """Returns the scores after each text token: there are as many of them whatever became of the images."""
+        visual = model.encode(*inputs.images)
+        text = self._left(model, inputs, visual)[0] != model.config.image_token_id
+        handle = model.head.register_forward_pre_hook(lambda module, args: (args[0][:, text],))
+        try:
+            out: Tensor = model(inputs.input_ids, images=visual).logits
+        finally:
+            handle.remove()
+        return out
+
+    def _left(self, model: Any, inputs: Inputs, visual: Visual) -> Tensor:
+        """Returns the prompt ``[1, L']`` without the markers whose tokens a reducer left out."""
+        ids = inputs.input_ids
+        short = shorten(torch.ones_like(ids, dtype=torch.bool), [ids == model.config.image_token_id], [visual])
+        return ids if short is None else ids.gather(1, short.columns)
+
+    def _labels(self, model: Any, ids: Tensor) -> Tensor:
+        """Every token is learned but the images' markers."""
+        return ids.masked_fill(ids == model.config.image_token_id, -100)
+
+    def loss(self, model: Any, inputs: Inputs) -> Tensor:
+        visual = model.encode(*inputs.images)
+        loss: Tensor = model(inputs.input_ids, images=visual, labels=self._labels(model, inputs.input_ids)).loss
+        return loss
+
+    def naive_loss(self, model: Any, inputs: Inputs) -> Tensor:
+        visual = model.encode(*inputs.images)
+        logits = model(inputs.input_ids, images=visual).logits
+        labels = self._labels(model, self._left(model, inputs, visual))
+        return F.cross_entropy(logits[0, :-1].float(), labels[0, 1:])
+
+
+def _token_of_places(reducer: TokenReducer, reduced: Reduced, layout: Layout) -> Tensor:
+    """Returns the token of each place of each tile of one image, ``[tiles, rows * columns]``; -1: it has none."""
+    left = reduced.x.shape[0] // layout.tiles
+    of_tiles = {name: getattr(reduced, name) for name in ("x", "positions", "assignment")}
+    of_tiles = {name: None if x is None else x.unflatten(0, (layout.tiles, -1)) for name, x in of_tiles.items()}
+    places = token_of(reducer, reduced._replace(**of_tiles), (1, layout.rows, layout.columns))
+    assert places is not None
+    first = torch.arange(layout.tiles, device=places.device)[:, None] * left
+    return torch.where(places < 0, -1, places + first)
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _tokenized(options: Options, images: int, marker: int) -> list[int]:
+    """Returns ``--prompt`` behind the images, in the form of the checkpoint's chats, with one marker for each image."""
+    transformers = import_transformers("reading --prompt")
+    assert options.folder is not None and options.prompt is not None
+    if not any((options.folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise BadInput(f"--prompt needs a tokenizer in --model, got none in {options.folder}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(options.folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--prompt needs a tokenizer in --model, got an error: {error}") from None
+    if tokenizer.chat_template is None:
+        return [marker] * images + list(tokenizer(options.prompt)["input_ids"])
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": options.prompt}]
+    messages = [{"role": "user", "content": content}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    found = list(ids).count(marker)
+    if found != images:
+        raise BadInput(
+            f"--prompt must be put behind {images} images by the checkpoint's chat template, got {found} markers"
+        )
+    return list(ids)
+
+
+def read_config(model_class: type[VisionLanguageModel], options: Options) -> Any:
+    """Returns the configuration in a checkpoint's folder.
+
+    Raises:
+        BadInput: the folder is none, or the model can't be read from it.
+    """
+    from mmkernels.models.blocks.checkpoint import existing, read_json
+
+    assert options.folder is not None
+    try:
+        path = existing(options.folder / "config.json")
+        return model_class._read_config(read_json(path), path)
+    except (CheckpointError, FileNotFoundError) as error:
+        raise BadInput(f"--model: {error}") from None
