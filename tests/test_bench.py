@@ -378,6 +378,17 @@ def test_bursts_stand_between_the_candidates_calls() -> None:
     assert {name: len(seconds) for name, seconds in samples.items()} == {"ours": 2, "a": 2, "b": 2}
 
 
+def test_what_a_run_needs_is_done_before_it_and_not_timed() -> None:
+    order: list[str] = []
+    peaks = SimpleNamespace(measure_if_due=lambda: order.append("peak"))
+    candidates = {name: lambda name=name: order.append(name) for name in ("ours", "a")}
+    before = lambda name: order.append(f"before {name}")
+    rounds.alternate(Fixture(), candidates, peaks, torch.device("cpu"), rounds=2, before=before)  # type: ignore[arg-type]
+    assert order == ["peak", "before a", "a", "before ours", "ours"] * 2
+    with pytest.raises(ValueError, match="rounds must be given with before"):
+        rounds.alternate(Fixture(), candidates, peaks, torch.device("cpu"), before=before)  # type: ignore[arg-type]
+
+
 def test_the_peak_is_measured_where_no_peer_runs() -> None:
     order: list[str] = []
     peaks = SimpleNamespace(measure_if_due=lambda: order.append("peak"))

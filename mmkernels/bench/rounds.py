@@ -58,6 +58,7 @@ def alternate(
     peaks: Peaks,
     device: torch.device,
     rounds: int | None = None,
+    before: Callable[[str], object] | None = None,
 ) -> dict[str, list[float]]:
     """Times every other candidate and then the op in each round.
 
@@ -65,15 +66,19 @@ def alternate(
         benchmark: pytest-benchmark's fixture.
         candidates: `OURS` and others.
         rounds: how many, of calls so long that none is repeated or warmed up; None: as many as `BUDGET` allows.
+        before: called, untimed, with a candidate's name before each call of it; needs `rounds`.
 
     Returns:
         Seconds of single calls, by candidate.
     """
+    if before is not None and rounds is None:
+        raise ValueError("rounds must be given with before, as calls are repeated else; got None")
     warm_up = int(rounds is None)
     repeats = dict.fromkeys(candidates, 1)
     if warm_up:
         repeats = {name: max(1, math.ceil(SAMPLE / time_calls(call, 1, device))) for name, call in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
+    prepare = before or (lambda name: None)
 
     def sample(name: str) -> None:
         samples[name].append(time_calls(candidates[name], repeats[name], device))
@@ -85,7 +90,9 @@ def alternate(
             if name != OURS:
                 gc.collect(0)
                 peaks.measure_if_due()
+                prepare(name)
                 sample(name)
+        prepare(OURS)
 
     if rounds is None:
         seconds = _seconds(sample_others) + _seconds(partial(sample, OURS))

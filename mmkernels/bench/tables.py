@@ -39,6 +39,12 @@ def line(row: Row) -> str:
         rate = row["flops_per_second"]
         figures.append(f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s")
     figures += ratios
+    if row.get("amdahl"):
+        figures.append(f"{percent(row['amdahl']['share_of_cap'])} of the cap, {row['amdahl']['cap']:.2f}x")
+    attention = row.get("attention", {})
+    if attention.get("share_of_peak") is not None:
+        calls, share = attention["calls_per_layer"], percent(attention["share_of_peak"])
+        figures.append(f"{calls:.3g} attention calls a layer, {share} of peak")
     if "share_of_compute_peak" in row:
         figures.append(f"{_share(row).strip()} of peak")
     if row.get("peak_memory_bytes") is not None:

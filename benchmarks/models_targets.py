@@ -1,0 +1,112 @@
+"""What a row of bench_models.py found, and what it must reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmkernels.profiling.point import REMOVED
+from mmkernels.targets import OURS
+
+SDPA = "sdpa"
+"""transformers' model on its "sdpa"."""
+
+TEXT_ONLY, ONE_IMAGE = "text only", "one image"
+"""What the second turn and the video are compared with, on our side."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of one row.
+
+    Args:
+        seconds: the median time of each candidate: `OURS`, `SDPA`, `REMOVED` (ours without its ops), and others.
+        attention: the median time of all attention calls of a run of each candidate; of a training step, of its forward
+            pass.
+        memory: bytes of `OURS` and `SDPA`: the peak above the model and its inputs; of a training step what its forward
+            pass keeps for the backward pass, no gradients. None: can't be measured.
+        calls: attention calls of a run of ours.
+        layers: that attend.
+        flops: of these calls, of what their masks show.
+        peak_flops: FLOP a second that the machine sustained between the runs.
+        encoder_calls: of a run of ours.
+    """
+
+    seconds: Mapping[str, float]
+    attention: Mapping[str, float]
+    memory: Mapping[str, int | None]
+    calls: int
+    layers: int
+    flops: float
+    peak_flops: float
+    encoder_calls: int
+
+    @property
+    def calls_per_layer(self) -> float:
+        return self.calls / self.layers
+
+    @property
+    def share_of_cap(self) -> float:
+        """Of the speed-up over sdpa that removing the ops would bring."""
+        return self.seconds[REMOVED] / self.seconds[OURS]
+
+    @property
+    def share_of_peak(self) -> float | None:
+        """The rate of the attention calls, as a share of the arithmetic peak; None: there are no calls."""
+        seconds = self.attention[OURS]
+        return self.flops / seconds / self.peak_flops if seconds else None
+
+    @property
+    def attention_ratio(self) -> float | None:
+        """How many times faster than sdpa's the attention calls are."""
+        ours, theirs = self.attention[OURS], self.attention[SDPA]
+        return theirs / ours if ours and theirs else None
+
+    @property
+    def memory_share(self) -> float | None:
+        """Our memory as a share of theirs."""
+        ours, theirs = self.memory[OURS], self.memory[SDPA]
+        return None if ours is None or not theirs else ours / theirs
+
+    def over_text(self) -> float:
+        """The time of a second turn, over that of its text alone and of the attention to what came before."""
+        added = self.attention[OURS] - self.attention[TEXT_ONLY]
+        return self.seconds[OURS] / (self.seconds[TEXT_ONLY] + max(added, 0.0))
+
+    def over(self, name: str) -> float:
+        """Our time over that of another candidate."""
+        return self.seconds[OURS] / self.seconds[name]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a row must reach: at least, or at most.
+
+    Args:
+        than: in tables and JSON.
+        unit: "share", "ratio" or "calls".
+        read: what was found; None: it can't be measured here.
+    """
+
+    than: str
+    unit: str
+    read: Callable[[Found], float | None]
+    least: float | None = None
+    most: float | None = None
+
+    def judge(self, found: Found) -> dict[str, Any]:
+        """Returns the target as result files have it, with what was found."""
+        limit = {"least": self.least} if self.most is None else {"most": self.most}
+        return {"than": self.than, "unit": self.unit, **limit, "found": self.read(found)}
+
+
+CAP = Limit("share of cap", "share", lambda found: found.share_of_cap, least=0.85)
+ONE_CALL = Limit("calls a layer", "calls", lambda found: found.calls_per_layer, most=1.0)
+PEAK = Limit("attention, of FMA peak", "share", lambda found: found.share_of_peak, least=0.60)
+NO_SLOWER = Limit("attention, sdpa's", "ratio", lambda found: found.attention_ratio, least=1.0)
+HALF_MEMORY = Limit("activations, of sdpa's", "share", lambda found: found.memory_share, most=0.50)
+NO_ENCODER = Limit("encoder calls", "calls", lambda found: found.encoder_calls, most=0.0)
+TEXT_AND_ATTENTION = Limit("time, of text + attention", "ratio", Found.over_text, most=1.10)
+AS_ONE_IMAGE = Limit("time, of one image", "ratio", lambda found: found.over(ONE_IMAGE), most=1.10)
+"""Not at least 0.90 too: in layers that attend to whole frames a video has fewer visible pairs than one image."""
