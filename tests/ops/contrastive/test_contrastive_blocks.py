@@ -110,8 +110,10 @@ def test_any_scale(backend: str, scale: float) -> None:
 def test_equal_scores_in_several_blocks_rank_by_index(backend: str) -> None:
     """Copies of a few images and texts, whose scores tie with the best positives' wherever these are."""
     few = cast(features(5, dim=24, seed=3), torch.float32)
+    if backend == "triton":  # in the interpreter a library's products are exact for whole numbers alone
+        few = {name: (8 * x).round() for name, x in few.items()}
     order = torch.randint(5, (40,), generator=torch.Generator().manual_seed(1))
-    inputs = {"image": few["image"][order], "text": few["text"][order.flip(0)], "logit_scale": torch.tensor(3.0)}
+    inputs = {"image": few["image"][order], "text": few["text"][order.flip(0)], "logit_scale": torch.tensor(0.125)}
     _, found = info_nce_by_blocks(CUTS)(**inputs, return_stats=True, backend=backend)
     if backend in ("cpu", "triton"):  # a library's product may round equal rows apart
         _, want = info_nce(**inputs, return_stats=True, backend=backend)
@@ -125,11 +127,13 @@ def test_equal_items_in_several_pieces_rank_by_index(backend: str, dim: int) -> 
     """Pieces of one item, of few and of many, whose products may be computed in other ways."""
     distinct, copies = 30, torch.randint(30, (120,), generator=torch.Generator().manual_seed(dim))
     inputs = cast(features(distinct, dim=dim, seed=dim), torch.float32)
+    if backend == "triton":  # in the interpreter a library's products are exact for whole numbers alone
+        inputs = {name: (2 * dim**0.5 * x).round() for name, x in inputs.items()}
     query, gallery = inputs["image"], inputs["text"][copies]
     target = torch.randint(120, (distinct,), generator=torch.Generator().manual_seed(2))
     scores = (query.double() @ inputs["text"].double().mT)[:, copies]
     best = scores.gather(1, target[:, None])
-    same = copies == copies[target][:, None]
+    same = scores == best
     want = torch.where(same, torch.arange(120) < target[:, None], scores > best).sum(1)
     cuts = (10,), (1, 4, 11, 60)
     found = ranks_by_blocks(cuts)(query, gallery, target, backend=backend)
