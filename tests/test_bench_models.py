@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import models_cases as cases
+import models_measure
 import models_pairs
 import models_report
 import pytest
@@ -74,6 +75,7 @@ class Fixture:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds.machine, "arithmetic", lambda dtype, device: lambda: 1e9)
     monkeypatch.setattr(rounds.machine, "memory", lambda device: lambda: 2e9)
+    monkeypatch.setattr(models_measure, "_QUICK_BUDGET", 0.0)  # one round, however fast the machine is
 
 
 def measured(case: cases.Case, dtype: str = "fp32") -> dict[str, Any]:
@@ -147,7 +149,8 @@ def test_attention_that_is_not_reached_is_an_error(monkeypatch: pytest.MonkeyPat
         measure(Fixture(), Row(ENCODER, "fp32"))
 
 
-def test_long_rows_have_few_rounds_and_short_ones_many() -> None:
+def test_long_rows_have_few_rounds_and_short_ones_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     assert [_rounds(seconds, False) for seconds in (60.0, 20.0, 3.0, 0.2)] == [2, 3, 5, 50]
     assert [_rounds(seconds, True) for seconds in (60.0, 1.0)] == [1, 5]
 
