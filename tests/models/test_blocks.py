@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmkernels.models.blocks.gated import _GatedDown, gated_down
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.models.blocks.sampling import sample
 from mmkernels.models.blocks.text import SwiGLU, rotary_angles, rotate
@@ -76,3 +77,56 @@ def test_swiglu() -> None:
     gate = x @ layer.gate_proj.weight.T
     expected = (gate * torch.sigmoid(gate) * (x @ layer.up_proj.weight.T)) @ layer.down_proj.weight.T
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_down_has_the_gradients_of_the_formula_and_keeps_half(bias: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+    gate, up, down = draw(2, 3, 6), draw(2, 3, 6), torch.nn.Linear(6, 4, bias=bias).double()
+    activation = torch.nn.SiLU()
+
+    def fused(gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return _GatedDown.apply(gate, up, weight, down.bias, activation)
+
+    weight = down.weight.detach().requires_grad_()
+    assert torch.autograd.gradcheck(fused, (gate, up, weight))
+    assert torch.autograd.gradgradcheck(fused, (gate, up, weight))
+    assert torch.autograd.gradcheck(fused, (gate.detach(), up, weight))
+
+    inputs = (gate, up, *down.parameters())
+    kept: dict[str, int] = {}
+    found = {}
+    for name, call in (
+        ("fused", lambda: gated_down(gate, up, activation, down)),
+        ("naive", lambda: down(activation(gate) * up)),
+    ):
+        storages: dict[int, int] = {}
+
+        def pack(x: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = call()
+        storages.pop(down.weight.untyped_storage().data_ptr(), None)
+        kept[name] = sum(storages.values())
+        found[name] = out, torch.autograd.grad(out, inputs, torch.ones_like(out))
+    torch.testing.assert_close(found["fused"], found["naive"])
+    assert kept["fused"] == 2 * gate.numel() * 8
+    assert kept["naive"] == 4 * gate.numel() * 8
+
+
+def test_gated_down_calls_a_layer_that_is_not_plain() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    gate, up, activation = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6), torch.nn.SiLU()
+    down = Doubled(6, 4)
+    torch.testing.assert_close(gated_down(gate, up, activation, down), down(activation(gate) * up))
+    hooked = torch.nn.Linear(6, 4)
+    hooked.register_forward_hook(lambda layer, inputs, out: out + 1)
+    torch.testing.assert_close(gated_down(gate, up, activation, hooked), hooked(activation(gate) * up))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gated_down(gate, up, activation, torch.nn.Linear(6, 4)).dtype == torch.bfloat16

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.encoder import Heads
+from mmkernels.models.blocks.gated import gated_down
 from mmkernels.models.blocks.text import rotate
 from mmkernels.ops.attention.cross_attention import cross_attention
 from mmkernels.ops.tokens.ranking import on_device, to_device
@@ -164,8 +165,9 @@ class PackedBlock(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
-        up = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
-        return self.down_proj(up)
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(up))
+        return gated_down(self.gate_proj(x), up, self.activation, self.down_proj)
 
 
 class Encoded(NamedTuple):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.activations import ACTIVATIONS
+from mmkernels.models.blocks.gated import gated_down
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.nn import CrossAttention
 from mmkernels.runtime.checks import can_look, check_range
@@ -25,7 +26,7 @@ class SwiGLU(nn.Module):
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return gated_down(self.gate_proj(x), self.up_proj(x), self.activation, self.down_proj)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
