@@ -65,3 +65,12 @@ def test_bad_arguments(model: Any) -> None:
         assert str(error.value).endswith(f"got {size!r}")
     with pytest.raises(TypeError, match=r"dtype must be a floating dtype, got torch.int32"):
         model.from_size("tiny", dtype=torch.int32)
+
+
+@pytest.mark.parametrize("model", [Flamingo, InternVL, QwenVL])
+def test_shared_parameters_stay_shared(model: Any) -> None:
+    tied, apart = (model.from_size("tiny", tie_embeddings=tie) for tie in (True, False))
+    embed = lambda net: net.get_parameter("embed.weight" if model is Flamingo else "decoder.embed.weight")
+    assert tied.head.weight is embed(tied)
+    assert apart.head.weight is not embed(apart)
+    assert not torch.equal(apart.head.weight, embed(apart))

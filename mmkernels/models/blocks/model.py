@@ -64,7 +64,14 @@ class Model(nn.Module):
         config = replace(cls.sizes[size], **cls._implied(given), **given)
         with torch.device("meta"):
             model = cls(config)
+        names: dict[int, list[str]] = {}  # of each parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
         model = model.to_empty(device=device).to(dtype)
+        for first, *others in names.values():  # `to_empty` makes two parameters of one that two layers share
+            for name in others:
+                layer, _, own = name.rpartition(".")
+                setattr(model.get_submodule(layer), own, model.get_parameter(first))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
