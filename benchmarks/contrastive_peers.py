@@ -37,14 +37,15 @@ def open_clip(inputs: Inputs) -> Call:
 
 
 def naive_loss(image: Tensor, text: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
-    """One matrix product, two cross-entropies."""
-    logits = scale * (image @ text.T)
+    """One matrix product, of several queries the largest scores, and two cross-entropies."""
+    scores = image @ text.T
+    logits = scale * (scores if image.dim() == 2 else scores.amax(1))
     return _wide(F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def compiled_loss(inputs: Inputs) -> Call:
     """`naive_loss` by ``torch.compile``."""
-    image, text, scale = _losses_tensors(inputs, tensors=2)
+    image, text, scale = _losses_tensors(inputs, tensors=2, queries=True)
     return compiled(naive_loss, image, text, scale, torch.arange(len(image), device=image.device))
 
 
@@ -154,12 +155,17 @@ def blocks(inputs: Inputs) -> Call:
     return call
 
 
-def _losses_tensors(inputs: Inputs, tensors: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the tensors of a plain call; `tensors` of the logits' size must fit into memory."""
+def _losses_tensors(inputs: Inputs, tensors: int = 0, *, queries: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the tensors of a plain call; `tensors` of the logits' size must fit into memory.
+
+    Args:
+        queries: whether an image may have several.
+    """
     image, text, scale = (inputs[name] for name in ("image", "text", "logit_scale"))
-    if image.dim() != 2 or inputs.keys() - {"image", "text", "logit_scale", "logit_bias"}:
+    several = image.dim() != 2 and not queries
+    if several or inputs.keys() - {"image", "text", "logit_scale", "logit_bias"}:
         raise CantRunError("only features [N, d] without ids, hard texts and smoothing")
-    check_room(tensors * len(image) * len(text) * image.element_size(), image.device)
+    check_room(tensors * image.shape[:-1].numel() * len(text) * image.element_size(), image.device)
     return image, text, scale
 
 

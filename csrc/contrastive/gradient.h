@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dots.h"
+#include "winners.h"
 
 namespace mmkernels::MMK_ISA {
 
@@ -30,6 +31,7 @@ struct GradientScratch : Arena {
   float* dots = take<float>(rows * kPanel);
   float* other = take<float>(several ? rows * kPanel : 0);
   std::int32_t* winner = take<std::int32_t>(several ? rows * kPanel : 0);
+  WinnerOrder order{take<std::int32_t>(several ? rows : 0), take<std::int32_t>(several ? p.queries : 0)};
   std::int32_t* labels = take<std::int32_t>(round_up(lanes, kPanel));
   char* texts = take<char>(copy_bytes(p, rows));
   // Of products in steps: of a panel, its copy, and a group of columns of the strip.
@@ -229,26 +231,25 @@ struct StripTask {
   }
 };
 
-// Several queries: each pair's gradient goes to the winner, row by row.
+// Several queries: each pair's gradient goes to the winner. Images outside: the rows and sums of an image's queries,
+// and those of a block of texts, fit into a cache; those of a strip don't.
 inline void add_winners(const StripTask& t, const GradientScratch& s, const LogitTile& tile, i64 column) {
   const ContrastiveParams& p = t.p;
-  const i64 columns = columns_of(p), at_lane = column * p.queries * columns;
-  const float* image_rows = (const float*)t.strip.rows + at_lane;
-  float* of_images = p.need_image ? t.part + at_lane : nullptr;
+  const i64 columns = columns_of(p);
+  const float* image_rows = (const float*)t.strip.rows;
   float* of_texts = t.need_texts() ? t.grad_text(tile.row) : nullptr;
-  multiplied_here() += 2 * tile.rows * tile.lanes * columns * ((of_images != nullptr) + (of_texts != nullptr));
-  for (i64 r = 0; r < tile.rows; ++r) {
-    const float* text = s.groups + r * columns;
-    for (i64 i = 0; i < tile.lanes; ++i) {
-      const i64 at = (i * p.queries + s.winner[r * kPanel + i]) * columns;
-      const Vec g = broadcast(s.by_text + r * s.text_stride + (column + i) * s.size);
-      for (i64 c = 0; of_images != nullptr && c < columns; c += kLanes) {
-        store(of_images + at + c, fma(g, load(text + c), load(of_images + at + c)));
+  multiplied_here() += 2 * tile.rows * tile.lanes * columns * (p.need_image + (of_texts != nullptr));
+  for (i64 i = 0; i < tile.lanes; ++i) {
+    s.order.sort(s.winner, tile.rows, i, p.queries);
+    const std::int32_t* first = s.order.texts;
+    for (i64 query = 0; query < p.queries; ++query) {
+      const std::int32_t* last = s.order.texts + s.order.ends[query];
+      const i64 at = ((column + i) * p.queries + query) * columns;
+      if (first < last) {
+        add_won(p, {first, last, s.by_text + (column + i) * s.size, s.text_stride, s.groups, image_rows + at, of_texts,
+                    p.need_image ? t.part + at : nullptr});
       }
-      for (i64 c = 0; of_texts != nullptr && c < columns; c += kLanes) {
-        float* to = of_texts + r * p.dim + c;
-        store_part(to, fma(g, load(image_rows + at + c), load_part(to, p.dim - c)), p.dim - c);
-      }
+      first = last;
     }
   }
 }

@@ -29,16 +29,20 @@ def two_towers(g: Generator, n: int, m: int, dim: int, queries: int = 0, scale: 
 
 
 def contrastive_cost(products_backward: int) -> Callable[[Inputs, bool], Cost]:
-    """Returns the cost of an op with one matrix product forward and `products_backward` more for its gradients."""
+    """Returns the cost of an op with one matrix product forward and `products_backward` more for its gradients.
+
+    Of several queries of an image only the best takes part in a pair's gradients: the last two products.
+    """
 
     def cost(inputs: Inputs, backward: bool) -> Cost:
         image, text = inputs["image"], inputs["text"]
         hard: Any = inputs.get("hard_texts")
         columns = text.shape[0] + (0 if hard is None else hard.shape[0])
-        product = 2.0 * (image.numel() / image.shape[-1]) * columns * text.shape[-1]
+        of_one_query = 2.0 * image.shape[0] * columns * text.shape[-1]
+        product = of_one_query * (image.numel() // (image.shape[0] * image.shape[-1]))
         read = (image.numel() + text.numel()) * image.element_size()
         if not backward:
             return Cost(product, read)
-        return Cost(product * (1 + products_backward), 2 * read + read)
+        return Cost(product * (products_backward - 1) + 2 * of_one_query, 2 * read + read)
 
     return cost

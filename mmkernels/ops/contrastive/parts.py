@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops.contrastive.formula import best_scores, queries_of, score_gradients
 from mmkernels.spec import Expected, Inputs, Parts, Shard
 
 _SAMPLE = 128  # images, texts or queries whose results are compared, the first and the last among them
@@ -26,9 +27,9 @@ and divided by the scale."""
 
 
 def elements(inputs: Inputs) -> int:
-    """Returns the number of elements of the matrix of logits or scores."""
+    """Returns the number of elements of the matrix of logits or scores, those of each of an image's queries."""
     first, second = (inputs[name] for name in (("query", "gallery") if "query" in inputs else ("image", "text")))
-    return len(first) * len(second)
+    return int(first.shape[:-1].numel()) * len(second)
 
 
 def sample(count: int, device: torch.device) -> Tensor:
@@ -44,12 +45,13 @@ def _blocks(image: Tensor, text: Tensor, scale: Tensor) -> Iterator[tuple[slice,
         rows = slice(first, first + _BLOCK)
         for start in range(0, len(text), _BLOCK):
             columns = slice(start, start + _BLOCK)
-            yield rows, columns, (image[rows] @ text[columns].T).mul_(scale)
+            yield rows, columns, best_scores(image[rows], text[columns]).mul_(scale)
 
 
 def _of_pairs(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """[N], each image's logit with its text, in float64."""
-    return scale.double() * (image.double() * text.double()).sum(1)
+    dots = (queries_of(image.double()) * text.double()[:, None]).sum(-1)  # [N, Q]
+    return scale.double() * dots.amax(1)
 
 
 # The softmax loss.
@@ -90,8 +92,8 @@ def softmaxes(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Softmax, Soft
 
 
 def info_nce_expected(inputs: Inputs, grads: Sequence[str], cotangents: Sequence[Tensor]) -> list[Expected]:
-    """Returns what is right for a plain call with reduction="mean"."""
-    image, text, scale = _plain(inputs)
+    """Returns what is right for a call with features alone and reduction="mean"."""
+    image, text, scale = _plain(inputs, queries=True)
     both, pairs = softmaxes(image, text, scale), _of_pairs(image, text, scale)
     loss = torch.stack([(direction.lse - pairs).mean() for direction in both]).mean()
     of_scale = torch.stack([(direction.mean - pairs).mean() for direction in both]).mean() / scale.double()
@@ -100,24 +102,34 @@ def info_nce_expected(inputs: Inputs, grads: Sequence[str], cotangents: Sequence
     def gradient(name: str, dtype: torch.dtype) -> Tensor:
         if name == "logit_scale":
             return _scalar(of_scale, scale, image, dtype)
-        x, other, lse = (image, text, both[1].lse) if name == "image" else (text, image, both[0].lse)
-        logits = scale.to(dtype) * (x[rows].to(dtype) @ other.T.to(dtype))  # [sample, N]
+        of_image = name == "image"
+        some = (image[rows], text) if of_image else (image, text[rows])
+        images, texts = (x.to(dtype) for x in some)
+        best, winner = (queries_of(images) @ texts.T).max(1)  # of images and texts
+        logits = scale.to(dtype) * (best if of_image else best.T)  # [sample, N]
+        lse = both[1 if of_image else 0].lse
         if dtype == torch.float64:
-            lse = _sharpened(lse, logits, other, x, scale)
+            lse = _sharpened(lse, logits, image, text, scale, of_image=of_image)
         wide = logits.to(_wider(dtype))
         weights = wide.softmax(1) + (wide - lse.to(wide.dtype)).exp()
         weights[torch.arange(len(rows), device=rows.device), rows] -= 2
-        return (weights / 2).to(dtype) @ other.to(dtype)
+        weights = (weights / 2).to(dtype)
+        return score_gradients(weights if of_image else weights.T, winner, images, texts)[0 if of_image else 1]
 
     return _compared(rows, loss, of_scale, inputs, grads, gradient, cotangents)
 
 
-def _sharpened(lse: Tensor, logits: Tensor, other: Tensor, x: Tensor, scale: Tensor) -> Tensor:
-    """Returns `lse` [M], computed again in float64 where it matters most to the sample's logits [rows, M]."""
+def _sharpened(lse: Tensor, logits: Tensor, image: Tensor, text: Tensor, scale: Tensor, *, of_image: bool) -> Tensor:
+    """Returns `lse` [M], computed again in float64 where it matters most to the sample's logits [rows, M].
+
+    Args:
+        of_image: the sample is of images, and `lse` of texts; else the other way round.
+    """
     heaviest = (logits - lse).amax(0).topk(min(_SHARPENED, len(lse))).indices
     lse = lse.clone()
     for some in heaviest.split(128):
-        lse[some] = (scale.double() * (other[some].double() @ x.double().T)).logsumexp(1)
+        images, texts = (image, text[some]) if of_image else (image[some], text)
+        lse[some] = (scale.double() * best_scores(images.double(), texts.double())).logsumexp(0 if of_image else 1)
     return lse
 
 
@@ -159,8 +171,9 @@ def sigmoid_expected(inputs: Inputs, grads: Sequence[str], cotangents: Sequence[
 # Both.
 
 
-def _plain(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    if inputs.keys() - {"image", "text", "logit_scale", "logit_bias"} or inputs["image"].dim() != 2:
+def _plain(inputs: Inputs, *, queries: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    several = inputs["image"].dim() == 3 and not queries
+    if inputs.keys() - {"image", "text", "logit_scale", "logit_bias"} or several:
         raise NotImplementedError(f"only plain features are checked in parts, got {', '.join(inputs)}")
     image, text, scale = (inputs[name].detach() for name in ("image", "text", "logit_scale"))
     return image, text, scale
@@ -192,7 +205,7 @@ def _compared(
     or large. Logits are the scale times products, so features times their gradients add up to the scale times its
     gradient.
     """
-    features = {1 + place: inputs[name].detach() for place, name in enumerate(grads) if inputs[name].dim() == 2}
+    features = {1 + place: inputs[name].detach() for place, name in enumerate(grads) if inputs[name].dim() >= 2}
     image, scale = inputs["image"].detach(), float(inputs["logit_scale"].detach())
 
     def of_sample(place: int, x: Tensor) -> Tensor:

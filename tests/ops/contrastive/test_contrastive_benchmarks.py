@@ -31,9 +31,9 @@ OPS = {
 LOSSES = ("info_nce", "sigmoid_contrastive")
 
 
-def problem(op: str, dtype: torch.dtype = torch.float32) -> tuple[OpSpec, Inputs, list[Tensor]]:
+def problem(op: str, dtype: torch.dtype = torch.float32, queries: int = 0) -> tuple[OpSpec, Inputs, list[Tensor]]:
     """Spec, inputs, and those of them to differentiate by."""
-    inputs = two_towers(generator(), PAIRS, PAIRS, DIM)
+    inputs = two_towers(generator(), PAIRS, PAIRS, DIM, queries)
     if op == "sigmoid_contrastive":
         inputs["logit_bias"] = torch.tensor(-6.0)
     if op == "retrieval_ranks":
@@ -67,11 +67,11 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 # The check.
 
 
-@pytest.mark.parametrize("op", LOSSES)
+@pytest.mark.parametrize(("op", "queries"), [*((op, 0) for op in LOSSES), ("info_nce", 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backward", [False, True])
-def test_parts_say_what_the_definition_says(op: str, dtype: torch.dtype, backward: bool) -> None:
-    spec, inputs, leaves = problem(op, dtype)
+def test_parts_say_what_the_definition_says(op: str, queries: int, dtype: torch.dtype, backward: bool) -> None:
+    spec, inputs, leaves = problem(op, dtype, queries)
     judge, passes = make_gate(op, inputs, spec, leaves if backward else [], parts=True)
     wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     call = partial(spec.function, **wide, backend="reference")
@@ -128,6 +128,14 @@ def test_parts_refuse_what_they_know_nothing_of() -> None:
         make_gate("info_nce", inputs | {"image_ids": torch.arange(PAIRS)}, spec, [], parts=True)
 
 
+def test_what_queries_cost() -> None:
+    """Both passes need the scores of all of them, gradients only those of each pair's best."""
+    spec, inputs, _ = problem("info_nce", queries=5)
+    of_one = 2.0 * PAIRS * PAIRS * DIM
+    assert [spec.cost(inputs, backward).flops / of_one for backward in (False, True)] == [5, 12]
+    assert contrastive_parts.elements(inputs) == 5 * PAIRS * PAIRS
+
+
 # Peers.
 
 
@@ -145,6 +153,18 @@ def test_a_peer_computes_the_same(op: str, peer: Peer, dtype: torch.dtype, monke
     judge, passes = make_gate(op, inputs, spec, leaves, parts=False)
     distance = judge.distance(flat(passes(_prepared(peer, inputs))()))
     assert distance < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_a_peer_takes_the_best_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_compile", lambda function: function)
+    spec, inputs, leaves = problem("info_nce", queries=5)
+    judge, passes = make_gate("info_nce", inputs, spec, leaves, parts=False)
+    for peer in contrastive_peers.INFO_NCE:
+        if peer.name == "compiled":
+            assert judge.distance(flat(passes(peer.prepare(inputs))())) < 1e-5
+        else:
+            with pytest.raises(CantRunError, match=r"only features \[N, d\]"):
+                peer.prepare(inputs)
 
 
 @pytest.mark.parametrize("op", LOSSES)

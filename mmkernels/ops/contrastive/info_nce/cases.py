@@ -85,16 +85,17 @@ CASES = (
 )
 
 
-def _benchmark(n: int, dim: int) -> Callable[[Generator], Inputs]:
+def _benchmark(n: int, dim: int, queries: int) -> Callable[[Generator], Inputs]:
     def make(g: Generator) -> Inputs:
-        inputs = two_towers(g, n, n, dim, scale=100.0)
+        inputs = two_towers(g, n, n, dim, queries, scale=100.0)
         return inputs | {"logit_scale": inputs["logit_scale"].to(g.device)}
 
     return make
 
 
-def _config(id: str, n: int, dim: int, *targets: Target, **more: Any) -> Benchmark:
-    return Benchmark(id, _benchmark(n, dim), {"N": n, "d": dim}, _GRADS, targets=targets, **more)
+def _config(id: str, n: int, dim: int, *targets: Target, queries: int = 0, **more: Any) -> Benchmark:
+    sizes = {"N": n, "d": dim} | ({"Q": queries} if queries else {})
+    return Benchmark(id, _benchmark(n, dim, queries), sizes, _GRADS, targets=targets, **more)
 
 
 # A GPU's targets are an H200's milliseconds as shares of the rate at which it was measured to multiply, 800 TFLOP/s.
@@ -113,6 +114,17 @@ BENCHMARKS = (
             for peer in ("compiled", "cached", "cached 512")
         ),
         headline=True,
+    ),
+    # BLIP-2's first stage. The formula's largest tensor, a score of every query with every text, is 537 MB in float32.
+    _config(
+        "batch of 2,048, 32 queries each",
+        2048,
+        256,
+        PeakShare("fp32", True, 0.7),
+        ExtraMemory("fp32", True, 50.0),
+        Speedup("fp32", True, 1.0, "naive"),
+        Speedup("fp32", True, 1.0, "compiled"),
+        queries=32,
     ),
     _config(
         "batch of 65,536",
