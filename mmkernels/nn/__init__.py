@@ -5,8 +5,11 @@ from mmkernels.nn.cached_contrastive import CachedContrastive
 from mmkernels.nn.contrastive import ClipLoss, SigLipLoss
 from mmkernels.nn.cross_attention import CrossAttention
 from mmkernels.nn.cross_entropy import CrossEntropyOutput, LinearCrossEntropyLoss
+from mmkernels.nn.feature_queue import FeatureQueue
 from mmkernels.nn.gated_cross_attention import GatedCrossAttention
+from mmkernels.nn.post_norm import PostNormAttention, PostNormMLP
 from mmkernels.nn.projectors import PatchMerger, PixelShuffleProjector
+from mmkernels.nn.qformer import QFormer, QFormerOutput
 from mmkernels.nn.reducer import Reduced, TokenReducer
 from mmkernels.nn.resampler import PerceiverResampler
 from mmkernels.nn.token_buffer import TokenBuffer
@@ -18,11 +21,16 @@ __all__ = [
     "ClipLoss",
     "CrossAttention",
     "CrossEntropyOutput",
+    "FeatureQueue",
     "GatedCrossAttention",
     "LinearCrossEntropyLoss",
     "PatchMerger",
     "PerceiverResampler",
     "PixelShuffleProjector",
+    "PostNormAttention",
+    "PostNormMLP",
+    "QFormer",
+    "QFormerOutput",
     "Reduced",
     "SigLipLoss",
     "TokenBuffer",
