@@ -16,16 +16,20 @@ import mmkernels
 import mmkernels.models
 import mmkernels.nn
 from mmkernels import SpanMask
-from mmkernels.models import CLIP, Flamingo, InternVL, QwenVL
+from mmkernels.models import BLIP, BLIP2, CLIP, BLIP2Retrieval, Flamingo, InternVL, QwenVL
 from mmkernels.nn import (
     AttentionPool,
     ClipLoss,
     CrossAttention,
+    FeatureQueue,
     GatedCrossAttention,
     LinearCrossEntropyLoss,
     PatchMerger,
     PerceiverResampler,
     PixelShuffleProjector,
+    PostNormAttention,
+    PostNormMLP,
+    QFormer,
     SigLipLoss,
     TokenBuffer,
     TokenReducer,
@@ -99,6 +103,26 @@ def clip(size: str) -> dict[str, Case]:
         "padded texts": Case(model, call=CLIP.encode_text, inputs=padded, sizes=["01", "01"]),
     }
     return {f"CLIP {size}: {name}": case for name, case in cases.items()}
+
+
+def blip() -> dict[str, Case]:
+    def compares(model: BLIP, ids: Tensor, valid: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+        vision = model.encode_vision(pixels)
+        similar = model.encode_image(vision=vision) @ model.encode_text(ids, valid).T
+        return similar, model.match(ids, attention_mask=valid, vision=vision)
+
+    def writes(model: BLIP, ids: Tensor, more: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, pixels)
+        return model(more, kv_cache=out.kv_cache).logits, model(ids, pixels, labels=ids).loss
+
+    model = BLIP.from_size("tiny", vision_layers=1, text_layers=1)
+    padded = lambda b, l: (tokens(b, l), padding(b, l), images(b))
+    turns = lambda b, l: (tokens(b, l), tokens(b, 2), images(b))
+    cases = [
+        Case(model, call=compares, inputs=padded, sizes=["01", "01", "0"]),
+        Case(model, call=writes, inputs=turns, sizes=["01", "0", "0"]),
+    ]
+    return {f"BLIP: {case.call.__name__}": case for case in cases}
 
 
 def flamingo(variant: str, **changes: Any) -> dict[str, Case]:
@@ -205,7 +229,50 @@ def internvl() -> dict[str, Case]:
     return {f"InternVL: {case.call.__name__}": case for case in cases}
 
 
+def blip2() -> dict[str, Case]:
+    """A program has the example's number of images, or as many as the language model does not count."""
+    changes = {"vision_layers": 1, "qformer_layers": 1, "text_layers": 1, "num_queries": 3}
+    model, instruct = (BLIP2.from_size(size, **changes) for size in ("tiny", "tiny_instruct"))
+    compared = BLIP2Retrieval.from_size("tiny", vision_layers=1, qformer_layers=1)
+    pixels = images(1)
+
+    def describes(model: BLIP2, ids: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, pixels, labels=ids, return_logits=True)
+        return out.logits, out.loss
+
+    def asked(model: BLIP2, ids: Tensor, question: Tensor, pixels: Tensor) -> Tensor:
+        out = model(ids[:, :-2], pixels, qformer_input_ids=question)
+        return model(ids[:, -2:], kv_cache=out.kv_cache).logits
+
+    def compares(model: BLIP2Retrieval, ids: Tensor, valid: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+        text = model.encode_text(ids, valid)
+        return model.encode_image(pixels), text, model.match(ids, pixels, valid)
+
+    def marked(batch: int, length: int) -> Tensor:
+        ids = tokens(batch, length + 2)
+        ids[0, :3] = MARKER
+        return ids
+
+    words = lambda b, l: torch.randint(2, 96, (b, l))
+    pairs = lambda b, l: (words(b, l), padding(b, l), images(b))
+    cases = [
+        Case(model, call=describes, inputs=lambda b, l: (marked(b, l), pixels), sizes=["01", ""]),
+        Case(instruct, call=asked, inputs=lambda b, l: (marked(b, l), words(1, l), pixels), sizes=["01", "1", ""]),
+        Case(compared, call=compares, inputs=pairs, sizes=["01", "01", "0"]),
+    ]
+    return {f"{type(case.parts[0]).__name__}: {case.call.__name__}": case for case in cases}
+
+
 # The modules.
+
+
+def qformer() -> dict[str, Case]:
+    def captions(module: QFormer, x: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+        return tuple(module(x, ids, valid, causal=True))
+
+    module = QFormer(16, 16, num_queries=3, depth=1, num_heads=2, vocab_size=MARKER)
+    texts = lambda b, l: (features(b, l + 2), tokens(b, l), padding(b, l))
+    return {"QFormer": Case(module, call=captions, inputs=texts, sizes=["01", "01", "01"])}
 
 
 def cross_attention() -> dict[str, Case]:
@@ -274,6 +341,16 @@ def attention_pool() -> dict[str, Case]:
     return {"AttentionPool": Case(pool, call=lambda pool, *x: pool(*x), inputs=padded, sizes=["01", "0"])}
 
 
+def post_norm() -> dict[str, Case]:
+    alone = lambda b, l: (features(b, l),)
+    return {
+        "PostNormAttention": Case(
+            PostNormAttention(16, num_heads=2), call=lambda module, x: module(x), inputs=alone, sizes=["01"]
+        ),
+        "PostNormMLP": Case(PostNormMLP(16, 32), call=lambda module, x: module(x), inputs=alone, sizes=["01"]),
+    }
+
+
 def fewer_tokens() -> dict[str, Case]:
     """What cuts tokens by sizes that the host knows serves the number of images that it was traced with."""
     two_images = lambda b, l: (features(2, 24),)
@@ -301,8 +378,16 @@ def caches() -> dict[str, Case]:
         kept.remove(1, 2)
         return kept.view()
 
+    queue = FeatureQueue(8, 16)
+    queue.push(features(5))
     pair = lambda b, l: (torch.randn(b, 2, l, 4), torch.randn(b, 2, l + 1, 4))
     return {
+        "FeatureQueue": Case(
+            queue,
+            call=lambda queue, x, y: mmkernels.info_nce(x, y, 3.0, hard_texts=queue.features),
+            inputs=lambda b, l: (features(b), features(b)),
+            sizes=["0", "0"],
+        ),
         "VisualCache": Case(
             CrossAttention(16, num_heads=2),
             call=visual,
@@ -384,14 +469,18 @@ def ops() -> dict[str, Case]:
 MADE = [
     clip("tiny"),
     clip("siglip_tiny"),
+    blip(),
     flamingo("resampler"),
     flamingo("patches", num_latents=None, gate="vector", qk_norm=True),  # as Idefics without a resampler
     *map(qwen_vl, ("tiny_qwen2", "tiny", "tiny_qwen3")),
     internvl(),
+    blip2(),
+    qformer(),
     cross_attention(),
     gated_cross_attention(),
     resampler(),
     attention_pool(),
+    post_norm(),
     fewer_tokens(),
     caches(),
     losses(),
@@ -400,9 +489,14 @@ MADE = [
 ]
 CASES = {name: case for made in MADE for name, case in made.items()}
 NOT_CALLED = {
+    "BLIPConfig",
+    "BLIPPretraining",  # draws which pairs are matched
     "CachedContrastive",
     "CrossEntropyOutput",
+    "QFormerOutput",
     "Reduced",
+    "BLIP2Config",
+    "BLIP2RetrievalConfig",
     "CLIPConfig",
     "FlamingoConfig",
     "InternVLConfig",

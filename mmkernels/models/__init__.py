@@ -1,5 +1,11 @@
 """Whole models, one file per system, built on the modules and ops."""
 
+from mmkernels.models.blip import BLIP
+from mmkernels.models.blip2 import BLIP2
+from mmkernels.models.blip2_config import BLIP2Config, BLIP2RetrievalConfig
+from mmkernels.models.blip2_retrieval import BLIP2Retrieval
+from mmkernels.models.blip_config import BLIPConfig
+from mmkernels.models.blip_pretraining import BLIPPretraining
 from mmkernels.models.blocks.context import ContextCache, ContextPolicy
 from mmkernels.models.blocks.visual import Visual
 from mmkernels.models.clip import CLIP
@@ -13,7 +19,14 @@ from mmkernels.models.qwen_vl import QwenVL
 from mmkernels.models.qwen_vl_config import QwenVLConfig
 
 __all__ = [
+    "BLIP",
+    "BLIP2",
     "CLIP",
+    "BLIP2Config",
+    "BLIP2Retrieval",
+    "BLIP2RetrievalConfig",
+    "BLIPConfig",
+    "BLIPPretraining",
     "CLIPConfig",
     "ContextCache",
     "ContextPolicy",

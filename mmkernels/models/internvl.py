@@ -17,7 +17,7 @@ from mmkernels.models import internvl_weights
 from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.checkpoint import Names
 from mmkernels.models.blocks.config import with_generation
-from mmkernels.models.blocks.decoder import decoder_sizes
+from mmkernels.models.blocks.decoder import Decoder, decoder_sizes
 from mmkernels.models.blocks.encoder import Heads
 from mmkernels.models.blocks.reduction import class_attention
 from mmkernels.models.blocks.tile_encoder import TileBlock, TileEncoder, TileSizes
@@ -78,7 +78,7 @@ class InternVL(VisionLanguageModel):
             qk_norm=c.text_model == "qwen3",
             dropout=c.dropout,
         )
-        self._make_decoder(sizes, c.tie_embeddings)
+        self._make_decoder(Decoder(sizes), c.tie_embeddings)
         self.set_reducer(c.reduce)
 
     def _set_constants(self) -> None:
@@ -158,7 +158,7 @@ class InternVL(VisionLanguageModel):
             if tiles is not None:
                 raise ValueError(f"tiles must be None without pixel_values, got {tiles}")
             visual = self._nothing() if images is None else images
-            self._check_encoded(visual)
+            self._check_encoded("images", visual)
             return [self._marked(visual.marked)], lambda: [visual]
         if images is not None:
             raise ValueError("pixel_values must be None with images, got both")
@@ -168,19 +168,6 @@ class InternVL(VisionLanguageModel):
 
     def _marked(self, marked: tuple[int, ...]) -> Media:
         return Media("image", self.config.image_token_id, marked)
-
-    def _nothing(self) -> Visual:
-        """Returns no images."""
-        weight = self.head.weight
-        return Visual(weight.new_zeros(0, weight.shape[1]), (), ())
-
-    def _check_encoded(self, visual: Visual) -> None:
-        """Raises unless images are what `encode` of a model with this width returns."""
-        if not isinstance(visual, Visual):
-            raise TypeError(f"images must be what encode returns, got {type(visual).__name__}")
-        width = self.decoder.sizes.width
-        if visual.tokens.shape[1:] != (width,):
-            raise ValueError(f"images must be [tokens, {width}], as encode returns, got {described(visual.tokens)}")
 
     def _check_pixels(self, pixel_values: Tensor, tiles: Sequence[int] | None) -> int:
         """Returns the number of tokens of a tile."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmkernels.models import qwen_vl_weights
 from mmkernels.models.blocks.checkpoint import Names
 from mmkernels.models.blocks.config import with_generation
-from mmkernels.models.blocks.decoder import decoder_sizes
+from mmkernels.models.blocks.decoder import Decoder, decoder_sizes
 from mmkernels.models.blocks.packed_encoder import GridSizes, PackedEncoder, PackedSizes
 from mmkernels.models.blocks.vision_language import Encode, VisionLanguageModel
 from mmkernels.models.blocks.visual import Media, Visual, grid_places, split
@@ -102,7 +102,7 @@ class QwenVL(VisionLanguageModel):
             interleaved=c.variant == "qwen3",
             dropout=c.dropout,
         )
-        self._make_decoder(sizes, c.tie_embeddings)
+        self._make_decoder(Decoder(sizes), c.tie_embeddings)
         self.set_reducer(c.reduce)
 
     @classmethod

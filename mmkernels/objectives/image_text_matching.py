@@ -24,7 +24,7 @@ class MatchingPairs(NamedTuple):
     The N pairs of the batch come first, then each image with a text that does not belong to it, then each text with
     an image that does not belong to it.
 
-    Args:
+    Attributes:
         images, texts: int64, rows of the batch.
         labels: int64, 1: they belong together; 0: they don't; -100: there was no negative, the loss ignores the pair.
     """
@@ -50,11 +50,13 @@ def matching_pairs(
     is.
 
     Probabilities are never computed: the largest of ``score + Gumbel noise`` is such a draw. One product of the
-    features serves both directions; it is made in strips of rows, so that at most 8 MiB of float32 scores and as much
-    noise exist at once (one row of each where that is more), never ``[N, N]`` of a large batch.
+    features serves both directions; it is made in strips of images, so that at most 8 MiB of float32 scores and as much
+    noise exist at once (those of one image where that is more), never ``[N, N]`` of a large batch.
 
     Args:
-        image, text: contrastive features ``[N, d]`` of one dtype; text i belongs to image i.
+        image: contrastive features ``[N, d]``; or ``[N, Q, d]``: the score of a pair is the largest of its image's Q
+            queries (BLIP-2), as in `mmkernels.info_nce`.
+        text: ``[N, d]``, image's dtype; text i belongs to image i.
         logit_scale: the multiplier itself, already exponentiated: a number or a tensor of one element.
         ids: integers ``[N]``: what each pair is about. Pairs of one id are no negatives of each other (several captions
             of one image).
@@ -67,8 +69,8 @@ def matching_pairs(
     Raises:
         TypeError, ValueError: as `mmkernels.info_nce`; N differs, or `ids` are not integers ``[N]``.
 
-    Source: Li et al., "Align before Fuse" (ALBEF), 2021, section 3.2; so in BLIP (2022). ALBEF adds 1e-4 to each
-    probability, which is left out here.
+    Source: Li et al., "Align before Fuse" (ALBEF), 2021, section 3.2; so in BLIP (2022) and, with queries, in BLIP-2
+    (2023), section 3.2. ALBEF adds 1e-4 to each probability, which is left out here.
 
     Example:
         >>> import torch
@@ -83,8 +85,9 @@ def matching_pairs(
     check_features(image, text)
     check_generator(generator)
     count = image.shape[0]
-    if image.dim() != 2 or text.shape[0] != count:
-        raise ValueError(f"image and text must be [N, d], got shapes {tuple(image.shape)} and {tuple(text.shape)}")
+    if text.shape[0] != count:
+        must = "image must be [N, d] or [N, Q, d] and text [N, d]"
+        raise ValueError(f"{must}, got shapes {tuple(image.shape)} and {tuple(text.shape)}")
     if ids is not None:
         check_integers("ids", ids)
         if tuple(ids.shape) != (count,):
@@ -104,13 +107,14 @@ def _draw(
     image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor, generator: Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Returns the text that each image gets, and the image that each text gets, int64 ``[N]``; -1: none."""
-    count = image.shape[0]
-    rows = max(1, _STRIP_BYTES // (4 * count))
+    count, queries = image.shape[0], image[0].numel() // image.shape[-1]
+    rows = max(1, _STRIP_BYTES // (4 * count * queries))
     texts = []
     best = torch.full((count,), -torch.inf, dtype=torch.promote_types(image.dtype, torch.float32), device=image.device)
     images = torch.full((count,), -1, device=image.device)
     for first in range(0, count, rows):
-        scores = (image[first : first + rows] @ text.T).to(best.dtype) * logit_scale.to(best.dtype)  # [rows, N]
+        scores = image[first : first + rows] @ text.T  # [rows, N] or [rows, Q, N]
+        scores = (scores if scores.dim() == 2 else scores.amax(1)).to(best.dtype) * logit_scale.to(best.dtype)
         hidden = (ids[first : first + rows, None] == ids) | scores.isnan()
         scores.masked_fill_(hidden, -torch.inf)
         top, index = _gumbel(scores, generator).add_(scores).max(1)

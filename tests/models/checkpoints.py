@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import blip2_checkpoints
+import blip2_retrieval_checkpoints
+import blip_checkpoints
 import clip_checkpoints
 import idefics_checkpoints
 import internvl_checkpoints
@@ -19,7 +22,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmkernels.models import CLIP, Flamingo, InternVL, QwenVL
+from mmkernels.models import BLIP, BLIP2, CLIP, BLIP2Retrieval, Flamingo, InternVL, QwenVL
 from mmkernels.models.blocks.checkpoint import CheckpointError
 
 transformers.logging.set_verbosity_error()
@@ -27,6 +30,9 @@ transformers.logging.disable_progress_bar()
 
 
 MODELS: dict[Any, Any] = {
+    blip_checkpoints: BLIP,
+    blip2_checkpoints: BLIP2,
+    blip2_retrieval_checkpoints: BLIP2Retrieval,
     clip_checkpoints: CLIP,
     idefics_checkpoints: Flamingo,
     internvl_checkpoints: InternVL,

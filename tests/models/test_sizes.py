@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mmkernels.models import CLIP, Flamingo, InternVL, QwenVL
+from mmkernels.models import BLIP, BLIP2, CLIP, BLIP2Retrieval, Flamingo, InternVL, QwenVL
 
 SIZES: list[tuple[Any, str]] = [(CLIP, "tiny"), (CLIP, "siglip_tiny"), (Flamingo, "tiny"), (InternVL, "tiny")]
+SIZES += [(BLIP, "tiny"), (BLIP2, "tiny"), (BLIP2, "tiny_instruct"), (BLIP2Retrieval, "tiny")]
 SIZES += [(QwenVL, size) for size in ("tiny_qwen2", "tiny", "tiny_qwen3")]
 
 
@@ -36,11 +37,16 @@ def test_where_the_logits_start() -> None:
     [
         (CLIP, "base", 149.6, 0.05),  # open_clip's table, ViT-B/16
         (CLIP, "siglip_base", 203.2, 0.05),  # its model card, B/16
+        # ViT-B/16 (86 M) and BERT base of 30,524 tokens (109 M); in each of its layers two more attentions with norms.
+        (BLIP, "base", 86 + 109 + 12 * 2 * 2.364, 1),
         (Flamingo, "small", 85, 5),
         (Flamingo, "base", 295, 35),
         (QwenVL, "qwen2_2b", 2209.0, 0.05),  # their checkpoints on the hub
         (QwenVL, "qwen2_5_3b", 3754.6, 0.05),
         (QwenVL, "qwen3_2b", 2127.5, 0.05),
+        (BLIP2, "opt_2.7b", 3744.762, 0.001),  # transformers' classes of these sizes
+        (BLIP2, "vicuna_7b", 7913.211, 0.001),
+        (BLIP2Retrieval, "vit_g", 1172.032 + 0.623, 0.001),  # its class has no head for generation
     ],
 )
 def test_numbers_of_parameters(model: Any, size: str, millions: float, within: float) -> None:

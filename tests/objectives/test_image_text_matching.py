@@ -20,6 +20,18 @@ def features(count: int, dim: int = 6, seed: int = 0, dtype: torch.dtype = torch
     return image, text
 
 
+class Largest(TorchDispatchMode):
+    """Records the elements of the largest tensor that an operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple) else (out,):
+            self.elements = max(self.elements, x.numel() if isinstance(x, Tensor) else 0)
+        return out
+
+
 @pytest.mark.parametrize("strip_bytes", [2**23, 1])  # all rows at once, and row by row
 @pytest.mark.parametrize("ids", [None, torch.tensor([3, 1, 3, 2, 2])])
 def test_negatives_are_drawn_with_the_probability_of_their_score(
@@ -60,6 +72,23 @@ def test_sharp_scores_always_give_the_hardest() -> None:
     assert torch.equal(pairs.texts[20:40], scores.argmax(1)) and torch.equal(pairs.images[40:], scores.argmax(0))
 
 
+def test_the_score_of_a_pair_is_that_of_its_best_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `info_nce`; draws are those of the scores by themselves, whatever the strips."""
+    queries, text = torch.randn(9, 3, 6, generator=Generator().manual_seed(4)), features(9)[1]
+    scores = torch.einsum("nqd,md->nqm", queries, text).amax(1).fill_diagonal_(-torch.inf)
+    pairs = matching_pairs(queries, text, 1e6)
+    assert torch.equal(pairs.texts[9:18], scores.argmax(1)) and torch.equal(pairs.images[18:], scores.argmax(0))
+    one = matching_pairs(queries[:, :1], text, 2.0, generator=Generator().manual_seed(0))
+    plain = matching_pairs(queries[:, 0], text, 2.0, generator=Generator().manual_seed(0))
+    assert all(torch.equal(x, y) for x, y in zip(one, plain, strict=True))
+    monkeypatch.setattr(image_text_matching, "_STRIP_BYTES", 4 * 9 * 3 * 2)  # two images at once
+    with Largest() as largest:
+        strips = matching_pairs(queries, text, 1e6)
+    assert all(torch.equal(x, y) for x, y in zip(strips, pairs, strict=True)) and largest.elements <= 9 * 3 * 2
+    queries[2, 1] = torch.nan
+    assert 2 not in matching_pairs(queries, text, 1.0).images[18:].tolist()
+
+
 def test_a_row_without_a_negative_is_ignored() -> None:
     alone = matching_pairs(*features(1), 1.0)
     assert alone.labels.tolist() == [1, -100, -100] and alone.images.tolist() == alone.texts.tolist() == [0, 0, 0]
@@ -70,18 +99,6 @@ def test_a_row_without_a_negative_is_ignored() -> None:
     pairs = matching_pairs(image, text, 1.0)
     assert pairs.labels.tolist() == [1] * 4 + [0, 0, -100, 0] + [0] * 4  # image 2 has no score
     assert 2 not in pairs.images[8:].tolist() and pairs.texts.min() >= 0
-
-
-class Largest(TorchDispatchMode):
-    """Records the elements of the largest tensor that an operator returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple) else (out,):
-            self.elements = max(self.elements, x.numel() if isinstance(x, Tensor) else 0)
-        return out
 
 
 def test_scores_of_a_large_batch_are_never_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +127,13 @@ def test_loss_against_the_formula() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"text": features(5)[1]}, ValueError, r"image and text must be \[N, d\], got shapes \(4, 6\) and \(5, 6\)"),
-        ({"image": torch.randn(4, 3, 6)}, ValueError, r"image and text must be \[N, d\], got shapes \(4, 3, 6\)"),
+        ({"text": features(5)[1]}, ValueError, r"and text \[N, d\], got shapes \(4, 6\) and \(5, 6\)"),
+        (
+            {"image": torch.randn(4, 3, 2, 6)},
+            ValueError,
+            r"image must be .* \[N, Q, d\] .*got shape \(4, 3, 2, 6",
+        ),
+        ({"image": torch.randn(3, 2, 6)}, ValueError, r"and text \[N, d\], got shapes \(3, 2, 6\) and \(4, 6\)"),
         ({"text": features(4)[1].double()}, TypeError, "text must have image's dtype"),
         ({"image": torch.ones(4, 6, dtype=torch.long)}, TypeError, "image must be float16"),
         ({"ids": torch.arange(3)}, ValueError, r"ids must be \[4\], one for each pair, got shape \(3,\)"),

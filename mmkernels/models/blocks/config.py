@@ -15,30 +15,37 @@ from mmkernels.transformers_version import import_transformers
 # The largest sizes that are accepted: above any published model, but small enough to build the model on the meta
 # device.
 _LARGEST = {
-    **dict.fromkeys(("vision_width", "text_width", "embed_dim"), 2**16),
-    **dict.fromkeys(("vision_layers", "resampler_depth", "text_layers", "cross_every"), 2**9),
-    **dict.fromkeys(("vision_heads", "resampler_heads", "resampler_head_dim"), 2**12),
+    **dict.fromkeys(("vision_width", "text_width", "qformer_width", "embed_dim"), 2**16),
+    **dict.fromkeys(("vision_layers", "resampler_depth", "text_layers", "qformer_layers", "cross_every"), 2**9),
+    **dict.fromkeys(("vision_heads", "resampler_heads", "resampler_head_dim", "qformer_heads"), 2**12),
     **dict.fromkeys(("text_heads", "text_kv_heads", "text_head_dim"), 2**12),
-    **dict.fromkeys(("vision_mlp", "text_mlp", "num_latents"), 2**18),
+    **dict.fromkeys(("vision_mlp", "text_mlp", "qformer_mlp", "num_latents", "num_queries"), 2**18),
     **dict.fromkeys(("image_size", "patch_size", "window"), 2**13),
     **dict.fromkeys(("merge", "patch_frames"), 2**6),
     **dict.fromkeys(("position_side", "tokens_per_second"), 2**10),
-    "text_length": 2**22,
-    "vocab_size": 2**24,
+    **dict.fromkeys(("text_length", "qformer_length"), 2**22),
+    **dict.fromkeys(("vocab_size", "qformer_vocab"), 2**24),
     "channels": 2**8,
 }
-_OPTIONAL = ("num_latents",)  # may be None
+_OPTIONAL = ("num_latents", "qformer_vocab")  # may be None
 _MAY_BE_ZERO = ("window", "position_side", "tokens_per_second")
 _MULTIPLES = {
     "vision_width": "vision_heads",
     "text_width": "text_heads",
+    "qformer_width": "qformer_heads",
     "text_heads": "text_kv_heads",
     "text_layers": "cross_every",
 }
-_ACTIVATIONS = ("vision_activation", "text_activation")
-_POSITIVE = ("vision_eps", "text_eps", "layer_norm_eps", "rms_norm_eps", "rope_theta")
-_SHARES = ("vision_dropout", "text_dropout", "dropout")
-_TOKENS = ("image_token_id", "video_token_id", "pad_token_id", "eos_token_id")
+_ACTIVATIONS = ("vision_activation", "text_activation", "qformer_activation")
+_POSITIVE = ("vision_eps", "text_eps", "qformer_eps", "layer_norm_eps", "rms_norm_eps", "rope_theta")
+_SHARES = (
+    "vision_dropout", "text_dropout", "text_residual_dropout", "qformer_dropout", "qformer_residual_dropout", "dropout",
+    "label_smoothing",
+)  # fmt: skip
+_TOKENS = (
+    "image_token_id", "video_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "enc_token_id",
+)  # fmt: skip
+_FLAGS = ("retrieval", "generation", "decoder_attention", "freeze_vision", "freeze_text")
 Config = TypeVar("Config")
 
 
@@ -66,6 +73,9 @@ def check_config(config: Any) -> None:
     for name in present(_SHARES):
         if not _is_number(fields[name]) or not 0 <= fields[name] <= 1:
             raise ValueError(f"{name} must be a number between 0 and 1, got {fields[name]!r}")
+    for name in present(_FLAGS):
+        if not isinstance(fields[name], bool):
+            raise ValueError(f"{name} must be a bool, got {fields[name]!r}")
     for name in present(_TOKENS):
         token = fields[name]
         if token is not None and (type(token) is not int or not 0 <= token < config.vocab_size):
@@ -75,12 +85,12 @@ def check_config(config: Any) -> None:
             raise ValueError(f"eos_token_ids must be integers >= 0, got {fields['eos_token_ids']!r}")
 
 
-def read_config(values: dict[str, Any], architectures: Mapping[str, str], where: str) -> Any:
+def read_config(values: dict[str, Any], architectures: Mapping[str, str | tuple[str, ...]], where: str) -> Any:
     """Returns transformers' configuration object for a ``config.json``; transformers fills in what the file leaves out.
 
     Args:
         values: the JSON object.
-        architectures: model type -> architecture, for all that are allowed.
+        architectures: model type -> architecture, or several, for all that are allowed.
         where: how errors name the object: usually the path of the file.
 
     Raises:
@@ -91,8 +101,11 @@ def read_config(values: dict[str, Any], architectures: Mapping[str, str], where:
     if not isinstance(model_type, str) or model_type not in architectures:
         given = repr(model_type)[:200] if "model_type" in values else "nothing"
         raise CheckpointError(f"{where}: model_type must be one of {', '.join(architectures)}, got {given}")
-    if got not in (None, [], [architectures[model_type]]):
-        raise CheckpointError(f"{where}: architectures must be {[architectures[model_type]]}, got {repr(got)[:200]}")
+    known = architectures[model_type]
+    allowed = (known,) if isinstance(known, str) else known
+    if got not in (None, [], *([name] for name in allowed)):
+        must = " or ".join(str([name]) for name in allowed)
+        raise CheckpointError(f"{where}: architectures must be {must}, got {repr(got)[:200]}")
     config_class = import_transformers("reading a checkpoint").AutoConfig
     values = _without_labels(values)
     _check_layers(values, where)

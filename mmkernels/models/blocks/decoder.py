@@ -30,6 +30,7 @@ class DecoderSizes(NamedTuple):
             None: positions have one axis.
         interleaved: how the frequencies of the three axes lie: t h w t h w ... (Qwen3-VL), or one axis after the other.
         dropout: the probability that an attention probability is dropped in training mode.
+        residual_dropout: the probability that an element of a branch's result is dropped in training mode.
     """
 
     width: int
@@ -47,6 +48,7 @@ class DecoderSizes(NamedTuple):
     sections: tuple[int, int, int] | None = None
     interleaved: bool = False
     dropout: float = 0.0
+    residual_dropout: float = 0.0
 
 
 class Deep(NamedTuple):
@@ -86,23 +88,31 @@ class Decoder(nn.Module):
         s = sizes
         self.sizes = sizes
         self.embed = nn.Embedding(s.vocab, s.width)
-        self.blocks = nn.ModuleList(
-            TextBlock(
-                s.width,
-                heads=s.heads,
-                kv_heads=s.kv_heads,
-                head_dim=s.head_dim,
-                mlp=s.mlp,
-                activation=s.activation,
-                eps=s.eps,
-                dropout=s.dropout,
-                residual_dropout=0.0,
-                bias=s.bias,
-                qk_norm=s.qk_norm,
-            )
-            for _ in range(s.layers)
+        self.blocks = nn.ModuleList(self._make_block() for _ in range(s.layers))
+        self.norm = self._make_norm()
+
+    def _make_block(self) -> nn.Module:
+        s = self.sizes
+        return TextBlock(
+            s.width,
+            heads=s.heads,
+            kv_heads=s.kv_heads,
+            head_dim=s.head_dim,
+            mlp=s.mlp,
+            activation=s.activation,
+            eps=s.eps,
+            dropout=s.dropout,
+            residual_dropout=s.residual_dropout,
+            bias=s.bias,
+            qk_norm=s.qk_norm,
         )
-        self.norm = nn.RMSNorm(s.width, eps=s.eps)
+
+    def _make_norm(self) -> nn.Module:
+        return nn.RMSNorm(self.sizes.width, eps=self.sizes.eps)
+
+    def _placed(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Any]:
+        """Returns what the first layer gets, and what every layer gets beside it: the rotary angles."""
+        return x, self.angles(positions, x.dtype)
 
     def forward(
         self,
@@ -121,7 +131,7 @@ class Decoder(nn.Module):
             cache: holds the earlier keys and values; the new ones are appended.
             deep: features that are added behind the first layers.
         """
-        angles = self.angles(positions, x.dtype)
+        x, angles = self._placed(x, positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, angles, mask, cache, layer)
             for features, markers in deep:

@@ -63,7 +63,7 @@ def continue_text(
         scores = step(input_ids[:, :0])
 
 
-def next_token_loss(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
+def next_token_loss(head: nn.Linear, hidden: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Returns the mean cross-entropy, fp32, of the tokens that are not ignored, each given those before it.
 
     It builds no logits, and rows that predict an ignored token are not multiplied: see
@@ -73,8 +73,12 @@ def next_token_loss(head: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
         head: the last layer. A layer put in its place, such as LoRA's, is called, and all logits are computed.
         hidden: ``[B, L, width]``.
         labels: ``[B, L]``, -100: ignored.
+        label_smoothing: as in `mmkernels.linear_cross_entropy`.
     """
     targets = shifted_targets(labels)
     if getattr(head.forward, "__func__", None) is nn.Linear.forward:  # some put in its place inherit from Linear
-        return linear_cross_entropy(hidden, head.weight, targets, linear_bias=head.bias)
-    return F.cross_entropy(head(hidden).flatten(0, 1).float(), targets.flatten())
+        return linear_cross_entropy(
+            hidden, head.weight, targets, linear_bias=head.bias, label_smoothing=label_smoothing
+        )
+    logits = head(hidden).flatten(0, 1).float()
+    return F.cross_entropy(logits, targets.flatten(), label_smoothing=label_smoothing)

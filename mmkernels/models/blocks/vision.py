@@ -18,8 +18,10 @@ class VisionTransformer(nn.Module):
         sizes: of the transformer.
         image_size, patch_size: the side of an image and of a patch, in pixels.
         channels: of an image.
-        class_token: True, as in CLIP: there is a class token before the patches, and a norm before the first layer.
-            False, as in SigLIP: there is neither, and the projection of the patches adds a bias.
+        class_token: whether there is a class token before the patches, as in CLIP and BLIP.
+        first_norm: whether there is a norm before the first layer, as in CLIP; None: if there is a class token.
+        patch_bias: whether the projection of the patches adds a bias, as in SigLIP and BLIP; None: if there is no such
+            norm.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; the norm before the first layer as in Radford et
     al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
@@ -33,22 +35,32 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(
-        self, sizes: Sizes, *, image_size: int, patch_size: int, channels: int = 3, class_token: bool = True
+        self,
+        sizes: Sizes,
+        *,
+        image_size: int,
+        patch_size: int,
+        channels: int = 3,
+        class_token: bool = True,
+        first_norm: bool | None = None,
+        patch_bias: bool | None = None,
     ) -> None:
         super().__init__()
         width = sizes.width
+        first_norm = class_token if first_norm is None else first_norm
+        patch_bias = not first_norm if patch_bias is None else patch_bias
         self.pixels = (channels, image_size, image_size)
-        self.patch = nn.Conv2d(channels, width, patch_size, stride=patch_size, bias=not class_token)
+        self.patch = nn.Conv2d(channels, width, patch_size, stride=patch_size, bias=patch_bias)
         self.class_token = nn.Parameter(torch.randn(width)) if class_token else None
         self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2 + class_token, width))
-        self.norm = nn.LayerNorm(width, eps=sizes.eps) if class_token else nn.Identity()
+        self.norm = nn.LayerNorm(width, eps=sizes.eps) if first_norm else nn.Identity()
         self.blocks = nn.ModuleList(EncoderBlock(sizes) for _ in range(sizes.layers))
 
     @classmethod
-    def of(cls, config: Any, sizes: Sizes, *, class_token: bool = True) -> VisionTransformer:
-        """Returns one for the images that a model's configuration describes."""
+    def of(cls, config: Any, sizes: Sizes, **options: bool) -> VisionTransformer:
+        """Returns one for the images that a model's configuration describes. `options`: as of the class."""
         image = {name: getattr(config, name) for name in ("image_size", "patch_size", "channels")}
-        return cls(sizes, **image, class_token=class_token)
+        return cls(sizes, **image, **options)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -72,13 +84,17 @@ class VisionTransformer(nn.Module):
             x = block(x)
         return cast(EncoderBlock, last).with_heads(x)
 
-    def _embed(self, pixel_values: Tensor) -> Tensor:
-        """Returns what the first layer gets."""
+    def check(self, pixel_values: Tensor) -> None:
+        """Raises unless pixels are floats ``[B, channels, S, S]`` of the encoder's size."""
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values must be a floating tensor, got {described(pixel_values)}")
         if tuple(pixel_values.shape[1:]) != self.pixels:
             shape = ", ".join(map(str, self.pixels))
             raise ValueError(f"pixel_values must be [B, {shape}], got shape {tuple(pixel_values.shape)}")
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        """Returns what the first layer gets."""
+        self.check(pixel_values)
         x = self.patch(pixel_values.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)  # [B, patches, width]
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)

@@ -1,4 +1,4 @@
-"""`VisionLanguageModel`: what models share in which images are tokens of the text (Qwen-VL, InternVL)."""
+"""`VisionLanguageModel`: what models share in which images are tokens of the text (Qwen-VL, InternVL, BLIP-2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmkernels.models.blocks.context import ContextCache, ContextPolicy
-from mmkernels.models.blocks.decoder import Decoder, DecoderSizes, Deep
+from mmkernels.models.blocks.decoder import Decoder, Deep
 from mmkernels.models.blocks.generation import continue_text, next_token_loss
 from mmkernels.models.blocks.media import last_of
 from mmkernels.models.blocks.model import Model
@@ -36,11 +36,14 @@ class VisionLanguageOutput:
             they were not asked for. With a reducer L is the length of the shortened prompt.
         loss: the mean cross-entropy of the next token, fp32 (fp64 for fp64 weights); None without labels.
         kv_cache: an argument of the next call; None with labels, if none was given.
+        hidden: what the last layer makes logits of, ``[B, L, width]``, or ``[B, 1, width]`` of the last token; None
+            where it was not asked for.
     """
 
     logits: Tensor | None
     loss: Tensor | None
     kv_cache: ContextCache | None
+    hidden: Tensor | None = None
 
 
 @dataclass
@@ -73,8 +76,8 @@ class VisionLanguageModel(Model):
     reducer: VisualReducer | None
     _inputs: ClassVar[tuple[str, ...]] = ()  # the arguments of `_media`: what `forward` takes beside its own
 
-    def _make_decoder(self, sizes: DecoderSizes, tied: bool) -> None:
-        self.decoder = Decoder(sizes)
+    def _make_decoder(self, decoder: Decoder, tied: bool) -> None:
+        self.decoder, sizes = decoder, decoder.sizes
         self.head = nn.Linear(sizes.width, sizes.vocab, bias=False)
         if tied:
             self.head.weight = self.decoder.embed.weight
@@ -112,6 +115,20 @@ class VisionLanguageModel(Model):
         """
         raise NotImplementedError
 
+    def _nothing(self) -> Visual:
+        """Returns no images."""
+        weight = self.head.weight
+        return Visual(weight.new_zeros(0, weight.shape[1]), (), ())
+
+    def _check_encoded(self, name: str, visual: Visual) -> None:
+        """Raises unless an argument is what `encode` of a model with this width returns."""
+        if not isinstance(visual, Visual):
+            raise TypeError(f"{name} must be what encode returns, got {type(visual).__name__}")
+        width = self.decoder.sizes.width
+        if visual.tokens.shape[1:] != (width,):
+            got = f"{visual.tokens.dtype} {tuple(visual.tokens.shape)}"
+            raise ValueError(f"{name} must be [tokens, {width}], as encode returns, got {got}")
+
     def forward(
         self,
         input_ids: Tensor,
@@ -123,6 +140,7 @@ class VisionLanguageModel(Model):
         labels: Tensor | None = None,
         last_logits_only: bool = False,
         return_logits: bool | None = None,
+        return_hidden: bool = False,
         **visual: Any,
     ) -> VisionLanguageOutput:
         """Returns the logits of the next token, for a text or, with a cache, for its continuation; or the loss.
@@ -139,6 +157,7 @@ class VisionLanguageModel(Model):
                 token are not multiplied: see `mmkernels.linear_cross_entropy`.
             last_logits_only: whether to compute the logits of the last token of each row only.
             return_logits: whether to compute logits at all; None: unless labels are given.
+            return_hidden: whether to return what the logits are computed from, as `mmkernels.linear_logprobs` takes it.
             visual: the model's other visual inputs, which `encode` of the model names.
 
         Raises:
@@ -181,7 +200,7 @@ class VisionLanguageModel(Model):
         x = self.decoder.norm(x)
         loss = None if labels is None else next_token_loss(self.head, x, labels)
         wanted = labels is None if return_logits is None else return_logits
-        return VisionLanguageOutput(self.head(x) if wanted else None, loss, store)
+        return VisionLanguageOutput(self.head(x) if wanted else None, loss, store, x if return_hidden else None)
 
     @torch.no_grad()
     def generate(
