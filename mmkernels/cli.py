@@ -11,7 +11,7 @@ from typing import Annotated
 
 from mmkernels.interrupts import ends_well, interruptible
 from mmkernels.options import BadInput
-from mmkernels.profiling.options import REDUCERS, RESOLUTIONS, TOKENS, VISION_LANGUAGE, Options
+from mmkernels.profiling.options import REDUCERS, RESOLUTIONS, TOKENS, TOKENS_OF_BLIP2, VISION_LANGUAGE, Options
 from mmkernels.runtime.dispatch import BackendError
 from mmkernels.transformers_version import VersionError
 
@@ -21,7 +21,9 @@ except ImportError:  # `main` says what to install
     typer = None  # type: ignore[assignment]
 
 PROFILE_OUT, BENCH_OUT, SUPPORT_OUT = Path("profiles"), Path("build/bench"), Path("build/support.md")
-_TOKENS, _RESOLUTIONS, _REDUCERS = (",".join(map(str, rows)) for rows in (TOKENS, RESOLUTIONS, REDUCERS))
+_TOKENS, _OF_BLIP2, _RESOLUTIONS, _REDUCERS = (
+    ",".join(map(str, rows)) for rows in (TOKENS, TOKENS_OF_BLIP2, RESOLUTIONS, REDUCERS)
+)
 
 
 def main() -> None:
@@ -94,13 +96,17 @@ def doctor() -> None:
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help=f"flamingo, {', '.join(VISION_LANGUAGE)}")],
+    model: Annotated[str, typer.Argument(help=f"flamingo, blip2, {', '.join(VISION_LANGUAGE)}")],
     image: Annotated[
         Path | None,
         typer.Option(parser=_path, metavar="FILE", help="Photograph; default: one that matplotlib ships."),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(help=f"Visual tokens per image of flamingo, one profile each; default: {_TOKENS}.")
+        str | None,
+        typer.Option(
+            help=f"Visual tokens per image of flamingo or blip2, one profile each; default: {_TOKENS}, of blip2 "
+            f"{_OF_BLIP2}."
+        ),
     ] = None,
     resolutions: Annotated[
         str | None,
@@ -114,7 +120,7 @@ def profile(
         typer.Option(
             help="Instead of --tokens: ways to make all patches fewer tokens, compared with none: pool:2, tome:0.5, "
             "select:0.25, diverse:0.25, of flamingo shuffle:2 and perceiver:64, or a budget such as pool:<=256. "
-            f"Default: {_REDUCERS}, or --tokens for flamingo."
+            f"Default: {_REDUCERS}, or --tokens for flamingo and blip2."
         ),
     ] = None,
     images: Annotated[
@@ -127,7 +133,7 @@ def profile(
         str | None,
         typer.Option(
             help='What to compare: "fused" (automatic choice), "reference" (naive), or a backend by name; default: '
-            "fused, for flamingo fused,reference."
+            "fused, for flamingo and blip2 fused,reference."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = Options.dtype,

@@ -106,7 +106,7 @@ def test_profile_with_a_report(mmkernels, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["profile", "clip"], "model must be one of flamingo, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl; got 'clip'"),
+        (["profile", "clip"], "model must be one of flamingo, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, blip2; got"),
         (["profile"], "model"),
         ([*TINY, "--tokens", "16,many"], "--tokens must be integers, such as 16,64; got '16,many'"),
         ([*TINY, "--tokens", "0"], "--tokens must be integers from 1 to 65536, such as 16,64; got 0"),

@@ -39,9 +39,10 @@ class Reduction:
 
     Args:
         tokens: how many are left, those included that stand for no patch.
-        rows, columns: of the image's patches.
-        token_of: which token each patch went to, row by row, numbered from 0; -1: none. None: any patch to any token.
+        rows, columns: of the image's patches, or of tokens that the model has made of them.
+        token_of: which token each of these went to, row by row, numbered from 0; -1: none. None: any of them to any.
         learned: whether the reducer has weights. They are random here, so that what it makes of an image says nothing.
+        side: of each square in patches; 1: it is a patch.
     """
 
     tokens: int
@@ -49,6 +50,7 @@ class Reduction:
     columns: int
     token_of: list[int] | None
     learned: bool
+    side: int = 1
 
 
 class Adapter(Protocol):
@@ -73,6 +75,10 @@ class Adapter(Protocol):
     def total(self) -> str: ...
     @property
     def square(self) -> bool: ...
+
+    def check(self, options: Options) -> None:
+        """Raises `BadInput` unless every number of tokens, or reducer, of `options` suits the model and its images."""
+        ...
 
     def build(self, options: Options, row: Row) -> nn.Module:
         """Returns the model with random weights, float32, on the CPU: of so many visual tokens per image, or with this
@@ -99,10 +105,6 @@ class Adapter(Protocol):
 
 class ReducingAdapter(Adapter, Protocol):
     """A model in which a `mmkernels.nn.TokenReducer` may choose the visual tokens."""
-
-    def check(self, options: Options) -> None:
-        """Raises `BadInput` unless every reducer of `options` exists and suits the model's images."""
-        ...
 
     def check_photo(self, options: Options, photo: Image.Image) -> None:
         """Raises `BadInput` unless every row suits the photograph's shape."""

@@ -21,9 +21,7 @@ from mmkernels.nn import VisualCache
 from mmkernels.options import BadInput
 from mmkernels.profiling.adapter import Reduction, Stage
 from mmkernels.profiling.options import MOST_TOKENS, Choice, Options, Row
-
-DECODE_TOKENS = 8
-"""Tokens over which the time of one is averaged."""
+from mmkernels.profiling.reading import DECODE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,9 @@ class FlamingoAdapter:
     total = "first token"
     square = True
     stages: tuple[Stage, ...] = (_ENCODE, _RESAMPLE, _PREFILL, _DECODE)
+
+    def check(self, options: Options) -> None:
+        """Any number of tokens suits."""
 
     def build(self, options: Options, row: Row) -> nn.Module:
         return Flamingo.from_size(options.size or "", num_latents=row, seed=options.seed)

@@ -19,7 +19,7 @@ from mmkernels.profiling.options import name_of
 from mmkernels.profiling.pareto import drift_of, row_of
 from mmkernels.profiling.photo import paint
 from mmkernels.profiling.plot import subtitle
-from mmkernels.profiling.plot_parts import caption, first_image
+from mmkernels.profiling.plot_parts import caption, first_image, paint_legend
 from mmkernels.report import MISSING, megabytes, milliseconds, percent
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -198,8 +198,7 @@ def _photos(report: dict[str, Any], photo: Image.Image) -> list[str]:
         figures.append(f"<figure>{picture}<figcaption>{''.join(below)}</figcaption></figure>")
     return [
         "<h2>What is left of the first image</h2>",
-        '<p class="about">Patches with a token of their own are as they were, those that share one have their mean, '
-        "dropped ones are grey. Rows on the Pareto front have a frame.</p>",
+        f'<p class="about">{escape(paint_legend(report))} Rows on the Pareto front have a frame.</p>',
         f'<div class="photos">{"".join(figures)}</div>',
     ]
 

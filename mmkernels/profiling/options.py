@@ -17,7 +17,7 @@ CHOICES = ("fused", *BACKENDS)
 
 _NAMES = {"reference": "naive"}
 
-TOKENS = (16, 64, 256, 1024)
+TOKENS, TOKENS_OF_BLIP2 = (16, 64, 256, 1024), (8, 32, 128)
 """The visual tokens per image that are profiled where nothing else is asked for."""
 
 UNREDUCED = "none"
@@ -25,6 +25,9 @@ UNREDUCED = "none"
 
 VISION_LANGUAGE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 """The models in which images are tokens of the text: how many follows from an image's size, and from a reducer."""
+
+QUERIES = ("blip2",)
+"""The models whose images have as many tokens as there are queries: nothing is left to a reducer or an image's size."""
 
 RESOLUTIONS, REDUCERS = (224, 448, 896), (UNREDUCED, "pool:2", "tome:0.5", "select:0.25")
 """What is profiled of the `VISION_LANGUAGE` models where nothing else is asked for."""
@@ -53,7 +56,7 @@ MOST_TOKENS = 65536
 
 _MOST_IMAGES, _MOST_REDUCERS, _MOST_RESOLUTIONS, _MOST_PIXELS = 1000, 24, 8, 8192
 _IMAGES, _TEXT_LENGTH, _BACKENDS, _SIZE = 5, 512, ("fused", "reference"), "small"
-_IMAGES_OF_VISION_LANGUAGE, _TEXT_LENGTH_OF_VISION_LANGUAGE = 1, 64  # one image and a question
+_ONE_IMAGE, _QUESTION = 1, 64  # of the models in which an image's tokens stand in the text
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,15 @@ class Options:
         model: a name in `mmkernels.profiling.profiler.MODELS`.
         image: the photograph.
         tokens: visual tokens per image, each a row of the profile; sorted, without repeats. None: `TOKENS`, or none
-            with `reduce` or `resolutions`, and of `VISION_LANGUAGE` models.
+            with `reduce` or `resolutions`, and of `VISION_LANGUAGE` models; `TOKENS_OF_BLIP2` of `QUERIES`.
         reduce: reducers, each a row of the profile instead of `tokens`, as `mmkernels.nn.TokenReducer.parse` reads
             them; `UNREDUCED` comes first, given or not. None: `REDUCERS` of `VISION_LANGUAGE` models.
         resolutions: sides of squares in pixels, each a row with each of the reducers; the largest comes first. None:
             `RESOLUTIONS` of `VISION_LANGUAGE` models, else the model's own.
-        images: pictures in the prompt, parts of the photograph; None: 1 of `VISION_LANGUAGE` models, else 5.
-        text_length: tokens of text, of other models with a marker for each image; None: 64 of `VISION_LANGUAGE` models,
-            else 512.
+        images: pictures in the prompt, parts of the photograph; None: 1 of `VISION_LANGUAGE` models and `QUERIES`, else
+            5.
+        text_length: tokens of text, of other models with a marker for each image; None: 64 of `VISION_LANGUAGE` models
+            and `QUERIES`, else 512.
         backends: names in `CHOICES`; None: "fused", and "reference" unless it is a `VISION_LANGUAGE` model, whose naive
             attention to large images takes more memory than many machines have.
         dtype: a name in `DTYPES`.
@@ -126,9 +130,10 @@ class Options:
     def _fill(self) -> None:
         """Gives settings that were left out the values that suit the model."""
         whole = self.model in VISION_LANGUAGE
+        in_text = whole or self.model in QUERIES
         for name, value in (
-            ("images", _IMAGES_OF_VISION_LANGUAGE if whole else _IMAGES),
-            ("text_length", _TEXT_LENGTH_OF_VISION_LANGUAGE if whole else _TEXT_LENGTH),
+            ("images", _ONE_IMAGE if in_text else _IMAGES),
+            ("text_length", _QUESTION if in_text else _TEXT_LENGTH),
             ("backends", _BACKENDS[:1] if whole else _BACKENDS),
             ("size", None if self.folder else _SIZE),
             ("resolutions", RESOLUTIONS if whole else None),
@@ -145,8 +150,15 @@ class Options:
                 f"--tokens must not be given for {self.model}, whose images have as many tokens as their size and "
                 f"--reduce leave them, such as --reduce pool:<=64; got {_join(self.tokens)}"
             )
+        if self.reduce is not None and self.model in QUERIES:
+            by, rows = ("--resolutions", self.resolutions) if self.reduce == (UNREDUCED,) else ("--reduce", self.reduce)
+            raise BadInput(
+                f"{by} must not be given for {self.model}, whose visual tokens are its queries: --tokens says how "
+                f"many; got {_join(rows or ())}"
+            )
         if self.reduce is None:
-            self._set("tokens", _checked_tokens(TOKENS if self.tokens is None else self.tokens))
+            usual = TOKENS_OF_BLIP2 if self.model in QUERIES else TOKENS
+            self._set("tokens", _checked_tokens(usual if self.tokens is None else self.tokens))
         elif self.tokens is None:
             self._set("reduce", _checked_reducers(self.reduce))
         else:

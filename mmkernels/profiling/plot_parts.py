@@ -25,9 +25,6 @@ RANDOM = "The weights are random: drift shows how much of the output changes, no
 _LARGEST_PHOTO, _APART = 3.3, 0.2
 _IN_A_ROW = 6
 _FRONT = "#D9D9D9"
-_PAINT = (
-    "Patches with a token of their own are as they were, those that share one have their mean, dropped ones are grey."
-)
 COMMAS = StrMethodFormatter("{x:,.10g}")
 
 
@@ -142,7 +139,7 @@ def height_of_photos(report: dict[str, Any]) -> float:
 def draw_photos(place: Place, top: float, report: dict[str, Any], photo: Image.Image) -> None:
     """Draws what each row leaves of the first image."""
     place.text(LEFT, top - 0.2, "What is left of the first image", fontsize=13, weight="bold")
-    place.text(LEFT + 3.5, top - 0.2, _PAINT, fontsize=10.5, color="#444444")
+    place.text(LEFT + 3.5, top - 0.2, paint_legend(report), fontsize=10.5, color="#444444")
     first, side, heights = first_image(report, photo), _side(len(report["reducers"])), _heights(report)
     for i, (reducer, about) in enumerate(report["reducers"].items()):
         row, column = divmod(i, _IN_A_ROW)
@@ -172,14 +169,34 @@ def _photo(axes: Axes, image: Image.Image, reducer: str, about: dict[str, Any]) 
     axes.annotate(caption(about), (0, 0), (0, -22), fontsize=9.5, color="#333333", **below)
 
 
+def paint_legend(report: dict[str, Any]) -> str:
+    """Returns what the painted photographs show."""
+    side = max((_side_of(about) for about in report["reducers"].values()), default=1)
+    if side == 1:
+        return (
+            "Patches with a token of their own are as they were, those that share one have their mean, dropped ones "
+            "are grey."
+        )
+    return (
+        f"Tokens ({side} x {side} patches) that stay alone are as they were, those that become one have their mean, "
+        "dropped ones are grey."
+    )
+
+
+def _side_of(about: dict[str, Any]) -> int:
+    return int(about.get("side", 1))  # older reports have none
+
+
 def caption(about: dict[str, Any]) -> str:
-    """Returns what a reducer makes of an image's patches, in words."""
-    patches, token_of = about["rows"] * about["columns"], about["token_of"]
+    """Returns what a reducer makes of an image's patches, or of its tokens where these are of several, in words."""
+    count, token_of = about["rows"] * about["columns"], about["token_of"]
+    of_patches = _side_of(about) == 1
+    many = f"{count:,} {'patches' if of_patches else 'tokens'}"
     if token_of is None:
         return "each token sees all patches"
     left = len(set(token_of) - {-1})
     if -1 in token_of:
-        return f"{left:,} of {patches:,} patches kept"
-    return (
-        f"all {patches:,} patches" if left == patches else f"{patches:,} patches in {left:,} token{'s' * (left != 1)}"
-    )
+        return f"{left:,} of {many} kept"
+    if left == count:
+        return f"all {many}"
+    return f"{many} in {left:,} token{'s' * (left != 1)}" if of_patches else f"{many} become {left:,}"

@@ -14,6 +14,7 @@ from mmkernels.machine import describe_machine, device_name
 from mmkernels.meters import memory_why_not
 from mmkernels.options import BadInput
 from mmkernels.profiling.adapter import Adapter, ReducingAdapter
+from mmkernels.profiling.blip2 import BLIP2Adapter
 from mmkernels.profiling.flamingo import FlamingoAdapter, ReducingFlamingoAdapter
 from mmkernels.profiling.internvl import InternVLAdapter
 from mmkernels.profiling.options import Options, Row
@@ -32,7 +33,7 @@ REDUCING: dict[str, ReducingAdapter] = {
 }
 """What can be profiled over reducers and resolutions. A new model is one adapter here."""
 
-MODELS: dict[str, Adapter] = {**REDUCING, "flamingo": FlamingoAdapter()}
+MODELS: dict[str, Adapter] = {**REDUCING, "flamingo": FlamingoAdapter(), "blip2": BLIP2Adapter()}
 """What can be profiled: `REDUCING` models, or over numbers of tokens."""
 
 SCHEMA = 1
@@ -42,7 +43,7 @@ def find_model(options: Options) -> Adapter:
     """Returns the adapter of the model that `options` names.
 
     Raises:
-        BadInput: there is no such model, it has no such size, or a reducer does not exist or does not suit it.
+        BadInput: there is no such model, it has no such size, or a number of tokens or a reducer does not suit it.
     """
     models: Mapping[str, Adapter] = REDUCING if options.reduce else MODELS
     if options.model not in models:
@@ -51,8 +52,7 @@ def find_model(options: Options) -> Adapter:
     adapter = models[options.model]
     if options.folder is None and options.size not in adapter.sizes:
         raise BadInput(f"--size must be one of {', '.join(adapter.sizes)}; got {options.size!r}")
-    if options.reduce:
-        REDUCING[options.model].check(options)
+    adapter.check(options)
     return adapter
 
 

@@ -337,15 +337,14 @@ def _cost_of_a_token(report: dict[str, Any], backend: str) -> str:
     slopes = report["marginal_seconds_per_visual_token"]
     if backend not in slopes:
         return ""
-    slope, last = slopes[backend], report["total"]["stages"][-1]
-    if slope[last] <= 0:  # less than the noise
-        return ""
-    text = f"; a visual token costs {microseconds(slope[last])} of {last}"
-    naive = slopes.get("reference") if backend != "reference" else None
-    if naive:
-        text += f" (naive {microseconds(naive[last])})"
-    text += f" and {microseconds(slope['total'])} until the {report['total']['name']}"
-    return text + (f" ({microseconds(naive['total'])})" if naive else "")
+    naive: dict[str, float] = slopes.get("reference", {}) if backend != "reference" else {}
+    last = report["total"]["stages"][-1]
+    parts = []
+    for name, what, beside in ((last, f"of {last}", "naive "), ("total", f"until the {report['total']['name']}", "")):
+        slope, of_naive = slopes[backend][name], naive.get(name, 0.0)
+        if slope > 0:  # else less than the noise
+            parts.append(f"{microseconds(slope)} {what}" + f" ({beside}{microseconds(of_naive)})" * (of_naive > 0))
+    return f"; a visual token costs {' and '.join(parts)}" if parts else ""
 
 
 def memory_ratio(report: dict[str, Any], cell: dict[str, Any], name: str = "peak_memory_bytes") -> float | None:

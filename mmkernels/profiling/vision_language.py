@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmkernels.models.blocks.checkpoint import CheckpointError
-from mmkernels.models.blocks.context import ContextCache
 from mmkernels.models.blocks.reduction import token_of
 from mmkernels.models.blocks.vision_language import VisionLanguageModel
 from mmkernels.models.blocks.visual import Visual, shorten
@@ -23,8 +22,8 @@ from mmkernels.models.blocks.visual_reduction import VisualReducer
 from mmkernels.nn.reducer import Reduced, TokenReducer
 from mmkernels.options import BadInput
 from mmkernels.profiling.adapter import Reduction, Stage
-from mmkernels.profiling.flamingo import DECODE_TOKENS
 from mmkernels.profiling.options import MOST_TOKENS, Choice, Options, Row
+from mmkernels.profiling.reading import DECODE, DECODE_TOKENS, PREFILL, Prompt, random_text, with_markers
 from mmkernels.transformers_version import import_transformers
 
 
@@ -74,31 +73,19 @@ class Size(NamedTuple):
     about: str = ""
 
 
-@dataclass(frozen=True)
-class Inputs:
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Prompt):
     """What the stages take.
 
     Args:
-        input_ids: the prompt, int64 ``[1, L]``, with a marker for each visual token.
         images: what the model's `encode` takes, all images.
         first: the same of the first image alone.
         layout: of each image.
-        text_ids: every token below this number is text.
     """
 
-    input_ids: Tensor
     images: tuple[Any, ...]
     first: tuple[Any, ...]
     layout: Layout
-    text_ids: int
-
-
-@dataclass(frozen=True)
-class Read:
-    """The state after the prompt, ready for the next token."""
-
-    kv_cache: ContextCache
-    token: Tensor  # [1, 1]
 
 
 class _Encoded(Exception):
@@ -137,25 +124,6 @@ def _merge(model: Any, inputs: Inputs, state: Any) -> Visual:
     return visual
 
 
-def _prefill(model: Any, inputs: Inputs, state: Visual) -> Read:
-    length = inputs.input_ids.shape[1] - sum(state.marked) + sum(state.lengths)
-    cache = ContextCache(len(model.decoder.blocks), reserve=length + DECODE_TOKENS)
-    out = model(inputs.input_ids, images=state, kv_cache=cache, last_logits_only=True)
-    return Read(cache, _next_token(out.logits, inputs))
-
-
-def _decode(model: Any, inputs: Inputs, state: Read) -> Read:
-    token = state.token
-    for _ in range(DECODE_TOKENS):
-        token = _next_token(model(token, kv_cache=state.kv_cache, last_logits_only=True).logits, inputs)
-    return Read(state.kv_cache, token)
-
-
-def _next_token(logits: Tensor, inputs: Inputs) -> Tensor:
-    """Returns the most likely text token ``[1, 1]``. A marker, which random weights may like, would need an image."""
-    return logits[:, -1:, : inputs.text_ids].argmax(-1)
-
-
 class VisionLanguageAdapter(ABC):
     """A `VisionLanguageModel`, whose encoder is its module `vision`.
 
@@ -172,10 +140,9 @@ class VisionLanguageAdapter(ABC):
     stages = (
         Stage("encode", "the image encoder, all images", _encode, shared=True),
         Stage("merge", "the merger, and the reducer with its scores", _merge),
-        Stage("prefill", "the prompt through the language model, up to the next token's scores", _prefill),
-        Stage("decode", f"one more token, the mean of {DECODE_TOKENS}", _decode, DECODE_TOKENS,
-              lambda state: Read(state.kv_cache.fork(), state.token)),
-    )  # fmt: skip
+        PREFILL,
+        DECODE,
+    )
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -260,11 +227,15 @@ class VisionLanguageAdapter(ABC):
         config, weight = model.config, model.head.weight
         layout = self.layout(config, photos[0], row.resolution)
         every, first = (self.pixels(options, config, part, layout) for part in (photos, photos[:1]))
-        marker, tokens = config.image_token_id, layout.tokens
-        text = self._text(options, config)
-        ids = torch.tensor([[token for token in text for _ in range(tokens if token == marker else 1)]])
+        ids = with_markers(self._text(options, config), config.image_token_id, layout.tokens)
         images, first = (tuple(x.to(weight) if _is_floating(x) else x for x in part) for part in (every, first))
-        return Inputs(ids.to(weight.device), images, first, layout, self.text_ids(config))
+        return Inputs(
+            input_ids=ids.to(weight.device),
+            text_ids=self.text_ids(config),
+            images=images,
+            first=first,
+            layout=layout,
+        )
 
     def _text(self, options: Options, config: Any) -> list[int]:
         """Returns the prompt with one marker for each image."""
@@ -272,11 +243,9 @@ class VisionLanguageAdapter(ABC):
         marker = config.image_token_id
         if options.prompt is not None:
             return _tokenized(options, options.images, marker)
-        generator = torch.Generator().manual_seed(options.seed)
-        ids: list[int] = torch.randint(self.text_ids(config), (options.text_length,), generator=generator).tolist()
-        for image in reversed(range(options.images)):  # evenly, the first one in front
-            ids.insert(image * options.text_length // options.images, marker)
-        return ids
+        return random_text(
+            self.text_ids(config), marker, length=options.text_length, images=options.images, seed=options.seed
+        )
 
     def reduction(self, model: Any, inputs: Inputs) -> Reduction:
         assert model.reducer is not None
@@ -294,6 +263,7 @@ class VisionLanguageAdapter(ABC):
             layout.across * layout.columns,
             layout.picture(_token_of_places(reducer, found[0], layout)),  # later calls move positions
             learned=False,
+            side=model.config.merge,
         )
 
     def logits(self, model: Any, inputs: Inputs) -> Tensor:

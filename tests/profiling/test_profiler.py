@@ -190,6 +190,9 @@ class Linear:
     square = True
     stages = (Stage("multiply", "one matrix", lambda model, inputs, state: model(inputs)),)
 
+    def check(self, options: Options) -> None:
+        pass
+
     def build(self, options: Options, tokens: int) -> nn.Module:
         return nn.Linear(tokens, tokens)
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from mmkernels.models.qwen_vl import QwenVL
 from mmkernels.options import BadInput
-from mmkernels.profiling import draw, pareto, plot, plot_parts, plot_tradeoff, profiler, table, vision_language
+from mmkernels.profiling import draw, pareto, plot, plot_parts, plot_tradeoff, profiler, reading, table, vision_language
 from mmkernels.profiling.options import RESOLUTIONS, Choice, Options
 from mmkernels.profiling.photo import crops, default_photo, paint
 from mmkernels.testing.families import FAMILIES
@@ -136,9 +136,9 @@ def test_stages_are_the_whole_model(reducer: str) -> None:
 
 def test_no_marker_is_decoded() -> None:
     """It would need an image."""
-    inputs = vision_language.Inputs(torch.empty(0), (), (), vision_language.Layout(1, 1), text_ids=2)
+    inputs = reading.Prompt(input_ids=torch.empty(0), text_ids=2)
     logits = torch.tensor([[[9.0, 0.0, 9.0, 9.0], [0.0, 1.0, 5.0, 4.0]]])
-    assert vision_language._next_token(logits, inputs).tolist() == [[1]]
+    assert reading._next_token(logits, inputs).tolist() == [[1]]
 
 
 def test_the_naive_loss_is_the_same_loss() -> None:
@@ -299,10 +299,19 @@ def test_texts_of_the_picture_do_not_touch(
     assert drawn[0].axes[0].get_title("left") == ("encode, ms" if slow == 1 else "encode, s")
 
 
+def test_words_below_a_photograph_are_of_tokens_where_they_are_not_patches(report: dict[str, Any]) -> None:
+    about = {name: found for name, found in report["reducers"].items() if name.startswith("64 ")}
+    assert {found["side"] for found in about.values()} == {2}
+    said = [plot_parts.caption(found) for found in about.values()]
+    assert said[0] == "all 56 tokens" and all("patches" not in words for words in said)
+    assert any(" tokens become " in words for words in said) or any(" tokens kept" in words for words in said)
+    assert plot_parts.paint_legend(report).startswith("Tokens (2 x 2 patches) that stay alone ")
+
+
 def test_painted_images_keep_the_photograph_s_shape(report: dict[str, Any]) -> None:
     image = plot_parts.first_image(report, PHOTO)
     assert image.size == PHOTO.size
-    assert paint(image, report["reducers"]["64 none"]).shape == (480, 420, 3)  # 8 x 7 patches of 60 pixels
+    assert paint(image, report["reducers"]["64 none"]).shape == (480, 420, 3)  # 8 x 7 tokens of 60 pixels
 
 
 # Other models, checkpoints, bad input.
