@@ -14,21 +14,24 @@ from math import prod
 from typing import Any
 
 import torch
-from models_pairs import Pair, internvl, qwen_vl
+from models_pairs import Pair, blip2, internvl, qwen_vl
 from models_targets import (
     AS_ONE_IMAGE,
     CAP,
     HALF_MEMORY,
+    NAIVE,
     NO_ENCODER,
     NO_SLOWER,
     ONE_CALL,
     ONE_IMAGE,
     PEAK,
+    SDPA,
     TEXT_AND_ATTENTION,
     TEXT_ONLY,
+    THIRD_MEMORY,
     Limit,
 )
-from models_work import MAIN, Encode, SecondTurn, TrainingStep, Work
+from models_work import MAIN, BridgeStep, Encode, SecondTurn, TrainingStep, Work
 
 from mmkernels.integrations.transformers import NAME
 from mmkernels.targets import OURS
@@ -51,6 +54,7 @@ class Case:
         work: what is timed.
         targets: on a CPU.
         subject: what is measured: `OURS`, or transformers' model on mmkernels' attention, `NAME`.
+        baseline: over what the speed-up is: `SDPA`; or `NAIVE`, which runs too.
     """
 
     id: str
@@ -59,6 +63,7 @@ class Case:
     work: Work
     targets: tuple[Limit, ...]
     subject: str = OURS
+    baseline: str = SDPA
 
 
 # Inputs, under the names of transformers' processors.
@@ -95,6 +100,18 @@ def _supervised(config: Any, *, side: int, length: int, share: float) -> dict[st
     labels = inputs["input_ids"].clone()
     labels[:, : -round(share * length)] = -100
     return {MAIN: inputs | {"labels": labels}}
+
+
+def _captions(config: Any, *, shortest: int, longest: int) -> dict[str, Inputs]:
+    """Returns a batch of images, each with a caption to be predicted: one of each length, padded on the right."""
+    lengths, queries = torch.arange(shortest, longest + 1), config.num_queries
+    inputs = prompt([queries], before=0, after=longest, padding=0, batch=len(lengths), marker=config.image_token_id)
+    mask = (torch.arange(queries + longest) < queries + lengths[:, None]).long()
+    ids = inputs["input_ids"].where(mask == 1, config.pad_token_id)
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :queries] = -100
+    pixels = torch.randn(len(lengths), config.channels, config.image_size, config.image_size)
+    return {MAIN: {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "labels": labels}}
 
 
 def _second_turn(config: Any, *, side: int, text: int) -> dict[str, Inputs]:
@@ -151,6 +168,15 @@ CASES = (
         partial(_supervised, side=448, length=1024, share=0.1),
         TrainingStep(),
         (CAP, HALF_MEMORY),
+    ),
+    # Captions as long as COCO's: ten words or so, and the end.
+    Case(
+        "BLIP-2 small, stage 2, 16 captions",
+        partial(blip2, "small"),
+        partial(_captions, shortest=6, longest=21),
+        BridgeStep(),
+        (CAP, THIRD_MEMORY),
+        baseline=NAIVE,
     ),
     Case(
         "Qwen2.5-VL-3B, 32 tokens after an image",

@@ -18,7 +18,7 @@ import torch
 from models_cases import Case
 from models_clock import Clock
 from models_pairs import Pair
-from models_targets import SDPA, Found
+from models_targets import NAIVE, SDPA, Found
 from models_work import MAIN, Results
 from torch import Tensor
 
@@ -37,6 +37,7 @@ _BUDGET = 70.0  # seconds of a row's rounds, all candidates together
 _ENOUGH = 10.0  # and those after which five rounds are enough
 _QUICK_BUDGET = 5.0
 _LEAST, _MOST = 2, 5
+_RUN_AS = {REMOVED: REMOVED, NAIVE: "reference"}  # as of `running_as`
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,7 +88,8 @@ class Trial:
             key: _map_tensors(inputs, lambda x: _rounded(x, DTYPES[row.dtype])) for key, inputs in drawn.items()
         }
         subject = Candidate(None if row.case.subject == OURS else NAME)
-        self.candidates = {SDPA: Candidate(SDPA), REMOVED: subject, OURS: subject}
+        naive = {NAIVE: Candidate(None)} if row.case.baseline == NAIVE else {}
+        self.candidates = {SDPA: Candidate(SDPA), **naive, REMOVED: subject, OURS: subject}
         self.candidates |= {key: Candidate(None, key) for key in drawn if key != MAIN}
         self._attention = ""
         self._begun: dict[Candidate, Any] = {}
@@ -118,7 +120,7 @@ class Trial:
     def run(self, name: str) -> Results:
         """Runs a candidate that is prepared."""
         candidate, work, inputs = self.candidates[name], self.case.work, self._next[name]
-        with running_as(REMOVED if name == REMOVED else "fused"):
+        with running_as(_RUN_AS.get(name, "fused")):
             return work.ours(self.ours, inputs) if candidate.attention is None else work.theirs(self.theirs, inputs)
 
     def results(self, name: str) -> Results:
@@ -200,13 +202,14 @@ def measure(benchmark: Any, row: Row) -> None:
 
 
 class _FirstRuns:
-    """The first run of sdpa and of the subject: results, peak memory, and the subject's attention calls.
+    """The first run of sdpa, of the naive model where it is the baseline, and of the subject: results, peak memory, and
+    the subject's attention calls.
 
     Attributes:
         results: of each.
         memory: of each the peak above model and inputs; of a training step what its forward pass keeps for the backward
             pass.
-        seconds: of both together.
+        seconds: of a run, the mean.
         calls, flops: of the subject's attention.
         sdpa_calls: of sdpa's.
         encoder_calls: of our image encoder.
@@ -220,13 +223,15 @@ class _FirstRuns:
         self.distances: dict[str, list[float]] = {}
         self.seconds = 0.0
         clock = Clock(row.device)
-        for name in (SDPA, OURS):
+        names = [name for name in (SDPA, NAIVE, OURS) if name in trial.candidates]
+        for name in names:
             trial.prepare(name)  # what it does once is not counted
             clock.clear()
             with clock.watching(), _counting_calls(trial.ours.vision) as encoder:
                 self._run(name)
             if name == SDPA:
                 self.sdpa_calls = clock.sdpa_calls
+        self.seconds /= len(names)
         self.calls, self.flops, self.encoder_calls = len(clock.calls), clock.flops(), len(encoder)
 
     def _run(self, name: str) -> None:
@@ -313,11 +318,11 @@ def _time(
     """Returns the seconds of runs and of the attention calls in them, by candidate, and the FLOP a second at peak.
 
     Args:
-        seconds: of one run of sdpa and of the subject, together.
+        seconds: of one run.
     """
     clock = Clock(row.device)
     attention: dict[str, list[float]] = {name: [] for name in trial.candidates}
-    rounds = _rounds(seconds * len(trial.candidates) / 2, row.quick)
+    rounds = _rounds(seconds * len(trial.candidates), row.quick)
 
     def run(name: str) -> None:
         clock.clear()
@@ -344,7 +349,8 @@ def _description(row: Row, found: Found, samples: dict[str, list[float]], first:
     seconds = found.seconds
     others = {name: {"seconds": value, "ratio": value / seconds[OURS]} for name, value in seconds.items()}
     peers = {name: other for name, other in others.items() if name not in (OURS, REMOVED)}
-    peers[SDPA]["peak_memory_bytes"] = found.memory[SDPA]
+    for name in peers.keys() & found.memory.keys():
+        peers[name]["peak_memory_bytes"] = found.memory[name]
     ratio = found.attention_ratio
     return {
         "op": "models",
@@ -356,7 +362,8 @@ def _description(row: Row, found: Found, samples: dict[str, list[float]], first:
         "peers": peers,
         "peak_memory_bytes": found.memory[OURS],
         "memory_why_not": memory_why_not(row.device),
-        "amdahl": amdahl(seconds[SDPA], seconds[OURS], seconds[REMOVED]),
+        "baseline": row.case.baseline,
+        "amdahl": amdahl(seconds[row.case.baseline], seconds[OURS], seconds[REMOVED]),
         "attention": {
             "calls": found.calls,
             "layers": found.layers,

@@ -1,13 +1,13 @@
 """A model of mmkernels and transformers' class of it, with the same random weights, at sizes that the model file names.
 
-The sizes stand once, in `mmkernels/models/qwen_vl_config.py` and `internvl_config.py`; transformers' configuration is
-made of them. Ours reads the checkpoint that transformers writes.
+The sizes stand once, in `mmkernels/models/qwen_vl_config.py`, `internvl_config.py` and `blip2_config.py`; transformers'
+configuration is made of them. Ours reads the checkpoint that transformers writes.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from mmkernels.models import InternVL, QwenVL, internvl_weights, qwen_vl_weights
+from mmkernels.models import BLIP2, InternVL, QwenVL, blip2_weights, internvl_weights, qwen_vl_weights
 from mmkernels.models.blocks.vision_language import VisionLanguageModel
 from mmkernels.testing.models import Config, build, seeded
 
@@ -50,6 +50,15 @@ def internvl(size: str, **changes: Any) -> Pair:
     return _pair(InternVL, _changed(InternVL.sizes[size], changes), internvl_config)
 
 
+def blip2(size: str, **changes: Any) -> Pair:
+    """Returns a BLIP-2 with OPT, of whose parameters those of the Q-Former and behind it are trained.
+
+    `size` and `changes` are as of `qwen_vl`.
+    """
+    trained = ("query_tokens", "qformer", "language_projection")
+    return _pair(BLIP2, _changed(BLIP2.sizes[size], changes), blip2_config, trained=trained)
+
+
 def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     """Returns a configuration with changes. Where these leave fewer tokens, the markers of images are the last ones."""
     if "vocab_size" in changes:
@@ -59,11 +68,19 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     return replace(config, **changes)
 
 
-def _pair(model_class: type[VisionLanguageModel], config: Any, translate: Any) -> Pair:
+def _pair(model_class: type[VisionLanguageModel], config: Any, translate: Any, *, trained: Sequence[str] = ()) -> Pair:
+    """Returns both models.
+
+    Args:
+        trained: attributes of transformers' model of which alone a training step computes gradients; (): of all.
+    """
     name, theirs_config = translate(config)
     with seeded(0):
         theirs = build(name, theirs_config).eval()
         _redraw_zeros(theirs)
+    theirs.requires_grad_(not trained)
+    for part in trained:
+        getattr(theirs, part).requires_grad_()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = model_class.from_pretrained(folder)
@@ -122,6 +139,19 @@ def internvl_config(config: Any) -> tuple[str, Config]:
     more = {"model_type": config.text_model, "head_dim": config.text_head_dim, "rope_parameters": rope}
     theirs["text_config"] |= _special(config) | more
     return internvl_weights.ARCHITECTURES["internvl"], theirs | {"downsample_ratio": 1 / config.merge}
+
+
+def blip2_config(config: Any) -> tuple[str, Config]:
+    """Returns transformers' class of a `BLIP2Config` with OPT, and the arguments of its configuration."""
+    theirs = _nested(config, blip2_weights.FIELDS | blip2_weights.TEXT_FIELDS["opt"])
+    theirs["text_config"] |= _special(config) | {
+        "model_type": "opt",
+        "word_embed_proj_dim": config.text_width,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_ids[0] if config.eos_token_ids else None,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+    return blip2_weights.ARCHITECTURES["blip-2"], theirs
 
 
 def _special(config: Any) -> Config:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from models_targets import SDPA
+from models_targets import NAIVE, SDPA
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -23,11 +23,12 @@ _WIDTH = 140
 
 _LEGEND = (
     "ms: of one run of ours, or of transformers' model on mmkernels' attention where the row says so. vs sdpa: the\n"
-    "time of transformers' model on sdpa over ours. at most: its time over that of ours with every op of mmkernels\n"
-    "removed (the Amdahl cap); share: of the cap that is reached. attention: all its calls in a run, of a training\n"
-    "step in its forward pass; of peak: their rate over the visible pairs, as a share of the FMA peak. MB: peak\n"
-    "memory above the model and its inputs; of a training step what the forward pass keeps for the backward pass, but\n"
-    "for gradients. Published widths, random weights, a few layers."
+    "time of transformers' model on sdpa over ours; vs naive: that of ours on the naive formula of every op.\n"
+    "at most: the time on sdpa, or naive where that ran, over that of ours with every op of mmkernels removed (the\n"
+    "Amdahl cap); share: of the cap that is reached. attention: all its calls in a run, of a training step in its\n"
+    "forward pass; of peak: their rate over the visible pairs, as a share of the FMA peak. MB: peak memory above the\n"
+    "model and its inputs; of a training step what the forward pass keeps for the backward pass, but for gradients.\n"
+    "Random weights; published widths and a few layers, or small sizes."
 )
 
 
@@ -56,17 +57,22 @@ def _heading(report: dict[str, Any], rows: int) -> Text:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    titles = ["ms", "vs\nsdpa", "at\nmost", "share", "calls\na layer", "attention\nms", "vs\nsdpa", "of\npeak"]
-    return table(map(_cells, rows), ["model", "", *titles, "MB", "sdpa's\nMB"], texts=2)
+    naive = any(NAIVE in row["peers"] for row in rows)
+    titles = ["ms", "vs\nsdpa", *["vs\nnaive"] * naive, "at\nmost", "share", "calls\na layer"]
+    titles += ["attention\nms", "vs\nsdpa", "of\npeak", "MB", "sdpa's\nMB", *["naive's\nMB"] * naive]
+    return table((_cells(row, naive) for row in rows), ["model", "", *titles], texts=2)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    bound, attention = row["amdahl"], row["attention"]
+def _cells(row: dict[str, Any], naive: bool) -> list[str]:
+    """Returns what stands in a row; `naive`: with the columns of the naive model."""
+    bound, attention, peers = row["amdahl"], row["attention"], row["peers"]
+    of_naive = peers.get(NAIVE)
     return [
         row["configuration"],
         row["pass"],
         milliseconds(row["seconds"]),
-        ratio(bound["speedup"]),
+        ratio(peers[SDPA]["ratio"]),
+        *[ratio(of_naive["ratio"]) if of_naive else MISSING] * naive,
         ratio(bound["cap"]),
         percent(bound["share_of_cap"]),
         f"{attention['calls_per_layer']:.3g}",
@@ -74,7 +80,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         ratio(attention["ratio"]) if "ratio" in attention else MISSING,
         percent(attention["share_of_peak"]),
         megabytes(row["peak_memory_bytes"]),
-        megabytes(row["peers"][SDPA]["peak_memory_bytes"]),
+        megabytes(peers[SDPA]["peak_memory_bytes"]),
+        *[megabytes(of_naive["peak_memory_bytes"]) if of_naive else MISSING] * naive,
     ]
 
 

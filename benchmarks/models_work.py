@@ -85,6 +85,31 @@ class TrainingStep(Work):
         return loss.detach(), last.grad[:1000].clone(), first.grad
 
 
+class BridgeStep(Work):
+    """BLIP-2's second stage: the loss, and the gradients of all that is trained, the Q-Former and its projection."""
+
+    passes = "training step"
+    trains = True
+
+    def layers(self, config: Any) -> int:
+        cross = -(-config.qformer_layers // config.qformer_cross_every)
+        return int(config.vision_layers + config.qformer_layers + cross + config.text_layers)
+
+    def ours(self, model: Any, inputs: Inputs) -> Results:
+        loss = model(**inputs).loss
+        return self._step(loss, model.projection.weight, model.qformer.queries)
+
+    def theirs(self, model: Any, inputs: Inputs) -> Results:
+        loss = model(**inputs, use_cache=False).loss
+        return self._step(loss, model.language_projection.weight, model.query_tokens)
+
+    def _step(self, loss: Tensor, last: Tensor, first: Tensor) -> Results:
+        """Returns the loss, and the gradients of the projection's weight and of the queries."""
+        loss.backward()
+        assert last.grad is not None and first.grad is not None
+        return loss.detach(), last.grad, first.grad.reshape(first.shape[-2:])
+
+
 class SecondTurn(Work):
     """A second question about an image: new tokens after those in the cache. Inputs without a first turn have no cache.
 

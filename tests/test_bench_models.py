@@ -19,9 +19,9 @@ import torch
 import transformers
 from models_clock import Clock, visible_pairs
 from models_measure import Row, Trial, _rounds, measure
-from models_pairs import internvl, internvl_config, qwen_config, qwen_vl
-from models_targets import ONE_IMAGE, SDPA, TEXT_ONLY, Found
-from models_work import MAIN, Encode, SecondTurn, TrainingStep, Work
+from models_pairs import blip2, blip2_config, internvl, internvl_config, qwen_config, qwen_vl
+from models_targets import NAIVE, ONE_IMAGE, SDPA, TEXT_ONLY, Found
+from models_work import MAIN, BridgeStep, Encode, SecondTurn, TrainingStep, Work
 from rich.console import Console
 from torch import Tensor
 from transformers import AttentionInterface
@@ -30,19 +30,27 @@ import mmkernels
 from mmkernels import SpanMask, cross_attention
 from mmkernels.bench import rounds, tables
 from mmkernels.integrations.transformers import NAME
-from mmkernels.models import InternVL, QwenVL
+from mmkernels.models import BLIP2, InternVL, QwenVL
 from mmkernels.models.blocks import packed_encoder
 from mmkernels.ops.attention.cross_attention.spec import SPEC
 from mmkernels.profiling.point import REMOVED
 from mmkernels.targets import OURS
 
-TRANSLATIONS: dict[Any, Any] = {qwen_config: QwenVL, internvl_config: InternVL}
+TRANSLATIONS: dict[Any, Any] = {qwen_config: QwenVL, internvl_config: InternVL, blip2_config: BLIP2}
 PAIR = partial(qwen_vl, "tiny")
 ENCODER = cases.Case(
     "tiny encoder", PAIR, partial(cases._one_image, side=40, text=8), Encode(), (cases.CAP, cases.ONE_CALL, cases.PEAK)
 )
 STEP = cases.Case(
     "tiny step", PAIR, partial(cases._supervised, side=16, length=20, share=0.1), TrainingStep(), (cases.HALF_MEMORY,)
+)
+BRIDGE = cases.Case(
+    "tiny bridge",
+    partial(blip2, "tiny"),
+    partial(cases._captions, shortest=2, longest=4),
+    BridgeStep(),
+    (cases.CAP, cases.THIRD_MEMORY),
+    baseline=NAIVE,
 )
 TURN = cases.Case(
     "tiny turn",
@@ -170,6 +178,38 @@ def test_a_training_step_is_checked_by_its_loss_and_gradients() -> None:
     assert int((inputs["labels"] >= 0).sum()) == 2 and inputs["labels"].shape == (1, 20)
 
 
+def test_a_bridge_is_measured_beside_the_naive_formulas() -> None:
+    info = measured(BRIDGE)
+    assert max(info["distances"][OURS] + info["distances"][NAIVE]) < 1e-5 and len(info["distances"][OURS]) == 3
+    assert info["attention"]["calls"] == info["attention"]["layers"] == 2 + 3 + 2 + 2 == info["attention"]["sdpa_calls"]
+    naive, sdpa, bound = info["peers"][NAIVE], info["peers"][SDPA], info["amdahl"]
+    assert bound["speedup"] == naive["ratio"] == naive["seconds"] / info["seconds"] and sdpa["ratio"] > 0
+    assert 0 < info["peak_memory_bytes"] < naive["peak_memory_bytes"]
+    limits = [(target["than"], target["found"]) for target in info["targets"]]
+    assert limits == [
+        ("share of cap", bound["share_of_cap"]),
+        ("activations, of naive", info["peak_memory_bytes"] / naive["peak_memory_bytes"]),
+    ]
+    rows = [json.loads(json.dumps(info)), info | {"peers": {SDPA: sdpa}}]
+    screen = Console(width=140, file=io.StringIO())
+    screen.print(models_report._table(rows))
+    cells = [line.split() for line in screen.file.getvalue().splitlines() if "tiny bridge" in line]
+    assert len(cells[0]) == len(cells[1]) and "naive" in screen.file.getvalue()
+
+
+def test_a_bridge_trains_what_lies_between_frozen_models() -> None:
+    trial = Trial(Row(BRIDGE, "fp32"))
+    for name, net in ((OURS, trial.ours), (SDPA, trial.theirs)):
+        trial.results(name)
+        trained = {part.split(".")[0] for part, x in net.named_parameters() if x.grad is not None}
+        assert trained == (
+            {"qformer", "projection"} if name == OURS else {"query_tokens", "qformer", "language_projection"}
+        )
+    inputs = trial._inputs[MAIN]
+    assert inputs["attention_mask"].sum(1).tolist() == [4 + 2, 4 + 3, 4 + 4]
+    assert (inputs["labels"] >= 0).sum(1).tolist() == [2, 3, 4]
+
+
 def test_activations_are_what_the_backward_pass_needs() -> None:
     """The loss of 256 tokens over 32,768 keeps a matrix of 34 MB or more at transformers, and none in ours."""
     pair = partial(qwen_vl, "tiny", vocab_size=32768)
@@ -220,8 +260,12 @@ def test_what_a_second_turn_may_take() -> None:
 
 @pytest.mark.parametrize(
     ("translate", "config"),
-    [(translate, config) for translate, model in TRANSLATIONS.items() for config in model.sizes.values()],
-    ids=[f"{model.__name__} {size}" for model in TRANSLATIONS.values() for size in model.sizes],
+    [
+        pytest.param(translate, config, id=f"{model.__name__} {size}")
+        for translate, model in TRANSLATIONS.items()
+        for size, config in model.sizes.items()
+        if not getattr(config, "instruct", False)
+    ],
 )
 def test_both_models_have_the_published_sizes(translate: Any, config: Any) -> None:
     architecture, theirs = translate(config)
@@ -251,7 +295,7 @@ def test_a_small_vocabulary_ends_with_the_markers() -> None:
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.id)
 def test_every_row_has_models_and_prompts(case: cases.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that both models accept, and as many markers as there are visual tokens; nothing of that size is run."""
-    monkeypatch.setattr(models_pairs, "_pair", lambda *made: made)
+    monkeypatch.setattr(models_pairs, "_pair", lambda *made, **more: made)
     model_class, config, translate = case.pair()
     architecture, theirs = translate(config)
     made = getattr(transformers, architecture).config_class(**theirs)
