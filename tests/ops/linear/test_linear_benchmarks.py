@@ -34,9 +34,11 @@ OPS = {
 GPU = [(op, peer) for op in ("entropy", "linear_cross_entropy") for peer in OPS[op] if peer.device == "cuda"]
 
 
-def problem(op: str, dtype: torch.dtype = torch.float32, ignored: float = 0.0) -> tuple[OpSpec, Inputs, list[str]]:
+def problem(
+    op: str, dtype: torch.dtype = torch.float32, ignored: float = 0.0, draw: torch.Generator | None = None
+) -> tuple[OpSpec, Inputs, list[str]]:
     """Spec, inputs, and the names of those to differentiate by."""
-    hidden, weight, target = large(generator(), ROWS, TOKENS, DIM, ignored)
+    hidden, weight, target = large(draw or generator(), ROWS, TOKENS, DIM, ignored)
     if op == "linear_cross_entropy":
         spec, inputs = SPECS[op], {"input": hidden, "linear_weight": weight, "target": target}
     else:
@@ -117,8 +119,8 @@ def test_parts_find_wrong_rows_outside_of_the_sample(op: str, monkeypatch: pytes
 
 
 def test_parts_find_a_token_whose_gradient_is_small() -> None:
-    """The last token's, a small part of a target's, is wrong by a hundredth."""
-    spec, inputs, grads = problem("linear_cross_entropy")
+    """The last token's, a small part of a target's, is wrong by a hundredth. (Of these inputs: not any seed's is.)"""
+    spec, inputs, grads = problem("linear_cross_entropy", draw=torch.Generator().manual_seed(0))
     inputs["target"] = inputs["target"] // 2
     judge, passes = make_gate(spec, inputs, grads, parts=True)
     results = flat(passes(partial(spec.function, **inputs))())
