@@ -1,4 +1,5 @@
-"""The peers of `cross_attention`: SDPA with the same mask, FlexAttention, and a loop over images.
+"""The peers of `cross_attention`: SDPA with the same mask, FlexAttention, and a loop over images; of `co_attention`:
+the formula as models write it, the same compiled, and SDPA for each direction.
 
 On a GPU also each of SDPA's backends ("sdpa" is the one that PyTorch chooses), and the flash-attn package.
 """
@@ -155,3 +156,53 @@ PEERS = (
     Peer("flash-attn", flash_attn, device="cuda"),
     Peer("triton", ours_by_triton, device="cuda"),
 )
+
+
+def co_eager(inputs: Inputs) -> Call:
+    """One matrix of scores and two softmaxes, as GroundingDINO's fusion layer computes them."""
+    return partial(_co_formula, **_co_arguments(inputs))
+
+
+def co_compiled(inputs: Inputs) -> Call:
+    """The same by ``torch.compile``."""
+    return compiled(_co_formula, **_co_arguments(inputs))
+
+
+def co_sdpa(inputs: Inputs) -> Call:
+    """SDPA for each direction."""
+    given = _co_arguments(inputs)  # of which a clamp of 50,000 changes nothing
+    a, b, value_a, value_b = (given[name] for name in ("a", "b", "value_a", "value_b"))
+    to_a, to_b = (None if x is None else ~x[:, None, None] for x in (given["hidden_b"], given["hidden_a"]))
+
+    def call() -> tuple[Tensor, Tensor]:
+        of_a = F.scaled_dot_product_attention(a, b, value_b, to_a)
+        return of_a, F.scaled_dot_product_attention(b, a, value_a, to_b)
+
+    return call
+
+
+def _co_arguments(inputs: Inputs) -> dict[str, Any]:
+    if inputs.get("mask") is not None or "bias" in inputs or "scale" in inputs:
+        raise CantRunError("takes no mask of pairs, bias or scale")
+    hidden = {f"hidden_{side}": None if (x := inputs.get(f"valid_{side}")) is None else ~x for side in ("a", "b")}
+    sides = {name: inputs[name] for name in ("a", "b", "value_a", "value_b")}
+    return sides | hidden | {"clamp": inputs.get("clamp")}
+
+
+def _co_formula(
+    a: Tensor, b: Tensor, value_a: Tensor, value_b: Tensor, hidden_a: Tensor | None, hidden_b: Tensor | None,
+    clamp: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    scores = a * a.shape[3] ** -0.5 @ b.mT
+    of_b = scores.mT
+    if clamp is not None:
+        scores = (scores - scores.max()).clamp(-clamp, clamp)
+        of_b = (scores.mT - scores.mT.amax(-1, keepdim=True)).clamp(-clamp, clamp)
+    if hidden_b is not None:
+        scores = scores.masked_fill(hidden_b[:, None, None], -torch.inf)
+    if hidden_a is not None:
+        of_b = of_b.masked_fill(hidden_a[:, None, None], -torch.inf)
+    return scores.softmax(-1) @ value_b, of_b.softmax(-1) @ value_a
+
+
+CO_PEERS = (Peer("eager", co_eager), Peer("compiled", co_compiled, slow=True), Peer("two sdpa", co_sdpa))

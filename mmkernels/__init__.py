@@ -6,6 +6,7 @@ from mmkernels import ops, pruning
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_received import attention_received
 from mmkernels.ops.attention.attention_weights import attention_weights
+from mmkernels.ops.attention.co_attention import co_attention
 from mmkernels.ops.attention.cross_attention import cross_attention
 from mmkernels.ops.attention.merge_attention import merge_attention
 from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "attention_received",
     "attention_weights",
+    "co_attention",
     "cross_attention",
     "frame_difference",
     "info_nce",

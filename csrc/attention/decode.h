@@ -28,6 +28,26 @@ inline DecodeRow decode_row(const AttentionParams& p, const KeyList& list, i64 k
   return {b, h, i, span_of(p, list, b, i), -kInf, 0.0f, false};
 }
 
+// Rows that are read soon. They are asked of memory a few at a time while scores are computed: without that a core
+// waits for each tile and then computes, one after the other.
+struct Ahead {
+  const char* data = nullptr;
+  i64 stride = 0, bytes = 0, rows = 0;
+
+  // Of a tensor's rows; none where a row is not one run of memory.
+  MMK_INLINE static Ahead of(const Source& x, i64 rows, i64 cols) {
+    const i64 size = bytes_of(x.type);
+    return x.index == nullptr && x.d == 1 ? Ahead{x.data, x.l * size, cols * size, rows} : Ahead{};
+  }
+  MMK_INLINE void ask(i64 count) {
+    for (const i64 n = least(count, rows), end = rows - n; rows > end; --rows, data += stride) {
+      for (i64 byte = 0; byte < bytes; byte += 64) {
+        __builtin_prefetch(data + byte, 0, 2);
+      }
+    }
+  }
+};
+
 // scores[r, j] = sum_k a[r, k] b[j, k] for kRows rows and kLanes / kRows keys; a is padded with zeros, b need not be.
 // Keys one after the other, so that memory is read in one stream, which the hardware prefetches: twice as fast as
 // several.
@@ -101,13 +121,15 @@ void add_rows(const char* a, i64 a_row, i64 rows, const char* b, i64 b_step, i64
 }
 
 template <bool kDot>
-MMK_INLINE void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, float* scores,
-                         i64 scores_row) {
+MMK_INLINE void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, float* scores, i64 scores_row,
+                         Ahead values, Ahead next_keys) {
   i64 r = 0;
   const auto run = [&](auto height) {
     constexpr int kRows = decltype(height)::value, kKeys = kLanes / kRows;
     for (; r + kRows <= rows; r += kRows) {
       for (i64 j = 0; j < keys; j += kKeys) {
+        values.ask(kKeys); // in the first round alone, as nothing is left then
+        next_keys.ask(kKeys);
         dot_block<kRows, kDot>(a + r * a_row, a_row, b.data + j * b.stride, b.stride, keys - j, depth,
                                scores + r * scores_row + j, scores_row);
       }
@@ -286,25 +308,27 @@ MMK_INLINE Span begin_decode(const DecodeScratch& s, const KeyList& list, i64 kv
   return hull;
 }
 
-// Multiplies the queries with the keys of places [a, a + n).
-MMK_INLINE void score_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows) {
+// Multiplies the queries with the keys of places [a, a + n), and asks for what is read next.
+MMK_INLINE void score_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows,
+                           Ahead values = {}, Ahead next_keys = {}) {
   const AttentionParams& p = s.p;
   const Source source = at_keys(source_of(p.key, kv / p.key_heads, kv % p.key_heads), list, a, n);
   const Rows keys = fetch(source, n, p.dim, s.is_dot, s.key_copy);
   const i64 query_row = row_bytes(s.is_dot, p.dim), depth = depth_of(s.is_dot, p.dim);
   if (kHasDot && s.is_dot) {
-    dot_rows<kHasDot>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
+    dot_rows<kHasDot>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys, values, next_keys);
   } else {
-    dot_rows<false>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys);
+    dot_rows<false>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys, values, next_keys);
   }
 }
 
 // As score_keys, then replaces the scores by weights, and rescales earlier sums. Returns whether every row sees all of
 // these keys.
-MMK_INLINE bool weigh_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows) {
+MMK_INLINE bool weigh_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows,
+                           Ahead values = {}, Ahead next_keys = {}) {
   const AttentionParams& p = s.p;
   const i64 padded = pad_lanes(p.value_dim);
-  score_keys(s, list, kv, a, n, rows);
+  score_keys(s, list, kv, a, n, rows, values, next_keys);
   bool all = true;
   for (i64 r = 0; r < rows; ++r) {
     float* scores = s.scores + r * kDecodeKeys;
@@ -329,8 +353,13 @@ inline void decode(const AttentionParams& p, i64 kv, i64 block, i64 split, char*
   const i64 first = hull.first + split * share, last = least(hull.last, first + share);
   for (i64 a = first; a < last; a += kDecodeKeys) {
     const i64 n = least(kDecodeKeys, last - a);
-    const bool all = weigh_keys(s, list, kv, a, n, rows);
     const Source source = at_keys(source_of(p.value, kv / p.key_heads, kv % p.key_heads), list, a, n);
+    Ahead next_keys;
+    if (const i64 left = least(kDecodeKeys, last - a - n); left > 0) {
+      const Source keys = at_keys(source_of(p.key, kv / p.key_heads, kv % p.key_heads), list, a + n, left);
+      next_keys = Ahead::of(keys, left, p.dim);
+    }
+    const bool all = weigh_keys(s, list, kv, a, n, rows, Ahead::of(source, n, p.value_dim), next_keys);
     const Rows values = fetch(source, n, p.value_dim, s.is_dot, s.value_copy, !s.is_dot);
     add_decoded(s, rows, values, n, !all && !all_finite(values, n, p.value_dim, s.is_dot));
   }

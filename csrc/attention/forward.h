@@ -20,6 +20,23 @@ struct RowState {
   bool begun;
 };
 
+// Raises stored maxima that the largest score exceeds by more than the slack. unit: log2 of the base of the scores.
+// `rescale` gets what earlier sums must be multiplied by. Returns whether any of it is not 1.
+MMK_INLINE bool raise_maximum(Vec largest, float unit, float* maximum, float* total, float* rescale) {
+  const Vec old = load(maximum);
+  const IVec grows = largest > old + kSlack;
+  if (bits_of(grows) == 0) {
+    store(rescale, set1(1.0f));
+    return false;
+  }
+  const Vec now = grows != 0 ? largest : old;
+  const Vec by = grows != 0 ? exp2((old - now) * unit) : set1(1.0f);
+  store(maximum, now);
+  store(total, load(total) * by);
+  store(rescale, by);
+  return true;
+}
+
 // Updates the rows' maxima for a tile of scores, which are natural logarithms, or `scores * factor` in base 2.
 // `rescale` gets what earlier sums must be multiplied by. Returns whether any of it is not 1.
 inline bool update_maximum(const float* scores, i64 count, i64 lanes, bool natural, float factor, float* maximum,
@@ -45,18 +62,7 @@ inline bool update_maximum(const float* scores, i64 count, i64 lanes, bool natur
     for (int i = 1; i < 4; ++i) {
       maxima[0] = max_skip_nan(maxima[0], maxima[i]);
     }
-    const Vec largest = maxima[0] * factor, old = load(maximum + n);
-    const IVec grows = largest > old + kSlack;
-    if (bits_of(grows) != 0) {
-      moved = true;
-      const Vec now = grows != 0 ? largest : old;
-      const Vec by = grows != 0 ? exp2((old - now) * unit) : set1(1.0f);
-      store(maximum + n, now);
-      store(total + n, load(total + n) * by);
-      store(rescale + n, by);
-    } else {
-      store(rescale + n, set1(1.0f));
-    }
+    moved |= raise_maximum(maxima[0] * factor, unit, maximum + n, total + n, rescale + n);
   }
   return moved;
 }

@@ -33,6 +33,27 @@ template <typename T> Lines<T> lines_of(const Tensor& x, const T* data) {
   return {data, shared_stride(x, 0), shared_stride(x, 1)};
 }
 
+inline void set_dropout_p(AttentionParams& p, double dropout_p) {
+  p.dropout = true;
+  p.threshold = static_cast<std::uint64_t>(std::nearbyint(dropout_p * 4294967296.0));
+  p.keep_scale = dropout_p == 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - dropout_p));
+}
+
+// Packs the dense mask of p into words, the memory that is returned.
+inline Tensor pack_dense_mask(AttentionParams& p, const AttentionKernels& k) {
+  const i64 batch = p.dense_b == 0 ? 1 : p.batch, heads = p.dense_h == 0 ? 1 : p.heads;
+  const i64 count = p.dense_i == 0 ? 1 : (p.q_len + k.panel - 1) / k.panel;
+  const Tensor words = at::empty({batch * heads * count * p.k_len * k.word_bytes}, at::kByte);
+  p.words = static_cast<char*>(words.mutable_data_ptr());
+  p.words_panel = count == 1 ? 0 : p.k_len;
+  p.words_h = heads == 1 ? 0 : count * p.k_len;
+  p.words_b = batch == 1 ? 0 : heads * count * p.k_len;
+  const int threads = batch * heads * p.q_len * p.k_len < (1 << 16) ? 1 : available_threads();
+  parallel_tasks(batch * heads * count, threads, 0,
+                 [&](i64 i, char*) { k.mask_words(p, i / (heads * count), i / count % heads, i % count); });
+  return words;
+}
+
 // The arguments that every attention op has, and the memory that the params point to. The tensors of the call outlive
 // it.
 class AttentionLaunch {
@@ -114,13 +135,10 @@ public:
     const OptionalTensor seed = args.optional_tensor("seed");
     if (seed.has_value()) {
       check_sizes("seed", *seed, {1});
-      const double dropout_p = args.number("dropout_p");
       const auto bits = static_cast<std::uint64_t>(*seed->const_data_ptr<i64>());
-      p.dropout = true;
       p.seed_low = static_cast<std::uint32_t>(bits);
       p.seed_high = static_cast<std::uint32_t>(bits >> 32);
-      p.threshold = static_cast<std::uint64_t>(std::nearbyint(dropout_p * 4294967296.0));
-      p.keep_scale = dropout_p == 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - dropout_p));
+      set_dropout_p(p, args.number("dropout_p"));
     }
   }
 
@@ -128,7 +146,7 @@ public:
   // and passes over it.
   void plan_panels() {
     if (p.dense != nullptr) {
-      pack_dense_mask();
+      words_ = pack_dense_mask(p, k);
     } else if (p.start.i != 0 || p.end.i != 0) {
       group_queries();
     }
@@ -195,19 +213,6 @@ private:
       panels_.insert(panels_.end(), of_batch.begin(), of_batch.end());
     }
     p.panels = panels_.data();
-  }
-
-  void pack_dense_mask() {
-    const i64 batch = p.dense_b == 0 ? 1 : p.batch, heads = p.dense_h == 0 ? 1 : p.heads;
-    const i64 count = p.dense_i == 0 ? 1 : (p.q_len + k.panel - 1) / k.panel;
-    words_ = at::empty({batch * heads * count * p.k_len * k.word_bytes}, at::kByte);
-    p.words = static_cast<char*>(words_.mutable_data_ptr());
-    p.words_panel = count == 1 ? 0 : p.k_len;
-    p.words_h = heads == 1 ? 0 : count * p.k_len;
-    p.words_b = batch == 1 ? 0 : heads * count * p.k_len;
-    const int threads = batch * heads * p.q_len * p.k_len < (1 << 16) ? 1 : available_threads();
-    parallel_tasks(batch * heads * count, threads, 0,
-                   [&](i64 i, char*) { k.mask_words(p, i / (heads * count), i / count % heads, i % count); });
   }
 
   std::vector<std::vector<std::int32_t>> index_;

@@ -36,6 +36,7 @@ struct AttentionParams {
   std::int64_t batch, heads, key_heads, q_len, k_len, dim, value_dim;
   std::int64_t key_batch; // 1 or batch
   float scale;
+  float floor = -__builtin_inff(); // lower scores count as this one (co_attention's clamp)
 
   View query, key, value, bias; // bias.data may be null
   const float* gate = nullptr;  // tanh(gate) [heads], or null

@@ -86,7 +86,7 @@ inline void add_bias(const AttentionParams& p, const Panel& panel, const KeyList
 // Whether scores are converted to base 2 only after the maximum is subtracted. With a huge bias that difference is
 // exact, while the difference of two products with log2(e) would be only rounding.
 MMK_INLINE bool is_natural(const AttentionParams& p) {
-  return p.bias.data != nullptr;
+  return p.bias.data != nullptr || p.floor > -kInf;
 }
 
 // A probability from its logarithm. Rounding may leave the logarithm above 0, far above where scores are huge.
@@ -107,22 +107,23 @@ MMK_INLINE void hide(const Panel& panel, const Word* words, i64 count, float* sc
   }
 }
 
-// For each visible place, the bits of the queries whose probability dropout keeps; null without dropout.
-inline const Word* kept_words(const AttentionParams& p, const Panel& panel, const KeyList& list,
-                              const VisibleKeys& visible, Word* kept) {
-  if (!p.dropout) {
-    return nullptr;
-  }
-  const i64 a = visible.a, b = visible.b;
+// A key of Philox.
+struct Seed {
+  std::uint32_t low, high;
+};
+
+// For each of the places [a, b), the bits of the queries whose probability dropout keeps.
+inline void draw_kept(const AttentionParams& p, Seed seed, const Panel& panel, const KeyList& list, i64 a, i64 b,
+                      Word* kept) {
   UVec lane;
   for (int i = 0; i < kLanes; ++i) {
     lane[i] = (std::uint32_t)i;
   }
   std::memset(kept, 0, (b - a) * sizeof(Word));
   if (p.threshold >> 32 != 0) { // every probability is dropped
-    return kept;
+    return;
   }
-  const std::uint32_t threshold = (std::uint32_t)p.threshold;
+  const UVec threshold = UVec{} + (std::uint32_t)p.threshold;
   for (i64 n = 0; n < panel.vectors; ++n) {
     i64 last = -1; // `words` are those of keys 4 last to 4 last + 3
     UVec words[4];
@@ -135,16 +136,20 @@ inline const Word* kept_words(const AttentionParams& p, const Panel& panel, cons
         words[1] = lane + (std::uint32_t)(panel.i0 + n * kLanes);
         words[2] = none + (std::uint32_t)panel.h;
         words[3] = none + (std::uint32_t)panel.b;
-        philox(words[0], words[1], words[2], words[3], p.seed_low, p.seed_high);
+        philox(words[0], words[1], words[2], words[3], seed.low, seed.high);
       }
-      const UVec word = words[key % 4];
-      Word bits = 0;
-      for (int i = 0; i < kLanes; ++i) {
-        bits |= (Word)((Word)(word[i] >= threshold) << i);
-      }
-      kept[r - a] |= (Word)(bits << (n * kLanes));
+      kept[r - a] |= (Word)((Word)bits_of(words[key % 4] >= threshold) << (n * kLanes));
     }
   }
+}
+
+// The same for the visible places; null without dropout.
+inline const Word* kept_words(const AttentionParams& p, const Panel& panel, const KeyList& list,
+                              const VisibleKeys& visible, Word* kept) {
+  if (!p.dropout) {
+    return nullptr;
+  }
+  draw_kept(p, {p.seed_low, p.seed_high}, panel, list, visible.a, visible.b, kept);
   return kept;
 }
 
@@ -259,18 +264,20 @@ public:
     return dot_;
   }
 
-  static i64 copy_bytes(bool is_dot, i64 cols) {
-    return kTileKeys * row_bytes(is_dot, cols);
+  static i64 copy_bytes(bool is_dot, i64 cols, i64 rows = kTileKeys) {
+    return rows * row_bytes(is_dot, cols);
   }
-  static i64 pairs_bytes(bool is_dot, i64 cols) {
-    return is_dot ? (kTileKeys + 1) / 2 * pad_lanes(cols) * 4 : kTileKeys * padded_row(cols);
+  static i64 pairs_bytes(bool is_dot, i64 cols, i64 rows = kTileKeys) {
+    return is_dot ? (rows + 1) / 2 * pad_lanes(cols) * 4 : rows * padded_row(cols);
+  }
+
+  // Bytes from one copied row of float32 to the next, where columns are read.
+  static i64 padded_row(i64 cols) {
+    const i64 bytes = round_up(cols * 4, 64) + 64;
+    return bytes % 1024 == 0 ? bytes + 64 : bytes;
   }
 
 private:
-  static i64 padded_row(i64 cols) {
-    return round_up(cols * 4, 64) + 64;
-  }
-
   Source source_;
   KeyList list_;
   i64 cols_;

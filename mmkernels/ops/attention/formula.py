@@ -42,30 +42,53 @@ def probabilities(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attention's probabilities, 0 where hidden, [B, Hq, Lq, Lk]; the log-sum-exp; and the whole visible mask."""
-    if bias is not None and not (can_look(bias) and not bool(torch.isneginf(bias).any())):
-        shown = ~torch.isneginf(bias)
-        visible = shown if visible is None else visible & shown
-    if visible is None:
-        scores = (query @ key.transpose(-1, -2)) * scale
-        scores = scores if bias is None else (scores + bias).to(query.dtype)
-        lse = torch.logsumexp(scores.to(wide_dtype(scores)), -1) if need_lse else None
-        return scores.softmax(-1), lse, None
-    finite = all_finite(query, key)
-    if finite:
+    visible = shown_by_bias(visible, bias)
+    scores, finite = pair_scores(query, key, visible, bias, scale)
+    weights, lse = masked_softmax(scores, visible, finite, need_lse)
+    return weights, lse, visible
+
+
+def shown_by_bias(visible: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Returns the mask without the pairs whose bias is -inf; None: everything is visible."""
+    if bias is None or (can_look(bias) and not bool(torch.isneginf(bias).any())):
+        return visible
+    shown = ~torch.isneginf(bias)
+    return shown if visible is None else visible & shown
+
+
+def pair_scores(
+    query: Tensor, key: Tensor, visible: Tensor | None, bias: Tensor | None, scale: float
+) -> tuple[Tensor, bool]:
+    """Returns the scores [B, Hq, Lq, Lk] and whether query and key are known to be finite; else what is hidden is 0."""
+    finite = visible is None or all_finite(query, key)
+    if visible is None or finite:
         scores = (query @ key.transpose(-1, -2)) * scale
     else:  # element by element, so that a hidden NaN reaches neither the result nor a gradient
         seen = visible[..., None]
         pairs = torch.where(seen, query[..., :, None, :], 0) * torch.where(seen, key[..., None, :, :], 0)
         scores = pairs.sum(-1) * scale
-    scores = scores if bias is None else (scores + bias).to(query.dtype)
+    return scores if bias is None else (scores + bias).to(query.dtype), finite
+
+
+def masked_softmax(
+    scores: Tensor, visible: Tensor | None, finite: bool, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the softmax over the visible scores, 0 where hidden, and the log-sum-exp, -inf where all are hidden.
+
+    Args:
+        finite: no score is NaN or inf.
+    """
+    lse = None
+    if visible is None:
+        lse = torch.logsumexp(scores.to(wide_dtype(scores)), -1) if need_lse else None
+        return scores.softmax(-1), lse
     sees = visible.any(-1, keepdim=True)
     scores = torch.where(visible, scores, torch.where(sees, _HIDDEN, 0.0).to(scores.dtype))
-    lse = None
     if need_lse:
         lse = torch.logsumexp(scores.to(wide_dtype(scores)), -1)
         lse = torch.where(sees[..., 0], lse, _HIDDEN)
     weights = scores.softmax(-1) * sees
-    return weights if finite else torch.where(visible, weights, 0.0), lse, visible
+    return weights if finite else torch.where(visible, weights, 0.0), lse
 
 
 def weighted_values(weights: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:

@@ -48,6 +48,18 @@ class MaskTensors(NamedTuple):
 _NO_MASK = MaskTensors()
 
 
+class Names(NamedTuple):
+    """What errors call the first tensor of an op, the dims of its scores, and what their rows and columns stand for."""
+
+    first: str = "query"
+    dims: str = "[B, Hq, Lq, Lk]"
+    rows: str = "queries"
+    columns: str = "keys"
+
+
+_NAMES = Names()
+
+
 def check_attention(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
     """Raise unless query [B, Hq, Lq, D], key [B or 1, Hkv, Lk, D], value [B or 1, Hkv, Lk, Dv] fit together."""
     if _fit(query, key, key if value is None else value):
@@ -102,15 +114,15 @@ def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return b == key_batch and h == key_heads and n == k_len and key_dim == dim > 0 and value_dim > 0
 
 
-def check_bias(bias: Tensor, query: Tensor, k_len: int) -> Tensor:
+def check_bias(bias: Tensor, query: Tensor, k_len: int, names: Names = _NAMES) -> Tensor:
     """`bias` as 4-D, broadcastable to [B, Hq, Lq, Lk]."""
     check_tensor("bias", bias)
     if bias.dtype not in (query.dtype, torch.float32):
         raise TypeError(f"bias must be {query.dtype} or float32, got {bias.dtype}")
-    return _broadcastable("bias", bias, query, k_len)
+    return _broadcastable("bias", bias, query, k_len, names)
 
 
-def take_mask_apart(mask: SpanMask | Tensor | None, query: Tensor, k_len: int) -> MaskTensors:
+def take_mask_apart(mask: SpanMask | Tensor | None, query: Tensor, k_len: int, names: Names = _NAMES) -> MaskTensors:
     """Check `mask` against [B, Hq, Lq, Lk] and turn it into tensors."""
     if mask is None:
         return _NO_MASK
@@ -120,21 +132,23 @@ def take_mask_apart(mask: SpanMask | Tensor | None, query: Tensor, k_len: int) -
         if not broadcasts(b, batch):
             raise ValueError(f"mask must be for batch 1 or {batch}, got {b}")
         if not broadcasts(i, q_len):
-            raise ValueError(f"mask must be for 1 or {q_len} queries, got {i}")
+            raise ValueError(f"mask must be for 1 or {q_len} {names.rows}, got {i}")
         if mask.key_valid is not None:
             if not broadcasts(mask.key_valid.shape[0], batch):
                 raise ValueError(f"mask.key_valid must be for batch 1 or {batch}, got {mask.key_valid.shape[0]}")
             if mask.key_valid.shape[1] != k_len:
-                raise ValueError(f"mask.key_valid must be for {k_len} keys, got {mask.key_valid.shape[1]}")
+                raise ValueError(f"mask.key_valid must be for {k_len} {names.columns}, got {mask.key_valid.shape[1]}")
         if not (mask.start.is_cpu and query.is_cpu) and mask.device != query.device:
-            raise ValueError(f"mask must be on query's device {query.device}, got {mask.device}; see SpanMask.to")
+            raise ValueError(
+                f"mask must be on {names.first}'s device {query.device}, got {mask.device}; see SpanMask.to"
+            )
         return MaskTensors(mask.start, mask.end, mask.key_valid)
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a SpanMask, a bool tensor or None, got {type(mask).__name__}")
     check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool (True = visible), got {mask.dtype}; an additive mask is the argument bias")
-    return MaskTensors(dense=_broadcastable("mask", mask, query, k_len))
+    return MaskTensors(dense=_broadcastable("mask", mask, query, k_len, names))
 
 
 def check_scale(scale: float | None, query: Tensor) -> float:
@@ -178,11 +192,11 @@ def prepare(
     return Prepared(query, key, value, masks, bias, check_scale(scale, query))
 
 
-def _broadcastable(name: str, x: Tensor, query: Tensor, k_len: int) -> Tensor:
+def _broadcastable(name: str, x: Tensor, query: Tensor, k_len: int, names: Names) -> Tensor:
     batch, heads, q_len, _ = query.shape
     target = (batch, heads, q_len, k_len)
     if x.device != query.device:
-        raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
+        raise ValueError(f"{name} must be on {names.first}'s device {query.device}, got {x.device}")
     if x.dim() > 4 or any(not broadcasts(*dims) for dims in zip(reversed(x.shape), reversed(target), strict=False)):
-        raise ValueError(f"{name} must broadcast to [B, Hq, Lq, Lk] = {list(target)}, got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must broadcast to {names.dims} = {list(target)}, got shape {tuple(x.shape)}")
     return x.reshape((1,) * (4 - x.dim()) + tuple(x.shape)) if x.dim() < 4 else x

@@ -52,10 +52,16 @@ class Tiles:
         args: of the op.
         others: further tensors whose non-finite elements must not reach rows they are hidden from: value, grad_out.
         seed, dropout_p: of dropout, where the op has it.
+        hides: the op hides pairs by more than the mask and the bias.
     """
 
     def __init__(
-        self, args: Scores, others: tuple[Tensor, ...] = (), seed: Tensor | None = None, dropout_p: float = 0.0
+        self,
+        args: Scores,
+        others: tuple[Tensor, ...] = (),
+        seed: Tensor | None = None,
+        dropout_p: float = 0.0,
+        hides: bool = False,
     ) -> None:
         query, key, bias = args.query, args.key, args.bias
         self.query, self.key, self.bias, self.scale = query, key, bias, args.scale
@@ -68,7 +74,8 @@ class Tiles:
         self.dtype = wide_dtype(query)
         self.on_host = query.device.type == "cpu"  # elsewhere reading a value would wait for the device
         self.bias_hides = bias is not None and not (self.on_host and not bool(torch.isneginf(bias).any()))
-        self.hides = self.bias_hides or any(x is not None for x in (args.start, args.key_valid, args.dense))
+        masks = (args.start, args.key_valid, args.dense)
+        self.hides = hides or self.bias_hides or any(x is not None for x in masks)
         # A hidden NaN or inf must not reach a row. That takes further products, so where values can be read without
         # waiting, they are read first.
         self.non_finite = self.hides and not (self.on_host and all_finite(query, key, *others))
@@ -194,25 +201,44 @@ class Tiles:
 
     def scores(self, rows: Tensor, block: Block, tile: Tile) -> Tensor:
         """Returns the scores [P, rows, K], -inf where hidden."""
+        return self.hide(self.all_scores(rows, block, tile), block, tile)
+
+    def all_scores(self, rows: Tensor, block: Block, tile: Tile) -> Tensor:
+        """Returns the scores [P, rows, K] of hidden pairs too."""
         scores = torch.bmm(rows, self.fold_keys(self.key, block, tile.keys).transpose(1, 2))
-        pairs = self.as_pairs(scores, block)
         if self.bias is not None:
-            bias = self.fold_pairs(self._part(self.bias, block, tile.queries, tile.keys), block)
-            pairs.add_(bias)
-            if self.bias_hides:  # an overflowed score plus -inf would be NaN
-                pairs.masked_fill_(bias == -math.inf, -math.inf)
+            self.as_pairs(scores, block).add_(self._bias(block, tile))
+        return scores
+
+    def hide(self, scores: Tensor, block: Block, tile: Tile) -> Tensor:
+        """Returns the scores [P, rows, K] with -inf where hidden, in place."""
+        pairs = self.as_pairs(scores, block)
+        if self.bias_hides:  # an overflowed score plus -inf is NaN
+            pairs.masked_fill_(self._bias(block, tile) == -math.inf, -math.inf)
         if tile.hidden is not None:
             pairs.masked_fill_(tile.hidden, -math.inf)
         return scores
 
-    def drop(self, weights: Tensor, block: Block, tile: Tile) -> None:
-        """Apply dropout to the probabilities [P, rows, K], in place."""
+    def _bias(self, block: Block, tile: Tile) -> Tensor:
+        assert self.bias is not None
+        return self.fold_pairs(self._part(self.bias, block, tile.queries, tile.keys), block)
+
+    def drop(self, weights: Tensor, block: Block, tile: Tile, direction: int = 0) -> None:
+        """Apply dropout to the probabilities [P, rows, K], in place, by the seed of a direction."""
         if self.seed is None:
             return
+        seed = self.seed[direction : direction + 1]
         index = [torch.arange(s.start, s.stop, device=weights.device) for s in (block.batch, block.heads, tile.queries)]
         b, h, i = index[0][:, None, None, None], index[1][:, None, None], index[2][:, None]
-        keep = keep_mask(self.seed, self.dropout_p, b, h, i, range(tile.keys.start, tile.keys.stop))
+        keep = keep_mask(seed, self.dropout_p, b, h, i, range(tile.keys.start, tile.keys.stop))
         self.as_pairs(weights, block).mul_(self.fold_pairs(keep, block)).mul_(keep_scale(self.dropout_p))
+
+    def add_bias(self, grad: Tensor, total: Tensor, block: Block, tile: Tile) -> None:
+        """Add the scores' gradient [P, rows, K] to the bias's, summed over the dimensions that broadcast."""
+        shared = [dim for dim, size in enumerate(total.shape) if size == 1]
+        pairs = self.unfold_pairs(grad, block)
+        part = pairs.sum(shared, keepdim=True) if shared else pairs
+        self._part(total, block, tile.queries, tile.keys).add_(part)
 
     def multiply(self, weights: Tensor, x: Tensor, visible: Tensor | None) -> Tensor:
         """Returns weights @ x, in which a non-finite element of x reaches only the rows that it is visible to."""
@@ -236,8 +262,7 @@ class Tiles:
         if tile.hidden is not None:
             pairs.masked_fill_(tile.hidden, 0.0)
         if self.bias is not None:
-            bias = self.fold_pairs(self._part(self.bias, block, tile.queries, tile.keys), block)
-            pairs.masked_fill_(bias == -math.inf, 0.0)
+            pairs.masked_fill_(self._bias(block, tile) == -math.inf, 0.0)
         return visible
 
 

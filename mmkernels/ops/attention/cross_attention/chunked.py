@@ -148,7 +148,7 @@ def _backward_rows(
         if visible is not None:
             grad.masked_fill_(visible == 0, 0.0)
         if grad_bias is not None:
-            _add_bias(tiles.unfold_pairs(grad, block), grad_bias, block, tile.queries, tile.keys)
+            tiles.add_bias(grad, grad_bias, block, tile)
         if sum_query is not None:
             sum_query.baddbmm_(grad, clean(tiles.fold_keys(tiles.key, block, tile.keys)))
         if grad_key is not None:
@@ -156,10 +156,3 @@ def _backward_rows(
             grad_key[place] += part.view(grad_key[place].shape)
     if grad_query is not None and sum_query is not None:
         grad_query[block.batch, block.heads, queries] = tiles.unfold_rows(sum_query.mul_(tiles.scale), block)
-
-
-def _add_bias(grad: Tensor, total: Tensor, block: Block, queries: slice, keys: slice) -> None:
-    """Add a tile [b, H, T, K] to the bias's gradient, summed over the dimensions that broadcast."""
-    shared = [dim for dim, size in enumerate(total.shape) if size == 1]
-    part = grad.sum(shared, keepdim=True) if shared else grad
-    Tiles._part(total, block, queries, keys).add_(part)

@@ -63,7 +63,7 @@ from mmkernels.runtime.triton import launch, multiprocessors
 from mmkernels.runtime.tuning import Config, config
 
 OP = "cross_attention"
-_MERGE = Config(16, 1, 4, 1)
+MERGE = Config(16, 1, 4, 1)
 
 
 class ForwardStrides(NamedTuple):
@@ -85,30 +85,60 @@ def attend_tile(
     scores, _ = dot_keys(q, key, problem, first, strides.key, k_len, DIM, UNIT, BLOCK_K, not MASKED, TMA, PRECISION)
     if MASKED:
         scores, _ = masked_scores(scores, masks, rows, spans, first + tl.arange(0, BLOCK_K), scale, 0)
-        top = tl.maximum(state.top, tl.max(scores, 1))
-        base = tl.where(top == -INFINITY, 0.0, top)
-        weights = tl.exp2(scores - base[:, None])
-    else:
-        top = tl.maximum(state.top, tl.max(scores, 1) * scale)
-        base = tl.where(top == -INFINITY, 0.0, top)
-        weights = tl.exp2(scores * scale - base[:, None])
-    shrink = tl.exp2(state.top - base)
-    state = State(top, state.total * shrink + tl.sum(weights, 1))
+    state, weights, shrink = add_scores(state, scores, scale, not MASKED)
     if value is not None:
         if dropout is not None:
             weights = tl.where(keep_pairs(dropout, rows, first, BLOCK_K), weights, 0.0)
-        out, non_finite = add_values(
-            acc.first, non_finite, weights, shrink, value, problem, first, strides.value, k_len,
-            0, VALUE_DIM.first, VALUE_DIM.size, MASKED, HIDES, BLOCK_K, PRECISION, UNIT, TMA,
+        acc, non_finite = add_both_values(
+            acc, non_finite, weights, shrink, value, problem, first, strides.value, k_len,
+            MASKED, HIDES, VALUE_DIM, BLOCK_K, PRECISION, UNIT, TMA,
         )  # fmt: skip
-        second = acc.second
-        if VALUE_DIM.second > 0:
-            second, non_finite = add_values(
-                second, non_finite, weights, shrink, value, problem, first, strides.value, k_len,
-                VALUE_DIM.first, VALUE_DIM.second, VALUE_DIM.size, MASKED, HIDES, BLOCK_K, PRECISION, UNIT, False,
-            )  # fmt: skip
-        acc = Halves(out, second)
     return state, acc, non_finite
+
+
+@triton.jit
+def add_scores(state, scores, scale, SCALE: tl.constexpr):
+    """Adds a tile of scores, times `scale` if SCALE; returns the `State`, the weights, what shrinks the rest."""
+    if SCALE:
+        top = tl.maximum(state.top, tl.max(scores, 1) * scale)
+        base = tl.where(top == -INFINITY, 0.0, top)
+        weights = tl.exp2(scores * scale - base[:, None])
+    else:
+        top = tl.maximum(state.top, tl.max(scores, 1))
+        base = tl.where(top == -INFINITY, 0.0, top)
+        weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(state.top - base)
+    state = State(top, state.total * shrink + tl.sum(weights, 1))
+    return state, weights, shrink
+
+
+@triton.jit
+def lowest_if_nothing(state):
+    """Returns the `State` of rows that have a visible key each, if only with a score of -inf (or NaN: so the total)."""
+    lowest = (state.top == -INFINITY) & (state.total == 0)
+    state = State(tl.where(lowest, LOWEST, state.top), tl.where(lowest, 1.0, state.total))
+    return state
+
+
+@triton.jit
+def add_both_values(
+    acc, non_finite, weights, shrink, value, problem, first, strides, k_len,
+    MASKED: tl.constexpr, HIDES: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Returns the halves acc times `shrink` plus the weighted values; see `attend_tile`."""
+    out, non_finite = add_values(
+        acc.first, non_finite, weights, shrink, value, problem, first, strides, k_len,
+        0, VALUE_DIM.first, VALUE_DIM.size, MASKED, HIDES, BLOCK_K, PRECISION, UNIT, TMA,
+    )  # fmt: skip
+    second = acc.second
+    if VALUE_DIM.second > 0:
+        second, non_finite = add_values(
+            second, non_finite, weights, shrink, value, problem, first, strides, k_len,
+            VALUE_DIM.first, VALUE_DIM.second, VALUE_DIM.size, MASKED, HIDES, BLOCK_K, PRECISION, UNIT, False,
+        )  # fmt: skip
+    acc = Halves(out, second)
+    return acc, non_finite
 
 
 @triton.jit
@@ -215,10 +245,8 @@ def forward_kernel(
                 MASKED, HIDES, DIM, VALUE_DIM, BLOCK_K, PRECISION, UNIT, TMA,
             )  # fmt: skip
         if not MASKED:
-            if walk.full > 0:  # every row has a visible key, if only with a score of -inf (or NaN: its total is NaN)
-                lowest = (state.top == -INFINITY) & (state.total == 0)
-                total = tl.where(lowest, 1.0, state.total)
-                state = State(tl.where(lowest, LOWEST, state.top), total)
+            if walk.full > 0:
+                state = lowest_if_nothing(state)
 
     places, out_places = places_of(n, split, problem, rows, sizes, LAYOUT, SPLIT)
     factor = tl.full([BLOCK_Q], 1.0, tl.float32)
@@ -304,9 +332,9 @@ def attend(
     if splits > 1:
         rows = call.problems * call.rows
         launch(
-            merge_splits, (ceil_div(rows, _MERGE.block_q),), _MERGE,
+            merge_splits, (ceil_div(rows, MERGE.block_q),), MERGE,
             part_out, part_lse, out, lse, gates, call.sizes, splits, call.rows, rows,
-            LAYOUT=call.layout, VALUE=value is not None, DIM=one_tile(value_dim.size), BLOCK_Q=_MERGE.block_q,
+            LAYOUT=call.layout, VALUE=value is not None, DIM=one_tile(value_dim.size), BLOCK_Q=MERGE.block_q,
         )  # fmt: skip
     return lse
 

@@ -249,3 +249,12 @@ def scale_halves(x, factor, DIM: tl.constexpr):
         second = second * factor
     halves = Halves(first, second)
     return halves
+
+
+@triton.jit
+def sum_of_products(x, y, DIM: tl.constexpr):
+    """Returns the inner product of each row of the halves x and y, in float32."""
+    sums = tl.sum(x.first.to(tl.float32) * y.first.to(tl.float32), 1)
+    if DIM.second > 0:
+        sums += tl.sum(x.second.to(tl.float32) * y.second.to(tl.float32), 1)
+    return sums

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops.attention.cross_attention.triton.grad_bias import BiasSums, GradBiasStrides, grad_bias_kernel
+from mmkernels.ops.attention.cross_attention.triton.grad_bias import GradBiasStrides, grad_bias_kernel
 from mmkernels.ops.attention.cross_attention.triton.grad_key_value import GradKeyValueStrides, grad_key_value_kernel
 from mmkernels.ops.attention.cross_attention.triton.grad_query import GradQueryStrides, grad_query_kernel
-from mmkernels.ops.attention.triton.arguments import NO_STRIDES, SplitStrides, Strides
+from mmkernels.ops.attention.triton.arguments import NO_STRIDES, Strides
 from mmkernels.ops.attention.triton.attend import OP
+from mmkernels.ops.attention.triton.bias import BiasSums, count_programs, like, split_strides, sum_of_parts
 from mmkernels.ops.attention.triton.call import Call, dropout_of, gate_of, head_dim, strides_of, unit_of
 from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.common.triton.launch import ceil_div
@@ -113,48 +114,27 @@ class _Backward:
             call.query, call.key, self.value, self.grad_out, self.lse, self.delta, grad_key, grad_value,
             call.masks, call.lists(plan, of_rows=False), self.gates, self.dropout,
             GradKeyValueStrides(
-                **self.strides, grad_key=_split_strides(grad_key), grad_value=_split_strides(grad_value)
+                **self.strides, grad_key=split_strides(grad_key), grad_value=split_strides(grad_value)
             ), call.sizes, call.scale_log2, abs(call.scale), splits,
             **self.constants, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, HIDES=call.hides,
         )  # fmt: skip
         of_key, of_value = (
-            None if x is None or parts is None else parts[0] if splits == 1 else like(parts.sum(0), x)
+            None if x is None or parts is None else sum_of_parts(parts, x)
             for x, parts in zip(inputs, (grad_key, grad_value), strict=True)
         )
         return of_key, of_value
 
     def _shared_bias(self, bias: Tensor) -> Tensor:
         call, plan = self.call, self._config("grad_bias")
-        tiles = ceil_div(call.q_len, plan.block_q)
-        sum_rows = bias.shape[2] == 1
-        sums = BiasSums(
-            heads_of_bias=bias.shape[1],
-            tiles_of_bias=1 if sum_rows else tiles,
-            batch=call.batch if bias.shape[0] == 1 else 1,
-            heads=call.heads if bias.shape[1] == 1 else 1,
-            tiles=tiles if sum_rows else 1,
-        )
-        programs = call.key_tiles(plan) * sums.tiles_of_bias * bias.shape[0] * bias.shape[1]
-        summed = sums.batch * sums.heads * sums.tiles
-        splits = max(1, min(2 * multiprocessors(bias.device) // max(1, programs), summed // 4))
-        parts = (
-            torch.zeros_like(bias)[None] if splits == 1 else bias.new_zeros(splits, *bias.shape, dtype=torch.float32)
-        )
+        sums = BiasSums.of(bias, call.batch, call.heads, ceil_div(call.q_len, plan.block_q))
+        programs = count_programs(bias, sums, call.k_len, plan.block_k)
+        splits, parts = sums.parts(bias, programs)
         constants = {name: x for name, x in self.constants.items() if name not in ("LAYOUT", "ALL_PARTIAL")}
         launch(
             grad_bias_kernel, (programs, splits), plan,
             call.query, call.key, self.value, self.grad_out, self.lse, self.delta, parts, call.masks, self.gates,
-            self.dropout, GradBiasStrides(**self.strides, grad_bias=_split_strides(parts)), call.sizes, sums,
+            self.dropout, GradBiasStrides(**self.strides, grad_bias=split_strides(parts)), call.sizes, sums,
             call.scale_log2, splits, **constants, GROUP=call.layout.group, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k,
-            SUM_ROWS=sum_rows,
+            SUM_ROWS=bias.shape[2] == 1,
         )  # fmt: skip
-        return parts[0] if splits == 1 else like(parts.sum(0), bias)
-
-
-def _split_strides(parts: Tensor | None) -> SplitStrides:
-    return SplitStrides(*((0,) * 5 if parts is None else parts.stride()))
-
-
-def like(grad: Tensor, x: Tensor) -> Tensor:
-    """Returns `grad` summed to x's shape, in x's dtype and memory layout."""
-    return torch.empty_like(x).copy_(grad.sum_to_size(x.shape or (1,)).view(x.shape))
+        return sum_of_parts(parts, bias)

@@ -21,19 +21,6 @@ class GradBiasStrides(NamedTuple):
     grad_bias: SplitStrides
 
 
-class BiasSums(NamedTuple):
-    """What one tile of the bias's gradient sums over: batch entries, heads, and tiles of queries where all share it.
-
-    `heads_of_bias` and `tiles_of_bias` are the heads and tiles of queries of the bias.
-    """
-
-    heads_of_bias: int
-    tiles_of_bias: int
-    batch: int
-    heads: int
-    tiles: int
-
-
 @triton.jit
 def grad_bias_kernel(
     query, key, value, grad_out, lse, delta, grad_bias, masks, gate, dropout, strides, sizes, sums, scale, splits,

@@ -31,6 +31,7 @@ from mmkernels.ops.attention.triton.tiles import (
     rows_at,
     scale_halves,
     store_halves,
+    sum_of_products,
     zero_halves,
 )
 from mmkernels.ops.attention.triton.walks import full_tile, partial_tile, walk_over_keys
@@ -106,15 +107,6 @@ def query_tile(
     grad_query = add_product(grads.query, grad.to(k.first.dtype), k, DIM, PRECISION)
     grads = RowGradients(grad_query, gate_sums, bias_sums)
     return grads
-
-
-@triton.jit
-def sum_of_products(x, y, DIM: tl.constexpr):
-    """Returns the inner product of each row of the halves x and y, in float32."""
-    sums = tl.sum(x.first.to(tl.float32) * y.first.to(tl.float32), 1)
-    if DIM.second > 0:
-        sums += tl.sum(x.second.to(tl.float32) * y.second.to(tl.float32), 1)
-    return sums
 
 
 @triton.jit
