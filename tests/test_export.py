@@ -16,10 +16,25 @@ import mmkernels
 import mmkernels.models
 import mmkernels.nn
 from mmkernels import SpanMask
-from mmkernels.models import BLIP, BLIP2, CLIP, BLIP2Retrieval, Flamingo, InternVL, QwenVL
+from mmkernels.models import (
+    BLIP,
+    BLIP2,
+    CLIP,
+    LXMERT,
+    BLIP2Retrieval,
+    Flamingo,
+    InternVL,
+    QwenAudio,
+    QwenVL,
+    ViLBERT,
+    Whisper,
+    WhisperTokens,
+)
 from mmkernels.nn import (
     AttentionPool,
+    BiAttention,
     ClipLoss,
+    CoAttention,
     CrossAttention,
     FeatureQueue,
     GatedCrossAttention,
@@ -30,6 +45,7 @@ from mmkernels.nn import (
     PostNormAttention,
     PostNormMLP,
     QFormer,
+    SelfAttention,
     SigLipLoss,
     TokenBuffer,
     TokenReducer,
@@ -229,6 +245,35 @@ def internvl() -> dict[str, Case]:
     return {f"InternVL: {case.call.__name__}": case for case in cases}
 
 
+def qwen_audio() -> dict[str, Case]:
+    """A program has the example's number of sounds and their lengths."""
+    changes = {"audio_layers": 1, "text_layers": 1}
+    model, fewer = QwenAudio.from_size("tiny", **changes), QwenAudio.from_size("tiny", reduce="pool:2", **changes)
+    sound = torch.rand(1, 16, 40)
+
+    def sounds(model: QwenAudio, ids: Tensor, sound: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, input_features=sound, frame_lengths=[16], labels=ids, return_logits=True)
+        return out.logits, out.loss
+
+    def two_turns(model: QwenAudio, ids: Tensor, more: Tensor, sound: Tensor) -> Tensor:
+        return model(more, kv_cache=model(ids, input_features=sound, frame_lengths=[16]).kv_cache).logits
+
+    def reduced(model: QwenAudio, ids: Tensor, sound: Tensor) -> Tensor:
+        return model(ids, input_features=sound, frame_lengths=[16]).logits
+
+    def marked(batch: int, length: int) -> Tensor:
+        ids = tokens(batch, length)
+        ids[0, :4] = MARKER
+        return ids
+
+    cases = [
+        Case(model, call=sounds, inputs=lambda b, l: (marked(b, l), sound), sizes=["01", ""]),
+        Case(model, call=two_turns, inputs=lambda b, l: (marked(b, l), tokens(b, 2), sound), sizes=["01", "0", ""]),
+        Case(fewer, call=reduced, inputs=lambda b, l: (marked(1, l), sound), sizes=["1", ""]),
+    ]
+    return {f"QwenAudio: {case.call.__name__}": case for case in cases}
+
+
 def blip2() -> dict[str, Case]:
     """A program has the example's number of images, or as many as the language model does not count."""
     changes = {"vision_layers": 1, "qformer_layers": 1, "text_layers": 1, "num_queries": 3}
@@ -263,7 +308,72 @@ def blip2() -> dict[str, Case]:
     return {f"{type(case.parts[0]).__name__}: {case.call.__name__}": case for case in cases}
 
 
+def lxmert() -> dict[str, Case]:
+    def reads(
+        model: LXMERT, ids: Tensor, valid: Tensor, regions: Tensor, boxes: Tensor, seen: Tensor
+    ) -> tuple[Any, ...]:
+        out = model(
+            ids, regions, boxes, attention_mask=valid, visual_attention_mask=seen, labels=ids, return_logits=True
+        )
+        return out.word_logits, out.answer_logits, out.loss, *model.predict_regions(out.vision).values()
+
+    model = LXMERT.from_size("tiny", text_layers=1, cross_layers=1, feature_width=16)
+    both = lambda b, l: (tokens(b, l), padding(b, l), features(b, l + 2), torch.rand(b, l + 2, 4), padding(b, l + 2))
+    return {"LXMERT": Case(model, call=reads, inputs=both, sizes=["01", "01", "01", "01", "01"])}
+
+
+def vilbert() -> dict[str, Case]:
+    def reads(
+        model: ViLBERT, ids: Tensor, valid: Tensor, regions: Tensor, boxes: Tensor, seen: Tensor
+    ) -> tuple[Any, ...]:
+        out = model(
+            ids, regions, boxes, attention_mask=valid, visual_attention_mask=seen, labels=ids, return_logits=True
+        )
+        return out.word_logits, out.region_logits, out.loss, out.tasks.answers, out.tasks.regions
+
+    model = ViLBERT.from_size("tiny", text_layers=2, cross_text=(1,), cross_vision=(0,), feature_width=16)
+    both = lambda b, l: (tokens(b, l), padding(b, l), features(b, l + 2), torch.rand(b, l + 2, 5), padding(b, l + 2))
+    return {"ViLBERT": Case(model, call=reads, inputs=both, sizes=["01", "01", "01", "01", "01"])}
+
+
+def whisper() -> dict[str, Case]:
+    def writes(model: Whisper, ids: Tensor, more: Tensor, sounds: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, sounds, frame_lengths=lengths)
+        return model(more, cache=out.cache).logits, model(ids, sounds, labels=ids).loss
+
+    def beams(model: Whisper, ids: Tensor, valid: Tensor, sounds: Tensor) -> Tensor:
+        """Two texts for each sound."""
+        twice = lambda x: torch.cat([x, x])
+        return model(twice(ids), sounds, attention_mask=twice(valid), last_logits_only=True).logits
+
+    model = Whisper.from_size("tiny", audio_layers=1, text_layers=1, tokens=WhisperTokens())
+    sounds = lambda b, l: torch.randn(b, 80, 2 * l + 3)
+    turns = lambda b, l: (tokens(b, l), tokens(b, 2), sounds(b, l), torch.randint(1, 2 * l, (b,)))
+    padded = lambda b, l: (tokens(b, l), padding(b, l), sounds(b, l))
+    cases = [
+        Case(model, call=writes, inputs=turns, sizes=["01", "0", "02", "0"]),
+        Case(model, call=beams, inputs=padded, sizes=["01", "01", "02"]),
+    ]
+    return {f"Whisper: {case.call.__name__}": case for case in cases}
+
+
 # The modules.
+
+
+def co_attention() -> dict[str, Case]:
+    def attends(module: nn.Module, a: Tensor, b: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+        return module(a, b, valid_a=valid.bool())
+
+    def causal(module: SelfAttention, x: Tensor) -> Tensor:
+        return module(x, SpanMask.causal(x.shape[1], x.shape[1]))
+
+    both = lambda b, l: (features(b, l), features(b, l + 3), padding(b, l))
+    alone = lambda b, l: (features(b, l),)
+    cases = {f"CoAttention: {shared=}": CoAttention(16, num_heads=2, shared=shared) for shared in (True, False)}
+    cases |= {"BiAttention": BiAttention(16, num_heads=2)}
+    return {
+        name: Case(module, call=attends, inputs=both, sizes=["01", "01", "01"]) for name, module in cases.items()
+    } | {"SelfAttention": Case(SelfAttention(16, 2), call=causal, inputs=alone, sizes=["01"])}
 
 
 def qformer() -> dict[str, Case]:
@@ -474,7 +584,12 @@ MADE = [
     flamingo("patches", num_latents=None, gate="vector", qk_norm=True),  # as Idefics without a resampler
     *map(qwen_vl, ("tiny_qwen2", "tiny", "tiny_qwen3")),
     internvl(),
+    qwen_audio(),
     blip2(),
+    lxmert(),
+    vilbert(),
+    co_attention(),
+    whisper(),
     qformer(),
     cross_attention(),
     gated_cross_attention(),
@@ -498,9 +613,16 @@ NOT_CALLED = {
     "BLIP2Config",
     "BLIP2RetrievalConfig",
     "CLIPConfig",
+    "LXMERTConfig",
+    "ViLBERTConfig",
     "FlamingoConfig",
     "InternVLConfig",
+    "QwenAudioConfig",
     "QwenVLConfig",
+    "AudioError",
+    "LogMel",
+    "WhisperConfig",
+    "WhisperTokens",
     "ContextCache",
     "ContextPolicy",
     "Visual",

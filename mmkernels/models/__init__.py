@@ -6,6 +6,7 @@ from mmkernels.models.blip2_config import BLIP2Config, BLIP2RetrievalConfig
 from mmkernels.models.blip2_retrieval import BLIP2Retrieval
 from mmkernels.models.blip_config import BLIPConfig
 from mmkernels.models.blip_pretraining import BLIPPretraining
+from mmkernels.models.blocks.audio import AudioError, LogMel, cut_sound, log_mel, read_audio, resample
 from mmkernels.models.blocks.context import ContextCache, ContextPolicy
 from mmkernels.models.blocks.visual import Visual
 from mmkernels.models.clip import CLIP
@@ -15,13 +16,24 @@ from mmkernels.models.flamingo import Flamingo
 from mmkernels.models.flamingo_config import FlamingoConfig
 from mmkernels.models.internvl import InternVL
 from mmkernels.models.internvl_config import InternVLConfig
+from mmkernels.models.lxmert import LXMERT
+from mmkernels.models.lxmert_config import LXMERTConfig
+from mmkernels.models.qwen_audio import QwenAudio
+from mmkernels.models.qwen_audio_config import QwenAudioConfig
 from mmkernels.models.qwen_vl import QwenVL
 from mmkernels.models.qwen_vl_config import QwenVLConfig
+from mmkernels.models.vilbert import ViLBERT
+from mmkernels.models.vilbert_config import ViLBERTConfig
+from mmkernels.models.whisper import Whisper
+from mmkernels.models.whisper_config import WhisperConfig
+from mmkernels.models.whisper_tokens import WhisperTokens
 
 __all__ = [
     "BLIP",
     "BLIP2",
     "CLIP",
+    "LXMERT",
+    "AudioError",
     "BLIP2Config",
     "BLIP2Retrieval",
     "BLIP2RetrievalConfig",
@@ -36,10 +48,23 @@ __all__ = [
     "FlamingoConfig",
     "InternVL",
     "InternVLConfig",
+    "LXMERTConfig",
+    "LogMel",
+    "QwenAudio",
+    "QwenAudioConfig",
     "QwenVL",
     "QwenVLConfig",
     "SearchResult",
+    "ViLBERT",
+    "ViLBERTConfig",
     "Visual",
+    "Whisper",
+    "WhisperConfig",
+    "WhisperTokens",
     "content_key",
+    "cut_sound",
     "fingerprint",
+    "log_mel",
+    "read_audio",
+    "resample",
 ]

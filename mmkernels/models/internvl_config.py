@@ -8,7 +8,7 @@ from typing import Any
 from mmkernels.models import internvl_weights as weights
 from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.checkpoint import CheckpointError
-from mmkernels.models.blocks.config import check_config, read_config, read_fields, token_ids
+from mmkernels.models.blocks.config import check_config, read_config, read_fields, text_values
 
 TEXT_MODELS = ("qwen2", "qwen3", "llama")
 _ROPE_TYPES = ("default", "dynamic")  # "dynamic" changes nothing up to text_length, and longer texts are refused
@@ -142,9 +142,7 @@ class InternVLConfig:
             vision_last_norm=not vision.use_mean_pooling,
             text_model=text.model_type,
             text_head_dim=getattr(text, "head_dim", None) or text.hidden_size // max(1, text.num_attention_heads),
-            rope_theta=text.rope_parameters["rope_theta"],
-            eos_token_ids=token_ids(text.eos_token_id),
-            pad_token_id=0 if text.pad_token_id is None else text.pad_token_id,
+            **text_values(text),
         )
 
 

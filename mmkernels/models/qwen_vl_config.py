@@ -8,7 +8,7 @@ from typing import Any
 
 from mmkernels.models import qwen_vl_weights as weights
 from mmkernels.models.blocks.checkpoint import CheckpointError
-from mmkernels.models.blocks.config import check_config, read_config, read_fields, token_ids
+from mmkernels.models.blocks.config import check_config, read_config, read_fields, text_values
 
 VARIANTS = ("qwen2", "qwen2_5", "qwen3")
 
@@ -136,9 +136,7 @@ class QwenVLConfig:
             weights.FIELDS | weights.FIELDS_OF[variant],
             where,
             variant=variant,
-            rope_theta=text.rope_parameters["rope_theta"],
-            eos_token_ids=token_ids(getattr(text, "eos_token_id", None)),
-            pad_token_id=0 if text.pad_token_id is None else text.pad_token_id,
+            **text_values(text),
             **computed,
         )
 

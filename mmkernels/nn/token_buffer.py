@@ -36,6 +36,7 @@ class TokenBuffer:
             raise ValueError(f"reserve must be >= 0, got {reserve}")
         self._reserve = reserve
         self._storage: Tensor | None = None  # [B, capacity, H, D]
+        self._spare: Tensor | None = None  # where `take` puts rows next
         self._owned = False  # False: the storage is a tensor of the caller or of autograd
         self._start = self._end = 0
 
@@ -88,6 +89,24 @@ class TokenBuffer:
         """Keeps, in each row, the tokens at these places, int64 ``[B, n]``, in this order."""
         live = self._live()
         self._adopt(live.gather(1, columns[:, :, None, None].expand(-1, -1, *live.shape[2:])))
+
+    def take(self, rows: Tensor) -> None:
+        """Keeps these rows of the batch, int64 ``[n]``, in this order; a row may be taken more than once.
+
+        As many rows as before are copied to a second storage, which the next call uses again.
+        """
+        live = self._live()
+        if not self._owned or self._must_copy(live):
+            self._adopt(live[rows])
+            return
+        assert self._storage is not None
+        shape = (rows.shape[0], *self._storage.shape[1:])
+        fits = self._spare is not None and self._spare.shape == shape
+        storage = self._spare if fits else live.new_empty(shape)
+        assert storage is not None
+        torch.index_select(live, 0, rows, out=storage[:, : live.shape[1]])
+        self._spare, self._storage = self._storage, storage
+        self._start, self._end = 0, live.shape[1]
 
     def _live(self) -> Tensor:
         if self._storage is None:

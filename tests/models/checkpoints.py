@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,17 @@ import blip_checkpoints
 import clip_checkpoints
 import idefics_checkpoints
 import internvl_checkpoints
+import lxmert_checkpoints
 import pytest
+import qwen_audio_checkpoints
 import qwen_checkpoints
 import torch
 import transformers
+import whisper_checkpoints
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmkernels.models import BLIP, BLIP2, CLIP, BLIP2Retrieval, Flamingo, InternVL, QwenVL
+from mmkernels.models import BLIP, BLIP2, CLIP, LXMERT, BLIP2Retrieval, Flamingo, InternVL, QwenAudio, QwenVL, Whisper
 from mmkernels.models.blocks.checkpoint import CheckpointError
 
 transformers.logging.set_verbosity_error()
@@ -36,7 +41,10 @@ MODELS: dict[Any, Any] = {
     clip_checkpoints: CLIP,
     idefics_checkpoints: Flamingo,
     internvl_checkpoints: InternVL,
+    qwen_audio_checkpoints: QwenAudio,
+    lxmert_checkpoints: LXMERT,
     qwen_checkpoints: QwenVL,
+    whisper_checkpoints: Whisper,
 }
 """Module with the variants of a family -> our class."""
 
@@ -134,3 +142,22 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
     change(tensors)
     path.unlink()
     save_file(tensors, path)
+
+
+def accepted_fields(folder: Path, fields: Iterable[str], value: Any, config_class: Any) -> set[str]:
+    """Returns the fields of a folder's ``config.json`` that may have a value; the others raise a `CheckpointError`.
+
+    Args:
+        fields: such as ``text_config.hidden_size``.
+        config_class: of our configuration.
+    """
+    whole = json.loads((folder / "config.json").read_text())
+    found = set()
+    for field in fields:
+        config = copy.deepcopy(whole)
+        *outer, last = field.split(".")
+        (config[outer[0]] if outer else config)[last] = value
+        with suppress(CheckpointError):
+            config_class.from_hf(config)
+            found.add(field)
+    return found

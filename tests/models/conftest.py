@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Saved, load, save
+from internvl_checkpoints import in_float64
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +20,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
 def ours(saved: Callable[[str], Saved]) -> Callable[..., Any]:
     """variant, dtype -> our model of its checkpoint, which is loaded once: tests don't change it."""
     return cache(lambda variant, dtype=torch.float32: load(saved(variant).folder, dtype))
+
+
+@pytest.fixture(scope="session")
+def theirs(saved: Callable[[str], Saved]) -> Callable[..., Any]:
+    """variant, dtype -> transformers' model of its checkpoint, in float32 or float64."""
+    model = lambda variant: saved(variant).theirs
+    return cache(
+        lambda variant, dtype=torch.float32: model(variant) if dtype == torch.float32 else in_float64(model(variant))
+    )
 
 
 @pytest.fixture

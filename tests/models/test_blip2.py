@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from blip2_checkpoints import QUERIES, VARIANTS, inputs, instructions, labels_of, pixels, prompt
 from checkpoints import Saved, distance, their_gradients
-from internvl_checkpoints import in_float64
 from torch import Tensor
 
 from mmkernels.models import BLIP2
@@ -31,16 +30,6 @@ def each(*usual: str) -> list[Any]:
 
 Checkpoints = Callable[[str], Saved]
 Ours = Callable[..., BLIP2]
-
-
-@pytest.fixture(scope="module")
-def theirs(saved: Checkpoints) -> Callable[..., Any]:
-    """variant, dtype -> transformers' model."""
-    return cache(
-        lambda variant, dtype=torch.float32: (
-            saved(variant).theirs if dtype == torch.float32 else in_float64(saved(variant).theirs)
-        )
-    )
 
 
 @pytest.fixture(scope="module")

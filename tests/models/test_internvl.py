@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from checkpoints import Saved, configure, distance, their_gradients
-from internvl_checkpoints import MARKER, SIDE, VARIANTS, in_float64, inputs, labels_of, pixels, prompt, tokens
+from internvl_checkpoints import MARKER, SIDE, VARIANTS, inputs, labels_of, pixels, prompt, tokens
 from torch import Tensor
 
 from mmkernels.models import InternVL
@@ -25,16 +24,6 @@ DTYPES = (torch.float64, torch.float32)
 PLAIN = "internvl_qwen2"
 Checkpoints = Callable[[str], Saved]
 Ours = Callable[..., InternVL]
-
-
-@pytest.fixture(scope="module")
-def theirs(saved: Checkpoints) -> Callable[..., Any]:
-    """variant, dtype -> transformers' model."""
-    return cache(
-        lambda variant, dtype=torch.float32: (
-            saved(variant).theirs if dtype == torch.float32 else in_float64(saved(variant).theirs)
-        )
-    )
 
 
 def run(theirs: Any, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

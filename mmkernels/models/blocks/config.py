@@ -26,26 +26,47 @@ _LARGEST = {
     **dict.fromkeys(("text_length", "qformer_length"), 2**22),
     **dict.fromkeys(("vocab_size", "qformer_vocab"), 2**24),
     "channels": 2**8,
+    # Of encoders of sound.
+    **{"audio_width": 2**16, "audio_layers": 2**9, "audio_heads": 2**12, "audio_mlp": 2**18},
+    **{"audio_positions": 2**16, "mel_bins": 2**10},
+    # Of a text and an image's regions, which attend to each other.
+    **dict.fromkeys(("width", "feature_width", "box_width", "shared_width", "target_width"), 2**16),
+    **dict.fromkeys(("heads", "shared_heads"), 2**12),
+    **dict.fromkeys(("mlp", "num_objects", "num_attributes", "num_answers", "num_gqa_answers"), 2**18),
+    **dict.fromkeys(("cross_layers", "token_types", "task_tokens"), 2**9),
 }
-_OPTIONAL = ("num_latents", "qformer_vocab")  # may be None
+_OPTIONAL = (  # may be None
+    "num_latents", "qformer_vocab", "num_objects", "num_attributes", "num_answers", "task_tokens",
+)  # fmt: skip
 _MAY_BE_ZERO = ("window", "position_side", "tokens_per_second")
 _MULTIPLES = {
     "vision_width": "vision_heads",
     "text_width": "text_heads",
     "qformer_width": "qformer_heads",
+    "audio_width": "audio_heads",
     "text_heads": "text_kv_heads",
     "text_layers": "cross_every",
+    "width": "heads",
+    "shared_width": "shared_heads",
 }
-_ACTIVATIONS = ("vision_activation", "text_activation", "qformer_activation")
-_POSITIVE = ("vision_eps", "text_eps", "qformer_eps", "layer_norm_eps", "rms_norm_eps", "rope_theta")
+_ACTIVATIONS = ("vision_activation", "text_activation", "qformer_activation", "audio_activation", "activation")
+_POSITIVE = (
+    "vision_eps", "text_eps", "qformer_eps", "layer_norm_eps", "rms_norm_eps", "rope_theta", "vision_loss_weight",
+)  # fmt: skip
 _SHARES = (
     "vision_dropout", "text_dropout", "text_residual_dropout", "qformer_dropout", "qformer_residual_dropout", "dropout",
-    "label_smoothing",
+    "label_smoothing", "residual_dropout", "vision_residual_dropout", "fusion_dropout",
+    "audio_dropout", "audio_residual_dropout", "audio_activation_dropout", "audio_layer_dropout",
+    "text_activation_dropout", "text_layer_dropout",
 )  # fmt: skip
 _TOKENS = (
     "image_token_id", "video_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "enc_token_id",
+    "audio_token_id", "start_token_id",
 )  # fmt: skip
-_FLAGS = ("retrieval", "generation", "decoder_attention", "freeze_vision", "freeze_text")
+_FLAGS = (
+    "retrieval", "generation", "decoder_attention", "freeze_vision", "freeze_text", "pretraining", "predict_features",
+    "tasks",
+)  # fmt: skip
 Config = TypeVar("Config")
 
 
@@ -142,6 +163,19 @@ def read_fields(
 def token_ids(value: Any) -> tuple[Any, ...]:
     """Returns the tokens that a field such as ``eos_token_id`` names: None, one token or a list."""
     return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def text_values(text: Any) -> dict[str, Any]:
+    """Returns the fields of a configuration with a `Decoder` that transformers' configuration of its text holds inside.
+
+    Args:
+        text: transformers' configuration of the language model.
+    """
+    return {
+        "rope_theta": text.rope_parameters["rope_theta"],
+        "eos_token_ids": token_ids(getattr(text, "eos_token_id", None)),
+        "pad_token_id": 0 if text.pad_token_id is None else text.pad_token_id,
+    }
 
 
 def with_generation(config: Config, path: Path) -> Config:

@@ -76,3 +76,14 @@ class KVCache:
         key_buffer.append(key)
         value_buffer.append(value)
         return key_buffer.view(), value_buffer.view()
+
+    def take(self, rows: Tensor) -> None:
+        """Keeps these rows of the batch, int64 ``[n]``, in this order; a row may be taken more than once (beams)."""
+        if self._valid is None:
+            return
+        self._valid = self._valid[rows]
+        if self.pending is not None:
+            self.pending = self.pending[0][rows], self.pending[1][rows]
+        for buffers in self._layers:
+            for buffer in buffers:
+                buffer.take(rows)

@@ -60,7 +60,7 @@ class VisionLanguageGeneration:
 
 
 class VisionLanguageModel(Model):
-    """Base class: encodes images, puts their tokens into the text's embeddings, and continues the text.
+    """Base class: encodes images (or sounds), puts their tokens into the text's embeddings, and continues the text.
 
     A subclass has an encoder, `_media`, which reads its visual inputs, and a configuration with `text_length`,
     `vocab_size`, `eos_token_ids` and `pad_token_id`.
@@ -171,8 +171,10 @@ class VisionLanguageModel(Model):
         if policy is not None and not isinstance(policy, ContextPolicy):
             raise TypeError(f"policy must be a ContextPolicy or None, got {type(policy).__name__}")
         valid, padded = check_tokens(input_ids, attention_mask, labels, self.config.vocab_size, cache)
+        if pixel_values is not None:
+            visual["pixel_values"] = pixel_values
         self._check_names(visual)
-        media, encode = self._media(input_ids, pixel_values=pixel_values, **visual)
+        media, encode = self._media(input_ids, **visual)
         check_markers(input_ids, valid, media)
         markers = [(input_ids == kind.marker) & valid for kind in media]
         if self.reducer is None and not any(_is_reduced(x) for x in visual.values()):  # each marker will be a token

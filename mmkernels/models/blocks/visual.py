@@ -14,7 +14,7 @@ from mmkernels.runtime.checks import can_look
 
 
 class Visual(NamedTuple):
-    """Images, or videos, as the tokens that the language model reads. Encoded once, they serve any number of prompts.
+    """Images, videos or sounds as the tokens that the language model reads: encoded once, for any number of prompts.
 
     Attributes:
         tokens: ``[V, C]``, image after image.
@@ -79,7 +79,7 @@ class Media(NamedTuple):
     """What a prompt must mark.
 
     Attributes:
-        name: for errors: "image" or "video".
+        name: for errors: "image", "video" or "sound".
         marker: the token that stands for it in a prompt.
         marked: how many markers each one has.
     """
