@@ -12,6 +12,7 @@ from typing import Annotated
 from mmkernels.interrupts import ends_well, interruptible
 from mmkernels.options import BadInput
 from mmkernels.profiling.options import REDUCERS, RESOLUTIONS, TOKENS, TOKENS_OF_BLIP2, VISION_LANGUAGE, Options
+from mmkernels.profiling.sound_options import HEARING, POOL, SECONDS, SoundOptions
 from mmkernels.runtime.dispatch import BackendError
 from mmkernels.transformers_version import VersionError
 
@@ -24,6 +25,7 @@ PROFILE_OUT, BENCH_OUT, SUPPORT_OUT = Path("profiles"), Path("build/bench"), Pat
 _TOKENS, _OF_BLIP2, _RESOLUTIONS, _REDUCERS = (
     ",".join(map(str, rows)) for rows in (TOKENS, TOKENS_OF_BLIP2, RESOLUTIONS, REDUCERS)
 )
+_SECONDS, _POOL = ",".join(f"{part:g}" for part in SECONDS), ",".join(map(str, POOL))
 
 
 def main() -> None:
@@ -96,7 +98,7 @@ def doctor() -> None:
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help=f"flamingo, blip2, {', '.join(VISION_LANGUAGE)}")],
+    model: Annotated[str, typer.Argument(help=f"flamingo, blip2, {', '.join((*VISION_LANGUAGE, *HEARING))}")],
     image: Annotated[
         Path | None,
         typer.Option(parser=_path, metavar="FILE", help="Photograph; default: one that matplotlib ships."),
@@ -123,17 +125,33 @@ def profile(
             f"Default: {_REDUCERS}, or --tokens for flamingo and blip2."
         ),
     ] = None,
+    audio: Annotated[
+        Path | None,
+        typer.Option(
+            parser=_path, metavar="FILE", help="Of a model that hears: a sound file; default: speech that is made."
+        ),
+    ] = None,
+    seconds: Annotated[
+        str | None,
+        typer.Option(help=f"Of a model that hears: how much of the sound, one row each; default: {_SECONDS}."),
+    ] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of a model that hears: how many of the encoder's features become one token; default: {_POOL}."
+        ),
+    ] = None,
     images: Annotated[
         int | None, typer.Option(help="Images in the prompt, parts of the photograph; default: 1, of flamingo 5.")
     ] = None,
     text_length: Annotated[
-        int | None, typer.Option(help="Text tokens in the prompt; default: 64, of flamingo 512.")
+        int | None, typer.Option(help="Text tokens in the prompt; default: 64, of flamingo 512, of whisper 4.")
     ] = None,
     backend: Annotated[
         str | None,
         typer.Option(
             help='What to compare: "fused" (automatic choice), "reference" (naive), or a backend by name; default: '
-            "fused, for flamingo and blip2 fused,reference."
+            "fused, for flamingo, blip2 and models that hear fused,reference."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = Options.dtype,
@@ -157,28 +175,52 @@ def profile(
         typer.Option(parser=_path, metavar="FILE.html", help="For a report to read in a browser, without a network."),
     ] = None,
 ) -> None:
-    """Show what each visual token costs: time by stage, peak memory, drift; fused beside the naive baseline."""
+    """Show what each visual token, or second of sound, costs: time by stage, peak memory, drift; fused beside naive."""
     from mmkernels.options import parse_list
     from mmkernels.profiling.command import run_profile
-    from mmkernels.profiling.options import parse_resolutions, parse_tokens
+    from mmkernels.profiling.options import parse_numbers
     from mmkernels.profiling.photo import default_photo
 
-    options = Options(
-        model=model,
-        image=default_photo() if image is None else image,
-        tokens=None if tokens is None else parse_tokens(tokens),
-        reduce=None if reduce is None else parse_list(reduce),
-        resolutions=None if resolutions is None else parse_resolutions(resolutions),
-        images=images,
-        text_length=text_length,
-        backends=None if backend is None else parse_list(backend),
-        dtype=dtype,
-        device=device or _default_device(),
-        size=size,
-        folder=folder,
-        prompt=prompt,
-        train=train,
-    )
+    seen = {"image": image, "tokens": tokens, "resolutions": resolutions, "reduce": reduce, "images": images}
+    heard = {"audio": audio, "seconds": seconds, "pool": pool}
+    hears = model in HEARING
+    for name, value in (seen | {"prompt": prompt} if hears else heard).items():
+        if value is not None:
+            what = f"hears: it takes --{', --'.join(heard)}" if hears else "does not hear"
+            raise BadInput(f"--{name.replace('_', '-')} must not be given for {model}, which {what}; got {value}")
+    backends = None if backend is None else parse_list(backend)
+    device = device or _default_device()
+    if hears:
+        options: Options | SoundOptions = SoundOptions(
+            model,
+            audio=audio,
+            seconds=None if seconds is None else parse_numbers("--seconds", seconds, float, "5,10,30"),
+            pool=None if pool is None else parse_numbers("--pool", pool, int, "1,2,4"),
+            text_length=text_length,
+            backends=backends,
+            dtype=dtype,
+            device=device,
+            size=size,
+            folder=folder,
+            train=train,
+        )
+    else:
+        options = Options(
+            model=model,
+            image=default_photo() if image is None else image,
+            tokens=None if tokens is None else parse_numbers("--tokens", tokens, int, "16,64"),
+            reduce=None if reduce is None else parse_list(reduce),
+            resolutions=None if resolutions is None else parse_numbers("--resolutions", resolutions, int, "224,448"),
+            images=images,
+            text_length=text_length,
+            backends=backends,
+            dtype=dtype,
+            device=device,
+            size=size,
+            folder=folder,
+            prompt=prompt,
+            train=train,
+        )
     run_profile(options, out, report)
 
 

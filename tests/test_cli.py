@@ -17,6 +17,7 @@ from mmkernels import cli, machine
 from mmkernels.profiling import timing
 from mmkernels.runtime.dispatch import BACKENDS, TABLES
 
+HEARS = ["profile", "whisper", "--size", "tiny", "--seconds", "1", "--pool", "2", "--device", "cpu"]
 TINY = ["profile", "flamingo", "--size", "tiny", "--images", "2", "--text-length", "12", "--device", "cpu"]
 
 
@@ -31,7 +32,8 @@ class Ended:
 def mmkernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs the command line in this process."""
     monkeypatch.setattr(timing, "_BUDGET", 0.0)
-    monkeypatch.setattr(timing, "_ROUNDS_TOGETHER", 2)
+    monkeypatch.setattr(timing, "_LEAST_ROUNDS", 1)
+    monkeypatch.setattr(timing, "_ROUNDS_TOGETHER", 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -103,10 +105,22 @@ def test_profile_with_a_report(mmkernels, tmp_path: Path) -> None:
     assert [path.name for path in report.parent.iterdir()] == ["report.html"]
 
 
+def test_profile_of_sound(mmkernels, tmp_path: Path) -> None:
+    ended = mmkernels(*HEARS, "--backend", "fused", "--out", tmp_path, "--report", tmp_path / "report.html")
+    assert ended.code == 0 and "1 s of sound in 50 tokens" in " ".join(ended.out.split())
+    found = json.loads((tmp_path / "profile.json").read_text())
+    assert found["rows"] == ["1 s, pool 1", "1 s, pool 2"] and found["sound"]["made"]
+    assert found["command"] in (tmp_path / "report.html").read_text()
+    assert max(map(len, ended.out.splitlines())) <= 100
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["profile", "clip"], "model must be one of flamingo, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, blip2; got"),
+        (
+            ["profile", "clip"],
+            "must be one of flamingo, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, blip2, whisper, qwen2_",
+        ),
         (["profile"], "model"),
         ([*TINY, "--tokens", "16,many"], "--tokens must be integers, such as 16,64; got '16,many'"),
         ([*TINY, "--tokens", "0"], "--tokens must be integers from 1 to 65536, such as 16,64; got 0"),
@@ -145,6 +159,17 @@ def test_profile_with_a_report(mmkernels, tmp_path: Path) -> None:
         (["profile", "qwen3_vl", "--tokens", "4"], "--tokens must not be given for qwen3_vl"),
         (["profile", "qwen3_vl", "--model", "/nowhere"], "--model: "),
         (["profile", "qwen3_vl", "--prompt", "Why?"], "--prompt must be given with --model"),
+        ([*TINY, "--audio", "a.wav"], "--audio must not be given for flamingo, which does not hear; got a.wav"),
+        ([*TINY, "--pool", "2"], "--pool must not be given for flamingo, which does not hear; got 2"),
+        ([*HEARS, "--tokens", "4"], "--tokens must not be given for whisper, which hears: it takes --audio, --seconds"),
+        ([*HEARS, "--image", "a.jpg"], "--image must not be given for whisper, which hears: it takes --audio"),
+        ([*HEARS, "--prompt", "Why?"], "--prompt must not be given for whisper, which hears"),
+        ([*HEARS, "--audio", "missing.wav"], "--audio must be a file, got no such file: missing.wav"),
+        ([*HEARS, "--audio", "."], "--audio .: must be a sound, got a folder"),
+        ([*HEARS, "--audio", __file__], "test_cli.py: must be a whole sound"),
+        ([*HEARS, "--seconds", "5,many"], "--seconds must be numbers, such as 5,10,30; got '5,many'"),
+        ([*HEARS, "--seconds", "0"], "--seconds must be 1 to 12 times from 0.1 to 30 s in steps of 0.1"),
+        ([*HEARS, "--pool", "1.5"], "--pool must be integers, such as 1,2,4; got '1.5'"),
         (["bench", "--out", ""], "'--out': must be a path, got an empty text"),
         (["bench", "--out", __file__], f"--out must be a folder, got the file {__file__}"),
         (["bench", "no_such_op"], "op must be one of"),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 from torch import Tensor, nn
 
-from mmkernels.profiling.options import Choice, Options, Row
+from mmkernels.profiling.options import Options, Row, Settings
+
+Given = TypeVar("Given", bound=Settings, contravariant=True)
+"""The kind of options that an adapter takes."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Reduction:
     side: int = 1
 
 
-class Adapter(Protocol):
+class Adapter(Protocol[Given]):
     """A model, divided into stages.
 
     Attributes:
@@ -62,7 +65,8 @@ class Adapter(Protocol):
         stages: in the order in which they run. Those with ``calls == 1`` lead to the first output, and summaries are
             about the last of them; the others repeat.
         total: the name of the sum of those with ``calls == 1``.
-        square: whether images are squares cut out of the photograph; else each has the photograph's shape.
+        square: whether images are squares cut out of the photograph; else each has the photograph's shape, or there is
+            no photograph.
     """
 
     @property
@@ -76,17 +80,23 @@ class Adapter(Protocol):
     @property
     def square(self) -> bool: ...
 
-    def check(self, options: Options) -> None:
+    def check(self, options: Given) -> None:
         """Raises `BadInput` unless every number of tokens, or reducer, of `options` suits the model and its images."""
         ...
 
-    def build(self, options: Options, row: Row) -> nn.Module:
+    def build(self, options: Given, row: Row) -> nn.Module:
         """Returns the model with random weights, float32, on the CPU: of so many visual tokens per image, or with this
         reducer, which changes no other weights."""
         ...
 
-    def inputs(self, options: Options, model: Any, photos: list[Image.Image], row: Row) -> Any:
-        """Returns what the stages, `logits` and `loss` take, on the model's device and in its dtype."""
+    def inputs(self, options: Given, model: Any, sources: list[Any], row: Row) -> Any:
+        """Returns what the stages, `logits` and `loss` take, on the model's device and in its dtype.
+
+        Args:
+            options, row: of the profile.
+            model: as `build` or `exchange` returned it.
+            sources: the photographs, or one sound.
+        """
         ...
 
     def logits(self, model: Any, inputs: Any) -> Tensor:
@@ -103,18 +113,22 @@ class Adapter(Protocol):
         ...
 
 
-class ReducingAdapter(Adapter, Protocol):
+class ReducingAdapter(Adapter[Given], Protocol[Given]):
+    """A model in which rows share the weights: they differ in the tokens that go on, or in what is read."""
+
+    def exchange(self, options: Given, model: Any, choice: Any) -> nn.Module:
+        """Returns the model for another row, such as another reducer: it shares all weights that are neither the
+        reducer's nor positions."""
+        ...
+
+    def reduction(self, model: Any, inputs: Any) -> Reduction:
+        """Returns what becomes of the first image, or of the sound."""
+        ...
+
+
+class PhotoAdapter(ReducingAdapter[Options], Protocol):
     """A model in which a `mmkernels.nn.TokenReducer` may choose the visual tokens."""
 
     def check_photo(self, options: Options, photo: Image.Image) -> None:
         """Raises `BadInput` unless every row suits the photograph's shape."""
-        ...
-
-    def exchange(self, options: Options, model: Any, choice: Choice) -> nn.Module:
-        """Returns the model with another reducer, or for images of another size: it shares all weights that are neither
-        the reducer's nor positions."""
-        ...
-
-    def reduction(self, model: Any, inputs: Any) -> Reduction:
-        """Returns what the model's reducer makes of the first image."""
         ...

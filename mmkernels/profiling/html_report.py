@@ -13,13 +13,13 @@ from typing import Any
 
 from PIL import Image
 
-from mmkernels.profiling import table
+from mmkernels.profiling import plot_sound, table
 from mmkernels.profiling.draw import draw
-from mmkernels.profiling.options import name_of
-from mmkernels.profiling.pareto import drift_of, row_of
+from mmkernels.profiling.pareto import drift_of, drift_text, row_of
 from mmkernels.profiling.photo import paint
 from mmkernels.profiling.plot import subtitle
 from mmkernels.profiling.plot_parts import caption, first_image, paint_legend
+from mmkernels.profiling.sound import Sound
 from mmkernels.report import MISSING, megabytes, milliseconds, percent
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -90,6 +90,10 @@ def write(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
         picture = Path(folder) / "profile.png"
         draw(report, photo, picture, photos=False)
         page = render(report, photo, picture.read_bytes())
+    _write(page, path)
+
+
+def _write(page: str, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_text(page, encoding="utf-8")
@@ -107,9 +111,22 @@ def render(report: dict[str, Any], photo: Image.Image, picture: bytes) -> str:
         picture: a PNG.
     """
     title = f"What a visual token costs: {table.title_of_model(report['settings'])}"
+    return _page(report, title, subtitle(report), picture, _photos(report, photo))
+
+
+def write_of_sound(report: dict[str, Any], sound: Sound, path: Path) -> None:
+    """Writes the report of a model that hears, in one step; `report`, `path` as of `write`."""
+    with TemporaryDirectory() as folder:
+        picture = Path(folder) / "profile.png"
+        plot_sound.draw(report, sound, picture)
+        page = _page(report, plot_sound.title(report), plot_sound.subtitle(report), picture.read_bytes(), [])
+    _write(page, path)
+
+
+def _page(report: dict[str, Any], title: str, about: str, picture: bytes, parts_below: list[str]) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="about">{escape(subtitle(report))}</p>',
+        f'<p class="about">{escape(about)}</p>',
         f'<p class="summary">{escape(table.summary(report))}</p>',
         *(f'<p class="warning">{escape(line)}</p>' for line in table.warnings(report)),
         "<h2>Measurements</h2>",
@@ -117,7 +134,7 @@ def render(report: dict[str, Any], photo: Image.Image, picture: bytes) -> str:
         *(f'<p class="about">{escape(line)}</p>' for line in _legend(report)),
         "<h2>The picture</h2>",
         f'<div class="wide">{_image(picture, "png", f"The measurements as plots. {table.summary(report)}")}</div>',
-        *_photos(report, photo),
+        *parts_below,
         "<h2>How it was measured</h2>",
         f"<pre>{escape(report['command'])}</pre>",
         _settings(report),
@@ -136,7 +153,7 @@ def _image(content: bytes, kind: str, words: str, classes: str = "") -> str:
 
 def _measurements(report: dict[str, Any]) -> str:
     s, total = report["settings"], report["total"]
-    reducing = bool(s.get("reduce"))
+    reducing, of_sound = table.compares_rows(report), table.is_of_sound(report)
     repeated = [stage for stage in report["stages"] if stage not in total["stages"]]
     times = (
         {stage: stage for stage in total["stages"]} | {"total": total["name"]} | {stage: stage for stage in repeated}
@@ -144,25 +161,28 @@ def _measurements(report: dict[str, Any]) -> str:
     memories = {"peak_memory_bytes": "memory"}
     if s["train"]:
         times["train_step"], memories["train_peak_memory_bytes"] = "training step", "training memory"
-    texts = ["side, px"] * bool(s.get("resolutions")) + ["reducer"] * reducing + ["visual tokens", "backend"]
+    if of_sound:
+        texts = ["sound, s", "pooled by", "tokens", "backend"]
+    else:
+        texts = ["side, px"] * bool(s.get("resolutions")) + ["reducer"] * reducing + ["visual tokens", "backend"]
     titles = [f"{title}, ms" for title in times.values()] + [f"{title}, MB" for title in memories.values()]
-    titles += ["drift"] + ["same token", "Pareto front"] * reducing
+    titles += ["drift"] + ["same token"] * reducing + ["Pareto front"] * (reducing and not of_sound)
     heads = [*(f'<th class="text" scope="col">{escape(text)}</th>' for text in texts)]
     heads += [f'<th scope="col">{escape(text)}</th>' for text in titles]
     lines = []
     for cell in report["cells"]:
         front = table.is_best(report, cell)
-        names = [f"{cell['resolution']:,}"] if cell.get("resolution") else []
-        names += [*([cell["reducer"]] * reducing), table.tokens(report, cell), name_of(cell["backend"])]
+        names = table.begin(report, cell)
         if cell["failed"]:
             values = [cell["failed"]] + [""] * (len(titles) - 1)
         else:
             values = [milliseconds(cell["seconds"].get(name)) for name in times]
             values += [megabytes(cell[name]) for name in memories]
             found = drift_of(cell)
-            drift = MISSING if found is None else table.drift_text(found[0])
+            drift = MISSING if found is None else drift_text(found[0])
             values.append("baseline" if found is not None and found[0] == 0 else drift)
-            values += [percent(None if found is None else found[1]), "yes" if front else ""] * reducing
+            values += [percent(None if found is None else found[1])] * reducing
+            values += ["yes" if front else ""] * (reducing and not of_sound)
         row = [*(f'<td class="text">{escape(name)}</td>' for name in names), *(f"<td>{escape(x)}</td>" for x in values)]
         lines.append((_FRONT_ROW if front else "<tr>") + "".join(row) + "</tr>")
     return _table(heads, lines)
@@ -210,7 +230,7 @@ def _said(report: dict[str, Any], cell: dict[str, Any], about: dict[str, Any]) -
         parts.append(f"{report['total']['name']} after {milliseconds(cell['seconds']['total'])} ms")
     found = drift_of(cell)
     if found is not None and found[0] > 0:
-        parts.append(f"drift {table.drift_text(found[0])}")
+        parts.append(f"drift {drift_text(found[0])}")
     return ", ".join(parts)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -47,9 +47,34 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         return self.reducer if self.resolution is None else f"{self.resolution} {self.reducer}"
 
+    @property
+    def source(self) -> object:
+        """What a model's inputs depend on: rows with the same source share them."""
+        return self.resolution
 
-Row = int | Choice
-"""What one row of a profile is about: a number of visual tokens per image, or a reducer."""
+
+class Excerpt(NamedTuple):
+    """What one row of a profile of sound is about.
+
+    Attributes:
+        seconds: the model hears the first ones of the sound.
+        pool: so many of the encoder's features, one behind the other, become one token: their mean.
+    """
+
+    seconds: float
+    pool: int
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g} s, pool {self.pool}"
+
+    @property
+    def source(self) -> object:
+        """What a model's inputs depend on: rows with the same source share them."""
+        return self.seconds
+
+
+Row = int | Choice | Excerpt
+"""What one row of a profile is about: a number of visual tokens per image, a reducer, or a part of a sound."""
 
 MOST_TOKENS = 65536
 """Visual tokens per image."""
@@ -60,7 +85,66 @@ _ONE_IMAGE, _QUESTION = 1, 64  # of the models in which an image's tokens stand 
 
 
 @dataclass(frozen=True)
-class Options:
+class Settings:
+    """What every profile is told, whatever its rows are about.
+
+    Args:
+        model: a name that the profiler knows.
+        backends: names in `CHOICES`.
+        dtype: a name in `DTYPES`.
+        device: as torch names it.
+        size: of the model, a name that it offers; None: "small", or that of `folder`.
+        folder: a checkpoint with weights; None: they are random.
+        train: also measure a training step.
+        seed: of weights and text.
+
+    Raises:
+        BadInput: a name is unknown, a number is out of range, two settings exclude each other, or the device is
+            missing.
+    """
+
+    model: str
+    _: KW_ONLY
+    backends: tuple[str, ...] | None = None
+    dtype: str = "fp32"
+    device: str = "cpu"
+    size: str | None = None
+    folder: Path | None = None
+    train: bool = False
+    seed: int = 0
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _fill_with(self, **values: object) -> None:
+        """Gives settings that were left out these values."""
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                self._set(name, value)
+
+    def _check_run(self) -> None:
+        """Checks how the model runs."""
+        if self.folder is not None and self.size is not None:
+            raise BadInput(f"--size must not be given with --model, whose checkpoint has a size; got {self.size!r}")
+        assert self.backends is not None
+        self._set("backends", tuple(dict.fromkeys(self.backends)))
+        for backend in self.backends or ("",):
+            one_of("--backend", backend, CHOICES)
+        one_of("--dtype", self.dtype, tuple(DTYPES))
+        check_device(self.device)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """What the rows of the profile are about."""
+        raise NotImplementedError
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Options(Settings):
     """Settings of one profile.
 
     Args:
@@ -76,36 +160,20 @@ class Options:
             5.
         text_length: tokens of text, of other models with a marker for each image; None: 64 of `VISION_LANGUAGE` models
             and `QUERIES`, else 512.
-        backends: names in `CHOICES`; None: "fused", and "reference" unless it is a `VISION_LANGUAGE` model, whose naive
+        backends: as of `Settings`; None: "fused", and "reference" unless it is a `VISION_LANGUAGE` model, whose naive
             attention to large images takes more memory than many machines have.
-        dtype: a name in `DTYPES`.
-        device: as torch names it.
-        size: of the model, a name that it offers; None: "small", or that of `folder`.
-        folder: a checkpoint with weights; None: they are random.
         prompt: what is asked about the images, where `folder` has a tokenizer; None: random tokens.
-        train: also measure a training step.
-        seed: of weights and text.
 
-    Raises:
-        BadInput: a name is unknown, a number is out of range, two settings exclude each other, or the device is
-            missing.
+    The others are as of `Settings`.
     """
 
-    model: str
     image: Path
     tokens: tuple[int, ...] | None = None
     reduce: tuple[str, ...] | None = None
     resolutions: tuple[int, ...] | None = None
     images: int | None = None
     text_length: int | None = None
-    backends: tuple[str, ...] | None = None
-    dtype: str = "fp32"
-    device: str = "cpu"
-    size: str | None = None
-    folder: Path | None = None
     prompt: str | None = None
-    train: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
         self._fill()
@@ -118,29 +186,20 @@ class Options:
                 f"--text-length must be above the number of images, {self.images}, each of which has a marker in the "
                 f"text; got {self.text_length}"
             )
-        self._set("backends", tuple(dict.fromkeys(self.backends)))
-        for backend in self.backends or ("",):
-            one_of("--backend", backend, CHOICES)
-        one_of("--dtype", self.dtype, tuple(DTYPES))
-        check_device(self.device)
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+        self._check_run()
 
     def _fill(self) -> None:
         """Gives settings that were left out the values that suit the model."""
         whole = self.model in VISION_LANGUAGE
         in_text = whole or self.model in QUERIES
-        for name, value in (
-            ("images", _ONE_IMAGE if in_text else _IMAGES),
-            ("text_length", _QUESTION if in_text else _TEXT_LENGTH),
-            ("backends", _BACKENDS[:1] if whole else _BACKENDS),
-            ("size", None if self.folder else _SIZE),
-            ("resolutions", RESOLUTIONS if whole else None),
-            ("reduce", REDUCERS if whole else None),
-        ):
-            if getattr(self, name) is None:
-                self._set(name, value)
+        self._fill_with(
+            images=_ONE_IMAGE if in_text else _IMAGES,
+            text_length=_QUESTION if in_text else _TEXT_LENGTH,
+            backends=_BACKENDS[:1] if whole else _BACKENDS,
+            size=None if self.folder else _SIZE,
+            resolutions=RESOLUTIONS if whole else None,
+            reduce=REDUCERS if whole else None,
+        )
         if self.resolutions is not None and self.reduce is None:
             self._set("reduce", (UNREDUCED,))
 
@@ -172,8 +231,6 @@ class Options:
         if self.folder is not None and self.model not in VISION_LANGUAGE:
             must = f"must be for one of {', '.join(VISION_LANGUAGE)}, whose numbers of tokens need no other weights"
             raise BadInput(f"--model {must}; got {self.model}")
-        if self.folder is not None and self.size is not None:
-            raise BadInput(f"--size must not be given with --model, whose checkpoint has a size; got {self.size!r}")
         if self.prompt is not None and self.folder is None:
             raise BadInput("--prompt must be given with --model, whose tokenizer reads it; got it alone")
 
@@ -184,10 +241,6 @@ class Options:
             return self.tokens or ()
         return tuple(Choice(reducer, side) for side in self.resolutions or (None,) for reducer in self.reduce)
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
 
 def name_of(backend: str) -> str:
     """Returns the name that people read for a backend, in tables, pictures and progress: "reference" is "naive"."""
@@ -195,8 +248,8 @@ def name_of(backend: str) -> str:
 
 
 def title_of(row: Row) -> str:
-    """Returns what people read of a row: "64 tokens per image", or the reducer, with its resolution."""
-    return str(row) if isinstance(row, Choice) else f"{row:,} tokens per image"
+    """Returns what people read of a row: "64 tokens per image", the reducer with its resolution, or "5 s, pool 2"."""
+    return f"{row:,} tokens per image" if isinstance(row, int) else str(row)
 
 
 def baseline_of(backends: Sequence[str], *, reducing: bool) -> str:
@@ -207,20 +260,23 @@ def baseline_of(backends: Sequence[str], *, reducing: bool) -> str:
     return backends[0] if reducing and "reference" not in backends else "reference"
 
 
-def parse_tokens(text: str) -> tuple[int, ...]:
-    """Returns the numbers of a text such as "16,64,256"."""
-    try:
-        return tuple(int(part) for part in parse_list(text))
-    except ValueError:
-        raise BadInput(f"--tokens must be integers, such as 16,64; got {text!r}") from None
+Number = TypeVar("Number", int, float)
 
 
-def parse_resolutions(text: str) -> tuple[int, ...]:
-    """Returns the numbers of a text such as "224,448"."""
+def parse_numbers(option: str, text: str, kind: type[Number], example: str) -> tuple[Number, ...]:
+    """Returns the numbers of a list such as "16,64,256".
+
+    Args:
+        option: for errors.
+        text: the list.
+        kind: int or float.
+        example: of a list, for errors.
+    """
     try:
-        return tuple(int(part) for part in parse_list(text))
+        return tuple(kind(part) for part in parse_list(text))
     except ValueError:
-        raise BadInput(f"--resolutions must be integers, such as 224,448; got {text!r}") from None
+        must = "integers" if kind is int else "numbers"
+        raise BadInput(f"{option} must be {must}, such as {example}; got {text!r}") from None
 
 
 def _checked_resolutions(sides: tuple[int, ...]) -> tuple[int, ...]:

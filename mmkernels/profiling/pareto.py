@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from mmkernels.profiling.options import Choice
+from mmkernels.profiling.options import Choice, Excerpt
 
 
 class Trade(NamedTuple):
@@ -21,7 +21,9 @@ class Trade(NamedTuple):
 
 
 def row_of(cell: dict[str, Any]) -> int | str:
-    """Returns what the row of a cell is about: a number of tokens, or the name of a `Choice`."""
+    """Returns what the row of a cell is about: a number of tokens, or the name of a `Choice` or `Excerpt`."""
+    if "sound_seconds" in cell:
+        return str(Excerpt(cell["sound_seconds"], cell["pool"]))
     if not cell.get("reducer"):
         return int(cell["tokens_per_image"])
     return str(Choice(cell["reducer"], cell.get("resolution")))  # older reports have no resolution
@@ -35,6 +37,11 @@ def drift_of(cell: dict[str, Any]) -> tuple[float, float] | None:
     if "relative_l2_to_fp32" in drift:
         return drift["relative_l2_to_fp32"], drift["top1_agreement_with_fp32"]
     return drift["relative_l2"], drift["top1_agreement"]
+
+
+def drift_text(distance: float) -> str:
+    """Such as "0.31", "0.0042" and "3e-07"."""
+    return f"{distance:.2g}" if distance >= 1e-3 else f"{distance:.0e}"
 
 
 def trades(cells: Iterable[dict[str, Any]], backend: str) -> dict[str, Trade]:

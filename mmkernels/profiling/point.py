@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mmkernels.meters import peak_memory
 from mmkernels.profiling.adapter import Adapter, ReducingAdapter, Reduction
-from mmkernels.profiling.options import Choice, Options, Row, baseline_of, name_of, title_of
+from mmkernels.profiling.options import Choice, Excerpt, Row, Settings, baseline_of, name_of, title_of
 from mmkernels.runtime.dispatch import use_backend
 from mmkernels.runtime.eager import stub_ops
 
@@ -55,25 +54,25 @@ class Point:
     Args:
         adapter, options: of the profile.
         row: a number of tokens, or a reducer.
-        photos: the images.
+        sources: the photographs, or the sound.
         progress: called with the name of each step before it begins.
-        earlier: for reducers, the rows before this one, which shares their weights, and the inputs of one with the same
-            resolution; drift is measured from the outputs of the first. Without any, this is the first row, or drift is
-            measured from this row's own naive outputs.
+        earlier: for rows that are measured together, those before this one, which shares their weights, and the inputs
+            of one with the same resolution or length; drift is measured from the outputs of the first. Without any,
+            this is the first row, or drift is measured from this row's own naive outputs.
 
     Attributes:
         model, inputs: what the adapter takes.
         cells: by backend; what `prepare` and `mmkernels.profiling.timing` find is written into them.
         seconds: by candidate, the cells' and those of `REMOVED`; of `NAIVE_LOSS`, what stands in the cell of "fused".
-        reduction: what the reducer makes of the first image, where the row is one.
+        reduction: what becomes of the first image or of the sound, where the row is no number of tokens.
     """
 
     def __init__(
         self,
-        adapter: Adapter,
-        options: Options,
+        adapter: Adapter[Any],
+        options: Settings,
         row: Row,
-        photos: list[Image.Image],
+        sources: list[Any],
         progress: Callable[[str], None],
         earlier: Sequence[Point] = (),
     ) -> None:
@@ -86,25 +85,22 @@ class Point:
         self.model: Any
         self.inputs: Any
         if first is None:
-            self._build(row, photos)
+            self._build(row, sources)
         else:
-            assert isinstance(row, Choice)
-            self.model = cast(ReducingAdapter, adapter).exchange(options, first.model, row)
-            alike = [point for point in earlier if cast(Choice, point.row).resolution == row.resolution]
-            self.inputs = alike[0].inputs if alike else adapter.inputs(options, self.model, photos, row)
+            assert not isinstance(row, int)
+            self.model = cast(ReducingAdapter[Any], adapter).exchange(options, first.model, row)
+            alike = [point for point in earlier if cast(Choice | Excerpt, point.row).source == row.source]
+            self.inputs = alike[0].inputs if alike else adapter.inputs(options, self.model, sources, row)
         self.reduction: Reduction | None = None
         if isinstance(row, int):
             tokens = row
         else:
             with torch.inference_mode():
-                self.reduction = cast(ReducingAdapter, adapter).reduction(self.model, self.inputs)
+                self.reduction = cast(ReducingAdapter[Any], adapter).reduction(self.model, self.inputs)
             tokens = self.reduction.tokens
         self.cells: dict[str, Cell] = {
             backend: {
-                "reducer": None if isinstance(row, int) else row.reducer,
-                "resolution": None if isinstance(row, int) else row.resolution,
-                "tokens_per_image": tokens,
-                "visual_tokens": tokens * (options.images or 0),
+                **_about(row, tokens, getattr(options, "images", None) or 0),
                 "backend": backend,
                 "failed": None,
                 "seconds": {},
@@ -121,15 +117,15 @@ class Point:
         self.seconds[REMOVED] = {}
         self.seconds[NAIVE_LOSS] = self.cells["fused"]["naive_loss"] if "fused" in self.cells else {}
 
-    def _build(self, row: Row, photos: list[Image.Image]) -> None:
+    def _build(self, row: Row, sources: list[Any]) -> None:
         """Makes model and inputs; finds the outputs in float32 on the way, where another dtype is measured."""
         options = self.options
         self.model = self.adapter.build(options, row).to(self.device)
         if options.torch_dtype != torch.float32 and "reference" in (options.backends or ()):
-            wide = self._logits("reference", self.adapter.inputs(options, self.model, photos, row))
+            wide = self._logits("reference", self.adapter.inputs(options, self.model, sources, row))
             self.exact = Exact(None, wide)
         self.model.to(options.torch_dtype)
-        self.inputs = self.adapter.inputs(options, self.model, photos, row)
+        self.inputs = self.adapter.inputs(options, self.model, sources, row)
 
     def prepare(self) -> None:
         """Measures all but times: drift, which also warms up every backend, and peak memory."""
@@ -187,6 +183,19 @@ class Point:
                 }
             if self.reduction is None or not self.reduction.learned:
                 cell["drift"] = drift or None
+
+
+def _about(row: Row, tokens: int, images: int) -> Cell:
+    """Returns what a cell says of its row."""
+    if isinstance(row, Excerpt):
+        return {"sound_seconds": row.seconds, "pool": row.pool, "tokens": tokens}
+    reducer, resolution = (None, None) if isinstance(row, int) else row
+    return {
+        "reducer": reducer,
+        "resolution": resolution,
+        "tokens_per_image": tokens,
+        "visual_tokens": tokens * images,
+    }
 
 
 def fits(run: Callable[[], Any]) -> bool:

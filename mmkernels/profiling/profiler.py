@@ -13,18 +13,19 @@ from PIL import Image
 from mmkernels.machine import describe_machine, device_name
 from mmkernels.meters import memory_why_not
 from mmkernels.options import BadInput
-from mmkernels.profiling.adapter import Adapter, ReducingAdapter
+from mmkernels.profiling.adapter import Adapter, PhotoAdapter
 from mmkernels.profiling.blip2 import BLIP2Adapter
 from mmkernels.profiling.flamingo import FlamingoAdapter, ReducingFlamingoAdapter
 from mmkernels.profiling.internvl import InternVLAdapter
-from mmkernels.profiling.options import Options, Row
+from mmkernels.profiling.options import Options, Row, Settings
 from mmkernels.profiling.pareto import front
 from mmkernels.profiling.photo import crops
 from mmkernels.profiling.point import Cell
 from mmkernels.profiling.qwen_vl import QwenVLAdapter
+from mmkernels.profiling.sound_options import HEARING
 from mmkernels.profiling.timing import measure_rows, steps_of_rows
 
-REDUCING: dict[str, ReducingAdapter] = {
+REDUCING: dict[str, PhotoAdapter] = {
     "flamingo": ReducingFlamingoAdapter(),
     "qwen2_vl": QwenVLAdapter("qwen2"),
     "qwen2_5_vl": QwenVLAdapter("qwen2_5"),
@@ -33,27 +34,33 @@ REDUCING: dict[str, ReducingAdapter] = {
 }
 """What can be profiled over reducers and resolutions. A new model is one adapter here."""
 
-MODELS: dict[str, Adapter] = {**REDUCING, "flamingo": FlamingoAdapter(), "blip2": BLIP2Adapter()}
+MODELS: dict[str, Adapter[Options]] = {**REDUCING, "flamingo": FlamingoAdapter(), "blip2": BLIP2Adapter()}
 """What can be profiled: `REDUCING` models, or over numbers of tokens."""
 
 SCHEMA = 1
 
 
-def find_model(options: Options) -> Adapter:
+def find_model(options: Options) -> Adapter[Options]:
     """Returns the adapter of the model that `options` names.
 
     Raises:
         BadInput: there is no such model, it has no such size, or a number of tokens or a reducer does not suit it.
     """
-    models: Mapping[str, Adapter] = REDUCING if options.reduce else MODELS
+    models: Mapping[str, Adapter[Options]] = REDUCING if options.reduce else MODELS
     if options.model not in models:
         with_reduce = " with --reduce" * bool(options.reduce)
-        raise BadInput(f"model must be one of {', '.join(models)}{with_reduce}; got {options.model!r}")
+        known = [*models, *HEARING] if models is MODELS else models
+        raise BadInput(f"model must be one of {', '.join(known)}{with_reduce}; got {options.model!r}")
     adapter = models[options.model]
-    if options.folder is None and options.size not in adapter.sizes:
-        raise BadInput(f"--size must be one of {', '.join(adapter.sizes)}; got {options.size!r}")
+    check_size(options, adapter)
     adapter.check(options)
     return adapter
+
+
+def check_size(options: Settings, adapter: Adapter[Any]) -> None:
+    """Raises `BadInput` unless the model has this size, or is read from a folder."""
+    if options.folder is None and options.size not in adapter.sizes:
+        raise BadInput(f"--size must be one of {', '.join(adapter.sizes)}; got {options.size!r}")
 
 
 def check_photo(options: Options, photo: Image.Image) -> None:
@@ -114,15 +121,27 @@ def reports(
         del points  # with their models
 
 
-def _report(options: Options, adapter: Adapter, cells: list[Cell], reductions: dict[str, Any]) -> dict[str, Any]:
+def _report(
+    options: Options, adapter: Adapter[Options], cells: list[Cell], reductions: dict[str, Any]
+) -> dict[str, Any]:
+    return common(options, adapter, command(options), cells) | {
+        "settings": settings(options) | {"image": options.image.name},
+        "square": adapter.square,
+        "reducers": reductions,
+        "pareto": front(cells, options.backends or ()),
+        "marginal_seconds_per_visual_token": {} if options.reduce else marginal(cells),
+    }
+
+
+def common(options: Settings, adapter: Adapter[Any], command: str, cells: list[Cell]) -> dict[str, Any]:
+    """Returns what the reports of all models have."""
     return {
         "kind": "mmkernels profile",
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command(options),
-        "settings": _settings(options),
+        "command": command,
+        "settings": settings(options),
         "rows": [row if isinstance(row, int) else str(row) for row in options.rows],
-        "square": adapter.square,
         "about_size": adapter.about.get(options.size or "", ""),
         "stages": {stage.name: stage.about for stage in adapter.stages},
         "total": {"name": adapter.total, "stages": [stage.name for stage in adapter.stages if stage.calls == 1]},
@@ -130,16 +149,13 @@ def _report(options: Options, adapter: Adapter, cells: list[Cell], reductions: d
         "machine": describe_machine(options.device),
         "memory_why_not": memory_why_not(options.device),
         "cells": cells,
-        "reducers": reductions,
-        "pareto": front(cells, options.backends or ()),
-        "marginal_seconds_per_visual_token": {} if options.reduce else marginal(cells),
     }
 
 
-def _settings(options: Options) -> dict[str, Any]:
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(options).items()}
-    folder = {} if options.folder is None else {"folder": options.folder.name}
-    return settings | {"image": options.image.name} | folder
+def settings(options: Settings) -> dict[str, Any]:
+    """Returns the options as JSON has them, without the folder in which a checkpoint lies."""
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(options).items()}
+    return found if options.folder is None else found | {"folder": options.folder.name}
 
 
 def command(options: Options) -> str:
@@ -151,11 +167,15 @@ def command(options: Options) -> str:
         ["--tokens", _joined(options.tokens or ())] if options.reduce is None else ["--reduce", _joined(options.reduce)]
     )
     words += ["--images", str(options.images)]
-    words += ["--text-length", str(options.text_length), "--backend", _joined(options.backends or ())]
-    words += ["--dtype", options.dtype, "--device", options.device]
-    words += ["--model", options.folder.name] if options.folder else ["--size", options.size or ""]
+    words += ["--text-length", str(options.text_length), *words_of_run(options)]
     words += ["--prompt", options.prompt] if options.prompt else []
     return shlex.join(words + ["--train"] * options.train)
+
+
+def words_of_run(options: Settings) -> list[str]:
+    """Returns the part of a command that says how the model runs."""
+    words = ["--backend", _joined(options.backends or ()), "--dtype", options.dtype, "--device", options.device]
+    return words + (["--model", options.folder.name] if options.folder else ["--size", options.size or ""])
 
 
 def _joined(parts: Iterable[object]) -> str:

@@ -1,4 +1,4 @@
-"""The stages of a `VisionLanguageModel` behind its images: the prompt is read, then the text goes on token by token."""
+"""The stages of a `VisionLanguageModel` behind its encoder: the prompt is read, then the text goes on by tokens."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ class Prompt:
     Args:
         input_ids: int64 ``[1, L]``, with a marker for each visual token.
         text_ids: every token below this number is text.
+        medium: the model's argument for what is encoded.
     """
 
     input_ids: Tensor
     text_ids: int
+    medium: str = "images"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Read:
 def _prefill(model: Any, inputs: Prompt, state: Visual) -> Read:
     length = inputs.input_ids.shape[1] - sum(state.marked) + sum(state.lengths)
     cache = ContextCache(len(model.decoder.blocks), reserve=length + DECODE_TOKENS)
-    out = model(inputs.input_ids, images=state, kv_cache=cache, last_logits_only=True)
+    out = model(inputs.input_ids, **{inputs.medium: state}, kv_cache=cache, last_logits_only=True)
     return Read(cache, _next_token(out.logits, inputs))
 
 

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from mmkernels import report as writer
 from mmkernels.meters import Timing
+from mmkernels.profiling import sound_table
 from mmkernels.profiling.options import UNREDUCED, baseline_of, name_of
-from mmkernels.profiling.pareto import drift_of, row_of
+from mmkernels.profiling.pareto import drift_of, drift_text, row_of
 from mmkernels.profiling.point import NAIVE_LOSS
 from mmkernels.report import MISSING, megabytes, microseconds, milliseconds, plural, ratio
 
@@ -27,7 +28,7 @@ _MOST_SAID = 7
 
 RANDOM = (
     "The weights are random. Time and memory are those of a trained model; drift is not: it shows how much of the "
-    "output a reducer changes, not how much a trained model would lose."
+    "output changes, not how much a trained model would lose."
 )
 """What a reader of drift must know where there is no checkpoint."""
 
@@ -50,9 +51,19 @@ def _gains_legend(report: dict[str, Any]) -> str:
     return _GAINS_LEGEND.format(share="" if _is_crowded(report) else "; then the share of the cap that is reached")
 
 
+def compares_rows(report: dict[str, Any]) -> bool:
+    """Returns whether drift is that of a row from another one: of reducers, or of pooled sound."""
+    return bool(report["settings"].get("reduce")) or is_of_sound(report)
+
+
+def is_of_sound(report: dict[str, Any]) -> bool:
+    """Returns whether the model hears."""
+    return "pool" in report["settings"]
+
+
 def _is_crowded(report: dict[str, Any]) -> bool:
     """Returns whether there is no room for all columns: with reducers and a training step."""
-    return bool(report["settings"].get("reduce")) and report["settings"]["train"]
+    return compares_rows(report) and report["settings"]["train"]
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
@@ -90,8 +101,9 @@ def _heading(report: dict[str, Any]) -> Text:
     text.append(title_of_model(s), style="bold")
     weights = "its weights" if s.get("folder") else "random weights"
     about = report.get("about_size")
+    source = sound_table.part_of(report) if is_of_sound(report) else crops_of(report)
     text.append(
-        f", {s['dtype']}, {weights}{f', {about}' * bool(about)}; {crops_of(report)}, {text_of(s)}\n"
+        f", {s['dtype']}, {weights}{f', {about}' * bool(about)}; {source}, {text_of(s)}\n"
         f"{report['device']}, torch {report['machine']['versions']['torch']}, "
         f"{plural(threads, 'thread')}\n"
     )
@@ -100,13 +112,13 @@ def _heading(report: dict[str, Any]) -> Text:
 
 def _measurements(report: dict[str, Any]) -> Table:
     total, train = report["total"], report["settings"]["train"]
-    reducing = bool(report["settings"].get("reduce"))
+    reducing = compares_rows(report)
     repeated = [stage for stage in report["stages"] if stage not in total["stages"]]
     times = (
         {stage: stage for stage in total["stages"]} | {"total": total["name"]} | {stage: stage for stage in repeated}
     )
     memories = {"peak_memory_bytes": "memory"}
-    if _is_crowded(report) and report["settings"].get("resolutions"):
+    if _is_crowded(report) and (report["settings"].get("resolutions") or is_of_sound(report)):
         times = {name: title for name, title in times.items() if name not in repeated}
     if train:
         times["train_step"] = "train"
@@ -123,12 +135,12 @@ def _measurements(report: dict[str, Any]) -> Table:
         for name, title in columns.items()
     ]
     drifts = [Column("drift", justify="right")]
-    if reducing and not _is_crowded(report):
+    if reducing and not _is_crowded(report) and not is_of_sound(report):
         drifts.append(Column("same\ntoken", justify="right"))
     table = writer.table((), [*_columns(report), *numbers, *drifts])
     for cell, following in zip(report["cells"], [*report["cells"][1:], None], strict=True):
         ends = _ends_section(report, cell, following)
-        row = _begin(report, cell)
+        row = begin(report, cell)
         if cell["failed"]:
             row.append(cell["failed"])
         else:
@@ -138,7 +150,7 @@ def _measurements(report: dict[str, Any]) -> Table:
         naive_loss = train and cell.get("naive_loss")  # older reports have none
         table.add_row(*row, end_section=ends and not naive_loss)
         if naive_loss:
-            row = _begin(report, cell | {"backend": NAIVE_LOSS})
+            row = begin(report, cell | {"backend": NAIVE_LOSS})
             row += [milliseconds(naive_loss.get(name)) if name == "train_step" else "" for name in times]
             row += [megabytes(naive_loss.get(name)) if name in naive_loss else "" for name in memories]
             table.add_row(*row, end_section=ends)
@@ -148,9 +160,10 @@ def _measurements(report: dict[str, Any]) -> Table:
 def _ends_section(report: dict[str, Any], cell: dict[str, Any], following: dict[str, Any] | None) -> bool:
     """Returns whether a line is drawn behind a cell: behind all backends; of one alone, behind each resolution."""
     backends = report["settings"]["backends"]
-    if len(backends) > 1 or not cell.get("resolution"):
+    by = "sound_seconds" if is_of_sound(report) else "resolution"
+    if (len(backends) > 1 and not is_of_sound(report)) or not cell.get(by):
         return bool(cell["backend"] == backends[-1])
-    return following is not None and following["resolution"] != cell["resolution"]
+    return following is not None and following[by] != cell[by]
 
 
 def _gains(report: dict[str, Any]) -> Table:
@@ -163,7 +176,7 @@ def _gains(report: dict[str, Any]) -> Table:
     short = _is_crowded(report)
     rows = [
         [
-            *_begin(report, cell),
+            *begin(report, cell),
             *(_gain(cell["amdahl"].get(name), short=short) for name in shown),
             *(ratio(memory_ratio(report, cell, name)) for name in memories),
         ]
@@ -176,6 +189,8 @@ def _gains(report: dict[str, Any]) -> Table:
 
 def _columns(report: dict[str, Any]) -> list[Column]:
     """Returns the columns that both tables begin with."""
+    if is_of_sound(report):
+        return [*(Column(title, justify="right") for title in sound_table.TITLES), Column("backend")]
     columns = [Column("visual\ntokens", justify="right"), Column("backend")]
     if not report["settings"].get("reduce"):
         return columns
@@ -183,8 +198,10 @@ def _columns(report: dict[str, Any]) -> list[Column]:
     return [*sides, Column("reducer", overflow="fold"), *columns]
 
 
-def _begin(report: dict[str, Any], cell: dict[str, Any]) -> list[str]:
+def begin(report: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     """Returns what stands in a cell's row in `_columns`."""
+    if is_of_sound(report):
+        return [*sound_table.begin(cell), name_of(cell["backend"])]
     begin = [tokens(report, cell), name_of(cell["backend"])]
     side = [f"{cell['resolution']:,}"] if cell.get("resolution") else []
     return [*side, cell["reducer"], *begin] if cell.get("reducer") else begin
@@ -200,7 +217,7 @@ def _gain(bound: dict[str, float] | None, *, short: bool) -> str:
 def legend(report: dict[str, Any]) -> str:
     """Returns what the columns are, in lines."""
     s = report["settings"]
-    hidden = _is_crowded(report) and bool(s.get("resolutions"))
+    hidden = _is_crowded(report) and bool(s.get("resolutions") or is_of_sound(report))
     lines = [
         f"{stage}: {about}{'; in the JSON alone' * (hidden and stage not in report['total']['stages'])}."
         for stage, about in report["stages"].items()
@@ -211,7 +228,10 @@ def legend(report: dict[str, Any]) -> str:
     wide = any("relative_l2_to_fp32" in (cell["drift"] or {}) for cell in report["cells"])
     if s["train"] and any(cell.get("naive_loss") for cell in report["cells"]):
         lines.append(f"{NAIVE_LOSS}: fused but for the training loss, which is made from all logits.")
-    if s.get("reduce"):
+    if is_of_sound(report):
+        lines += sound_table.legend(report, name_of(_baseline(report)) if not wide else "naive float32")
+        lines += [RANDOM] * (not s.get("folder"))
+    elif s.get("reduce"):
         lines += _reducing_legend(report, wide)
     elif any(cell["drift"] for cell in report["cells"]):
         lines.append(
@@ -250,16 +270,11 @@ def _reducing_legend(report: dict[str, Any], wide: bool) -> list[str]:
     return lines
 
 
-def drift_text(distance: float) -> str:
-    """Such as "0.31", "0.0042" and "3e-07"."""
-    return f"{distance:.2g}" if distance >= 1e-3 else f"{distance:.0e}"
-
-
 def _drift(report: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     """Returns what stands in the last columns."""
-    found, reducing = drift_of(cell), bool(cell.get("reducer"))
+    found, reducing = drift_of(cell), compares_rows(report)
     if found is None:
-        text = "-" if reducing and report["reducers"][str(row_of(cell))]["learned"] else MISSING
+        text = "-" if cell.get("reducer") and report["reducers"][str(row_of(cell))]["learned"] else MISSING
         return [text] * (1 + reducing)
     distance, agreement = found
     mark = MARK if is_best(report, cell) else ""
@@ -277,13 +292,22 @@ def is_best(report: dict[str, Any], cell: dict[str, Any]) -> bool:
 
 def _is_baseline(report: dict[str, Any], cell: dict[str, Any]) -> bool:
     """Returns whether drift is measured from this cell."""
-    reducing = bool(cell.get("reducer"))
-    baseline = baseline_of(report["settings"]["backends"], reducing=reducing)
-    return cell["backend"] == baseline and (not reducing or row_of(cell) == rows_of(report)[0])
+    if cell["backend"] != _baseline(report):
+        return False
+    if is_of_sound(report):
+        return bool(cell["pool"] == 1)
+    return not compares_rows(report) or row_of(cell) == rows_of(report)[0]
+
+
+def _baseline(report: dict[str, Any]) -> str:
+    """Returns the backend from whose outputs drift is measured."""
+    return baseline_of(report["settings"]["backends"], reducing=compares_rows(report))
 
 
 def summary(report: dict[str, Any]) -> str:
     """Returns one sentence: what the largest profile shows; or what each reducer does."""
+    if is_of_sound(report):
+        return sound_table.summary(report)
     if report["settings"].get("reduce"):
         return _reducing_summary(report)
     cells = {cell["backend"]: cell for cell in report["cells"] if cell["failed"] is None}  # the last of each stays

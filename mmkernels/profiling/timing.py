@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 
 from mmkernels.meters import time_alternating
 from mmkernels.profiling.adapter import Adapter, Stage
-from mmkernels.profiling.options import Options, Row, name_of
+from mmkernels.profiling.options import Row, Settings, name_of
 from mmkernels.profiling.point import NAIVE_LOSS, REMOVED, Point, amdahl, fits, running_as
 
 _BUDGET = 1.0  # seconds of counted rounds for one stage of one row, all candidates together
@@ -23,7 +22,7 @@ Candidate = tuple[Point, str]
 """A row, and what runs its ops: see `running_as`."""
 
 
-def steps_of_rows(options: Options, adapter: Adapter, rows: int) -> int:
+def steps_of_rows(options: Settings, adapter: Adapter[Any], rows: int) -> int:
     """Returns how often `measure_rows` reports progress."""
     backends = options.backends or ()
     memory = len(backends)
@@ -32,10 +31,10 @@ def steps_of_rows(options: Options, adapter: Adapter, rows: int) -> int:
 
 
 def measure_rows(
-    adapter: Adapter,
-    options: Options,
+    adapter: Adapter[Any],
+    options: Settings,
     rows: tuple[Row, ...],
-    photos: list[Image.Image],
+    sources: list[Any],
     progress: Callable[[str], None],
 ) -> Iterator[list[Point]]:
     """Measures rows together, and yields them at the end; several also before, after each row and each stage.
@@ -44,7 +43,7 @@ def measure_rows(
     """
     points: list[Point] = []
     for row in rows:
-        points.append(Point(adapter, options, row, photos, progress, points))
+        points.append(Point(adapter, options, row, sources, progress, points))
         points[-1].prepare()
         if len(rows) > 1:
             yield points
@@ -61,7 +60,7 @@ def measure_rows(
     yield points
 
 
-def _time_stages(adapter: Adapter, points: list[Point], progress: Callable[[str], None]) -> Iterator[None]:
+def _time_stages(adapter: Adapter[Any], points: list[Point], progress: Callable[[str], None]) -> Iterator[None]:
     """Yields after each stage."""
     candidates = [(point, name) for point in points for name in [*point.able(), *_removed(point)]]
     states: dict[Candidate, Any] = dict.fromkeys(candidates)
@@ -130,7 +129,7 @@ def _time(
             point.cells[candidate]["samples_seconds"][name] = list(one.samples)
 
 
-def _measure_training(adapter: Adapter, points: list[Point], progress: Callable[[str], None]) -> None:
+def _measure_training(adapter: Adapter[Any], points: list[Point], progress: Callable[[str], None]) -> None:
     """Measures a step's peak memory and time, gradients included, without the optimiser's update."""
 
     def clear(point: Point) -> None:

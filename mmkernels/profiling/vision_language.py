@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mmkernels.models.blocks.checkpoint import CheckpointError
+from mmkernels.models.blocks.checkpoint import CheckpointError, existing, read_json
+from mmkernels.models.blocks.model import Model
 from mmkernels.models.blocks.reduction import token_of
 from mmkernels.models.blocks.vision_language import VisionLanguageModel
 from mmkernels.models.blocks.visual import Visual, shorten
@@ -22,7 +22,8 @@ from mmkernels.models.blocks.visual_reduction import VisualReducer
 from mmkernels.nn.reducer import Reduced, TokenReducer
 from mmkernels.options import BadInput
 from mmkernels.profiling.adapter import Reduction, Stage
-from mmkernels.profiling.options import MOST_TOKENS, Choice, Options, Row
+from mmkernels.profiling.encoder import output_of, returning
+from mmkernels.profiling.options import MOST_TOKENS, Choice, Options, Row, Settings
 from mmkernels.profiling.reading import DECODE, DECODE_TOKENS, PREFILL, Prompt, random_text, with_markers
 from mmkernels.transformers_version import import_transformers
 
@@ -88,38 +89,13 @@ class Inputs(Prompt):
     layout: Layout
 
 
-class _Encoded(Exception):
-    """Ends a forward pass behind the encoder, whose output it carries."""
-
-
 def _encode(model: Any, inputs: Inputs, state: None) -> Any:
     """Returns what the encoder alone makes of the images."""
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        raise _Encoded(output)
-
-    handle = model.vision.register_forward_hook(stop)
-    try:
-        model.encode(*inputs.images)
-    except _Encoded as encoded:
-        return encoded.args[0]
-    finally:
-        handle.remove()
-    raise AssertionError("the model has encoded images without its encoder")
-
-
-@contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """Calls of the module return at once what it has returned before."""
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del module.forward
+    return output_of(model.vision, lambda: model.encode(*inputs.images))
 
 
 def _merge(model: Any, inputs: Inputs, state: Any) -> Visual:
-    with _returning(model.vision, state):
+    with returning(model.vision, state):
         visual: Visual = model.encode(*inputs.images)
     return visual
 
@@ -337,14 +313,12 @@ def _tokenized(options: Options, images: int, marker: int) -> list[int]:
     return list(ids)
 
 
-def read_config(model_class: type[VisionLanguageModel], options: Options) -> Any:
-    """Returns the configuration in a checkpoint's folder.
+def read_config(model_class: type[Model], options: Settings) -> Any:
+    """Returns the configuration in a checkpoint's folder, before any weight is read.
 
     Raises:
         BadInput: the folder is none, or the model can't be read from it.
     """
-    from mmkernels.models.blocks.checkpoint import existing, read_json
-
     assert options.folder is not None
     try:
         path = existing(options.folder / "config.json")

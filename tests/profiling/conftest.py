@@ -1,7 +1,7 @@
 """Settings of the profiler's tests."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -15,16 +15,30 @@ from mmkernels.profiling import timing
 
 @pytest.fixture(scope="package", autouse=True)
 def _short_and_steady() -> Iterator[None]:
-    """Few rounds, and one thread: tiny models wait for each other's threads longer than they compute."""
+    """One round, and one thread: tiny models wait for each other's threads longer than they compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "_BUDGET", 0.0)
-        patch.setattr(timing, "_LEAST_ROUNDS", 2)
-        patch.setattr(timing, "_ROUNDS_TOGETHER", 2)
+        patch.setattr(timing, "_LEAST_ROUNDS", 1)
+        patch.setattr(timing, "_ROUNDS_TOGETHER", 1)
         with quick_collections():
             yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="package")
+def two_rounds() -> Callable[[], AbstractContextManager[None]]:
+    """Returns what measures two rounds while it is entered, for a report that has several times of each stage."""
+
+    @contextmanager
+    def entered() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(timing, "_LEAST_ROUNDS", 2)
+            patch.setattr(timing, "_ROUNDS_TOGETHER", 2)
+            yield
+
+    return entered
 
 
 @pytest.fixture

@@ -20,7 +20,18 @@ from rich.console import Console
 
 from mmkernels.models.qwen_vl import QwenVL
 from mmkernels.options import BadInput
-from mmkernels.profiling import draw, pareto, plot, plot_parts, plot_tradeoff, profiler, reading, table, vision_language
+from mmkernels.profiling import (
+    draw,
+    encoder,
+    pareto,
+    plot,
+    plot_parts,
+    plot_tradeoff,
+    profiler,
+    reading,
+    table,
+    vision_language,
+)
 from mmkernels.profiling.options import RESOLUTIONS, Choice, Options
 from mmkernels.profiling.photo import crops, default_photo, paint
 from mmkernels.testing.families import FAMILIES
@@ -460,6 +471,6 @@ def test_a_photograph_that_is_too_long() -> None:
 
 def test_vision_is_called_as_before_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = QwenVL.from_size("tiny")
-    with pytest.raises(KeyError), vision_language._returning(model.vision, None):
+    with pytest.raises(KeyError), encoder.returning(model.vision, None):
         raise KeyError
     assert "forward" not in vars(model.vision)
