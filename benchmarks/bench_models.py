@@ -1,6 +1,6 @@
-"""Vision-language models beside transformers on "sdpa": encoders, prefill, a training step, a second turn, a video.
+"""Multimodal models beside transformers on "sdpa": encoders, prefill, training steps, a second turn, a video, sound.
 
-The widths are published ones, the weights random: models_cases.py.
+The widths are published ones, the weights random: models_cases.py, models_lxmert.py, models_sound.py.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 from models_cases import CASES
+from models_lxmert import LXMERT_CASES
 from models_measure import Row, measure
+from models_sound import SOUND_CASES
+
+ALL = (*CASES, *LXMERT_CASES, *SOUND_CASES)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     device, compile_only, quick = option("device"), option("compile_only"), option("quick")
-    rows = [Row(case, dtype, device, compile_only, quick) for case in CASES for dtype in option("dtypes").split(",")]
+    rows = [Row(case, dtype, device, compile_only, quick) for case in ALL for dtype in option("dtypes").split(",")]
     metafunc.parametrize("row", rows, ids=str)
 
 

@@ -10,6 +10,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +24,13 @@ _SDPA = "sdpa"
 
 
 class Call(NamedTuple):
-    """What an attention call's FLOP depend on."""
+    """What an attention call's FLOP and bytes depend on."""
 
     query: torch.Size  # [B, Hq, Lq, D]
     key: torch.Size
     value: torch.Size  # [B, Hkv, Lk, Dv]
     mask: SpanMask | Tensor | None
+    size: int  # bytes of an element
 
 
 class Clock:
@@ -68,7 +70,7 @@ class Clock:
             yield
 
     def _note(self, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **_: Any) -> None:
-        self.calls.append(Call(query.shape, key.shape, value.shape, mask))
+        self.calls.append(Call(query.shape, key.shape, value.shape, mask, query.element_size()))
 
     def _count(self, *_: Any, **__: Any) -> None:
         self.sdpa_calls += 1
@@ -89,6 +91,13 @@ class Clock:
         """Returns the FLOP of the two matrix products of `calls`, of what their masks show alone."""
         return sum(
             2.0 * visible_pairs(call.mask, *call.query[:3], k_len=call.key[2]) * (call.query[3] + call.value[3])
+            for call in self.calls
+        )
+
+    def bytes(self) -> int:
+        """Returns the bytes of the tensors of `calls`: queries and outputs, keys and values, each moved once."""
+        return sum(
+            call.size * (prod(call.query) + prod(call.query[:3]) * call.value[3] + prod(call.key) + prod(call.value))
             for call in self.calls
         )
 

@@ -110,7 +110,7 @@ class Trial:
         net = self.ours if candidate.attention is None else self.theirs
         self.drop_gradients()
         if candidate.attention is not None and candidate.attention != self._attention:
-            self.theirs.set_attn_implementation(candidate.attention)
+            self.case.work.use_attention(self.theirs, candidate.attention)
             self._attention = candidate.attention
         inputs = self._converted(self._inputs[candidate.inputs], host_grids=candidate.attention is None)
         if candidate not in self._begun:
@@ -187,7 +187,7 @@ def measure(benchmark: Any, row: Row) -> None:
         first = _FirstRuns(trial, row)
         first.check()
         benchmark.group = f"models, {row.dtype}, {row.case.work.passes}"
-        seconds, attention, peak = _time(benchmark, trial, row, first.seconds)
+        seconds, attention, peaks = _time(benchmark, trial, row, first.seconds)
     found = Found(
         {name: median(times) for name, times in seconds.items()},
         {name: median(times) for name, times in attention.items()},
@@ -195,8 +195,10 @@ def measure(benchmark: Any, row: Row) -> None:
         first.calls,
         row.case.work.layers(trial.ours.config),
         first.flops,
-        peak,
+        peaks.flops,
         first.encoder_calls,
+        first.bytes,
+        peaks.bytes,
     )
     benchmark.extra_info |= _description(row, found, seconds, first)
 
@@ -210,7 +212,7 @@ class _FirstRuns:
         memory: of each the peak above model and inputs; of a training step what its forward pass keeps for the backward
             pass.
         seconds: of a run, the mean.
-        calls, flops: of the subject's attention.
+        calls, flops, bytes: of the subject's attention.
         sdpa_calls: of sdpa's.
         encoder_calls: of our image encoder.
         distances: of the results of each from the truth, the largest.
@@ -227,12 +229,13 @@ class _FirstRuns:
         for name in names:
             trial.prepare(name)  # what it does once is not counted
             clock.clear()
-            with clock.watching(), _counting_calls(trial.ours.vision) as encoder:
+            with clock.watching(), _counting_calls(row.case.work.encoder(trial.ours)) as encoder:
                 self._run(name)
             if name == SDPA:
                 self.sdpa_calls = clock.sdpa_calls
         self.seconds /= len(names)
-        self.calls, self.flops, self.encoder_calls = len(clock.calls), clock.flops(), len(encoder)
+        self.calls, self.flops, self.bytes = len(clock.calls), clock.flops(), clock.bytes()
+        self.encoder_calls = len(encoder)
 
     def _run(self, name: str) -> None:
         trial = self._trial
@@ -281,7 +284,7 @@ def _kept_for_backward(trial: Trial) -> Iterator[dict[int, int]]:
     Parameters are left out, and a gradient of the head that is computed with the loss: it is not an activation.
     """
     parameters = [x for net in (trial.ours, trial.theirs) for x in net.parameters()]
-    own, head = {x.untyped_storage().data_ptr() for x in parameters}, trial.ours.head.weight.shape
+    own, head = {x.untyped_storage().data_ptr() for x in parameters}, trial.case.work.head_shape(trial.ours)
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -295,9 +298,12 @@ def _kept_for_backward(trial: Trial) -> Iterator[dict[int, int]]:
 
 
 @contextmanager
-def _counting_calls(module: torch.nn.Module) -> Iterator[list[None]]:
-    """Counts the calls of a module inside the ``with`` block: the length of the list."""
+def _counting_calls(module: torch.nn.Module | None) -> Iterator[list[None]]:
+    """Counts the calls of a module inside the ``with`` block: the length of the list; None: there are none."""
     calls: list[None] = []
+    if module is None:
+        yield calls
+        return
     hook = module.register_forward_pre_hook(lambda *_: calls.append(None))
     try:
         yield calls
@@ -314,8 +320,8 @@ def _rounds(seconds: float, quick: bool) -> int:
 
 def _time(
     benchmark: Any, trial: Trial, row: Row, seconds: float
-) -> tuple[dict[str, list[float]], dict[str, list[float]], float]:
-    """Returns the seconds of runs and of the attention calls in them, by candidate, and the FLOP a second at peak.
+) -> tuple[dict[str, list[float]], dict[str, list[float]], Peaks]:
+    """Returns the seconds of runs and of the attention calls in them, by candidate, and the machine's rates meanwhile.
 
     Args:
         seconds: of one run.
@@ -341,7 +347,7 @@ def _time(
             before=trial.prepare,
         )
     trial.drop_gradients()
-    return samples, attention, peaks.flops
+    return samples, attention, peaks
 
 
 def _description(row: Row, found: Found, samples: dict[str, list[float]], first: _FirstRuns) -> dict[str, Any]:
@@ -373,6 +379,9 @@ def _description(row: Row, found: Found, samples: dict[str, list[float]], first:
             "flops": found.flops,
             "share_of_peak": found.share_of_peak,
             "peak_flops_per_second": found.peak_flops,
+            "bytes": found.bytes,
+            "share_of_bandwidth": found.share_of_bandwidth,
+            "peak_bytes_per_second": found.peak_bytes,
         }
         | ({} if ratio is None else {"ratio": ratio}),
         "encoder_calls": found.encoder_calls,

@@ -77,7 +77,7 @@ def _pair(model_class: type[VisionLanguageModel], config: Any, translate: Any, *
     name, theirs_config = translate(config)
     with seeded(0):
         theirs = build(name, theirs_config).eval()
-        _redraw_zeros(theirs)
+        redraw_zeros(theirs)
     theirs.requires_grad_(not trained)
     for part in trained:
         getattr(theirs, part).requires_grad_()
@@ -91,7 +91,7 @@ def _pair(model_class: type[VisionLanguageModel], config: Any, translate: Any, *
 
 
 @torch.no_grad()
-def _redraw_zeros(net: nn.Module) -> None:
+def redraw_zeros(net: nn.Module) -> None:
     """Redraws parameters that are all 0, such as biases and class tokens: a 0 would hide errors."""
     for x in net.parameters():
         if not x.any():

@@ -15,8 +15,8 @@ SDPA = "sdpa"
 NAIVE = "naive"
 """Our model on the naive formula of every op."""
 
-TEXT_ONLY, ONE_IMAGE = "text only", "one image"
-"""What the second turn and the video are compared with, on our side."""
+TEXT_ONLY, ONE_IMAGE, WITHOUT_TIMES = "text only", "one image", "without word times"
+"""What the second turn, the video and word times are compared with, on our side."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Found:
         flops: of these calls, of what their masks show.
         peak_flops: FLOP a second that the machine sustained between the runs.
         encoder_calls: of a run of ours.
+        bytes: that these attention calls must move: what a cache holds beyond is not read.
+        peak_bytes: bytes a second that the machine sustained between the runs.
     """
 
     seconds: Mapping[str, float]
@@ -45,6 +47,8 @@ class Found:
     flops: float
     peak_flops: float
     encoder_calls: int
+    bytes: int = 0
+    peak_bytes: float = 1.0
 
     @property
     def calls_per_layer(self) -> float:
@@ -60,6 +64,12 @@ class Found:
         """The rate of the attention calls, as a share of the arithmetic peak; None: there are no calls."""
         seconds = self.attention[OURS]
         return self.flops / seconds / self.peak_flops if seconds else None
+
+    @property
+    def share_of_bandwidth(self) -> float | None:
+        """The bytes a second of the attention calls, as a share of the memory's; None: there are no calls."""
+        seconds = self.attention[OURS]
+        return self.bytes / seconds / self.peak_bytes if seconds else None
 
     @property
     def attention_ratio(self) -> float | None:
@@ -108,6 +118,9 @@ CAP = Limit("share of cap", "share", lambda found: found.share_of_cap, least=0.8
 ONE_CALL = Limit("calls a layer", "calls", lambda found: found.calls_per_layer, most=1.0)
 PEAK = Limit("attention, of FMA peak", "share", lambda found: found.share_of_peak, least=0.60)
 NO_SLOWER = Limit("attention, sdpa's", "ratio", lambda found: found.attention_ratio, least=1.0)
+BANDWIDTH = Limit("attention, of read bandwidth", "share", lambda found: found.share_of_bandwidth, least=0.75)
+NEVER_SLOWER = Limit("time, transformers'", "ratio", lambda found: found.seconds[SDPA] / found.seconds[OURS], least=1.0)
+WITH_TIMES = Limit("time, without word times", "ratio", lambda found: found.over(WITHOUT_TIMES), most=1.10)
 HALF_MEMORY = Limit("activations, of sdpa's", "share", lambda found: found.memory_share(SDPA), most=0.50)
 THIRD_MEMORY = Limit("activations, of naive", "share", lambda found: found.memory_share(NAIVE), most=1 / 3)
 NO_ENCODER = Limit("encoder calls", "calls", lambda found: found.encoder_calls, most=0.0)

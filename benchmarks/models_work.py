@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mmkernels.models.blocks.context import ContextCache
 from mmkernels.models.blocks.vision_language import VisionLanguageModel
@@ -31,6 +32,20 @@ class Work:
     def layers(self, config: Any) -> int:
         """Returns how many layers attend."""
         return int(config.vision_layers + config.text_layers)
+
+    def encoder(self, model: Any) -> nn.Module | None:
+        """Returns the part of our model whose calls are counted; None: it has none."""
+        encoder: nn.Module | None = getattr(model, "vision", None)
+        return encoder
+
+    def head_shape(self, model: Any) -> torch.Size | None:
+        """Returns the shape of the weights from which the loss is computed; None: there are none."""
+        head = getattr(model, "head", None)
+        return None if head is None else head.weight.shape
+
+    def use_attention(self, model: Any, name: str) -> None:
+        """Lets transformers' model attend by this implementation."""
+        model.set_attn_implementation(name)
 
     def begin(self, model: Any, inputs: Inputs) -> Any:
         """Does what is done once before all runs; returns what `resume` needs."""
