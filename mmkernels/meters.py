@@ -165,17 +165,27 @@ def host_seconds(run: Run, device: torch.device | str = "cpu", *, calls: int = 1
     return Timing(tuple(samples[1:]))
 
 
+_quick = False  # whether a block of `quick_collections` is entered
+
+
 @contextmanager
 def quick_collections() -> Iterator[None]:
     """Inside, garbage collections pass over what exists now, so that each takes milliseconds, not half a second.
 
-    Each measurement of memory begins with a collection, and most objects of a process are those of its modules.
+    Each measurement of memory begins with a collection, and most objects of a process are those of its modules. Within
+    another one it leaves to that one what collections pass over.
     """
+    global _quick
+    if _quick:
+        yield
+        return
     gc.collect()
     gc.freeze()
+    _quick = True
     try:
         yield
     finally:
+        _quick = False
         gc.unfreeze()
 
 

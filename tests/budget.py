@@ -35,7 +35,7 @@ class Budget(NamedTuple):
 DEFAULT = Budget(native=1_000, interpreted=60)
 # The first op of each family pays for what the family shares: models, integrations, every instruction set and mask.
 BUDGET = {
-    "cross_attention": Budget(native=30_500, interpreted=505),
+    "cross_attention": Budget(native=31_000, interpreted=505),
     "attention_received": Budget(native=1_300, interpreted=165),
     "attention_weights": Budget(native=1_300, interpreted=160),
     "co_attention": Budget(native=1_050, interpreted=96),

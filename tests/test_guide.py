@@ -17,7 +17,7 @@ from torch.distributed.run import get_args_parser
 
 from mmkernels import cli
 from mmkernels.ops import MODULES
-from mmkernels.options import BadInput
+from mmkernels.options import DTYPES, BadInput
 from mmkernels.planning.options import read_options
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +182,7 @@ def check_mmkernels(words: list[str]) -> None:
         assert (ROOT / "benchmarks" / f"bench_{options['op']}.py").exists(), options["op"]
         for dtype in (options["dtype"] or "fp32,bf16").split(","):
             chosen = options["filter"]
+            assert dtype in DTYPES, dtype
             assert not chosen or any(chosen in row for row in rows(options["op"], dtype)), options
 
 
@@ -191,7 +192,4 @@ def rows(op: str, dtype: str) -> list[str]:
     from transformers_measure import Row
     from transformers_models import MODELS
 
-    from mmkernels.options import DTYPES
-
-    assert dtype in DTYPES, dtype
     return [str(Row(model, dtype)) for model in MODELS]

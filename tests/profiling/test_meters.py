@@ -1,5 +1,6 @@
 """The meters measure what is known beforehand. No test depends on how long anything takes."""
 
+import gc
 import math
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from mmkernels import meters
-from mmkernels.meters import Timing, memory_why_not, peak_memory, time_alternating
+from mmkernels.meters import Timing, memory_why_not, peak_memory, quick_collections, time_alternating
 
 MEASURES = pytest.mark.skipif(memory_why_not() is not None, reason=str(memory_why_not()))
 
@@ -63,6 +64,14 @@ def test_a_counter_that_does_not_reset_is_found_out(monkeypatch: pytest.MonkeyPa
         assert "resets VmHWM" in memory_why_not()
     finally:
         memory_why_not.cache_clear()
+
+
+def test_quick_collections_within_others_leave_them_as_they_are() -> None:
+    with quick_collections():
+        frozen = gc.get_freeze_count()
+        with quick_collections():
+            assert frozen > 0 and gc.get_freeze_count() == frozen
+        assert gc.get_freeze_count() == frozen
 
 
 def test_candidates_take_turns_and_each_goes_first_in_its_turn() -> None:
