@@ -1,10 +1,11 @@
 """How many runs of an op ``make test`` may make: a count, which does not depend on the machine.
 
-20 ops fit into 15 minutes on two cores. In seconds, as a run from a clean clone took them:
+20 ops fit into 15 minutes on two cores. In seconds, as runs from a clean clone took them on two cores of a Zen 5:
 
-    set-up 206 + lint, types and GPU kernels compiled 92 + tests that run no op 193            = 491
-    left for two processes:                                               2 (900 - 491)        = 818
-    the budgets of the 20 ops below:     53,060 runs of 10.2 ms + 2,516 interpreted of 0.11 s  = 818
+    set-up 162 + lint, types and GPU kernels compiled 90 + tests that run no op 193            = 445
+    left for two processes:                                               2 (900 - 445)        = 910
+    the budgets of the 20 ops below:     57,310 runs of 8.5 ms + 2,516 interpreted of 0.07 s  = 663
+    spare: slower machines take more                                                           = 247
 """
 
 from __future__ import annotations
