@@ -254,10 +254,17 @@ def check(
         draws = [first]
         for number in range(1, 8):
             inputs = cast(draw(case, number), dtype, device, spec.always_wide)
+            assert _differ(inputs, inputs_in(spec, case, dtype, device)), f"{case.id}: draws must differ"
             ours = _run_untouched(spec, case, inputs, backend, threads, function)
             draws.append((ours, *_expected(spec, case, inputs, dtype)))
         compare(spec, case, *map(_joined, zip(*draws, strict=True)), f"{what} / eight draws", units)
     return len(ours.tensors)
+
+
+def _differ(a: Inputs, b: Inputs) -> bool:
+    """Whether some numbers of two draws do; a case that ignores its generator has eight times the same luck."""
+    floats = [[x for x in tensors_of(inputs) if x.is_floating_point()] for inputs in (a, b)]
+    return not floats[0] or any(x.shape != y.shape or not torch.equal(x, y) for x, y in zip(*floats, strict=True))
 
 
 def _run_untouched(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -172,6 +173,9 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         AssertionError, match=r"merge_attention / plain / chunked / torch.float32 / eight draws / out_a"
     ):
         check(spec, case, torch.float32, "chunked")
+    inputs = harness.draw(case)
+    with pytest.raises(AssertionError, match="plain: draws must differ"):
+        check(spec, dataclasses.replace(case, make=lambda g: inputs), torch.float32, "chunked")
 
 
 def test_a_written_input_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

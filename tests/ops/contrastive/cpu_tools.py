@@ -23,10 +23,25 @@ WAYS += [(_PAIRS_ISA, torch.bfloat16)] if _PAIRS_ISA in ISAS else []
 each_way = pytest.mark.parametrize(("isa", "dtype"), WAYS, ids=str)
 
 
-def case_of(id: str, inputs: Inputs) -> Case:
-    """With the gradients of all features and scalars."""
-    differentiable = ("image", "text", "logit_scale", "logit_bias", "hard_texts")
-    return Case(id, lambda _: inputs, tuple(name for name in differentiable if name in inputs))
+Problem = Callable[[int], Inputs]
+"""Returns the inputs of a draw; others for another number: where luck decides, `harness.check` needs several draws."""
+
+_DIFFERENTIABLE = ("image", "text", "logit_scale", "logit_bias", "hard_texts")
+
+
+def case_of(id: str, problem: Problem, grads: tuple[str, ...] | None = None) -> Case:
+    """Returns the case of a problem; `grads`: what it is differentiated by, None: all features and scalars."""
+    if grads is None:
+        inputs = problem(0)
+        grads = tuple(name for name in _DIFFERENTIABLE if name in inputs)
+    return Case(id, lambda g: problem(int(torch.randint(2**31, (), generator=g))), grads)
+
+
+def of_sigmoid(problem: Problem) -> Problem:
+    """Returns what `sigmoid_contrastive` takes of a problem, and a bias."""
+    names = ("image", "text", "logit_scale", "image_ids", "text_ids")
+    bias = {"logit_bias": torch.tensor(-2.0, dtype=torch.float64)}
+    return lambda number: {n: x for n, x in problem(number).items() if n in names} | bias
 
 
 def check_kernel(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import draw, generator, name_of, peak_of, poison
-from ops.contrastive.cpu_tools import WAYS, WIDE, case_of, check_kernel, each_way
+from ops.contrastive.cpu_tools import WAYS, WIDE, Problem, case_of, check_kernel, each_way, of_sigmoid
 from ops.contrastive.tools import features
 from ops.cpu_tools import DTYPES, ISAS, each_dtype, each_isa, needs_kernels
 from pairwise import cover, parametrize, traits
@@ -27,15 +27,20 @@ pytestmark = needs_kernels
 
 def _problem(
     n: int, m: int, dim: int, *, queries: int = 0, hard: int = 0, ids: int = 0, scale: float = 4.0, **options: Any
-) -> Inputs:
+) -> Problem:
     """Features of both sides; `ids`: of how many things they are, 0: of nothing known."""
-    g = generator(n * m + dim)
-    inputs = features(n, m, dim, queries, scale, seed=n + m)
-    if hard:
-        inputs["hard_texts"] = features(hard, dim=dim, seed=hard)["text"]
-    if ids or n != m:
-        inputs |= {f"{side}_ids": torch.randint(ids or 9, (k,), generator=g) for side, k in (("image", n), ("text", m))}
-    return inputs | {"reduction": "none"} | options
+
+    def problem(number: int) -> Inputs:
+        g = generator(number)
+        inputs = features(n, m, dim, queries, scale, seed=number)
+        if hard:
+            inputs["hard_texts"] = features(hard, dim=dim, seed=number + 1)["text"]
+        if ids or n != m:
+            sides = (("image", n), ("text", m))
+            inputs |= {f"{side}_ids": torch.randint(ids or 9, (k,), generator=g) for side, k in sides}
+        return inputs | {"reduction": "none"} | options
+
+    return problem
 
 
 _IMAGES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 256, 257, 513)
@@ -75,15 +80,10 @@ TASKS = {
 }
 
 
-def _of_sigmoid(inputs: Inputs) -> Inputs:
-    names = ("image", "text", "logit_scale", "image_ids", "text_ids")
-    return {n: x for n, x in inputs.items() if n in names} | {"logit_bias": torch.tensor(-2.0, dtype=torch.float64)}
-
-
-def _cases(problems: dict[str, Inputs]) -> list[tuple[str, Case]]:
-    found = [("info_nce", case_of(id, inputs)) for id, inputs in problems.items()]
-    kept = {id: inputs for id, inputs in problems.items() if inputs.get("same_id") != "ignore"}
-    return found + [("sigmoid_contrastive", case_of(id, _of_sigmoid(inputs))) for id, inputs in kept.items()]
+def _cases(problems: dict[str, Problem]) -> list[tuple[str, Case]]:
+    found = [("info_nce", case_of(id, problem)) for id, problem in problems.items()]
+    kept = {id: problem for id, problem in problems.items() if problem(0).get("same_id") != "ignore"}
+    return found + [("sigmoid_contrastive", case_of(id, of_sigmoid(problem))) for id, problem in kept.items()]
 
 
 CASES = {group: _cases(problems) for group, problems in CUTS.items()}
@@ -186,10 +186,10 @@ def _step(inputs: Inputs, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 def test_again_the_same_bits(id: str, isa: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(3)
     with cpu.use_isa(isa):
-        first = _step(TASKS[id], dtype)
+        first = _step(TASKS[id](0), dtype)
         for _ in range(3):
             poison()
-            assert all(torch.equal(a, b) for a, b in zip(_step(TASKS[id], dtype), first, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(_step(TASKS[id](0), dtype), first, strict=True))
 
 
 # Layouts.
@@ -203,7 +203,7 @@ def test_again_the_same_bits(id: str, isa: str, dtype: torch.dtype) -> None:
 )
 def test_steps_of_rows_in_any_layout(isa: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
     """Products in steps of channels copy what they can't read in place: the same bits as of whole rows."""
-    inputs = cast(_problem(*sizes, hard=5, ids=3), dtype, always_wide=WIDE)
+    inputs = cast(_problem(*sizes, hard=5, ids=3)(0), dtype, always_wide=WIDE)
     with cpu.use_isa(isa):
         want = _step(inputs, dtype)
         for view in (lambda x: x.mT.contiguous().mT, lambda x: x.repeat_interleave(2, -1)[:, 1::2]):
@@ -226,7 +226,7 @@ def _multiplied(run: Any) -> int:
 def test_products(isa: str, dtype: torch.dtype) -> None:
     """One to learn the loss, one more for gradients, one for each side's: 4 and 3 a step where both are wanted."""
     n, m, k, dim = 320, 320, 64, 48
-    inputs = cast(_problem(n, m, dim, hard=k), dtype, always_wide=WIDE)
+    inputs = cast(_problem(n, m, dim, hard=k)(0), dtype, always_wide=WIDE)
     inputs["logit_bias"] = torch.tensor(-3.0)
 
     def products(f: Any, names: tuple[str, ...], wanted: set[str]) -> float:
