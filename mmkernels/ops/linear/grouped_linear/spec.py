@@ -96,9 +96,7 @@ def _case(
     """
 
     def make(g: Generator) -> Inputs:
-        weight = (
-            normal(g, len(lengths), channels, outputs).mT if transposed else normal(g, len(lengths), outputs, channels)
-        )
+        weight = normal(g, len(lengths), *((channels, outputs) if transposed else (outputs, channels)))
         inputs: Inputs = {
             "x": normal(g, sum(lengths) + behind, channels),
             "weight": weight.mT if transposed else weight,
@@ -122,7 +120,11 @@ def _benchmark(tokens: int, name: str, channels: int, outputs: int, **more: Any)
         draw = lambda *shape: torch.randn(shape, generator=g, device=g.device)
         lengths = routed(tokens, _ACTIVE, _EXPERTS, g)
         weight = draw(_EXPERTS, outputs, channels).mul_(channels**-0.5)
-        return {"x": draw(tokens * _ACTIVE, channels), "weight": weight, "lengths": lengths}
+        return {
+            "x": draw(tokens * _ACTIVE, channels),
+            "weight": weight.mT if transposed else weight,
+            "lengths": lengths,
+        }
 
     params = {"T": tokens, "G": _EXPERTS, "active": _ACTIVE, "C": channels, "O": outputs}
     return Benchmark(f"{name}, {tokens} tokens", make, params, ("x", "weight"), **more)
