@@ -46,15 +46,15 @@ def weight_gradient_kernel(
     o = tile // across * BLOCK_Q + tl.arange(0, BLOCK_Q)
     c = tile % across * BLOCK_K + tl.arange(0, BLOCK_K)
     begin, end = tl.load(bounds + group), tl.load(bounds + group + 1)
-    # Past the end the last output and the last channel are read again, and not stored.
-    columns = flow + tl.minimum(o, outputs - 1).to(tl.int64)[None, :] * strides.output
-    of_x = x + tl.minimum(c, channels - 1).to(tl.int64)[None, :] * strides.channel
+    columns = flow + o.to(tl.int64)[None, :] * strides.output
+    of_x = x + c.to(tl.int64)[None, :] * strides.channel
+    is_output, is_channel = (o < outputs)[None, :], (c < channels)[None, :]
     z = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for row in range(begin, end, STEP):
-        i = row + tl.arange(0, STEP)
+        i = (row + tl.arange(0, STEP)).to(tl.int64)
         inside = (i < end)[:, None]
-        a = tl.load(columns + i[:, None] * strides.flow_row, mask=inside, other=0.0)
-        b = tl.load(of_x + i[:, None] * strides.row, mask=inside, other=0.0)
+        a = tl.load(columns + i[:, None] * strides.flow_row, mask=inside & is_output, other=0.0)
+        b = tl.load(of_x + i[:, None] * strides.row, mask=inside & is_channel, other=0.0)
         z = tl.dot(tl.trans(a), b, z, input_precision=PRECISION)
     at = of_weight + (group.to(tl.int64) * outputs + o)[:, None] * channels + c[None, :]
     tl.store(at, z.to(of_weight.dtype.element_ty), mask=(o < outputs)[:, None] & (c < channels)[None, :])
@@ -68,7 +68,7 @@ def bias_gradient_kernel(flow, of_bias, bounds, strides, outputs, ROWS: tl.const
     begin, end = tl.load(bounds + group), tl.load(bounds + group + 1)
     total = tl.zeros([OUTPUTS], tl.float32)
     for row in range(begin, end, ROWS):
-        i = row + tl.arange(0, ROWS)
+        i = (row + tl.arange(0, ROWS)).to(tl.int64)
         at = flow + i[:, None] * strides.flow_row + o.to(tl.int64)[None, :] * strides.output
         inside = (i < end)[:, None] & (o < outputs)[None, :]
         total += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32), 0)
