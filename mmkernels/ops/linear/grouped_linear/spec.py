@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from mmkernels.ops.common.cases import normal
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.linear.grouped_linear.groups import groups_of_rows, sizes_of
 from mmkernels.runtime.arguments import Differentiable
 from mmkernels.spec import Benchmark, Case, Cost, Inputs, OpSpec
@@ -56,21 +57,24 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: int) -> Tenso
 
 def reference_backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias, empty where none is wanted."""
-    none, sizes = args.x.new_empty, sizes_of(args.lengths, args.x.shape[0])
-    group = groups_of_rows(args.lengths, args.x.shape[0]) if sizes is None else None
+    x, flow, groups = args.x, args.grad_y, range(args.weight.shape[0])
+    of_x = of_weight = of_bias = None
+    if args.need_x:
+        of_x = reference(args._replace(x=flow, weight=args.weight.mT, bias=None))
+    if args.need_weight:
+        of_weight = torch.stack([_part(flow, args.lengths, g).mT @ _part(x, args.lengths, g) for g in groups])
+    if args.need_bias:
+        of_bias = torch.stack([_part(flow, args.lengths, g).sum(0) for g in groups])
+    return or_empty(of_x, x), or_empty(of_weight, x), or_empty(of_bias, x)
 
-    def part(rows: Tensor, g: int) -> Tensor:
-        """Returns the rows of a group, or all with zeros in place of the others."""
-        if sizes is not None:
-            return rows[(first := sum(sizes[:g])) : first + sizes[g]]
-        return torch.where((group == g)[:, None], rows, 0.0)
 
-    groups = range(args.weight.shape[0])
-    return (
-        reference(args._replace(x=args.grad_y, weight=args.weight.mT, bias=None)) if args.need_x else none(0),
-        torch.stack([part(args.grad_y, g).mT @ part(args.x, g) for g in groups]) if args.need_weight else none(0),
-        torch.stack([part(args.grad_y, g).sum(0) for g in groups]) if args.need_bias else none(0),
-    )
+def _part(x: Tensor, lengths: Tensor, group: int) -> Tensor:
+    """Returns the rows of a group; where Python may not look at lengths all rows, with zeros in place of others."""
+    sizes = sizes_of(lengths, x.shape[0])
+    if sizes is None:
+        return torch.where((groups_of_rows(lengths, x.shape[0]) == group)[:, None], x, 0.0)
+    first = sum(sizes[:group])
+    return x[first : first + sizes[group]]
 
 
 def formula(args: Any) -> tuple[Tensor]:

@@ -56,7 +56,8 @@ def product_kernel(
         j = tl.program_id(0) % across * BLOCK_K + tl.arange(0, BLOCK_K)
         z = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         if place.group < groups.number:
-            # Past the end the last row is read again, and not stored. Not so outputs, by which a weight may be contiguous.
+            # Past the end the last row is read again, and not stored. Outputs are masked: a weight may be contiguous in
+            # them, which the compiler does not see behind a minimum.
             rows = x + tl.minimum(i, place.end - 1)[:, None] * strides.row
             group = place.group.to(tl.int64)
             columns = weight + group * strides.group + j.to(tl.int64)[:, None] * strides.output
