@@ -54,6 +54,7 @@ BUDGET = {
     # Together as two defaults: what asks for a loss calls the second.
     "linear_logprobs": Budget(native=900, interpreted=75),
     "linear_cross_entropy": Budget(native=1_400, interpreted=75),
+    "grouped_linear": Budget(native=1_000, interpreted=60),
     # Together as two defaults: three reductions against none.
     "frame_difference": Budget(native=600, interpreted=85),
     "select_tokens": Budget(native=1_400, interpreted=60),
