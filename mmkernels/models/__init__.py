@@ -11,6 +11,9 @@ from mmkernels.models.blocks.context import ContextCache, ContextPolicy
 from mmkernels.models.blocks.visual import Visual
 from mmkernels.models.clip import CLIP
 from mmkernels.models.clip_config import CLIPConfig
+from mmkernels.models.deepseek_vl2 import DeepSeekVL2
+from mmkernels.models.deepseek_vl2_config import DeepSeekVL2Config
+from mmkernels.models.deepseek_vl2_tiles import TiledImages, cut_images
 from mmkernels.models.embeddings import EmbeddingCache, EmbeddingCacheError, SearchResult, content_key, fingerprint
 from mmkernels.models.flamingo import Flamingo
 from mmkernels.models.flamingo_config import FlamingoConfig
@@ -42,6 +45,8 @@ __all__ = [
     "CLIPConfig",
     "ContextCache",
     "ContextPolicy",
+    "DeepSeekVL2",
+    "DeepSeekVL2Config",
     "EmbeddingCache",
     "EmbeddingCacheError",
     "Flamingo",
@@ -55,6 +60,7 @@ __all__ = [
     "QwenVL",
     "QwenVLConfig",
     "SearchResult",
+    "TiledImages",
     "ViLBERT",
     "ViLBERTConfig",
     "Visual",
@@ -62,6 +68,7 @@ __all__ = [
     "WhisperConfig",
     "WhisperTokens",
     "content_key",
+    "cut_images",
     "cut_sound",
     "fingerprint",
     "log_mel",
