@@ -9,6 +9,7 @@ from mmkernels.nn.cross_attention import CrossAttention
 from mmkernels.nn.cross_entropy import CrossEntropyOutput, LinearCrossEntropyLoss
 from mmkernels.nn.feature_queue import FeatureQueue
 from mmkernels.nn.gated_cross_attention import GatedCrossAttention
+from mmkernels.nn.latent_attention import LatentAttention, LatentSizes
 from mmkernels.nn.post_norm import PostNormAttention, PostNormMLP
 from mmkernels.nn.projectors import PatchMerger, PixelShuffleProjector
 from mmkernels.nn.qformer import QFormer, QFormerOutput
@@ -28,6 +29,8 @@ __all__ = [
     "CrossEntropyOutput",
     "FeatureQueue",
     "GatedCrossAttention",
+    "LatentAttention",
+    "LatentSizes",
     "LinearCrossEntropyLoss",
     "PatchMerger",
     "PerceiverResampler",
