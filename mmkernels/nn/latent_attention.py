@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_dropout, check_features, check_positive
 from mmkernels.ops.attention.cross_attention import cross_attention
+from mmkernels.runtime.checks import is_traced
 
 Angles = tuple[Tensor, Tensor]
 """Cosine and sine ``[B, 1, L, rope_dim / 2]`` of the tokens' positions."""
@@ -159,6 +160,8 @@ class LatentAttention(nn.Module):
 
     def _absorbs(self, queries: int, keys: int) -> bool:
         """Whether attending to the compressed vectors takes fewer multiplications than expanding them first."""
+        if is_traced():  # the program serves any number of keys
+            return isinstance(queries, int) and queries == 1
         s = self.sizes
         a_pair = s.cached + s.kv_rank, s.nope_dim + s.rope_dim + s.value_dim  # absorbed, expanded
         a_row = s.kv_rank * (s.nope_dim + s.value_dim)  # of either: a query and an output, or a key and a value
