@@ -50,7 +50,7 @@ SAM_FIELDS = {
 def check_fixed(theirs: Any, where: str) -> None:
     """Raises a CheckpointError where transformers' configuration has a value that models here don't have."""
     text, vision = theirs.text_config, theirs.vision_config
-    fixed = [
+    fixed: list[tuple[str, str, Any, Any]] = [
         ("text_config", "model_type", text.model_type, "llama"),
         ("vision_config", "model_type", vision.model_type, "siglip_vision_model"),
     ]

@@ -15,6 +15,7 @@ import blip2_checkpoints
 import blip2_retrieval_checkpoints
 import blip_checkpoints
 import clip_checkpoints
+import deepseek_vl_checkpoints
 import idefics_checkpoints
 import internvl_checkpoints
 import lxmert_checkpoints
@@ -27,7 +28,19 @@ import whisper_checkpoints
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmkernels.models import BLIP, BLIP2, CLIP, LXMERT, BLIP2Retrieval, Flamingo, InternVL, QwenAudio, QwenVL, Whisper
+from mmkernels.models import (
+    BLIP,
+    BLIP2,
+    CLIP,
+    LXMERT,
+    BLIP2Retrieval,
+    DeepSeekVL,
+    Flamingo,
+    InternVL,
+    QwenAudio,
+    QwenVL,
+    Whisper,
+)
 from mmkernels.models.blocks.checkpoint import CheckpointError
 
 transformers.logging.set_verbosity_error()
@@ -39,6 +52,7 @@ MODELS: dict[Any, Any] = {
     blip2_checkpoints: BLIP2,
     blip2_retrieval_checkpoints: BLIP2Retrieval,
     clip_checkpoints: CLIP,
+    deepseek_vl_checkpoints: DeepSeekVL,
     idefics_checkpoints: Flamingo,
     internvl_checkpoints: InternVL,
     qwen_audio_checkpoints: QwenAudio,

@@ -13,6 +13,7 @@ from mmkernels.models import (
     CLIP,
     LXMERT,
     BLIP2Retrieval,
+    DeepSeekVL,
     Flamingo,
     InternVL,
     QwenAudio,
@@ -24,6 +25,7 @@ from mmkernels.models import (
 SIZES: list[tuple[Any, str]] = [(CLIP, "tiny"), (CLIP, "siglip_tiny"), (Flamingo, "tiny"), (InternVL, "tiny")]
 SIZES += [(BLIP, "tiny"), (BLIP2, "tiny"), (BLIP2, "tiny_instruct"), (BLIP2Retrieval, "tiny")]
 SIZES += [(LXMERT, "tiny"), (ViLBERT, "tiny"), (QwenAudio, "tiny"), (Whisper, "tiny")]
+SIZES += [(DeepSeekVL, "tiny"), (DeepSeekVL, "tiny_hybrid")]
 SIZES += [(QwenVL, size) for size in ("tiny_qwen2", "tiny", "tiny_qwen3")]
 
 

@@ -64,8 +64,8 @@ class RelativeAttention(SelfAttention):
     ``score(i, j) = scale * q_i k_j' + q_i R[row i - row j]' + q_i C[column i - column j]'``. A table of the last two
     terms would have an entry for each query and key: for an image of 64 x 64 patches, 200 million in a layer of 12
     heads. As they depend on the key by its row and its column alone, they are a product too: of ``q_i R'`` and
-    ``q_i C'`` with keys that are 1 at their row and column. So query and key grow by two windows' sides, and
-    `mmkernels.cross_attention` computes the whole, with memory linear in the patches, its gradients too.
+    ``q_i C'`` with keys that are 1 at their row and column. So query and key grow by two sides of the
+    window, and `mmkernels.cross_attention` computes the whole, without a table, and its gradients.
 
     Args:
         dim: width of the input and of the output.
