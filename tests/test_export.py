@@ -22,6 +22,7 @@ from mmkernels.models import (
     CLIP,
     LXMERT,
     BLIP2Retrieval,
+    DeepSeekVL,
     Flamingo,
     InternVL,
     QwenAudio,
@@ -243,6 +244,40 @@ def internvl() -> dict[str, Case]:
         Case(fewer, call=reduced, inputs=lambda b, l: (marked(1, l), tile), sizes=["1", ""]),
     ]
     return {f"InternVL: {case.call.__name__}": case for case in cases}
+
+
+def deepseek_vl() -> dict[str, Case]:
+    """A program has the example's number of images; fewer tokens of them are served in one row."""
+    plain, both, changes = "tiny", "tiny_hybrid", {"vision_layers": 1, "text_layers": 1, "image_size": 16}
+    model, hybrid = DeepSeekVL.from_size(plain, **changes), DeepSeekVL.from_size(both, sam_layers=2, **changes)
+    fewer = DeepSeekVL.from_size(plain, reduce="select:0.5", **changes)
+    small, large = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 64, 64)  # 4 tokens
+
+    def images(model: DeepSeekVL, ids: Tensor, small: Tensor, large: Tensor | None = None) -> tuple[Tensor, ...]:
+        out = model(ids, small, high_res_pixel_values=large, labels=ids, return_logits=True)
+        return out.logits, out.loss
+
+    def two_resolutions(model: DeepSeekVL, ids: Tensor, small: Tensor, large: Tensor) -> tuple[Tensor, ...]:
+        return images(model, ids, small, large)
+
+    def two_turns(model: DeepSeekVL, ids: Tensor, more: Tensor, small: Tensor) -> Tensor:
+        return model(more, kv_cache=model(ids, small).kv_cache).logits
+
+    def reduced(model: DeepSeekVL, ids: Tensor, small: Tensor) -> Tensor:
+        return model(ids, small).logits
+
+    def marked(batch: int, length: int) -> Tensor:
+        ids = tokens(batch, length)
+        ids[0, :4] = MARKER
+        return ids
+
+    cases = [
+        Case(model, call=images, inputs=lambda b, l: (marked(b, l), small), sizes=["01", ""]),
+        Case(hybrid, call=two_resolutions, inputs=lambda b, l: (marked(b, l), small, large), sizes=["01", "", ""]),
+        Case(model, call=two_turns, inputs=lambda b, l: (marked(b, l), tokens(b, 2), small), sizes=["01", "0", ""]),
+        Case(fewer, call=reduced, inputs=lambda b, l: (marked(1, l), small), sizes=["1", ""]),
+    ]
+    return {f"DeepSeekVL: {case.call.__name__}": case for case in cases}
 
 
 def qwen_audio() -> dict[str, Case]:
@@ -584,6 +619,7 @@ MADE = [
     flamingo("patches", num_latents=None, gate="vector", qk_norm=True),  # as Idefics without a resampler
     *map(qwen_vl, ("tiny_qwen2", "tiny", "tiny_qwen3")),
     internvl(),
+    deepseek_vl(),
     qwen_audio(),
     blip2(),
     lxmert(),
@@ -616,6 +652,7 @@ NOT_CALLED = {
     "LXMERTConfig",
     "ViLBERTConfig",
     "FlamingoConfig",
+    "DeepSeekVLConfig",
     "InternVLConfig",
     "QwenAudioConfig",
     "QwenVLConfig",

@@ -62,6 +62,8 @@ def test_where_the_logits_start() -> None:
         (QwenVL, "qwen3_2b", 2127.5, 0.05),
         (BLIP2, "opt_2.7b", 3744.762, 0.001),  # transformers' classes of these sizes
         (BLIP2, "vicuna_7b", 7913.211, 0.001),
+        (DeepSeekVL, "deepseek_vl_1.3b", 1962.641, 0.001),
+        (DeepSeekVL, "deepseek_vl_7b", 7331.391, 0.001),
         (Whisper, "whisper_tiny", 37.761, 0.001),
         (Whisper, "base", 72.594, 0.001),
         (Whisper, "small", 241.735, 0.001),
@@ -98,7 +100,7 @@ def test_bad_arguments(model: Any) -> None:
         model.from_size("tiny", dtype=torch.int32)
 
 
-@pytest.mark.parametrize("model", [Flamingo, InternVL, QwenVL])
+@pytest.mark.parametrize("model", [DeepSeekVL, Flamingo, InternVL, QwenVL])
 def test_shared_parameters_stay_shared(model: Any) -> None:
     tied, apart = (model.from_size("tiny", tie_embeddings=tie) for tie in (True, False))
     embed = lambda net: net.get_parameter("embed.weight" if model is Flamingo else "decoder.embed.weight")
