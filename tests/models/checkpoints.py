@@ -17,6 +17,7 @@ import blip_checkpoints
 import clip_checkpoints
 import idefics_checkpoints
 import internvl_checkpoints
+import janus_checkpoints
 import lxmert_checkpoints
 import pytest
 import qwen_audio_checkpoints
@@ -27,7 +28,19 @@ import whisper_checkpoints
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmkernels.models import BLIP, BLIP2, CLIP, LXMERT, BLIP2Retrieval, Flamingo, InternVL, QwenAudio, QwenVL, Whisper
+from mmkernels.models import (
+    BLIP,
+    BLIP2,
+    CLIP,
+    LXMERT,
+    BLIP2Retrieval,
+    Flamingo,
+    InternVL,
+    Janus,
+    QwenAudio,
+    QwenVL,
+    Whisper,
+)
 from mmkernels.models.blocks.checkpoint import CheckpointError
 
 transformers.logging.set_verbosity_error()
@@ -41,6 +54,7 @@ MODELS: dict[Any, Any] = {
     clip_checkpoints: CLIP,
     idefics_checkpoints: Flamingo,
     internvl_checkpoints: InternVL,
+    janus_checkpoints: Janus,
     qwen_audio_checkpoints: QwenAudio,
     lxmert_checkpoints: LXMERT,
     qwen_checkpoints: QwenVL,
