@@ -24,6 +24,7 @@ from mmkernels.models.blocks.vision_language import Encode, VisionLanguageModel,
 from mmkernels.models.blocks.visual import Media, Visual
 from mmkernels.models.janus_config import SIZES, JanusConfig, with_image_tokens
 from mmkernels.models.janus_vq import VQ, check_image_tokens
+from mmkernels.nn.few_rows import linear
 
 
 class Janus(VisionLanguageModel):
@@ -224,13 +225,15 @@ class Janus(VisionLanguageModel):
         for name in ("bos_token_id", "image_start_token_id"):
             if getattr(c, name) is None:
                 raise ValueError(f"{name} must be an integer in the configuration for guidance, got None")
-        stays = (input_ids == c.bos_token_id) | (input_ids == c.image_start_token_id)
-        return input_ids.masked_fill(~stays, c.pad_token_id)
+        starts = torch.eq(input_ids, c.bos_token_id) | torch.eq(input_ids, c.image_start_token_id)
+        return input_ids.masked_fill(~starts, c.pad_token_id)
 
     def embed_image(self, image_tokens: Tensor) -> Tensor:
         """Returns image tokens ``[..., n]`` as inputs of the language model, ``[..., n, text_width]``."""
-        embedded: Tensor = self.image_aligner(self.image_embed(image_tokens))
-        return embedded
+        x: Tensor = self.image_embed(image_tokens)
+        for layer in self.image_aligner:
+            x = linear(layer, x)
+        return x
 
     @torch.no_grad()
     def decode(self, image_tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.models.blocks.media import last_of
 from mmkernels.models.blocks.sampling import check_sampling, sample
 from mmkernels.models.blocks.text import check_tokens
+from mmkernels.nn.few_rows import linear
 from mmkernels.ops.linear.linear_cross_entropy import linear_cross_entropy
 from mmkernels.runtime.checks import check_number
 
@@ -114,12 +115,11 @@ def _scores(head: nn.Sequential, hidden: Tensor, scale: float, guided: bool) -> 
     """
     *first, last = head
     for layer in first:
-        hidden = layer(hidden)
+        hidden = linear(layer, hidden)
     if guided:  # a linear layer of the combined states gives the combined logits
         given, nothing = hidden.chunk(2)
         hidden = torch.add(nothing, given - nothing, alpha=scale)
-    logits: Tensor = last(hidden)
-    return logits
+    return linear(last, hidden)
 
 
 class _Writer:

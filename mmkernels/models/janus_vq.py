@@ -98,9 +98,15 @@ class VQ(nn.Module):
         self.decoder = _Decoder(s)
 
     @property
+    def _codes(self) -> nn.Embedding:
+        codes = self.quantize["embedding"]
+        assert isinstance(codes, nn.Embedding)
+        return codes
+
+    @property
     def codebook(self) -> Tensor:
         """The codes ``[codes, code_width]``."""
-        weight: Tensor = self.quantize["embedding"].weight
+        weight = self._codes.weight
         return F.normalize(weight, dim=-1) if self.sizes.directions else weight
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ class VQ(nn.Module):
             tokens: integers ``[B, side * side]``, row after row.
         """
         check_image_tokens("tokens", tokens, self.sizes)
-        return self._pixels(F.embedding(tokens, self.quantize["embedding"].weight))
+        return self._pixels(self._codes(tokens))
 
     def forward(self, pixels: Tensor) -> VQOutput:
         """Returns images behind encoder and decoder, and the codebook's loss: what training needs.
@@ -192,8 +198,8 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(GROUPS, channels, eps=_EPS)
 
 
-def _conv(channels: int, out: int, **options: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, out, 3, **({"padding": 1} | options))
+def _conv(channels: int, out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, out, 3, padding=1)
 
 
 class _Residual(nn.Module):
@@ -241,7 +247,7 @@ class _Half(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = _conv(channels, channels, stride=2, padding=0)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
