@@ -222,11 +222,12 @@ class Janus(VisionLanguageModel):
             input_ids: integers ``[B, L]``.
         """
         c = self.config
-        for name in ("bos_token_id", "image_start_token_id"):
-            if getattr(c, name) is None:
+        stays = torch.zeros_like(input_ids, dtype=torch.bool)
+        for name, token in (("bos_token_id", c.bos_token_id), ("image_start_token_id", c.image_start_token_id)):
+            if token is None:
                 raise ValueError(f"{name} must be an integer in the configuration for guidance, got None")
-        starts = torch.eq(input_ids, c.bos_token_id) | torch.eq(input_ids, c.image_start_token_id)
-        return input_ids.masked_fill(~starts, c.pad_token_id)
+            stays |= input_ids == token
+        return input_ids.masked_fill(~stays, c.pad_token_id)
 
     def embed_image(self, image_tokens: Tensor) -> Tensor:
         """Returns image tokens ``[..., n]`` as inputs of the language model, ``[..., n, text_width]``."""
