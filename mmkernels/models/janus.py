@@ -172,6 +172,7 @@ class Janus(VisionLanguageModel):
         if given:
             raise ValueError(f"{next(iter(given))} must be left out with image_tokens, got it too")
         check_image_tokens("image_tokens", image_tokens, self.vq.sizes)
+        image_tokens = image_tokens.long()
         hidden = janus_generation.image_hidden(self, input_ids, image_tokens, attention_mask)
         loss = janus_generation.image_loss(self.image_head, hidden, image_tokens)
         return VisionLanguageOutput(self.image_head(hidden) if return_logits else None, loss, None)
