@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ WIDTH, OUT = 512, 544
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Notes each look at whether a call is served: the answers."""
     answers: list[Any] = []
     ask = few_rows._is_served
@@ -27,7 +27,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return bool(answers[-1])
 
     monkeypatch.setattr(few_rows, "_is_served", noted)
-    yield answers
+    return answers
 
 
 def made(**options: Any) -> tuple[nn.Linear, Tensor]:
@@ -55,8 +55,8 @@ def made(**options: Any) -> tuple[nn.Linear, Tensor]:
 def test_equals_the_layer(served: list[Any], bias: bool, change: Callable[[Tensor], Tensor]) -> None:
     layer, x = made(bias=bias)
     x = change(x)
-    truth = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     with torch.no_grad():
+        truth = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
         y, usual = linear(layer, x), layer(x)
     assert served == [few_rows._HAS_ONEDNN]
     assert y.shape == usual.shape and y.dtype == usual.dtype and y.is_contiguous()
