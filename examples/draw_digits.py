@@ -150,8 +150,8 @@ def losses_of(what: str, losses: list[float]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tokenizer-steps", type=int, default=800, help="of its training (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1200, help="of Janus' training (%(default)s)")
+    parser.add_argument("--tokenizer-steps", type=int, default=500, help="of its training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=900, help="of Janus' training (%(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="images a step (%(default)s)")
     parser.add_argument("--each", type=int, default=50, help="drawings of each digit and scale (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and drawings (%(default)s)")

@@ -22,7 +22,8 @@ NUMBERS = {word: FIRST_WORD + place for place, word in enumerate(VOCABULARY)}
 CODES, CODE_WIDTH, SIDE = 64, 8, 8  # of the codebook; of an image, in pixels
 TOKENS = 16  # of an image, 4 x 4
 DROPPED = 0.1  # of the prompts say nothing, as in Janus, for guidance
-TOKENIZER_RATE, RATE, WEIGHT_DECAY, WARMUP_STEPS = 2e-3, 3e-3, 0.05, 20
+REVIVED_EVERY = 25  # steps of the tokenizer's training, in its first half
+TOKENIZER_RATE, RATE, WEIGHT_DECAY, WARMUP_STEPS = 4e-3, 3e-3, 0.05, 20
 
 
 def make_model(seed: int) -> Janus:
@@ -112,9 +113,14 @@ def train_tokenizer(model: Janus, pixels: Tensor, *, steps: int, batch: int, see
     optimizer = torch.optim.AdamW(vq.parameters(), lr=TOKENIZER_RATE, weight_decay=0.0)
     schedule = schedule_of(optimizer, steps)
     vq.train()
-    for rows in draws(len(pixels), batch, steps, draw):
+    used = torch.zeros(CODES, dtype=torch.bool)
+    for step, rows in enumerate(draws(len(pixels), batch, steps, draw)):
         images = to_images(augment(pixels[rows], draw))
+        if step % REVIVED_EVERY == 0 and step <= steps // 2:
+            revive(model, images, ~used, draw)
+            used.zero_()
         out = vq(images)
+        used[out.tokens.flatten()] = True
         error = F.mse_loss(out.pixels, images)
         optimizer.zero_grad()
         (error + out.loss).backward()
@@ -123,6 +129,15 @@ def train_tokenizer(model: Janus, pixels: Tensor, *, steps: int, batch: int, see
         losses.append(error.item())
     vq.requires_grad_(False)
     return losses
+
+
+@torch.no_grad()
+def revive(model: Janus, images: Tensor, idle: Tensor, draw: torch.Generator) -> None:
+    """Gives codes that no image uses, bool [CODES], values that the encoder makes of random parts of images."""
+    latents = model.vq.latents(images).flatten(0, 1)  # [B * TOKENS, CODE_WIDTH]
+    chosen = latents[torch.randint(len(latents), (CODES,), generator=draw)]
+    codes = model.vq.quantize["embedding"].weight
+    codes.copy_(torch.where(idle[:, None], chosen, codes))
 
 
 def train(

@@ -1,4 +1,4 @@
-"""examples/draw_digits.py in a short form: its prompts and measures are right, it runs, and in a longer form it learns."""
+"""examples/draw_digits.py in a short form: its prompts and measures are right, it runs, and in its long form learns."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class VQ(nn.Module):
         Args:
             pixels: floating ``[B, channels, S, S]`` from -1 to 1.
         """
-        return self._nearest(self._latents(pixels))
+        return self._nearest(self.latents(pixels))
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Returns the images of tokens, ``[B, channels, S, S]``, about from -1 to 1.
@@ -135,14 +135,18 @@ class VQ(nn.Module):
         Source: van den Oord et al., "Neural Discrete Representation Learning", 2017, equation 3; the weights of its
         two parts are those of transformers.
         """
-        latents = self._latents(pixels)
+        latents = self.latents(pixels)
         tokens = self._nearest(latents)
         codes = F.embedding(tokens, self.codebook)
         loss = F.mse_loss(latents, codes.detach()) + _CODE_WEIGHT * F.mse_loss(codes, latents.detach())
         return VQOutput(self._pixels(latents + (codes - latents).detach()), loss, tokens)
 
-    def _latents(self, pixels: Tensor) -> Tensor:
-        """Returns what is compared with the codes, ``[B, side * side, code_width]``."""
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Returns what is compared with the codes, ``[B, side * side, code_width]``, row after row.
+
+        Args:
+            pixels: floating ``[B, channels, S, S]`` from -1 to 1.
+        """
         s = self.sizes
         if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
             raise TypeError(f"pixels must be a floating tensor, got {described(pixels)}")
