@@ -25,6 +25,7 @@ from mmkernels.models import (
     DeepSeekVL,
     Flamingo,
     InternVL,
+    Janus,
     QwenAudio,
     QwenVL,
     ViLBERT,
@@ -278,6 +279,40 @@ def deepseek_vl() -> dict[str, Case]:
         Case(fewer, call=reduced, inputs=lambda b, l: (marked(1, l), small), sizes=["1", ""]),
     ]
     return {f"DeepSeekVL: {case.call.__name__}": case for case in cases}
+
+
+def janus() -> dict[str, Case]:
+    """A program of images that are read has the example's number of them."""
+    changes = {"vision_layers": 1, "text_layers": 1, "image_size": 16, "vq_multipliers": (1,)}  # 4 tokens an image
+    model, photo = Janus.from_size("tiny", **changes), torch.rand(1, 3, 16, 16)
+
+    def read(model: Janus, ids: Tensor, photo: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, photo, labels=ids, return_logits=True)
+        return out.logits, out.loss
+
+    def trained(model: Janus, ids: Tensor, valid: Tensor, images: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, attention_mask=valid, image_tokens=images, return_logits=True)
+        return out.logits, out.loss
+
+    def drawn(model: Janus, ids: Tensor, valid: Tensor) -> Tensor:
+        return model.decode(model.generate_image(ids, attention_mask=valid, temperature=0.0))
+
+    def tokenized(model: Janus, pixels: Tensor) -> Tensor:
+        return model.encode_tokens(pixels)
+
+    def marked(batch: int, length: int) -> Tensor:
+        ids = tokens(batch, length)
+        ids[0, :4] = MARKER
+        return ids
+
+    images = lambda b, l: (tokens(b, l), padding(b, l), tokens(b, 4) % 32)
+    cases = [
+        Case(model, call=read, inputs=lambda b, l: (marked(b, l), photo), sizes=["01", ""]),
+        Case(model, call=trained, inputs=images, sizes=["01", "01", "0"]),
+        Case(model, call=drawn, inputs=lambda b, l: (tokens(b, l), padding(b, l)), sizes=["01", "01"]),
+        Case(model, call=tokenized, inputs=lambda b, l: (torch.rand(b, 3, 2, 2),), sizes=["0"]),
+    ]
+    return {f"Janus: {case.call.__name__}": case for case in cases}
 
 
 def qwen_audio() -> dict[str, Case]:
@@ -620,6 +655,7 @@ MADE = [
     *map(qwen_vl, ("tiny_qwen2", "tiny", "tiny_qwen3")),
     internvl(),
     deepseek_vl(),
+    janus(),
     qwen_audio(),
     blip2(),
     lxmert(),
@@ -654,6 +690,7 @@ NOT_CALLED = {
     "FlamingoConfig",
     "DeepSeekVLConfig",
     "InternVLConfig",
+    "JanusConfig",
     "QwenAudioConfig",
     "QwenVLConfig",
     "AudioError",

@@ -18,6 +18,8 @@ from mmkernels.models.flamingo import Flamingo
 from mmkernels.models.flamingo_config import FlamingoConfig
 from mmkernels.models.internvl import InternVL
 from mmkernels.models.internvl_config import InternVLConfig
+from mmkernels.models.janus import Janus
+from mmkernels.models.janus_config import JanusConfig
 from mmkernels.models.lxmert import LXMERT
 from mmkernels.models.lxmert_config import LXMERTConfig
 from mmkernels.models.qwen_audio import QwenAudio
@@ -52,6 +54,8 @@ __all__ = [
     "FlamingoConfig",
     "InternVL",
     "InternVLConfig",
+    "Janus",
+    "JanusConfig",
     "LXMERTConfig",
     "LogMel",
     "QwenAudio",

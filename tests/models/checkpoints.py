@@ -18,6 +18,7 @@ import clip_checkpoints
 import deepseek_vl_checkpoints
 import idefics_checkpoints
 import internvl_checkpoints
+import janus_checkpoints
 import lxmert_checkpoints
 import pytest
 import qwen_audio_checkpoints
@@ -37,6 +38,7 @@ from mmkernels.models import (
     DeepSeekVL,
     Flamingo,
     InternVL,
+    Janus,
     QwenAudio,
     QwenVL,
     Whisper,
@@ -55,6 +57,7 @@ MODELS: dict[Any, Any] = {
     deepseek_vl_checkpoints: DeepSeekVL,
     idefics_checkpoints: Flamingo,
     internvl_checkpoints: InternVL,
+    janus_checkpoints: Janus,
     qwen_audio_checkpoints: QwenAudio,
     lxmert_checkpoints: LXMERT,
     qwen_checkpoints: QwenVL,

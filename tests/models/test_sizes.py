@@ -16,6 +16,7 @@ from mmkernels.models import (
     DeepSeekVL,
     Flamingo,
     InternVL,
+    Janus,
     QwenAudio,
     QwenVL,
     ViLBERT,
@@ -26,6 +27,7 @@ SIZES: list[tuple[Any, str]] = [(CLIP, "tiny"), (CLIP, "siglip_tiny"), (Flamingo
 SIZES += [(BLIP, "tiny"), (BLIP2, "tiny"), (BLIP2, "tiny_instruct"), (BLIP2Retrieval, "tiny")]
 SIZES += [(LXMERT, "tiny"), (ViLBERT, "tiny"), (QwenAudio, "tiny"), (Whisper, "tiny")]
 SIZES += [(DeepSeekVL, "tiny"), (DeepSeekVL, "tiny_hybrid")]
+SIZES += [(Janus, "tiny")]
 SIZES += [(QwenVL, size) for size in ("tiny_qwen2", "tiny", "tiny_qwen3")]
 
 
@@ -57,6 +59,8 @@ def test_where_the_logits_start() -> None:
         (Flamingo, "small", 85, 5),
         (Flamingo, "base", 295, 35),
         (QwenAudio, "qwen2_audio_7b", 8397.094, 0.001),  # transformers' class of this size
+        (Janus, "janus_pro_1b", 2076.637, 0.001),  # transformers' class of these sizes, the head apart
+        (Janus, "janus_pro_7b", 7407.773, 0.001),
         (QwenVL, "qwen2_2b", 2209.0, 0.05),  # their checkpoints on the hub
         (QwenVL, "qwen2_5_3b", 3754.6, 0.05),
         (QwenVL, "qwen3_2b", 2127.5, 0.05),
@@ -100,7 +104,7 @@ def test_bad_arguments(model: Any) -> None:
         model.from_size("tiny", dtype=torch.int32)
 
 
-@pytest.mark.parametrize("model", [DeepSeekVL, Flamingo, InternVL, QwenVL])
+@pytest.mark.parametrize("model", [DeepSeekVL, Flamingo, InternVL, Janus, QwenVL])
 def test_shared_parameters_stay_shared(model: Any) -> None:
     tied, apart = (model.from_size("tiny", tie_embeddings=tie) for tie in (True, False))
     embed = lambda net: net.get_parameter("embed.weight" if model is Flamingo else "decoder.embed.weight")
