@@ -11,6 +11,8 @@ from mmkernels.models.blocks.context import ContextCache, ContextPolicy
 from mmkernels.models.blocks.visual import Visual
 from mmkernels.models.clip import CLIP
 from mmkernels.models.clip_config import CLIPConfig
+from mmkernels.models.deepseek_vl import DeepSeekVL
+from mmkernels.models.deepseek_vl_config import DeepSeekVLConfig
 from mmkernels.models.deepseek_vl2 import DeepSeekVL2
 from mmkernels.models.deepseek_vl2_config import DeepSeekVL2Config
 from mmkernels.models.deepseek_vl2_tiles import TiledImages, cut_images
@@ -19,6 +21,8 @@ from mmkernels.models.flamingo import Flamingo
 from mmkernels.models.flamingo_config import FlamingoConfig
 from mmkernels.models.internvl import InternVL
 from mmkernels.models.internvl_config import InternVLConfig
+from mmkernels.models.janus import Janus
+from mmkernels.models.janus_config import JanusConfig
 from mmkernels.models.lxmert import LXMERT
 from mmkernels.models.lxmert_config import LXMERTConfig
 from mmkernels.models.qwen_audio import QwenAudio
@@ -45,6 +49,8 @@ __all__ = [
     "CLIPConfig",
     "ContextCache",
     "ContextPolicy",
+    "DeepSeekVL",
+    "DeepSeekVLConfig",
     "DeepSeekVL2",
     "DeepSeekVL2Config",
     "EmbeddingCache",
@@ -53,6 +59,8 @@ __all__ = [
     "FlamingoConfig",
     "InternVL",
     "InternVLConfig",
+    "Janus",
+    "JanusConfig",
     "LXMERTConfig",
     "LogMel",
     "QwenAudio",

@@ -1,4 +1,4 @@
-"""How the released DeepSeek-VL2, which transformers has no class for, name the fields and tensors of a `DeepSeekVL2`."""
+"""How the released DeepSeek-VL2, of which transformers has no class, name what a `DeepSeekVL2` is made of."""
 
 from __future__ import annotations
 
