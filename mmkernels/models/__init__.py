@@ -12,10 +12,10 @@ from mmkernels.models.blocks.visual import Visual
 from mmkernels.models.clip import CLIP
 from mmkernels.models.clip_config import CLIPConfig
 from mmkernels.models.deepseek_vl import DeepSeekVL
-from mmkernels.models.deepseek_vl_config import DeepSeekVLConfig
 from mmkernels.models.deepseek_vl2 import DeepSeekVL2
 from mmkernels.models.deepseek_vl2_config import DeepSeekVL2Config
 from mmkernels.models.deepseek_vl2_tiles import TiledImages, cut_images
+from mmkernels.models.deepseek_vl_config import DeepSeekVLConfig
 from mmkernels.models.embeddings import EmbeddingCache, EmbeddingCacheError, SearchResult, content_key, fingerprint
 from mmkernels.models.flamingo import Flamingo
 from mmkernels.models.flamingo_config import FlamingoConfig
@@ -50,9 +50,9 @@ __all__ = [
     "ContextCache",
     "ContextPolicy",
     "DeepSeekVL",
-    "DeepSeekVLConfig",
     "DeepSeekVL2",
     "DeepSeekVL2Config",
+    "DeepSeekVLConfig",
     "EmbeddingCache",
     "EmbeddingCacheError",
     "Flamingo",
