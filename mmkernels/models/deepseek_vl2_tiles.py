@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -171,7 +170,6 @@ def num_tokens(tiles: Tiles, side: int) -> int:
     return side * (side + 1) + 1 + rows * side * (columns * side + 1)
 
 
-@lru_cache(maxsize=256)
 def layout(tiles: tuple[Tiles, ...], side: int, whole_first: bool = True) -> Layout:
     """Returns where the tokens of images stand, computed on the host.
 
