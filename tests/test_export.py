@@ -23,6 +23,7 @@ from mmkernels.models import (
     LXMERT,
     BLIP2Retrieval,
     DeepSeekVL,
+    DeepSeekVL2,
     Flamingo,
     InternVL,
     Janus,
@@ -281,6 +282,34 @@ def deepseek_vl() -> dict[str, Case]:
         Case(fewer, call=reduced, inputs=lambda b, l: (marked(1, l), small), sizes=["1", ""]),
     ]
     return {f"DeepSeekVL: {case.call.__name__}": case for case in cases}
+
+
+def deepseek_vl2() -> dict[str, Case]:
+    """A program has the example's images and their tiles, in one row of any length."""
+    changes = {"vision_layers": 1, "text_layers": 2}
+    latent, plain, sigmoid = (DeepSeekVL2.from_size(f"tiny{kind}", **changes) for kind in ("", "_plain", "_sigmoid"))
+    pixels, tiles = torch.rand(3, 3, 28, 28), [(2, 1)]  # 17 tokens
+
+    def images(model: DeepSeekVL2, ids: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, pixels, tiles=tiles, labels=ids, return_logits=True)
+        return out.logits, out.loss
+
+    def words(model: DeepSeekVL2, ids: Tensor) -> Tensor:
+        return model(ids).logits
+
+    def two_turns(model: DeepSeekVL2, ids: Tensor, more: Tensor) -> Tensor:
+        return model(more, kv_cache=model(ids).kv_cache).logits
+
+    def marked(length: int) -> Tensor:
+        return torch.cat([torch.full((1, 17), MARKER), tokens(1, length)], 1)
+
+    cases = {
+        "images": Case(latent, call=images, inputs=lambda b, l: (marked(l), pixels), sizes=["1", ""]),
+        "keys and values": Case(plain, call=words, inputs=lambda b, l: (tokens(b, l),), sizes=["01"]),
+        "sigmoid": Case(sigmoid, call=words, inputs=lambda b, l: (tokens(b, l),), sizes=["01"]),
+        "two turns": Case(latent, call=two_turns, inputs=lambda b, l: (tokens(b, l), tokens(b, 2)), sizes=["01", "0"]),
+    }
+    return {f"DeepSeekVL2: {name}": case for name, case in cases.items()}
 
 
 def janus() -> dict[str, Case]:
@@ -671,6 +700,7 @@ MADE = [
     *map(qwen_vl, ("tiny_qwen2", "tiny", "tiny_qwen3")),
     internvl(),
     deepseek_vl(),
+    deepseek_vl2(),
     janus(),
     qwen_audio(),
     blip2(),
@@ -706,6 +736,8 @@ NOT_CALLED = {
     "ViLBERTConfig",
     "FlamingoConfig",
     "DeepSeekVLConfig",
+    "DeepSeekVL2Config",
+    "TiledImages",
     "InternVLConfig",
     "JanusConfig",
     "QwenAudioConfig",

@@ -94,15 +94,14 @@ class DeepSeekVL2(VisionLanguageModel):
 
     @classmethod
     def _read_config(cls, values: dict[str, Any], path: Path) -> DeepSeekVL2Config:
-        text = values.get("language_config")
-        vocab = text.get("vocab_size", 102400) if isinstance(text, dict) else 0
+        vocab = deepseek_vl2_weights.read(values, str(path)).language_config.vocab_size
         token = values.get("image_token_id")
         if token is None and type(vocab) is int:
             token = image_token_id(path.parent, vocab)
             token = _MARKERS.get(vocab) if token is None else token
-        if token is None:
-            must = "the folder's tokenizer.json must name <image>, or config.json image_token_id"
-            raise CheckpointError(f"{path}: {must}, got neither")
+            if token is None:
+                must = "the folder's tokenizer.json must name <image>, or config.json image_token_id"
+                raise CheckpointError(f"{path}: {must}, got neither")
         config = DeepSeekVL2Config.from_hf(values, str(path), token)
         return with_generation(config, path.with_name("generation_config.json"))
 
