@@ -7,6 +7,7 @@ from mmkernels.nn.co_attention import CoAttention, co_attention_mask
 from mmkernels.nn.contrastive import ClipLoss, SigLipLoss
 from mmkernels.nn.cross_attention import CrossAttention
 from mmkernels.nn.cross_entropy import CrossEntropyOutput, LinearCrossEntropyLoss
+from mmkernels.nn.experts import Experts, TopKRouter
 from mmkernels.nn.feature_queue import FeatureQueue
 from mmkernels.nn.gated_cross_attention import GatedCrossAttention
 from mmkernels.nn.latent_attention import LatentAttention, LatentSizes
@@ -27,6 +28,7 @@ __all__ = [
     "CoAttention",
     "CrossAttention",
     "CrossEntropyOutput",
+    "Experts",
     "FeatureQueue",
     "GatedCrossAttention",
     "LatentAttention",
@@ -44,6 +46,7 @@ __all__ = [
     "SigLipLoss",
     "TokenBuffer",
     "TokenReducer",
+    "TopKRouter",
     "VisualCache",
     "co_attention_mask",
 ]
