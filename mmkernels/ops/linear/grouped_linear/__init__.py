@@ -106,7 +106,7 @@ OP = define(
     Results,
     fake=_fake,
     backends=[
-        triton_kernel(f"{__name__}.triton", "forward"),
+        triton_kernel(f"{__name__}.triton.forward", "forward"),
         cpu_kernel("grouped_linear_cpu"),
         Backend("chunked", chunked.forward),
         Backend("reference", reference),
@@ -115,7 +115,7 @@ OP = define(
         saves=(),
         formula=formula,
         backends=[
-            triton_kernel(f"{__name__}.triton", "backward"),
+            triton_kernel(f"{__name__}.triton.backward", "backward"),
             cpu_kernel("grouped_linear_backward_cpu"),
             Backend("chunked", chunked.backward),
             Backend("reference", reference_backward),

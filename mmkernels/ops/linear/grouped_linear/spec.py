@@ -56,7 +56,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: int) -> Tenso
 
 def reference_backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias, empty where none is wanted."""
-    none, sizes = args.x.new_empty(0), sizes_of(args.lengths, args.x.shape[0])
+    none, sizes = args.x.new_empty, sizes_of(args.lengths, args.x.shape[0])
     group = groups_of_rows(args.lengths, args.x.shape[0]) if sizes is None else None
 
     def part(rows: Tensor, g: int) -> Tensor:
@@ -67,9 +67,9 @@ def reference_backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     groups = range(args.weight.shape[0])
     return (
-        reference(args._replace(x=args.grad_y, weight=args.weight.mT, bias=None)) if args.need_x else none,
-        torch.stack([part(args.grad_y, g).mT @ part(args.x, g) for g in groups]) if args.need_weight else none,
-        torch.stack([part(args.grad_y, g).sum(0) for g in groups]) if args.need_bias else none,
+        reference(args._replace(x=args.grad_y, weight=args.weight.mT, bias=None)) if args.need_x else none(0),
+        torch.stack([part(args.grad_y, g).mT @ part(args.x, g) for g in groups]) if args.need_weight else none(0),
+        torch.stack([part(args.grad_y, g).sum(0) for g in groups]) if args.need_bias else none(0),
     )
 
 
@@ -96,9 +96,7 @@ def _case(
     """
 
     def make(g: Generator) -> Inputs:
-        weight = (
-            normal(g, len(lengths), channels, outputs).mT if transposed else normal(g, len(lengths), outputs, channels)
-        )
+        weight = normal(g, len(lengths), *((channels, outputs) if transposed else (outputs, channels)))
         inputs: Inputs = {
             "x": normal(g, sum(lengths) + behind, channels),
             "weight": weight.mT if transposed else weight,
@@ -122,7 +120,11 @@ def _benchmark(tokens: int, name: str, channels: int, outputs: int, **more: Any)
         draw = lambda *shape: torch.randn(shape, generator=g, device=g.device)
         lengths = routed(tokens, _ACTIVE, _EXPERTS, g)
         weight = draw(_EXPERTS, outputs, channels).mul_(channels**-0.5)
-        return {"x": draw(tokens * _ACTIVE, channels), "weight": weight, "lengths": lengths}
+        return {
+            "x": draw(tokens * _ACTIVE, channels),
+            "weight": weight,
+            "lengths": lengths,
+        }
 
     params = {"T": tokens, "G": _EXPERTS, "active": _ACTIVE, "C": channels, "O": outputs}
     return Benchmark(f"{name}, {tokens} tokens", make, params, ("x", "weight"), **more)
