@@ -145,10 +145,6 @@ MMK_INLINE Matrix matrix_of(const GroupedParams& p, i64 group, i64 first) {
 MMK_INLINE Source across(const Matrix& m) {
   return {m.data, m.type, m.column, m.row, nullptr};
 }
-// Whether a matrix lies in memory with its columns, not its rows, as runs.
-MMK_INLINE bool by_columns(const GroupedParams& p) {
-  return p.matrices.row == 1 && p.matrices.column != 1;
-}
 // kLanes columns of one row of the result; `count` of them exist.
 MMK_INLINE void write_result(const GroupedParams& p, i64 group, i64 row, i64 column, Vec y, i64 count) {
   if (p.bias != nullptr) {
@@ -168,7 +164,7 @@ struct FewByRowsScratch : Arena {
   float* sums = take<float>(s.rows * kLanes * kLanes);
 };
 
-// Of a matrix with rows as runs, or of any other but one with columns as runs.
+// Of a matrix whose rows are runs of memory; others are copied.
 inline void few_by_rows(const GroupedParams& p, const GroupedTask& t, char* scratch) {
   const GroupedShare share{p, t.rows, t.columns};
   const FewByRowsScratch s{{scratch}, share};
@@ -203,6 +199,7 @@ constexpr int kSumSteps = kLanes == 16 ? 8 : 4; // rows of the transposed matrix
 struct FewByColumnsScratch : Arena {
   const GroupedShare& s;
   char* rows = take<char>(s.rows * row_bytes(is_dot(s.p), s.p.depth));
+  char* copy = take<char>(s.p.matrices.row == 1 ? 0 : 2 * kSumSteps * row_bytes(is_dot(s.p), s.columns));
   char* pairs = take<char>(is_dot(s.p) ? kSumSteps * pad_lanes(s.columns) * 4 : 0);
   float* sums = take<float>(s.rows * round_up(s.columns, 2 * kLanes));
 };
@@ -242,22 +239,29 @@ void add_outer(Rows a, i64 rows, Rows right, i64 columns, Stream& ahead, float* 
   }
 }
 
-// Of a matrix with columns as runs.
+// Of a matrix whose columns are runs of memory; others are copied.
 inline void few_by_columns(const GroupedParams& p, const GroupedTask& t, char* scratch) {
   const GroupedShare share{p, t.rows, t.columns};
   const FewByColumnsScratch s{{scratch}, share};
   const Rows a = fetch(rows_from(p.rows, t.first_row), t.rows, p.depth, is_dot(p), s.rows);
   const Source m = across(matrix_of(p, t.group, t.first)); // [depth, columns]
   const i64 size = bytes_of(m.type), sums_row = round_up(t.columns, 2 * kLanes), depth = depth_of(is_dot(p), p.depth);
-  Stream ahead{m.data, m.l * size, t.columns * size, p.depth};
+  const bool in_place = m.d == 1;
+  Stream ahead{m.data, m.l * size, t.columns * size, in_place ? p.depth : 0};
   ahead.ask(kSumSteps * t.columns * size / 64);
   std::memset(s.sums, 0, t.rows * sums_row * 4);
-  with_elements(is_dot(p), m.type, [&](auto pairs, auto type) {
+  with_elements(is_dot(p), in_place ? m.type : Type::f32, [&](auto pairs, auto type) {
     const auto add = [&](i64 k, auto steps) __attribute__((always_inline)) {
-      Rows right{m.data + k * m.l * size, m.l * size};
+      constexpr i64 kPair = decltype(pairs)::value ? 2 : 1;
+      const i64 count = least<i64>(kPair * decltype(steps)::value, p.depth - kPair * k);
+      Source from = m;
+      from.data += kPair * k * m.l * size;
+      Rows right{from.data, m.l * size};
+      if (!in_place) {
+        right = fetch(from, count, t.columns, is_dot(p), s.copy);
+      }
       if constexpr (decltype(pairs)::value) {
-        const i64 count = least<i64>(2 * decltype(steps)::value, p.depth - 2 * k);
-        interleave_rows({m.data + 2 * k * m.l * size, m.l * size}, count, t.columns, s.pairs);
+        interleave_rows(right, count, t.columns, s.pairs);
         right = {s.pairs, pad_lanes(t.columns) * 4};
       }
       add_outer<decltype(steps)::value, decltype(pairs)::value, decltype(type)::value>({a.data + k * 4, a.stride}, t.rows, right, t.columns, ahead, s.sums);

@@ -3,9 +3,10 @@
 #include "launch.h"
 
 namespace mmkernels {
-namespace {
 
 MMK_TABLES(GroupedKernels, grouped_kernels)
+
+namespace {
 
 constexpr i64 kTaskRows = 256;        // at most: so many rows, packed, stay in a cache beside a block of the matrix
 constexpr i64 kTasksOfThread = 8;     // about: the last of them end at about the same time
@@ -179,6 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Arguments& args
   const Tensor bias_sums = empty(need_bias ? groups.bias->sizes() : none, at::kFloat);
   if (need_x) {
     GroupedParams p;
+    p.transposed = true;
     p.depth = weight.size(1), p.width = x.size(1);
     p.rows = rows_of(grad);
     p.matrices = {static_cast<const char*>(weight.const_data_ptr()), type_of(weight), stride_of(weight, 2),

@@ -30,7 +30,7 @@ struct ManyByRowsScratch : Arena {
   char* tile = take<char>(scratch_bytes<LogitsScratch>(q));
 };
 
-// Of a matrix with rows as runs: rows of x are lanes, so that rows of the matrix are read in place.
+// Of a matrix whose rows are runs of memory: rows of x are lanes, so that rows of the matrix are read in place.
 inline void many_by_rows(const GroupedParams& p, const GroupedTask& t, char* scratch) {
   const GroupedShare share{p, t.rows, t.columns};
   const ManyByRowsScratch s{{scratch}, share};
@@ -68,7 +68,7 @@ struct ManyByColumnsScratch : Arena {
   float* sums = take<float>(s.rows * kPanel);
 };
 
-// Of a matrix with columns as runs, which are vectors of the right operand: copied block by block, for rows at multiples
+// Of a matrix whose columns are runs of memory, which are vectors of the right operand: copied block by block, for rows at multiples
 // of a page meet in the same cache lines.
 inline void many_by_columns(const GroupedParams& p, const GroupedTask& t, char* scratch) {
   const GroupedShare share{p, t.rows, t.columns};
@@ -98,19 +98,19 @@ inline void many_by_columns(const GroupedParams& p, const GroupedTask& t, char* 
 
 // Rows that are fewer cost as much time as so many, of which most lanes would be empty.
 inline i64 few_rows(const GroupedParams& p) {
-  return by_columns(p) ? 12 : 24;
+  return p.transposed ? 12 : 24;
 }
 inline i64 column_step(const GroupedParams&) {
   return kPanel;
 }
 inline i64 grouped_scratch(const GroupedParams& p, i64 rows, i64 columns) {
   const GroupedShare few{p, least(rows, few_rows(p)), columns}, many{p, rows, columns};
-  return by_columns(p) ? most(scratch_bytes<FewByColumnsScratch>(few), scratch_bytes<ManyByColumnsScratch>(many))
+  return p.transposed ? most(scratch_bytes<FewByColumnsScratch>(few), scratch_bytes<ManyByColumnsScratch>(many))
                        : most(scratch_bytes<FewByRowsScratch>(few), scratch_bytes<ManyByRowsScratch>(many));
 }
 inline void multiply(const GroupedParams& p, const GroupedTask& t, char* scratch) {
   const bool few = t.rows <= few_rows(p);
-  if (by_columns(p)) {
+  if (p.transposed) {
     few ? few_by_columns(p, t, scratch) : many_by_columns(p, t, scratch);
   } else {
     few ? few_by_rows(p, t, scratch) : many_by_rows(p, t, scratch);

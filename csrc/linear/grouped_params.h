@@ -11,8 +11,9 @@
 namespace mmkernels {
 
 // y = rows M' (+ bias) for each group's rows and matrix M [width, depth]. A forward pass has M = W; the gradient of its
-// rows has M = W', which is a matter of strides.
+// rows has M = W'. No sum's order depends on strides, so that no bit of a result does.
 struct GroupedParams {
+  bool transposed = false; // M = W': W's rows are as long as M is wide
   std::int64_t depth = 0, width = 0;
   Matrix rows;     // [R, depth]
   Matrix matrices; // [groups, width, depth]; strides of one of them
