@@ -64,8 +64,8 @@ inline void pack_few(Rows rows, i64 count, i64 depth, float* to) {
   }
 }
 
-// Adds to sums [rows, kDotWords, kLanes], lane by lane, the products of packed rows with kDotWords rows of the matrix at a
-// step of the depth. Each element of the matrix is loaded once.
+// Adds to sums [rows, kDotWords, kLanes], lane by lane, the products of packed rows with kDotWords rows of the matrix
+// at a step of the depth. Each element of the matrix is loaded once.
 template <bool kDot, Type kType>
 MMK_INLINE void dot_step(const float* a, i64 rows, const char* const (&word)[kDotWords], i64 k, i64 depth, bool first,
                          float* sums) {
@@ -81,7 +81,7 @@ MMK_INLINE void dot_step(const float* a, i64 rows, const char* const (&word)[kDo
     Vec x[kDotSteps], acc[kDotWords];
 #pragma GCC unroll 4
     for (int w = 0; w < kDotWords; ++w) {
-      acc[w] = first ? zero() : load(sums + w * rows * kLanes);
+      acc[w] = first ? zero() : load(sums + w * kLanes);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kDotSteps; ++i) {
@@ -191,7 +191,7 @@ inline void few_by_rows(const GroupedParams& p, const GroupedTask& t, char* scra
 }
 
 constexpr int kSumSteps = kLanes == 16 ? 8 : 4; // rows of the transposed matrix, or pairs, that are added at once
-constexpr i64 kStripBytes = 96 << 10; // of sums, which stay in the second cache beside a strip of the matrix
+constexpr i64 kStripBytes = 96 << 10;           // of sums, which stay in the second cache beside a strip of the matrix
 MMK_INLINE i64 strip_columns(i64 rows, i64 columns) {
   return least(columns, round_up(kStripBytes / (rows * 4), kPanel));
 }
@@ -290,7 +290,8 @@ inline void strip_by_columns(const GroupedParams& p, const GroupedTask& t, char*
       if (!in_place) {
         right = fetch(from, count, t.columns, is_dot(p), s.copy);
       }
-      add_outer<decltype(steps)::value, decltype(pairs)::value, decltype(type)::value>({a.data + k * 4, a.stride}, t.rows, right, count, t.columns, ahead, s.sums);
+      add_outer<decltype(steps)::value, decltype(pairs)::value, decltype(type)::value>(
+          {a.data + k * 4, a.stride}, t.rows, right, count, t.columns, ahead, s.sums);
     };
     i64 k = 0;
     for (; k + kSumSteps <= depth; k += kSumSteps) {

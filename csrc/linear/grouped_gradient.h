@@ -5,10 +5,10 @@
 
 namespace mmkernels::MMK_ISA {
 
-constexpr i64 kGradientStep = 96;      // rows of the result of a task: whole tiles of 6 and of 8 rows
-constexpr i64 kPackedRows = 1024;   // rows of a group that are packed at a time
-constexpr i64 kGradientColumns = 512;  // columns of the result whose sums over more rows than that are kept
-constexpr i64 kFewGradientRows = 16;   // whose packed rows stay in a cache for all rows of the result
+constexpr i64 kGradientStep = 96;     // rows of the result of a task: whole tiles of 6 and of 8 rows
+constexpr i64 kPackedRows = 1024;     // rows of a group that are packed at a time
+constexpr i64 kGradientColumns = 512; // columns of the result whose sums over more rows than that are kept
+constexpr i64 kFewGradientRows = 16;  // whose packed rows stay in a cache for all rows of the result
 
 MMK_INLINE bool is_dot(const MatrixGradientParams& p) {
   return uses_dot(p.flow.type);

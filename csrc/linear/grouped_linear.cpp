@@ -146,8 +146,8 @@ void weight_gradient(const Groups& groups, const Tensor& grad, const Tensor& of_
   for (i64 group = 0; group < groups.count(); ++group) {
     rows = std::max(rows, groups.rows(group));
     for (i64 first = 0; need_weight && first < p.width; first += k.gradient_step()) {
-      tasks.push_back({group, groups.first[group], groups.rows(group), first,
-                       std::min(k.gradient_step(), p.width - first)});
+      tasks.push_back(
+          {group, groups.first[group], groups.rows(group), first, std::min(k.gradient_step(), p.width - first)});
     }
   }
   const int threads = threads_for(groups.flops() + static_cast<double>(of_weight.numel()));

@@ -68,8 +68,8 @@ struct ManyByColumnsScratch : Arena {
   float* sums = take<float>(s.rows * kPanel);
 };
 
-// Of a matrix whose columns are runs of memory, which are vectors of the right operand: copied block by block, for rows at multiples
-// of a page meet in the same cache lines.
+// Of a matrix whose columns are runs of memory, which are vectors of the right operand: copied block by block, for rows
+// at multiples of a page meet in the same cache lines.
 inline void many_by_columns(const GroupedParams& p, const GroupedTask& t, char* scratch) {
   const GroupedShare share{p, t.rows, t.columns};
   const ManyByColumnsScratch s{{scratch}, share};
@@ -106,7 +106,7 @@ inline i64 column_step(const GroupedParams&) {
 inline i64 grouped_scratch(const GroupedParams& p, i64 rows, i64 columns) {
   const GroupedShare few{p, least(rows, few_rows(p)), columns}, many{p, rows, columns};
   return p.transposed ? most(scratch_bytes<FewByColumnsScratch>(few), scratch_bytes<ManyByColumnsScratch>(many))
-                       : most(scratch_bytes<FewByRowsScratch>(few), scratch_bytes<ManyByRowsScratch>(many));
+                      : most(scratch_bytes<FewByRowsScratch>(few), scratch_bytes<ManyByRowsScratch>(many));
 }
 inline void multiply(const GroupedParams& p, const GroupedTask& t, char* scratch) {
   const bool few = t.rows <= few_rows(p);

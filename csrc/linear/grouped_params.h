@@ -15,8 +15,8 @@ namespace mmkernels {
 struct GroupedParams {
   bool transposed = false; // M = W': W's rows are as long as M is wide
   std::int64_t depth = 0, width = 0;
-  Matrix rows;     // [R, depth]
-  Matrix matrices; // [groups, width, depth]; strides of one of them
+  Matrix rows;                  // [R, depth]
+  Matrix matrices;              // [groups, width, depth]; strides of one of them
   std::int64_t matrix_step = 0; // elements from one group's matrix to the next
   const float* bias = nullptr;  // [groups, width]
   char* out = nullptr;          // [R, width], dense
@@ -31,8 +31,8 @@ struct GroupedTask {
 // The gradient of the matrices: dM = flow' rows for each group's rows.
 struct MatrixGradientParams {
   std::int64_t depth = 0, width = 0;
-  Matrix flow; // [R, width]
-  Matrix rows; // [R, depth]
+  Matrix flow;        // [R, width]
+  Matrix rows;        // [R, depth]
   char* to = nullptr; // [groups, width, depth], dense
   Type type = Type::f32;
 };
@@ -40,7 +40,7 @@ struct MatrixGradientParams {
 // The kernels of one instruction set.
 struct GroupedKernels {
   std::int64_t (*take_multiplied)();
-  std::int64_t (*few_rows)(const GroupedParams&);   // up to so many rows a task streams the matrix and packs nothing
+  std::int64_t (*few_rows)(const GroupedParams&);    // up to so many rows a task streams the matrix and packs nothing
   std::int64_t (*column_step)(const GroupedParams&); // tasks begin at multiples of it
   std::int64_t (*scratch)(const GroupedParams&, std::int64_t rows, std::int64_t columns); // of a task, at most
   void (*multiply)(const GroupedParams&, const GroupedTask&, char* scratch);
