@@ -22,8 +22,10 @@ from mmkernels.models import (
     CLIP,
     LXMERT,
     BLIP2Retrieval,
+    DeepSeekVL,
     Flamingo,
     InternVL,
+    Janus,
     QwenAudio,
     QwenVL,
     ViLBERT,
@@ -245,6 +247,74 @@ def internvl() -> dict[str, Case]:
         Case(fewer, call=reduced, inputs=lambda b, l: (marked(1, l), tile), sizes=["1", ""]),
     ]
     return {f"InternVL: {case.call.__name__}": case for case in cases}
+
+
+def deepseek_vl() -> dict[str, Case]:
+    """A program has the example's number of images; fewer tokens of them are served in one row."""
+    plain, both, changes = "tiny", "tiny_hybrid", {"vision_layers": 1, "text_layers": 1, "image_size": 16}
+    model, hybrid = DeepSeekVL.from_size(plain, **changes), DeepSeekVL.from_size(both, sam_layers=2, **changes)
+    fewer = DeepSeekVL.from_size(plain, reduce="select:0.5", **changes)
+    small, large = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 64, 64)  # 4 tokens
+
+    def images(model: DeepSeekVL, ids: Tensor, small: Tensor, large: Tensor | None = None) -> tuple[Tensor, ...]:
+        out = model(ids, small, high_res_pixel_values=large, labels=ids, return_logits=True)
+        return out.logits, out.loss
+
+    def two_resolutions(model: DeepSeekVL, ids: Tensor, small: Tensor, large: Tensor) -> tuple[Tensor, ...]:
+        return images(model, ids, small, large)
+
+    def two_turns(model: DeepSeekVL, ids: Tensor, more: Tensor, small: Tensor) -> Tensor:
+        return model(more, kv_cache=model(ids, small).kv_cache).logits
+
+    def reduced(model: DeepSeekVL, ids: Tensor, small: Tensor) -> Tensor:
+        return model(ids, small).logits
+
+    def marked(batch: int, length: int) -> Tensor:
+        ids = tokens(batch, length)
+        ids[0, :4] = MARKER
+        return ids
+
+    cases = [
+        Case(model, call=images, inputs=lambda b, l: (marked(b, l), small), sizes=["01", ""]),
+        Case(hybrid, call=two_resolutions, inputs=lambda b, l: (marked(b, l), small, large), sizes=["01", "", ""]),
+        Case(model, call=two_turns, inputs=lambda b, l: (marked(b, l), tokens(b, 2), small), sizes=["01", "0", ""]),
+        Case(fewer, call=reduced, inputs=lambda b, l: (marked(1, l), small), sizes=["1", ""]),
+    ]
+    return {f"DeepSeekVL: {case.call.__name__}": case for case in cases}
+
+
+def janus() -> dict[str, Case]:
+    """A program of images that are read has the example's number of them."""
+    changes = {"vision_layers": 1, "text_layers": 1, "image_size": 16, "vq_multipliers": (1,)}  # 4 tokens an image
+    model, photo = Janus.from_size("tiny", **changes), torch.rand(1, 3, 16, 16)
+
+    def read(model: Janus, ids: Tensor, photo: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, photo, labels=ids, return_logits=True)
+        return out.logits, out.loss
+
+    def trained(model: Janus, ids: Tensor, valid: Tensor, images: Tensor) -> tuple[Tensor, ...]:
+        out = model(ids, attention_mask=valid, image_tokens=images, return_logits=True)
+        return out.logits, out.loss
+
+    def drawn(model: Janus, ids: Tensor, valid: Tensor) -> Tensor:
+        return model.decode(model.generate_image(ids, attention_mask=valid, temperature=0.0))
+
+    def tokenized(model: Janus, pixels: Tensor) -> Tensor:
+        return model.encode_tokens(pixels)
+
+    def marked(batch: int, length: int) -> Tensor:
+        ids = tokens(batch, length)
+        ids[0, :4] = MARKER
+        return ids
+
+    images = lambda b, l: (tokens(b, l), padding(b, l), tokens(b, 4) % 32)
+    cases = [
+        Case(model, call=read, inputs=lambda b, l: (marked(b, l), photo), sizes=["01", ""]),
+        Case(model, call=trained, inputs=images, sizes=["01", "01", "0"]),
+        Case(model, call=drawn, inputs=lambda b, l: (tokens(b, l), padding(b, l)), sizes=["01", "01"]),
+        Case(model, call=tokenized, inputs=lambda b, l: (torch.rand(b, 3, 2, 2),), sizes=["0"]),
+    ]
+    return {f"Janus: {case.call.__name__}": case for case in cases}
 
 
 def qwen_audio() -> dict[str, Case]:
@@ -600,6 +670,8 @@ MADE = [
     flamingo("patches", num_latents=None, gate="vector", qk_norm=True),  # as Idefics without a resampler
     *map(qwen_vl, ("tiny_qwen2", "tiny", "tiny_qwen3")),
     internvl(),
+    deepseek_vl(),
+    janus(),
     qwen_audio(),
     blip2(),
     lxmert(),
@@ -633,7 +705,9 @@ NOT_CALLED = {
     "LXMERTConfig",
     "ViLBERTConfig",
     "FlamingoConfig",
+    "DeepSeekVLConfig",
     "InternVLConfig",
+    "JanusConfig",
     "QwenAudioConfig",
     "QwenVLConfig",
     "AudioError",

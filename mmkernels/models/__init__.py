@@ -11,11 +11,15 @@ from mmkernels.models.blocks.context import ContextCache, ContextPolicy
 from mmkernels.models.blocks.visual import Visual
 from mmkernels.models.clip import CLIP
 from mmkernels.models.clip_config import CLIPConfig
+from mmkernels.models.deepseek_vl import DeepSeekVL
+from mmkernels.models.deepseek_vl_config import DeepSeekVLConfig
 from mmkernels.models.embeddings import EmbeddingCache, EmbeddingCacheError, SearchResult, content_key, fingerprint
 from mmkernels.models.flamingo import Flamingo
 from mmkernels.models.flamingo_config import FlamingoConfig
 from mmkernels.models.internvl import InternVL
 from mmkernels.models.internvl_config import InternVLConfig
+from mmkernels.models.janus import Janus
+from mmkernels.models.janus_config import JanusConfig
 from mmkernels.models.lxmert import LXMERT
 from mmkernels.models.lxmert_config import LXMERTConfig
 from mmkernels.models.qwen_audio import QwenAudio
@@ -42,12 +46,16 @@ __all__ = [
     "CLIPConfig",
     "ContextCache",
     "ContextPolicy",
+    "DeepSeekVL",
+    "DeepSeekVLConfig",
     "EmbeddingCache",
     "EmbeddingCacheError",
     "Flamingo",
     "FlamingoConfig",
     "InternVL",
     "InternVLConfig",
+    "Janus",
+    "JanusConfig",
     "LXMERTConfig",
     "LogMel",
     "QwenAudio",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_dropout, check_features, check_positive
+from mmkernels.nn.few_rows import linear
 from mmkernels.ops.attention.cross_attention import cross_attention
 
 KeyValue = tuple[Tensor, Tensor]
@@ -89,14 +90,14 @@ class CrossAttention(nn.Module):
     def project(self, context: Tensor) -> KeyValue:
         """Returns key and value ``[B, Hkv, Lk, D]`` of a context ``[B, Lk, context_dim]``, its norm applied."""
         check_features("context", context, self.context_dim)
-        key = self.k_norm(self.k_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim)))
-        value = self.v_proj(context).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        key = self.k_norm(linear(self.k_proj, context).unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        value = linear(self.v_proj, context).unflatten(-1, (self.num_kv_heads, self.head_dim))
         return key.transpose(1, 2), value.transpose(1, 2)
 
     def query(self, x: Tensor) -> Tensor:
         """Returns the query ``[B, Hq, Lq, D]`` of ``x [B, Lq, dim]``, with its norm applied."""
         check_features("x", x, self.dim)
-        return self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))).transpose(1, 2)
+        return self.q_norm(linear(self.q_proj, x).unflatten(-1, (self.num_heads, self.head_dim))).transpose(1, 2)
 
     def attend(
         self,
@@ -111,7 +112,7 @@ class CrossAttention(nn.Module):
         """Returns ``[B, Lq, dim]`` of projected query, key and value: the rest of `forward` after the projections."""
         dropout_p = self.dropout if self.training else 0.0
         out = cross_attention(query, key, value, mask, bias=bias, gate=gate, dropout_p=dropout_p)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return linear(self.out_proj, out.transpose(1, 2).flatten(2))
 
     def forward(
         self,

@@ -15,8 +15,10 @@ import blip2_checkpoints
 import blip2_retrieval_checkpoints
 import blip_checkpoints
 import clip_checkpoints
+import deepseek_vl_checkpoints
 import idefics_checkpoints
 import internvl_checkpoints
+import janus_checkpoints
 import lxmert_checkpoints
 import pytest
 import qwen_audio_checkpoints
@@ -27,7 +29,20 @@ import whisper_checkpoints
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmkernels.models import BLIP, BLIP2, CLIP, LXMERT, BLIP2Retrieval, Flamingo, InternVL, QwenAudio, QwenVL, Whisper
+from mmkernels.models import (
+    BLIP,
+    BLIP2,
+    CLIP,
+    LXMERT,
+    BLIP2Retrieval,
+    DeepSeekVL,
+    Flamingo,
+    InternVL,
+    Janus,
+    QwenAudio,
+    QwenVL,
+    Whisper,
+)
 from mmkernels.models.blocks.checkpoint import CheckpointError
 
 transformers.logging.set_verbosity_error()
@@ -39,8 +54,10 @@ MODELS: dict[Any, Any] = {
     blip2_checkpoints: BLIP2,
     blip2_retrieval_checkpoints: BLIP2Retrieval,
     clip_checkpoints: CLIP,
+    deepseek_vl_checkpoints: DeepSeekVL,
     idefics_checkpoints: Flamingo,
     internvl_checkpoints: InternVL,
+    janus_checkpoints: Janus,
     qwen_audio_checkpoints: QwenAudio,
     lxmert_checkpoints: LXMERT,
     qwen_checkpoints: QwenVL,

@@ -13,8 +13,10 @@ from mmkernels.models import (
     CLIP,
     LXMERT,
     BLIP2Retrieval,
+    DeepSeekVL,
     Flamingo,
     InternVL,
+    Janus,
     QwenAudio,
     QwenVL,
     ViLBERT,
@@ -24,6 +26,8 @@ from mmkernels.models import (
 SIZES: list[tuple[Any, str]] = [(CLIP, "tiny"), (CLIP, "siglip_tiny"), (Flamingo, "tiny"), (InternVL, "tiny")]
 SIZES += [(BLIP, "tiny"), (BLIP2, "tiny"), (BLIP2, "tiny_instruct"), (BLIP2Retrieval, "tiny")]
 SIZES += [(LXMERT, "tiny"), (ViLBERT, "tiny"), (QwenAudio, "tiny"), (Whisper, "tiny")]
+SIZES += [(DeepSeekVL, "tiny"), (DeepSeekVL, "tiny_hybrid")]
+SIZES += [(Janus, "tiny")]
 SIZES += [(QwenVL, size) for size in ("tiny_qwen2", "tiny", "tiny_qwen3")]
 
 
@@ -55,11 +59,15 @@ def test_where_the_logits_start() -> None:
         (Flamingo, "small", 85, 5),
         (Flamingo, "base", 295, 35),
         (QwenAudio, "qwen2_audio_7b", 8397.094, 0.001),  # transformers' class of this size
+        (Janus, "janus_pro_1b", 2076.637, 0.001),  # transformers' class of these sizes, the head apart
+        (Janus, "janus_pro_7b", 7407.773, 0.001),
         (QwenVL, "qwen2_2b", 2209.0, 0.05),  # their checkpoints on the hub
         (QwenVL, "qwen2_5_3b", 3754.6, 0.05),
         (QwenVL, "qwen3_2b", 2127.5, 0.05),
         (BLIP2, "opt_2.7b", 3744.762, 0.001),  # transformers' classes of these sizes
         (BLIP2, "vicuna_7b", 7913.211, 0.001),
+        (DeepSeekVL, "deepseek_vl_1.3b", 1962.641, 0.001),
+        (DeepSeekVL, "deepseek_vl_7b", 7331.391, 0.001),
         (Whisper, "whisper_tiny", 37.761, 0.001),
         (Whisper, "base", 72.594, 0.001),
         (Whisper, "small", 241.735, 0.001),
@@ -96,7 +104,7 @@ def test_bad_arguments(model: Any) -> None:
         model.from_size("tiny", dtype=torch.int32)
 
 
-@pytest.mark.parametrize("model", [Flamingo, InternVL, QwenVL])
+@pytest.mark.parametrize("model", [DeepSeekVL, Flamingo, InternVL, Janus, QwenVL])
 def test_shared_parameters_stay_shared(model: Any) -> None:
     tied, apart = (model.from_size("tiny", tie_embeddings=tie) for tie in (True, False))
     embed = lambda net: net.get_parameter("embed.weight" if model is Flamingo else "decoder.embed.weight")

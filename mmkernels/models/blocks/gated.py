@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels.nn.few_rows import is_plain, linear
 from mmkernels.runtime.checks import in_graph
 from mmkernels.runtime.eager import transform_active
 
@@ -19,16 +20,10 @@ def gated_down(gate: Tensor, up: Tensor, activation: nn.Module, down: nn.Linear)
     PyTorch would keep both it and ``activation(gate)``, half of what a gated feed-forward keeps. A graph's compiler
     decides this itself, and a layer put in place of `down`, such as LoRA's, is called as it is.
     """
-    if not _is_plain(down) or not torch.is_grad_enabled() or in_graph() or transform_active():
-        return down(activation(gate) * up)
+    if not is_plain(down) or not torch.is_grad_enabled() or in_graph() or transform_active():
+        return linear(down, activation(gate) * up)
     out: Tensor = _GatedDown.apply(gate, up, down.weight, down.bias, activation)
     return out
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer computes ``F.linear`` and nothing else."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and not any(hooks)
 
 
 class _GatedDown(torch.autograd.Function):

@@ -12,6 +12,7 @@ from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.gated import gated_down
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.nn import CrossAttention
+from mmkernels.nn.few_rows import linear
 from mmkernels.runtime.checks import can_look, check_range
 
 
@@ -26,7 +27,7 @@ class SwiGLU(nn.Module):
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        return gated_down(self.gate_proj(x), self.up_proj(x), self.activation, self.down_proj)
+        return gated_down(linear(self.gate_proj, x), linear(self.up_proj, x), self.activation, self.down_proj)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

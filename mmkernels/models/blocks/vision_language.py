@@ -20,6 +20,7 @@ from mmkernels.models.blocks.text import check_ids, check_tokens
 from mmkernels.models.blocks.visual import Media, Visual, check_markers, positions_of, shorten, token_numbers
 from mmkernels.models.blocks.visual_reduction import VisualReducer
 from mmkernels.nn.checks import check_positive
+from mmkernels.nn.few_rows import linear
 from mmkernels.ops.tokens.ranking import image_of
 from mmkernels.ops.tokens.scatter_tokens import scatter_tokens
 
@@ -202,7 +203,7 @@ class VisionLanguageModel(Model):
         x = self.decoder.norm(x)
         loss = None if labels is None else next_token_loss(self.head, x, labels)
         wanted = labels is None if return_logits is None else return_logits
-        return VisionLanguageOutput(self.head(x) if wanted else None, loss, store, x if return_hidden else None)
+        return VisionLanguageOutput(linear(self.head, x) if wanted else None, loss, store, x if return_hidden else None)
 
     @torch.no_grad()
     def generate(
