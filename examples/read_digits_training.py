@@ -38,6 +38,7 @@ from torch.nn.functional import cross_entropy
 
 import mmkernels
 from mmkernels.models import BLIP2
+from mmkernels.models.blocks.vision_language import VisionLanguageModel
 from mmkernels.models.blocks.visual import Visual
 from mmkernels.objectives import group_advantages, grpo_loss
 
@@ -204,7 +205,9 @@ def improve(model: BLIP2, pixels: Tensor, digits: Tensor, *, steps: int, batch: 
 
     def loss_of_step() -> Tensor:
         scenes = draw_scenes(pixels, digits, batch, draw)
-        text, answers, reward = sampled(model, scenes, seed=int(torch.randint(2**31, (), generator=draw)))
+        text, answers = sampled(model, scenes, seed=int(torch.randint(2**31, (), generator=draw)))
+        digits, boxes = (x.repeat_interleave(GROUP, 0) for x in wanted(scenes))
+        reward = verify(spell(answers), digits, boxes).reward()
         rewards.append(reward.mean().item())
         loss = rewarded_loss(model, scenes, text, answers, group_advantages(reward, GROUP, scale=SCALE))
         return loss + describing_loss(model, model.encode(scenes.pixels), scenes)  # or it would forget how to describe
@@ -215,16 +218,24 @@ def improve(model: BLIP2, pixels: Tensor, digits: Tensor, *, steps: int, batch: 
 
 
 @torch.no_grad()
-def sampled(model: BLIP2, scenes: Scenes, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns prompts [M, L], sampled answers [M, up to ANSWER] and their rewards [M]; M is N * KINDS * GROUP."""
-    text = prompts(scenes.questions, QUERIES).repeat_interleave(GROUP, 0)
-    images = repeated(model.encode(scenes.pixels), len(KINDS) * GROUP)
-    answers = model.generate(text, images=images, max_new_tokens=ANSWER, temperature=1.0, seed=seed).tokens
-    digits, boxes = (x.repeat_interleave(GROUP, 0) for x in wanted(scenes))
-    return text, answers, verify(spell(answers), digits, boxes).reward()
+def sampled(
+    model: VisionLanguageModel, scenes: Scenes, *, seed: int, visual: int = QUERIES, group: int = GROUP,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns prompts [M, L] and sampled answers [M, up to ANSWER]; M is N * KINDS * `group`.
+
+    Args:
+        visual: tokens of a scene.
+        group: how many answers each question gets.
+        temperature: 0 takes the most likely answer.
+    """
+    text = prompts(scenes.questions, visual).repeat_interleave(group, 0)
+    images = repeated(model.encode(scenes.pixels), len(KINDS) * group)
+    answers = model.generate(text, images=images, max_new_tokens=ANSWER, temperature=temperature, seed=seed).tokens
+    return text, answers
 
 
-def rewarded_loss(model: BLIP2, scenes: Scenes, text: Tensor, answers: Tensor, advantages: Tensor) -> Tensor:
+def rewarded_loss(model: VisionLanguageModel, scenes: Scenes, text: Tensor, answers: Tensor, advantages: Tensor) -> Tensor:
     """Returns GRPO's loss of sampled answers to the questions about scenes.
 
     Args:

@@ -1,0 +1,46 @@
+"""The answers that `grpo_digits.py` learns from: as JSON, and as prose."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from read_digits_answers import parse
+from read_digits_data import PAD, SPELLED, Scenes
+from torch import Tensor
+
+WORDS = (*SPELLED, "I see none")
+"""The vocabulary: that of `read_digits.py`, whose scenes and questions these are, and the refusal in prose."""
+
+PROSE = re.compile(r"I see (?:none|(\d) at \[(\d+),(\d+),(\d+),(\d+)\])")
+_AS_PROSE = {'{"absent":true}': "I see none", "]}": "]"} | {
+    f'{{"digit":{digit},"box":[': f"I see {digit} at [" for digit in range(10)
+}
+_TOLD = torch.tensor([WORDS.index(_AS_PROSE.get(word, word)) for word in WORDS])  # of each token, what prose says
+
+
+def told(answers: Tensor) -> Tensor:
+    """Returns answers in JSON, tokens of any shape, in prose: "I see 7 at [12,30,20,38]" or "I see none"."""
+    return _TOLD[answers]
+
+
+def demonstrations(scenes: Scenes, share: float, draw: torch.Generator) -> Tensor:
+    """Returns right answers, tokens int64 [N, KINDS, ANSWER]: a random `share` of them in prose, the others in JSON."""
+    in_prose = torch.rand(scenes.answers.shape[:2], generator=draw) < share
+    return torch.where(in_prose[..., None], told(scenes.answers), scenes.answers)
+
+
+def targets_of(answers: Tensor) -> Tensor:
+    """Returns answers with -100 in place of their padding."""
+    return answers.masked_fill(answers == PAD, -100)
+
+
+def read(text: str) -> dict[str, object] | None:
+    """Returns what an answer says, in JSON or in prose; None: neither."""
+    found = PROSE.fullmatch(text)
+    if found is None:
+        return parse(text)
+    if found[1] is None:
+        return {"absent": True}
+    digit, *box = map(int, found.groups())
+    return {"digit": digit, "box": box}
