@@ -11,6 +11,8 @@ from mmkernels.models.blocks.context import ContextCache, ContextPolicy
 from mmkernels.models.blocks.visual import Visual
 from mmkernels.models.clip import CLIP
 from mmkernels.models.clip_config import CLIPConfig
+from mmkernels.models.deepseek_vl import DeepSeekVL
+from mmkernels.models.deepseek_vl_config import DeepSeekVLConfig
 from mmkernels.models.embeddings import EmbeddingCache, EmbeddingCacheError, SearchResult, content_key, fingerprint
 from mmkernels.models.flamingo import Flamingo
 from mmkernels.models.flamingo_config import FlamingoConfig
@@ -42,6 +44,8 @@ __all__ = [
     "CLIPConfig",
     "ContextCache",
     "ContextPolicy",
+    "DeepSeekVL",
+    "DeepSeekVLConfig",
     "EmbeddingCache",
     "EmbeddingCacheError",
     "Flamingo",
