@@ -21,7 +21,6 @@ from read_digits_data import (
     SIDE,
     STEP,
     Scenes,
-    box_sides,
     draw_scenes,
     lessons,
     patch_names,
@@ -29,22 +28,22 @@ from read_digits_data import (
 )
 from read_digits_training import GAIN, GROUP, SCALE, fit, mean, rewarded_loss, sampled
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
 
-from mmkernels.models import InternVL as DeepseekVL
+from mmkernels.models import DeepSeekVL
 from mmkernels.objectives import group_advantages
 
 WIDTH = 64  # of encoder and language model
 VISUAL = (SIDE // PATCH) ** 2  # tokens of a scene: one a patch
-STARTING_RATE, REWARDED_RATE = 3e-3, 1e-3
-SIGHT_WEIGHT = 2.0  # what the loss of the patches counts in the start
+SEEING_RATE, ANSWERING_RATE, REWARDED_RATE = 3e-3, 3e-3, 1e-3  # learning rates of the three stages
 PROSE = 0.5  # share of the demonstrations in prose
 
 
-def make_model(seed: int) -> DeepseekVL:
+def make_model(seed: int) -> DeepSeekVL:
     """Returns a DeepSeek-VL of small sizes with random weights."""
-    model = DeepseekVL.from_size(
-        "tiny", seed=seed, image_size=SIDE, patch_size=PATCH, channels=1, merge=1,
+    model = DeepSeekVL.from_size(
+        "tiny", seed=seed, image_size=SIDE, patch_size=PATCH, channels=1,
         vision_width=WIDTH, vision_layers=2, vision_heads=4, vision_mlp=2 * WIDTH,
         text_width=WIDTH, text_layers=2, text_heads=4, text_kv_heads=4, text_head_dim=16, text_mlp=2 * WIDTH,
         text_length=VISUAL + QUESTION + ANSWER, vocab_size=len(WORDS), image_token_id=IMAGE, pad_token_id=PAD,
@@ -60,46 +59,65 @@ def make_model(seed: int) -> DeepseekVL:
 
 
 class Sight(nn.Module):
-    """What the start asks of visual tokens: which digit one is a part of, and where its box begins and ends."""
+    """What the first stage asks of visual tokens. It is not used afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.name = nn.Linear(WIDTH, 11)
-        self.sides = nn.Linear(WIDTH, 4 * (CELL // STEP + 1))
+        self.name = nn.Linear(WIDTH, 11)  # which digit a token is a part of, or none
+        self.region = nn.Linear(WIDTH, CELLS**2)  # where it is
+        self.sides = nn.Linear(WIDTH, 4 * (SIDE // STEP + 1))  # where the digit's box begins and ends, in steps
 
     def loss(self, tokens: Tensor, scenes: Scenes) -> Tensor:
         """Returns the loss of visual tokens [N * VISUAL, WIDTH]."""
         names = patch_names(scenes).flatten()  # 10: no digit
         along = torch.arange(SIDE // PATCH) * PATCH // CELL
         region = (along[:, None] * CELLS + along).flatten()  # of each patch
-        sides = box_sides(scenes)[:, region].flatten(0, 1)[names < 10]
+        sides = (scenes.boxes // STEP)[:, region].flatten(0, 1)[names < 10]
         found = self.sides(tokens[names < 10]).unflatten(1, (4, -1))
-        return cross_entropy(self.name(tokens), names) + cross_entropy(found.flatten(0, 1), sides.flatten())
+        return (
+            cross_entropy(self.name(tokens), names)
+            + cross_entropy(self.region(tokens), region.repeat(len(scenes.shown)))
+            + cross_entropy(found.flatten(0, 1), sides.flatten())
+        )
 
 
-def start(
-    model: DeepseekVL, pixels: Tensor, digits: Tensor, *, steps: int, batch: int, seed: int, last: int | None = None,
+def see(
+    model: DeepSeekVL, pixels: Tensor, digits: Tensor, *, steps: int, batch: int, seed: int, last: int | None = None,
     backend: str | None = None,
 ) -> list[float]:  # fmt: skip
-    """Trains a model on questions about scenes with their answers; returns the losses.
-
-    Args:
-        pixels, digits: [M, 8, 8] and [M] of the digits.
-        last, backend: as in `fit`.
-    """
+    """Trains encoder and aligner on scenes of pixels [M, 8, 8] and their digits [M]; returns the losses."""
     draw = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     sight = Sight()
 
     def loss_of_step() -> Tensor:
         scenes = draw_scenes(pixels, digits, batch, draw)
-        images = model.encode(scenes.pixels)
-        text, labels = lessons(scenes.questions, demonstrations(scenes, PROSE, draw), VISUAL)
-        told = model(text, images=repeated(images, len(KINDS)), labels=labels).loss
-        return told + SIGHT_WEIGHT * sight.loss(images.tokens, scenes)
+        return sight.loss(model.encode(scenes.pixels).tokens, scenes)
 
-    parameters = [*model.parameters(), *sight.parameters()]
-    return fit(parameters, loss_of_step, rate=STARTING_RATE, steps=steps, last=last, backend=backend)
+    parameters = [x for part in (model.vision, model.vision_norm, model.aligner, sight) for x in part.parameters()]
+    return fit(parameters, loss_of_step, rate=SEEING_RATE, steps=steps, last=last, backend=backend)
+
+
+def answer(
+    model: DeepSeekVL, pixels: Tensor, digits: Tensor, *, steps: int, batch: int, seed: int, last: int | None = None,
+    backend: str | None = None,
+) -> list[float]:  # fmt: skip
+    """Trains the language model on questions about scenes with their answers; returns the losses."""
+    draw = torch.Generator().manual_seed(seed + 1)
+
+    def loss_of_step() -> Tensor:
+        scenes = draw_scenes(pixels, digits, batch, draw)
+        text, labels = lessons(scenes.questions, demonstrations(scenes, PROSE, draw), VISUAL)
+        return model(text, images=repeated(model.encode(scenes.pixels), len(KINDS)), labels=labels).loss
+
+    return fit(speaking(model), loss_of_step, rate=ANSWERING_RATE, steps=steps, last=last, backend=backend)
+
+
+def speaking(model: DeepSeekVL) -> list[Parameter]:
+    """Freezes what sees; returns the parameters of the language model."""
+    for part in (model.vision, model.vision_norm, model.aligner):
+        part.requires_grad_(False)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 # GRPO.
@@ -140,7 +158,7 @@ class Run(NamedTuple):
 
 
 def improve(
-    model: DeepseekVL, pixels: Tensor, digits: Tensor, held: Scenes | None, weights: Weights, *, steps: int, batch: int,
+    model: DeepSeekVL, pixels: Tensor, digits: Tensor, held: Scenes | None, weights: Weights, *, steps: int, batch: int,
     seed: int, every: int = 1, kept: int = 0, replayed: list[Tensor] | None = None, backend: str | None = None,
 ) -> Run:  # fmt: skip
     """Trains a model's language model by the rewards of its own answers.
@@ -172,14 +190,10 @@ def improve(
         run.rewards.append(reward.mean().item())
         return rewarded_loss(model, scenes, text, answers, group_advantages(reward, GROUP, scale=SCALE))
 
-    learned = [*model.decoder.parameters(), *model.head.parameters()]
-    model.requires_grad_(False)
-    for parameter in learned:
-        parameter.requires_grad_(True)
     last = None if replayed is None else len(replayed)
     report = lambda: f"reward {mean(run.rewards[-20:]):.3f}"
     run.losses.extend(
-        fit(learned, loss_of_step, rate=REWARDED_RATE, steps=steps, last=last, backend=backend, report=report)
+        fit(speaking(model), loss_of_step, rate=REWARDED_RATE, steps=steps, last=last, backend=backend, report=report)
     )
     if held is not None:
         run.rates[steps] = rates(model, held)
@@ -193,7 +207,7 @@ def judged(scenes: Scenes, answers: Tensor, group: int) -> Judgement:
 
 
 @torch.no_grad()
-def rates(model: DeepseekVL, scenes: Scenes, temperature: float = 1.0) -> Rates:
+def rates(model: DeepSeekVL, scenes: Scenes, temperature: float = 1.0) -> Rates:
     """Returns how a model answers; at temperature 1 as it is trained, at 0 with its most likely answers."""
     model.eval()
     _, answers = sampled(model, scenes, seed=0, visual=VISUAL, group=1, temperature=temperature)
