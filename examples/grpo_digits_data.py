@@ -6,7 +6,7 @@ import re
 
 import torch
 from read_digits_answers import parse
-from read_digits_data import PAD, SPELLED, Scenes
+from read_digits_data import IMAGE, PAD, SPELLED, Scenes
 from torch import Tensor
 
 WORDS = (*SPELLED, "I see none")
@@ -30,9 +30,20 @@ def demonstrations(scenes: Scenes, share: float, draw: torch.Generator) -> Tenso
     return torch.where(in_prose[..., None], told(scenes.answers), scenes.answers)
 
 
-def targets_of(answers: Tensor) -> Tensor:
-    """Returns answers with -100 in place of their padding."""
-    return answers.masked_fill(answers == PAD, -100)
+def conversations(scenes: Scenes, answers: Tensor, visual: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Returns texts int64 [N, L], of a scene, its questions in random order and their answers, and labels [N, L].
+
+    Args:
+        answers: tokens int64 [N, KINDS, ANSWER]; only they have a label.
+        visual: tokens of a scene.
+    """
+    turns = torch.cat([scenes.questions, answers], 2)
+    labels = torch.cat([torch.full_like(scenes.questions, -100), answers.masked_fill(answers == PAD, -100)], 2)
+    order = torch.rand(turns.shape[:2], generator=draw).argsort(1)[..., None].expand_as(turns)
+    turns, labels = turns.gather(1, order).flatten(1), labels.gather(1, order).flatten(1)
+    last = (turns == PAD).sort(dim=1, stable=True).indices  # all padding behind the last turn
+    start = turns.new_full((len(turns), visual), IMAGE)
+    return torch.cat([start, turns.gather(1, last)], 1), torch.cat([torch.full_like(start, -100), labels.gather(1, last)], 1)
 
 
 def read(text: str) -> dict[str, object] | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from grpo_digits_data import WORDS, demonstrations
+from grpo_digits_data import WORDS, conversations, demonstrations
 from grpo_digits_rewards import Judgement, Weights, judge
-from read_digits_answers import repeated, wanted
+from read_digits_answers import wanted
 from read_digits_data import (
     ANSWER,
     CELL,
@@ -22,7 +22,6 @@ from read_digits_data import (
     STEP,
     Scenes,
     draw_scenes,
-    lessons,
     patch_names,
     spell,
 )
@@ -46,7 +45,7 @@ def make_model(seed: int) -> DeepSeekVL:
         "tiny", seed=seed, image_size=SIDE, patch_size=PATCH, channels=1,
         vision_width=WIDTH, vision_layers=2, vision_heads=4, vision_mlp=2 * WIDTH,
         text_width=WIDTH, text_layers=2, text_heads=4, text_kv_heads=4, text_head_dim=16, text_mlp=2 * WIDTH,
-        text_length=VISUAL + QUESTION + ANSWER, vocab_size=len(WORDS), image_token_id=IMAGE, pad_token_id=PAD,
+        text_length=VISUAL + len(KINDS) * (QUESTION + ANSWER), vocab_size=len(WORDS), image_token_id=IMAGE, pad_token_id=PAD,
         eos_token_ids=(END,),
     )  # fmt: skip
     with torch.no_grad():  # images and words make a difference from the first step on
@@ -107,8 +106,8 @@ def answer(
 
     def loss_of_step() -> Tensor:
         scenes = draw_scenes(pixels, digits, batch, draw)
-        text, labels = lessons(scenes.questions, demonstrations(scenes, PROSE, draw), VISUAL)
-        return model(text, images=repeated(model.encode(scenes.pixels), len(KINDS)), labels=labels).loss
+        text, labels = conversations(scenes, demonstrations(scenes, PROSE, draw), VISUAL, draw)
+        return model(text, images=model.encode(scenes.pixels), labels=labels).loss
 
     return fit(speaking(model), loss_of_step, rate=ANSWERING_RATE, steps=steps, last=last, backend=backend)
 
@@ -207,12 +206,15 @@ def judged(scenes: Scenes, answers: Tensor, group: int) -> Judgement:
 
 
 @torch.no_grad()
+def replies(model: DeepSeekVL, scenes: Scenes, temperature: float = 0.0) -> Tensor:
+    """Returns an answer to each question, tokens int64 [N, KINDS, L]; at temperature 0 the most likely one."""
+    _, answers = sampled(model, scenes, seed=0, visual=VISUAL, group=1, temperature=temperature)
+    return answers.unflatten(0, (-1, len(KINDS)))
+
+
 def rates(model: DeepSeekVL, scenes: Scenes, temperature: float = 1.0) -> Rates:
     """Returns how a model answers; at temperature 1 as it is trained, at 0 with its most likely answers."""
-    model.eval()
-    _, answers = sampled(model, scenes, seed=0, visual=VISUAL, group=1, temperature=temperature)
-    model.train()
-    found = judged(scenes, answers, 1)
+    found = judged(scenes, replies(model, scenes, temperature).flatten(0, 1), 1)
     boxed = found.boxed & found.there
     return Rates(
         found.format.mean().item(),

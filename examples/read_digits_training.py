@@ -49,6 +49,7 @@ WEIGHT_DECAY, WARMUP_STEPS = 0.05, 30
 SEEING_RATE, ANSWERING_RATE, REWARDED_RATE = 3e-3, 3e-3, 1.5e-3  # learning rates of the three stages
 PATCH_WEIGHT = 6.0  # what the patches' loss counts in the first stage
 DESCRIBED = 16  # scenes of a step of the second and third stage that are described too
+BOUND = 1e-3  # the largest relative difference of fused and naive losses: rounding errors, which grow
 GROUP, SCALE = 8, "batch"  # answers to a question in the third stage, and what divides their advantages
 
 
@@ -105,6 +106,13 @@ def fit(
                 words = f"loss {mean(losses[-50:]):.3f}" if report is None else report()
                 print(f"  step {step + 1}: {words}, {time.perf_counter() - begin:.0f} s", flush=True)
     return losses
+
+
+def check_same(fused: list[float], naive: list[float]) -> str:
+    """Asserts that two loss curves begin alike; returns a text with their largest relative difference."""
+    apart = max(math.inf if math.isnan(a) else abs(a - b) / b for a, b in zip(fused, naive))
+    assert apart <= BOUND, f"the curves must stay within {BOUND:.0e}, got {apart:.1e}"
+    return f"{apart:.1e} (bound {BOUND:.0e})"
 
 
 def mean(values: list[float]) -> float:
