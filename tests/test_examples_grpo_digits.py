@@ -193,18 +193,25 @@ def test_rewarded_steps_leave_what_sees_as_it_is(example: ModuleType, training: 
     assert moved <= {"decoder", "head"}
 
 
-def test_replayed_answers_give_the_same_losses(example: ModuleType) -> None:
-    """In the naive formulas, with rewards that differ within each group."""
+def test_naive_formulas_replay_the_answers_of_a_run(
+    example: ModuleType, data: ModuleType, training: ModuleType
+) -> None:
+    """Of each group half are right and in JSON, half in prose: their rewards differ, so the loss has a gradient."""
     pixels, digits, _, _ = example.load()
-    weights = next(iter(example.ABLATION.values()))
-    sizes = {"steps": 2, "batch": 2, "seed": 0}
-    model = example.make_model(0)
-    text_of = {name: x.clone() for name, x in model.state_dict().items()}
-    run = example.improve(model, pixels, digits, None, weights, kept=2, **sizes)
-    model.load_state_dict(text_of)
-    again = example.improve(model, pixels, digits, None, weights, replayed=run.answers, backend="reference", **sizes)
-    assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(run.losses, again.losses))
-    assert run.rewards == again.rewards
+    scenes = example.draw_scenes(pixels, digits, 2, torch.Generator().manual_seed(2))  # as the first step draws them
+    answers = scenes.answers.flatten(0, 1).repeat_interleave(training.GROUP, 0)
+    answers[::2] = data.told(answers[::2])
+    runs = []
+    for backend in (None, "reference"):
+        model = example.make_model(0)
+        before = model.decoder.embed.weight.clone()
+        weights = example.ABLATION["all terms"]
+        sizes = {"steps": 1, "batch": 2, "seed": 0, "replayed": [answers], "backend": backend}
+        runs.append(example.improve(model, pixels, digits, None, weights, **sizes))
+        assert not torch.equal(model.decoder.embed.weight, before)
+    fused, naive = runs
+    assert fused.rewards == naive.rewards and 0 < fused.rewards[0] < 1
+    assert math.isclose(fused.losses[0], naive.losses[0], abs_tol=1e-6)
 
 
 @pytest.mark.parametrize(
