@@ -35,7 +35,7 @@ from mmkernels.objectives import group_advantages
 
 WIDTH = 64  # of encoder and language model
 VISUAL = (SIDE // PATCH) ** 2  # tokens of a scene: one a patch
-SEEING_RATE, ANSWERING_RATE, REWARDED_RATE = 3e-3, 3e-3, 1e-3  # learning rates of the three stages
+SEEING_RATE, ANSWERING_RATE, REWARDED_RATE = 3e-3, 6e-3, 1e-3  # learning rates of the three stages
 PROSE = 0.5  # share of the demonstrations in prose
 
 
@@ -44,7 +44,7 @@ def make_model(seed: int) -> DeepSeekVL:
     model = DeepSeekVL.from_size(
         "tiny", seed=seed, image_size=SIDE, patch_size=PATCH, channels=1,
         vision_width=WIDTH, vision_layers=2, vision_heads=4, vision_mlp=2 * WIDTH,
-        text_width=WIDTH, text_layers=2, text_heads=4, text_kv_heads=4, text_head_dim=16, text_mlp=2 * WIDTH,
+        text_width=WIDTH, text_layers=2, text_heads=2, text_kv_heads=2, text_head_dim=WIDTH // 2, text_mlp=2 * WIDTH, rope_theta=1e6,
         text_length=VISUAL + len(KINDS) * (QUESTION + ANSWER), vocab_size=len(WORDS), image_token_id=IMAGE, pad_token_id=PAD,
         eos_token_ids=(END,),
     )  # fmt: skip

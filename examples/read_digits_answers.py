@@ -124,7 +124,8 @@ def verify(texts: list[str], digits: Tensor, boxes: Tensor) -> Verdicts:
 
 def numbers(found: list[dict[str, Any] | None]) -> Tensor:
     """Returns the digit and the box that each answer names, float32 [N, 5]; -1 where it names none."""
-    return torch.tensor([[-1.0] * 5 if x is None or "absent" in x else [x["digit"], *x["box"]] for x in found])
+    rows = [[-1] * 5 if x is None or "absent" in x else [x["digit"], *x["box"]] for x in found]
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def wanted(scenes: Scenes) -> tuple[Tensor, Tensor]:
