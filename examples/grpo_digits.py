@@ -58,7 +58,9 @@ MEASURED = 10  # how often a run of the third stage is measured on held-out scen
 SHOWN = 3  # scenes of the picture of answers
 
 
-def learn(model: DeepSeekVL, pixels: Tensor, digits: Tensor, options: argparse.Namespace) -> dict[str, list[list[float]]]:
+def learn(
+    model: DeepSeekVL, pixels: Tensor, digits: Tensor, options: argparse.Namespace
+) -> dict[str, list[list[float]]]:
     """Trains the first two stages; returns for each the losses, and those of the naive formulas."""
     curves = {}
     for name, stage, steps in (("1: see", see, options.seeing), ("2: answer", answer, options.answering)):
@@ -96,9 +98,7 @@ def ablate(
         )
         if not curve:
             again, first = copy.deepcopy(model), runs[name]
-            naive = improve(
-                again, pixels, digits, None, weights, replayed=first.answers, backend="reference", **sizes
-            )
+            naive = improve(again, pixels, digits, None, weights, replayed=first.answers, backend="reference", **sizes)
             curve = [first.losses, naive.losses]
             apart = max(abs(a - b) for a, b in zip(*curve))
             print(f"  fused and naive, the first {len(naive.losses)} steps: losses differ by at most {apart:.1e}")
@@ -161,13 +161,13 @@ def main(arguments: list[str] | None = None) -> None:
     runs, models, curve = ablate(model, pixels, digits, held, options)
     print(f"trained in {time.perf_counter() - begin:.0f} s, the naive steps and all measurements included")
 
-    print(f"{options.scenes} scenes of {len(held_digits)} digits held out, {len(KINDS)} questions each, answers sampled")
+    print(f"{options.scenes} scenes of {len(held_digits)} digits held out, {len(KINDS)} questions each; sampled")
     sampled = {"before GRPO": next(iter(runs.values())).rates[0]}
     sampled |= {name: run.rates[options.rewarded] for name, run in runs.items()}
     print(table(sampled))
     likely = {"before GRPO": model, **models}
     greedy = {name: rates(each, held, temperature=0.0) for name, each in likely.items()}
-    print("the same questions, the most likely answers")
+    print("the same, the most likely answers")
     print(table(greedy))
     write(runs, sampled, greedy, options.out / "figures.json")
     draw_ablation(runs, options.out / "ablation.png")

@@ -8,6 +8,7 @@ import torch
 from read_digits_answers import parse
 from read_digits_data import IMAGE, PAD, SPELLED, Scenes
 from torch import Tensor
+from torch.nn.functional import pad
 
 WORDS = (*SPELLED, "I see none")
 """The vocabulary: that of `read_digits.py`, whose scenes and questions these are, and the refusal in prose."""
@@ -42,8 +43,8 @@ def conversations(scenes: Scenes, answers: Tensor, visual: int, draw: torch.Gene
     order = torch.rand(turns.shape[:2], generator=draw).argsort(1)[..., None].expand_as(turns)
     turns, labels = turns.gather(1, order).flatten(1), labels.gather(1, order).flatten(1)
     last = (turns == PAD).sort(dim=1, stable=True).indices  # all padding behind the last turn
-    start = turns.new_full((len(turns), visual), IMAGE)
-    return torch.cat([start, turns.gather(1, last)], 1), torch.cat([torch.full_like(start, -100), labels.gather(1, last)], 1)
+    turns, labels = (x.gather(1, last) for x in (turns, labels))
+    return pad(turns, (visual, 0), value=IMAGE), pad(labels, (visual, 0), value=-100)
 
 
 def read(text: str) -> dict[str, object] | None:

@@ -44,9 +44,9 @@ def make_model(seed: int) -> DeepSeekVL:
     model = DeepSeekVL.from_size(
         "tiny", seed=seed, image_size=SIDE, patch_size=PATCH, channels=1,
         vision_width=WIDTH, vision_layers=2, vision_heads=4, vision_mlp=2 * WIDTH,
-        text_width=WIDTH, text_layers=2, text_heads=2, text_kv_heads=2, text_head_dim=WIDTH // 2, text_mlp=2 * WIDTH, rope_theta=1e6,
-        text_length=VISUAL + len(KINDS) * (QUESTION + ANSWER), vocab_size=len(WORDS), image_token_id=IMAGE, pad_token_id=PAD,
-        eos_token_ids=(END,),
+        text_width=WIDTH, text_layers=2, text_heads=2, text_kv_heads=2, text_head_dim=WIDTH // 2, text_mlp=2 * WIDTH,
+        text_length=VISUAL + len(KINDS) * (QUESTION + ANSWER), vocab_size=len(WORDS), rope_theta=1e6,
+        image_token_id=IMAGE, pad_token_id=PAD, eos_token_ids=(END,),
     )  # fmt: skip
     with torch.no_grad():  # images and words make a difference from the first step on
         for weight in (model.vision.patch.weight, model.vision.positions, model.decoder.embed.weight):

@@ -214,8 +214,7 @@ def improve(model: BLIP2, pixels: Tensor, digits: Tensor, *, steps: int, batch: 
     def loss_of_step() -> Tensor:
         scenes = draw_scenes(pixels, digits, batch, draw)
         text, answers = sampled(model, scenes, seed=int(torch.randint(2**31, (), generator=draw)))
-        digits, boxes = (x.repeat_interleave(GROUP, 0) for x in wanted(scenes))
-        reward = verify(spell(answers), digits, boxes).reward()
+        reward = verify(spell(answers), *(x.repeat_interleave(GROUP, 0) for x in wanted(scenes))).reward()
         rewards.append(reward.mean().item())
         loss = rewarded_loss(model, scenes, text, answers, group_advantages(reward, GROUP, scale=SCALE))
         return loss + describing_loss(model, model.encode(scenes.pixels), scenes)  # or it would forget how to describe
@@ -243,7 +242,9 @@ def sampled(
     return text, answers
 
 
-def rewarded_loss(model: VisionLanguageModel, scenes: Scenes, text: Tensor, answers: Tensor, advantages: Tensor) -> Tensor:
+def rewarded_loss(
+    model: VisionLanguageModel, scenes: Scenes, text: Tensor, answers: Tensor, advantages: Tensor
+) -> Tensor:
     """Returns GRPO's loss of sampled answers to the questions about scenes.
 
     Args:

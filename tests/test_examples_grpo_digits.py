@@ -1,4 +1,4 @@
-"""examples/grpo_digits.py in a short form: its reward is right, all of it runs, and its third stage raises the reward."""
+"""examples/grpo_digits.py in a short form: its reward is right, all of it runs, and rewards rise."""
 
 from __future__ import annotations
 
