@@ -87,7 +87,9 @@ def ablate(
     Returns:
         the runs, the trained models, and the losses of the first run's steps with those of the naive formulas.
     """
-    runs, models, curve = {}, {}, []
+    runs: dict[str, Run] = {}
+    models: dict[str, DeepSeekVL] = {}
+    curve: list[list[float]] = []
     every = max(1, options.rewarded // MEASURED)
     sizes = {"steps": options.rewarded, "batch": max(1, options.batch // 8), "seed": options.seed}
     for name, weights in ABLATION.items():
