@@ -12,6 +12,7 @@ from mmkernels.ops.attention.merge_attention import merge_attention
 from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
+from mmkernels.ops.linear.grouped_linear import grouped_linear
 from mmkernels.ops.linear.linear_cross_entropy import linear_cross_entropy
 from mmkernels.ops.linear.linear_logprobs import linear_logprobs
 from mmkernels.ops.tokens.frame_difference import frame_difference
@@ -44,6 +45,7 @@ __all__ = [
     "co_attention",
     "cross_attention",
     "frame_difference",
+    "grouped_linear",
     "info_nce",
     "linear_cross_entropy",
     "linear_logprobs",

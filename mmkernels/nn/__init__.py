@@ -7,6 +7,7 @@ from mmkernels.nn.co_attention import CoAttention, co_attention_mask
 from mmkernels.nn.contrastive import ClipLoss, SigLipLoss
 from mmkernels.nn.cross_attention import CrossAttention
 from mmkernels.nn.cross_entropy import CrossEntropyOutput, LinearCrossEntropyLoss
+from mmkernels.nn.experts import Experts, TopKRouter
 from mmkernels.nn.feature_queue import FeatureQueue
 from mmkernels.nn.gated_cross_attention import GatedCrossAttention
 from mmkernels.nn.post_norm import PostNormAttention, PostNormMLP
@@ -26,6 +27,7 @@ __all__ = [
     "CoAttention",
     "CrossAttention",
     "CrossEntropyOutput",
+    "Experts",
     "FeatureQueue",
     "GatedCrossAttention",
     "LinearCrossEntropyLoss",
@@ -41,6 +43,7 @@ __all__ = [
     "SigLipLoss",
     "TokenBuffer",
     "TokenReducer",
+    "TopKRouter",
     "VisualCache",
     "co_attention_mask",
 ]

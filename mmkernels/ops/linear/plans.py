@@ -55,9 +55,9 @@ def problem(
 
 def search(timed: Problem, heaviest: Problem) -> Search:
     """Returns the search of a kernel on tiles of products."""
-    return Search((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4), (timed,), heaviest, _least_shared)
+    return Search((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4), (timed,), heaviest, least_shared)
 
 
-def _least_shared(config: Config, dim: int, size: int) -> int:
+def least_shared(config: Config, dim: int, size: int) -> int:
     """Of the pipeline over what both operands are summed over."""
     return (config.stages - 1) * (config.block_q + config.block_k) * min(_STEP_BYTES, dim * size)
