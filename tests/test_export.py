@@ -40,6 +40,8 @@ from mmkernels.nn import (
     CrossAttention,
     FeatureQueue,
     GatedCrossAttention,
+    LatentAttention,
+    LatentSizes,
     LinearCrossEntropyLoss,
     PatchMerger,
     PerceiverResampler,
@@ -446,6 +448,20 @@ def co_attention() -> dict[str, Case]:
     } | {"SelfAttention": Case(SelfAttention(16, 2), call=causal, inputs=alone, sizes=["01"])}
 
 
+def latent_attention() -> dict[str, Case]:
+    def causal(module: LatentAttention, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        angles = torch.arange(length)[None, None, :, None] / torch.tensor([1.0, 10.0])
+        return module(x, (angles.cos(), angles.sin()), SpanMask.causal(length, length))
+
+    sizes = LatentSizes(heads=2, kv_rank=8, nope_dim=4, rope_dim=4, value_dim=6)
+    return {
+        "LatentAttention": Case(
+            LatentAttention(16, sizes), call=causal, inputs=lambda b, l: (features(b, l),), sizes=["01"]
+        )
+    }
+
+
 def qformer() -> dict[str, Case]:
     def captions(module: QFormer, x: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         return tuple(module(x, ids, valid, causal=True))
@@ -661,6 +677,7 @@ MADE = [
     lxmert(),
     vilbert(),
     co_attention(),
+    latent_attention(),
     whisper(),
     qformer(),
     cross_attention(),
@@ -694,6 +711,7 @@ NOT_CALLED = {
     "QwenAudioConfig",
     "QwenVLConfig",
     "AudioError",
+    "LatentSizes",
     "LogMel",
     "WhisperConfig",
     "WhisperTokens",

@@ -126,7 +126,8 @@ class ContextCache(KVCache):
         copy._image_of, copy._shrunk = self._image_of, set(self._shrunk)
         copy._valid, copy._padded = self._valid, self._padded
         if self._valid is not None:
-            copy._layers = [(_shared(key), _shared(value)) for key, value in self._layers]
+            copy._layers = [tuple(map(_shared, buffers)) for buffers in self._layers]
+            copy._value_dim = self._value_dim
         return copy
 
     def drop(self, image_ids: list[int] | tuple[int, ...]) -> None:
@@ -158,7 +159,8 @@ class ContextCache(KVCache):
         if self._image_of is None or image_id not in self.image_ids:
             raise ValueError(f"image_id must be among those held, {self.image_ids}, got {image_id}")
         rows, columns = (self._image_of == image_id).nonzero().unbind(1)  # of one row
-        values = self._layers[-1][1].view()[rows, :, columns].flatten(1)  # [n, Hkv D]; keys are rotated
+        values = self._layers[-1][-1].view()[rows, :, columns]  # [n, Hkv, D]; keys are rotated
+        values = values[..., : self._value_dim].flatten(1)
         chosen = select_diverse(values, [values.shape[0]], keep, method="distance")
         stays = torch.ones_like(self._image_of, dtype=torch.bool)
         stays[rows, columns] = False

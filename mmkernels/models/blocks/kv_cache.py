@@ -31,7 +31,11 @@ class KVCache:
     """
 
     def __init__(self, num_layers: int, *, reserve: int = 0) -> None:
-        self._layers = [(TokenBuffer(reserve), TokenBuffer(reserve)) for _ in range(num_layers)]
+        # Keys and values of each layer, or alone what both are computed from.
+        self._layers: list[tuple[TokenBuffer, ...]] = [
+            (TokenBuffer(reserve), TokenBuffer(reserve)) for _ in range(num_layers)
+        ]
+        self._value_dim: int | None = None  # the first channels of a value that describe its token; None: all
         self._valid: Tensor | None = None  # bool [B, L]: False: padding
         self.pending: tuple[Tensor, Tensor] | None = None  # token generated last and its validity, [B, 1]
         self._padded = False  # False: the causal mask suffices
@@ -76,6 +80,19 @@ class KVCache:
         key_buffer.append(key)
         value_buffer.append(value)
         return key_buffer.view(), value_buffer.view()
+
+    def append_compressed(self, layer: int, tokens: Tensor, value_dim: int) -> Tensor:
+        """Adds what a layer's keys and values are computed from, ``[B, 1, L, C]``; returns all, ``[B, 1, Lk, C]``.
+
+        Args:
+            layer: one that `append` is not called for.
+            tokens: as `LatentAttention.compress` returns them.
+            value_dim: how many of their channels, the first ones, values are computed from.
+        """
+        self._layers[layer], self._value_dim = self._layers[layer][:1], value_dim
+        (buffer,) = self._layers[layer]
+        buffer.append(tokens)
+        return buffer.view()
 
     def take(self, rows: Tensor) -> None:
         """Keeps these rows of the batch, int64 ``[n]``, in this order; a row may be taken more than once (beams)."""
