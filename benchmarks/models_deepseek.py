@@ -18,6 +18,7 @@ from models_work import MAIN, Results, Work
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
+from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.nn import Experts, LatentAttention, LatentSizes
 from mmkernels.testing.models import Inputs, randomise, seeded
 from mmkernels.testing.parts import prompt
@@ -132,31 +133,30 @@ class LatentStep(Work):
         """Returns the cache of the text; transformers' is filled without attending."""
         blocks = list(zip(inputs["text"].split(_BLOCK, 1), inputs["angles"][:, :-1].split(_BLOCK, 1), strict=True))
         if isinstance(model, LatentAttention):
-            return torch.cat([model.compress(x, _parts(angles)) for x, angles in blocks], dim=2)
+            kept = KVCache(1, reserve=inputs["text"].shape[1] + 1)
+            for x, angles in blocks:
+                kept.append_compressed(0, model.compress(x, _parts(angles)), model.sizes.kv_rank)
+            return kept
         AttentionInterface.register(_NO_ATTENTION, _zeros)
-        kept, cache = model.config._attn_implementation, DynamicCache()
+        implementation, cache = model.config._attn_implementation, DynamicCache()
         self.use_attention(model, _NO_ATTENTION)
         for x, angles in blocks:
             _call(model, x, cache, angles)
-        self.use_attention(model, kept)
+        self.use_attention(model, implementation)
         return cache
 
-    def cache_share(self, state: Any) -> float | None:
-        return float(state.shape[1] * state.shape[3]) / (_V2_LITE["kv_lora_rank"] + _V2_LITE["qk_rope_head_dim"])
+    def cache_share(self, model: Any, state: Any) -> float | None:
+        """The paper's numbers a token are those of the compressed vector and of one key with a position."""
+        kept = [buffer.view() for buffers in state._layers for buffer in buffers]
+        c = model.config
+        return sum(x.numel() / x.shape[2] for x in kept) / (c.kv_lora_rank + c.qk_rope_head_dim)
 
     def resume(self, state: Any, inputs: Inputs) -> Inputs:
-        """Copies the cache: ours with room for the token."""
-        ours = isinstance(state, Tensor)
-        cache = torch.cat([state, state[:, :, -1:]], dim=2) if ours else copy.deepcopy(state)
-        return {"token": inputs["token"], "angles": inputs["angles"][:, -1:], "cache": cache}
+        """Copies the cache."""
+        return {"token": inputs["token"], "angles": inputs["angles"][:, -1:], "cache": copy.deepcopy(state)}
 
     def ours(self, model: Any, inputs: Inputs) -> Results:
-        cache = inputs["cache"]
-
-        def keep(compressed: Tensor) -> Tensor:
-            cache[:, :, -1:] = compressed
-            return cache
-
+        keep = lambda tokens: inputs["cache"].append_compressed(0, tokens, model.sizes.kv_rank)
         return (model(inputs["token"], _parts(inputs["angles"]), keep=keep),)
 
     def theirs(self, model: Any, inputs: Inputs) -> Results:
@@ -205,7 +205,6 @@ def experts(**changes: Any) -> Pair:
     with torch.device("meta"):
         ours = Experts(width, mlp, count)
     ours.gate_up, ours.down = theirs.gate_up_proj, theirs.down_proj
-    theirs.config = _v2_config(theirs)
     ours.config = theirs.config
     return Pair(ours, theirs)  # type: ignore[arg-type]
 

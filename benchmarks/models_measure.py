@@ -131,7 +131,7 @@ class Trial:
     @property
     def cache_share(self) -> float | None:
         """The bytes that a token takes in our cache, as `Work.cache_share` has it, of runs that began."""
-        return self.case.work.cache_share(self._begun.get(self.candidates[OURS]))
+        return self.case.work.cache_share(self.ours, self._begun.get(self.candidates[OURS]))
 
     def drop_gradients(self) -> None:
         """Removes the gradients of all parameters."""

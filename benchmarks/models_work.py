@@ -49,11 +49,12 @@ class Work:
         """Lets transformers' model attend by this implementation."""
         model.set_attn_implementation(name)
 
-    def cache_share(self, state: Any) -> float | None:
+    def cache_share(self, model: Any, state: Any) -> float | None:
         """Returns the bytes that a token takes in our cache over those of its publication; None: they are no target.
 
         Args:
-            state: what `begin` returned for our model.
+            model: ours.
+            state: what `begin` returned for it.
         """
         return None
 
