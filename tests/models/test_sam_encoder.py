@@ -10,6 +10,7 @@ from checkpoints import distance
 from torch import Tensor
 
 from mmkernels import use_backend
+from mmkernels.models.blocks import sam_encoder
 from mmkernels.models.blocks.sam_encoder import RelativeAttention, SamBlock, SamEncoder, SamSizes
 
 SIZES = SamSizes(24, 2, 2, 40, image_size=32, patch_size=4, window=3, global_layers=(1,), channels=8)
@@ -43,6 +44,27 @@ def test_relative_attention(side: int, grad: bool) -> None:
             torch.autograd.grad(out, wanted, weight), torch.autograd.grad(expected, wanted, weight), strict=True
         ):
             assert float((ours - theirs).norm()) <= 1e-13 * max(1.0, float(theirs.norm()))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 99])
+def test_a_table_in_bands(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many rows of queries, where no gradient is recorded; the last band may be smaller."""
+    torch.manual_seed(rows)
+    attention, side = RelativeAttention(24, 2, 5).double(), 5
+    projected = torch.randn(3, side * side, 72, dtype=torch.float64)
+    monkeypatch.setattr(sam_encoder, "LEAST_SIDE", side)
+    monkeypatch.setattr(sam_encoder, "BAND_BYTES", rows * 2 * side**3 * 8)
+    calls: list[int] = []
+    fused = sam_encoder.cross_attention
+    monkeypatch.setattr(
+        sam_encoder, "cross_attention", lambda *x, **y: (calls.append(x[0].shape[2]), fused(*x, **y))[1]
+    )
+    with torch.no_grad():
+        assert distance(attention.attend_windows(projected), formula(attention, projected)) < 1e-14
+    assert sum(calls) == 3 * side * side and calls[0] == side * min(rows, side)
+    calls.clear()
+    attention.attend_windows(projected)
+    assert calls == [side * side]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

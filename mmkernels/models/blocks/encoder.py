@@ -11,6 +11,7 @@ from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.nn import CrossAttention
 from mmkernels.nn.checks import described
+from mmkernels.nn.few_rows import linear
 from mmkernels.runtime.checks import can_look, check_range
 
 
@@ -56,9 +57,27 @@ class Heads(NamedTuple):
     key: Tensor
 
 
-def _mlp(sizes: Sizes) -> nn.Sequential:
-    first, last = nn.Linear(sizes.width, sizes.mlp), nn.Linear(sizes.mlp, sizes.width)
-    return nn.Sequential(first, ACTIVATIONS[sizes.activation](), last)
+class MLP(nn.Sequential):
+    """A linear layer, an activation and a linear layer.
+
+    Args:
+        width, hidden: of the input and the output, and between the layers.
+        activation: a name in `ACTIVATIONS`.
+
+    Example:
+        >>> import torch
+        >>> MLP(32, 64, "gelu")(torch.randn(2, 9, 32)).shape
+        torch.Size([2, 9, 32])
+    """
+
+    def __init__(self, width: int, hidden: int, activation: str) -> None:
+        super().__init__(nn.Linear(width, hidden), ACTIVATIONS[activation](), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``[..., width]`` of ``x [..., width]``."""
+        for layer in self:
+            x = linear(layer, x)
+        return x
 
 
 class EncoderBlock(nn.Module):
@@ -72,7 +91,7 @@ class EncoderBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(sizes.width, eps=sizes.eps)
         self.attention = CrossAttention(sizes.width, num_heads=sizes.heads, bias=True, dropout=sizes.dropout)
         self.mlp_norm = nn.LayerNorm(sizes.width, eps=sizes.eps)
-        self.mlp = _mlp(sizes)
+        self.mlp = MLP(sizes.width, sizes.mlp, sizes.activation)
 
     def forward(self, x: Tensor, mask: SpanMask | None = None) -> Tensor:
         """Returns ``[B, L, width]`` after the block. `mask`: which tokens each token sees; None: all."""
