@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import bench_grouped_linear as bench
+import grouped_peers
 import pytest
 import torch
 from harness import SPECS, each_backend, examples, generator
@@ -193,17 +193,16 @@ def test_what_is_wrong_in_lengths_is_cut_where_nothing_looks() -> None:
 # Benchmarks.
 
 
-def _large(dtype: torch.dtype) -> tuple[Inputs, list[str]]:
+def _large() -> tuple[Inputs, list[str]]:
     """As a benchmark's, with groups that have no rows."""
-    inputs = {name: x for name, x in _inputs([3, 0, 1, 5, 4, 0, 2, 2, 0, 3], channels=32, outputs=24).items()}
+    inputs, names = _inputs([3, 0, 1, 5, 4, 0, 2, 2, 0, 3], channels=32, outputs=24), ["x", "weight"]
     del inputs["bias"]
-    inputs = {name: x.to(dtype).requires_grad_() if name != "lengths" else x for name, x in inputs.items()}
-    return inputs, ["x", "weight"]
+    return inputs | {name: inputs[name].requires_grad_() for name in names}, names
 
 
-@pytest.mark.parametrize("peer", bench.PEERS, ids=lambda peer: peer.name.replace(" ", "_"))
+@pytest.mark.parametrize("peer", grouped_peers.PEERS, ids=lambda peer: peer.name.replace(" ", "_"))
 def test_peers_compute_the_same(peer: Any) -> None:
-    inputs, names = _large(torch.float32)
+    inputs, names = _large()
     leaves = [inputs[name] for name in names]
     flows = draw_cotangents([grouped_linear(**inputs)])
     found = with_gradients(peer.prepare(inputs), leaves, flows)()
@@ -212,7 +211,7 @@ def test_peers_compute_the_same(peer: Any) -> None:
 
 
 def test_the_check_of_parts_finds_what_is_wrong() -> None:
-    inputs, names = _large(torch.float32)
+    inputs, names = _large()
     flows = draw_cotangents(flat(grouped_linear(**inputs)))
     judge = Gate(SPEC, inputs, names, flows, parts_only=True)
     right = with_gradients(lambda: grouped_linear(**inputs), [inputs[name] for name in names], flows)()
