@@ -133,9 +133,9 @@ def test_only_ops_that_exist_have_a_budget() -> None:
     assert set(BUDGET) <= set(NAMES)
 
 
-def test_twenty_ops_fit_into_fifteen_minutes() -> None:
+def test_all_ops_fit_into_fifteen_minutes() -> None:
     budgets = [BUDGET.get(op, DEFAULT) for op in NAMES]
-    budgets += [DEFAULT] * (20 - len(budgets))
+    assert len(budgets) >= 21
     assert FIXED_SECONDS + sum(budget.seconds for budget in budgets) / 2 < 900
 
 

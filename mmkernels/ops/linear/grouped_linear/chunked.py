@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.linear.grouped_linear.groups import sizes_of
 from mmkernels.ops.linear.grouped_linear.spec import Arguments, reference, reference_backward
 
@@ -39,8 +40,7 @@ def backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
         of_bias = weight.new_empty(weight.shape[:2])
         for group, part in enumerate(_parts(flow, sizes)):
             torch.sum(part, 0, out=of_bias[group])
-    none = x.new_empty
-    return tuple(none(0) if grad is None else grad for grad in (of_x, of_weight, of_bias))
+    return or_empty(of_x, x), or_empty(of_weight, x), or_empty(of_bias, x)
 
 
 def _parts(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:

@@ -29,7 +29,7 @@ def sizes_of(lengths: Tensor, rows: int) -> list[int] | None:
 
 def bounds_of(lengths: Tensor, rows: int) -> Tensor:
     """Returns int64 [G], the row behind each group's last one; what is wrong in lengths is cut, unseen."""
-    return lengths.long().clamp(min=0).cumsum(0).clamp(max=rows)
+    return lengths.long().clamp(0, rows).cumsum(0).clamp(max=rows)
 
 
 def groups_of_rows(lengths: Tensor, rows: int) -> Tensor:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.common.results import or_empty
 from mmkernels.ops.common.triton.launch import ceil_div, precision
 from mmkernels.ops.linear.grouped_linear.triton.forward import OP, product, step_of
 from mmkernels.ops.linear.grouped_linear.triton.tiles import groups_of
@@ -93,8 +94,7 @@ def backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
             bias_gradient_kernel, (number, ceil_div(outputs, _BIAS.block_k)), _BIAS,
             flow, of_bias, bounds, strides, outputs, ROWS=_BIAS.block_q, OUTPUTS=_BIAS.block_k,
         )  # fmt: skip
-    none = x.new_empty
-    return tuple(none(0) if grad is None else grad for grad in (of_x, of_weight, of_bias))
+    return or_empty(of_x, x), or_empty(of_weight, x), or_empty(of_bias, x)
 
 
 def _weight_gradient(flow: Tensor, x: Tensor, weight: Tensor, bounds: Tensor, strides: FlowStrides) -> Tensor:

@@ -56,22 +56,23 @@ def product_kernel(
         j = tl.program_id(0) % across * BLOCK_K + tl.arange(0, BLOCK_K)
         z = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         if place.group < groups.number:
-            # Past the end the last row is read again, and not stored. Not so outputs, by which a weight may be contiguous.
+            # Past the end the last row is read again, and not stored. Outputs are masked: a weight may be contiguous in
+            # them, which the compiler does not see behind a minimum.
             rows = x + tl.minimum(i, place.end - 1)[:, None] * strides.row
             group = place.group.to(tl.int64)
-            columns = weight + group * strides.group + j.to(tl.int64)[:, None] * strides.output
-            is_output = (j < outputs)[:, None]
+            columns = weight + group * strides.group + j.to(tl.int64)[None, :] * strides.output
+            is_output = (j < outputs)[None, :]
             for channel in range(0, channels, STEP):
                 c = channel + tl.arange(0, STEP)
                 at = rows + c.to(tl.int64)[None, :] * strides.channel
-                weight_at = columns + c.to(tl.int64)[None, :] * strides.weight_channel
+                weight_at = columns + c.to(tl.int64)[:, None] * strides.weight_channel
                 if EVEN:
                     a, b = tl.load(at), tl.load(weight_at, mask=is_output, other=0.0)
                 else:
-                    inside = (c < channels)[None, :]
-                    a = tl.load(at, mask=inside, other=0.0)
-                    b = tl.load(weight_at, mask=is_output & inside, other=0.0)
-                z = tl.dot(a, tl.trans(b), z, input_precision=PRECISION)
+                    inside = c < channels
+                    a = tl.load(at, mask=inside[None, :], other=0.0)
+                    b = tl.load(weight_at, mask=is_output & inside[:, None], other=0.0)
+                z = tl.dot(a, b, z, input_precision=PRECISION)
             if bias is not None:
                 z += tl.load(bias + group * outputs + j, mask=j < outputs, other=0.0).to(tl.float32)[None, :]
         inside = (i < place.end)[:, None] & (j < outputs)[None, :]
