@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from mmkernels.nn.checks import check_choice, check_positive
 from mmkernels.ops.linear.grouped_linear import grouped_linear
 from mmkernels.ops.tokens.unmerge_tokens import unmerge_tokens
-from mmkernels.runtime.checks import check_bool, check_floating, check_number, check_range, check_tensor
+from mmkernels.runtime.checks import (
+    autocast_dtype,
+    check_bool,
+    check_floating,
+    check_number,
+    check_range,
+    check_tensor,
+)
 
 __all__ = ["Experts", "TopKRouter"]
 
@@ -103,6 +110,8 @@ class Experts(nn.Module):
         check_floating("weight", weight)
         if x.dim() != 2 or x.shape[1] != self.width:
             raise ValueError(f"x must be [T, {self.width}], got shape {tuple(x.shape)}")
+        if x.dtype != self.down.dtype and autocast_dtype(x) is None:
+            raise TypeError(f"x must have the experts' dtype {self.down.dtype}, got {x.dtype}")
         if index.dtype != torch.int64:
             raise TypeError(f"index must be int64, got {index.dtype}")
         if index.dim() != 2 or index.shape[0] != x.shape[0] or index.shape[1] == 0:
