@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -214,7 +215,7 @@ class TopKRouter(nn.Module):
         check_floating("x", x)
         if x.dim() != 2 or x.shape[1] != self.width:
             raise ValueError(f"x must be [T, {self.width}], got shape {tuple(x.shape)}")
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # [T, E]
         scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
         index = self._choice(scores.detach()).sort(dim=-1, descending=True, stable=True).indices[:, : self.k]
