@@ -35,23 +35,23 @@ def draw_drawings(
         held: the classifier's accuracy of "real" and "restored" images.
         drawn: with at least four drawings of each digit.
     """
-    rows = [(f"real, held out\n{100 * held['real']:.0f} % recognised", real)]
-    rows += [(f"from their tokens\n{100 * held['restored']:.0f} % recognised", restored)]
+    rows = [("real, held out", held["real"], real), ("from their tokens", held["restored"], restored)]
     for found in drawn:
-        words = {0.0: "the prompt ignored", 1.0: "no guidance"}.get(found.scale, "drawn with guidance")
-        rows.append((f"{words}, {found.scale:g}\n{100 * found.recognised:.0f} % recognised", found.pixels))
+        words = {0.0: "0: prompt ignored", 1.0: "1: none"}.get(found.scale, f"{found.scale:g}")
+        rows.append((f"guidance {words}", found.recognised, found.pixels))
     figure, axes = plt.subplots(
         len(rows), 10, figsize=(12.5, 1.12 * len(rows) + 0.9), dpi=100, layout="constrained", facecolor="white"
     )
     figure.suptitle("“draw a …”: handwritten digits, four of each, by a small Janus", fontsize=15, weight="bold")
-    for (words, images), line in zip(rows, axes):
+    for (words, share, images), line in zip(rows, axes):
         for digit, cell in enumerate(line):
             cell.imshow(_mosaic(images[digit, :4]), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
             cell.set_xticks([])
             cell.set_yticks([])
             for spine in cell.spines.values():
                 spine.set_color("#bbbbbb")
-        line[0].set_ylabel(words, rotation=0, ha="right", va="center", fontsize=10.5)
+        label = f"{words}\n{100 * share:.1f} % recognised"
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10.5)
     for digit, cell in enumerate(axes[0]):
         cell.set_title(DIGITS[digit], fontsize=12)
     _save(figure, path)
@@ -88,7 +88,7 @@ def draw_curves(
               label="how much drawings of a digit differ (real: 100)")  # fmt: skip
     last.axhline(100 * held["restored"], color=GREY, linewidth=1, linestyle=":")
     last.text(scales[-1], 100 * held["restored"], "recognised of real images from their tokens ", ha="right",
-              va="bottom", fontsize=9, color=GREY)  # fmt: skip
+              va="top", fontsize=9, color=GREY)  # fmt: skip
     last.set_ylim(0, 125)
     last.set_xlabel("guidance scale", fontsize=11)
     last.set_title("what guidance gives and costs", fontsize=12)

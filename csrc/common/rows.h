@@ -209,20 +209,29 @@ MMK_INLINE void transpose_rows(Rows rows, i64 count, i64 depth, i64 lanes, float
   }
 }
 
+#if defined(__AVX512BF16__)
+// Pairs of the same column of two vectors of 32 bfloat16: of the first 16 columns, and of the others.
+struct Interleaved {
+  __m512i front, back;
+};
+MMK_INLINE Interleaved interleave(__m512i low, __m512i high) {
+  const __m512i front = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i back = _mm512_or_si512(front, _mm512_set1_epi16(16));
+  return {_mm512_permutex2var_epi16(low, front, high), _mm512_permutex2var_epi16(low, back, high)};
+}
+#endif
+
 // Interleaves rows of bfloat16 [count, cols] to [(count + 1) / 2, cols padded]: pairs of the same column of two rows
 // that follow each other. Only for instruction sets that multiply such pairs.
 inline void interleave_rows(Rows rows, i64 count, i64 cols, char* to) {
 #if defined(__AVX512BF16__)
-  // Permutations that interleave the first, or last, 16 of 32 elements of two vectors.
-  const __m512i front = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i back = _mm512_or_si512(front, _mm512_set1_epi16(16));
   for (i64 r = 0; r < count; r += 2) {
     const char* a = rows.data + r * rows.stride;
     const char* b = r + 1 < count ? a + rows.stride : nullptr;
     std::uint32_t* out = (std::uint32_t*)(to + r / 2 * pad_lanes(cols) * 4);
     i64 c = 0;
-    const auto interleave = [&](auto vectors) { // of each row, one row after the other: memory is read in order
+    const auto some = [&](auto vectors) { // of each row, one row after the other: memory is read in order
       constexpr int kCount = decltype(vectors)::value;
       for (; b != nullptr && c + kCount * 2 * kLanes <= cols; c += kCount * 2 * kLanes) {
         __m512i low[kCount];
@@ -233,17 +242,18 @@ inline void interleave_rows(Rows rows, i64 count, i64 cols, char* to) {
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) {
           const __m512i high = _mm512_loadu_si512(b + (c + i * 2 * kLanes) * 2);
-          _mm512_storeu_si512(out + c + 2 * i * kLanes, _mm512_permutex2var_epi16(low[i], front, high));
-          _mm512_storeu_si512(out + c + (2 * i + 1) * kLanes, _mm512_permutex2var_epi16(low[i], back, high));
+          const Interleaved pairs = interleave(low[i], high);
+          _mm512_storeu_si512(out + c + 2 * i * kLanes, pairs.front);
+          _mm512_storeu_si512(out + c + (2 * i + 1) * kLanes, pairs.back);
         }
       }
     };
-    interleave(std::integral_constant<int, 4>());
-    interleave(std::integral_constant<int, 1>());
+    some(std::integral_constant<int, 4>());
+    some(std::integral_constant<int, 1>());
     for (; c < cols; c += kLanes) {
-      const __mmask16 some = (__mmask16)(cols - c >= kLanes ? 0xffff : (1u << (cols - c)) - 1);
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, a + c * 2));
-      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(b != nullptr ? some : 0, b + c * 2));
+      const __mmask16 left = (__mmask16)(cols - c >= kLanes ? 0xffff : (1u << (cols - c)) - 1);
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(left, a + c * 2));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(b != nullptr ? left : 0, b + c * 2));
       _mm512_storeu_si512(out + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }

@@ -1,6 +1,8 @@
 // The linear kernels of one instruction set: CMakeLists.txt compiles this file once for each, with MMK_ISA its name.
 #include "../common/table.h"
 #include "gradient.h"
+#include "grouped_gradient.h"
+#include "grouped_many.h"
 #include "products.h"
 #include "states.h"
 
@@ -25,6 +27,19 @@ const LinearKernels linear_kernels = {
     .product_scratch = scratch_bytes<ProductScratch>,
     .products = products,
     .hidden_rows = hidden_rows,
+};
+
+extern const GroupedKernels grouped_kernels;
+const GroupedKernels grouped_kernels = {
+    .take_multiplied = take_multiplied,
+    .few_rows = few_rows,
+    .column_step = column_step,
+    .scratch = grouped_scratch,
+    .multiply = multiply,
+    .gradient_step = gradient_step,
+    .gradient_scratch = matrix_gradient_scratch,
+    .matrix_gradient = matrix_gradient,
+    .bias_gradient = bias_gradient,
 };
 
 } // namespace mmkernels::MMK_ISA

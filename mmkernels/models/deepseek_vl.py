@@ -16,16 +16,14 @@ from mmkernels.models import deepseek_vl_weights
 from mmkernels.models.blocks.checkpoint import Names
 from mmkernels.models.blocks.config import with_generation
 from mmkernels.models.blocks.decoder import Decoder, decoder_sizes
-from mmkernels.models.blocks.encoder import Heads, Sizes
-from mmkernels.models.blocks.reduction import class_attention
+from mmkernels.models.blocks.patch_tokens import PatchTokenModel
 from mmkernels.models.blocks.sam_encoder import SamEncoder, make_neck
-from mmkernels.models.blocks.vision import VisionTransformer
-from mmkernels.models.blocks.vision_language import Encode, VisionLanguageModel
+from mmkernels.models.blocks.vision_language import Encode
 from mmkernels.models.blocks.visual import Media, Visual
 from mmkernels.models.deepseek_vl_config import SIZES, DeepSeekVLConfig
 
 
-class DeepSeekVL(VisionLanguageModel):
+class DeepSeekVL(PatchTokenModel):
     """Predicts the next token from images and text.
 
     Inputs are those of transformers' processor: ``model(**processor(text=..., images=..., return_tensors="pt"))``. The
@@ -55,8 +53,7 @@ class DeepSeekVL(VisionLanguageModel):
     def __init__(self, config: DeepSeekVLConfig) -> None:
         super().__init__(config)
         c = config
-        self.vision = VisionTransformer.of(c, Sizes.of(c, "vision"), class_token=False)
-        self.vision_norm = nn.LayerNorm(c.vision_width, eps=c.vision_eps)
+        self._make_vision(c)
         if c.sam_layers:
             self.sam = SamEncoder(c.sam_sizes)
             self.global_neck = make_neck(c.sam_width, c.sam_channels)
@@ -103,19 +100,11 @@ class DeepSeekVL(VisionLanguageModel):
         return self._encode(pixel_values, high_res_pixel_values)
 
     def _encode(self, pixel_values: Tensor, large: Tensor | None) -> Visual:
-        count = int(pixel_values.shape[0])
-        if not count:
+        if not pixel_values.shape[0]:
             return self._nothing()
-        heads = None
-        if self.reducer is not None and self.reducer.needs_scores:
-            features, heads = self.vision.with_heads(pixel_values)
-        else:
-            features = self.vision(pixel_values)
-        features = self.vision_norm(features)  # [N, patches, vision_width]
+        features, heads = self._features(pixel_values)
         tokens = self.aligner(features) if large is None else self.aligner(features, self._large_features(large))
-        lengths = (self.config.image_tokens,) * count
-        visual = Visual(tokens.flatten(0, 1), lengths, lengths)
-        return visual if self.reducer is None else self._reduced(visual, heads)
+        return self._visual(tokens, heads)
 
     def _large_features(self, pixel_values: Tensor) -> Tensor:
         """Returns SAM's features of images on the grid of the other encoder, ``[N, patches, 4 * sam_channels]``."""
@@ -126,12 +115,6 @@ class DeepSeekVL(VisionLanguageModel):
         )
         features = down(last) + self.global_scale * down(self.global_neck(between.permute(0, 3, 1, 2)))
         return features.flatten(2).transpose(1, 2)
-
-    def _reduced(self, visual: Visual, heads: Heads | None) -> Visual:
-        """Returns what the reducer leaves. Scores are the attention that a patch receives in SigLIP's last layer."""
-        assert self.reducer is not None
-        scores = None if heads is None else class_attention(heads, class_token=False).flatten()
-        return self.reducer.reduce(visual, [self.vision.grid] * len(visual.lengths), scores)
 
     # Inputs of `forward`.
 
@@ -149,20 +132,11 @@ class DeepSeekVL(VisionLanguageModel):
             pixel_values, high_res_pixel_values: new images, as in `encode`; or
             images: what `encode` returned for them.
         """
-        if pixel_values is None:
-            if high_res_pixel_values is not None:
-                raise ValueError("high_res_pixel_values must be None without pixel_values, got them")
-            visual = self._nothing() if images is None else images
-            self._check_encoded("images", visual)
-            return [self._marked(visual.marked)], lambda: [visual]
-        if images is not None:
-            raise ValueError("pixel_values must be None with images, got both")
-        self._check_pixels(pixel_values, high_res_pixel_values)
-        marked = (self.config.image_tokens,) * int(pixel_values.shape[0])
-        return [self._marked(marked)], lambda: [self._encode(pixel_values, high_res_pixel_values)]
-
-    def _marked(self, marked: tuple[int, ...]) -> Media:
-        return Media("image", self.config.image_token_id, marked)
+        if pixel_values is not None:
+            self._check_pixels(pixel_values, high_res_pixel_values)
+        elif high_res_pixel_values is not None:
+            raise ValueError("high_res_pixel_values must be None without pixel_values, got them")
+        return self._new_or_encoded(pixel_values, images, lambda pixels: self._encode(pixels, high_res_pixel_values))
 
     def _check_pixels(self, pixel_values: Tensor, large: Tensor | None) -> None:
         self.vision.check(pixel_values)

@@ -17,17 +17,15 @@ from mmkernels.models import janus_generation, janus_weights
 from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.checkpoint import Names
 from mmkernels.models.blocks.decoder import Decoder, decoder_sizes
-from mmkernels.models.blocks.encoder import Heads, Sizes
-from mmkernels.models.blocks.reduction import class_attention
-from mmkernels.models.blocks.vision import VisionTransformer
-from mmkernels.models.blocks.vision_language import Encode, VisionLanguageModel, VisionLanguageOutput
+from mmkernels.models.blocks.patch_tokens import PatchTokenModel
+from mmkernels.models.blocks.vision_language import Encode, VisionLanguageOutput
 from mmkernels.models.blocks.visual import Media, Visual
 from mmkernels.models.janus_config import SIZES, JanusConfig, with_image_tokens
 from mmkernels.models.janus_vq import VQ, check_image_tokens
 from mmkernels.nn.few_rows import linear
 
 
-class Janus(VisionLanguageModel):
+class Janus(PatchTokenModel):
     """Predicts the next token from images and text, and the tokens of an image from text.
 
     Inputs are those of transformers' processor: ``model(**processor(text=..., images=..., return_tensors="pt"))``, and
@@ -63,8 +61,7 @@ class Janus(VisionLanguageModel):
     def __init__(self, config: JanusConfig) -> None:
         super().__init__(config)
         c = config
-        self.vision = VisionTransformer.of(c, Sizes.of(c, "vision"), class_token=False)
-        self.vision_norm = nn.LayerNorm(c.vision_width, eps=c.vision_eps)
+        self._make_vision(c)
         self.aligner = _aligner(c.vision_width, c.text_width, c.aligner_layers, ACTIVATIONS[c.aligner_activation])
         sizes = decoder_sizes(
             c, vocab=c.vocab_size, eps=c.rms_norm_eps, rope_theta=c.rope_theta, bias=False, dropout=c.dropout
@@ -99,24 +96,10 @@ class Janus(VisionLanguageModel):
         return self._encode(pixel_values)
 
     def _encode(self, pixel_values: Tensor) -> Visual:
-        count = int(pixel_values.shape[0])
-        if not count:
+        if not pixel_values.shape[0]:
             return self._nothing()
-        heads = None
-        if self.reducer is not None and self.reducer.needs_scores:
-            features, heads = self.vision.with_heads(pixel_values)
-        else:
-            features = self.vision(pixel_values)
-        tokens = self.aligner(self.vision_norm(features))  # [N, patches, text_width]
-        lengths = (self.config.image_tokens,) * count
-        visual = Visual(tokens.flatten(0, 1), lengths, lengths)
-        return visual if self.reducer is None else self._reduced(visual, heads)
-
-    def _reduced(self, visual: Visual, heads: Heads | None) -> Visual:
-        """Returns what the reducer leaves. Scores are the attention that a patch receives in the last layer."""
-        assert self.reducer is not None
-        scores = None if heads is None else class_attention(heads, class_token=False).flatten()
-        return self.reducer.reduce(visual, [self.vision.grid] * len(visual.lengths), scores)
+        features, heads = self._features(pixel_values)
+        return self._visual(self.aligner(features), heads)
 
     def _media(  # type: ignore[override]
         self, input_ids: Tensor, *, pixel_values: Tensor | None = None, images: Visual | None = None
@@ -127,18 +110,9 @@ class Janus(VisionLanguageModel):
             pixel_values: new images, as in `encode`; or
             images: what `encode` returned for them.
         """
-        if pixel_values is None:
-            visual = self._nothing() if images is None else images
-            self._check_encoded("images", visual)
-            return [self._marked(visual.marked)], lambda: [visual]
-        if images is not None:
-            raise ValueError("pixel_values must be None with images, got both")
-        self.vision.check(pixel_values)
-        marked = (self.config.image_tokens,) * int(pixel_values.shape[0])
-        return [self._marked(marked)], lambda: [self._encode(pixel_values)]
-
-    def _marked(self, marked: tuple[int, ...]) -> Media:
-        return Media("image", self.config.image_token_id, marked)
+        if pixel_values is not None:
+            self.vision.check(pixel_values)
+        return self._new_or_encoded(pixel_values, images, self._encode)
 
     def forward(
         self,

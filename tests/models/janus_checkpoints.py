@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ def build(variant: str) -> Any:
     settings = theirs.generation_config
     settings.bos_token_id, settings.pad_token_id = BOS, PAD
     settings.generation_kwargs = {"boi_token_id": START}
+    # Its `generate` leaves this argument out in transformers 5.17, and raises.
+    theirs._prepare_static_cache = partial(theirs._prepare_static_cache, prefill_chunk_size=None)
     return theirs
 
 
