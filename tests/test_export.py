@@ -39,6 +39,7 @@ from mmkernels.nn import (
     ClipLoss,
     CoAttention,
     CrossAttention,
+    Experts,
     FeatureQueue,
     GatedCrossAttention,
     LatentAttention,
@@ -54,6 +55,7 @@ from mmkernels.nn import (
     SigLipLoss,
     TokenBuffer,
     TokenReducer,
+    TopKRouter,
     VisualCache,
 )
 
@@ -286,7 +288,7 @@ def deepseek_vl() -> dict[str, Case]:
 
 def deepseek_vl2() -> dict[str, Case]:
     """A program has the example's images and their tiles, in one row of any length."""
-    changes = {"vision_layers": 1, "text_layers": 2}
+    changes = {"vision_layers": 1, "text_layers": 1, "dense_layers": 0}
     latent, plain, sigmoid = (DeepSeekVL2.from_size(f"tiny{kind}", **changes) for kind in ("", "_plain", "_sigmoid"))
     pixels, tiles = torch.rand(3, 3, 28, 28), [(2, 1)]  # 17 tokens
 
@@ -488,6 +490,19 @@ def latent_attention() -> dict[str, Case]:
         "LatentAttention": Case(
             LatentAttention(16, sizes), call=causal, inputs=lambda b, l: (features(b, l),), sizes=["01"]
         )
+    }
+
+
+def experts() -> dict[str, Case]:
+    def routed(router: TopKRouter, experts: Experts, x: Tensor) -> Tensor:
+        weight, index, _ = router(x)
+        return experts(x, index, weight)
+
+    router, inputs = TopKRouter(16, num_experts=8, k=2), lambda b, l: (features(b * l),)
+    both = Case(router, Experts(16, 12, num_experts=8), call=routed, inputs=inputs, sizes=["0"])
+    return {
+        "TopKRouter": Case(router, call=lambda router, x: router(x), inputs=inputs, sizes=["0"]),
+        "Experts": both,
     }
 
 
@@ -708,6 +723,7 @@ MADE = [
     vilbert(),
     co_attention(),
     latent_attention(),
+    experts(),
     whisper(),
     qformer(),
     cross_attention(),

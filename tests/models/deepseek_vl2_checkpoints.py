@@ -125,9 +125,7 @@ class Theirs(nn.Module):
     def _lines(self, view: Tensor) -> Tensor:
         return torch.cat([torch.cat([row, self.newline[None]]) for row in view])
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, tiles: list[Tiles]
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, tiles: list[Tiles]) -> Tensor:
         """Returns the logits."""
         x = self.language.get_input_embeddings()(input_ids)
         images = torch.cat(self.encode(pixel_values, tiles)) if tiles else x[0, :0]

@@ -10,7 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import Saved, check_gradients, distance, load
-from deepseek_vl2_checkpoints import FIRST, MARKER, SIGMOID, VARIANTS, Theirs, images, inputs, labels_of, prompt, released
+from deepseek_vl2_checkpoints import (
+    FIRST,
+    MARKER,
+    SIGMOID,
+    VARIANTS,
+    Theirs,
+    images,
+    inputs,
+    labels_of,
+    prompt,
+    released,
+)
 from internvl_checkpoints import in_float64
 from safetensors.torch import save_file
 from torch import Tensor
