@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmkernels.models.blocks.encoder import MLP
 from mmkernels.nn import SelfAttention
 from mmkernels.nn.checks import described
-from mmkernels.nn.few_rows import linear
+from mmkernels.nn.linear_layer import linear
 from mmkernels.ops.attention.cross_attention import cross_attention
 from mmkernels.runtime.checks import in_graph
 from mmkernels.runtime.eager import transform_active
