@@ -18,9 +18,9 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """Returns ``layer(x)``, ``[..., out]`` of ``x [..., in]``; faster in float32 on a CPU, without gradients.
 
-    PyTorch computes a linear layer by MKL, which reads the weights of 2 to 16 rows at 10 GB/s, those of one row with one
-    core, and which takes no AVX-512 on AMD. oneDNN, which PyTorch has too, reads them at 30 to 45 GB/s, and is twice as
-    fast for many rows (2 cores of a Zen 5, layers of 1,024 x 1,024 to 16,384 x 2,048). ADR 19 has the figures.
+    PyTorch computes a linear layer by MKL, which reads the weights of 2 to 16 rows at 10 GB/s, those of one row with
+    one core, and which takes no AVX-512 on AMD. oneDNN, which PyTorch has too, reads them at 30 to 45 GB/s, and is
+    twice as fast for many rows (2 cores of a Zen 5, layers of 1,024 x 1,024 to 16,384 x 2,048). ADR 19 has the figures.
 
     Args:
         layer: an ``nn.Linear``. One of another class, such as LoRA's, or with hooks is called as it is.
