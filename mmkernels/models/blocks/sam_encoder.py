@@ -12,7 +12,7 @@ from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.encoder import MLP
 from mmkernels.nn import SelfAttention
 from mmkernels.nn.checks import described
-from mmkernels.nn.few_rows import linear
+from mmkernels.nn.linear_layer import linear
 from mmkernels.ops.attention.cross_attention import cross_attention
 
 NECK_EPS = 1e-6
