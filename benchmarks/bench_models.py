@@ -1,6 +1,7 @@
 """Multimodal models beside transformers on "sdpa": encoders, prefill, training steps, a second turn, a video, sound.
 
-The widths are published ones, the weights random: models_cases.py, models_lxmert.py, models_sound.py.
+The widths are published ones, the weights random: models_cases.py, models_deepseek.py, models_lxmert.py,
+models_sound.py.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 from models_cases import CASES
+from models_deepseek import DEEPSEEK_CASES
 from models_lxmert import LXMERT_CASES
 from models_measure import Row, measure
 from models_sound import SOUND_CASES
 
-ALL = (*CASES, *LXMERT_CASES, *SOUND_CASES)
+ALL = (*CASES, *LXMERT_CASES, *SOUND_CASES, *DEEPSEEK_CASES)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

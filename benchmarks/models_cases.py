@@ -55,6 +55,7 @@ class Case:
         targets: on a CPU.
         subject: what is measured: `OURS`, or transformers' model on mmkernels' attention, `NAME`.
         baseline: over what the speed-up is: `SDPA`; or `NAIVE`, which runs too.
+        others: further implementations of transformers' model that run, as `Work.use_attention` takes them.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Case:
     targets: tuple[Limit, ...]
     subject: str = OURS
     baseline: str = SDPA
+    others: tuple[str, ...] = ()
 
 
 # Inputs, under the names of transformers' processors.

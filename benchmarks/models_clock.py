@@ -29,6 +29,7 @@ class Call(NamedTuple):
     query: torch.Size  # [B, Hq, Lq, D]
     key: torch.Size
     value: torch.Size  # [B, Hkv, Lk, Dv]
+    one: bool  # whether the value is a part of the key, and is read with it
     mask: SpanMask | Tensor | None
     size: int  # bytes of an element
 
@@ -70,7 +71,8 @@ class Clock:
             yield
 
     def _note(self, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **_: Any) -> None:
-        self.calls.append(Call(query.shape, key.shape, value.shape, mask, query.element_size()))
+        one = value.data_ptr() == key.data_ptr() and value.stride() == key.stride()
+        self.calls.append(Call(query.shape, key.shape, value.shape, one, mask, query.element_size()))
 
     def _count(self, *_: Any, **__: Any) -> None:
         self.sdpa_calls += 1
@@ -97,7 +99,8 @@ class Clock:
     def bytes(self) -> int:
         """Returns the bytes of the tensors of `calls`: queries and outputs, keys and values, each moved once."""
         return sum(
-            call.size * (prod(call.query) + prod(call.query[:3]) * call.value[3] + prod(call.key) + prod(call.value))
+            call.size * (prod(call.query) + prod(call.query[:3]) * call.value[3] + prod(call.key))
+            + (0 if call.one else call.size * prod(call.value))
             for call in self.calls
         )
 

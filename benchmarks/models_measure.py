@@ -91,6 +91,7 @@ class Trial:
         naive = {NAIVE: Candidate(None)} if row.case.baseline == NAIVE else {}
         self.candidates = {SDPA: Candidate(SDPA), **naive, REMOVED: subject, OURS: subject}
         self.candidates |= {key: Candidate(None, key) for key in drawn if key != MAIN}
+        self.candidates |= {name: Candidate(name) for name in row.case.others}
         self._attention = ""
         self._begun: dict[Candidate, Any] = {}
         self._next: dict[str, Inputs] = {}
@@ -126,6 +127,11 @@ class Trial:
     def results(self, name: str) -> Results:
         self.prepare(name)
         return tuple(x.detach() for x in self.run(name))
+
+    @property
+    def cache_share(self) -> float | None:
+        """The bytes that a token takes in our cache, as `Work.cache_share` has it, of runs that began."""
+        return self.case.work.cache_share(self.ours, self._begun.get(self.candidates[OURS]))
 
     def drop_gradients(self) -> None:
         """Removes the gradients of all parameters."""
@@ -199,6 +205,7 @@ def measure(benchmark: Any, row: Row) -> None:
         first.encoder_calls,
         first.bytes,
         peaks.bytes,
+        trial.cache_share,
     )
     benchmark.extra_info |= _description(row, found, seconds, first)
 
@@ -225,7 +232,7 @@ class _FirstRuns:
         self.distances: dict[str, list[float]] = {}
         self.seconds = 0.0
         clock = Clock(row.device)
-        names = [name for name in (SDPA, NAIVE, OURS) if name in trial.candidates]
+        names = [name for name in (SDPA, NAIVE, *row.case.others, OURS) if name in trial.candidates]
         for name in names:
             trial.prepare(name)  # what it does once is not counted
             clock.clear()
@@ -262,7 +269,7 @@ class _FirstRuns:
         In 16 bits its distance from transformers' results in float32 may be twice that of transformers' own.
         """
         row, trial = self._row, self._trial
-        assert self.calls, f"no attention call of {row} ran on mmkernels"
+        assert self.calls or not row.case.work.attends, f"no attention call of {row} ran on mmkernels"
         if row.dtype == "fp32":
             truth = self.results[SDPA]
         else:
@@ -385,6 +392,7 @@ def _description(row: Row, found: Found, samples: dict[str, list[float]], first:
         }
         | ({} if ratio is None else {"ratio": ratio}),
         "encoder_calls": found.encoder_calls,
+        "cache_share": found.cache_share,
         "distances": first.distances,
         "samples_seconds": samples,
         "targets": _targets(row, found),

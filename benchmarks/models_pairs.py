@@ -1,21 +1,33 @@
 """A model of mmkernels and transformers' class of it, with the same random weights, at sizes that the model file names.
 
-The sizes stand once, in `mmkernels/models/qwen_vl_config.py`, `internvl_config.py` and `blip2_config.py`; transformers'
-configuration is made of them. Ours reads the checkpoint that transformers writes.
+The sizes stand once, in `mmkernels/models/*_config.py`; transformers' configuration is made of them. Ours reads the
+checkpoint that transformers writes.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import nn
 
-from mmkernels.models import BLIP2, InternVL, QwenVL, blip2_weights, internvl_weights, qwen_vl_weights
+from mmkernels.models import (
+    BLIP2,
+    DeepSeekVL,
+    InternVL,
+    Janus,
+    QwenVL,
+    blip2_weights,
+    deepseek_vl_weights,
+    internvl_weights,
+    janus_weights,
+    qwen_vl_weights,
+)
 from mmkernels.models.blocks.vision_language import VisionLanguageModel
 from mmkernels.testing.models import Config, build, seeded
 
@@ -59,25 +71,45 @@ def blip2(size: str, **changes: Any) -> Pair:
     return _pair(BLIP2, _changed(BLIP2.sizes[size], changes), blip2_config, trained=trained)
 
 
+def deepseek_vl(size: str, **changes: Any) -> Pair:
+    """Returns a DeepSeek-VL, the hybrid one too; `size` and `changes` as of `qwen_vl`."""
+    return _pair(DeepSeekVL, _changed(DeepSeekVL.sizes[size], changes), deepseek_vl_config)
+
+
+def janus(size: str, **changes: Any) -> Pair:
+    """Returns a Janus; `size` and `changes` as of `qwen_vl`."""
+    return _pair(Janus, _changed(Janus.sizes[size], changes), janus_config, prepare=_prepare_janus)
+
+
 def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     """Returns a configuration with changes. Where these leave fewer tokens, the markers of images are the last ones."""
     if "vocab_size" in changes:
-        markers = [name for name in ("image_token_id", "video_token_id") if hasattr(config, name)]
+        names = ("image_token_id", "video_token_id", "image_start_token_id")
+        markers = [name for name in names if hasattr(config, name)]
         numbered = {name: changes["vocab_size"] - 1 - place for place, name in enumerate(markers)}
         changes = {"eos_token_ids": (), "pad_token_id": 0, **numbered, **changes}
     return replace(config, **changes)
 
 
-def _pair(model_class: type[VisionLanguageModel], config: Any, translate: Any, *, trained: Sequence[str] = ()) -> Pair:
+def _pair(
+    model_class: type[VisionLanguageModel],
+    config: Any,
+    translate: Any,
+    *,
+    trained: Sequence[str] = (),
+    prepare: Callable[[Any, Any], None] = lambda theirs, config: None,
+) -> Pair:
     """Returns both models.
 
     Args:
+        prepare: gives transformers' model what its configuration does not say.
         trained: attributes of transformers' model of which alone a training step computes gradients; (): of all.
     """
     name, theirs_config = translate(config)
     with seeded(0):
         theirs = build(name, theirs_config).eval()
         redraw_zeros(theirs)
+    prepare(theirs, config)
     theirs.requires_grad_(not trained)
     for part in trained:
         getattr(theirs, part).requires_grad_()
@@ -152,6 +184,54 @@ def blip2_config(config: Any) -> tuple[str, Config]:
         "tie_word_embeddings": config.tie_embeddings,
     }
     return blip2_weights.ARCHITECTURES["blip-2"], theirs
+
+
+def deepseek_vl_config(config: Any) -> tuple[str, Config]:
+    """Returns transformers' class of a `DeepSeekVLConfig`, plain or hybrid, and the arguments of its configuration."""
+    hybrid, w = config.sam_layers > 0, deepseek_vl_weights
+    theirs = _nested(config, w.FIELDS | (w.SAM_FIELDS if hybrid else {}))
+    theirs["vision_config"] |= {"model_type": "siglip_vision_model", "vision_use_head": False}
+    theirs["text_config"] |= _llama(config)
+    if hybrid:
+        theirs["high_res_vision_config"] |= {
+            "model_type": "sam_vision_model",
+            "num_channels": config.channels,
+            "global_attn_indexes": list(config.sam_global),
+        }
+    return w.ARCHITECTURES["deepseek_vl_hybrid" if hybrid else "deepseek_vl"], theirs
+
+
+def janus_config(config: Any) -> tuple[str, Config]:
+    """Returns transformers' class of a `JanusConfig`, and the arguments of its configuration."""
+    theirs = _nested(config, janus_weights.FIELDS)
+    width = config.text_width
+    theirs["vision_config"] |= {
+        "mlp_ratio": config.vision_mlp / config.vision_width,
+        "projection_dim": width,
+        "num_image_tokens": config.image_tokens,
+    }
+    theirs["vq_config"] |= {
+        "in_channels": config.channels,
+        "out_channels": config.channels,
+        "channel_multiplier": list(config.vq_multipliers),
+        "projection_dim": width,
+        "image_token_embed_dim": width,
+    }
+    theirs["text_config"] |= _llama(config) | {"bos_token_id": config.bos_token_id}
+    return janus_weights.ARCHITECTURES["janus"], theirs
+
+
+def _prepare_janus(theirs: Any, config: Any) -> None:
+    """Says what starts an image, and gives an argument that `generate` of transformers 5.17 leaves out, and raises."""
+    settings = theirs.generation_config
+    settings.bos_token_id, settings.pad_token_id = config.bos_token_id, config.pad_token_id
+    settings.generation_kwargs = {"boi_token_id": config.image_start_token_id}
+    theirs._prepare_static_cache = partial(theirs._prepare_static_cache, prefill_chunk_size=None)
+
+
+def _llama(config: Any) -> Config:
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return _special(config) | {"model_type": "llama", "head_dim": config.text_head_dim, "rope_parameters": rope}
 
 
 def _special(config: Any) -> Config:

@@ -18,6 +18,9 @@ NAIVE = "naive"
 TEXT_ONLY, ONE_IMAGE, WITHOUT_TIMES = "text only", "one image", "without word times"
 """What the second turn, the video and word times are compared with, on our side."""
 
+GROUPED_MM = "grouped_mm"
+"""transformers' experts on PyTorch's grouped product; on `SDPA` they are a loop."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -37,6 +40,7 @@ class Found:
         encoder_calls: of a run of ours.
         bytes: that these attention calls must move: what a cache holds beyond is not read.
         peak_bytes: bytes a second that the machine sustained between the runs.
+        cache_share: the bytes that a token takes in our cache over those of its publication; None: they are no target.
     """
 
     seconds: Mapping[str, float]
@@ -49,6 +53,7 @@ class Found:
     encoder_calls: int
     bytes: int = 0
     peak_bytes: float = 1.0
+    cache_share: float | None = None
 
     @property
     def calls_per_layer(self) -> float:
@@ -120,6 +125,11 @@ PEAK = Limit("attention, of FMA peak", "share", lambda found: found.share_of_pea
 NO_SLOWER = Limit("attention, sdpa's", "ratio", lambda found: found.attention_ratio, least=1.0)
 BANDWIDTH = Limit("attention, of read bandwidth", "share", lambda found: found.share_of_bandwidth, least=0.75)
 NEVER_SLOWER = Limit("time, transformers'", "ratio", lambda found: found.seconds[SDPA] / found.seconds[OURS], least=1.0)
+FASTER = Limit("time, transformers'", "ratio", lambda found: found.seconds[SDPA] / found.seconds[OURS], least=1.3)
+READ = Limit("attention, of read bandwidth", "share", lambda found: found.share_of_bandwidth, least=0.80)
+CACHE = Limit("cache a token, of the paper's", "share", lambda found: found.cache_share, most=1.0)
+LOOP = Limit("time, of a loop", "ratio", lambda found: found.seconds[SDPA] / found.seconds[OURS], least=1.5)
+GROUPED = Limit("time, grouped_mm's", "ratio", lambda found: found.seconds[GROUPED_MM] / found.seconds[OURS], least=1.0)
 WITH_TIMES = Limit("time, without word times", "ratio", lambda found: found.over(WITHOUT_TIMES), most=1.10)
 HALF_MEMORY = Limit("activations, of sdpa's", "share", lambda found: found.memory_share(SDPA), most=0.50)
 THIRD_MEMORY = Limit("activations, of naive", "share", lambda found: found.memory_share(NAIVE), most=1 / 3)

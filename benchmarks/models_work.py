@@ -24,14 +24,16 @@ class Work:
     Attributes:
         passes: in tables.
         trains: whether it has a backward pass.
+        attends: whether it calls attention.
     """
 
     passes = "encode + prefill"
     trains = False
+    attends = True
 
     def layers(self, config: Any) -> int:
         """Returns how many layers attend."""
-        return int(config.vision_layers + config.text_layers)
+        return int(config.vision_layers + getattr(config, "sam_layers", 0) + config.text_layers)
 
     def encoder(self, model: Any) -> nn.Module | None:
         """Returns the part of our model whose calls are counted; None: it has none."""
@@ -46,6 +48,15 @@ class Work:
     def use_attention(self, model: Any, name: str) -> None:
         """Lets transformers' model attend by this implementation."""
         model.set_attn_implementation(name)
+
+    def cache_share(self, model: Any, state: Any) -> float | None:
+        """Returns the bytes that a token takes in our cache over those of its publication; None: they are no target.
+
+        Args:
+            model: ours.
+            state: what `begin` returned for it.
+        """
+        return None
 
     def begin(self, model: Any, inputs: Inputs) -> Any:
         """Does what is done once before all runs; returns what `resume` needs."""

@@ -49,7 +49,7 @@ try:
     from read_digits_data import KINDS, Scenes, draw_scenes, load
     from read_digits_evidence import evidence
     from read_digits_pictures import draw_answers, draw_curves
-    from read_digits_training import QUERIES, answer, improve, make_model, see
+    from read_digits_training import BOUND, QUERIES, answer, check_same, improve, make_model, see
     from safetensors.torch import load_model, save_model
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
@@ -59,7 +59,6 @@ except ModuleNotFoundError as error:
     raise SystemExit(2) from None
 
 COMPARED = 30  # steps of each supervised stage that the naive formulas take too
-BOUND = 1e-3  # the largest relative difference of their losses: rounding errors, which grow through the weights
 
 
 def learn(model: BLIP2, pixels: Tensor, digits: Tensor, held: Scenes, options: argparse.Namespace) -> Figures:
@@ -84,13 +83,6 @@ def learn(model: BLIP2, pixels: Tensor, digits: Tensor, held: Scenes, options: a
     print(f"trained in {time.perf_counter() - begin:.0f} s, {COMPARED} naive steps a stage and one report included")
     draw_curves(losses, naive, rewards, BOUND, options.out / "curves.png")
     return before
-
-
-def check_same(fused: list[float], naive: list[float]) -> str:
-    """Asserts that two loss curves begin alike; returns a text with their largest relative difference."""
-    apart = max(math.inf if math.isnan(a) else abs(a - b) / b for a, b in zip(fused, naive))
-    assert apart <= BOUND, f"the curves must stay within {BOUND:.0e}, got {apart:.1e}"
-    return f"{apart:.1e} (bound {BOUND:.0e})"
 
 
 def table(columns: dict[str, Figures]) -> str:

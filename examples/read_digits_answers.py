@@ -111,7 +111,7 @@ def verify(texts: list[str], digits: Tensor, boxes: Tensor) -> Verdicts:
         digits, boxes: [N] and [N, 4] of what was asked for; a digit of -1: it is not in the scene.
     """
     found = [parse(text) for text in texts]
-    given = torch.tensor([[-1.0] * 5 if x is None or "absent" in x else [x["digit"], *x["box"]] for x in found])
+    given = numbers(found)
     there = digits >= 0
     return Verdicts(
         torch.tensor([x is not None for x in found]),
@@ -120,6 +120,12 @@ def verify(texts: list[str], digits: Tensor, boxes: Tensor) -> Verdicts:
         box_iou(given[:, 1:], boxes.float()),
         there,
     )
+
+
+def numbers(found: list[dict[str, Any] | None]) -> Tensor:
+    """Returns the digit and the box that each answer names, float32 [N, 5]; -1 where it names none."""
+    rows = [[-1] * 5 if x is None or "absent" in x else [x["digit"], *x["box"]] for x in found]
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def wanted(scenes: Scenes) -> tuple[Tensor, Tensor]:

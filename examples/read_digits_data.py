@@ -208,12 +208,12 @@ def descriptions(scenes: Scenes) -> Tensor:
     return sentences.flatten(1)[:, :SENTENCE]
 
 
-def spell(tokens: Tensor) -> list[str]:
-    """Returns the texts of tokens [N, L], up to the end of each."""
+def spell(tokens: Tensor, words: tuple[str, ...] = SPELLED) -> list[str]:
+    """Returns the texts of tokens [N, L], up to the end of each; `words` are what the tokens spell."""
     texts = []
     for row in tokens.tolist():
-        words = row[: row.index(END)] if END in row else row
-        texts.append("".join(SPELLED[word] for word in words))
+        kept = row[: row.index(END)] if END in row else row
+        texts.append("".join(words[token] for token in kept))
     return texts
 
 

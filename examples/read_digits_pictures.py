@@ -39,21 +39,21 @@ def draw_curves(
     zoom = grid[1, 2]
     for axes, below, (name, fused) in zip(grid[0], grid[1], losses.items()):
         formula = naive[name]
-        axes.plot(_steps(fused), fused, color=BLUE, linewidth=0.8, alpha=0.35)
-        axes.plot(_steps(fused), _smooth(fused), color=BLUE, linewidth=2, label="mean of 25 steps")
+        axes.plot(steps_of(fused), fused, color=BLUE, linewidth=0.8, alpha=0.35)
+        axes.plot(steps_of(fused), smooth(fused), color=BLUE, linewidth=2, label="mean of 25 steps")
         axes.set_yscale("log")
         axes.set_title(name, fontsize=12)
         axes.set_ylabel("loss (nats)")
         axes.legend(frameon=False)
-        _difference(below, name, [abs(a - b) / b for a, b in zip(fused, formula)], bound)
-        zoom.plot(_steps(formula), fused[: len(formula)], color=BLUE, linewidth=5, alpha=0.4)
-        zoom.plot(_steps(formula), formula, color="black", linewidth=1.2)
+        draw_difference(below, name, [abs(a - b) / b for a, b in zip(fused, formula)], bound)
+        zoom.plot(steps_of(formula), fused[: len(formula)], color=BLUE, linewidth=5, alpha=0.4)
+        zoom.plot(steps_of(formula), formula, color="black", linewidth=1.2)
         zoom.text(2, formula[0], name, va="bottom", fontsize=10)
     zoom.set_yscale("log")
     zoom.set_title("fused (blue) and naive (black): losses", fontsize=11)
     axes = grid[0, 2]
-    axes.plot(_steps(rewards), rewards, color=GREEN, linewidth=0.8, alpha=0.35)
-    axes.plot(_steps(rewards), _smooth(rewards), color=GREEN, linewidth=2, label="mean of 25 steps")
+    axes.plot(steps_of(rewards), rewards, color=GREEN, linewidth=0.8, alpha=0.35)
+    axes.plot(steps_of(rewards), smooth(rewards), color=GREEN, linewidth=2, label="mean of 25 steps")
     axes.set_title("3: be rewarded (GRPO)", fontsize=12)
     axes.set_ylabel("reward of sampled answers, at most 1")
     axes.legend(frameon=False, loc="lower right")
@@ -62,12 +62,12 @@ def draw_curves(
         axes.grid(True, color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _difference(axes: Axes, name: str, apart: list[float], bound: float) -> None:
+def draw_difference(axes: Axes, name: str, apart: list[float], bound: float) -> None:
     """Draws the relative differences of two curves, without those that are 0."""
-    steps = [step for step in _steps(apart) if apart[step - 1] > 0]
+    steps = [step for step in steps_of(apart) if apart[step - 1] > 0]
     axes.semilogy(steps, [apart[step - 1] for step in steps], "o", color=BLUE, markersize=4)
     axes.axhline(bound, color="black", linewidth=1.5)
     axes.text(1, bound * 1.4, f"bound: {bound:.0e}", fontsize=9)
@@ -81,11 +81,11 @@ def _difference(axes: Axes, name: str, apart: list[float], bound: float) -> None
     axes.set_title(f"fused and naive, {name}: relative difference\n({equal})", fontsize=10)
 
 
-def _steps(values: Sequence[float]) -> list[int]:
+def steps_of(values: Sequence[float]) -> list[int]:
     return list(range(1, len(values) + 1))
 
 
-def _smooth(values: Sequence[float], over: int = 25) -> list[float]:
+def smooth(values: Sequence[float], over: int = 25) -> list[float]:
     """Returns the means of the last `over` values, of fewer at the start."""
     return [sum(values[max(0, i - over + 1) : i + 1]) / min(over, i + 1) for i in range(len(values))]
 
@@ -111,35 +111,35 @@ def draw_answers(scenes: Scenes, asked: Asked, looks: Tensor, path: Path) -> Non
         for kind in range(len(KINDS)):
             place = column * len(KINDS) + kind
             axes = grid[kind, column]
-            _scene(axes, scenes.pixels[column, 0], looks[column, kind])
+            draw_scene(axes, scenes.pixels[column, 0], looks[column, kind])
             value, region = parse(answers[place]), int(scenes.regions[column, kind])
             colour = GREEN if right[place] else RED
             if region >= 0:
-                _box(axes, scenes.boxes[column, region].tolist(), "black", dashed=True)
+                draw_box(axes, scenes.boxes[column, region].tolist(), "black", dashed=True)
             if value is not None and "box" in value:
-                _box(axes, value["box"], colour)
+                draw_box(axes, value["box"], colour)
             question = spell(scenes.questions[column, kind][None])[0]
             axes.set_title(question, fontsize=12)
             axes.set_xlabel(answers[place], fontsize=9.5, color=colour, family="monospace")
         _description(grid[-1, column], scenes, column, spell(asked.sentences[column][None])[0])
-    _save(figure, path)
+    save(figure, path)
 
 
 def _description(axes: Axes, scenes: Scenes, row: int, sentence: str) -> None:
     """Draws a scene and the boxes of the claims about it, each in green where the scene has evidence for it."""
-    _scene(axes, scenes.pixels[row, 0], None)
+    draw_scene(axes, scenes.pixels[row, 0], None)
     there = [
         Region(digit, box) for digit, box in zip(scenes.shown[row].tolist(), scenes.boxes[row].tolist()) if digit >= 0
     ]
     for claim in claims_of(sentence):
         holds = claim_scores([[claim]], [there]).unsupported_rate == 0
         assert claim.box is not None
-        _box(axes, claim.box, GREEN if holds else RED, str(claim.label))
+        draw_box(axes, claim.box, GREEN if holds else RED, str(claim.label))
     axes.set_title("describe the scene", fontsize=12)
     axes.set_xlabel(sentence.replace(" and ", "\nand "), fontsize=9)
 
 
-def _scene(axes: Axes, pixels: Tensor, look: Tensor | None) -> None:
+def draw_scene(axes: Axes, pixels: Tensor, look: Tensor | None) -> None:
     axes.imshow(pixels.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", extent=(0, SIDE, SIDE, 0))
     if look is not None:
         strength = look / look.max()
@@ -153,7 +153,7 @@ def _scene(axes: Axes, pixels: Tensor, look: Tensor | None) -> None:
     axes.set_yticks([])
 
 
-def _box(axes: Axes, box: Sequence[float], colour: str, words: str = "", *, dashed: bool = False) -> None:
+def draw_box(axes: Axes, box: Sequence[float], colour: str, words: str = "", *, dashed: bool = False) -> None:
     x0, y0, x1, y1 = box
     style = {"linestyle": (0, (3, 3)), "linewidth": 1.2} if dashed else {"linestyle": "-", "linewidth": 2.2}
     axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, **style))
@@ -161,6 +161,6 @@ def _box(axes: Axes, box: Sequence[float], colour: str, words: str = "", *, dash
         axes.text(x1 + 1, y0 + 7, words, color=colour, fontsize=12, weight="bold")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     figure.savefig(path)
     plt.close(figure)

@@ -38,6 +38,7 @@ from torch.nn.functional import cross_entropy
 
 import mmkernels
 from mmkernels.models import BLIP2
+from mmkernels.models.blocks.vision_language import VisionLanguageModel
 from mmkernels.models.blocks.visual import Visual
 from mmkernels.objectives import group_advantages, grpo_loss
 
@@ -48,6 +49,7 @@ WEIGHT_DECAY, WARMUP_STEPS = 0.05, 30
 SEEING_RATE, ANSWERING_RATE, REWARDED_RATE = 3e-3, 3e-3, 1.5e-3  # learning rates of the three stages
 PATCH_WEIGHT = 6.0  # what the patches' loss counts in the first stage
 DESCRIBED = 16  # scenes of a step of the second and third stage that are described too
+BOUND = 1e-3  # the largest relative difference of fused and naive losses: rounding errors, which grow
 GROUP, SCALE = 8, "batch"  # answers to a question in the third stage, and what divides their advantages
 
 
@@ -104,6 +106,13 @@ def fit(
                 words = f"loss {mean(losses[-50:]):.3f}" if report is None else report()
                 print(f"  step {step + 1}: {words}, {time.perf_counter() - begin:.0f} s", flush=True)
     return losses
+
+
+def check_same(fused: list[float], naive: list[float]) -> str:
+    """Asserts that two loss curves begin alike; returns a text with their largest relative difference."""
+    apart = max(math.inf if math.isnan(a) else abs(a - b) / b for a, b in zip(fused, naive))
+    assert apart <= BOUND, f"the curves must stay within {BOUND:.0e}, got {apart:.1e}"
+    return f"{apart:.1e} (bound {BOUND:.0e})"
 
 
 def mean(values: list[float]) -> float:
@@ -204,7 +213,8 @@ def improve(model: BLIP2, pixels: Tensor, digits: Tensor, *, steps: int, batch: 
 
     def loss_of_step() -> Tensor:
         scenes = draw_scenes(pixels, digits, batch, draw)
-        text, answers, reward = sampled(model, scenes, seed=int(torch.randint(2**31, (), generator=draw)))
+        text, answers = sampled(model, scenes, seed=int(torch.randint(2**31, (), generator=draw)))
+        reward = verify(spell(answers), *(x.repeat_interleave(GROUP, 0) for x in wanted(scenes))).reward()
         rewards.append(reward.mean().item())
         loss = rewarded_loss(model, scenes, text, answers, group_advantages(reward, GROUP, scale=SCALE))
         return loss + describing_loss(model, model.encode(scenes.pixels), scenes)  # or it would forget how to describe
@@ -215,16 +225,26 @@ def improve(model: BLIP2, pixels: Tensor, digits: Tensor, *, steps: int, batch: 
 
 
 @torch.no_grad()
-def sampled(model: BLIP2, scenes: Scenes, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns prompts [M, L], sampled answers [M, up to ANSWER] and their rewards [M]; M is N * KINDS * GROUP."""
-    text = prompts(scenes.questions, QUERIES).repeat_interleave(GROUP, 0)
-    images = repeated(model.encode(scenes.pixels), len(KINDS) * GROUP)
-    answers = model.generate(text, images=images, max_new_tokens=ANSWER, temperature=1.0, seed=seed).tokens
-    digits, boxes = (x.repeat_interleave(GROUP, 0) for x in wanted(scenes))
-    return text, answers, verify(spell(answers), digits, boxes).reward()
+def sampled(
+    model: VisionLanguageModel, scenes: Scenes, *, seed: int, visual: int = QUERIES, group: int = GROUP,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns prompts [M, L] and sampled answers [M, up to ANSWER]; M is N * KINDS * `group`.
+
+    Args:
+        visual: tokens of a scene.
+        group: how many answers each question gets.
+        temperature: 0 takes the most likely answer.
+    """
+    text = prompts(scenes.questions, visual).repeat_interleave(group, 0)
+    images = repeated(model.encode(scenes.pixels), len(KINDS) * group)
+    answers = model.generate(text, images=images, max_new_tokens=ANSWER, temperature=temperature, seed=seed).tokens
+    return text, answers
 
 
-def rewarded_loss(model: BLIP2, scenes: Scenes, text: Tensor, answers: Tensor, advantages: Tensor) -> Tensor:
+def rewarded_loss(
+    model: VisionLanguageModel, scenes: Scenes, text: Tensor, answers: Tensor, advantages: Tensor
+) -> Tensor:
     """Returns GRPO's loss of sampled answers to the questions about scenes.
 
     Args:

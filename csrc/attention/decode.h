@@ -3,11 +3,11 @@
 // place.
 #pragma once
 
-#include "forward.h"
+#include "decode_products.h"
 
 namespace mmkernels::MMK_ISA {
 
-constexpr i64 kDecodeKeys = 128;
+constexpr i64 kDecodeKeys = 128; // of a tile, at most
 constexpr i64 kValueKeys = 32;
 // Rows of one task, which bounds its scratch. Only keys that the batch shares have more.
 constexpr i64 kDecodeRows = 64;
@@ -26,118 +26,6 @@ inline DecodeRow decode_row(const AttentionParams& p, const KeyList& list, i64 k
   const i64 group = group_of(p), head = row / p.q_len;
   const i64 b = kv / p.key_heads + head / group, h = kv % p.key_heads * group + head % group, i = row % p.q_len;
   return {b, h, i, span_of(p, list, b, i), -kInf, 0.0f, false};
-}
-
-// Rows that are read soon. They are asked of memory a few at a time while scores are computed: without that a core
-// waits for each tile and then computes, one after the other.
-struct Ahead {
-  const char* data = nullptr;
-  i64 stride = 0, bytes = 0, rows = 0;
-
-  // Of a tensor's rows; none where a row is not one run of memory.
-  MMK_INLINE static Ahead of(const Source& x, i64 rows, i64 cols) {
-    const i64 size = bytes_of(x.type);
-    return x.index == nullptr && x.d == 1 ? Ahead{x.data, x.l * size, cols * size, rows} : Ahead{};
-  }
-  MMK_INLINE void ask(i64 count) {
-    for (const i64 n = least(count, rows), end = rows - n; rows > end; --rows, data += stride) {
-      for (i64 byte = 0; byte < bytes; byte += 64) {
-        __builtin_prefetch(data + byte, 0, 2);
-      }
-    }
-  }
-};
-
-// scores[r, j] = sum_k a[r, k] b[j, k] for kRows rows and kLanes / kRows keys; a is padded with zeros, b need not be.
-// Keys one after the other, so that memory is read in one stream, which the hardware prefetches: twice as fast as
-// several.
-template <int kRows, bool kDot>
-MMK_INLINE void dot_block(const char* a, i64 a_row, const char* b, i64 b_row, i64 keys, i64 depth, float* scores,
-                          i64 scores_row) {
-  constexpr int kKeys = kLanes / kRows;
-  Vec acc[kLanes];
-  constexpr int kStep = kDot && kKeys >= 2 ? 2 : 1; // rows have half as many bytes: two are still one stream
-#pragma GCC unroll 8
-  for (int j = 0; j < kKeys; j += kStep) { // past the last key, the last one again
-    const char* key[kStep];
-    Vec sums[kStep][kRows];
-    for (int i = 0; i < kStep; ++i) {
-      key[i] = b + least<i64>(j + i, keys - 1) * b_row;
-      for (auto& x : sums[i]) {
-        x = zero();
-      }
-    }
-    for (i64 k = 0; k < depth; k += kLanes) {
-      Vec y[kStep];
-#pragma GCC unroll 2
-      for (int i = 0; i < kStep; ++i) {
-        y[i] = load_part(key[i] + k * 4, depth - k);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec x = load(a + r * a_row + k * 4);
-#pragma GCC unroll 2
-        for (int i = 0; i < kStep; ++i) {
-          sums[i][r] = multiply_add<kDot>(x, y[i], sums[i][r]);
-        }
-      }
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < kStep; ++i) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        acc[r * kKeys + j + i] = sums[i][r];
-      }
-    }
-  }
-  float sums[kLanes];
-  store(sums, sum_each(acc));
-  for (int r = 0; r < kRows; ++r) {
-    std::memcpy(scores + r * scores_row, sums + r * kKeys, least<i64>(kKeys, keys) * 4);
-  }
-}
-
-// out[r, :] += sum_k a[r, k] b[k, :]: whole rows of b at once where registers allow, for the same reason.
-template <bool kDot>
-void add_rows(const char* a, i64 a_row, i64 rows, const char* b, i64 b_step, i64 depth, float* out, i64 vectors) {
-  constexpr int kWide = 8;
-  const i64 out_row = vectors * kLanes;
-  i64 n = 0;
-  for (; n + kWide <= vectors; n += kWide) {
-    constexpr int kTall = kLanes == 16 ? 2 : 1;
-    i64 r = 0;
-    for (; r + kTall <= rows; r += kTall) {
-      tile<kTall, kWide, kDot, true>(a + r * a_row, a_row, 4, b + n * sizeof(Vec), b_step,
-                                     out + r * out_row + n * kLanes, out_row, depth, true);
-    }
-    for (; r < rows; ++r) {
-      tile<1, kWide, kDot, true>(a + r * a_row, a_row, 4, b + n * sizeof(Vec), b_step, out + r * out_row + n * kLanes,
-                                 out_row, depth, true);
-    }
-  }
-  if (n < vectors) {
-    gemm<kDot>({a, a_row, 4}, b + n * sizeof(Vec), b_step, out + n * kLanes, out_row, rows, vectors - n, depth, true);
-  }
-}
-
-template <bool kDot>
-MMK_INLINE void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, float* scores, i64 scores_row,
-                         Ahead values, Ahead next_keys) {
-  i64 r = 0;
-  const auto run = [&](auto height) {
-    constexpr int kRows = decltype(height)::value, kKeys = kLanes / kRows;
-    for (; r + kRows <= rows; r += kRows) {
-      for (i64 j = 0; j < keys; j += kKeys) {
-        values.ask(kKeys); // in the first round alone, as nothing is left then
-        next_keys.ask(kKeys);
-        dot_block<kRows, kDot>(a + r * a_row, a_row, b.data + j * b.stride, b.stride, keys - j, depth,
-                               scores + r * scores_row + j, scores_row);
-      }
-    }
-  };
-  run(std::integral_constant<int, 4>());
-  run(std::integral_constant<int, 2>());
-  run(std::integral_constant<int, 1>());
 }
 
 // Adds the bias to one row's scores of `n` places from `a` on, and hides those that the row does not see: of its span
@@ -230,6 +118,10 @@ struct DecodeScratch : Arena {
   const i64 count = least(decode_rows(p), kDecodeRows);
   float* scores = take<float>(count * kDecodeKeys);
   float* out = take<float>(count * pad_lanes(p.value_dim));
+  // More rows than kDotRows are lanes.
+  const i64 lanes = count > kDotRows ? pad_lanes(count) : 0;
+  float* query_lanes = take<float>(lanes * depth_of(is_dot, p.dim));
+  float* block = take<float>(lanes * kLanes);
   char* query = take<char>(count * row_bytes(is_dot, p.dim));
   char* key_copy = take<char>(kDecodeKeys * row_bytes(is_dot, p.dim));
   char* value_copy = take<char>(kDecodeKeys * row_bytes(is_dot, p.value_dim));
@@ -304,31 +196,46 @@ MMK_INLINE Span begin_decode(const DecodeScratch& s, const KeyList& list, i64 kv
       std::memcpy(to, query.data, query_row);
     }
   }
+  if (rows > kDotRows) {
+    transpose_rows({s.query, query_row}, rows, depth_of(s.is_dot, p.dim), pad_lanes(rows), s.query_lanes);
+  }
   std::memset(s.out, 0, rows * pad_lanes(p.value_dim) * 4);
   return hull;
 }
 
-// Multiplies the queries with the keys of places [a, a + n), and asks for what is read next.
-MMK_INLINE void score_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows,
-                           Ahead values = {}, Ahead next_keys = {}) {
-  const AttentionParams& p = s.p;
-  const Source source = at_keys(source_of(p.key, kv / p.key_heads, kv % p.key_heads), list, a, n);
-  const Rows keys = fetch(source, n, p.dim, s.is_dot, s.key_copy);
-  const i64 query_row = row_bytes(s.is_dot, p.dim), depth = depth_of(s.is_dot, p.dim);
-  if (kHasDot && s.is_dot) {
-    dot_rows<kHasDot>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys, values, next_keys);
-  } else {
-    dot_rows<false>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys, values, next_keys);
-  }
+// Keys of one tile: as many as leave room for the next tile in the second-level cache.
+MMK_INLINE i64 decode_keys(const AttentionParams& p) {
+  constexpr i64 kTileBytes = 1 << 17;
+  const i64 fit = kTileBytes / row_bytes(uses_dot(p.query.type), p.dim) / kValueKeys * kValueKeys;
+  return most(kValueKeys, least(kDecodeKeys, fit));
 }
 
-// As score_keys, then replaces the scores by weights, and rescales earlier sums. Returns whether every row sees all of
+// The key rows of places [a, a + n).
+MMK_INLINE Rows decode_key_rows(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n) {
+  const AttentionParams& p = s.p;
+  const Source source = at_keys(source_of(p.key, kv / p.key_heads, kv % p.key_heads), list, a, n);
+  return fetch(source, n, p.dim, s.is_dot, s.key_copy);
+}
+
+// Multiplies the queries with n keys, and asks for what is read next.
+MMK_INLINE void score_keys(const DecodeScratch& s, Rows keys, i64 n, i64 rows, Ahead values = {},
+                           Ahead next_keys = {}) {
+  const i64 query_row = row_bytes(s.is_dot, s.p.dim), depth = depth_of(s.is_dot, s.p.dim);
+  with_pairs(s.is_dot, [&](auto pairs) {
+    if (rows > kDotRows) {
+      lane_rows<pairs()>(s.query_lanes, pad_lanes(rows), rows, keys, n, depth, s.block, s.scores, kDecodeKeys, values,
+                         next_keys);
+    } else {
+      dot_rows<pairs()>(s.query, query_row, rows, keys, n, depth, s.scores, kDecodeKeys, values, next_keys);
+    }
+  });
+}
+
+// Replaces the scores of places [a, a + n) by weights, and rescales earlier sums. Returns whether every row sees all of
 // these keys.
-MMK_INLINE bool weigh_keys(const DecodeScratch& s, const KeyList& list, i64 kv, i64 a, i64 n, i64 rows,
-                           Ahead values = {}, Ahead next_keys = {}) {
+MMK_INLINE bool weigh_keys(const DecodeScratch& s, const KeyList& list, i64 a, i64 n, i64 rows) {
   const AttentionParams& p = s.p;
   const i64 padded = pad_lanes(p.value_dim);
-  score_keys(s, list, kv, a, n, rows, values, next_keys);
   bool all = true;
   for (i64 r = 0; r < rows; ++r) {
     float* scores = s.scores + r * kDecodeKeys;
@@ -344,6 +251,12 @@ MMK_INLINE bool weigh_keys(const DecodeScratch& s, const KeyList& list, i64 kv, 
   return all;
 }
 
+// Whether a value is the first columns of its key, as in a latent cache, so that a tile is read for both.
+MMK_INLINE bool value_is_key(const AttentionParams& p) {
+  const View &k = p.key, &v = p.value;
+  return k.data == v.data && p.value_dim <= p.dim && k.b == v.b && k.h == v.h && k.l == v.l && k.d == v.d;
+}
+
 inline void decode(const AttentionParams& p, i64 kv, i64 block, i64 split, char* memory) {
   const DecodeScratch s{{memory}, p};
   const KeyList list = list_of(p, kv);
@@ -351,16 +264,21 @@ inline void decode(const AttentionParams& p, i64 kv, i64 block, i64 split, char*
   const Span hull = begin_decode(s, list, kv, first_row, rows);
   const i64 share = most<i64>(0, hull.last - hull.first + p.splits - 1) / p.splits;
   const i64 first = hull.first + split * share, last = least(hull.last, first + share);
-  for (i64 a = first; a < last; a += kDecodeKeys) {
-    const i64 n = least(kDecodeKeys, last - a);
-    const Source source = at_keys(source_of(p.value, kv / p.key_heads, kv % p.key_heads), list, a, n);
+  const i64 tile = decode_keys(p), b = kv / p.key_heads, h = kv % p.key_heads;
+  const bool shared = value_is_key(p);
+  for (i64 a = first; a < last; a += tile) {
+    const i64 n = least(tile, last - a);
+    const Source source = at_keys(source_of(p.value, b, h), list, a, n);
     Ahead next_keys;
-    if (const i64 left = least(kDecodeKeys, last - a - n); left > 0) {
-      const Source keys = at_keys(source_of(p.key, kv / p.key_heads, kv % p.key_heads), list, a + n, left);
-      next_keys = Ahead::of(keys, left, p.dim);
+    if (const i64 left = least(tile, last - a - n); left > 0) {
+      next_keys = Ahead::of(at_keys(source_of(p.key, b, h), list, a + n, left), left, p.dim);
     }
-    const bool all = weigh_keys(s, list, kv, a, n, rows, Ahead::of(source, n, p.value_dim), next_keys);
-    const Rows values = fetch(source, n, p.value_dim, s.is_dot, s.value_copy, !s.is_dot);
+    const Rows keys = decode_key_rows(s, list, kv, a, n);
+    score_keys(s, keys, n, rows, shared ? Ahead{} : Ahead::of(source, n, p.value_dim), next_keys);
+    const bool all = weigh_keys(s, list, a, n, rows);
+    const bool copied = keys.data == s.key_copy; // in the working format, as values have to be
+    const Rows values =
+        shared && copied ? keys : fetch(source, n, p.value_dim, s.is_dot, s.value_copy, !s.is_dot);
     add_decoded(s, rows, values, n, !all && !all_finite(values, n, p.value_dim, s.is_dot));
   }
   for (i64 r = 0; r < rows; ++r) {

@@ -203,9 +203,10 @@ inline void few_weights(const AttentionParams& p, i64 kv, i64 first, i64 count, 
   const auto result = [&](const DecodeRow& row) {
     return p.weights + ((row.b * p.heads + row.h) * p.q_len + row.i) * p.k_len;
   };
-  for (i64 a = hull.first; a < hull.last; a += kDecodeKeys) {
-    const i64 n = least(kDecodeKeys, hull.last - a);
-    score_keys(s, list, kv, a, n, count);
+  const i64 tile = decode_keys(p);
+  for (i64 a = hull.first; a < hull.last; a += tile) {
+    const i64 n = least(tile, hull.last - a);
+    score_keys(s, decode_key_rows(s, list, kv, a, n), n, count);
     for (i64 r = 0; r < count; ++r) {
       DecodeRow& row = s.rows[r];
       float* scores = s.scores + r * kDecodeKeys;

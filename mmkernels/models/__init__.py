@@ -12,6 +12,9 @@ from mmkernels.models.blocks.visual import Visual
 from mmkernels.models.clip import CLIP
 from mmkernels.models.clip_config import CLIPConfig
 from mmkernels.models.deepseek_vl import DeepSeekVL
+from mmkernels.models.deepseek_vl2 import DeepSeekVL2
+from mmkernels.models.deepseek_vl2_config import DeepSeekVL2Config
+from mmkernels.models.deepseek_vl2_tiles import TiledImages, cut_images
 from mmkernels.models.deepseek_vl_config import DeepSeekVLConfig
 from mmkernels.models.embeddings import EmbeddingCache, EmbeddingCacheError, SearchResult, content_key, fingerprint
 from mmkernels.models.flamingo import Flamingo
@@ -47,6 +50,8 @@ __all__ = [
     "ContextCache",
     "ContextPolicy",
     "DeepSeekVL",
+    "DeepSeekVL2",
+    "DeepSeekVL2Config",
     "DeepSeekVLConfig",
     "EmbeddingCache",
     "EmbeddingCacheError",
@@ -63,6 +68,7 @@ __all__ = [
     "QwenVL",
     "QwenVLConfig",
     "SearchResult",
+    "TiledImages",
     "ViLBERT",
     "ViLBERTConfig",
     "Visual",
@@ -70,6 +76,7 @@ __all__ = [
     "WhisperConfig",
     "WhisperTokens",
     "content_key",
+    "cut_images",
     "cut_sound",
     "fingerprint",
     "log_mel",

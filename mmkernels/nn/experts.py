@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,14 @@ from torch.nn import functional as F
 from mmkernels.nn.checks import check_choice, check_positive
 from mmkernels.ops.linear.grouped_linear import grouped_linear
 from mmkernels.ops.tokens.unmerge_tokens import unmerge_tokens
-from mmkernels.runtime.checks import check_bool, check_floating, check_number, check_range, check_tensor
+from mmkernels.runtime.checks import (
+    autocast_dtype,
+    check_bool,
+    check_floating,
+    check_number,
+    check_range,
+    check_tensor,
+)
 
 __all__ = ["Experts", "TopKRouter"]
 
@@ -103,6 +111,8 @@ class Experts(nn.Module):
         check_floating("weight", weight)
         if x.dim() != 2 or x.shape[1] != self.width:
             raise ValueError(f"x must be [T, {self.width}], got shape {tuple(x.shape)}")
+        if x.dtype != self.down.dtype and autocast_dtype(x) is None:
+            raise TypeError(f"x must have the experts' dtype {self.down.dtype}, got {x.dtype}")
         if index.dtype != torch.int64:
             raise TypeError(f"index must be int64, got {index.dtype}")
         if index.dim() != 2 or index.shape[0] != x.shape[0] or index.shape[1] == 0:
@@ -205,7 +215,7 @@ class TopKRouter(nn.Module):
         check_floating("x", x)
         if x.dim() != 2 or x.shape[1] != self.width:
             raise ValueError(f"x must be [T, {self.width}], got shape {tuple(x.shape)}")
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # [T, E]
         scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
         index = self._choice(scores.detach()).sort(dim=-1, descending=True, stable=True).indices[:, : self.k]

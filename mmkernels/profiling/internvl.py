@@ -39,11 +39,12 @@ class InternVLAdapter(VisionLanguageAdapter):
             return config
         return SIZES[self.named[options.size or ""].name]
 
-    def layout(self, config: InternVLConfig, photo: Image.Image, resolution: int) -> Layout:
+    def layout(self, config: InternVLConfig, photo: Image.Image, resolution: int | None) -> Layout:
         """The arrangement of tiles that is nearest to the photograph's shape, of at most resolution^2 pixels.
 
         If several are as near, it is the one of the most tiles. Below the size of a tile it is one smaller tile.
         """
+        assert resolution is not None
         unit = config.patch_size * config.merge
         if resolution < unit:
             raise BadInput(f"--resolutions must be at least {unit}, the side of a token in pixels; got {resolution}")

@@ -23,7 +23,13 @@ TOKENS, TOKENS_OF_BLIP2 = (16, 64, 256, 1024), (8, 32, 128)
 UNREDUCED = "none"
 """The reducer that leaves all tokens: the first row of a profile of reducers, with which the others are compared."""
 
-VISION_LANGUAGE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
+FIXED_SIZE = ("deepseek_vl", "deepseek_vl_hybrid", "janus")
+"""The `VISION_LANGUAGE` models whose images all have one size: nothing is left to ``--resolutions``."""
+
+UNREDUCIBLE = ("deepseek_vl2",)
+"""The `VISION_LANGUAGE` models that take no reducer: nothing is left to ``--reduce``."""
+
+VISION_LANGUAGE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", *FIXED_SIZE, *UNREDUCIBLE)
 """The models in which images are tokens of the text: how many follows from an image's size, and from a reducer."""
 
 QUERIES = ("blip2",)
@@ -153,9 +159,9 @@ class Options(Settings):
         tokens: visual tokens per image, each a row of the profile; sorted, without repeats. None: `TOKENS`, or none
             with `reduce` or `resolutions`, and of `VISION_LANGUAGE` models; `TOKENS_OF_BLIP2` of `QUERIES`.
         reduce: reducers, each a row of the profile instead of `tokens`, as `mmkernels.nn.TokenReducer.parse` reads
-            them; `UNREDUCED` comes first, given or not. None: `REDUCERS` of `VISION_LANGUAGE` models.
+            them; `UNREDUCED` comes first, given or not. None: `REDUCERS` of `VISION_LANGUAGE` models but those that are `UNREDUCIBLE`.
         resolutions: sides of squares in pixels, each a row with each of the reducers; the largest comes first. None:
-            `RESOLUTIONS` of `VISION_LANGUAGE` models, else the model's own.
+            `RESOLUTIONS` of `VISION_LANGUAGE` models but those of `FIXED_SIZE`, else the model's own.
         images: pictures in the prompt, parts of the photograph; None: 1 of `VISION_LANGUAGE` models and `QUERIES`, else
             5.
         text_length: tokens of text, of other models with a marker for each image; None: 64 of `VISION_LANGUAGE` models
@@ -190,15 +196,15 @@ class Options(Settings):
 
     def _fill(self) -> None:
         """Gives settings that were left out the values that suit the model."""
-        whole = self.model in VISION_LANGUAGE
+        whole, fixed = self.model in VISION_LANGUAGE, self.model in FIXED_SIZE
         in_text = whole or self.model in QUERIES
         self._fill_with(
             images=_ONE_IMAGE if in_text else _IMAGES,
             text_length=_QUESTION if in_text else _TEXT_LENGTH,
             backends=_BACKENDS[:1] if whole else _BACKENDS,
             size=None if self.folder else _SIZE,
-            resolutions=RESOLUTIONS if whole else None,
-            reduce=REDUCERS if whole else None,
+            resolutions=RESOLUTIONS if whole and not fixed else None,
+            reduce=(UNREDUCED,) if self.model in UNREDUCIBLE else REDUCERS if whole else None,
         )
         if self.resolutions is not None and self.reduce is None:
             self._set("reduce", (UNREDUCED,))
@@ -208,6 +214,16 @@ class Options(Settings):
             raise BadInput(
                 f"--tokens must not be given for {self.model}, whose images have as many tokens as their size and "
                 f"--reduce leave them, such as --reduce pool:<=64; got {_join(self.tokens)}"
+            )
+        if self.resolutions is not None and self.model in FIXED_SIZE:
+            raise BadInput(
+                f"--resolutions must not be given for {self.model}, whose images all have one size; "
+                f"got {_join(self.resolutions)}"
+            )
+        if self.reduce is not None and set(self.reduce) - {UNREDUCED} and self.model in UNREDUCIBLE:
+            raise BadInput(
+                f"--reduce must not be given for {self.model}, in which each row of an image's tokens has an end: "
+                f"--resolutions says how many there are; got {_join(self.reduce)}"
             )
         if self.reduce is not None and self.model in QUERIES:
             by, rows = ("--resolutions", self.resolutions) if self.reduce == (UNREDUCED,) else ("--reduce", self.reduce)

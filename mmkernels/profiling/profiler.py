@@ -15,8 +15,11 @@ from mmkernels.meters import memory_why_not
 from mmkernels.options import BadInput
 from mmkernels.profiling.adapter import Adapter, PhotoAdapter
 from mmkernels.profiling.blip2 import BLIP2Adapter
+from mmkernels.profiling.deepseek_vl import DeepSeekVLAdapter
+from mmkernels.profiling.deepseek_vl2 import DeepSeekVL2Adapter
 from mmkernels.profiling.flamingo import FlamingoAdapter, ReducingFlamingoAdapter
 from mmkernels.profiling.internvl import InternVLAdapter
+from mmkernels.profiling.janus import JanusAdapter
 from mmkernels.profiling.options import Options, Row, Settings
 from mmkernels.profiling.pareto import front
 from mmkernels.profiling.photo import crops
@@ -31,6 +34,10 @@ REDUCING: dict[str, PhotoAdapter] = {
     "qwen2_5_vl": QwenVLAdapter("qwen2_5"),
     "qwen3_vl": QwenVLAdapter("qwen3"),
     "internvl": InternVLAdapter(),
+    "deepseek_vl": DeepSeekVLAdapter(hybrid=False),
+    "deepseek_vl_hybrid": DeepSeekVLAdapter(hybrid=True),
+    "deepseek_vl2": DeepSeekVL2Adapter(),
+    "janus": JanusAdapter(),
 }
 """What can be profiled over reducers and resolutions. A new model is one adapter here."""
 

@@ -61,8 +61,9 @@ class QwenVLAdapter(VisionLanguageAdapter):
             raise BadInput(f"--model must be a checkpoint of {options.model}, got one of the variant {config.variant}")
         return config
 
-    def layout(self, config: QwenVLConfig, photo: Image.Image, resolution: int) -> Layout:
+    def layout(self, config: QwenVLConfig, photo: Image.Image, resolution: int | None) -> Layout:
         """At most resolution^2 pixels, in whole tokens, as near to the photograph's shape as they come."""
+        assert resolution is not None
         unit = config.patch_size * config.merge
         if resolution < unit:
             raise BadInput(f"--resolutions must be at least {unit}, the side of a token in pixels; got {resolution}")

@@ -34,7 +34,9 @@ class Layout(NamedTuple):
     Attributes:
         rows, columns: tokens of a tile; of the image, where it is not cut into tiles.
         down, across: tiles of an image.
-        thumbnail: whether one more tile, the last one, shows all of the image.
+        thumbnail: whether one more tile shows all of the image.
+        others: tokens of the image beside those of its tiles, such as the ends of rows.
+        side: the image has about as many pixels as a square of this side; None: as many as its tiles.
     """
 
     rows: int
@@ -42,6 +44,8 @@ class Layout(NamedTuple):
     down: int = 1
     across: int = 1
     thumbnail: bool = False
+    others: int = 0
+    side: int | None = None
 
     @property
     def tiles(self) -> int:
@@ -49,13 +53,13 @@ class Layout(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return self.tiles * self.rows * self.columns
+        return self.tiles * self.rows * self.columns + self.others
 
     def picture(self, token_of: Tensor) -> list[int]:
         """Returns the token of each place of the image, row by row, without those of a thumbnail.
 
         Args:
-            token_of: of each place of each tile, ``[tiles, rows * columns]``.
+            token_of: of each place of each tile, ``[tiles, rows * columns]``; the thumbnail is the last one.
         """
         tiles = token_of[: self.down * self.across].view(self.down, self.across, self.rows, self.columns)
         places: list[int] = tiles.transpose(1, 2).flatten().tolist()
@@ -113,7 +117,7 @@ class VisionLanguageAdapter(ABC):
 
     total = "first token"
     square = False
-    stages = (
+    stages: tuple[Stage, ...] = (
         Stage("encode", "the image encoder, all images", _encode, shared=True),
         Stage("merge", "the merger, and the reducer with its scores", _merge),
         PREFILL,
@@ -135,7 +139,7 @@ class VisionLanguageAdapter(ABC):
         """Returns the model's configuration, before any weight is made or read."""
 
     @abstractmethod
-    def layout(self, config: Any, photo: Image.Image, resolution: int) -> Layout:
+    def layout(self, config: Any, photo: Image.Image, resolution: int | None) -> Layout:
         """Returns how images of the shape of `photo` become tokens.
 
         Raises:
@@ -164,42 +168,51 @@ class VisionLanguageAdapter(ABC):
     def check_photo(self, options: Options, photo: Image.Image) -> None:
         config = self.config(options)
         images, text_length = options.images or 0, len(self._text(options, config))  # one marker for each image
-        for side in options.resolutions or ():
+        for side in options.resolutions or (None,):
+            of = "images of the model's size" if side is None else str(side)
             layout = self.layout(config, photo, side)
             tokens = layout.tokens
             if tokens > MOST_TOKENS:
                 raise BadInput(
-                    f"--resolutions must leave at most {MOST_TOKENS} tokens per image, got {tokens} by {side}"
+                    f"--resolutions must leave at most {MOST_TOKENS} tokens per image, got {tokens} by {of}"
                 )
             length = images * (tokens - 1) + text_length + DECODE_TOKENS
             if length > config.text_length:
+                options_of = "--images and --text-length" if side is None else "--resolutions"
                 raise BadInput(
-                    f"--resolutions must leave the prompt and {DECODE_TOKENS} tokens more within {config.text_length}, "
-                    f"got {length} by {side} and --images {images}"
+                    f"{options_of} must leave the prompt and {DECODE_TOKENS} tokens more within {config.text_length}, "
+                    f"got {length} by {of} and --images {images}"
                 )
             for text in options.reduce or ():
                 try:
                     VisualReducer(text, config.text_width).reducer.tokens([(1, layout.rows, layout.columns)])
                 except (ValueError, TypeError) as error:
-                    raise BadInput(f"--reduce {text} with --resolutions {side}: {error}") from None
+                    at = "" if side is None else f" with --resolutions {side}"
+                    raise BadInput(f"--reduce {text}{at}: {error}") from None
 
     def build(self, options: Options, row: Row) -> nn.Module:
         assert isinstance(row, Choice)
         if options.folder is not None:
-            model = self.model_class.from_pretrained(options.folder)
-            model.set_reducer(row.reducer)
-            return model
+            return self.with_reducer(self.model_class.from_pretrained(options.folder), row)
         size = self.named[options.size or ""]
-        changes = dict(size.changes) | {"reduce": row.reducer}
+        changes = dict(size.changes) | self.reducer_changes(row)
         return self.model_class.from_size(size.name, seed=options.seed, **changes)
 
     def exchange(self, options: Options, model: Any, choice: Choice) -> nn.Module:
-        other = copy.copy(model)  # its modules are the same ones
-        other.set_reducer(choice.reducer)
-        return other
+        return self.with_reducer(copy.copy(model), choice)  # its modules are the same ones
+
+    def with_reducer(self, model: Any, choice: Choice) -> nn.Module:
+        """Returns the model, after it was given the reducer."""
+        model.set_reducer(choice.reducer)
+        built: nn.Module = model
+        return built
+
+    def reducer_changes(self, choice: Choice) -> dict[str, Any]:
+        """Returns the field of a configuration that says the reducer."""
+        return {"reduce": choice.reducer}
 
     def inputs(self, options: Options, model: Any, photos: list[Image.Image], row: Row) -> Inputs:
-        assert isinstance(row, Choice) and row.resolution is not None
+        assert isinstance(row, Choice)
         config, weight = model.config, model.head.weight
         layout = self.layout(config, photos[0], row.resolution)
         every, first = (self.pixels(options, config, part, layout) for part in (photos, photos[:1]))
@@ -239,7 +252,7 @@ class VisionLanguageAdapter(ABC):
             layout.across * layout.columns,
             layout.picture(_token_of_places(reducer, found[0], layout)),  # later calls move positions
             learned=False,
-            side=model.config.merge,
+            side=getattr(model.config, "merge", 1),
         )
 
     def logits(self, model: Any, inputs: Inputs) -> Tensor:

@@ -15,6 +15,7 @@ import blip2_checkpoints
 import blip2_retrieval_checkpoints
 import blip_checkpoints
 import clip_checkpoints
+import deepseek_vl2_checkpoints
 import deepseek_vl_checkpoints
 import idefics_checkpoints
 import internvl_checkpoints
@@ -36,6 +37,7 @@ from mmkernels.models import (
     LXMERT,
     BLIP2Retrieval,
     DeepSeekVL,
+    DeepSeekVL2,
     Flamingo,
     InternVL,
     Janus,
@@ -55,6 +57,7 @@ MODELS: dict[Any, Any] = {
     blip2_retrieval_checkpoints: BLIP2Retrieval,
     clip_checkpoints: CLIP,
     deepseek_vl_checkpoints: DeepSeekVL,
+    deepseek_vl2_checkpoints: DeepSeekVL2,
     idefics_checkpoints: Flamingo,
     internvl_checkpoints: InternVL,
     janus_checkpoints: Janus,

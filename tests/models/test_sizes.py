@@ -14,6 +14,7 @@ from mmkernels.models import (
     LXMERT,
     BLIP2Retrieval,
     DeepSeekVL,
+    DeepSeekVL2,
     Flamingo,
     InternVL,
     Janus,
@@ -27,6 +28,7 @@ SIZES: list[tuple[Any, str]] = [(CLIP, "tiny"), (CLIP, "siglip_tiny"), (Flamingo
 SIZES += [(BLIP, "tiny"), (BLIP2, "tiny"), (BLIP2, "tiny_instruct"), (BLIP2Retrieval, "tiny")]
 SIZES += [(LXMERT, "tiny"), (ViLBERT, "tiny"), (QwenAudio, "tiny"), (Whisper, "tiny")]
 SIZES += [(DeepSeekVL, "tiny"), (DeepSeekVL, "tiny_hybrid")]
+SIZES += [(DeepSeekVL2, size) for size in ("tiny", "tiny_plain", "tiny_sigmoid")]
 SIZES += [(Janus, "tiny")]
 SIZES += [(QwenVL, size) for size in ("tiny_qwen2", "tiny", "tiny_qwen3")]
 
@@ -68,6 +70,10 @@ def test_where_the_logits_start() -> None:
         (BLIP2, "vicuna_7b", 7913.211, 0.001),
         (DeepSeekVL, "deepseek_vl_1.3b", 1962.641, 0.001),
         (DeepSeekVL, "deepseek_vl_7b", 7331.391, 0.001),
+        # Of the released folders, where SigLIP's pooling head of 15.2 M counts too.
+        (DeepSeekVL2, "deepseek_vl2_tiny", 3370 - 15.2, 5),
+        (DeepSeekVL2, "deepseek_vl2_small", 16100 - 15.2, 50),
+        (DeepSeekVL2, "deepseek_vl2", 27500 - 15.2, 50),
         (Whisper, "whisper_tiny", 37.761, 0.001),
         (Whisper, "base", 72.594, 0.001),
         (Whisper, "small", 241.735, 0.001),
@@ -104,7 +110,7 @@ def test_bad_arguments(model: Any) -> None:
         model.from_size("tiny", dtype=torch.int32)
 
 
-@pytest.mark.parametrize("model", [DeepSeekVL, Flamingo, InternVL, Janus, QwenVL])
+@pytest.mark.parametrize("model", [DeepSeekVL, DeepSeekVL2, Flamingo, InternVL, Janus, QwenVL])
 def test_shared_parameters_stay_shared(model: Any) -> None:
     tied, apart = (model.from_size("tiny", tie_embeddings=tie) for tie in (True, False))
     embed = lambda net: net.get_parameter("embed.weight" if model is Flamingo else "decoder.embed.weight")

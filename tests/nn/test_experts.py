@@ -125,6 +125,24 @@ def test_sixteen_bits_are_summed_in_float32() -> None:
     assert y.dtype == torch.bfloat16 and float(y) == 258.0
 
 
+def test_autocast() -> None:
+    """Products in bfloat16, the sum in float32 and then in x's dtype."""
+    experts, (index, weight) = Experts(WIDTH, MLP, NUMBER), _routed(5)
+    x, weight = _x(5).float(), weight.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, index, weight)
+    want = experts(x, index, weight)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, want, rtol=0.05, atol=0.02)
+
+
+def test_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        experts, router, x = Experts(WIDTH, MLP, NUMBER), TopKRouter(WIDTH, NUMBER, K), torch.empty(5, WIDTH)
+        weight, index, _ = router(x)
+    assert experts(x, index, weight).shape == (5, WIDTH)
+
+
 def test_one_graph_for_any_number_of_tokens() -> None:
     experts, router = Experts(WIDTH, MLP, NUMBER), TopKRouter(WIDTH, NUMBER, K)
 
@@ -245,7 +263,11 @@ def test_bad_input_is_refused_by_name() -> None:
             (lambda: experts([1], index, weight), TypeError, "^x must be a tensor, got list"),
             (lambda: experts(x[None], index, weight), ValueError, r"^x must be \[T, 24\], got shape \(1, 2, 24\)"),
             (lambda: experts(x.long(), index, weight), TypeError, "^x must be float16, .* got torch.int64"),
-            (lambda: experts(x.double(), index, weight), TypeError, "^weight must have x's dtype torch.float64"),
+            (
+                lambda: experts(x.double(), index, weight),
+                TypeError,
+                "^x must have the experts' dtype torch.float32, got",
+            ),
             (lambda: experts(x, index.int(), weight), TypeError, "^index must be int64, got torch.int32"),
             (lambda: experts(x, index[:1], weight), ValueError, r"^index must be \[2, k\].*got shape \(1, 3\)"),
             (lambda: experts(x, index[:, :0], weight), ValueError, r"^index must be \[2, k\].*got shape \(2, 0\)"),

@@ -88,10 +88,11 @@ class Decoder(nn.Module):
         s = sizes
         self.sizes = sizes
         self.embed = nn.Embedding(s.vocab, s.width)
-        self.blocks = nn.ModuleList(self._make_block() for _ in range(s.layers))
+        self.blocks = nn.ModuleList(self._make_block(layer) for layer in range(s.layers))
         self.norm = self._make_norm()
 
-    def _make_block(self) -> nn.Module:
+    def _make_block(self, layer: int) -> nn.Module:
+        """Returns a layer, of which there may be several kinds."""
         s = self.sizes
         return TextBlock(
             s.width,

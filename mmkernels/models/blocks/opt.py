@@ -36,7 +36,7 @@ class OPTDecoder(Decoder):
         super().__init__(sizes)
         self.positions = nn.Embedding(length + _FIRST_POSITION, sizes.width)
 
-    def _make_block(self) -> nn.Module:
+    def _make_block(self, layer: int) -> nn.Module:
         s = self.sizes
         sizes = Sizes(s.width, s.layers, s.heads, s.mlp, s.activation, s.eps, s.dropout)
         return OPTBlock(sizes, s.residual_dropout)

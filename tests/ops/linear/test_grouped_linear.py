@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import grouped_peers
 import pytest
 import torch
 from harness import SPECS, each_backend, examples, generator
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmkernels import grouped_linear
+from mmkernels.bench.gate import Gate, draw_cotangents, flat, with_gradients
 from mmkernels.ops.linear.grouped_linear.groups import groups_of_rows
 from mmkernels.ops.linear.grouped_linear.spec import Arguments, reference, reference_backward
 from mmkernels.runtime import triton as gpu
@@ -186,3 +188,35 @@ def test_what_is_wrong_in_lengths_is_cut_where_nothing_looks() -> None:
     right = _inputs([4, 0, 5, 0, 0])
     want, found = _results(right, "triton"), _results(right | {"lengths": lengths}, "triton")
     torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+# Benchmarks.
+
+
+def _large() -> tuple[Inputs, list[str]]:
+    """As a benchmark's, with groups that have no rows."""
+    inputs, names = _inputs([3, 0, 1, 5, 4, 0, 2, 2, 0, 3], channels=32, outputs=24), ["x", "weight"]
+    del inputs["bias"]
+    return inputs | {name: inputs[name].requires_grad_() for name in names}, names
+
+
+@pytest.mark.parametrize("peer", grouped_peers.PEERS, ids=lambda peer: peer.name.replace(" ", "_"))
+def test_peers_compute_the_same(peer: Any) -> None:
+    inputs, names = _large()
+    leaves = [inputs[name] for name in names]
+    flows = draw_cotangents([grouped_linear(**inputs)])
+    found = with_gradients(peer.prepare(inputs), leaves, flows)()
+    want = with_gradients(lambda: grouped_linear(**inputs, backend="reference"), leaves, flows)()
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_check_of_parts_finds_what_is_wrong() -> None:
+    inputs, names = _large()
+    flows = draw_cotangents(flat(grouped_linear(**inputs)))
+    judge = Gate(SPEC, inputs, names, flows, parts_only=True)
+    right = with_gradients(lambda: grouped_linear(**inputs), [inputs[name] for name in names], flows)()
+    assert judge.partial and judge.problem(flat(right)) is None
+    for index, place in ((0, 4), (1, -1), (2, 3)):
+        wrong = [x.clone() for x in flat(right)]
+        wrong[index][place] += 1.0
+        assert judge.problem(wrong) is not None

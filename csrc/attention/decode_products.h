@@ -1,0 +1,154 @@
+// The products of few query rows with rows of keys and values, in place.
+#pragma once
+
+#include "forward.h"
+
+namespace mmkernels::MMK_ISA {
+
+// Up to so many rows a dot product for each row and key is less work than vectors of rows, whose lanes would be empty.
+constexpr i64 kDotRows = 8;
+
+// Rows that are read soon. They are asked of memory a few at a time while scores are computed: without that a core
+// waits for each tile and then computes, one after the other.
+struct Ahead {
+  const char* data = nullptr;
+  i64 stride = 0, bytes = 0, rows = 0;
+
+  // Of a tensor's rows; none where a row is not one run of memory.
+  MMK_INLINE static Ahead of(const Source& x, i64 rows, i64 cols) {
+    const i64 size = bytes_of(x.type);
+    return x.index == nullptr && x.d == 1 ? Ahead{x.data, x.l * size, cols * size, rows} : Ahead{};
+  }
+  MMK_INLINE void ask(i64 count) {
+    for (const i64 n = least(count, rows), end = rows - n; rows > end; --rows, data += stride) {
+      for (i64 byte = 0; byte < bytes; byte += 64) {
+        __builtin_prefetch(data + byte, 0, 2);
+      }
+    }
+  }
+};
+
+// scores[r, j] = sum_k a[r, k] b[j, k] for kRows rows and kLanes / kRows keys; a is padded with zeros, b need not be.
+// Keys one after the other, so that memory is read in one stream, which the hardware prefetches: twice as fast as
+// several.
+template <int kRows, bool kDot>
+MMK_INLINE void dot_block(const char* a, i64 a_row, const char* b, i64 b_row, i64 keys, i64 depth, float* scores,
+                          i64 scores_row) {
+  constexpr int kKeys = kLanes / kRows;
+  Vec acc[kLanes];
+#pragma GCC unroll 16
+  for (int i = kRows * kKeys; i < kLanes; ++i) {
+    acc[i] = zero();
+  }
+  constexpr int kStep = kDot && kKeys % 2 == 0 ? 2 : 1; // rows have half as many bytes: two are still one stream
+#pragma GCC unroll 8
+  for (int j = 0; j < kKeys; j += kStep) { // past the last key, the last one again
+    const char* key[kStep];
+    Vec sums[kStep][kRows];
+    for (int i = 0; i < kStep; ++i) {
+      key[i] = b + least<i64>(j + i, keys - 1) * b_row;
+      for (auto& x : sums[i]) {
+        x = zero();
+      }
+    }
+    for (i64 k = 0; k < depth; k += kLanes) {
+      Vec y[kStep];
+#pragma GCC unroll 2
+      for (int i = 0; i < kStep; ++i) {
+        y[i] = load_part(key[i] + k * 4, depth - k);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec x = load(a + r * a_row + k * 4);
+#pragma GCC unroll 2
+        for (int i = 0; i < kStep; ++i) {
+          sums[i][r] = multiply_add<kDot>(x, y[i], sums[i][r]);
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kStep; ++i) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        acc[r * kKeys + j + i] = sums[i][r];
+      }
+    }
+  }
+  float sums[kLanes];
+  store(sums, sum_each(acc));
+  for (int r = 0; r < kRows; ++r) {
+    std::memcpy(scores + r * scores_row, sums + r * kKeys, least<i64>(kKeys, keys) * 4);
+  }
+}
+
+// Scores of `rows` rows, at most kDotRows, with all keys. Each key is read once.
+template <bool kDot>
+MMK_INLINE void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, float* scores, i64 scores_row,
+                         Ahead values, Ahead next_keys) {
+  const auto run = [&](auto height) {
+    constexpr int kRows = decltype(height)::value, kKeys = kLanes / kRows;
+    for (i64 j = 0; j < keys; j += kKeys) {
+      values.ask(kKeys);
+      next_keys.ask(kKeys);
+      dot_block<kRows, kDot>(a, a_row, b.data + j * b.stride, b.stride, keys - j, depth, scores + j, scores_row);
+    }
+  };
+  static_assert(kDotRows == 8);
+  switch (rows) {
+  case 1: return run(std::integral_constant<int, 1>());
+  case 2: return run(std::integral_constant<int, 2>());
+  case 3: return run(std::integral_constant<int, 3>());
+  case 4: return run(std::integral_constant<int, 4>());
+  case 5: return run(std::integral_constant<int, 5>());
+  case 6: return run(std::integral_constant<int, 6>());
+  case 7: return run(std::integral_constant<int, 7>());
+  default: return run(std::integral_constant<int, 8>());
+  }
+}
+
+// The same for more rows, which are lanes: a is [depth, lanes]. `block` has room for kLanes x lanes.
+template <bool kDot>
+void lane_rows(const float* a, i64 lanes, i64 rows, Rows b, i64 keys, i64 depth, float* block, float* scores,
+               i64 scores_row, Ahead values, Ahead next_keys) {
+  for (i64 j = 0; j < keys; j += kLanes) {
+    values.ask(kLanes);
+    next_keys.ask(kLanes);
+    const i64 n = least<i64>(kLanes, keys - j);
+    gemm<kDot>({b.data + j * b.stride, b.stride, 4}, a, lanes * 4, block, lanes, n, lanes / kLanes, depth, false);
+    for (i64 q = 0; q < rows; q += kLanes) {
+      Vec part[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        part[i] = i < n ? load(block + i * lanes + q) : zero();
+      }
+      transpose(part);
+      for (i64 i = 0; i < least<i64>(kLanes, rows - q); ++i) {
+        store(scores + (q + i) * scores_row + j, part[i]);
+      }
+    }
+  }
+}
+
+// out[r, :] += sum_k a[r, k] b[k, :]: whole rows of b at once where registers allow, for the same reason.
+template <bool kDot>
+void add_rows(const char* a, i64 a_row, i64 rows, const char* b, i64 b_step, i64 depth, float* out, i64 vectors) {
+  constexpr int kWide = 8;
+  const i64 out_row = vectors * kLanes;
+  i64 n = 0;
+  for (; n + kWide <= vectors; n += kWide) {
+    constexpr int kTall = kLanes == 16 ? 2 : 1;
+    i64 r = 0;
+    for (; r + kTall <= rows; r += kTall) {
+      tile<kTall, kWide, kDot, true>(a + r * a_row, a_row, 4, b + n * sizeof(Vec), b_step,
+                                     out + r * out_row + n * kLanes, out_row, depth, true);
+    }
+    for (; r < rows; ++r) {
+      tile<1, kWide, kDot, true>(a + r * a_row, a_row, 4, b + n * sizeof(Vec), b_step, out + r * out_row + n * kLanes,
+                                 out_row, depth, true);
+    }
+  }
+  if (n < vectors) {
+    gemm<kDot>({a, a_row, 4}, b + n * sizeof(Vec), b_step, out + n * kLanes, out_row, rows, vectors - n, depth, true);
+  }
+}
+
+} // namespace mmkernels::MMK_ISA
