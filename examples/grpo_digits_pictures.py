@@ -21,7 +21,7 @@ PANELS = (
     ("format", "format: answers that are JSON", 100.0, "%"),
     ("correctness", "correctness: right digits and refusals", 100.0, "%"),
     ("grounding", "grounding: IoU of the box, 0 without one", 1.0, "mean"),
-    ("area", "area of the box over the right one's", 1.0, "mean, logarithmic"),
+    ("area", "area of the box over the right one's", 1.0, "mean"),
     ("invented", "invented: a box for what is not there", 100.0, "%"),
 )
 WHERE, ABSENT = 2, 3  # the kinds of questions that the picture of answers shows
@@ -38,11 +38,10 @@ def draw_ablation(runs: dict[str, Run], path: Path) -> None:
         axes.set_title(title, fontsize=12)
         axes.set_ylabel(unit)
         if name == "area":
-            axes.set_yscale("log")
             axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
     for (label, run), (colour, _) in zip(runs.items(), STYLES):
         grid[1, 2].plot(steps_of(run.rewards), smooth(run.rewards), color=colour, linewidth=1.8, label=label)
-    grid[1, 2].set_title("what each run was paid in training, its own reward", fontsize=12)
+    grid[1, 2].set_title("each run's own reward, in training", fontsize=12)
     grid[1, 2].set_ylabel("mean of 25 steps")
     grid[0, 0].legend(frameon=False, fontsize=10)
     _finish(grid.flat)
