@@ -49,10 +49,10 @@ def draw_ablation(runs: dict[str, Run], path: Path) -> None:
 
 
 def draw_curves(curves: dict[str, list[list[float]]], runs: dict[str, Run], path: Path) -> None:
-    """Draws the losses of all stages, by fused kernels and by naive formulas.
+    """Draws the curves of all stages, by fused kernels and by naive formulas.
 
     Args:
-        curves: of each stage the losses, and those of the naive formulas in the first steps.
+        curves: of each stage the losses, of the third the surprise, and those of the naive formulas in the first steps.
         runs: those of the third stage, of which the first is drawn.
     """
     figure, grid = plt.subplots(2, 3, figsize=(14, 7.4), dpi=100, layout="constrained", height_ratios=(3, 2))
@@ -61,7 +61,7 @@ def draw_curves(curves: dict[str, list[list[float]]], runs: dict[str, Run], path
         above.plot(steps_of(fused), fused, color=BLUE, linewidth=0.8, alpha=0.35)
         above.plot(steps_of(fused), smooth(fused), color=BLUE, linewidth=2, label="mean of 25 steps")
         above.set_title(name, fontsize=12)
-        above.set_ylabel("loss")
+        above.set_ylabel("loss" if below is not grid[1, 2] else "-log p of sampled tokens, mean")
         above.legend(frameon=False)
         below.plot(steps_of(naive), fused[: len(naive)], color=BLUE, linewidth=5, alpha=0.4, label="fused")
         below.plot(steps_of(naive), naive, color="black", linewidth=1.2, label="naive")
