@@ -177,10 +177,13 @@ def test_defaults_suit_the_models() -> None:
     ],
 )
 def test_bad_settings_are_found_before_anything_is_measured(model: str, given: dict[str, Any], match: str) -> None:
-    with pytest.raises(BadInput, match=match):
+    def check() -> None:
         chosen = options(model, **given)
         profiler.find_model(chosen)
         profiler.check_photo(chosen, PHOTO)
+
+    with pytest.raises(BadInput, match=match):
+        check()
 
 
 def test_a_photograph_that_is_too_long() -> None:
