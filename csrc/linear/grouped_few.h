@@ -10,7 +10,7 @@ namespace mmkernels::MMK_ISA {
 constexpr int kDotWords = kLanes == 16 ? 4 : 2; // rows of the matrix whose elements are in registers at once,
 constexpr int kDotSteps = 4;                    // so many vectors of each
 constexpr i64 kDotDepth = kDotSteps * kLanes;
-constexpr i64 kNearBytes = 24 << 10; // of packed rows, that stay in the first cache while some of the matrix passes by
+constexpr i64 kNearBytes = 40 << 10; // of packed rows and of sums, which stay in the first cache
 
 // The lines of a matrix's rows in the order of memory, asked of it a few at a time while others are multiplied: several
 // rows that are read side by side are not one stream to the hardware, which then fetches a third as fast.
@@ -102,7 +102,8 @@ MMK_INLINE void dot_step(const float* a, i64 rows, const char* const (&word)[kDo
 template <bool kDot, Type kType>
 void dot_block(const float* a, i64 rows, Rows words, i64 count, i64 depth, Stream& ahead, float* sums) {
   constexpr i64 kLines = kDotWords * kDotDepth * (kDot || kType == Type::f32 ? 4 : 2) / 64;
-  const i64 near = most<i64>(kNearBytes / (rows * kDotDepth * 4), 1) * kDotDepth;
+  const i64 of_sums = rows * kLanes * kLanes * 4, of_step = rows * kDotDepth * 4;
+  const i64 near = most<i64>((kNearBytes - of_sums) / of_step, 1) * kDotDepth;
   for (i64 first = 0; first < depth; first += near) {
     const i64 last = least(first + near, depth);
     for (i64 w = 0; w < count; w += kDotWords) {
