@@ -187,7 +187,7 @@ def _zeros(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **
 
 
 def _long_text(config: Any, *, length: int) -> dict[str, Inputs]:
-    """Returns the hidden states of a text and of its next token, and the angles of their positions as sine and cosine."""
+    """Returns the hidden states of a text and of its next token, and cosine and sine of their positions' angles."""
     rates = 1e4 ** -(torch.arange(0, config.qk_rope_head_dim, 2) / config.qk_rope_head_dim)
     angles = torch.arange(length + 1)[:, None] * rates
     text, token = (torch.randn(1, size, config.hidden_size) for size in (length, 1))

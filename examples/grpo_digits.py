@@ -18,7 +18,7 @@ and with the same scenes: with all terms, without one term each, and with a grou
 becomes of each term, on scenes of digits that were not in training, is drawn over the steps. Each run is one seed:
 another one moves the curves by some per cent.
 
-Fused kernels and naive formulas give the same losses from one seed; in the third stage the naive formulas are given the
+Fused kernels and naive formulas give the same curves from one seed; in the third stage the naive formulas are given the
 answers that the fused run sampled, as one rounded probability can draw another token.
 
 Source: Lu et al., "DeepSeek-VL", 2024; Shao et al., "DeepSeekMath", 2024, section 4.1 (GRPO).
@@ -76,7 +76,7 @@ def learn(
 
 def tell_same(fused: list[float], naive: list[float]) -> None:
     same = check_same(fused, naive)
-    print(f"  fused and naive, the first {len(naive)} steps: losses differ, relatively, by at most {same}")
+    print(f"  fused and naive, the first {len(naive)} steps: curves differ, relatively, by at most {same}")
 
 
 def ablate(
@@ -85,7 +85,7 @@ def ablate(
     """Runs the third stage from one start with each reward of the ablation.
 
     Returns:
-        the runs, the trained models, and the losses of the first run's steps with those of the naive formulas.
+        the runs, the trained models, and the surprise of the first run with that by the naive formulas.
     """
     runs: dict[str, Run] = {}
     models: dict[str, DeepSeekVL] = {}
@@ -101,14 +101,9 @@ def ablate(
         if not curve:
             again, first = copy.deepcopy(model), runs[name]
             naive = improve(again, pixels, digits, None, weights, replayed=first.answers, backend="reference", **sizes)
-            curve = [first.losses, naive.losses]
-            apart = max(abs(a - b) for a, b in zip(*curve))
-            print(f"  fused and naive, the first {len(naive.losses)} steps: losses differ by at most {apart:.1e}")
-            assert apart <= BOUND, f"the losses must stay within {BOUND:.0e}, got {apart:.1e}"
+            curve = [first.surprise, naive.surprise]
+            tell_same(*curve)
     return runs, models, curve
-
-
-BOUND = 1e-4  # of the differences of GRPO's losses, which lie around 0: rounding errors, which grow through the weights
 
 
 def table(columns: dict[str, Rates]) -> str:

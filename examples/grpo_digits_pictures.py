@@ -21,7 +21,7 @@ PANELS = (
     ("format", "format: answers that are JSON", 100.0, "%"),
     ("correctness", "correctness: right digits and refusals", 100.0, "%"),
     ("grounding", "grounding: IoU of the box, 0 without one", 1.0, "mean"),
-    ("area", "area of the box over the right one's", 1.0, "mean, logarithmic"),
+    ("area", "area of the box over the right one's", 1.0, "mean"),
     ("invented", "invented: a box for what is not there", 100.0, "%"),
 )
 WHERE, ABSENT = 2, 3  # the kinds of questions that the picture of answers shows
@@ -38,11 +38,10 @@ def draw_ablation(runs: dict[str, Run], path: Path) -> None:
         axes.set_title(title, fontsize=12)
         axes.set_ylabel(unit)
         if name == "area":
-            axes.set_yscale("log")
             axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
     for (label, run), (colour, _) in zip(runs.items(), STYLES):
         grid[1, 2].plot(steps_of(run.rewards), smooth(run.rewards), color=colour, linewidth=1.8, label=label)
-    grid[1, 2].set_title("what each run was paid in training, its own reward", fontsize=12)
+    grid[1, 2].set_title("each run's own reward, in training", fontsize=12)
     grid[1, 2].set_ylabel("mean of 25 steps")
     grid[0, 0].legend(frameon=False, fontsize=10)
     _finish(grid.flat)
@@ -50,10 +49,10 @@ def draw_ablation(runs: dict[str, Run], path: Path) -> None:
 
 
 def draw_curves(curves: dict[str, list[list[float]]], runs: dict[str, Run], path: Path) -> None:
-    """Draws the losses of all stages, by fused kernels and by naive formulas.
+    """Draws the curves of all stages, by fused kernels and by naive formulas.
 
     Args:
-        curves: of each stage the losses, and those of the naive formulas in the first steps.
+        curves: of each stage the losses, of the third the surprise, and those of the naive formulas in the first steps.
         runs: those of the third stage, of which the first is drawn.
     """
     figure, grid = plt.subplots(2, 3, figsize=(14, 7.4), dpi=100, layout="constrained", height_ratios=(3, 2))
@@ -62,7 +61,7 @@ def draw_curves(curves: dict[str, list[list[float]]], runs: dict[str, Run], path
         above.plot(steps_of(fused), fused, color=BLUE, linewidth=0.8, alpha=0.35)
         above.plot(steps_of(fused), smooth(fused), color=BLUE, linewidth=2, label="mean of 25 steps")
         above.set_title(name, fontsize=12)
-        above.set_ylabel("loss")
+        above.set_ylabel("loss" if below is not grid[1, 2] else "-log p of sampled tokens, mean")
         above.legend(frameon=False)
         below.plot(steps_of(naive), fused[: len(naive)], color=BLUE, linewidth=5, alpha=0.4, label="fused")
         below.plot(steps_of(naive), naive, color="black", linewidth=1.2, label="naive")

@@ -25,7 +25,7 @@ from read_digits_data import (
     patch_names,
     spell,
 )
-from read_digits_training import GAIN, GROUP, SCALE, fit, mean, rewarded_loss, sampled
+from read_digits_training import GAIN, GROUP, SCALE, answer_logprobs, fit, mean, rewarded_loss, sampled
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.functional import cross_entropy
@@ -144,13 +144,14 @@ class Run(NamedTuple):
     """What one run of GRPO leaves.
 
     Attributes:
-        losses: of each step.
+        surprise: the mean of ``-log p`` of the tokens that each step sampled, in nats: it estimates the entropy. GRPO's
+            loss is no measure: its ratios are 1, so its value tells the advantages alone.
         rewards: the mean reward of each step's answers.
         answers: tokens of the answers that the first steps sampled.
         rates: on held-out scenes, by the number of steps before.
     """
 
-    losses: list[float]
+    surprise: list[float]
     rewards: list[float]
     answers: list[Tensor]
     rates: dict[int, Rates]
@@ -187,13 +188,13 @@ def improve(
             run.answers.append(answers)
         reward = judged(scenes, answers, GROUP).reward(weights)
         run.rewards.append(reward.mean().item())
-        return rewarded_loss(model, scenes, text, answers, group_advantages(reward, GROUP, scale=SCALE))
+        logprobs, shown = answer_logprobs(model, scenes, text, answers)
+        run.surprise.append(-logprobs.detach()[shown].mean().item())
+        return rewarded_loss(logprobs, group_advantages(reward, GROUP, scale=SCALE), shown)
 
     last = None if replayed is None else len(replayed)
     report = lambda: f"reward {mean(run.rewards[-20:]):.3f}"
-    run.losses.extend(
-        fit(speaking(model), loss_of_step, rate=REWARDED_RATE, steps=steps, last=last, backend=backend, report=report)
-    )
+    fit(speaking(model), loss_of_step, rate=REWARDED_RATE, steps=steps, last=last, backend=backend, report=report)
     if held is not None:
         run.rates[steps] = rates(model, held)
     return run

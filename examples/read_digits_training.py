@@ -216,7 +216,8 @@ def improve(model: BLIP2, pixels: Tensor, digits: Tensor, *, steps: int, batch: 
         text, answers = sampled(model, scenes, seed=int(torch.randint(2**31, (), generator=draw)))
         reward = verify(spell(answers), *(x.repeat_interleave(GROUP, 0) for x in wanted(scenes))).reward()
         rewards.append(reward.mean().item())
-        loss = rewarded_loss(model, scenes, text, answers, group_advantages(reward, GROUP, scale=SCALE))
+        logprobs, shown = answer_logprobs(model, scenes, text, answers)
+        loss = rewarded_loss(logprobs, group_advantages(reward, GROUP, scale=SCALE), shown)
         return loss + describing_loss(model, model.encode(scenes.pixels), scenes)  # or it would forget how to describe
 
     report = lambda: f"reward {mean(rewards[-20:]):.3f}"
@@ -242,19 +243,20 @@ def sampled(
     return text, answers
 
 
-def rewarded_loss(
-    model: VisionLanguageModel, scenes: Scenes, text: Tensor, answers: Tensor, advantages: Tensor
-) -> Tensor:
-    """Returns GRPO's loss of sampled answers to the questions about scenes.
+def answer_logprobs(model: VisionLanguageModel, scenes: Scenes, text: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the log-probabilities of sampled answers to the questions about scenes, [M, L], and which tokens count.
 
     Args:
         text, answers: as `sampled` returns them.
-        advantages: [M].
     """
     images = repeated(model.encode(scenes.pixels), len(KINDS) * GROUP)
     targets = answers.masked_fill(answers == PAD, -100)
     read = answers.masked_fill(answers == IMAGE, PAD)  # a marker would need an image
     out = model(torch.cat([text, read], 1), images=images, return_hidden=True, return_logits=False)
     hidden = out.hidden[:, text.shape[1] - 1 : -1].contiguous()  # behind the token before each of the answer's
-    logprobs = mmkernels.linear_logprobs(hidden, model.head.weight, targets)
-    return grpo_loss(logprobs, advantages, targets != -100, loss_type="dr_grpo", max_length=ANSWER).loss
+    return mmkernels.linear_logprobs(hidden, model.head.weight, targets), targets != -100
+
+
+def rewarded_loss(logprobs: Tensor, advantages: Tensor, shown: Tensor) -> Tensor:
+    """Returns GRPO's loss of answers by their log-probabilities [M, L] and advantages [M]."""
+    return grpo_loss(logprobs, advantages, shown, loss_type="dr_grpo", max_length=ANSWER).loss

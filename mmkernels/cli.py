@@ -114,7 +114,7 @@ def profile(
         str | None,
         typer.Option(
             help="Images of as many pixels as squares of these sides, each with every one of --reduce; default: "
-            f"{_RESOLUTIONS}, or flamingo's own size."
+            f"{_RESOLUTIONS}, or the size of flamingo, deepseek_vl and janus."
         ),
     ] = None,
     reduce: Annotated[
@@ -122,7 +122,7 @@ def profile(
         typer.Option(
             help="Instead of --tokens: ways to make all patches fewer tokens, compared with none: pool:2, tome:0.5, "
             "select:0.25, diverse:0.25, of flamingo shuffle:2 and perceiver:64, or a budget such as pool:<=256. "
-            f"Default: {_REDUCERS}, or --tokens for flamingo and blip2."
+            f"Default: {_REDUCERS}, or --tokens for flamingo and blip2; deepseek_vl2 takes none."
         ),
     ] = None,
     audio: Annotated[

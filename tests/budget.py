@@ -4,8 +4,8 @@
 
     set-up 162 + lint, types and GPU kernels compiled 90 + tests that run no op 193            = 445
     left for two processes:                                               2 (900 - 445)        = 910
-    the budgets of the 21 ops below:     58,690 runs of 8.5 ms + 2,656 interpreted of 0.07 s  = 685
-    spare: slower machines take more                                                           = 225
+    the budgets of the 21 ops below:     59,290 runs of 8.5 ms + 2,656 interpreted of 0.07 s  = 690
+    spare: slower machines take more                                                           = 220
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ BUDGET = {
     "sigmoid_contrastive": Budget(native=1_900, interpreted=130),
     "retrieval_ranks": Budget(native=1_000, interpreted=100),
     "scatter_tokens": Budget(native=2_480, interpreted=60),
-    # What merges tokens matches them first.
+    # What merges tokens matches them first; a mixture of experts gathers its rows by the last of the three.
     "match_tokens": Budget(native=1_300, interpreted=95),
     "merge_tokens": Budget(native=780, interpreted=45),
-    "unmerge_tokens": Budget(native=600, interpreted=40),
+    "unmerge_tokens": Budget(native=900, interpreted=40),
     "merge_patches": Budget(native=2_350, interpreted=110),
     "pool_tokens": Budget(native=1_480, interpreted=110),
     # Together as two defaults: what asks for a loss calls the second.
     "linear_logprobs": Budget(native=900, interpreted=75),
     "linear_cross_entropy": Budget(native=1_400, interpreted=75),
-    "grouped_linear": Budget(native=1_200, interpreted=140),
+    "grouped_linear": Budget(native=1_500, interpreted=140),
     # Together as two defaults: three reductions against none.
     "frame_difference": Budget(native=600, interpreted=85),
     "select_tokens": Budget(native=1_400, interpreted=60),

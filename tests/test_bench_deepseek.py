@@ -36,9 +36,7 @@ TINY = {
 SMALL_LATENT = replace(
     LATENT, pair=partial(deepseek.latent_attention, **TINY), inputs=partial(deepseek._long_text, length=40)
 )
-SMALL_EXPERTS = replace(
-    EXPERTS[1], pair=partial(deepseek.experts, **TINY), inputs=partial(deepseek._routed, tokens=16)
-)
+SMALL_EXPERTS = replace(EXPERTS[1], pair=partial(deepseek.experts, **TINY), inputs=partial(deepseek._routed, tokens=16))
 
 
 def found_of(info: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +80,9 @@ def test_a_step_reads_the_compressed_cache_once(dtype: str) -> None:
     assert max(info["distances"][OURS]) < (1e-5 if dtype == "fp32" else 0.05)
     found = found_of(info)
     assert found["cache a token, of the paper's"] == info["cache_share"] == 1.0
-    assert found["attention, of read bandwidth"] == info["attention"]["bytes"] / info["attention"]["seconds"][OURS] / 2e9
+    assert (
+        found["attention, of read bandwidth"] == info["attention"]["bytes"] / info["attention"]["seconds"][OURS] / 2e9
+    )
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def test_profile_of_sound(mmkernels, tmp_path: Path) -> None:
     [
         (
             ["profile", "clip"],
-            "must be one of flamingo, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, blip2, whisper, qwen2_",
+            "must be one of flamingo, qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, deepseek_vl, ",
         ),
         (["profile"], "model"),
         ([*TINY, "--tokens", "16,many"], "--tokens must be integers, such as 16,64; got '16,many'"),

@@ -1,12 +1,14 @@
 // The products of few query rows with rows of keys and values, in place.
 #pragma once
 
+#include <utility>
+
 #include "forward.h"
 
 namespace mmkernels::MMK_ISA {
 
 // Up to so many rows a dot product for each row and key is less work than vectors of rows, whose lanes would be empty.
-constexpr i64 kDotRows = 8;
+constexpr i64 kDotRows = kLanes < 8 ? kLanes : 8;
 
 // Rows that are read soon. They are asked of memory a few at a time while scores are computed: without that a core
 // waits for each tile and then computes, one after the other.
@@ -87,34 +89,32 @@ MMK_INLINE void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i
                          Ahead values, Ahead next_keys) {
   const auto run = [&](auto height) {
     constexpr int kRows = decltype(height)::value, kKeys = kLanes / kRows;
+    static_assert(kKeys > 0);
     for (i64 j = 0; j < keys; j += kKeys) {
       values.ask(kKeys);
       next_keys.ask(kKeys);
       dot_block<kRows, kDot>(a, a_row, b.data + j * b.stride, b.stride, keys - j, depth, scores + j, scores_row);
     }
   };
-  static_assert(kDotRows == 8);
-  switch (rows) {
-  case 1: return run(std::integral_constant<int, 1>());
-  case 2: return run(std::integral_constant<int, 2>());
-  case 3: return run(std::integral_constant<int, 3>());
-  case 4: return run(std::integral_constant<int, 4>());
-  case 5: return run(std::integral_constant<int, 5>());
-  case 6: return run(std::integral_constant<int, 6>());
-  case 7: return run(std::integral_constant<int, 7>());
-  default: return run(std::integral_constant<int, 8>());
-  }
+  const auto choose = [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
+    ((rows == kRows + 1 ? run(std::integral_constant<int, kRows + 1>()) : void()), ...);
+  };
+  choose(std::make_integer_sequence<int, kDotRows>());
 }
 
 // The same for more rows, which are lanes: a is [depth, lanes]. `block` has room for kLanes x lanes.
 template <bool kDot>
 void lane_rows(const float* a, i64 lanes, i64 rows, Rows b, i64 keys, i64 depth, float* block, float* scores,
                i64 scores_row, Ahead values, Ahead next_keys) {
+  constexpr i64 kPart = 192; // of the depth: shorter sums round less, and a's part stays in the first-level cache
   for (i64 j = 0; j < keys; j += kLanes) {
     values.ask(kLanes);
     next_keys.ask(kLanes);
     const i64 n = least<i64>(kLanes, keys - j);
-    gemm<kDot>({b.data + j * b.stride, b.stride, 4}, a, lanes * 4, block, lanes, n, lanes / kLanes, depth, false);
+    for (i64 k = 0; k < depth; k += kPart) {
+      gemm<kDot>({b.data + j * b.stride + k * 4, b.stride, 4}, a + k * lanes, lanes * 4, block, lanes, n,
+                 lanes / kLanes, least(kPart, depth - k), k > 0);
+    }
     for (i64 q = 0; q < rows; q += kLanes) {
       Vec part[kLanes];
       for (int i = 0; i < kLanes; ++i) {

@@ -7,10 +7,18 @@
 
 namespace mmkernels::MMK_ISA {
 
-constexpr int kDotWords = kLanes == 16 ? 4 : 2; // rows of the matrix whose elements are in registers at once,
-constexpr int kDotSteps = 4;                    // so many vectors of each
-constexpr i64 kDotDepth = kDotSteps * kLanes;
-constexpr i64 kNearBytes = 24 << 10; // of packed rows, that stay in the first cache while some of the matrix passes by
+// Vectors of the matrix in registers at once, of so many of its rows. One or two rows of x take no time beside reading
+// the matrix, which is then one stream of memory for the processor too; more rows are loaded less often with more
+// words.
+constexpr int kDotVectors = kLanes == 16 ? 16 : 8;
+constexpr int kDotWords = kLanes == 16 ? 4 : 2;
+MMK_INLINE int dot_words(i64 rows) {
+  return rows <= 2 ? 1 : kDotWords;
+}
+MMK_INLINE i64 dot_depth(i64 words) {
+  return kDotVectors / words * kLanes;
+}
+constexpr i64 kNearBytes = 40 << 10; // of packed rows and of sums, which stay in the first cache
 
 // The lines of a matrix's rows in the order of memory, asked of it a few at a time while others are multiplied: several
 // rows that are read side by side are not one stream to the hardware, which then fetches a third as fast.
@@ -53,70 +61,74 @@ template <typename F> MMK_INLINE void with_elements(bool is_dot, Type type, cons
     f(std::false_type(), std::integral_constant<Type, Type::f16>());
   }
 }
-// Packs rows to [depth in steps of kDotDepth, rows, kDotDepth], padded with zeros.
-inline void pack_few(Rows rows, i64 count, i64 depth, float* to) {
-  for (i64 k = 0; k < depth; k += kDotDepth) {
+// Packs rows to [depth in steps, rows, step], padded with zeros.
+inline void pack_few(Rows rows, i64 count, i64 depth, i64 step, float* to) {
+  for (i64 k = 0; k < depth; k += step) {
     for (i64 r = 0; r < count; ++r) {
-      for (i64 i = 0; i < kDotDepth; i += kLanes, to += kLanes) {
+      for (i64 i = 0; i < step; i += kLanes, to += kLanes) {
         store(to, load_part(rows.data + r * rows.stride + (k + i) * 4, most<i64>(depth - k - i, 0)));
       }
     }
   }
 }
 
-// Adds to sums [rows, kDotWords, kLanes], lane by lane, the products of packed rows with kDotWords rows of the matrix
+// Adds to sums [rows, kWords, kLanes], lane by lane, the products of packed rows with kWords rows of the matrix
 // at a step of the depth. Each element of the matrix is loaded once.
-template <bool kDot, Type kType>
-MMK_INLINE void dot_step(const float* a, i64 rows, const char* const (&word)[kDotWords], i64 k, i64 depth, bool first,
+template <int kWords, bool kDot, Type kType>
+MMK_INLINE void dot_step(const float* a, i64 rows, const char* const (&word)[kWords], i64 k, i64 depth, bool first,
                          float* sums) {
-  Vec y[kDotWords][kDotSteps];
-#pragma GCC unroll 4
-  for (int w = 0; w < kDotWords; ++w) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kDotSteps; ++i) {
+  constexpr int kSteps = kDotVectors / kWords;
+  Vec y[kWords][kSteps];
+#pragma GCC unroll 16
+  for (int w = 0; w < kWords; ++w) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kSteps; ++i) {
       y[w][i] = load_element<kDot, kType>(word[w], k + i * kLanes, most<i64>(depth - k - i * kLanes, 0));
     }
   }
-  for (i64 r = 0; r < rows; ++r, a += kDotDepth, sums += kDotWords * kLanes) {
-    Vec x[kDotSteps], acc[kDotWords];
-#pragma GCC unroll 4
-    for (int w = 0; w < kDotWords; ++w) {
+  for (i64 r = 0; r < rows; ++r, a += kSteps * kLanes, sums += kWords * kLanes) {
+    Vec x[kSteps], acc[kWords];
+#pragma GCC unroll 16
+    for (int w = 0; w < kWords; ++w) {
       acc[w] = first ? zero() : load(sums + w * kLanes);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < kDotSteps; ++i) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kSteps; ++i) {
       x[i] = load(a + i * kLanes);
-#pragma GCC unroll 4
-      for (int w = 0; w < kDotWords; ++w) {
+#pragma GCC unroll 16
+      for (int w = 0; w < kWords; ++w) {
         acc[w] = multiply_add<kDot>(x[i], y[w][i], acc[w]);
       }
     }
-#pragma GCC unroll 4
-    for (int w = 0; w < kDotWords; ++w) {
+#pragma GCC unroll 16
+    for (int w = 0; w < kWords; ++w) {
       store(sums + w * kLanes, acc[w]);
     }
   }
 }
 
-// As above for at most kLanes rows of the matrix and the whole depth: [kLanes / kDotWords, rows, kDotWords, kLanes].
-template <bool kDot, Type kType>
+// As above for at most kLanes rows of the matrix and the whole depth: [kLanes / kWords, rows, kWords, kLanes].
+template <int kWords, bool kDot, Type kType>
 void dot_block(const float* a, i64 rows, Rows words, i64 count, i64 depth, Stream& ahead, float* sums) {
-  constexpr i64 kLines = kDotWords * kDotDepth * (kDot || kType == Type::f32 ? 4 : 2) / 64;
-  const i64 near = most<i64>(kNearBytes / (rows * kDotDepth * 4), 1) * kDotDepth;
+  constexpr i64 kDepth = kDotVectors / kWords * kLanes;
+  constexpr i64 kBytes = kWords * (kDot || kType == Type::f32 ? 4 : 2); // of a step's elements at one place
+  const i64 of_sums = rows * kLanes * kLanes * 4, of_step = rows * kDepth * 4;
+  const i64 near = most<i64>((kNearBytes - of_sums) / of_step, 1) * kDepth;
   for (i64 first = 0; first < depth; first += near) {
     const i64 last = least(first + near, depth);
-    for (i64 w = 0; w < count; w += kDotWords) {
-      const char* word[kDotWords];
-      for (int i = 0; i < kDotWords; ++i) { // past the last one, the last one again
+    for (i64 w = 0; w < count; w += kWords) {
+      const char* word[kWords];
+      for (int i = 0; i < kWords; ++i) { // past the last one, the last one again
         word[i] = words.data + least(w + i, count - 1) * words.stride;
       }
       i64 k = first;
-      for (; k + kDotDepth <= last; k += kDotDepth) {
-        ahead.ask(kLines);
-        dot_step<kDot, kType>(a + k * rows, rows, word, k, k + kDotDepth, k == 0, sums + w * rows * kLanes);
+      for (; k + kDepth <= last; k += kDepth) {
+        ahead.ask(kDepth * kBytes / 64);
+        dot_step<kWords, kDot, kType>(a + k * rows, rows, word, k, k + kDepth, k == 0, sums + w * rows * kLanes);
       }
       if (k < last) {
-        dot_step<kDot, kType>(a + k * rows, rows, word, k, depth, k == 0, sums + w * rows * kLanes);
+        ahead.ask((last - k) * kBytes / 64);
+        dot_step<kWords, kDot, kType>(a + k * rows, rows, word, k, depth, k == 0, sums + w * rows * kLanes);
       }
     }
   }
@@ -152,7 +164,7 @@ struct GroupedShare { // the largest task of a call
 struct FewByRowsScratch : Arena {
   const GroupedShare& s;
   char* rows = take<char>(s.rows * row_bytes(is_dot(s.p), s.p.depth));
-  float* packed = take<float>(s.rows * round_up(depth_of(is_dot(s.p), s.p.depth), kDotDepth));
+  float* packed = take<float>(s.rows * round_up(depth_of(is_dot(s.p), s.p.depth), dot_depth(1)));
   char* words = take<char>(kLanes * row_bytes(is_dot(s.p), s.p.depth));
   float* sums = take<float>(s.rows * kLanes * kLanes);
 };
@@ -161,8 +173,9 @@ struct FewByRowsScratch : Arena {
 inline void few_by_rows(const GroupedParams& p, const GroupedTask& t, char* scratch) {
   const GroupedShare share{p, t.rows, t.columns};
   const FewByRowsScratch s{{scratch}, share};
+  const int words_at_once = dot_words(t.rows);
   pack_few(fetch(rows_from(p.rows, t.first_row), t.rows, p.depth, is_dot(p), s.rows), t.rows,
-           depth_of(is_dot(p), p.depth), s.packed);
+           depth_of(is_dot(p), p.depth), dot_depth(words_at_once), s.packed);
   const Matrix m = matrix_of(p, t.group, t.first);
   const i64 size = bytes_of(m.type);
   // Odd rows of pairs end in the next row, which a zero does not keep out if it is not finite.
@@ -176,11 +189,16 @@ inline void few_by_rows(const GroupedParams& p, const GroupedTask& t, char* scra
       const i64 count = least<i64>(kLanes, t.columns - n);
       const Source from = rows_from(m, n);
       const Rows words = in_place ? Rows{from.data, from.l * size} : fetch(from, count, p.depth, is_dot(p), s.words);
-      dot_block<pairs(), type()>(s.packed, t.rows, words, count, depth_of(pairs(), p.depth), ahead, s.sums);
+      const i64 depth = depth_of(is_dot(p), p.depth);
+      if (words_at_once == 1) {
+        dot_block<1, pairs(), type()>(s.packed, t.rows, words, count, depth, ahead, s.sums);
+      } else {
+        dot_block<kDotWords, pairs(), type()>(s.packed, t.rows, words, count, depth, ahead, s.sums);
+      }
       for (i64 r = 0; r < t.rows; ++r) {
         Vec sums[kLanes];
         for (i64 i = 0; i < kLanes; ++i) {
-          const i64 at = (i / kDotWords * t.rows + r) * kDotWords + i % kDotWords;
+          const i64 at = (i / words_at_once * t.rows + r) * words_at_once + i % words_at_once;
           sums[i] = i < count ? load(s.sums + at * kLanes) : zero();
         }
         write_result(p, t.group, t.first_row + r, t.first + n, sum_each(sums), count);

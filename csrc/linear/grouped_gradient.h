@@ -73,26 +73,53 @@ struct MatrixGradient {
     }
   }
 
-  // Rows of the result one tile of them after the other, so that memory is written in order.
+  // kTall rows of the result at two vectors of columns.
+  template <int kTall, bool kDot> void few_tile(i64 output, const float* rows, i64 depth, i64 column, i64 cols) const {
+    const i64 stride = pad_lanes(depth);
+    const float* flow = s.flow + output * stride;
+    Vec acc[kTall][2] = {};
+    for (i64 k = 0; k < depth; ++k) {
+      const Vec x = load(rows + k * kPanel), z = load(rows + k * kPanel + kLanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTall; ++i) {
+        const Vec factor = broadcast(flow + i * stride + k);
+        acc[i][0] = multiply_add<kDot>(factor, x, acc[i][0]);
+        acc[i][1] = multiply_add<kDot>(factor, z, acc[i][1]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kTall; ++i) {
+      store_from_f32(result(output + i, column), p.type, acc[i][0], cols);
+      if (cols > kLanes) {
+        store_from_f32(result(output + i, column + kLanes), p.type, acc[i][1], cols - kLanes);
+      }
+    }
+  }
+  // A few rows of the result after the other, so that memory is written in order, and what is written is final.
   void few() const {
     const i64 depth = depth_of(s.dot, t.rows);
     pack_flow(0, t.rows);
     for (i64 c = 0; c < p.depth; c += kPanel) {
       pack_rows(0, t.rows, c, s.rows + c * depth);
     }
-    constexpr i64 kTall = kVectors == 4 || kLanes < 16 ? 6 : 8;
-    for (i64 o = 0; o < t.columns; o += kTall) {
-      const i64 outputs = least(kTall, t.columns - o);
-      for (i64 c = 0; c < p.depth; c += kPanel) {
-        const i64 cols = least<i64>(kPanel, p.depth - c);
-        const bool direct = p.type == Type::f32 && cols % kLanes == 0;
-        multiply_panel(o, outputs, s.rows + c * depth, t.rows, vectors_of_lanes(cols),
-                       direct ? (float*)result(o, c) : s.sums, direct ? p.depth : kPanel, false);
-        if (!direct) {
-          write(o, outputs, c, cols, s.sums, kPanel);
+    with_pairs(s.dot, [&](auto pairs) {
+      constexpr bool kDot = decltype(pairs)::value;
+      constexpr int kTall = 4;
+      for (i64 o = 0; o < t.columns; o += kTall) {
+        for (i64 c = 0; c < p.depth; c += 2 * kLanes) {
+          const float* rows = s.rows + c / kPanel * kPanel * depth + c % kPanel;
+          for (i64 i = 0; i < kTall && o + kTall > t.columns; ++i) { // fewer than kTall are left
+            if (o + i < t.columns) {
+              few_tile<1, kDot>(o + i, rows, depth, c, p.depth - c);
+            }
+          }
+          if (o + kTall <= t.columns) {
+            few_tile<kTall, kDot>(o, rows, depth, c, p.depth - c);
+          }
         }
       }
-    }
+    });
+    multiplied_here() += 2 * t.rows * t.columns * p.depth;
   }
   void many() const {
     for (i64 strip = 0; strip < p.depth; strip += kGradientColumns) {

@@ -98,7 +98,7 @@ inline void many_by_columns(const GroupedParams& p, const GroupedTask& t, char* 
 
 // Rows that are fewer cost as much time as so many, of which most lanes would be empty.
 inline i64 few_rows(const GroupedParams& p) {
-  return p.transposed ? 64 : 28;
+  return p.transposed ? 64 : 44;
 }
 inline i64 column_step(const GroupedParams&) {
   return kPanel;

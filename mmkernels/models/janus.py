@@ -22,7 +22,7 @@ from mmkernels.models.blocks.vision_language import Encode, VisionLanguageOutput
 from mmkernels.models.blocks.visual import Media, Visual
 from mmkernels.models.janus_config import SIZES, JanusConfig, with_image_tokens
 from mmkernels.models.janus_vq import VQ, check_image_tokens
-from mmkernels.nn.few_rows import linear
+from mmkernels.nn.linear_layer import linear
 
 
 class Janus(PatchTokenModel):

@@ -13,7 +13,7 @@ from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.models.blocks.media import last_of
 from mmkernels.models.blocks.sampling import check_sampling, sample
 from mmkernels.models.blocks.text import check_tokens
-from mmkernels.nn.few_rows import linear
+from mmkernels.nn.linear_layer import linear
 from mmkernels.ops.linear.linear_cross_entropy import linear_cross_entropy
 from mmkernels.runtime.checks import check_number
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_dropout, check_features, check_positive
-from mmkernels.nn.few_rows import linear
+from mmkernels.nn.linear_layer import linear
 from mmkernels.ops.attention.cross_attention import cross_attention
 
 KeyValue = tuple[Tensor, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmkernels.models.deepseek_vl2_tiles import best_resolution, cut_images, num
 from mmkernels.options import BadInput
 from mmkernels.profiling.adapter import Reduction
 from mmkernels.profiling.options import Choice, Options
+from mmkernels.profiling.reading import DECODE, PREFILL
 from mmkernels.profiling.vision_language import Inputs, Layout, Size, VisionLanguageAdapter, read_config
 
 _NAMED = {
@@ -31,6 +33,12 @@ _NAMED = {
 class DeepSeekVL2Adapter(VisionLanguageAdapter):
     model_class = DeepSeekVL2
     named = _NAMED
+    stages = (
+        VisionLanguageAdapter.stages[0],
+        replace(VisionLanguageAdapter.stages[1], about="the projector, and the ends of rows and views put between"),
+        PREFILL,
+        DECODE,
+    )
 
     def config(self, options: Options) -> DeepSeekVL2Config:
         if options.folder is not None:
@@ -80,5 +88,6 @@ def _scaled(photo: Image.Image, resolution: int) -> tuple[int, int]:
     """Returns width and height of about resolution^2 pixels, in the photograph's shape."""
     scale = resolution / sqrt(photo.width * photo.height)
     if min(photo.size) * scale < 1:
-        raise BadInput(f"--image must not be that long for --resolutions {resolution}, got {photo.width} x {photo.height}")
+        size = f"{photo.width} x {photo.height}"
+        raise BadInput(f"--image must be a pixel wide or more with --resolutions {resolution}, got {size}")
     return round(photo.width * scale), round(photo.height * scale)

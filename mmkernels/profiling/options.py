@@ -159,7 +159,8 @@ class Options(Settings):
         tokens: visual tokens per image, each a row of the profile; sorted, without repeats. None: `TOKENS`, or none
             with `reduce` or `resolutions`, and of `VISION_LANGUAGE` models; `TOKENS_OF_BLIP2` of `QUERIES`.
         reduce: reducers, each a row of the profile instead of `tokens`, as `mmkernels.nn.TokenReducer.parse` reads
-            them; `UNREDUCED` comes first, given or not. None: `REDUCERS` of `VISION_LANGUAGE` models but those that are `UNREDUCIBLE`.
+            them; `UNREDUCED` comes first, given or not. None: `REDUCERS` of `VISION_LANGUAGE` models but those that
+            are `UNREDUCIBLE`.
         resolutions: sides of squares in pixels, each a row with each of the reducers; the largest comes first. None:
             `RESOLUTIONS` of `VISION_LANGUAGE` models but those of `FIXED_SIZE`, else the model's own.
         images: pictures in the prompt, parts of the photograph; None: 1 of `VISION_LANGUAGE` models and `QUERIES`, else

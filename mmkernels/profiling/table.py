@@ -12,7 +12,7 @@ from rich.text import Text
 from mmkernels import report as writer
 from mmkernels.meters import Timing
 from mmkernels.profiling import sound_table
-from mmkernels.profiling.options import UNREDUCED, baseline_of, name_of
+from mmkernels.profiling.options import UNREDUCED, VISION_LANGUAGE, baseline_of, name_of
 from mmkernels.profiling.pareto import drift_of, drift_text, row_of
 from mmkernels.profiling.point import NAIVE_LOSS
 from mmkernels.report import MISSING, megabytes, microseconds, milliseconds, plural, ratio
@@ -246,13 +246,14 @@ def _reducing_legend(report: dict[str, Any], wide: bool) -> list[str]:
     baseline = "naive float32" if wide else name_of(baseline_of(report["settings"]["backends"], reducing=True))
     first = rows_of(report)[0]
     sides = bool(report["settings"].get("resolutions"))
-    every = "all patches and a class token, which every reducer keeps" if report.get("square", True) else "all"
+    in_text = report["settings"]["model"] in VISION_LANGUAGE
+    every = "all" if in_text else "all patches and a class token, which every reducer keeps"
     of_each = "of each image" if sides else "images x tokens of each"
     lines = [f"visual tokens: {of_each}; without a reducer ({UNREDUCED}) those are {every}."]
     if sides:
         lines.append("side: each image is scaled to at most as many pixels as a square of this side has.")
     largest = ", the largest images with all tokens" if sides else ""
-    where = "" if report.get("square", True) else " of text tokens"
+    where = " of text tokens" if in_text else ""
     lines.append(
         f"drift: relative L2 distance of all logits{where} from those of {first}{largest}, {baseline}"
         + ("" if _is_crowded(report) else "; same token: how often the most likely next token is the same")

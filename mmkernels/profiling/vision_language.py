@@ -173,9 +173,7 @@ class VisionLanguageAdapter(ABC):
             layout = self.layout(config, photo, side)
             tokens = layout.tokens
             if tokens > MOST_TOKENS:
-                raise BadInput(
-                    f"--resolutions must leave at most {MOST_TOKENS} tokens per image, got {tokens} by {of}"
-                )
+                raise BadInput(f"--resolutions must leave at most {MOST_TOKENS} tokens per image, got {tokens} by {of}")
             length = images * (tokens - 1) + text_length + DECODE_TOKENS
             if length > config.text_length:
                 options_of = "--images and --text-length" if side is None else "--resolutions"

@@ -9,15 +9,14 @@ import torch
 from checkpoints import distance
 from torch import Tensor
 
-from mmkernels import use_backend
-from mmkernels.models.blocks import sam_encoder
+from mmkernels import SpanMask, use_backend
 from mmkernels.models.blocks.sam_encoder import RelativeAttention, SamBlock, SamEncoder, SamSizes
 
 SIZES = SamSizes(24, 2, 2, 40, image_size=32, patch_size=4, window=3, global_layers=(1,), channels=8)
 
 
 def formula(attention: RelativeAttention, projected: Tensor) -> Tensor:
-    """Returns what `attend_windows` does, from a table of all scores."""
+    """Returns what `attend` does, from a table of all scores."""
     side, heads = attention.side, attention.num_heads
     query, key, value = projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     place = torch.arange(side * side)
@@ -35,7 +34,7 @@ def test_relative_attention(side: int, grad: bool) -> None:
     attention = RelativeAttention(24, 2, side).double()
     projected = torch.randn(3, side * side, 72, dtype=torch.float64, requires_grad=True)
     with torch.set_grad_enabled(grad):
-        out, expected = attention.attend_windows(projected), formula(attention, projected)
+        out, expected = attention.attend(projected), formula(attention, projected)
     assert distance(out, expected) < 1e-14
     if grad:
         wanted = [projected, attention.row_positions, attention.column_positions]
@@ -46,25 +45,16 @@ def test_relative_attention(side: int, grad: bool) -> None:
             assert float((ours - theirs).norm()) <= 1e-13 * max(1.0, float(theirs.norm()))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 99])
-def test_a_table_in_bands(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of so many rows of queries, where no gradient is recorded; the last band may be smaller."""
-    torch.manual_seed(rows)
-    attention, side = RelativeAttention(24, 2, 5).double(), 5
-    projected = torch.randn(3, side * side, 72, dtype=torch.float64)
-    monkeypatch.setattr(sam_encoder, "LEAST_SIDE", side)
-    monkeypatch.setattr(sam_encoder, "BAND_BYTES", rows * 2 * side**3 * 8)
-    calls: list[int] = []
-    fused = sam_encoder.cross_attention
-    monkeypatch.setattr(
-        sam_encoder, "cross_attention", lambda *x, **y: (calls.append(x[0].shape[2]), fused(*x, **y))[1]
-    )
-    with torch.no_grad():
-        assert distance(attention.attend_windows(projected), formula(attention, projected)) < 1e-14
-    assert sum(calls) == 3 * side * side and calls[0] == side * min(rows, side)
-    calls.clear()
-    attention.attend_windows(projected)
-    assert calls == [side * side]
+def test_the_whole_layer_and_a_mask() -> None:
+    torch.manual_seed(0)
+    attention, x = RelativeAttention(24, 2, 3).double(), torch.randn(2, 9, 24, dtype=torch.float64)
+    expected = attention.out_proj(formula(attention, attention.project(x)))
+    assert distance(attention(x), expected) < 1e-14
+    hidden = x.clone()
+    hidden[:, 5:] = 0  # what nobody sees counts for nothing
+    mask = SpanMask.key_padding([5, 5])
+    assert torch.equal(attention(x, mask)[:, :5], attention(hidden, mask)[:, :5])
+    assert distance(attention(x, mask), expected) > 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,7 +63,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     attention = RelativeAttention(24, 2, 4).to(dtype)
     projected = torch.randn(2, 16, 72).to(dtype)
     expected = formula(attention.double(), projected.double())
-    out = attention.to(dtype).attend_windows(projected)
+    out = attention.to(dtype).attend(projected)
     assert out.dtype == dtype and distance(out.double(), expected) < (1e-6 if dtype == torch.float32 else 2e-2)
 
 
@@ -124,9 +114,13 @@ def test_no_table_of_scores_is_kept() -> None:
     side = 16
     attention = RelativeAttention(24, 2, side)
     kept: list[int] = []
-    keep = lambda x: (kept.append(x.numel()), x)[1]
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
+
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        attention.attend_windows(torch.randn(1, side * side, 72, requires_grad=True))
+        attention.attend(torch.randn(1, side * side, 72, requires_grad=True))
     assert max(kept) == 2 * side**2 * (12 + 2 * side) < 2 * side**4
 
 

@@ -11,7 +11,7 @@ from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.nn import CrossAttention
 from mmkernels.nn.checks import described
-from mmkernels.nn.few_rows import linear
+from mmkernels.nn.linear_layer import linear
 from mmkernels.runtime.checks import can_look, check_range
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkernels.nn.few_rows import is_plain, linear
+from mmkernels.nn.linear_layer import is_plain, linear
 from mmkernels.runtime.checks import in_graph
 from mmkernels.runtime.eager import transform_active
 

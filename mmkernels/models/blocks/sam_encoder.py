@@ -8,20 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.encoder import MLP
 from mmkernels.nn import SelfAttention
 from mmkernels.nn.checks import described
-from mmkernels.nn.few_rows import linear
+from mmkernels.nn.linear_layer import linear
 from mmkernels.ops.attention.cross_attention import cross_attention
-from mmkernels.runtime.checks import in_graph
-from mmkernels.runtime.eager import transform_active
 
 NECK_EPS = 1e-6
 """Of the neck's norms, whatever the other norms have."""
-LEAST_SIDE = 32
-"""Of a window whose table of positions a CPU makes band by band: in smaller ones longer queries cost less."""
-BAND_BYTES = 2**27
-"""Of such a band. Fewer rows are slower: each call lays out all keys anew."""
 
 
 class SamSizes(NamedTuple):
@@ -71,8 +66,9 @@ class RelativeAttention(SelfAttention):
     ``score(i, j) = scale * q_i k_j' + q_i R[row i - row j]' + q_i C[column i - column j]'``. A table of the last two
     terms would have an entry for each query and key: for an image of 64 x 64 patches, 200 million in a layer of 12
     heads. As they depend on the key by its row and its column alone, they are a product too: of ``q_i R'`` and
-    ``q_i C'`` with keys that are 1 at their row and column. So query and key grow by two sides of the
-    window, and `mmkernels.cross_attention` computes the whole, without a table, and its gradients.
+    ``q_i C'`` with keys that are 1 at their row and column. So query and key grow by two sides of the window, and
+    `mmkernels.cross_attention` computes the whole, without a table, and its gradients. (On a CPU, tables for a few rows
+    of queries at a time were 15 % faster for 64 x 64 patches; a gradient would keep them.)
 
     Args:
         dim: width of the input and of the output.
@@ -87,7 +83,7 @@ class RelativeAttention(SelfAttention):
     Example:
         >>> import torch
         >>> attention = RelativeAttention(32, num_heads=2, side=4)
-        >>> attention.attend_windows(torch.randn(3, 16, 2 * 3 * 16)).shape  # three windows of 4 x 4 patches
+        >>> attention(torch.randn(3, 16, 32)).shape  # three windows of 4 x 4 patches
         torch.Size([3, 16, 32])
     """
 
@@ -102,48 +98,16 @@ class RelativeAttention(SelfAttention):
             self.row_positions = nn.Parameter(torch.randn(2 * side - 1, self.head_dim))
             self.column_positions = nn.Parameter(torch.randn(2 * side - 1, self.head_dim))
 
-    def attend_windows(self, projected: Tensor) -> Tensor:
-        """Returns ``[W, side * side, H D]``, before the last projection.
-
-        Args:
-            projected: query, key and value side by side, ``[W, side * side, 3 H D]``: of `SelfAttention.project`.
-        """
+    def attend(self, projected: Tensor, mask: SpanMask | Tensor | None = None) -> Tensor:
+        """Returns ``[W, side * side, H D]`` of what `project` returned, before the last projection."""
         if not self.relative:
-            return self.attend(projected)
+            return super().attend(projected, mask)
         query, key, value = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).transpose(1, 3).unbind(2)
-        no_gradient = not (torch.is_grad_enabled() or in_graph() or transform_active())
-        if self.side >= LEAST_SIDE and no_gradient and projected.is_cpu:
-            return self._attend_in_bands(query, key, value).transpose(1, 2).flatten(2)
         query = torch.cat([query * self.head_dim**-0.5, *self._terms(query)], dim=-1)  # [W, H, L, D + 2 side]
         places = self._places(key).expand(*key.shape[:-1], -1)
         key = torch.cat([key, places], dim=-1)
-        out = cross_attention(query, key, value, scale=1.0, dropout_p=self._dropout_p)
+        out = cross_attention(query, key, value, mask, scale=1.0, dropout_p=self.dropout if self.training else 0.0)
         return out.transpose(1, 2).flatten(2)
-
-    @property
-    def _dropout_p(self) -> float:
-        return self.dropout if self.training else 0.0
-
-    def _attend_in_bands(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns the same from a table of both terms for a few rows of queries at a time, ``[W, H, L, D]``.
-
-        A table costs more memory traffic, and longer queries more products: for windows of 64 x 64 patches on 2 cores
-        of a Zen 5 the table takes 0.7 of their time. A gradient would keep it.
-        """
-        side = self.side
-        rows, columns = self._terms(query)
-        step = side * max(1, BAND_BYTES // (query.shape[1] * side**3 * query.element_size()))  # queries of a band
-        out = torch.empty_like(query)
-        table = rows.new_empty(1, query.shape[1], min(step, side * side), side, side)
-        for image in range(query.shape[0]):
-            one = slice(image, image + 1)
-            for first in range(0, side * side, step):
-                band = one, slice(None), slice(first, first + step)
-                of_band = table[:, :, : rows[band].shape[2]]
-                torch.add(rows[band][..., None], columns[band][..., None, :], out=of_band)
-                bias = of_band.flatten(3)
-                out[band] = cross_attention(query[band], key[one], value[one], bias=bias, dropout_p=self._dropout_p)
-        return out
 
     def _terms(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``query [W, H, L, D]`` times the positions of rows and of columns, each ``[W, H, L, side]``."""
@@ -192,14 +156,14 @@ class SamBlock(nn.Module):
         side, layer = x.shape[1], self.attention.qkv_proj
         projected = linear(layer, x)  # [B, side, side, 3 H D]
         if self.window is None:
-            return self.attention.attend_windows(projected.flatten(1, 2)).unflatten(1, (side, side))
+            return self.attention.attend(projected.flatten(1, 2)).unflatten(1, (side, side))
         window = self.window
         count = -(-side // window)
         more = count * window - side
         if more:
             projected = _filled(projected, layer.bias, more)
         windows = projected.unflatten(2, (count, window)).unflatten(1, (count, window)).transpose(2, 3)
-        out = self.attention.attend_windows(windows.flatten(3, 4).flatten(0, 2))  # [B count count, window window, C]
+        out = self.attention.attend(windows.flatten(3, 4).flatten(0, 2))  # [B count count, window window, C]
         out = out.view(-1, count, count, window, window, out.shape[-1]).transpose(2, 3)
         return out.flatten(3, 4).flatten(1, 2)[:, :side, :side]
 

@@ -12,7 +12,7 @@ from mmkernels.models.blocks.activations import ACTIVATIONS
 from mmkernels.models.blocks.gated import gated_down
 from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.nn import CrossAttention
-from mmkernels.nn.few_rows import linear
+from mmkernels.nn.linear_layer import linear
 from mmkernels.runtime.checks import can_look, check_range
 
 

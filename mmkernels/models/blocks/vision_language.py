@@ -20,7 +20,7 @@ from mmkernels.models.blocks.text import check_ids, check_tokens
 from mmkernels.models.blocks.visual import Media, Visual, check_markers, positions_of, shorten, token_numbers
 from mmkernels.models.blocks.visual_reduction import VisualReducer
 from mmkernels.nn.checks import check_positive
-from mmkernels.nn.few_rows import linear
+from mmkernels.nn.linear_layer import linear
 from mmkernels.ops.tokens.ranking import image_of
 from mmkernels.ops.tokens.scatter_tokens import scatter_tokens
 

@@ -19,8 +19,11 @@ FLOAT32 = (32, 32, 16)
 NO_SPILLS = Limit(variants=("* D64 *", "* D128 *"), targets=("sm_90",))
 """The tiles are chosen for Hopper at these head dims. Elsewhere some kernels spill."""
 
+MOST_CHANNELS = 256
+"""Of a head, but for few rows over a latent cache."""
+
 _BATCH, _HEADS, _DECODE_KEY_HEADS = 2, 8, 2
-_MOST_CHANNELS = 256
+_LATENT_CHANNELS, _LATENT_ROWS = 576, 128
 
 
 def why_not(inputs: Any) -> str | None:
@@ -33,11 +36,19 @@ def why_not(inputs: Any) -> str | None:
     return too_wide(widest)
 
 
-def too_wide(dim: int) -> str | None:
+def why_not_latent(inputs: Any) -> str | None:
+    """As `why_not`, but few rows of a key head may have the head dims of a latent cache, without gradients."""
+    query, key = inputs.query, inputs.key
+    batch, heads, q_len, dim = query.shape
+    rows = q_len * (heads // max(1, key.shape[1])) * (batch if key.shape[0] == 1 else 1)
+    if hasattr(inputs, "grad_out") or rows > _LATENT_ROWS:
+        return why_not(inputs)
+    return too_wide(max(dim, inputs.value.shape[3]), _LATENT_CHANNELS)
+
+
+def too_wide(dim: int, most: int = MOST_CHANNELS) -> str | None:
     """Returns why a head dim is not computed, or None."""
-    if dim <= _MOST_CHANNELS:
-        return None
-    return f"head dims above {_MOST_CHANNELS} do not fit into a multiprocessor, got {dim}"
+    return None if dim <= most else f"head dims above {most} do not fit into a multiprocessor, got {dim}"
 
 
 def scores(mask: str, dim: int, dtype: torch.dtype = torch.bfloat16, *, decode: bool = False) -> Inputs:
@@ -65,6 +76,18 @@ def attention(mask: str, dim: int, dtype: torch.dtype = torch.bfloat16, *, decod
     if mask == "everything":
         inputs |= {"gate": torch.zeros(_HEADS, dtype=dtype), "dropout_p": 0.1}
     return inputs
+
+
+def latent(mask: str, dtype: torch.dtype = torch.bfloat16, *, shared: bool = True) -> Inputs:
+    """Returns uninitialised arguments of a decode step of `cross_attention` over a latent cache.
+
+    Args:
+        shared: value is a view of key.
+    """
+    key = torch.empty(_BATCH, 1, LENGTH, 576, dtype=dtype)
+    value = key[..., :512] if shared else torch.empty(_BATCH, 1, LENGTH, 512, dtype=dtype)
+    query = torch.empty(_BATCH, 16, 1, 576, dtype=dtype)
+    return {"query": query, "key": key, "value": value, "mask": _mask(mask, 1), "scale": 0.1}
 
 
 def _mask(kind: str, q_len: int) -> SpanMask | Tensor | None:

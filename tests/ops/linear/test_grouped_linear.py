@@ -87,7 +87,7 @@ def _results(inputs: Inputs, backend: str) -> list[Tensor]:
 
 @each_backend("grouped_linear")
 @given(st.lists(st.one_of(st.just(0), st.integers(1, 40)), min_size=1, max_size=9), st.integers(0, 5))
-@examples(20, interpreted=4)
+@examples(12, interpreted=4)
 def test_any_division_into_groups(backend: str, lengths: list[int], behind: int) -> None:
     inputs = _inputs(lengths, behind, channels=9, outputs=11)
     wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}

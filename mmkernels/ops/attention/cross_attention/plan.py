@@ -14,11 +14,12 @@ from mmkernels.ops.common.cases import normal
 from mmkernels.plan import TARGETS, CudaSource, Limit, Plan, Problem, Search, Variant
 from mmkernels.spec import Inputs
 
-# (rows, keys, warps, stages) for head dims up to 64, 128 and 256. They are chosen by registers and shared memory, which
+# (rows, keys, warps, stages) for head dims up to 64, 128 and 256; "latent" is for 576 and 512. They are chosen by registers and shared memory, which
 # `python -m mmkernels.aot --table` prints; none has been timed on a GPU yet, see benchmarks/tune.py.
 _HOPPER = {
     "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "decode": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
+    "latent": ((16, 32, 8, 3),),
     "grad_query": ((128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 2)),
     "grad_key_value": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 32, 8, 2)),
     "grad_key_value_masked": ((64, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
@@ -27,6 +28,7 @@ _HOPPER = {
     "grad_bias": ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
 }
 _AMPERE = _HOPPER | {
+    "latent": ((16, 32, 8, 2),),
     "forward": ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
     "grad_query": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     "grad_key_value": ((32, 64, 4, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
@@ -35,6 +37,7 @@ _AMPERE = _HOPPER | {
     "grad_key_value_dropout": ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
 }
 _ADA = _AMPERE | {  # 100 KiB of shared memory a multiprocessor, against 164 and 228
+    "latent": ((16, 16, 4, 1),),
     "forward": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
     "grad_query": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 8, 1)),
     "grad_key_value": ((32, 64, 4, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
@@ -45,6 +48,7 @@ _ADA = _AMPERE | {  # 100 KiB of shared memory a multiprocessor, against 164 and
 _CDNA = _AMPERE | {  # 64 KiB
     "forward": ((128, 64, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),
     "decode": ((16, 64, 4, 1), (16, 64, 4, 1), (16, 32, 4, 1)),
+    "latent": ((16, 16, 4, 1),),
     "grad_query": ((64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
     "grad_key_value": ((64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)),
     "grad_key_value_masked": ((64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)),
@@ -85,6 +89,8 @@ def _variants() -> Iterator[Variant]:
     yield _training("none", 160, targets=("sm_89",))
     for dim in (64, 256):
         yield _decode("spans", dim, ("sm_89",))
+    yield Variant("bfloat16 D576 spans decode", lambda: plans.latent("spans"))
+    yield Variant("float32 D576 none decode", lambda: plans.latent("none", fp32, shared=False), (), _LEAST_MEMORY)
 
 
 def _training(mask: str, dim: int, dtype: torch.dtype = torch.bfloat16, targets: tuple[str, ...] = TARGETS) -> Variant:
@@ -170,7 +176,7 @@ PLAN = Plan(
     variants=tuple(_variants()),
     limits=(plans.NO_SPILLS, Limit(kernels=("decode_*",))),  # decode_*: the CUDA C++ kernels
     searches=_SEARCHES,
-    why_not=plans.why_not,
+    why_not=plans.why_not_latent,
     cuda=CudaSource(
         "attention/cuda.cu", ("D{}", "{} row tiles"), ("attention/decode_plan.h", "mmkernels::decode_shared_bytes")
     ),

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.attention.plans import MOST_CHANNELS
 from mmkernels.ops.attention.triton.arguments import NO_STRIDES, Halves, Rows, State, Strides
 from mmkernels.ops.attention.triton.call import (
     Call,
@@ -76,23 +77,27 @@ class ForwardStrides(NamedTuple):
 def attend_tile(
     state, acc, non_finite, q, key, value, masks, dropout, strides, rows, spans, problem, first, k_len, scale,
     MASKED: tl.constexpr, HIDES: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, TMA: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile of keys to the `State` and the weighted values of the rows.
 
-    `non_finite` notes where a value that not every row sees is not finite.
+    `non_finite` notes where a value that not every row sees is not finite. SHARED: values are the first half of keys.
     """
-    scores, _ = dot_keys(q, key, problem, first, strides.key, k_len, DIM, UNIT, BLOCK_K, not MASKED, TMA, PRECISION)
+    scores, keys = dot_keys(q, key, problem, first, strides.key, k_len, DIM, UNIT, BLOCK_K, not MASKED, TMA, PRECISION)
     if MASKED:
         scores, _ = masked_scores(scores, masks, rows, spans, first + tl.arange(0, BLOCK_K), scale, 0)
     state, weights, shrink = add_scores(state, scores, scale, not MASKED)
     if value is not None:
         if dropout is not None:
             weights = tl.where(keep_pairs(dropout, rows, first, BLOCK_K), weights, 0.0)
-        acc, non_finite = add_both_values(
-            acc, non_finite, weights, shrink, value, problem, first, strides.value, k_len,
-            MASKED, HIDES, VALUE_DIM, BLOCK_K, PRECISION, UNIT, TMA,
-        )  # fmt: skip
+        if SHARED:
+            out, non_finite = add_loaded(acc.first, non_finite, weights, shrink, keys.first, MASKED, HIDES, PRECISION)
+            acc = Halves(out, acc.second)
+        else:
+            acc, non_finite = add_both_values(
+                acc, non_finite, weights, shrink, value, problem, first, strides.value, k_len,
+                MASKED, HIDES, VALUE_DIM, BLOCK_K, PRECISION, UNIT, TMA,
+            )  # fmt: skip
     return state, acc, non_finite
 
 
@@ -149,6 +154,14 @@ def add_values(
 ):  # fmt: skip
     """Returns acc, of WIDTH channels, times `shrink` plus the weighted values; see `attend_tile`."""
     v = load_keys(value, problem, first, strides, k_len, FROM, WIDTH, SIZE, UNIT, BLOCK_K, not MASKED, TMA)
+    return add_loaded(acc, non_finite, weights, shrink, v, MASKED, HIDES, PRECISION)
+
+
+@triton.jit
+def add_loaded(
+    acc, non_finite, weights, shrink, v, MASKED: tl.constexpr, HIDES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Returns acc times `shrink` plus the weighted values v [BLOCK_K, WIDTH]; see `attend_tile`."""
     weights = weights.to(v.dtype)  # before the check below, which takes registers
     if MASKED and HIDES:
         non_finite = tl.maximum(non_finite, rows_non_finite(v))
@@ -213,12 +226,12 @@ def forward_kernel(
     query, key, value, out, lse, masks, lists, gate, dropout, strides, sizes, scale, splits,
     LAYOUT: tl.constexpr, ALL_PARTIAL: tl.constexpr, HIDES: tl.constexpr, NEGATE: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
-    SPLIT: tl.constexpr, TMA: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Computes one tile of rows of one problem; with SPLIT over one of `splits` parts of its keys.
 
     Grid: (row tiles x problems, splits). `out` and `lse` are the op's, or with SPLIT float32 [splits, problem, row, Dv]
-    and [splits, problem, row] (base 2). Without a value (None) only the log-sum-exp.
+    and [splits, problem, row] (base 2). Without a value (None) only the log-sum-exp. SHARED: see `attend_tile`.
     """
     number, tile = program_of_rows(sizes, LAYOUT)
     split = tl.program_id(1)
@@ -242,7 +255,7 @@ def forward_kernel(
             state, acc, non_finite = attend_tile(
                 state, acc, non_finite, q, key, value, masks, dropout, strides, rows, spans, problem,
                 key_tile * BLOCK_K, sizes.k_len, scale,
-                MASKED, HIDES, DIM, VALUE_DIM, BLOCK_K, PRECISION, UNIT, TMA,
+                MASKED, HIDES, DIM, VALUE_DIM, BLOCK_K, PRECISION, UNIT, TMA, SHARED,
             )  # fmt: skip
         if not MASKED:
             if walk.full > 0:
@@ -307,10 +320,12 @@ def attend(
     query, key = call.query, call.key
     lse = query.new_empty(call.batch, call.heads, call.q_len, dtype=torch.float32)
     value_dim = head_dim(16 if value is None else value.shape[3])
-    plan = config(OP, "forward", query.device, query.dtype, max(call.dim.size, value_dim.size))
+    widest = max(call.dim.size, value_dim.size)
+    plan = config(OP, "forward", query.device, query.dtype, widest)
     splits = 1
-    if call.rows <= plan.block_q // 2:
-        plan = config(OP, "decode", query.device, query.dtype, max(call.dim.size, value_dim.size))
+    if widest > MOST_CHANNELS or call.rows <= plan.block_q // 2:
+        kernel = "decode" if widest <= MOST_CHANNELS else "latent"
+        plan = config(OP, kernel, query.device, query.dtype, widest)
         splits = count_splits(call, plan)
     key_source, value_source = tma_sources(call, value, plan)
     part_out, part_lse = out, lse
@@ -327,7 +342,7 @@ def attend(
             strides_of(query, unit), strides_of(key, unit), NO_STRIDES if value is None else strides_of(value, unit)
         ), call.sizes, call.scale_log2, splits,
         **call.constants, HIDES=call.hides, VALUE_DIM=value_dim, BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, UNIT=unit,
-        SPLIT=splits > 1, TMA=key_source is not key,
+        SPLIT=splits > 1, TMA=key_source is not key, SHARED=widest > MOST_CHANNELS and value_is_key(call, value),
     )  # fmt: skip
     if splits > 1:
         rows = call.problems * call.rows
@@ -337,6 +352,15 @@ def attend(
             LAYOUT=call.layout, VALUE=value is not None, DIM=one_tile(value_dim.size), BLOCK_Q=MERGE.block_q,
         )  # fmt: skip
     return lse
+
+
+def value_is_key(call: Call, value: Tensor | None) -> bool:
+    """Returns whether values are the first tile of the keys' channels in place, so that a tile is read for both."""
+    return value is not None and (
+        value.shape[3] == call.dim.first
+        and value.data_ptr() == call.key.data_ptr()
+        and strides_of(value) == strides_of(call.key)
+    )
 
 
 def count_splits(call: Call, plan: Config) -> int:
