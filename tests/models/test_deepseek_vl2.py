@@ -104,7 +104,7 @@ def test_generation(ours: Ours, theirs: Any, variant: str) -> None:
         more, attention_mask=mask, **second_images, kv_cache=first.kv_cache, max_new_tokens=4, eos_token_id=()
     )
     new, old = second_images["pixel_values"], given["pixel_values"]
-    whole = {
+    whole: dict[str, Any] = {
         "input_ids": torch.cat([given["input_ids"], expected, more], 1),
         "attention_mask": torch.cat([given["attention_mask"], torch.ones_like(expected), mask], 1),
         "pixel_values": torch.cat([old[:5], new[:2], old[5:], new[2:]]),  # row by row

@@ -22,7 +22,7 @@ Copy = Callable[[str], Path]
 Ours = Callable[..., DeepSeekVL2]
 
 # What the released configurations hold; what they leave out has the values of the released code.
-_WHOLE = {
+_WHOLE: dict[str, Any] = {
     "model_type": "deepseek_vl_v2",
     "tile_tag": "2D",
     "global_view_pos": "head",
@@ -32,10 +32,16 @@ _WHOLE = {
         "patch_size": 14, "width": 1152,
     },
 }  # fmt: skip
-_TEXT = {"model_type": "deepseek_v2", "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}
+_TEXT: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 2,
+}
 _TEXT |= {"num_experts_per_tok": 6, "max_position_embeddings": 4096, "q_lora_rank": None, "topk_method": "greedy"}
-_LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-RELEASED = {
+_LATENT: dict[str, Any] = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+RELEASED: dict[str, dict[str, Any]] = {
     "deepseek_vl2_tiny": {
         "hidden_size": 1280, "intermediate_size": 6848, "kv_lora_rank": None, "moe_intermediate_size": 896,
         "n_routed_experts": 64, "num_attention_heads": 10, "num_hidden_layers": 12, "num_key_value_heads": 10,

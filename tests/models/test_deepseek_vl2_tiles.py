@@ -157,7 +157,7 @@ def test_numbers_of_tokens() -> None:
     assert SMALL.tile_side == 14 and TINY.tile_side == 2  # 27 x 27 and 3 x 3 patches
 
 
-# Tiles of 2 x 2 tokens: `a1` to `d1` are those of the first tile, `a0` to `d0` of the whole; | a newline, : the separator.
+# Tiles of 2 x 2 tokens: a1 to d1 are those of the first one, a0 to d0 of the whole; | a newline, : the separator.
 WHOLE = "a0 b0 | c0 d0 |"
 HAND = {
     (1, 1): (WHOLE, "a1 b1 | c1 d1 |"),
