@@ -479,6 +479,21 @@ def co_attention() -> dict[str, Case]:
     } | {"SelfAttention": Case(SelfAttention(16, 2), call=causal, inputs=alone, sizes=["01"])}
 
 
+def experts() -> dict[str, Case]:
+    def routed(modules: nn.ModuleList, x: Tensor) -> tuple[Tensor, ...]:
+        router, experts = modules
+        weight, index, logits = router(x.flatten(0, 1))
+        return experts(x.flatten(0, 1), index, weight), logits
+
+    inputs = lambda b, l: (features(b, l),)
+    grouped = TopKRouter(16, 6, 2, "sigmoid", groups=3, top_groups=2, method="noaux_tc", normalise=True)
+    pairs = {"Experts": TopKRouter(16, 6, 2), "TopKRouter: of groups": grouped}
+    return {
+        name: Case(nn.ModuleList([router, Experts(16, 8, 6)]), call=routed, inputs=inputs, sizes=["01"])
+        for name, router in pairs.items()
+    }
+
+
 def latent_attention() -> dict[str, Case]:
     def causal(module: LatentAttention, x: Tensor) -> Tensor:
         length = x.shape[1]
@@ -722,6 +737,7 @@ MADE = [
     lxmert(),
     vilbert(),
     co_attention(),
+    experts(),
     latent_attention(),
     experts(),
     whisper(),

@@ -233,7 +233,7 @@ class TopKRouter(nn.Module):
         of_group = scores.unflatten(1, (self.groups, -1))  # [T, groups, E / groups]
         best = of_group.topk(_BEST_OF_GROUP if self.method == "noaux_tc" else 1, dim=-1).values.sum(-1)
         chosen = best.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_groups]
-        allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(1, chosen, True)
+        allowed = torch.zeros_like(best).scatter_(1, chosen, 1.0) > 0
         return of_group.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
 
     def extra_repr(self) -> str:
