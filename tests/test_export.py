@@ -508,19 +508,6 @@ def latent_attention() -> dict[str, Case]:
     }
 
 
-def experts() -> dict[str, Case]:
-    def routed(router: TopKRouter, experts: Experts, x: Tensor) -> Tensor:
-        weight, index, _ = router(x)
-        return experts(x, index, weight)
-
-    router, inputs = TopKRouter(16, num_experts=8, k=2), lambda b, l: (features(b * l),)
-    both = Case(router, Experts(16, 12, num_experts=8), call=routed, inputs=inputs, sizes=["0"])
-    return {
-        "TopKRouter": Case(router, call=lambda router, x: router(x), inputs=inputs, sizes=["0"]),
-        "Experts": both,
-    }
-
-
 def qformer() -> dict[str, Case]:
     def captions(module: QFormer, x: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         return tuple(module(x, ids, valid, causal=True))
@@ -739,7 +726,6 @@ MADE = [
     co_attention(),
     experts(),
     latent_attention(),
-    experts(),
     whisper(),
     qformer(),
     cross_attention(),
