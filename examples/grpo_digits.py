@@ -120,7 +120,7 @@ def table(columns: dict[str, Rates]) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeing", type=int, default=500, help="steps of the first stage (%(default)s)")
-    parser.add_argument("--answering", type=int, default=600, help="steps of the second stage (%(default)s)")
+    parser.add_argument("--answering", type=int, default=1000, help="steps of the second stage (%(default)s)")
     parser.add_argument("--rewarded", type=int, default=120, help="steps of each run of the third stage (%(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="scenes a step of the first two stages (%(default)s)")
     parser.add_argument("--scenes", type=int, default=100, help="scenes of digits held out (%(default)s)")

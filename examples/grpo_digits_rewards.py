@@ -1,7 +1,7 @@
 """What an answer of `grpo_digits.py` earns: the whole design of the reward.
 
-A question asks which digit is at a place, or where a digit is. Text alone can check an answer, so no model judges it.
-Its reward is a weighted sum of terms, each from 0 to 1:
+A question asks which digit is at a place, or where a digit is. A program can check the answer, so no model judges
+it. Its reward is a weighted sum of terms, each from 0 to 1:
 
 ===========  ========================================================== ================================================
 term         1 for                                                      without it, nothing stops
@@ -16,8 +16,9 @@ grounding    a box that is the digit's: intersection over union (IoU)   a right 
 - Nothing is earned twice, and no term can be had for free: a refusal has no box, so it earns no grounding; a box where
   nothing is earns none either, whatever it lies on.
 - A text that is cut off or goes on behind its end says nothing: it earns 0, as in evaluation.
-- `coverage`, the share of the digit that the box covers, looks as good as the IoU. It is here as a warning, for one
-  run of the ablation: a box of the whole scene covers every digit.
+- `coverage`, the share of the digit that the box covers, looks as good as the IoU, but a box of the whole scene covers
+  every digit. It is here for one run of the ablation. Boxes grow by some per cent then and no further: one that covers
+  its digit earns no more.
 
 Source: the first two terms are DeepSeek-R1's rules (Guo et al., 2025, section 2.2.2: accuracy and format rewards); IoU
 as a reward: Liu et al., "Visual-RFT", 2025, section 3.2.

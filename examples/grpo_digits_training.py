@@ -35,7 +35,7 @@ from mmkernels.objectives import group_advantages
 
 WIDTH = 64  # of encoder and language model
 VISUAL = (SIDE // PATCH) ** 2  # tokens of a scene: one a patch
-SEEING_RATE, ANSWERING_RATE, REWARDED_RATE = 3e-3, 6e-3, 2e-3  # learning rates of the three stages
+SEEING_RATE, ANSWERING_RATE, REWARDED_RATE = 3e-3, 6e-3, 1e-3  # learning rates of the three stages
 PROSE = 0.5  # share of the demonstrations in prose
 
 
