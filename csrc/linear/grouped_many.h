@@ -1,11 +1,10 @@
-// Many rows a group: packed tiles at the rate of the arithmetic, for at most kManyRows rows a task.
+// Many rows a group: packed tiles at the rate of the arithmetic. A task has so few rows that they stay in a cache,
+// packed, while the matrix passes by.
 #pragma once
 
 #include "grouped_few.h"
 
 namespace mmkernels::MMK_ISA {
-
-constexpr i64 kManyRows = 256; // of a task: its packed rows stay in the last cache while the matrix passes by
 
 // The rows of a task and its part of a matrix, as the linear ops' panels and blocks see them.
 inline LinearParams panels_of_task(const GroupedParams& p, const GroupedTask& t, std::int32_t* live) {
@@ -96,7 +95,8 @@ inline void many_by_columns(const GroupedParams& p, const GroupedTask& t, char* 
   });
 }
 
-// Rows that are fewer cost as much time as so many, of which most lanes would be empty.
+// More rows fill enough lanes of packed panels: 48 of them take as long as 44 do above, and of a matrix whose columns
+// are runs, which are lanes for few rows too, packing pays later.
 inline i64 few_rows(const GroupedParams& p) {
   return p.transposed ? 64 : 44;
 }
