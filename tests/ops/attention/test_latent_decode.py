@@ -57,7 +57,7 @@ def test_published_widths_on_several_threads() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_hidden_row_of_the_cache_reaches_no_output(bad: float) -> None:
     for dtype in LIMITS:
         query, cache = _inputs(16, 64, 48, dtype)
@@ -89,14 +89,11 @@ class _Record:
         self.query, self.key, self.value = query, key, value
         self.grad_out: Tensor
 
-    def __repr__(self) -> str:
-        return "record"
-
 
 @pytest.mark.interpreted
 @pytest.mark.skipif(not gpu.INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU, or the interpreter")
-@pytest.mark.parametrize("shared", (True, False))
-@pytest.mark.parametrize("masked", (True, False))
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
 def test_triton(shared: bool, masked: bool) -> None:
     """576 channels are two tiles, of which the first serves as the values where these are a view."""
     device = "cpu" if gpu.INTERPRETED else "cuda"
@@ -112,6 +109,6 @@ def test_triton(shared: bool, masked: bool) -> None:
     right, right_lse = cross_attention(*wide, mask, scale=0.05, return_lse=True, backend="reference")
     torch.testing.assert_close(out.double(), right, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(lse.double(), right_lse, rtol=2e-5, atol=2e-5)
+    wider = torch.zeros(1, 1, 1, 592, device=device)
     with pytest.raises(BackendError, match="above 576"):
-        wider = torch.zeros(1, 1, 1, 592, device=device)
         cross_attention(wider, wider, wider, backend="triton")
