@@ -143,14 +143,14 @@ def test_linear_launches() -> None:
 
 
 def test_a_machine_without_a_gpu_is_refused_only_outside_a_recording() -> None:
-    x = torch.empty(1, 1, 16, 64)
+    x = torch.empty(1, 1, 256, 64)
     reason = gpu.why_not_of("cross_attention")
     if not torch.cuda.is_available():
         assert reason(Record(x, x, x)) == "there is no GPU"
     with gpu.recorded():
         assert reason(Record(x, x, x)) is None and reason() is None
         assert reason(Record(x.double(), x, x)) == "torch.float64 is not computed: sums are kept in float32"
-        wide = torch.empty(1, 1, 16, 264)
+        wide = torch.empty(1, 1, 256, 264)
         limit = "head dims above 256 do not fit into a multiprocessor, got 264"
         assert reason(Record(wide, wide, x)) == reason(Record(x, x, wide)) == limit
         assert gpu.why_not_of("info_nce")(Record(wide, wide, x)) is None

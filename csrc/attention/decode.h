@@ -277,8 +277,7 @@ inline void decode(const AttentionParams& p, i64 kv, i64 block, i64 split, char*
     score_keys(s, keys, n, rows, shared ? Ahead{} : Ahead::of(source, n, p.value_dim), next_keys);
     const bool all = weigh_keys(s, list, a, n, rows);
     const bool copied = keys.data == s.key_copy; // in the working format, as values have to be
-    const Rows values =
-        shared && copied ? keys : fetch(source, n, p.value_dim, s.is_dot, s.value_copy, !s.is_dot);
+    const Rows values = shared && copied ? keys : fetch(source, n, p.value_dim, s.is_dot, s.value_copy, !s.is_dot);
     add_decoded(s, rows, values, n, !all && !all_finite(values, n, p.value_dim, s.is_dot));
   }
   for (i64 r = 0; r < rows; ++r) {

@@ -14,8 +14,9 @@ from mmkernels.ops.common.cases import normal
 from mmkernels.plan import TARGETS, CudaSource, Limit, Plan, Problem, Search, Variant
 from mmkernels.spec import Inputs
 
-# (rows, keys, warps, stages) for head dims up to 64, 128 and 256; "latent" is for 576 and 512. They are chosen by registers and shared memory, which
-# `python -m mmkernels.aot --table` prints; none has been timed on a GPU yet, see benchmarks/tune.py.
+# (rows, keys, warps, stages) for head dims up to 64, 128 and 256; "latent" is for 576 and 512. They are chosen by
+# registers and shared memory, which `python -m mmkernels.aot --table` prints; none has been timed on a GPU yet, see
+# benchmarks/tune.py.
 _HOPPER = {
     "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
     "decode": ((16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3)),
