@@ -161,9 +161,13 @@ struct GroupedShare { // the largest task of a call
   const GroupedParams& p;
   i64 rows, columns;
 };
+// Of rows that are copied to the working format; none where they are read in place.
+MMK_INLINE i64 rows_bytes(const GroupedParams& p, i64 rows) {
+  return usable_in_place(rows_from(p.rows, 0), p.depth, is_dot(p)) ? 0 : rows * row_bytes(is_dot(p), p.depth);
+}
 struct FewByRowsScratch : Arena {
   const GroupedShare& s;
-  char* rows = take<char>(s.rows * row_bytes(is_dot(s.p), s.p.depth));
+  char* rows = take<char>(rows_bytes(s.p, s.rows));
   float* packed = take<float>(s.rows * round_up(depth_of(is_dot(s.p), s.p.depth), dot_depth(1)));
   char* words = take<char>(kLanes * row_bytes(is_dot(s.p), s.p.depth));
   float* sums = take<float>(s.rows * kLanes * kLanes);
@@ -219,9 +223,11 @@ MMK_INLINE i64 sums_row(i64 columns) {
 }
 struct FewByColumnsScratch : Arena {
   const GroupedShare& s;
-  char* rows = take<char>(s.rows * row_bytes(is_dot(s.p), s.p.depth));
+  char* rows = take<char>(rows_bytes(s.p, s.rows));
   char* copy = take<char>(s.p.matrices.row == 1 ? 0 : 2 * kSumSteps * row_bytes(is_dot(s.p), s.columns));
-  float* sums = take<float>(s.rows * sums_row(s.columns));
+  // Of all columns, or of a strip of them for any rows up to these.
+  float* sums =
+      take<float>(least(s.rows * sums_row(s.columns), kStripBytes / 4 + s.rows * sums_row(kPanel + 2 * kLanes)));
 };
 
 // kSteps rows of the right operand, or pairs of rows of which `count` exist, at two vectors of columns, of which `cols`

@@ -61,7 +61,7 @@ inline void many_by_rows(const GroupedParams& p, const GroupedTask& t, char* scr
 constexpr i64 kSumDepth = 128; // elements, or pairs, along the depth whose block of the matrix is copied at a time
 struct ManyByColumnsScratch : Arena {
   const GroupedShare& s;
-  char* rows = take<char>(s.rows * row_bytes(is_dot(s.p), s.p.depth));
+  char* rows = take<char>(rows_bytes(s.p, s.rows));
   char* copy = take<char>(2 * kSumDepth * row_bytes(is_dot(s.p), kPanel));
   float* right = take<float>(kSumDepth * kPanel);
   float* sums = take<float>(s.rows * kPanel);
