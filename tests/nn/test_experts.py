@@ -207,7 +207,9 @@ def test_the_router_of_v3(groups: int, top_groups: int, normalise: bool) -> None
         **SIZES, n_group=groups, topk_group=top_groups, norm_topk_prob=normalise, routed_scaling_factor=1.5
     )
     theirs = randomise(DeepseekV3TopkRouter(config), 2)
-    theirs.e_score_correction_bias.copy_(torch.randn(NUMBER, generator=generator(3)))  # negative scores, too
+    with torch.no_grad():
+        theirs.weight.mul_(0.3 / theirs.weight.std())  # so that scores differ as much as the bias does
+    theirs.e_score_correction_bias.copy_(torch.randn(NUMBER, generator=generator(3)) * 0.3 - 2)  # all are negative
     ours = TopKRouter(
         WIDTH, NUMBER, K, "sigmoid", groups=groups, top_groups=top_groups, method="noaux_tc", scale=1.5,
         normalise=normalise,

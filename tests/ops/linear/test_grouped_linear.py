@@ -116,6 +116,24 @@ def test_nan_stays_in_its_row_and_its_group(backend: str) -> None:
 
 
 @each_backend("grouped_linear")
+def test_nan_that_flows_back_stays_in_its_row_and_its_group(backend: str) -> None:
+    inputs = _inputs([3, 0, 4, 2], behind=2)
+    leaves = {name: x.requires_grad_(name != "lengths") for name, x in inputs.items()}
+    names = ("x", "weight", "bias")
+    flow = torch.cos(torch.arange(11.0 * 36)).view(11, 36)
+    grads = lambda flow: torch.autograd.grad(
+        grouped_linear(**leaves, backend=backend), [leaves[n] for n in names], flow
+    )
+    want = grads(flow)
+    flow[5], flow[9] = NAN, NAN  # row 5 is of group 2, row 9 of none
+    of_x, of_weight, of_bias = grads(flow)
+    assert all(bool(x.isnan().all()) for x in (of_x[5], of_weight[2], of_bias[2]))
+    rows, groups = [n for n in range(11) if n != 5], [0, 1, 3]
+    right = (want[0][rows], want[1][groups], want[2][groups])
+    torch.testing.assert_close((of_x[rows], of_weight[groups], of_bias[groups]), right, rtol=0, atol=0)
+
+
+@each_backend("grouped_linear")
 def test_a_group_does_not_depend_on_the_others(backend: str) -> None:
     """To the last bit: its rows may lie in the memory of a longer x, and other groups may have rows or none."""
     inputs = _inputs([5, 7, 30])
