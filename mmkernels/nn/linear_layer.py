@@ -47,20 +47,29 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and "forward" not in layer.__dict__ and not any(hooks)
 
 
+def _is_packed(parameter: Tensor) -> bool:
+    """Whether oneDNN, which reads no strides of weights, may read it."""
+    return (
+        parameter.dtype is torch.float32
+        and parameter.is_cpu
+        and type(parameter) in PLAIN
+        and parameter.is_contiguous()
+    )
+
+
 def _is_served(layer: nn.Module, x: Tensor) -> bool:
     """Whether oneDNN computes a layer, and faster."""
     if not _HAS_ONEDNN or not is_plain(layer):
         return False
-    weight = layer.weight
+    weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
     return (
         weight.numel() >= LEAST_WEIGHTS
-        and x.dtype is weight.dtype is torch.float32
+        and all(_is_packed(part) for part in (weight, bias) if isinstance(part, Tensor))
+        and x.dtype is torch.float32
         and x.is_cpu
-        and weight.is_cpu
         and type(x) in PLAIN
-        and type(weight) in PLAIN
-        and weight.is_contiguous()
+        and x.dim() > 0
         and x.shape[-1] == weight.shape[1]
         and x.numel() > 0
         and bool(torch.backends.mkldnn.enabled)
