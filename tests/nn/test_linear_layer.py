@@ -65,6 +65,16 @@ def test_equals_the_layer(served: list[Any], bias: bool, change: Callable[[Tenso
     assert float((y - truth).abs().max()) < max(limit, 1e-4)
 
 
+@pytest.mark.parametrize(
+    "bias", [torch.randn(2 * OUT)[::2], torch.randn(1).expand(OUT)], ids=["strided", "of one number"]
+)
+def test_a_bias_with_strides_is_left_to_the_layer(bias: Tensor) -> None:
+    layer, x = made()
+    layer.bias = nn.Parameter(bias)
+    with torch.no_grad():
+        assert torch.equal(linear(layer, x), layer(x))
+
+
 def test_what_is_left_to_the_layer(served: list[Any]) -> None:
     """Other dtypes, small layers, no rows, layers that are more than a product."""
     layer, x = made()
