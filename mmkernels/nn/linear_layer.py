@@ -50,10 +50,7 @@ def is_plain(layer: nn.Module) -> bool:
 def _is_packed(parameter: Tensor) -> bool:
     """Whether oneDNN, which reads no strides of weights, may read it."""
     return (
-        parameter.dtype is torch.float32
-        and parameter.is_cpu
-        and type(parameter) in PLAIN
-        and parameter.is_contiguous()
+        parameter.dtype is torch.float32 and parameter.is_cpu and type(parameter) in PLAIN and parameter.is_contiguous()
     )
 
 
