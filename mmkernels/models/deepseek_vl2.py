@@ -23,7 +23,7 @@ from mmkernels.models.blocks.vision import VisionTransformer
 from mmkernels.models.blocks.vision_language import Encode, VisionLanguageModel
 from mmkernels.models.blocks.visual import Media, Visual
 from mmkernels.models.deepseek_vl2_config import SIZES, DeepSeekVL2Config
-from mmkernels.models.deepseek_vl2_tiles import Layout, Tiles, layout, num_tokens
+from mmkernels.models.deepseek_vl2_tiles import Layout, Tiles, is_tiles, layout, num_tokens
 from mmkernels.models.idefics import image_token_id
 from mmkernels.nn import PixelShuffleProjector
 from mmkernels.ops.tokens.ranking import on_device
@@ -115,7 +115,10 @@ class DeepSeekVL2(VisionLanguageModel):
         """Returns how many tokens an image has, and so how many markers a prompt has for it.
 
         Args:
-            tiles: how many lie side by side, and how many below each other.
+            tiles: how many lie side by side, and how many below each other, (columns, rows).
+
+        Raises:
+            ValueError: these are no positive integers.
         """
         return num_tokens(tiles, self.config.tile_side)
 
@@ -189,7 +192,7 @@ class DeepSeekVL2(VisionLanguageModel):
                 must = "two for each image where tiles is None: the whole, and one tile"
                 raise ValueError(f"pixel_values must have {must}, got {count}")
             return ((1, 1),) * (count // 2)
-        if not isinstance(tiles, list | tuple) or not all(map(_is_tiles, tiles)):
+        if not isinstance(tiles, list | tuple) or not all(map(is_tiles, tiles)):
             must = "pairs (columns, rows) of positive integers, one for each image"
             raise ValueError(f"tiles must be {must}, got {repr(tiles)[:200]}")
         if (needed := sum(1 + columns * rows for columns, rows in tiles)) != count:
@@ -199,7 +202,3 @@ class DeepSeekVL2(VisionLanguageModel):
 
 
 _MARKERS = {102400: 100003, 129280: 128815}  # size of the vocabulary of the released models -> <image>
-
-
-def _is_tiles(pair: object) -> bool:
-    return isinstance(pair, list | tuple) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair)

@@ -155,6 +155,11 @@ class Layout(NamedTuple):
     lengths: tuple[int, ...]
 
 
+def is_tiles(pair: object) -> bool:
+    """Whether this is a pair (columns, rows) of positive integers."""
+    return isinstance(pair, list | tuple) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair)
+
+
 def num_tokens(tiles: Tiles, side: int) -> int:
     """Returns how many tokens an image has, those that end its rows and its view as a whole included.
 
@@ -166,6 +171,8 @@ def num_tokens(tiles: Tiles, side: int) -> int:
         >>> num_tokens((1, 1), 14), num_tokens((3, 3), 14)
         (421, 2017)
     """
+    if not is_tiles(tiles):
+        raise ValueError(f"tiles must be a pair (columns, rows) of positive integers, got {tiles!r}")
     columns, rows = tiles
     return side * (side + 1) + 1 + rows * side * (columns * side + 1)
 

@@ -218,7 +218,7 @@ def _convert(weights: dict[str, Tensor]) -> None:
     """Takes projections apart that timm has as one, and packs those of experts, which the checkpoint has one by one."""
     for name in [name for name in weights if name.startswith("vision.blocks.") and ".attention.qkv." in name]:
         whole = weights.pop(name)
-        if whole.shape[0] % 3:
+        if whole.dim() == 0 or whole.shape[0] % 3:
             raise CheckpointError(f"{name} must hold query, key and value, got {list(whole.shape)}")
         for part, x in zip("qkv", whole.chunk(3), strict=True):
             weights[name.replace(".qkv.", f".{part}_proj.")] = x
@@ -237,6 +237,9 @@ def _pack_experts(weights: dict[str, Tensor]) -> None:
     for start, kinds in layers.items():
         count = 1 + max(number for experts in kinds.values() for number in experts)
         found = {kind: _stacked(weights, start, kind, kinds.get(kind, {}), count) for kind in ("gate", "up", "down")}
+        if found["gate"].shape != found["up"].shape:
+            got = f"{list(found['gate'].shape[1:])} and {list(found['up'].shape[1:])}"
+            raise CheckpointError(f"gate_proj.weight and up_proj.weight of {start}* must be of one shape, got {got}")
         weights[start + "gate_up"] = torch.cat([found["gate"], found["up"]], dim=1)
         weights[start + "down"] = found["down"]
 
@@ -248,6 +251,9 @@ def _stacked(weights: dict[str, Tensor], start: str, kind: str, names: dict[int,
             must = f"{kind}_proj.weight of each of the {count} experts of a layer"
             raise CheckpointError(f"the weights must hold {must}, got none for {start}{number}")
     each = [weights.pop(names[number]) for number in range(count)]
+    if each[0].dim() != 2:
+        must = f"the {kind}_proj.weight of {start}* must have two dims"
+        raise CheckpointError(f"{must}, got shape {list(each[0].shape)}")
     if len({(x.shape, x.dtype) for x in each}) > 1:
         raise CheckpointError(f"the {kind}_proj.weight of {start}* must be of one shape and dtype, got several")
     return torch.stack(each)

@@ -13,6 +13,7 @@ from mmkernels.models.blocks.kv_cache import KVCache
 from mmkernels.models.blocks.media import last_of
 from mmkernels.models.blocks.sampling import check_sampling, sample
 from mmkernels.models.blocks.text import check_tokens
+from mmkernels.models.blocks.visual import check_markers
 from mmkernels.nn.linear_layer import linear
 from mmkernels.ops.linear.linear_cross_entropy import linear_cross_entropy
 from mmkernels.runtime.checks import check_number
@@ -38,6 +39,7 @@ def checked_prompt(model: Janus, input_ids: Tensor, attention_mask: Tensor | Non
     if not 1 <= length <= most:
         must = f"[B, L], L from 1 to {most} (text_length, less an image)"
         raise ValueError(f"input_ids must be {must}, got shape {tuple(input_ids.shape)}")
+    check_markers(input_ids, valid, [model._marked(())])
     return valid, padded
 
 

@@ -162,7 +162,8 @@ class VQ(nn.Module):
 
         Distances to a strip of the codes exist at a time.
         """
-        flat, codebook = latents.detach().flatten(0, 1), self.codebook.detach()
+        wide = torch.promote_types(latents.dtype, torch.float32)  # in 16 bits one code of twenty is another one's
+        flat, codebook = latents.detach().flatten(0, 1).to(wide), self.codebook.detach().to(wide)
         best, found = None, None
         for start in range(0, codebook.shape[0], _STRIP):
             strip = codebook[start : start + _STRIP]

@@ -131,8 +131,9 @@ class Experts(nn.Module):
 class TopKRouter(nn.Module):
     """Chooses each token's experts, and what their outputs are multiplied by, as DeepSeek-V2 and V3 do.
 
-    Scores are the softmax or the sigmoid of a linear layer in float32. Of equal scores the lowest index is chosen,
-    on every device; experts are returned in the order of their scores, the largest first.
+    Scores are the softmax or the sigmoid of a linear layer in float32, whose weights stay float32 where those of the
+    model around it become 16-bit. Of equal scores the lowest index is chosen, on every device; experts are returned in
+    the order of their scores, the largest first.
 
     Args:
         width: of the tokens.
@@ -189,8 +190,13 @@ class TopKRouter(nn.Module):
         self.scale = check_number("scale", scale, "a finite number")
         self._check_groups()
         self.weight = nn.Parameter(torch.empty(num_experts, width, dtype=torch.float32))
-        self.register_buffer("correction_bias", torch.zeros(num_experts) if method == "noaux_tc" else None)
+        bias = torch.zeros(num_experts, dtype=torch.float32) if method == "noaux_tc" else None
+        self.register_buffer("correction_bias", bias)
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
+        """Moves what the router has; ``.to(torch.bfloat16)`` leaves it in float32, as other experts would be chosen."""
+        return super()._apply(lambda x: _not_narrower(x, fn(x)), recurse)
 
     def _check_groups(self) -> None:
         if self.num_experts % self.groups:
@@ -242,3 +248,10 @@ class TopKRouter(nn.Module):
             f"{self.width}, num_experts={self.num_experts}, k={self.k}, scoring={self.scoring!r}, "
             f"method={self.method!r}{groups}, scale={self.scale}, normalise={self.normalise}"
         )
+
+
+def _not_narrower(before: Tensor, after: Tensor) -> Tensor:
+    """Returns `after`, a tensor moved or converted, in the dtype of `before` if its own is narrower."""
+    if not after.is_floating_point() or after.element_size() >= before.element_size():
+        return after
+    return torch.empty_like(after, dtype=before.dtype) if before.is_meta else before.to(after.device)

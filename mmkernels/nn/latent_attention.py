@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_dropout, check_features, check_positive
+from mmkernels.nn.linear_layer import is_plain
 from mmkernels.ops.attention.cross_attention import cross_attention
 from mmkernels.runtime.checks import is_traced
 
@@ -49,7 +50,8 @@ class LatentAttention(nn.Module):
     sizes. Keys and values are expanded where many queries share that work (a prompt). Where few do (a new token), they
     never exist: a head's key projection is applied to its query and its value projection to its output, so that all
     heads attend to the cached vectors as to one key head (``[B, 1, Lk, kv_rank + rope_dim]``), whose first `kv_rank`
-    channels are the values too.
+    channels are the values too. A layer in the place of `expand_proj`, such as LoRA's, or one with hooks is always
+    called: then keys and values are expanded.
 
     Args:
         dim: the width of the input and of the output.
@@ -132,7 +134,8 @@ class LatentAttention(nn.Module):
             mask: of the L queries over these.
         """
         s = self.sizes
-        way = self._absorbed if self._absorbs(query[0].shape[2], compressed.shape[2]) else self._expanded
+        absorbs = is_plain(self.expand_proj) and self._absorbs(query[0].shape[2], compressed.shape[2])
+        way = self._absorbed if absorbs else self._expanded
         latent = compressed[..., : s.kv_rank]
         return way(query, latent, compressed, mask).transpose(1, 2).flatten(2)
 

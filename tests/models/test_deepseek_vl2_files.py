@@ -184,6 +184,37 @@ def test_missing_tensors(copy: Copy, drop: str, match: str) -> None:
     refused(folder, match)
 
 
+def _gates_of_one_row_more(tensors: dict[str, torch.Tensor]) -> None:
+    """As many rows of both together as there should be."""
+    for name in [name for name in tensors if "layers.1.mlp.experts" in name and "down" not in name]:
+        rows, width = tensors[name].shape
+        tensors[name] = torch.zeros(rows + (1 if "gate" in name else -1), width)
+
+
+def _gates_without_width(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "layers.1.mlp.experts" in name and "gate" in name]:
+        tensors[name] = torch.zeros(5)
+
+
+def _a_bias_without_dims(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["vision.blocks.1.attn.qkv.bias"] = torch.zeros(())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (_gates_of_one_row_more, r"gate_proj.weight and up_proj.weight of \S+ must be of one shape, got \["),
+        (_gates_without_width, r"the gate_proj.weight of \S+ must have two dims, got shape \[5\]"),
+        (_a_bias_without_dims, r"must hold query, key and value, got \[\]"),
+    ],
+    ids=["gates of one row more", "gates without width", "a bias without dims"],
+)
+def test_damaged_tensors(copy: Copy, change: Callable[[dict[str, torch.Tensor]], None], match: str) -> None:
+    folder = copy(FIRST)
+    change_weights(folder, change)
+    refused(folder, match)
+
+
 def test_other_numbers_of_experts(copy: Copy) -> None:
     folder = copy(FIRST)
     configure(folder, language_config__n_routed_experts=9)

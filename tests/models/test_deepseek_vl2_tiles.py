@@ -155,6 +155,9 @@ def test_numbers_of_tokens() -> None:
     assert num_tokens((9, 1), 14) == 14 * 15 + 1 + 14 * 127 == 1989
     assert num_tokens((1, 9), 14) == 14 * 15 + 1 + 126 * 15 == 2101  # the most
     assert SMALL.tile_side == 14 and TINY.tile_side == 2  # 27 x 27 and 3 x 3 patches
+    for wrong in ((0, -1), (1.5, 1), (True, True), (1,), 3):
+        with pytest.raises(ValueError, match=r"tiles must be a pair \(columns, rows\) of positive integers, got"):
+            num_tokens(wrong, 14)  # type: ignore[arg-type]
 
 
 # Tiles of 2 x 2 tokens: a1 to d1 are those of the first one, a0 to d0 of the whole; | a newline, : the separator.

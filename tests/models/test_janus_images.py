@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import Saved, distance
-from janus_checkpoints import BOS, CODES, PAD, START, TOKENS, VARIANTS, drawing_prompt
+from janus_checkpoints import BOS, CODES, MARKER, PAD, START, TOKENS, VARIANTS, drawing_prompt
 from torch import Tensor, nn
 
 from mmkernels.models import Janus
@@ -280,6 +280,20 @@ def test_of_equal_codes_the_first_is_taken() -> None:
     assert vq._nearest(latents).tolist() == [[3, 2050, 0, 3]]
 
 
+@pytest.mark.parametrize("directions", [False, True])
+def test_the_nearest_code_of_16_bit_latents(directions: bool) -> None:
+    """They are training targets: of distances that are rounded to 16 bits one of twenty is another code's."""
+    g = torch.Generator().manual_seed(0)
+    sizes = VQSizes(codes=4096, code_width=8, latent=4, width=32, multipliers=(1,), blocks=1, side=16)
+    vq = VQ(sizes._replace(directions=directions)).bfloat16()
+    with torch.no_grad():
+        vq.quantize["embedding"].weight.normal_(generator=g)
+    latents = torch.randn(1, 256, 8, generator=g).bfloat16()
+    found = vq._nearest(latents)[0]
+    distances = torch.cdist(latents[0].double(), vq.codebook.detach().double())
+    torch.testing.assert_close(distances.gather(1, found[:, None])[:, 0], distances.amin(1), rtol=1e-5, atol=0.0)
+
+
 # Inputs with errors.
 
 
@@ -298,6 +312,7 @@ def test_of_equal_codes_the_first_is_taken() -> None:
         ({"input_ids": torch.zeros(1, 498, dtype=torch.long)}, r"L from 1 to 497 \(text_length, less an image\), got"),
         ({"input_ids": torch.tensor([[0.5]])}, "input_ids must be integers"),
         ({"input_ids": [[1, 2]]}, "input_ids must be integers"),
+        ({"input_ids": torch.tensor([[BOS, MARKER, MARKER, START]])}, "must have 0 tokens .* for 0 images, got 2"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask must be \[1, 4\] as input_ids, got shape \(1, 3\)"),
     ],
 )

@@ -245,6 +245,20 @@ def test_the_router_computes_in_float32() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def test_the_router_stays_float32() -> None:
+    """A bias of a few units rounded to bfloat16 would send a third of the tokens to other experts."""
+    router = TopKRouter(32, 72, 6, "sigmoid", method="noaux_tc")
+    assert router.correction_bias is not None
+    router.correction_bias.copy_(5 + 0.1 * torch.randn(72))
+    bias, weight = router.correction_bias.clone(), router.weight.detach().clone()
+    router.to(torch.bfloat16)
+    assert torch.equal(router.correction_bias, bias) and torch.equal(router.weight, weight)
+    assert router.double().weight.dtype is torch.float64
+    with torch.device("meta"):
+        empty = TopKRouter(32, 72, 6)
+    assert empty.to_empty(device="cpu").half().weight.dtype is torch.float32
+
+
 def test_nan_chooses_experts_that_exist() -> None:
     weight, index, _ = TopKRouter(WIDTH, NUMBER, K)(torch.full((2, WIDTH), NAN))
     assert bool(weight.isnan().all()) and bool(((index >= 0) & (index < NUMBER)).all())

@@ -115,6 +115,21 @@ def test_what_is_expanded() -> None:
     assert not module._absorbs(576, 576)
 
 
+@pytest.mark.parametrize("way", ["hook", "another layer"])
+def test_what_changes_the_expansion_is_called(way: str) -> None:
+    """For one new token as for a prompt: LoRA puts a layer of its own there."""
+    _, ours, (cos, sin) = pair()
+    if way == "hook":
+        ours.expand_proj.register_forward_hook(lambda layer, args, out: 2 * out)
+    else:
+        ours.expand_proj = torch.nn.Sequential(ours.expand_proj, torch.nn.Tanh())  # type: ignore[assignment]
+    x = torch.randn(2, LENGTH, DIM, dtype=F64)
+    whole = ours(x, (cos, sin), SpanMask.causal(LENGTH, LENGTH))
+    before = ours.compress(x[:, :-1], (cos[:, :, :-1], sin[:, :, :-1]))
+    last = ours(x[:, -1:], (cos[:, :, -1:], sin[:, :, -1:]), keep=lambda new: torch.cat([before, new], 2))
+    torch.testing.assert_close(last[:, 0], whole[:, -1], rtol=1e-12, atol=1e-12)
+
+
 def test_rotation_of_pairs() -> None:
     """A complex number times exp(i angle), as the paper writes it."""
     x, angles = torch.randn(2, 3, 5, 8, dtype=F64), torch.randn(2, 1, 5, 4, dtype=F64)
