@@ -25,8 +25,7 @@ def _inputs(rows: int, dim: int, value_dim: int, dtype: torch.dtype) -> tuple[Te
 
 def _error(out: Tensor, query: Tensor, cache: Tensor, value: Tensor) -> float:
     """Returns the relative error."""
-    wide = [x.double() for x in (query, cache, value)]
-    right = cross_attention(*wide, MASK, scale=0.05, backend="reference")
+    right = cross_attention(query.double(), cache.double(), value.double(), MASK, scale=0.05, backend="reference")
     return float((out.double() - right).norm() / right.norm())
 
 
@@ -105,8 +104,8 @@ def test_triton(shared: bool, masked: bool) -> None:
     value = cache[..., :512] if shared else cache[..., :512].clone()
     mask = mask if mask is None else mask.to(device)
     out, lse = cross_attention(query, cache, value, mask, scale=0.05, return_lse=True, backend="triton")
-    wide = [x.double() for x in (query, cache, value)]
-    right, right_lse = cross_attention(*wide, mask, scale=0.05, return_lse=True, backend="reference")
+    query, cache, value = query.double(), cache.double(), value.double()
+    right, right_lse = cross_attention(query, cache, value, mask, scale=0.05, return_lse=True, backend="reference")
     torch.testing.assert_close(out.double(), right, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(lse.double(), right_lse, rtol=2e-5, atol=2e-5)
     wider = torch.zeros(1, 1, 1, 592, device=device)
