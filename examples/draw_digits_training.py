@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,23 +35,6 @@ def make_model(seed: int) -> Janus:
         pad_token_id=PAD, eos_token_ids=(END,), vq_codes=CODES, vq_code_width=CODE_WIDTH, vq_latent=32, vq_width=32,
         vq_multipliers=(1, 2), vq_blocks=1, vq_directions=True,
     )  # fmt: skip
-
-
-class Curves(NamedTuple):
-    """Losses of each step, float64 [steps].
-
-    Attributes:
-        pixels: the tokenizer's mean squared error of pixels from -1 to 1.
-        drawing: the cross-entropy of an image's tokens given its prompt.
-        reading: that of a digit's name given its image.
-    """
-
-    pixels: Tensor
-    drawing: Tensor
-    reading: Tensor
-
-
-# Inputs.
 
 
 def to_images(pixels: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ class Experts(nn.Module):
         gate, up = grouped_linear(rows, self.gate_up, lengths).chunk(2, dim=-1)
         rows = grouped_linear(ACTIVATIONS[self.activation](gate) * up, self.down, lengths)
         outputs = unmerge_tokens(rows, place).view(tokens, k, self.width)
-        return (outputs * weight[..., None]).sum(1).to(x.dtype)
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        return (outputs * weight[..., None].to(wide)).sum(1).to(x.dtype)
 
     def _check(self, x: Tensor, index: Tensor, weight: Tensor) -> None:
         check_floating("x", x)

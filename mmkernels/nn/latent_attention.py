@@ -12,7 +12,7 @@ from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_dropout, check_features, check_positive
 from mmkernels.nn.linear_layer import is_plain
 from mmkernels.ops.attention.cross_attention import cross_attention
-from mmkernels.runtime.checks import is_traced
+from mmkernels.runtime.checks import check_number, check_tensor, is_traced
 
 Angles = tuple[Tensor, Tensor]
 """Cosine and sine ``[B, 1, L, rope_dim / 2]`` of the tokens' positions."""
@@ -62,7 +62,7 @@ class LatentAttention(nn.Module):
         dropout: the chance that an attention probability is dropped, in training mode.
 
     Raises:
-        ValueError: a size is not positive, or `rope_dim` is odd; in `forward`, an input has the wrong shape.
+        TypeError, ValueError: a size is not positive, or `rope_dim` is odd; in `forward`, an input has the wrong shape.
 
     Source: DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1.2 and 2.1.3, equations 9 to 19; the absorbed projections:
     section 2.1.2.
@@ -89,6 +89,8 @@ class LatentAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("dim", dim)
+        if not isinstance(sizes, LatentSizes):
+            raise TypeError(f"sizes must be LatentSizes, got {type(sizes).__name__}")
         for name, size in zip(sizes._fields, sizes, strict=True):
             if size is not None:
                 check_positive(name, size)
@@ -97,7 +99,8 @@ class LatentAttention(nn.Module):
         check_dropout(dropout)
         s = sizes
         self.dim, self.sizes, self.dropout = dim, sizes, dropout
-        self.scale = (s.nope_dim + s.rope_dim) ** -0.5 if scale is None else scale
+        usual = (s.nope_dim + s.rope_dim) ** -0.5
+        self.scale = usual if scale is None else check_number("scale", scale, "a finite number")
         of_queries = s.heads * (s.nope_dim + s.rope_dim)
         if s.query_rank is None:
             self.q_proj: nn.Module = nn.Linear(dim, of_queries, bias=False)
@@ -156,10 +159,19 @@ class LatentAttention(nn.Module):
             keep: appends what `compress` returns to a cache, and returns all that the cache holds.
         """
         check_features("x", x, self.dim)
+        self._check_angles(x, angles)
         compressed = self.compress(x, angles)
         if keep is not None:
             compressed = keep(compressed)
         return self.out_proj(self.attend(self.query(x, angles), compressed, mask))
+
+    def _check_angles(self, x: Tensor, angles: Angles) -> None:
+        shape = (x.shape[1], self.sizes.rope_dim // 2)
+        for part in angles:
+            check_tensor("angles", part)
+            if part.dim() != 4 or part.shape[1] != 1 or tuple(part.shape[2:]) != shape:
+                must = f"two tensors [B or 1, 1, {shape[0]}, {shape[1]}]"
+                raise ValueError(f"angles must be {must}, got shape {tuple(part.shape)}")
 
     def _absorbs(self, queries: int, keys: int) -> bool:
         """Whether attending to the compressed vectors takes fewer multiplications than expanding them first."""

@@ -48,6 +48,11 @@ class TokenBuffer:
         """The number of tokens; symbolic where a graph is traced, unlike ``len``."""
         return self._end - self._start
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether anything was appended."""
+        return self._storage is not None
+
     def view(self) -> Tensor:
         """Returns all tokens ``[B, H, L, D]`` without a copy. The view is valid until the next change."""
         return self._live().transpose(1, 2)

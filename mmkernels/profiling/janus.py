@@ -1,4 +1,4 @@
-"""Janus for the profiler: images that are read, and one more token of an image that is written."""
+"""Janus for the profiler: images that are read. (`mmkernels bench models` measures those that are drawn.)"""
 
 from __future__ import annotations
 

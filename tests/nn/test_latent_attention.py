@@ -99,6 +99,12 @@ def test_token_by_token_over_a_cache() -> None:
             keep = lambda tokens: cache.append_compressed(0, tokens, SIZES.kv_rank)
             found.append(ours(x[:, first:last], angles, mask, keep))
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="kv_cache must be of a model that caches keys and values, got one of compr"):
+        cache.append(0, x[:, None], x[:, None])
+    usual = KVCache(1)
+    usual.append(0, x[:, None], x[:, None])
+    with pytest.raises(ValueError, match="kv_cache must be of a model that caches compressed tokens, got one of keys"):
+        usual.append_compressed(0, x[:, None], SIZES.kv_rank)
     (buffer,) = cache._layers[0]
     assert buffer.view().shape == (2, 1, LENGTH, SIZES.cached)
     assert SIZES.cached == 32 + 8
@@ -165,5 +171,12 @@ def test_bad_input() -> None:
     angles = torch.ones(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)
     with pytest.raises(ValueError, match=r"x must be \[B, L, 48\], got shape \(1, 3, 47\)"):
         LatentAttention(DIM, SIZES)(torch.randn(1, 3, 47), angles)
+    for wrong in (angles[0][:, :, :1], angles[0][..., :2], angles[0][0]):
+        with pytest.raises(ValueError, match=r"angles must be two tensors \[B or 1, 1, 3, 4\], got shape"):
+            LatentAttention(DIM, SIZES)(torch.randn(1, 3, DIM), (angles[0], wrong))
+    with pytest.raises(TypeError, match="sizes must be LatentSizes, got tuple"):
+        LatentAttention(DIM, tuple(SIZES))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scale must be a finite number, got nan"):
+        LatentAttention(DIM, SIZES, scale=float("nan"))
     with pytest.raises(ValueError, match="dropout must be between 0 and 1, got 2"):
         LatentAttention(DIM, SIZES, dropout=2)

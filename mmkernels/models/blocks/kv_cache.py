@@ -76,6 +76,8 @@ class KVCache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Adds the new keys and values ``[B, Hkv, L, D]`` of a layer, and returns all of them, ``[B, Hkv, Lk, D]``."""
+        if len(self._layers[layer]) == 1:
+            raise ValueError("kv_cache must be of a model that caches keys and values, got one of compressed tokens")
         key_buffer, value_buffer = self._layers[layer]
         key_buffer.append(key)
         value_buffer.append(value)
@@ -89,6 +91,8 @@ class KVCache:
             tokens: as `LatentAttention.compress` returns them.
             value_dim: how many of their channels, the first ones, values are computed from.
         """
+        if any(buffer.is_filled for buffer in self._layers[layer][1:]):
+            raise ValueError("kv_cache must be of a model that caches compressed tokens, got one of keys and values")
         self._layers[layer], self._value_dim = self._layers[layer][:1], value_dim
         (buffer,) = self._layers[layer]
         buffer.append(tokens)
