@@ -91,7 +91,7 @@ def ablate(
     models: dict[str, DeepSeekVL] = {}
     curve: list[list[float]] = []
     every = max(1, options.rewarded // MEASURED)
-    sizes = {"steps": options.rewarded, "batch": max(1, options.batch // 8), "seed": options.seed}
+    sizes = {"steps": options.rewarded, "batch": max(1, options.batch // 4), "seed": options.seed}
     for name, weights in ABLATION.items():
         print(f"stage 3: be rewarded, {name}", flush=True)
         models[name] = copy.deepcopy(model)
@@ -121,7 +121,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeing", type=int, default=500, help="steps of the first stage (%(default)s)")
     parser.add_argument("--answering", type=int, default=1000, help="steps of the second stage (%(default)s)")
-    parser.add_argument("--rewarded", type=int, default=120, help="steps of each run of the third stage (%(default)s)")
+    parser.add_argument("--rewarded", type=int, default=80, help="steps of each run of the third stage (%(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="scenes a step of the first two stages (%(default)s)")
     parser.add_argument("--scenes", type=int, default=100, help="scenes of digits held out (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes (%(default)s)")
