@@ -63,6 +63,7 @@ def _is_served(layer: nn.Module, x: Tensor) -> bool:
     return (
         weight.numel() >= LEAST_WEIGHTS
         and all(_is_packed(part) for part in (weight, bias) if isinstance(part, Tensor))
+        and (bias is None or bias.shape == weight.shape[:1])
         and x.dtype is torch.float32
         and x.is_cpu
         and type(x) in PLAIN

@@ -66,9 +66,11 @@ def test_equals_the_layer(served: list[Any], bias: bool, change: Callable[[Tenso
 
 
 @pytest.mark.parametrize(
-    "bias", [torch.randn(2 * OUT)[::2], torch.randn(1).expand(OUT)], ids=["strided", "of one number"]
+    "bias",
+    [torch.randn(2 * OUT)[::2], torch.randn(1).expand(OUT), torch.randn(1)],
+    ids=["strided", "expanded", "of one number"],
 )
-def test_a_bias_with_strides_is_left_to_the_layer(bias: Tensor) -> None:
+def test_another_bias_is_left_to_the_layer(bias: Tensor) -> None:
     layer, x = made()
     layer.bias = nn.Parameter(bias)
     with torch.no_grad():
