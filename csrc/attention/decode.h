@@ -118,8 +118,7 @@ struct DecodeScratch : Arena {
   const i64 count = least(decode_rows(p), kDecodeRows);
   float* scores = take<float>(count * kDecodeKeys);
   float* out = take<float>(count * pad_lanes(p.value_dim));
-  // More rows than kDotRows are lanes.
-  const i64 lanes = count > kDotRows ? pad_lanes(count) : 0;
+  const i64 lanes = count > 8 ? pad_lanes(count) : 0; // see rows_are_lanes
   float* query_lanes = take<float>(lanes * depth_of(is_dot, p.dim));
   float* block = take<float>(lanes * kLanes);
   char* query = take<char>(count * row_bytes(is_dot, p.dim));
@@ -196,8 +195,8 @@ MMK_INLINE Span begin_decode(const DecodeScratch& s, const KeyList& list, i64 kv
       std::memcpy(to, query.data, query_row);
     }
   }
-  if (rows > kDotRows) {
-    transpose_rows({s.query, query_row}, rows, depth_of(s.is_dot, p.dim), pad_lanes(rows), s.query_lanes);
+  if (const i64 depth = depth_of(s.is_dot, p.dim); rows_are_lanes(rows, depth, s.is_dot)) {
+    transpose_rows({s.query, query_row}, rows, depth, pad_lanes(rows), s.query_lanes);
   }
   std::memset(s.out, 0, rows * pad_lanes(p.value_dim) * 4);
   return hull;
@@ -222,7 +221,7 @@ MMK_INLINE void score_keys(const DecodeScratch& s, Rows keys, i64 n, i64 rows, A
                            Ahead next_keys = {}) {
   const i64 query_row = row_bytes(s.is_dot, s.p.dim), depth = depth_of(s.is_dot, s.p.dim);
   with_pairs(s.is_dot, [&](auto pairs) {
-    if (rows > kDotRows) {
+    if (rows_are_lanes(rows, depth, s.is_dot)) {
       lane_rows<pairs()>(s.query_lanes, pad_lanes(rows), rows, keys, n, depth, s.block, s.scores, kDecodeKeys, values,
                          next_keys);
     } else {

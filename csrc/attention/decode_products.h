@@ -1,14 +1,16 @@
 // The products of few query rows with rows of keys and values, in place.
 #pragma once
 
-#include <utility>
-
 #include "forward.h"
 
 namespace mmkernels::MMK_ISA {
 
-// Up to so many rows a dot product for each row and key is less work than vectors of rows, whose lanes would be empty.
-constexpr i64 kDotRows = kLanes < 8 ? kLanes : 8;
+// Whether rows are lanes of vectors, which costs the multiplications of full vectors. Else each row and key has a dot
+// product, whose lanes have to be added up: as long as the multiplications where these are few.
+MMK_INLINE bool rows_are_lanes(i64 rows, i64 depth, bool is_dot) {
+  const bool is_full = rows > kLanes * 3 / 4 && !is_dot && depth >= 256; // of pairs, dot products measured faster
+  return rows > 16 || (rows > 8 && (depth < 4 * kLanes || is_full));
+}
 
 // Rows that are read soon. They are asked of memory a few at a time while scores are computed: without that a core
 // waits for each tile and then computes, one after the other.
@@ -83,23 +85,35 @@ MMK_INLINE void dot_block(const char* a, i64 a_row, const char* b, i64 b_row, i6
   }
 }
 
-// Scores of `rows` rows, at most kDotRows, with all keys. Each key is read once.
+// Scores of all keys, of 5 rows at once where so many are left, else of 4, 3, 2 or 1: more take too many registers.
 template <bool kDot>
 MMK_INLINE void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i64 depth, float* scores, i64 scores_row,
                          Ahead values, Ahead next_keys) {
+  i64 r = 0;
   const auto run = [&](auto height) {
     constexpr int kRows = decltype(height)::value, kKeys = kLanes / kRows;
-    static_assert(kKeys > 0);
     for (i64 j = 0; j < keys; j += kKeys) {
-      values.ask(kKeys);
+      values.ask(kKeys); // in the first round alone, as nothing is left then
       next_keys.ask(kKeys);
-      dot_block<kRows, kDot>(a, a_row, b.data + j * b.stride, b.stride, keys - j, depth, scores + j, scores_row);
+      dot_block<kRows, kDot>(a + r * a_row, a_row, b.data + j * b.stride, b.stride, keys - j, depth,
+                             scores + r * scores_row + j, scores_row);
     }
+    r += kRows;
   };
-  const auto choose = [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
-    ((rows == kRows + 1 ? run(std::integral_constant<int, kRows + 1>()) : void()), ...);
-  };
-  choose(std::make_integer_sequence<int, kDotRows>());
+  while (r < rows) {
+    const i64 left = rows - r;
+    if (kLanes >= 8 && left == 5) {
+      run(std::integral_constant<int, kLanes >= 8 ? 5 : 1>());
+    } else if (left >= 4) {
+      run(std::integral_constant<int, 4>());
+    } else if (left == 3) {
+      run(std::integral_constant<int, 3>());
+    } else if (left == 2) {
+      run(std::integral_constant<int, 2>());
+    } else {
+      run(std::integral_constant<int, 1>());
+    }
+  }
 }
 
 // The same for more rows, which are lanes: a is [depth, lanes]. `block` has room for kLanes x lanes.

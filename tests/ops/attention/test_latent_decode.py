@@ -33,7 +33,7 @@ def _error(out: Tensor, query: Tensor, cache: Tensor, value: Tensor) -> float:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=lambda dtype: str(dtype)[6:])
 def test_every_number_of_rows(isa: str, dtype: torch.dtype) -> None:
-    """Up to 8 rows are dot products, more are lanes of vectors; a value in place, or copied beside the key."""
+    """Rows are dot products of 1 to 5 at once, or lanes of vectors; values in place, or copied beside the keys."""
     with cpu.use_isa(isa):
         for rows in (1, 2, 3, 5, 7, 8, 9, 17, 70):
             query, cache = _inputs(rows, 37 if rows % 2 else 200, 19, dtype)
