@@ -48,6 +48,7 @@ try:
         train,
         train_tokenizer,
     )
+    from safetensors import SafetensorError
     from safetensors.torch import load_model, save_model
     from sklearn.svm import SVC
 except ModuleNotFoundError as error:
@@ -191,7 +192,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.weights is None:
         losses = learn(model, pixels, digits, options)
     else:
-        load_model(model, str(options.weights))
+        try:
+            load_model(model, str(options.weights))
+        except (RuntimeError, SafetensorError) as error:
+            sys.exit(f"--weights must be a file that an earlier run wrote: {error}")
     model.eval()
     judge = Judge(pixels, digits)
     again = restored(model, held_pixels)

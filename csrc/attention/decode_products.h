@@ -120,7 +120,7 @@ MMK_INLINE void dot_rows(const char* a, i64 a_row, i64 rows, Rows b, i64 keys, i
 template <bool kDot>
 void lane_rows(const float* a, i64 lanes, i64 rows, Rows b, i64 keys, i64 depth, float* block, float* scores,
                i64 scores_row, Ahead values, Ahead next_keys) {
-  constexpr i64 kPart = 192; // of the depth: shorter sums round less, and a's part stays in the first-level cache
+  constexpr i64 kPart = 64; // of the depth: shorter sums round less, and a's part stays in the first-level cache
   for (i64 j = 0; j < keys; j += kLanes) {
     values.ask(kLanes);
     next_keys.ask(kLanes);

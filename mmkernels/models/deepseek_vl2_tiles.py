@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmkernels.models.blocks.images import load_image
 from mmkernels.nn.checks import check_positive
+from mmkernels.runtime.checks import check_bool
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,7 +102,8 @@ def cut_images(
         cut: whether images are cut; if not, each has one tile beside the one of the whole. None: up to two images are.
 
     Raises:
-        ValueError: there is no image, or one is not RGB. FileNotFoundError, ImageError: as `load_image`.
+        TypeError: `images` is not a list, or what it holds is no image. ValueError: there is no image, or one is not
+            RGB. FileNotFoundError, ImageError: as `load_image`.
 
     Source: Wu et al., "DeepSeek-VL2", 2024, section 3.1, figure 3.
 
@@ -113,8 +115,14 @@ def cut_images(
         >>> found.tiles, tuple(found.pixel_values.shape)
         (((2, 1),), (3, 3, 384, 384))
     """
+    if not isinstance(images, list | tuple):
+        raise TypeError(f"images must be a list of images or paths, got {type(images).__name__}")
+    if cut is not None:
+        check_bool("cut", cut)
     if not images:
         raise ValueError("images must have at least one image, got none")
+    from PIL import Image as pictures
+
     side = config.image_size
     if config.channels != 3:
         raise ValueError(f"config must be of a model of RGB images, got {config.channels} channels")
@@ -122,6 +130,8 @@ def cut_images(
     found, tiles = [], []
     for number, given in enumerate(images):
         image = load_image(given) if isinstance(given, str | Path) else given
+        if not isinstance(image, pictures.Image):
+            raise TypeError(f"images must be images or paths, got {type(image).__name__} for image {number}")
         if image.mode != "RGB":
             raise ValueError(f"images must be RGB, got mode {image.mode} for image {number}")
         width, height = best_resolution(image.size, sizes)

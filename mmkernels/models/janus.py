@@ -23,6 +23,7 @@ from mmkernels.models.blocks.visual import Media, Visual
 from mmkernels.models.janus_config import SIZES, JanusConfig, with_image_tokens
 from mmkernels.models.janus_vq import VQ, check_image_tokens
 from mmkernels.nn.linear_layer import linear
+from mmkernels.runtime.checks import check_bool
 
 
 class Janus(PatchTokenModel):
@@ -221,13 +222,18 @@ class Janus(PatchTokenModel):
         return self.vq.decode(image_tokens)
 
     @torch.no_grad()
-    def encode_tokens(self, pixels: Tensor) -> Tensor:
+    def encode_tokens(self, pixels: Tensor, directions: bool | None = None) -> Tensor:
         """Returns the tokens of images that `forward` can learn to generate, int64 ``[B, N]``.
 
         Args:
             pixels: floating ``[B, channels, S, S]`` from -1 to 1; S is `VQSizes.image_side`.
+            directions: whether tokens are the codes nearest in direction, as the released models were trained, or in
+                distance, as transformers computes them; None: as `config.vq_directions` says. To train a released
+                model further, take True.
         """
-        return self.vq.encode(pixels)
+        if directions is not None:
+            check_bool("directions", directions)
+        return self.vq.encode(pixels, directions)
 
 
 def _aligner(width: int, out: int, layers: int, activation: Callable[[], nn.Module]) -> nn.Sequential:

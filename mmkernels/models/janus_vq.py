@@ -109,13 +109,17 @@ class VQ(nn.Module):
         weight = self._codes.weight
         return F.normalize(weight, dim=-1) if self.sizes.directions else weight
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, directions: bool | None = None) -> Tensor:
         """Returns the tokens of images, int64 ``[B, side * side]``, row after row.
 
         Args:
             pixels: floating ``[B, channels, S, S]`` from -1 to 1.
+            directions: as `VQSizes.directions`; None: as there.
         """
-        return self._nearest(self.latents(pixels))
+        latents, codes = self._projected(pixels), self._codes.weight
+        if self.sizes.directions if directions is None else directions:
+            latents, codes = F.normalize(latents, dim=-1), F.normalize(codes, dim=-1)
+        return self._nearest(latents, codes)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Returns the images of tokens, ``[B, channels, S, S]``, about from -1 to 1.
@@ -136,7 +140,7 @@ class VQ(nn.Module):
         two parts are those of transformers.
         """
         latents = self.latents(pixels)
-        tokens = self._nearest(latents)
+        tokens = self._nearest(latents, self.codebook)
         codes = F.embedding(tokens, self.codebook)
         loss = F.mse_loss(latents, codes.detach()) + _CODE_WEIGHT * F.mse_loss(codes, latents.detach())
         return VQOutput(self._pixels(latents + (codes - latents).detach()), loss, tokens)
@@ -147,6 +151,10 @@ class VQ(nn.Module):
         Args:
             pixels: floating ``[B, channels, S, S]`` from -1 to 1.
         """
+        projected = self._projected(pixels)
+        return F.normalize(projected, dim=-1) if self.sizes.directions else projected
+
+    def _projected(self, pixels: Tensor) -> Tensor:
         s = self.sizes
         if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
             raise TypeError(f"pixels must be a floating tensor, got {described(pixels)}")
@@ -154,16 +162,16 @@ class VQ(nn.Module):
             must = f"[B, {s.channels}, {s.image_side}, {s.image_side}]"
             raise ValueError(f"pixels must be {must}, got shape {tuple(pixels.shape)}")
         features = self.encoder(pixels.to(self.quant_conv.weight.dtype))  # [B, latent, side, side]
-        latents = self.quant_conv(_tokens(features))
-        return F.normalize(latents, dim=-1) if s.directions else latents
+        latents: Tensor = self.quant_conv(_tokens(features))
+        return latents
 
-    def _nearest(self, latents: Tensor) -> Tensor:
+    def _nearest(self, latents: Tensor, codes: Tensor) -> Tensor:
         """Returns the number of the nearest code, of several the first, int64 ``[B, L]``.
 
         Distances to a strip of the codes exist at a time.
         """
         wide = torch.promote_types(latents.dtype, torch.float32)  # in 16 bits one code of twenty is another one's
-        flat, codebook = latents.detach().flatten(0, 1).to(wide), self.codebook.detach().to(wide)
+        flat, codebook = latents.detach().flatten(0, 1).to(wide), codes.detach().to(wide)
         best, found = None, None
         for start in range(0, codebook.shape[0], _STRIP):
             strip = codebook[start : start + _STRIP]

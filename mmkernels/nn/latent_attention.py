@@ -208,13 +208,13 @@ class LatentAttention(nn.Module):
 
 
 def rotate_pairs(x: Tensor, angles: Angles) -> Tensor:
-    """Rotates each pair of channels (2i, 2i + 1) of ``x [B, H, L, D]`` by its angle.
+    """Rotates each pair of channels (2i, 2i + 1) of ``x [B, H, L, D]`` by its angle; returns x's dtype.
 
     Source: Su et al., "RoFormer", 2021, equation 34.
     """
     cos, sin = angles
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
 def _by_head(x: Tensor, weight: Tensor) -> Tensor:

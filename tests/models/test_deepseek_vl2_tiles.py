@@ -148,6 +148,18 @@ def test_files_and_errors(tmp_path: Path) -> None:
 # The tokens of a prompt.
 
 
+def test_what_is_no_image() -> None:
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(TypeError, match="images must be a list of images or paths, got Image"):
+        cut_images(image, TINY)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="images must be a list of images or paths, got str"):
+        cut_images("x.png", TINY)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="images must be images or paths, got NoneType for image 1"):
+        cut_images([image, None], TINY)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="cut must be"):
+        cut_images([image], TINY, cut="no")  # type: ignore[arg-type]
+
+
 def test_numbers_of_tokens() -> None:
     """14 x 14 tokens a tile: 210 of the whole, one, and the rows of the tiles with a newline each."""
     assert num_tokens((1, 1), 14) == 14 * 15 + 1 + 14 * 15 == 421

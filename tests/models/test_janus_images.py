@@ -277,7 +277,20 @@ def test_of_equal_codes_the_first_is_taken() -> None:
         codes[[3, 7, 2048, 4999]] = torch.tensor([1.0, 2.0])
         codes[[2050, 4097]] = torch.tensor([-1.0, 0.5])
     latents = torch.tensor([[[1.0, 2.1], [-1.0, 0.4], [9.0, 9.0], [1.0, 2.0]]])
-    assert vq._nearest(latents).tolist() == [[3, 2050, 0, 3]]
+    assert vq._nearest(latents, vq.codebook).tolist() == [[3, 2050, 0, 3]]
+
+
+def test_tokens_of_the_other_kind() -> None:
+    """A released model, read as transformers computes its tokens, gives those that it was trained on, too."""
+    raw, by_directions = (Janus.from_size("tiny", seed=1, vq_codes=1024, vq_directions=way) for way in (False, True))
+    by_directions.load_state_dict(raw.state_dict())
+    pixels = 2 * torch.rand(4, 3, 8, 8) - 1
+    usual, other = raw.encode_tokens(pixels), by_directions.encode_tokens(pixels)
+    assert float((usual != other).float().mean()) > 0.1
+    assert torch.equal(raw.encode_tokens(pixels, directions=True), other)
+    assert torch.equal(by_directions.encode_tokens(pixels, directions=False), usual)
+    with pytest.raises(TypeError, match="directions must be a bool, got str"):
+        raw.encode_tokens(pixels, directions="yes")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("directions", [False, True])
@@ -289,7 +302,7 @@ def test_the_nearest_code_of_16_bit_latents(directions: bool) -> None:
     with torch.no_grad():
         vq.quantize["embedding"].weight.normal_(generator=g)
     latents = torch.randn(1, 256, 8, generator=g).bfloat16()
-    found = vq._nearest(latents)[0]
+    found = vq._nearest(latents, vq.codebook)[0]
     distances = torch.cdist(latents[0].double(), vq.codebook.detach().double())
     torch.testing.assert_close(distances.gather(1, found[:, None])[:, 0], distances.amin(1), rtol=1e-5, atol=0.0)
 

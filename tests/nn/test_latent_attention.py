@@ -144,6 +144,16 @@ def test_rotation_of_pairs() -> None:
     torch.testing.assert_close(found, torch.view_as_real(turned).flatten(-2), rtol=1e-12, atol=1e-12)
 
 
+def test_wide_angles_of_16_bit_tokens() -> None:
+    module = LatentAttention(DIM, SIZES).bfloat16()
+    angles = torch.rand(1, 1, LENGTH, 4)
+    x = torch.randn(2, LENGTH, DIM).bfloat16()
+    found = module(x, (angles.cos(), angles.sin()))
+    wide = module.double()(x.double(), (angles.cos().double(), angles.sin().double()))
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.double(), wide, rtol=0.05, atol=0.02)
+
+
 def test_dropout_in_training_only() -> None:
     module = LatentAttention(DIM, SIZES, dropout=0.5)
     angles = torch.ones(1, 1, LENGTH, 4), torch.zeros(1, 1, LENGTH, 4)
