@@ -30,7 +30,9 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, flow: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        of_x, of_weight = torch.empty_like(x), torch.zeros_like(weight)
+        of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
+        for of_none in (out for out, size in zip(of_weight, ctx.sizes, strict=True) if not size):
+            of_none.zero_()
         for g, flows, rows, out in _parts(ctx.sizes, flow, x, of_x):
             torch.mm(flows, weight[g], out=out)
             torch.mm(flows.mT, rows, out=of_weight[g])
