@@ -154,12 +154,13 @@ inline void matrix_gradient(const MatrixGradientParams& p, const GroupedTask& t,
   t.rows <= kFewGradientRows ? gradient.few() : gradient.many();
 }
 
-// Sums of so many rows first, then of those sums: a long chain of float32 sums would lose digits.
+// Sums of so many rows first, then of those sums with what rounding took from them (Kahan): a long chain of float32 sums
+// would lose digits.
 inline void bias_gradient(const MatrixGradientParams& p, i64 first_row, i64 rows, float* to) {
   constexpr i64 kSome = 64;
   for (i64 c = 0; c < p.width; c += kLanes) {
     const i64 count = least<i64>(kLanes, p.width - c);
-    Vec total = zero();
+    Vec total = zero(), lost = zero();
     for (i64 first = 0; first < rows; first += kSome) {
       Vec some = zero();
       for (i64 r = first; r < least(first + kSome, rows); ++r) {
@@ -174,7 +175,9 @@ inline void bias_gradient(const MatrixGradientParams& p, i64 first_row, i64 rows
           some += load(x);
         }
       }
-      total += some;
+      const Vec more = some - lost, sum = total + more;
+      lost = (sum - total) - more;
+      total = sum;
     }
     store_part(to + c, total, count);
   }

@@ -168,3 +168,14 @@ def test_memory() -> None:
     few = tensors | {name: tensors[name][:8] for name in ("x", "flow")} | {"lengths": torch.tensor([4, 0, 4])}
     results = sum(tensors[name].numel() * 2 for name in ("x", "flow", "weight", "bias"))
     assert peak_of(lambda: _ours(tensors), lambda: _ours(few)) < results + 4e6
+
+
+@each_isa
+def test_a_bias_of_many_rows_keeps_its_digits(isa: str) -> None:
+    """Rows of one sign, of which one chain of float32 sums would lose three digits."""
+    rows = 65_536
+    x, bias, flow = torch.zeros(rows, 1), torch.zeros(1, 8, requires_grad=True), torch.rand(rows, 8)
+    with cpu.use_isa(isa):
+        grouped_linear(x, torch.zeros(1, 8, 1), torch.tensor([rows]), bias=bias, backend="cpu").backward(flow)
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad[0].double(), flow.double().sum(0), rtol=2e-7, atol=0.0)
