@@ -154,8 +154,8 @@ inline void matrix_gradient(const MatrixGradientParams& p, const GroupedTask& t,
   t.rows <= kFewGradientRows ? gradient.few() : gradient.many();
 }
 
-// Sums of so many rows first, then of those sums with what rounding took from them (Kahan): a long chain of float32 sums
-// would lose digits.
+// Sums of so many rows first, then of those sums with what rounding took from them (Kahan): a long chain of float32
+// sums would lose digits.
 inline void bias_gradient(const MatrixGradientParams& p, i64 first_row, i64 rows, float* to) {
   constexpr i64 kSome = 64;
   for (i64 c = 0; c < p.width; c += kLanes) {
