@@ -94,6 +94,7 @@ SIZE = "must be an integer from 1 to"
         ({"vq_config__channel_multiplier": []}, r"vq_multipliers must be 1 to 8 integers from 1 to 64, got \(\)"),
         ({"vq_config__channel_multiplier": [1, 0]}, r"vq_multipliers must be .*got \(1, 0\)"),
         ({"vq_config__channel_multiplier": [1] * 9}, "vq_multipliers must be"),
+        ({"vq_config__channel_multiplier": [1, "a"]}, ", vq_config: .*channel_multiplier"),
         ({"vq_config__num_res_blocks": 10**6}, f"vq_blocks {SIZE} 64"),
         ({"vq_config__double_latent": True}, "vq_config: double_latent must be False, got True"),
         ({"vq_config__dropout": 0.1}, "vq_config: dropout must be 0, got 0.1"),

@@ -221,10 +221,11 @@ def _check_layers(values: dict[str, Any], where: str) -> None:
 def _refused_section(config: type, values: dict[str, Any]) -> str:
     """ ", text_config" if transformers refuses this part of the configuration, "" if it refuses none."""
     for key, section in getattr(config, "sub_configs", {}).items():
-        if not isinstance(values.get(key), dict):
+        given, auto = values.get(key), section.__name__ == "AutoConfig"
+        if not isinstance(given, dict) or (auto and "model_type" not in given):
             continue
         try:
-            section(**values[key])
+            (section.for_model if auto else section)(**given)
         except Exception:
             return f", {key}"
     return ""
