@@ -94,7 +94,7 @@ class Model(nn.Module):
                 after several saves, the files are chosen as transformers chooses them: those that ``config.json`` names
                 in ``transformers_weights``, or else ``model.safetensors``, or else the shards. An adapter beside them
                 is refused.
-            dtype: of the parameters, whatever the files hold.
+            dtype: of the parameters, whatever the files hold; routers of experts (`TopKRouter`) stay float32.
             device: of the parameters.
 
         Raises:
