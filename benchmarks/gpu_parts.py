@@ -67,7 +67,7 @@ def all_parts() -> list[Part]:
     nan, host = run_tests(*checks, "test_attention", *_workers()), run_tests(*checks, "test_host_time")
     return [
         Part("build", "the extensions, in place, against the torch that is there", 50, build),
-        Part("ceilings", "what the GPU gives at best: copy, bfloat16 matrix product", 15, measure_ceilings),
+        Part("ceilings", "what the GPU gives at best: copy, bfloat16 matrix product", 20, measure_ceilings),
         Part("tests", "every test marked gpu", 90, run_tests("tests", "-m", "gpu", *_workers())),
         Part("nan", "forward and backward on lengths with L % 128 == 64, every kind of mask", 35, nan),
         *(Part(op, f"mmkernels bench {op}", ops[op], measure_op(op)) for op in sorted(ops, key=lambda op: -ops[op])),

@@ -63,7 +63,6 @@ extern const PoolTokensKernels pool_tokens_kernels;
 const PoolTokensKernels pool_tokens_kernels = {
     .scratch = pool_scratch,
     .pool = pool_tokens,
-    .dots = pool_dots,
 };
 
 extern const RowKernels row_kernels;

@@ -137,6 +137,25 @@ std::tuple<Tensor, Tensor, Tensor> pool_tokens(const Arguments& args) {
   return {y, which, lse};
 }
 
+// Gradients of the scores of tokens. The mean product of a window is that of its tokens' products, not grad_y . y: y
+// may be rounded to 16 bits, which is more than what is left where one token has all of the weight.
+void softmax_gradient(const std::vector<PoolPair>& pairs, i64 most_taps, i64 windows, float* grad_scores) {
+  std::vector<float> mean(windows);
+  for (const PoolPair& pair : pairs) {
+    if (pair.window >= 0) {
+      mean[pair.window] += pair.weight * pair.dot;
+    }
+  }
+  for (std::size_t n = 0; n < pairs.size(); n += most_taps) {
+    float sum = 0.0f;
+    for (i64 k = 0; k < most_taps && pairs[n + k].window >= 0; ++k) {
+      const PoolPair& pair = pairs[n + k];
+      sum += pair.weight * (pair.dot - mean[pair.window]);
+    }
+    grad_scores[n / most_taps] = sum;
+  }
+}
+
 std::tuple<Tensor, Tensor> pool_tokens_backward(const Arguments& args) {
   PoolLaunch launch(args);
   PoolTokens& p = launch.p;
@@ -151,7 +170,7 @@ std::tuple<Tensor, Tensor> pool_tokens_backward(const Arguments& args) {
   launch.backward(grad_y);
   const Tensor none = at::detail::empty_cpu({0}, launch.x.scalar_type());
   const Tensor grad_x = need_x ? expect_writes(at::detail::empty_cpu(launch.x.sizes(), launch.x.scalar_type())) : none;
-  std::vector<float> flow;
+  std::vector<PoolPair> pairs;
   Tensor grad_scores = none;
   if (max) {
     check_sizes("which", which, {launch.rows, p.channels});
@@ -160,18 +179,17 @@ std::tuple<Tensor, Tensor> pool_tokens_backward(const Arguments& args) {
     check_sizes("lse", lse, {launch.rows});
     p.lse = lse.const_data_ptr<float>();
     if (need_scores) {
-      flow.resize(launch.rows);
-      launch.k.dots(static_cast<const char*>(grad_y.const_data_ptr()), p.stride,
-                    static_cast<const char*>(y.const_data_ptr()), y.stride(0) * y.element_size(), p.type, launch.rows,
-                    p.channels, flow.data());
-      p.flow = flow.data();
       grad_scores = at::detail::empty_cpu(args.optional_tensor("scores")->sizes(), at::kFloat);
-      p.grad_scores = grad_scores.mutable_data_ptr<float>();
+      pairs.resize(grad_scores.numel() * p.most_taps);
+      p.pairs = pairs.data();
     }
   }
   p.to = need_x ? static_cast<char*>(grad_x.mutable_data_ptr()) : nullptr;
   p.past_caches = need_x && static_cast<i64>(grad_x.nbytes()) > kCacheBytes;
   launch.run();
+  if (p.pairs != nullptr) {
+    softmax_gradient(pairs, p.most_taps, launch.rows, grad_scores.mutable_data_ptr<float>());
+  }
   return {grad_x, grad_scores.to(launch.x.scalar_type())};
 }
 

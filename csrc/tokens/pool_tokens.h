@@ -29,6 +29,13 @@ struct PoolImage {
 
 enum class Pooling { linear, max, attention, max_backward, attention_backward };
 
+// A token and a window that it is in, in the backward pass of "attention": its weight there, and its product with the
+// window's gradient.
+struct PoolPair {
+  float weight, dot;
+  std::int32_t window; // -1: none
+};
+
 struct PoolTokens {
   Pooling pooling = Pooling::linear;
   const PoolImage* images = nullptr;
@@ -42,19 +49,16 @@ struct PoolTokens {
   const float* scores = nullptr; // [tokens] of x
   float* new_lse = nullptr;      // "attention": [results]
   std::int32_t* new_index = nullptr;
-  // Of backward passes, for each token that is read: the parts' log-sum-exp, grad_y . y, and the largest tokens.
-  const float *lse = nullptr, *flow = nullptr;
+  // Of backward passes, for each token that is read: the parts' log-sum-exp, and the largest tokens.
+  const float* lse = nullptr;
   const std::int32_t* index = nullptr;
-  float* grad_scores = nullptr; // [results]; null: not needed
+  PoolPair* pairs = nullptr; // [results, most_taps], "none" behind those of a result; null: not needed
 };
 
 // The kernels of one instruction set.
 struct PoolTokensKernels {
   std::int64_t (*scratch)(const PoolTokens&);
   void (*pool)(const PoolTokens&, std::int64_t first, std::int64_t last, char* scratch); // results [first, last)
-  // Dot products of rows of two tensors: to [count].
-  void (*dots)(const char* a, std::int64_t a_stride, const char* b, std::int64_t b_stride, Type, std::int64_t count,
-               std::int64_t channels, float* to);
 };
 
 } // namespace mmkernels

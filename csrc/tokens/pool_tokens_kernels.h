@@ -174,14 +174,6 @@ template <Type kType> float dot_rows(const char* a, const char* b, i64 channels)
     return load_as_f32(a + c * kSize, kType, count) * load_as_f32(b + c * kSize, kType, count);
   });
 }
-inline void pool_dots(const char* a, i64 a_stride, const char* b, i64 b_stride, Type type, i64 count, i64 channels,
-                      float* to) {
-  with_type(type, [&](auto kind) {
-    for (i64 i = 0; i < count; ++i) {
-      to[i] = dot_rows<decltype(kind)::value>(a + i * a_stride, b + i * b_stride, channels);
-    }
-  });
-}
 
 template <Type kType> void pool_row(const PoolTokens& p, const PoolImage& image, i64 row, const PoolScratch& s) {
   constexpr i64 kSize = bytes_of(kType);
@@ -203,19 +195,19 @@ template <Type kType> void pool_row(const PoolTokens& p, const PoolImage& image,
     weighted_sum<kType>(p, s, n, line);
     break;
   case Pooling::attention_backward: {
-    float flow = 0.0f;
     for (i64 k = 0; k < n; k += kLanes) {
       for (i64 j = k; j < k + kLanes; ++j) {
         s.weight[j] = j < n ? p.scores[row] - p.lse[s.token[j]] : 0.0f;
       }
       store(s.weight + k, exp2(load(s.weight + k) * set1(kLog2e)));
     }
-    if (p.grad_scores != nullptr) {
+    if (p.pairs != nullptr) {
       const char* x = image.x + (row - image.row) * p.x_stride;
-      for (i64 k = 0; k < n; ++k) {
-        flow += s.weight[k] * (dot_rows<kType>(s.source[k], x, p.channels) - p.flow[s.token[k]]);
+      PoolPair* pairs = p.pairs + row * p.most_taps;
+      for (i64 k = 0; k < p.most_taps; ++k) {
+        pairs[k] = k < n ? PoolPair{s.weight[k], dot_rows<kType>(s.source[k], x, p.channels), s.token[k]}
+                         : PoolPair{0.0f, 0.0f, -1};
       }
-      p.grad_scores[row] = flow;
     }
     weighted_sum<kType>(p, s, n, line);
     break;
