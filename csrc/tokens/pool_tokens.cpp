@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_tokens(const Arguments& args) {
 }
 
 // Gradients of the scores of tokens. The mean product of a window is that of its tokens' products, not grad_y . y: y
-// may be rounded to 16 bits, which is more than what is left where one token has all of the weight.
+// may be rounded to 16 bits, which is off by more than what is left where one token has all of the weight.
 void softmax_gradient(const std::vector<PoolPair>& pairs, i64 most_taps, i64 windows, float* grad_scores) {
   std::vector<float> mean(windows);
   for (const PoolPair& pair : pairs) {
@@ -159,13 +159,12 @@ void softmax_gradient(const std::vector<PoolPair>& pairs, i64 most_taps, i64 win
 std::tuple<Tensor, Tensor> pool_tokens_backward(const Arguments& args) {
   PoolLaunch launch(args);
   PoolTokens& p = launch.p;
-  const Tensor y = with_dense_channels(args.tensor("y")), which = args.tensor("which").contiguous();
+  const Tensor which = args.tensor("which").contiguous();
   const Tensor lse = args.tensor("lse").contiguous(), grad_y = with_dense_channels(args.tensor("grad_y"));
   const bool max = launch.mode == "max", attention = launch.mode == "attention";
   const bool need_x = args.flag("need_x"), need_scores = args.flag("need_scores") && attention;
   p.pooling = max ? Pooling::max_backward : attention ? Pooling::attention_backward : Pooling::linear;
   check_sizes("grad_y", grad_y, {launch.rows, p.channels});
-  check_sizes("y", y, {launch.rows, p.channels});
   TORCH_CHECK_TYPE(grad_y.scalar_type() == launch.x.scalar_type(), "grad_y must have x's dtype");
   launch.backward(grad_y);
   const Tensor none = at::detail::empty_cpu({0}, launch.x.scalar_type());

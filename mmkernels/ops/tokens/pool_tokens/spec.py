@@ -91,7 +91,10 @@ def reference_backward(args: Any) -> tuple[Tensor, Tensor]:
             scores = args.scores.flatten().to(wide)
             weights = (scores[cells.tokens] - args.lse[:, None]).exp().masked_fill(~cells.live, 0.0)
             of_x = of_x.index_add(0, cells.tokens.flatten(), (weights[..., None] * grad[:, None]).flatten(0, 1))
-            flows = (grad[:, None] * (x[cells.tokens].to(wide) - args.y.to(wide)[:, None])).sum(-1)
+            products = (grad[:, None] * x[cells.tokens].to(wide)).sum(-1)
+            # Their mean, not that of the results: a rounded result is off by more than what is left where one token
+            # has all of the weight.
+            flows = products - (weights * products).sum(1, keepdim=True)
             of_scores = torch.zeros_like(scores).index_add(0, cells.tokens.flatten(), (weights * flows).flatten())
             of_scores = of_scores.view(args.scores.shape).to(args.scores.dtype)
     need_scores = args.need_scores and args.scores is not None

@@ -162,8 +162,33 @@ def max_backward_kernel(
 
 
 @triton.jit
+def mean_product_kernel(
+    x, scores, lse, mean, grad_y, tables, x_strides, strides, images,
+    CHANNELS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Store the weighted mean of the products of a result's gradient with its tokens. Grid: (results,).
+
+    It is not grad_y . y: y may be rounded to 16 bits, which is off by more than what is left where one token has all of
+    the weight.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    live = c < CHANNELS
+    taps = taps_of(tables, row, images, STEPS)
+    first, begin = tl.load(taps.entry + 1), tl.load(taps.entry + 14)
+    base = x + taps.image * x_strides.image + begin * x_strides.token + c * x_strides.channel
+    grad = tl.load(grad_y + row * strides.token + c * strides.channel, mask=live, other=0.0).to(tl.float32)
+    top, total = tl.load(lse + row), 0.0
+    for n in range(0, taps.count):
+        at, _ = tap_of(tables, taps, n)
+        token = tl.load(base + at * x_strides.token, mask=live, other=0.0).to(tl.float32)
+        total += tl.exp(tl.load(scores + first + at) - top) * tl.sum(grad * token, 0)
+    tl.store(mean + row, total)
+
+
+@triton.jit
 def attention_backward_kernel(
-    x, y, scores, lse, grad_x, grad_scores, grad_y, tables, x_strides, y_strides, strides, images,
+    x, scores, lse, mean, grad_x, grad_scores, grad_y, tables, x_strides, strides, images,
     CHANNELS: tl.constexpr, STEPS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of a token and of its score. Grid: (tokens,). grad_x, grad_scores: None where not needed."""
@@ -181,9 +206,9 @@ def attention_backward_kernel(
         at += first
         weight = tl.exp(score - tl.load(lse + at))
         grad = tl.load(grad_y + at * strides.token + c * strides.channel, mask=live, other=0.0).to(tl.float32)
-        mean = tl.load(y + at * y_strides.token + c * y_strides.channel, mask=live, other=0.0).to(tl.float32)
         total += weight * grad
-        of_score += weight * tl.sum(grad * (token - mean), 0)
+        if grad_scores is not None:
+            of_score += weight * (tl.sum(grad * token, 0) - tl.load(mean + at))
     if grad_x is not None:
         tl.store(grad_x + row * CHANNELS + c, total.to(grad_x.dtype.element_ty), mask=live)
     if grad_scores is not None:
@@ -281,11 +306,18 @@ def backward(args: Any) -> tuple[Tensor, Tensor]:
     flow, grad_x = token_strides(args.grad_y), x.new_empty(x.shape) if args.need_x else None
     grid = (call.rows, call.blocks)
     if args.mode == "attention":
-        of_scores = x.new_empty(args.scores.shape, dtype=torch.float32) if args.need_scores else None
+        scores, lse, of_scores, mean = _scores(args), args.lse.contiguous(), None, None
+        if args.need_scores:
+            of_scores, mean = x.new_empty(args.scores.shape, dtype=torch.float32), torch.empty_like(lse)
+            launch(
+                mean_product_kernel, (len(lse),), call.config,
+                x, scores, lse, mean, args.grad_y, _Call(args, backward=False).tables, token_strides(x), flow,
+                call.images, **call.constants,
+            )  # fmt: skip
         launch(
             attention_backward_kernel, grid[:1], call.config,
-            x, args.y, _scores(args), args.lse.contiguous(), grad_x, of_scores, args.grad_y, call.tables,
-            token_strides(x), token_strides(args.y), flow, call.images, **call.constants,
+            x, scores, lse, mean, grad_x, of_scores, args.grad_y, call.tables, token_strides(x), flow, call.images,
+            **call.constants,
         )  # fmt: skip
         return or_empty(grad_x, x), or_empty(None if of_scores is None else of_scores.to(x.dtype), x)
     if grad_x is None:
