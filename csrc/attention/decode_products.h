@@ -12,26 +12,6 @@ MMK_INLINE bool rows_are_lanes(i64 rows, i64 depth, bool is_dot) {
   return rows > 16 || (rows > 8 && (depth < 4 * kLanes || is_full));
 }
 
-// Rows that are read soon. They are asked of memory a few at a time while scores are computed: without that a core
-// waits for each tile and then computes, one after the other.
-struct Ahead {
-  const char* data = nullptr;
-  i64 stride = 0, bytes = 0, rows = 0;
-
-  // Of a tensor's rows; none where a row is not one run of memory.
-  MMK_INLINE static Ahead of(const Source& x, i64 rows, i64 cols) {
-    const i64 size = bytes_of(x.type);
-    return x.index == nullptr && x.d == 1 ? Ahead{x.data, x.l * size, cols * size, rows} : Ahead{};
-  }
-  MMK_INLINE void ask(i64 count) {
-    for (const i64 n = least(count, rows), end = rows - n; rows > end; --rows, data += stride) {
-      for (i64 byte = 0; byte < bytes; byte += 64) {
-        __builtin_prefetch(data + byte, 0, 2);
-      }
-    }
-  }
-};
-
 // scores[r, j] = sum_k a[r, k] b[j, k] for kRows rows and kLanes / kRows keys; a is padded with zeros, b need not be.
 // Keys one after the other, so that memory is read in one stream, which the hardware prefetches: twice as fast as
 // several.

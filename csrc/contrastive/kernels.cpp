@@ -2,6 +2,7 @@
 // name.
 #include "../common/table.h"
 #include "gradient.h"
+#include "max_sim_gradient.h"
 #include "ranks.h"
 #include "softmax.h"
 
@@ -25,6 +26,19 @@ const ContrastiveKernels contrastive_kernels = {
     .convert = convert,
     .target_scores = target_scores,
     .count_before = count_before,
+};
+
+extern const MaxSimKernels max_sim_kernels;
+const MaxSimKernels max_sim_kernels = {
+    .panel = kPanel,
+    .min_rows = 1024,
+    .take_multiplied = take_multiplied,
+    .task_panels = task_panels,
+    .scratch = scratch_bytes<BestScratch>,
+    .best = best_tokens,
+    .query_gradient = query_gradient,
+    .document_scratch = document_scratch,
+    .document_gradient = document_gradient,
 };
 
 } // namespace mmkernels::MMK_ISA

@@ -5,17 +5,6 @@
 
 namespace mmkernels::MMK_ISA {
 
-// Calls f with the type as a constant, so that a loop over channels does not ask for it.
-template <typename F> MMK_INLINE void with_type(Type type, const F& f) {
-  if (type == Type::f32) {
-    f(std::integral_constant<Type, Type::f32>());
-  } else if (type == Type::bf16) {
-    f(std::integral_constant<Type, Type::bf16>());
-  } else {
-    f(std::integral_constant<Type, Type::f16>());
-  }
-}
-
 // Calls f(c, count) for each vector of channels: with a constant count, but for the last.
 template <typename F> MMK_INLINE void each_vector(i64 channels, const F& f) {
   i64 c = 0;

@@ -10,6 +10,7 @@ from mmkernels.nn.cross_entropy import CrossEntropyOutput, LinearCrossEntropyLos
 from mmkernels.nn.experts import Experts, TopKRouter
 from mmkernels.nn.feature_queue import FeatureQueue
 from mmkernels.nn.gated_cross_attention import GatedCrossAttention
+from mmkernels.nn.late_interaction import LateInteractionLoss
 from mmkernels.nn.latent_attention import LatentAttention, LatentSizes
 from mmkernels.nn.post_norm import PostNormAttention, PostNormMLP
 from mmkernels.nn.projectors import PatchMerger, PixelShuffleProjector
@@ -31,6 +32,7 @@ __all__ = [
     "Experts",
     "FeatureQueue",
     "GatedCrossAttention",
+    "LateInteractionLoss",
     "LatentAttention",
     "LatentSizes",
     "LinearCrossEntropyLoss",

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from mmkernels.ops.contrastive.inputs import check_more_features
 from mmkernels.ops.contrastive.retrieval_ranks import chunked, ring
 from mmkernels.ops.contrastive.retrieval_ranks.spec import Arguments, Results, reference
+from mmkernels.ops.contrastive.retrieval_ranks.tokens import token_ranks
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
 from mmkernels.runtime.checks import check_floating, check_range, check_tensor, without_autocast
 from mmkernels.runtime.dispatch import Backend, define, resolve
@@ -20,12 +22,16 @@ if TYPE_CHECKING:
 
 __all__ = ["retrieval_ranks"]
 
+_WITHOUT_SHAPE = (UninitializedParameter, UninitializedBuffer)
+
 
 def retrieval_ranks(
     query: Tensor,
     gallery: Tensor,
     target: Tensor,
     *,
+    query_lengths: Tensor | None = None,
+    gallery_lengths: Tensor | None = None,
     group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -34,10 +40,13 @@ def retrieval_ranks(
     Exact, and in memory linear in the features: recall@k is ``(ranks < k).float().mean()``.
 
     Args:
-        query: ``[N, d]``, float16, bfloat16, float32 or float64; normalised, if cosine similarity is meant.
-        gallery: ``[M, d]``, query's dtype and device.
+        query: ``[N, d]``, float16, bfloat16, float32 or float64; normalised, if cosine similarity is meant. Or tokens
+            ``[N, Lq, d]``: a score is that of `max_sim`, late interaction.
+        gallery: ``[M, d]``, query's dtype and device; ``[M, Ld, d]`` for queries of several tokens.
         target: int64 ``[N]``, each query's right answer, a row of the gallery. Values are checked on a CPU; on a GPU,
             where that would wait for the device, a target outside of the gallery gets the rank M.
+        query_lengths, gallery_lengths: int64 or int32 ``[N]`` and ``[M]``, how many tokens are no padding, as of
+            `max_sim`; only where queries are several tokens.
         group: ranks that each hold their own queries and a part of the gallery, as many as they have, none too; or
             None: this process alone. Over a group `target` is a row of all ranks' galleries, in the order of ranks.
         backend: None (``use_backend``'s choice, else the first that can), "triton" (GPUs), "cpu" (float32, bfloat16 and
@@ -72,6 +81,11 @@ def retrieval_ranks(
         >>> ranks = mmkernels.retrieval_ranks(text, image, torch.arange(1000))
         >>> recall_at_5 = (ranks < 5).float().mean()
     """
+    if isinstance(query, Tensor) and not isinstance(query, _WITHOUT_SHAPE) and query.dim() == 3:
+        return token_ranks(query, gallery, target, query_lengths, gallery_lengths, group, backend)
+    for name, lengths in (("query_lengths", query_lengths), ("gallery_lengths", gallery_lengths)):
+        if lengths is not None:
+            raise ValueError(f"{name} must be None where query is [N, d] and not [N, Lq, d], got lengths")
     if group is not None:
         checked = partial(_checked, query, gallery, target, least=0)
         return ring.ranks(checked, group, backend, query)
@@ -86,7 +100,9 @@ def _checked(query: Tensor, gallery: Tensor, target: Tensor, least: int) -> Argu
     query, gallery = without_autocast(query, gallery)
     check_floating("query", query)
     if query.dim() != 2 or query.shape[1] == 0:
-        raise ValueError(f"query must be [N, d] with at least one channel, got shape {tuple(query.shape)}")
+        raise ValueError(
+            f"query must be [N, d] or [N, Lq, d] with at least one channel, got shape {tuple(query.shape)}"
+        )
     check_more_features("gallery", gallery, query, "query", least=least)
     check_tensor("target", target)
     if target.dtype != torch.int64:
