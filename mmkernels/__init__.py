@@ -1,6 +1,7 @@
 """Drop-in PyTorch ops that never build what a multimodal model throws away."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from mmkernels import ops, pruning
 from mmkernels.masks import SpanMask
@@ -10,6 +11,7 @@ from mmkernels.ops.attention.co_attention import co_attention
 from mmkernels.ops.attention.cross_attention import cross_attention
 from mmkernels.ops.attention.merge_attention import merge_attention
 from mmkernels.ops.contrastive.info_nce import ContrastiveStats, info_nce
+from mmkernels.ops.contrastive.max_sim import max_sim
 from mmkernels.ops.contrastive.retrieval_ranks import retrieval_ranks
 from mmkernels.ops.contrastive.sigmoid_contrastive import sigmoid_contrastive
 from mmkernels.ops.linear.grouped_linear import grouped_linear
@@ -28,6 +30,9 @@ from mmkernels.ops.tokens.unmerge_tokens import unmerge_tokens
 from mmkernels.runtime.dispatch import BackendError, use_backend
 from mmkernels.runtime.group import GroupError
 
+if TYPE_CHECKING:
+    from mmkernels.integrations.patching import PatchReport, patch, unpatch
+
 try:
     __version__ = version("mmkernels")
 except PackageNotFoundError:  # imported from a source tree that was never installed
@@ -37,6 +42,7 @@ __all__ = [
     "BackendError",
     "ContrastiveStats",
     "GroupError",
+    "PatchReport",
     "Selection",
     "SpanMask",
     "__version__",
@@ -50,10 +56,12 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
     "match_tokens",
+    "max_sim",
     "merge_attention",
     "merge_patches",
     "merge_tokens",
     "ops",
+    "patch",
     "pool_tokens",
     "pruning",
     "retrieval_ranks",
@@ -63,5 +71,21 @@ __all__ = [
     "sigmoid_contrastive",
     "token_similarity",
     "unmerge_tokens",
+    "unpatch",
     "use_backend",
 ]
+
+_PATCHING = ("PatchReport", "patch", "unpatch")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what patches models at its first use."""
+    if name in _PATCHING:
+        from mmkernels.integrations import patching
+
+        return getattr(patching, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PATCHING})

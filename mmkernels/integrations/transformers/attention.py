@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from mmkernels.integrations.transformers.counts import active
-from mmkernels.integrations.transformers.keywords import check_keywords
+from mmkernels.integrations.transformers.keywords import DECIDED_BY_NAME, check_keywords
 from mmkernels.integrations.transformers.masks import causal_from
 from mmkernels.integrations.transformers.matrices import read_matrix
 from mmkernels.integrations.transformers.model_mask import NAME, USE_ANOTHER, ModelMask, Visible
 from mmkernels.integrations.transformers.packed import Packed, both, packed_spans, read_packed
+from mmkernels.integrations.transformers.stand_in import earlier_attention, stand_in
 from mmkernels.masks import SpanMask
 from mmkernels.ops.attention.attention_weights import attention_weights
 from mmkernels.ops.attention.cross_attention import cross_attention
@@ -69,11 +70,26 @@ def attention(
         TypeError, ValueError: as `mmkernels.cross_attention`; or the packed sequences do not fill the row.
     """
     packed = read_packed(module, key, cu_seq_lens_q, cu_seq_lens_k)
-    if kwargs:
-        check_keywords(module, kwargs, packed is not None, attention_mask is not None)
     if query.shape[0] < key.shape[0] and query.shape[0] == 1:  # learned queries
         query = query.expand(key.shape[0], -1, -1, -1)
-    mask, bias = _mask(module, query, key.shape[2], attention_mask, is_causal, packed)
+    try:
+        if kwargs:
+            check_keywords(module, kwargs, packed is not None, attention_mask is not None)
+        mask, bias = _mask(module, query, key.shape[2], attention_mask, is_causal, packed)
+    except NotImplementedError:
+        earlier = earlier_attention(module)
+        if earlier is None or packed is not None or any(kwargs.get(name) is not None for name in DECIDED_BY_NAME):
+            raise
+        others = {
+            "dropout": dropout,
+            "scaling": scaling,
+            "is_causal": is_causal,
+            "position_bias": position_bias,
+            "s_aux": s_aux,
+            "output_attentions": output_attentions,
+            **kwargs,
+        }
+        return earlier(module, query, key, value, attention_mask, others)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
@@ -155,11 +171,16 @@ def _unmasked(module: torch.nn.Module, query: Tensor, is_causal: bool | None) ->
 
     Raises:
         NotImplementedError: only the module says that it is causal, or nothing does. transformers' "eager" then hides
-            nothing and its "sdpa" the later keys, and models rely on either.
+            nothing and its "sdpa" the later keys, and models rely on either; a patched one, on what it had before.
     """
     q_len = query.shape[2]
     if q_len == 1 or is_causal is False or (is_causal is None and getattr(module, "is_causal", None) is False):
         return None
+    name = stand_in(getattr(module, "config", None))
+    if is_causal is None and name is not None:
+        is_causal = name.before == "sdpa" and getattr(module, "is_causal", True)
+        if not is_causal:
+            return None
     if is_causal is None:
         raise NotImplementedError(
             f'attn_implementation="mmkernels" is not for {type(module).__name__}: it passes neither a mask nor '

@@ -16,6 +16,9 @@ REFUSED = {
 }
 """Keyword arguments that change the result, by what `cross_attention` lacks."""
 
+DECIDED_BY_NAME = ("indices", "block_indices", "sinks")
+"""Those that a model passes or puts into the mask, depending on its attention's name."""
+
 _MASK = "the mask function reads it, and transformers' eager takes it from the mask alone"
 _LENGTHS = "an upper bound of lengths that cu_seq_lens_q and cu_seq_lens_k give exactly"
 _MODEL = "for the model's outputs, losses or cache, which the attention function does not make"

@@ -14,6 +14,7 @@ from mmkernels.integrations.transformers.counts import count_conversion
 from mmkernels.integrations.transformers.model_mask import ModelMask
 from mmkernels.integrations.transformers.own_attention import check_config
 from mmkernels.integrations.transformers.solving import UnreadableError
+from mmkernels.integrations.transformers.stand_in import mask_dtype
 from mmkernels.integrations.transformers.symbols import read
 from mmkernels.masks import SpanMask
 from mmkernels.runtime.checks import can_look
@@ -51,7 +52,8 @@ def make_mask(
     """
     if isinstance(attention_mask, ModelMask):  # a model may request a mask twice
         return attention_mask
-    if not torch.compiler.is_compiling():
+    before = mask_dtype(kwargs.get("config"), kwargs.get("dtype"))
+    if before is None and not torch.compiler.is_compiling():
         check_config(kwargs.get("config"))
     causal = mask_function is masking_utils.causal_mask_function
     bidirectional = mask_function is masking_utils.bidirectional_mask_function
@@ -60,9 +62,9 @@ def make_mask(
     if keys is None:
         newest = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 >= kv_offset + kv_length
         if bidirectional and allow_is_bidirectional_skip:
-            return ModelMask(None, shape, device, omitted=True)
+            return ModelMask(None, shape, device, omitted=True, before=before)
         if causal and newest and allow_is_causal_skip:
-            return ModelMask(None, shape, device)
+            return ModelMask(None, shape, device, before=before)
     first = q_offset - kv_offset  # the key at the first query's position
     spans: SpanMask | None
     if causal:
@@ -90,11 +92,11 @@ def make_mask(
             device=device,
         )
         assert matrix is not None  # neither way to leave it out is allowed
-        return ModelMask(matrix, matrix.shape, matrix.device)
+        return ModelMask(matrix, matrix.shape, matrix.device, before=before)
     if keys is not None:
         spans = _hide(spans, keys)
     count_conversion()
-    return ModelMask(spans, shape, spans.device)
+    return ModelMask(spans, shape, spans.device, before=before)
 
 
 def _visible_keys(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:

@@ -51,22 +51,30 @@ class ModelMask:
       ``scores.masked_fill(~mask, ...)``, ``F.scaled_dot_product_attention(..., attn_mask=mask)``.
 
     Everything else raises `NotImplementedError`: models add masks of numbers (0 visible, the lowest number hidden) to
-    their scores, compare them with 0, or lengthen them by zeros, and a bool has the opposite or no meaning there.
+    their scores, compare them with 0, or lengthen them by zeros, and a bool has the opposite or no meaning there. In a
+    patched model it gets the mask that the model had before.
 
     Args:
         visible: what the mask shows. A matrix is bool and broadcastable to `shape`.
         shape: of the matrix that the model sees.
         omitted: transformers' "eager" has None here, as nothing is hidden, so that a model may use it for other sizes.
+        before: the dtype of the masks that the model had before it was patched; None: it is not patched.
     """
 
     dtype = torch.bool
     requires_grad = False
 
     def __init__(
-        self, visible: Visible, shape: tuple[int, ...], device: torch.device | str, omitted: bool = False
+        self,
+        visible: Visible,
+        shape: tuple[int, ...],
+        device: torch.device | str,
+        omitted: bool = False,
+        before: torch.dtype | None = None,
     ) -> None:
         self.visible = visible
         self.omitted = omitted
+        self.before = before
         self.shape = torch.Size(shape)
         self.device = torch.device(device)
 
@@ -83,7 +91,7 @@ class ModelMask:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def to(self, *args: Any, **kwargs: Any) -> ModelMask:
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the mask on another device; the dtype stays bool.
 
         Raises:
@@ -92,7 +100,9 @@ class ModelMask:
         device = None
         for x in (*args, kwargs.get("device"), kwargs.get("dtype"), kwargs.get("other")):
             if x is torch.bool:
-                raise _refusal("to(torch.bool)")
+                if self.before is None:
+                    raise _refusal("to(torch.bool)")
+                return self.as_before().to(*args, **kwargs)
             if isinstance(x, Tensor):
                 device = x.device
             elif isinstance(x, str | int | torch.device) and not isinstance(x, bool):
@@ -100,8 +110,9 @@ class ModelMask:
         if device is None or device == self.device:
             return self
         if self.visible is None:
-            return ModelMask(None, self.shape, device, self.omitted)
-        return ModelMask(self.visible.to(device, non_blocking=kwargs.get("non_blocking", False)), self.shape, device)
+            return ModelMask(None, self.shape, device, self.omitted, self.before)
+        visible = self.visible.to(device, non_blocking=kwargs.get("non_blocking", False))
+        return ModelMask(visible, self.shape, device, before=self.before)
 
     def type_as(self, other: Tensor | ModelMask) -> ModelMask:
         """Returns itself: the dtype stays bool."""
@@ -121,13 +132,23 @@ class ModelMask:
         matrix = self.visible.to_dense(self.shape[-1]) if isinstance(self.visible, SpanMask) else self.visible
         return matrix.expand(self.shape)
 
+    def as_before(self) -> Tensor:
+        """Returns the matrix that the model had before it was patched: bool, or numbers to add to the scores."""
+        matrix = self.dense()
+        if self.before is None or self.before == torch.bool:
+            return matrix
+        lowest = torch.finfo(self.before).min
+        return torch.zeros(matrix.shape, dtype=self.before, device=matrix.device).masked_fill(~matrix, lowest)
+
     def __getattr__(self, name: str) -> Any:
         if name in _MOVES or name in _BOOL_ALONE or name in _BOOL_ARGUMENT:
             function = getattr(Tensor, name)
             return lambda *args, **kwargs: _apply(name, function, (self, *args), kwargs)
         if name.startswith("_") or not hasattr(Tensor, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        raise _refusal(name)
+        if self.before is None or name.endswith("_"):
+            raise _refusal(name)
+        return getattr(self.as_before(), name)
 
     @classmethod
     def __torch_function__(
@@ -140,8 +161,34 @@ def _apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwarg
     """Calls an operator with the matrices of its masks.
 
     Raises:
-        NotImplementedError: the operator may read a bool as a number.
+        NotImplementedError: the operator may read a bool as a number, and the model is not patched; or it would write
+            to the mask.
     """
+    masks = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, ModelMask)]
+    before = next((mask.before for mask in masks if mask.before is not None), None)
+    try:
+        _check(name, args, kwargs)
+    except NotImplementedError:
+        if before is None or _writes(function):
+            raise
+        args, kwargs = torch.utils._pytree.tree_map_only(ModelMask, ModelMask.as_before, (args, kwargs))
+        return function(*args, **kwargs)
+    args, kwargs = torch.utils._pytree.tree_map_only(ModelMask, ModelMask.dense, (args, kwargs))
+    result = function(*args, **kwargs)
+    if name not in _MOVES:
+        return result
+    again = lambda x: ModelMask(x, x.shape, x.device, before=before)
+    return torch.utils._pytree.tree_map_only(Tensor, again, result)
+
+
+def _writes(function: Callable[..., Any]) -> bool:
+    """Returns whether an operator changes its first argument."""
+    name = function.__name__
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises NotImplementedError if an operator may read a bool as a number."""
     if name in _MOVES:
         _check_only_masks(name, args, kwargs)
     elif name in _BOOL_ARGUMENT:
@@ -152,11 +199,6 @@ def _apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwarg
             raise _refusal(name)
     elif name not in _BOOL_ALONE:
         raise _refusal(name)
-    args, kwargs = torch.utils._pytree.tree_map_only(ModelMask, ModelMask.dense, (args, kwargs))
-    result = function(*args, **kwargs)
-    if name not in _MOVES:
-        return result
-    return torch.utils._pytree.tree_map_only(Tensor, lambda x: ModelMask(x, x.shape, x.device), result)
 
 
 def _check_only_masks(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -29,8 +29,25 @@ NOT_SET = "transformers does not let set_attn_implementation change all of it: g
 """What to say of a model of which a part keeps the attention that it is built with, whatever is set."""
 
 
+class Ways:
+    """What the cells of a row say of generation."""
+
+    generation: dict[str, str]
+
+    @property
+    def not_offered(self) -> dict[str, str]:
+        """Ways to generate that this model does not support on transformers' own attention either, with the reason."""
+        start = "not offered: "
+        return {way: cell.removeprefix(start) for way, cell in self.generation.items() if cell.startswith(start)}
+
+    @property
+    def equal(self) -> list[str]:
+        """Ways to generate that gave the same tokens."""
+        return [way for way, cell in self.generation.items() if cell == YES]
+
+
 @dataclass(frozen=True)
-class Support:
+class Support(Ways):
     """Results for one family.
 
     Args:
@@ -60,17 +77,6 @@ class Support:
         """What is not equal, with the reason."""
         cells = {"forward": self.forward, "gradients": self.gradients, "loading": self.loading} | self.generation
         return {name: cell.removeprefix("no: ") for name, cell in cells.items() if cell.startswith("no: ")}
-
-    @property
-    def not_offered(self) -> dict[str, str]:
-        """Ways to generate that this model does not support on transformers' own attention either, with the reason."""
-        start = "not offered: "
-        return {way: cell.removeprefix(start) for way, cell in self.generation.items() if cell.startswith(start)}
-
-    @property
-    def equal(self) -> list[str]:
-        """Ways to generate that gave the same tokens."""
-        return [way for way, cell in self.generation.items() if cell == YES]
 
 
 def check(family: Family, compare: Comparison | None = None, ways: Collection[str] = WAYS) -> Support:

@@ -63,6 +63,7 @@ class Comparison:
         self._wide.double()
         self._wide_inputs = cast(wide_inputs, torch.float64)
         self._built_on: dict[tuple[str, torch.dtype], Any] | None = None  # None: the models can be set
+        self._patched: Any = None  # what stands in for the model on "mmkernels"; None: nothing does
 
     @cached_property
     def truth(self) -> Results:
@@ -84,6 +85,8 @@ class Comparison:
 
     def on(self, implementation: str) -> Any:
         """Returns the float32 model, on this implementation until the next call."""
+        if implementation == NAME and self._patched is not None:
+            return self._patched
         return self._on(implementation, self.model)
 
     def _on(self, implementation: str, model: Any) -> Any:
@@ -119,6 +122,17 @@ class Comparison:
         """The comparison of models that are built with each implementation, for one that can't be set to it."""
         other = self._without_results()
         other._built_on = {}
+        return other
+
+    def unpatched(self) -> Any:
+        """Returns a copy of the float32 model with transformers' own attention, as `from_pretrained` gives it."""
+        return copy.deepcopy(self.on(self._own_implementations[0]))
+
+    def with_patched(self, model: Any) -> Comparison:
+        """Returns the comparison of a patched model, in place of the one that is set to ``"mmkernels"``."""
+        _ = self.truth, self.baseline  # computed once for both
+        other = copy.copy(self)
+        other._patched = model
         return other
 
     def _without_results(self) -> Comparison:
@@ -237,7 +251,7 @@ def one_pass(family: Family, model: Any, inputs: Inputs) -> Results:
         outputs = outputs_of(family, model, inputs)
         learned = [x for x in outputs.values() if x.requires_grad]  # positions may be floats too
         weights = [torch.randn(x.shape, dtype=torch.float64).to(x.dtype) for x in learned]
-    torch.autograd.backward(learned, weights)
+    torch.autograd.backward([(x * weight).sum() for x, weight in zip(learned, weights)])
     grads = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
     return Results({name: x.detach() for name, x in outputs.items()}, grads)
 

@@ -16,7 +16,8 @@ from rich.text import Text
 from mmkernels import machine
 from mmkernels.integrations.transformers.registration import register
 from mmkernels.integrations.transformers.support import NOT_SET, NOTHING, YES, Support, check
-from mmkernels.integrations.transformers.support_compare import WAYS
+from mmkernels.integrations.transformers.support_compare import WAYS, Comparison
+from mmkernels.integrations.transformers.support_patched import Patched, check_patched
 from mmkernels.interrupts import Interrupted
 from mmkernels.report import Footnotes, console, progress_bar, table
 from mmkernels.runtime.dispatch import TABLES, Backend
@@ -36,6 +37,11 @@ _LEGEND = (
     f"generation: the same tokens as transformers' own attention; all: {', '.join(WAYS)}."
 )
 
+_LEGEND_PATCHED = (
+    "The model before and after mmkernels.patch(model): errors as above, on inputs with labels where it has a loss.\n"
+    "generation: the ways that gave the same tokens as before."
+)
+
 
 def run_support(names: Sequence[str]) -> bool:
     """Checks the families of these names, or all, and prints the table. Returns whether no family fails.
@@ -48,29 +54,39 @@ def run_support(names: Sequence[str]) -> bool:
     families = find(names)
     register()
     rows: list[Support] = []
+    patched: list[Patched] = []
     interrupted = False
     with progress_bar(len(families)) as advance, _recorded() as ran:
         try:
             for family in families:
-                rows += support_table([family], advance)
+                row, after = support_table([family], advance)[0]
+                rows.append(row)
+                patched.append(after)
         except KeyboardInterrupt:
             interrupted = True
     if rows:
-        console(WIDTH).print(Group(*_rendered(rows), Text(_facts(ran), style="dim")))
+        tables = (*_rendered(rows), Text("\nafter mmkernels.patch:"), *_rendered_patched(patched))
+        console(WIDTH).print(Group(*tables, Text(_facts(ran), style="dim")))
     if interrupted:
         raise Interrupted(f"{len(rows)} of {len(families)} families were checked")
-    return not any(row.failures for row in rows)
+    return not any(row.failures for row in rows) and not any(row.failures for row in patched)
 
 
-def support_table(families: Sequence[Family], advance: Callable[[str], None] = lambda name: None) -> list[Support]:
-    """Returns one row for each family; `advance` is called with the family's name before it is checked."""
+def support_table(
+    families: Sequence[Family], advance: Callable[[str], None] = lambda name: None
+) -> list[tuple[Support, Patched]]:
+    """Returns two rows for each family, as it is set to "mmkernels" and as it is patched.
+
+    `advance` is called with the family's name before it is checked.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are too small for a second thread
     try:
         rows = []
         for family in families:
             advance(family.name)
-            rows.append(check(family))
+            compare = Comparison(family)
+            rows.append((check(family, compare), check_patched(family, compare)))
         return rows
     finally:
         torch.set_num_threads(threads)
@@ -111,6 +127,28 @@ def _rendered(rows: Sequence[Support]) -> Iterator[Table | Text]:
     yield table([_row(row, notes) for row in rows], [Column("family", no_wrap=True), *numbers, *words])
     yield Text("\n".join(notes.lines()))
     yield Text(_LEGEND, style="dim")
+
+
+def _rendered_patched(rows: Sequence[Patched]) -> Iterator[Table | Text]:
+    notes = Footnotes()
+    titles = ("patched modules by op", "loss", "forward", "gradient", "generation", "notes")
+    yield table([_row_patched(row, notes) for row in rows], [Column("family", no_wrap=True), *map(Column, titles)])
+    yield Text("\n".join(notes.lines()))
+    yield Text(_LEGEND_PATCHED, style="dim")
+
+
+def _row_patched(row: Patched, notes: Footnotes) -> list[Text]:
+    modules = ", ".join(f"{count} {op}" for op, count in row.modules.items())
+    said = [row.refused] if row.refused else [f"{what}: {reason}" for what, reason in row.failures.items()]
+    said += [f"{way} generation, unpatched too: {reason}" for way, reason in row.not_offered.items()]
+    cells = [Text(modules or NOTHING), _judged(YES if row.loss else NOTHING)]
+    judged = [*map(_judged, (row.forward, row.gradients)), _ways(row)]
+    return [Text(row.name), *cells, *judged, Text(notes.mark(*said))]
+
+
+def _ways(row: Patched) -> Text:
+    failed = [f"no {way}" for way in row.generation if way in row.failures]
+    return Text(", ".join(row.equal + failed) or NOTHING, style="red" if failed else "green" if row.equal else "dim")
 
 
 def _row(row: Support, notes: Footnotes) -> list[Text]:

@@ -22,6 +22,8 @@ from transformers.models.auto import modeling_auto
 
 from mmkernels.integrations.transformers.support import NOT_SET, NOTHING, YES, Support, check, outcome, quiet
 from mmkernels.integrations.transformers.support_compare import Comparison, one_line
+from mmkernels.integrations.transformers.support_patched import Patched, check_patched
+from mmkernels.integrations.transformers.support_speed import measure
 from mmkernels.options import BadInput
 from mmkernels.testing.any_inputs import PADDINGS, can_pad, candidates, padded
 from mmkernels.testing.models import Family, Inputs, seeded
@@ -45,6 +47,9 @@ MEMORY = 6 * 2**30
 PARAMETERS = 20_000_000
 """A class is given up beyond these: seconds, bytes of address space that it adds, parameters."""
 
+MEASURED = 6
+"""How much larger a model is that is measured: 384 channels, 72 tokens, as CLIP reads at most 77."""
+
 _MAPPINGS = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "CAUSAL_LM")
 """Kinds of classes that generate, in the order of preference; a model type without one is tried by its base class."""
 
@@ -55,6 +60,9 @@ class Row:
 
     Args:
         calls, syncs: calls and waits a layer, see `Trace`; `NOTHING` if the class did not run on ``"mmkernels"``.
+        patched: the ops that it runs on after `mmkernels.patch`; `NOTHING` if there is nothing to replace.
+        patched_forward, patched_gradients, patched_generation: as the cells of `Patched`.
+        speed, memory: of a larger model after `mmkernels.patch` against before; `NOTHING` if it was not measured.
     """
 
     model_type: str
@@ -68,6 +76,12 @@ class Row:
     generation: str = NOTHING
     calls: str = NOTHING
     syncs: str = NOTHING
+    patched: str = NOTHING
+    patched_forward: str = NOTHING
+    patched_gradients: str = NOTHING
+    patched_generation: str = NOTHING
+    speed: str = NOTHING
+    memory: str = NOTHING
     note: str = ""
 
 
@@ -108,15 +122,34 @@ def check_class(model_type: str, name: str) -> Row:
         return _compared(row, compare)
 
 
-def family_by_rule(name: str) -> Family:
-    """Returns a class with a small configuration; its inputs are found by trying."""
+def measure_class(model_type: str, name: str) -> Row:
+    """Builds a class by rule, compares it, and measures a larger one, in this process."""
+    row = check_class(model_type, name)
+    if row.patched == NOTHING:
+        return row
+    with quiet(), torch.random.fork_rng(devices=()):
+        try:
+            model, _ = family_by_rule(name, MEASURED).build()
+            inputs = _accepted_inputs(model, MEASURED)
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+            found = measure(model, inputs)
+        except Exception as error:
+            return replace(row, note="; ".join(filter(None, (row.note, f"not measured: {one_line(error)}"))))
+    memory = NOTHING if found.memory is None else f"{found.memory:.2f}"
+    return replace(row, speed=f"{found.forward:.2f}, {found.step:.2f}", memory=memory)
+
+
+def family_by_rule(name: str, times: int = 1) -> Family:
+    """Returns a class with a small configuration, or one with larger sizes; its inputs are found by trying."""
     model_class: type[PreTrainedModel] = getattr(transformers, name)
     assert model_class.config_class is not None
-    config = shrink(model_class.config_class().to_dict()) | {"experts_implementation": "eager"}  # others lack float64
+    config = shrink(model_class.config_class().to_dict(), times) | {
+        "experts_implementation": "eager"
+    }  # others lack float64
     return Family(name, name, config, dict, only_forward=("decoder_input_ids",))
 
 
-def _accepted_inputs(model: Any) -> Inputs:
+def _accepted_inputs(model: Any, times: int = 1) -> Inputs:
     """Returns the first inputs that a model takes on "eager".
 
     Raises:
@@ -125,7 +158,7 @@ def _accepted_inputs(model: Any) -> Inputs:
     model.set_attn_implementation("eager")
     first: Exception | None = None
     with seeded(0):
-        tried = list(candidates(model))
+        tried = list(candidates(model, times))
     for inputs in tried:
         try:
             with torch.no_grad(), seeded(1):
@@ -151,6 +184,30 @@ def _check_finite(compare: Comparison) -> None:
 
 
 def _compared(row: Row, compare: Comparison) -> Row:
+    """Returns the row of a class as it is set to ``"mmkernels"``, and of what `mmkernels.patch` makes of it."""
+    found = _compared_on_attention(row, compare)
+    after = check_patched(compare.family, compare, ways=("greedy",))
+    notes = [note for note in (found.note, *_notes_patched(after)) if note]
+    result = DIFFERS if after.failures else found.result
+    return replace(found, result=result, note="; ".join(notes), **_cells_patched(after))
+
+
+def _cells_patched(after: Patched) -> dict[str, str]:
+    cells = _short({"forward": after.forward, "gradients": after.gradients, **after.generation})
+    return {
+        "patched": ", ".join(after.modules) or NOTHING,
+        "patched_forward": cells["forward"],
+        "patched_gradients": cells["gradients"],
+        "patched_generation": cells.get("greedy", NOTHING),
+    }
+
+
+def _notes_patched(after: Patched) -> Iterator[str]:
+    for name, reason in after.failures.items():
+        yield f"patched {name}: {reason}"
+
+
+def _compared_on_attention(row: Row, compare: Comparison) -> Row:
     support = check(compare.family, compare, ways=())
     if support.refused:
         some = any("Attention" in type(module).__name__ for module in compare.model.modules())

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from mmkernels import machine
 from mmkernels.integrations.transformers.registration import register
-from mmkernels.integrations.transformers.sweep import DIFFERS, RESULTS, Row, model_types, sweep
+from mmkernels.integrations.transformers.sweep import (
+    DIFFERS,
+    RESULTS,
+    Row,
+    check_class,
+    measure_class,
+    model_types,
+    sweep,
+)
 from mmkernels.interrupts import Interrupted
 from mmkernels.options import BadInput
 from mmkernels.report import console, markdown, plural, prepare_folder, progress_bar, table
@@ -28,16 +36,22 @@ _COLUMNS = {
     "generation": "generation",
     "calls a layer": "calls",
     "syncs a layer": "syncs",
+    "patched": "patched",
+    "patched forward": "patched_forward",
+    "patched gradient": "patched_gradients",
+    "patched generation": "patched_generation",
+    "speed": "speed",
+    "memory": "memory",
     "note": "note",
 }
 """Titles, and the fields of `Row`."""
 
 _EXPLANATION = """\
-Which models of transformers run on `attn_implementation="mmkernels"`, found by running them: look yours up by the
-`model_type` in its `config.json`. Each model type is tried by one class, the one that generates text if there is one,
-else the base model. Its configuration is made by a rule from the names of its fields (`hidden_size`, ...) and never by
-hand, and all of its parameters are drawn anew. `mmkernels support` has fewer models with sharper checks:
-images among the text, all ways to generate.
+Which models of transformers run on `attn_implementation="mmkernels"`, and what `mmkernels.patch(model)` makes of them,
+found by running them: look yours up by the `model_type` in its `config.json`. Each model type is tried by one class,
+the one that generates text if there is one, else the base model. Its configuration is made by a rule from the names of
+its fields (`hidden_size`, ...) and never by hand, and all of its parameters are drawn anew. `mmkernels support` has
+fewer models with sharper checks: images among the text, all ways to generate.
 
 - **forward, gradient**: in float32 at most twice as far from the model in float64 as transformers' own attention.
 - **left, right**: the same with padding on this side, at the positions that are not padding.
@@ -46,6 +60,10 @@ images among the text, all ways to generate.
 - **generation**: the same tokens, greedy, with left padding where the model takes it.
 - **calls, syncs a layer**: the most attention calls that one module made in a forward pass, and the most times that it
   read a tensor's values, for which it would wait if they lay on a device.
+- **patched**: the ops that the model runs on after `mmkernels.patch(model)`, then the same comparisons of it with
+  itself before, on inputs with labels where it has a loss.
+- **speed, memory**: with `--measure`, of a model six times as wide with texts six times as long: how many times as
+  fast one forward pass is after `patch`, and a training step; and what share of its memory a step still takes.
 - `-`: not compared, because the class has no such thing or because transformers' own attention fails there too.
 
 A model of text and images is given text alone where it takes that; in most cases its image encoder has a model type of
@@ -53,10 +71,13 @@ its own. "not built" and "eager fails" say nothing about the model: the rule is 
 """
 
 
-def run_sweep(names: Sequence[str], out: Path) -> bool:
+def run_sweep(names: Sequence[str], out: Path, measured: bool = False) -> bool:
     """Checks the model types of these names, or all, and writes the table. Returns whether nothing differs.
 
     Interrupted, it writes the rows that it has.
+
+    Args:
+        measured: larger models are measured too, which takes ten times as long.
 
     Raises:
         BadInput: there is no such model type, or the file can't be written.
@@ -71,7 +92,7 @@ def run_sweep(names: Sequence[str], out: Path) -> bool:
     rows: list[Row] = []
     try:
         with progress_bar(len(chosen)) as advance:
-            for row in sweep(chosen, advance):
+            for row in sweep(chosen, advance, check=measure_class if measured else check_class):
                 rows.append(row)
                 if row.result == DIFFERS:
                     advance.result(f"{row.model_type}: {row.note}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmkernels.masks import SpanMask
 from mmkernels.models.blocks.encoder import MLP
+from mmkernels.models.blocks.relative_positions import with_relative_positions
 from mmkernels.nn import SelfAttention
 from mmkernels.nn.checks import described
 from mmkernels.nn.linear_layer import linear
@@ -63,12 +64,9 @@ class SamSizes(NamedTuple):
 class RelativeAttention(SelfAttention):
     """Self-attention of square windows whose scores also depend on how far apart query and key are.
 
-    ``score(i, j) = scale * q_i k_j' + q_i R[row i - row j]' + q_i C[column i - column j]'``. A table of the last two
-    terms would have an entry for each query and key: for an image of 64 x 64 patches, 200 million in a layer of 12
-    heads. As they depend on the key by its row and its column alone, they are a product too: of ``q_i R'`` and
-    ``q_i C'`` with keys that are 1 at their row and column. So query and key grow by two sides of the window, and
-    `mmkernels.cross_attention` computes the whole, without a table, and its gradients. (On a CPU, tables for a few rows
-    of queries at a time were 15 % faster for 64 x 64 patches; a gradient would keep them.)
+    By `with_relative_positions`, query and key grow by two sides of the window, and `mmkernels.cross_attention`
+    computes the whole, without a table, and its gradients. (On a CPU, tables for a few rows of queries at a time were
+    15 % faster for 64 x 64 patches; a gradient would keep them.)
 
     Args:
         dim: width of the input and of the output.
@@ -103,25 +101,12 @@ class RelativeAttention(SelfAttention):
         if not self.relative:
             return super().attend(projected, mask)
         query, key, value = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).transpose(1, 3).unbind(2)
-        query = torch.cat([query * self.head_dim**-0.5, *self._terms(query)], dim=-1)  # [W, H, L, D + 2 side]
-        places = self._places(key).expand(*key.shape[:-1], -1)
-        key = torch.cat([key, places], dim=-1)
-        out = cross_attention(query, key, value, mask, scale=1.0, dropout_p=self.dropout if self.training else 0.0)
-        return out.transpose(1, 2).flatten(2)
-
-    def _terms(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``query [W, H, L, D]`` times the positions of rows and of columns, each ``[W, H, L, side]``."""
-        grid = query.unflatten(2, (self.side, self.side))  # [W, H, rows, columns, D]
         step = torch.arange(self.side, device=query.device)
         apart = step[:, None] - step + self.side - 1  # [query's place, key's place]
-        rows = torch.einsum("whrcd,rkd->whrck", grid, self.row_positions[apart])
-        columns = torch.einsum("whrcd,ckd->whrck", grid, self.column_positions[apart])
-        return rows.flatten(2, 3), columns.flatten(2, 3)
-
-    def _places(self, like: Tensor) -> Tensor:
-        """Returns for each patch of a window 1 at its row, then 1 at its column, else 0: ``[L, 2 side]``."""
-        one = torch.eye(self.side, dtype=like.dtype, device=like.device)
-        return torch.cat([one.repeat_interleave(self.side, 0), one.repeat(self.side, 1)], dim=1)
+        rows, columns = self.row_positions[apart], self.column_positions[apart]  # [side, side, D]
+        query, key = with_relative_positions(query, key, rows, columns, self.head_dim**-0.5)  # [W, H, L, D + 2 side]
+        out = cross_attention(query, key, value, mask, scale=1.0, dropout_p=self.dropout if self.training else 0.0)
+        return out.transpose(1, 2).flatten(2)
 
 
 class SamBlock(nn.Module):
