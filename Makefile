@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup profile bench gpu test test-all test-oldest sanitize lint format clean
+.PHONY: help setup profile bench gpu test test-all test-oldest test-integrations sanitize lint format clean
 
 PYTHON ?= python3
 PROFILE_ARGS ?=
@@ -22,6 +22,10 @@ OLDEST_TRANSFORMERS := transformers==5.17.0
 WITH_OLDEST_TRANSFORMERS := huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 # Its losses, which import torch alone, are tested beside ours.
 OPEN_CLIP := open_clip_torch==3.3.0
+# Packages that call our functions or whose classes we replace, in a folder of their own; the versions stand there alone.
+INTEGRATIONS := tests/integrations/requirements.txt
+# The version that takes the newest `kernels` there is; those after it want one that is not released yet.
+KERNELS_TRANSFORMERS := transformers==5.21.0
 SMOKE_ARGS := --size tiny --tokens 8,16 --out build/smoke
 
 # With a compiler and Python's headers, an extension that does not build is an error (setup.py); else Python parts do.
@@ -46,7 +50,7 @@ heading = @printf '\n== %s\n' "$(1)"
 finish = @printf '\n== make $@: done in %d s\n' $$(($$(date +%s) - $(START)))
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
 	@echo '  PYTHON=python3.12 picks the Python; PROFILE_ARGS, BENCH_ARGS, GPU_ARGS, PYTEST_ARGS go to the commands.'
 	@echo '  WORKERS=4 runs tests in so many processes; SEED=1 repeats what make test-all draws.'
 
@@ -104,7 +108,7 @@ test: setup lint ## lint, types, C++ build, unit tests, GPU kernels interpreted 
 
 test-all: DRAWN := --seed $(SEED)
 test-all: AOT_ARGS := --all
-test-all: setup lint test-oldest ## the same in full: every combination, every GPU target, inputs drawn with a new SEED
+test-all: setup lint test-oldest test-integrations ## the same in full: every combination, every GPU target, inputs drawn with a new SEED
 	$(run_tests)
 
 test-oldest: setup ## what uses transformers, on the oldest version of it that pyproject.toml allows
@@ -114,6 +118,23 @@ test-oldest: setup ## what uses transformers, on the oldest version of it that p
 	@PYTHONPATH=$(abspath .venv)/$(OLDEST_TRANSFORMERS) $(ONE_THREAD) $(call pytest,oldest,tests/integrations tests/models \
 		tests/test_transformers_version.py tests/test_guide.py tests/test_cli.py,not alone and not slow) $(SHARED)
 	$(finish)
+
+# Each without what it depends on: .venv has that, or the list names it.
+test-integrations: setup build/integrations.stamp ## what runs within other packages: peft, TRL, diffusers, kernels, ...
+	$(call heading,pytest tests/integrations tests/test_guide.py: with the packages of $(INTEGRATIONS))
+	@PYTHONPATH=$(abspath build/integrations) $(ONE_THREAD) $(call pytest,integrations,tests/integrations tests/test_guide.py,integration) $(SHARED) -k "not hub"
+	$(call heading,pytest tests/integrations/test_hub_kernel.py: with $(KERNELS_TRANSFORMERS))
+	@test -d build/$(KERNELS_TRANSFORMERS) || $(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps \
+		--target build/$(KERNELS_TRANSFORMERS) $(KERNELS_TRANSFORMERS)
+	@export PYTHONPATH=$(abspath build)/$(KERNELS_TRANSFORMERS):$(abspath build/integrations); \
+		$(ONE_THREAD) $(call pytest,hub,tests/integrations/test_hub_kernel.py tests/test_guide.py,integration) -k hub
+	$(finish)
+
+build/integrations.stamp: $(INTEGRATIONS) | .venv/extension.stamp
+	$(call heading,packages of $(INTEGRATIONS) in build/integrations)
+	@rm -rf build/integrations
+	@$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --target build/integrations -r $(INTEGRATIONS)
+	@touch $@
 
 # Python itself is not instrumented, so the sanitizer's runtime comes first by hand, with the C++ runtime whose exceptions
 # it watches; what it can't know of (leaks at exit, memory meters, code that torch compiles) is left out.

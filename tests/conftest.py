@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Generator, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +63,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    no_gpu = not torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if no_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        missing = [x for mark in item.iter_markers("integration") for x in mark.args if not _is_installed(x)]
+        if missing:
+            reason = f"needs {', '.join(sorted(set(missing)))}, which `make test-integrations` installs"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 @pytest.fixture(autouse=True)
