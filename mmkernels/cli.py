@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Annotated
 
 from mmkernels.interrupts import ends_well, interruptible
 from mmkernels.options import BadInput
+from mmkernels.profiling.hf_options import HF, QUESTION, HFOptions
 from mmkernels.profiling.options import REDUCERS, RESOLUTIONS, TOKENS, TOKENS_OF_BLIP2, VISION_LANGUAGE, Options
 from mmkernels.profiling.sound_options import HEARING, POOL, SECONDS, SoundOptions
 from mmkernels.runtime.dispatch import BackendError
@@ -98,7 +99,10 @@ def doctor() -> None:
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help=f"flamingo, blip2, {', '.join((*VISION_LANGUAGE, *HEARING))}")],
+    model: Annotated[
+        str,
+        typer.Argument(help=f"flamingo, blip2, {', '.join((*VISION_LANGUAGE, *HEARING))}; or {HF}: --model says which"),
+    ],
     image: Annotated[
         Path | None,
         typer.Option(parser=_path, metavar="FILE", help="Photograph; default: one that matplotlib ships."),
@@ -161,11 +165,21 @@ def profile(
     ] = None,
     folder: Annotated[
         Path | None,
-        typer.Option("--model", parser=_path, metavar="FOLDER", help="A checkpoint of your own, instead of --size."),
+        typer.Option(
+            "--model",
+            parser=_path,
+            metavar="FOLDER",
+            help=f"A checkpoint of your own, instead of --size; of {HF} also a name on the Hub, such as org/name.",
+        ),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="A question, for --model with a tokenizer; default: random tokens.")
     ] = None,
+    question: Annotated[str | None, typer.Option(help=f"Of {HF}: what is asked; default: {QUESTION}")] = None,
+    random: Annotated[
+        bool,
+        typer.Option("--random", help=f"Of {HF}: random weights; --model needs a configuration and a processor alone."),
+    ] = False,
     train: Annotated[bool, typer.Option("--train", help="Also measure a training step.")] = False,
     out: Annotated[
         Path, typer.Option(parser=_path, metavar="FOLDER", help="For profile.json and profile.png.")
@@ -190,6 +204,20 @@ def profile(
             raise BadInput(f"--{name.replace('_', '-')} must not be given for {model}, which {what}; got {value}")
     backends = None if backend is None else parse_list(backend)
     device = device or _default_device()
+    sides = None if resolutions is None else parse_numbers("--resolutions", resolutions, int, "224,448")
+    image = default_photo() if image is None and not hears else image
+    _check_kind(
+        model,
+        ours=seen | heard | {"text_length": text_length, "backend": backend, "size": size, "prompt": prompt},
+        theirs={"question": question, "random": random or None},
+    )
+    if model == HF:
+        assert image is not None
+        asked = HFOptions(
+            model, folder=folder, image=image, resolutions=sides, question=question, random=random, dtype=dtype,
+            device=device, train=train,
+        )  # fmt: skip
+        return run_profile(asked, out, report)
     if hears:
         options: Options | SoundOptions = SoundOptions(
             model,
@@ -207,10 +235,10 @@ def profile(
     else:
         options = Options(
             model=model,
-            image=default_photo() if image is None else image,
+            image=image or default_photo(),
             tokens=None if tokens is None else parse_numbers("--tokens", tokens, int, "16,64"),
             reduce=None if reduce is None else parse_list(reduce),
-            resolutions=None if resolutions is None else parse_numbers("--resolutions", resolutions, int, "224,448"),
+            resolutions=sides,
             images=images,
             text_length=text_length,
             backends=backends,
@@ -222,6 +250,15 @@ def profile(
             train=train,
         )
     run_profile(options, out, report)
+
+
+def _check_kind(model: str, *, ours: Mapping[str, object], theirs: Mapping[str, object]) -> None:
+    """Raises `BadInput` for an option of our models given with one of transformers, and the other way round."""
+    for name, value in (ours if model == HF else theirs).items():
+        if value is not None and name not in ("image", "resolutions"):
+            takes = "--image, --resolutions, --question and --random" if model == HF else f"only {HF} takes it"
+            what = f"whose options are {takes}" if model == HF else takes
+            raise BadInput(f"--{name.replace('_', '-')} must not be given for {model}, {what}; got {value}")
 
 
 def bench(
@@ -255,14 +292,19 @@ def support(
         Path | None,
         typer.Option(parser=_path, metavar="FILE", help=f"With --all: for the table; default: {SUPPORT_OUT}."),
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --all: speed and memory of larger models too; an hour or more.")
+    ] = False,
 ) -> None:
-    """Run small transformers models of each family on "mmkernels", and show which equal transformers' own attention."""
+    """Run small transformers models of each family on "mmkernels" and patched, and show which equal their own."""
     if every:
         from mmkernels.integrations.transformers.sweep_table import run_sweep
 
-        fine = run_sweep(families or (), out or SUPPORT_OUT)
+        fine = run_sweep(families or (), out or SUPPORT_OUT, measured=measure)
     elif out is not None:
         raise BadInput(f"--out is for the table of --all, which must be given too; got {out} alone")
+    elif measure:
+        raise BadInput("--measure is for the table of --all, which must be given too")
     else:
         from mmkernels.integrations.transformers.support_table import run_support
 

@@ -56,27 +56,35 @@ class Reduction:
     side: int = 1
 
 
-class Adapter(Protocol[Given]):
-    """A model, divided into stages.
+class Staged(Protocol):
+    """What is divided into stages.
 
     Attributes:
-        sizes: names that ``--size`` takes.
-        about: what must be said of some of them, such as that layers are left out.
+        about: what must be said of some sizes, such as that layers are left out.
         stages: in the order in which they run. Those with ``calls == 1`` lead to the first output, and summaries are
             about the last of them; the others repeat.
         total: the name of the sum of those with ``calls == 1``.
-        square: whether images are squares cut out of the photograph; else each has the photograph's shape, or there is
-            no photograph.
     """
 
-    @property
-    def sizes(self) -> tuple[str, ...]: ...
     @property
     def about(self) -> Mapping[str, str]: ...
     @property
     def stages(self) -> tuple[Stage, ...]: ...
     @property
     def total(self) -> str: ...
+
+
+class Adapter(Staged, Protocol[Given]):
+    """A model, divided into stages.
+
+    Attributes:
+        sizes: names that ``--size`` takes.
+        square: whether images are squares cut out of the photograph; else each has the photograph's shape, or there is
+            no photograph.
+    """
+
+    @property
+    def sizes(self) -> tuple[str, ...]: ...
     @property
     def square(self) -> bool: ...
 

@@ -15,6 +15,8 @@ from mmkernels.models.blocks.images import ImageError, load_image
 from mmkernels.options import BadInput
 from mmkernels.profiling import html_report, plot_sound, sound_profiler, table
 from mmkernels.profiling.draw import draw
+from mmkernels.profiling.hf_options import HFOptions
+from mmkernels.profiling.hf_profiler import HFProfile
 from mmkernels.profiling.options import Options
 from mmkernels.profiling.profiler import check_photo, find_model, reports, steps
 from mmkernels.profiling.sound import open_sound
@@ -67,6 +69,27 @@ class _OfPhoto:
         html_report.write(report, self.photo, path)
 
 
+class _OfTransformers:
+    kind = "photograph"
+
+    def __init__(self, options: HFOptions) -> None:
+        self.path = options.image
+        self.photo = _open_photo(options.image)
+        self.profile = HFProfile(options, self.photo)
+
+    def steps(self) -> int:
+        return self.profile.steps()
+
+    def reports(self, progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+        return self.profile.reports(progress)
+
+    def draw(self, report: dict[str, Any], path: Path) -> None:
+        draw(report, self.photo, path)
+
+    def write_html(self, report: dict[str, Any], path: Path) -> None:
+        html_report.write(report, self.photo, path)
+
+
 class _OfSound:
     kind = "sound"
 
@@ -88,7 +111,13 @@ class _OfSound:
         html_report.write_of_sound(report, self.sound, path)
 
 
-def run_profile(options: Options | SoundOptions, out: Path, report_file: Path | None = None) -> None:
+def _subject(options: Options | SoundOptions | HFOptions) -> _Subject:
+    if isinstance(options, HFOptions):
+        return _OfTransformers(options)
+    return _OfSound(options) if isinstance(options, SoundOptions) else _OfPhoto(options)
+
+
+def run_profile(options: Options | SoundOptions | HFOptions, out: Path, report_file: Path | None = None) -> None:
     """Profiles, prints the tables, and writes ``profile.json`` and ``profile.png`` to `out`, and the report.
 
     The JSON is written after each number of tokens, or reducer, or part of a sound.
@@ -102,7 +131,7 @@ def run_profile(options: Options | SoundOptions, out: Path, report_file: Path | 
         BadInput: anything that the user gave can't be used; most of it is found before the first measurement.
         Interrupted: by Ctrl-C; the rows that were measured are printed and saved.
     """
-    subject: _Subject = _OfSound(options) if isinstance(options, SoundOptions) else _OfPhoto(options)
+    subject = _subject(options)
     writer.prepare_folder(out, _JSON, _PICTURE)
     for name in (_JSON, _PICTURE):
         if subject.path is not None and subject.path.resolve() == (out / name).resolve():

@@ -13,8 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from mmkernels.profiling import plot_sound, table
+from mmkernels.profiling import hf_table, plot_sound, table
 from mmkernels.profiling.draw import draw
+from mmkernels.profiling.hf_table import compares_patch
 from mmkernels.profiling.pareto import drift_of, drift_text, row_of
 from mmkernels.profiling.photo import paint
 from mmkernels.profiling.plot import subtitle
@@ -164,9 +165,15 @@ def _measurements(report: dict[str, Any]) -> str:
     if of_sound:
         texts = ["sound, s", "pooled by", "tokens", "backend"]
     else:
-        texts = ["side, px"] * bool(s.get("resolutions")) + ["reducer"] * reducing + ["visual tokens", "backend"]
+        texts = ["side, px"] * bool(s.get("resolutions")) + ["reducer"] * reducing + ["visual tokens"]
+        texts.append("patch" if compares_patch(report) else "backend")
     titles = [f"{title}, ms" for title in times.values()] + [f"{title}, MB" for title in memories.values()]
-    titles += ["drift"] + ["same token"] * reducing + ["Pareto front"] * (reducing and not of_sound)
+    titles += (
+        ["drift"]
+        + ["same tokens"] * compares_patch(report)
+        + ["same token"] * reducing
+        + ["Pareto front"] * (reducing and not of_sound)
+    )
     heads = [*(f'<th class="text" scope="col">{escape(text)}</th>' for text in texts)]
     heads += [f'<th scope="col">{escape(text)}</th>' for text in titles]
     lines = []
@@ -178,14 +185,21 @@ def _measurements(report: dict[str, Any]) -> str:
         else:
             values = [milliseconds(cell["seconds"].get(name)) for name in times]
             values += [megabytes(cell[name]) for name in memories]
-            found = drift_of(cell)
-            drift = MISSING if found is None else drift_text(found[0])
-            values.append("baseline" if found is not None and found[0] == 0 else drift)
-            values += [percent(None if found is None else found[1])] * reducing
+            values += _drifts(report, cell)
             values += ["yes" if front else ""] * (reducing and not of_sound)
         row = [*(f'<td class="text">{escape(name)}</td>' for name in names), *(f"<td>{escape(x)}</td>" for x in values)]
         lines.append((_FRONT_ROW if front else "<tr>") + "".join(row) + "</tr>")
     return _table(heads, lines)
+
+
+def _drifts(report: dict[str, Any], cell: dict[str, Any]) -> list[str]:
+    """Returns what stands in the columns of the drift."""
+    if compares_patch(report):
+        return hf_table.drift(cell)
+    found = drift_of(cell)
+    drift = MISSING if found is None else drift_text(found[0])
+    agreement = [percent(None if found is None else found[1])] * table.compares_rows(report)
+    return ["baseline" if found is not None and found[0] == 0 else drift, *agreement]
 
 
 def _legend(report: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 
@@ -15,7 +15,10 @@ from mmkernels.runtime.dispatch import BACKENDS
 CHOICES = ("fused", *BACKENDS)
 """What to compare: "fused" is the automatic choice, the others force a backend; "reference" is the naive baseline."""
 
-_NAMES = {"reference": "naive"}
+ORIGINAL, PATCHED = "original", "patched"
+"""What is compared of a model of transformers: as it is, and after `mmkernels.patch`."""
+
+_NAMES = {"reference": "naive", ORIGINAL: "before patch", PATCHED: "after patch"}
 
 TOKENS, TOKENS_OF_BLIP2 = (16, 64, 256, 1024), (8, 32, 128)
 """The visual tokens per image that are profiled where nothing else is asked for."""
@@ -79,6 +82,19 @@ class Excerpt(NamedTuple):
         return self.seconds
 
 
+class Side(NamedTuple):
+    """What one row of a profile of a transformers model is about.
+
+    Attributes:
+        resolution: the photograph has about as many pixels as a square of this side.
+    """
+
+    resolution: int
+
+    def __str__(self) -> str:
+        return f"{self.resolution:,} px"
+
+
 Row = int | Choice | Excerpt
 """What one row of a profile is about: a number of visual tokens per image, a reducer, or a part of a sound."""
 
@@ -119,6 +135,8 @@ class Settings:
     train: bool = False
     seed: int = 0
 
+    choices: ClassVar[tuple[str, ...]] = CHOICES
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
@@ -135,12 +153,12 @@ class Settings:
         assert self.backends is not None
         self._set("backends", tuple(dict.fromkeys(self.backends)))
         for backend in self.backends or ("",):
-            one_of("--backend", backend, CHOICES)
+            one_of("--backend", backend, self.choices)
         one_of("--dtype", self.dtype, tuple(DTYPES))
         check_device(self.device)
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[Row | Side, ...]:
         """What the rows of the profile are about."""
         raise NotImplementedError
 
@@ -244,7 +262,7 @@ class Options(Settings):
                 f"got {_join(self.tokens)} and {_join(rows or ())}"
             )
         if self.resolutions is not None:
-            self._set("resolutions", _checked_resolutions(self.resolutions))
+            self._set("resolutions", checked_resolutions(self.resolutions))
         if self.folder is not None and self.model not in VISION_LANGUAGE:
             must = f"must be for one of {', '.join(VISION_LANGUAGE)}, whose numbers of tokens need no other weights"
             raise BadInput(f"--model {must}; got {self.model}")
@@ -274,6 +292,8 @@ def baseline_of(backends: Sequence[str], *, reducing: bool) -> str:
 
     With reducers there is always one: drift is also that of the reducer, from the unreduced model.
     """
+    if ORIGINAL in backends:
+        return ORIGINAL
     return backends[0] if reducing and "reference" not in backends else "reference"
 
 
@@ -296,8 +316,12 @@ def parse_numbers(option: str, text: str, kind: type[Number], example: str) -> t
         raise BadInput(f"{option} must be {must}, such as {example}; got {text!r}") from None
 
 
-def _checked_resolutions(sides: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the sides without repeats, the largest first."""
+def checked_resolutions(sides: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the sides without repeats, the largest first.
+
+    Raises:
+        BadInput: there are none, too many, or too large ones.
+    """
     if not 1 <= len(sides) <= _MOST_RESOLUTIONS or min(sides) < 1 or max(sides) > _MOST_PIXELS:
         must = f"1 to {_MOST_RESOLUTIONS} sides in pixels, each at most {_MOST_PIXELS}, such as 224,448"
         raise BadInput(f"--resolutions must be {must}; got {_join(sides)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from mmkernels.profiling.options import Choice, Excerpt
+from mmkernels.profiling.options import Choice, Excerpt, Side
 
 
 class Trade(NamedTuple):
@@ -21,11 +21,12 @@ class Trade(NamedTuple):
 
 
 def row_of(cell: dict[str, Any]) -> int | str:
-    """Returns what the row of a cell is about: a number of tokens, or the name of a `Choice` or `Excerpt`."""
+    """Returns what the row of a cell is about: a number of tokens, or the name of a `Choice`, `Excerpt` or `Side`."""
     if "sound_seconds" in cell:
         return str(Excerpt(cell["sound_seconds"], cell["pool"]))
     if not cell.get("reducer"):
-        return int(cell["tokens_per_image"])
+        side = cell.get("resolution")
+        return str(Side(side)) if side else int(cell["tokens_per_image"])
     return str(Choice(cell["reducer"], cell.get("resolution")))  # older reports have no resolution
 
 

@@ -12,14 +12,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from PIL import Image
 
+from mmkernels.profiling.hf_table import compares_patch
+from mmkernels.profiling.options import ORIGINAL, PATCHED, name_of
 from mmkernels.profiling.table import compared, crops_of, memory_ratio, summary, text_of, title_of_model, warnings
 from mmkernels.report import COLOURS, picture, plain, plural, ratio
 
 _TOTAL, _TRAINING = "#000000", "#A06A00"
-_STYLES = {"fused": "-", "reference": "--"}
+_STYLES = {"fused": "-", "reference": "--", PATCHED: "-", ORIGINAL: "--"}
 _OTHER_STYLES = (":", "-.", (0, (1, 1)))
 _GRAIN = 1e5  # bytes that the meter can't tell from nothing
-_NAMES = {"fused": "fused ops", "reference": "naive baseline"}
+_NAMES = {"fused": "fused ops", "reference": "naive baseline"} | {name: name_of(name) for name in (ORIGINAL, PATCHED)}
 
 Ends = dict[str, tuple[float, str, str]]
 """The labels behind the lines' ends: name -> height, colour, further words."""
@@ -40,15 +42,21 @@ def draw(report: dict[str, Any], photo: Image.Image, path: Path) -> None:
 
 def _titles(figure: Figure, report: dict[str, Any]) -> None:
     s = report["settings"]
-    figure.text(0.06, 0.935, f"What a visual token costs: {title_of_model(s)}", fontsize=19, weight="bold")
-    figure.text(0.06, 0.89, subtitle(report), fontsize=12, color="#444444")
+    title, about = f"What a visual token costs: {title_of_model(s)}", subtitle(report)
+    figure.text(0.06, 0.935, title, fontsize=_fitting(19, title, 60), weight="bold")
+    figure.text(0.06, 0.89, about, fontsize=_fitting(12, about, 98), color="#444444")
+
+
+def _fitting(size: float, text: str, most: int) -> float:
+    """Returns the size of letters at which a text is no longer than `most` letters are at `size`."""
+    return size * min(1.0, most / len(text))
 
 
 def subtitle(report: dict[str, Any]) -> str:
     """Returns what was measured, and where."""
     s = report["settings"]
     prompt = f"A prompt of {plural(s['images'], 'image')} and {text_of(s)}"
-    about = report.get("about_size")
+    about = report.get("about_size") or s.get("class")
     return f"{prompt}, {s['dtype']}, on {report['device']}" + (f"; {about}" if about else "")
 
 
@@ -56,7 +64,7 @@ def _strokes(report: dict[str, Any], backend: str, colour: str) -> dict[str, Any
     """How a backend's lines look."""
     others = [name for name in report["settings"]["backends"] if name not in _STYLES]
     style = _STYLES.get(backend) or _OTHER_STYLES[others.index(backend) % len(_OTHER_STYLES)]
-    face = "white" if backend == "reference" else colour  # so that single points can be told apart
+    face = "white" if backend in ("reference", ORIGINAL) else colour  # so that single points can be told apart
     return {"color": colour, "linestyle": style, "marker": "o", "markerfacecolor": face}
 
 
@@ -170,7 +178,8 @@ def _memory(axes: Axes, report: dict[str, Any]) -> None:
                 backend_name(backend).split()[0] if len(lines) == 1 else f"{title}\n{backend_name(backend).split()[0]}"
             )
             share = memory_ratio(report, cells[-1], name)
-            ends[label] = (y[-1], colour, f"{ratio(share)} of naive" if share is not None else "")
+            of = "before" if compares_patch(report) else "naive"
+            ends[label] = (y[-1], colour, f"{ratio(share)} of {of}" if share is not None else "")
     axes.set_title("Peak memory, measured", loc="left", fontsize=13, weight="bold", pad=12)
     if ends:
         _log_log(axes, report, "megabytes above the weights")

@@ -13,7 +13,7 @@ from PIL import Image
 from mmkernels.machine import describe_machine, device_name
 from mmkernels.meters import memory_why_not
 from mmkernels.options import BadInput
-from mmkernels.profiling.adapter import Adapter, PhotoAdapter
+from mmkernels.profiling.adapter import Adapter, PhotoAdapter, Staged
 from mmkernels.profiling.blip2 import BLIP2Adapter
 from mmkernels.profiling.deepseek_vl import DeepSeekVLAdapter
 from mmkernels.profiling.deepseek_vl2 import DeepSeekVL2Adapter
@@ -140,7 +140,7 @@ def _report(
     }
 
 
-def common(options: Settings, adapter: Adapter[Any], command: str, cells: list[Cell]) -> dict[str, Any]:
+def common(options: Settings, adapter: Staged, command: str, cells: list[Cell]) -> dict[str, Any]:
     """Returns what the reports of all models have."""
     return {
         "kind": "mmkernels profile",
@@ -194,9 +194,11 @@ def marginal(cells: list[Cell]) -> dict[str, dict[str, float]]:
     slopes: dict[str, dict[str, float]] = {}
     for backend in dict.fromkeys(cell["backend"] for cell in cells):
         row = [cell for cell in cells if cell["backend"] == backend and cell["failed"] is None]
-        if len(row) > 1:
-            few, many = row[0], row[-1]
-            more = many["visual_tokens"] - few["visual_tokens"]
+        if not row:
+            continue
+        few, many = row[0], row[-1]
+        more = many["visual_tokens"] - few["visual_tokens"]
+        if more > 0:
             slopes[backend] = {
                 name: (seconds - few["seconds"][name]) / more
                 for name, seconds in many["seconds"].items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,14 +12,18 @@ from rich.text import Text
 
 from mmkernels import report as writer
 from mmkernels.meters import Timing
-from mmkernels.profiling import sound_table
-from mmkernels.profiling.options import UNREDUCED, VISION_LANGUAGE, baseline_of, name_of
+from mmkernels.profiling import hf_table, sound_table
+from mmkernels.profiling.hf_table import compares_patch
+from mmkernels.profiling.options import ORIGINAL, UNREDUCED, VISION_LANGUAGE, baseline_of, name_of
 from mmkernels.profiling.pareto import drift_of, drift_text, row_of
 from mmkernels.profiling.point import NAIVE_LOSS
 from mmkernels.report import MISSING, megabytes, microseconds, milliseconds, plural, ratio
 
 MARK = "*"
 """Beside the drift of a row on the Pareto front."""
+
+_MOST_LETTERS = 60
+"""Of a question, in titles."""
 
 _UNSTEADY = 0.1
 """Above this spread, as a share, the table warns."""
@@ -48,6 +53,8 @@ def render(report: dict[str, Any]) -> RenderableType:
 
 
 def _gains_legend(report: dict[str, Any]) -> str:
+    if compares_patch(report):
+        return hf_table.GAINS_LEGEND
     return _GAINS_LEGEND.format(share="" if _is_crowded(report) else "; then the share of the cap that is reached")
 
 
@@ -99,8 +106,8 @@ def _heading(report: dict[str, Any]) -> Text:
     s, threads = report["settings"], report["machine"]["torch_threads"]
     text = Text()
     text.append(title_of_model(s), style="bold")
-    weights = "its weights" if s.get("folder") else "random weights"
-    about = report.get("about_size")
+    weights = "random weights" if has_random_weights(s) else "its weights"
+    about = report.get("about_size") or s.get("class")
     source = sound_table.part_of(report) if is_of_sound(report) else crops_of(report)
     text.append(
         f", {s['dtype']}, {weights}{f', {about}' * bool(about)}; {source}, {text_of(s)}\n"
@@ -123,7 +130,7 @@ def _measurements(report: dict[str, Any]) -> Table:
     if train:
         times["train_step"] = "train"
         memories["train_peak_memory_bytes"] = "train"
-    if reducing:  # narrow columns
+    if reducing or compares_patch(report):  # narrow columns
         times["total"] = times["total"].replace(" ", "\n")
     numbers = [
         Column(
@@ -135,7 +142,9 @@ def _measurements(report: dict[str, Any]) -> Table:
         for name, title in columns.items()
     ]
     drifts = [Column("drift", justify="right")]
-    if reducing and not _is_crowded(report) and not is_of_sound(report):
+    if compares_patch(report):
+        drifts.append(Column("same\ntokens", justify="right"))
+    elif reducing and not _is_crowded(report) and not is_of_sound(report):
         drifts.append(Column("same\ntoken", justify="right"))
     table = writer.table((), [*_columns(report), *numbers, *drifts])
     for cell, following in zip(report["cells"], [*report["cells"][1:], None], strict=True):
@@ -169,6 +178,8 @@ def _ends_section(report: dict[str, Any], cell: dict[str, Any], following: dict[
 def _gains(report: dict[str, Any]) -> Table:
     last = report["total"]["stages"][-1]
     shown = {last: last, "total": report["total"]["name"], "train_step": "training step"}
+    if compares_patch(report):
+        shown = hf_table.gained(report)
     shown = {name: title for name, title in shown.items() if any(name in cell["amdahl"] for cell in report["cells"])}
     memories = {"peak_memory_bytes": "memory"}
     if report["settings"]["train"]:
@@ -183,7 +194,8 @@ def _gains(report: dict[str, Any]) -> Table:
         for cell in report["cells"]
         if cell["amdahl"]
     ]
-    titles = [*(f"{title}\nfaster, of at most" for title in shown.values()), *memories.values()]
+    faster = "faster" if compares_patch(report) else "faster, of at most"
+    titles = [*(f"{title}\n{faster}" for title in shown.values()), *memories.values()]
     return writer.table(rows, [*_columns(report), *(Column(title, justify="right") for title in titles)])
 
 
@@ -191,10 +203,10 @@ def _columns(report: dict[str, Any]) -> list[Column]:
     """Returns the columns that both tables begin with."""
     if is_of_sound(report):
         return [*(Column(title, justify="right") for title in sound_table.TITLES), Column("backend")]
-    columns = [Column("visual\ntokens", justify="right"), Column("backend")]
-    if not report["settings"].get("reduce"):
-        return columns
+    columns = [Column("visual\ntokens", justify="right"), Column("patch" if compares_patch(report) else "backend")]
     sides = [Column("side\npx", justify="right")] if report["settings"].get("resolutions") else []
+    if not report["settings"].get("reduce"):
+        return [*sides, *columns]
     return [*sides, Column("reducer", overflow="fold"), *columns]
 
 
@@ -202,14 +214,17 @@ def begin(report: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     """Returns what stands in a cell's row in `_columns`."""
     if is_of_sound(report):
         return [*sound_table.begin(cell), name_of(cell["backend"])]
-    begin = [tokens(report, cell), name_of(cell["backend"])]
+    name = name_of(cell["backend"])
+    begin = [tokens(report, cell), name.partition(" ")[0] if compares_patch(report) else name]
     side = [f"{cell['resolution']:,}"] if cell.get("resolution") else []
-    return [*side, cell["reducer"], *begin] if cell.get("reducer") else begin
+    return [*side, cell["reducer"], *begin] if cell.get("reducer") else [*side, *begin]
 
 
 def _gain(bound: dict[str, float] | None, *, short: bool) -> str:
     if bound is None:
         return MISSING
+    if "cap" not in bound:
+        return ratio(bound["speedup"])
     gain = f"{bound['speedup']:.2f}x of {bound['cap']:.2f}x"
     return gain if short else f"{gain} {bound['share_of_cap']:4.0%}"
 
@@ -228,7 +243,9 @@ def legend(report: dict[str, Any]) -> str:
     wide = any("relative_l2_to_fp32" in (cell["drift"] or {}) for cell in report["cells"])
     if s["train"] and any(cell.get("naive_loss") for cell in report["cells"]):
         lines.append(f"{NAIVE_LOSS}: fused but for the training loss, which is made from all logits.")
-    if is_of_sound(report):
+    if compares_patch(report):
+        lines += hf_table.legend(report)
+    elif is_of_sound(report):
         lines += sound_table.legend(report, name_of(_baseline(report)) if not wide else "naive float32")
         lines += [RANDOM] * (not s.get("folder"))
     elif s.get("reduce"):
@@ -273,6 +290,8 @@ def _reducing_legend(report: dict[str, Any], wide: bool) -> list[str]:
 
 def _drift(report: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     """Returns what stands in the last columns."""
+    if compares_patch(report):
+        return hf_table.drift(cell)
     found, reducing = drift_of(cell), compares_rows(report)
     if found is None:
         text = "-" if cell.get("reducer") and report["reducers"][str(row_of(cell))]["learned"] else MISSING
@@ -307,6 +326,8 @@ def _baseline(report: dict[str, Any]) -> str:
 
 def summary(report: dict[str, Any]) -> str:
     """Returns one sentence: what the largest profile shows; or what each reducer does."""
+    if compares_patch(report):
+        return hf_table.summary(report)
     if is_of_sound(report):
         return sound_table.summary(report)
     if report["settings"].get("reduce"):
@@ -373,17 +394,25 @@ def _cost_of_a_token(report: dict[str, Any], backend: str) -> str:
 
 
 def memory_ratio(report: dict[str, Any], cell: dict[str, Any], name: str = "peak_memory_bytes") -> float | None:
-    """Returns peak memory over the naive baseline's in the same row; None where either wasn't measured."""
+    """Returns peak memory over the baseline's in the same row; None where either wasn't measured."""
+    baseline = ORIGINAL if compares_patch(report) else "reference"
     for other in report["cells"]:
-        same = other["backend"] == "reference" and row_of(other) == row_of(cell)
+        same = other["backend"] == baseline and row_of(other) == row_of(cell)
         if same and other is not cell and other[name] and cell[name] is not None:
             return cell[name] / other[name]
     return None
 
 
 def title_of_model(settings: dict[str, Any]) -> str:
-    """Such as "flamingo small", or the checkpoint's folder."""
+    """Such as "flamingo small", or the model and the checkpoint's folder; of any model of transformers the folder."""
+    if "class" in settings:
+        return str(settings["folder"])
     return f"{settings['model']} {settings.get('folder') or settings['size']}"
+
+
+def has_random_weights(settings: dict[str, Any]) -> bool:
+    """Returns whether the weights are no checkpoint's."""
+    return bool(settings.get("random")) or not settings.get("folder")
 
 
 def crops_of(report: dict[str, Any]) -> str:
@@ -394,9 +423,11 @@ def crops_of(report: dict[str, Any]) -> str:
 
 
 def text_of(settings: dict[str, Any]) -> str:
-    """Such as "512 text tokens", or the question."""
+    """Such as "512 text tokens", or the beginning of the question."""
     prompt = settings.get("prompt")
-    return f"{settings['text_length']:,} text tokens" if prompt is None else f'"{prompt}"'
+    if prompt is None:
+        return f"{settings['text_length']:,} text tokens"
+    return f'"{textwrap.shorten(prompt, _MOST_LETTERS, placeholder=" ...")}"'
 
 
 def tokens(report: dict[str, Any], cell: dict[str, Any]) -> str:

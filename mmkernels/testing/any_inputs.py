@@ -21,27 +21,31 @@ _BINS = ("num_mel_bins", "n_mels", "feature_projection_input_dim", "feature_size
 PADDINGS = {"left": left_padded, "right": right_padded}
 
 
-def candidates(model: Any) -> Iterator[Inputs]:
+def candidates(model: Any, times: int = 1) -> Iterator[Inputs]:
     """Yields inputs that a model may take, drawn from PyTorch's global generator; the caller tries which it takes.
 
     A model that reads text and more is given the text alone, if it takes that.
+
+    Args:
+        times: by what texts and grids of patches are larger than the smallest.
     """
     names = _arguments(model)
     main = model.main_input_name
     config = model.config
-    text = {"input_ids": _text(config)} if "input_ids" in names else {}
+    text = {"input_ids": _text(config, LENGTH * times)} if "input_ids" in names else {}
     target = {}
     if "decoder_input_ids" in names and (config.is_encoder_decoder or main != "input_ids"):
-        target = {"decoder_input_ids": tokens(2, LENGTH // 2)}
+        target = {"decoder_input_ids": tokens(2, LENGTH * times // 2)}
     if text:
         yield text | target
         if "bbox" in names:
-            yield text | target | {"bbox": torch.tensor([10, 20, 60, 90]).expand(2, LENGTH, 4)}
+            yield text | target | {"bbox": torch.tensor([10, 20, 60, 90]).expand(2, LENGTH * times, 4)}
     grids = [name for name in ("grid_thw", "image_grid_thw") if name in names]
     if grids:
         for name in (main, "hidden_states", "pixel_values"):
             if name in names:
-                yield {name: _patches(config), grids[0]: torch.tensor([[1, 4, 6], [1, 4, 4]])}
+                grid = torch.tensor([[1, 4 * times, 6], [1, 4 * times, 4]])
+                yield {name: _patches(config, int(grid.prod(1).sum())), grids[0]: grid}
     for name in dict.fromkeys((main, "pixel_values", "input_features", "input_values")):
         if name in names and name != "input_ids":
             for value in _media(name, config):
@@ -53,12 +57,12 @@ def candidates(model: Any) -> Iterator[Inputs]:
                     yield text | media
 
 
-def _text(config: Any) -> Tensor:
+def _text(config: Any, length: int) -> Tensor:
     """Returns text that ends as a tokenizer ends it: some models pool at the end, and at the first place without one.
 
-    [2, LENGTH]
+    [2, length]
     """
-    ids = tokens(2, LENGTH)
+    ids = tokens(2, length)
     end = _first([config, *(getattr(config, key, None) for key in config.sub_configs)], "eos_token_id", default=None)
     if isinstance(end, int):
         ids[:, -1] = end
@@ -101,8 +105,8 @@ def _media(name: str, config: Any) -> Iterator[Tensor]:
         yield torch.randn(2, 64, bins)
 
 
-def _patches(config: Any) -> Tensor:
-    """Returns the patches of two images, [patches, channels * frames * size * size]."""
+def _patches(config: Any, patches: int) -> Tensor:
+    """Returns the patches of images, [patches, channels * frames * size * size]."""
     channels, frames, size = (
         _first([config], *names, default=default)
         for names, default in (
@@ -111,7 +115,7 @@ def _patches(config: Any) -> Tensor:
             (("patch_size",), 8),
         )
     )
-    return torch.randn(40, channels * frames * size * size)
+    return torch.randn(patches, channels * frames * size * size)
 
 
 def _first(parts: list[Any], *names: str, default: Any) -> Any:
