@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -21,6 +21,7 @@ from models_pairs import Pair
 from models_targets import NAIVE, SDPA, Found
 from models_work import MAIN, Results
 from torch import Tensor
+from transformers_measure import rounded
 
 from mmkernels.bench.rounds import Peaks, alternate
 from mmkernels.integrations.transformers import NAME, register
@@ -85,7 +86,7 @@ class Trial:
         with seeded(0):
             drawn = row.case.inputs(self.ours.config)
         self._inputs = {
-            key: _map_tensors(inputs, lambda x: _rounded(x, DTYPES[row.dtype])) for key, inputs in drawn.items()
+            key: _map_tensors(inputs, lambda x: rounded(x, DTYPES[row.dtype])) for key, inputs in drawn.items()
         }
         subject = Candidate(None if row.case.subject == OURS else NAME)
         naive = {NAIVE: Candidate(None)} if row.case.baseline == NAIVE else {}
@@ -170,11 +171,6 @@ def _map_tensors(inputs: Inputs, function: Callable[[Tensor], Tensor]) -> Inputs
     }
 
 
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds to values of `dtype`, so that wider dtypes compute the same problem."""
-    return x.to(dtype).to(x.dtype) if x.is_floating_point() else x
-
-
 def measure(benchmark: Any, row: Row) -> None:
     """Checks the subject, then times it beside transformers on "sdpa", into ``benchmark.extra_info``.
 
@@ -251,7 +247,7 @@ class _FirstRuns:
         run = lambda: results.extend(x.detach() for x in trial.run(name))
         begin = time.perf_counter()
         if self._row.case.work.trains:
-            with _kept_for_backward(trial) as memory:
+            with kept_for_backward((trial.ours, trial.theirs), trial.case.work.head_shape(trial.ours)) as memory:
                 run()
             self.memory[name] = sum(memory.values())
         else:
@@ -285,13 +281,16 @@ class _FirstRuns:
 
 
 @contextmanager
-def _kept_for_backward(trial: Trial) -> Iterator[dict[int, int]]:
+def kept_for_backward(nets: Sequence[torch.nn.Module], head: torch.Size | None) -> Iterator[dict[int, int]]:
     """Collects the bytes of what autograd keeps inside the ``with`` block, by storage.
 
     Parameters are left out, and a gradient of the head that is computed with the loss: it is not an activation.
+
+    Args:
+        nets: whose parameters.
+        head: the shape of the head's weights; None: no gradient is computed with the loss.
     """
-    parameters = [x for net in (trial.ours, trial.theirs) for x in net.parameters()]
-    own, head = {x.untyped_storage().data_ptr() for x in parameters}, trial.case.work.head_shape(trial.ours)
+    own = {x.untyped_storage().data_ptr() for net in nets for x in net.parameters()}
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -318,7 +317,7 @@ def _counting_calls(module: torch.nn.Module | None) -> Iterator[list[None]]:
         hook.remove()
 
 
-def _rounds(seconds: float, quick: bool) -> int:
+def rounds_for(seconds: float, quick: bool) -> int:
     """Returns how many rounds of so many seconds are measured."""
     if quick:
         return max(1, int(_QUICK_BUDGET / seconds))
@@ -335,7 +334,7 @@ def _time(
     """
     clock = Clock(row.device)
     attention: dict[str, list[float]] = {name: [] for name in trial.candidates}
-    rounds = _rounds(seconds * len(trial.candidates), row.quick)
+    rounds = rounds_for(seconds * len(trial.candidates), row.quick)
 
     def run(name: str) -> None:
         clock.clear()

@@ -104,16 +104,16 @@ class Limit:
     Args:
         than: in tables and JSON.
         unit: "share", "ratio" or "calls".
-        read: what was found; None: it can't be measured here.
+        read: of what was measured; None: it can't be measured here.
     """
 
     than: str
     unit: str
-    read: Callable[[Found], float | None]
+    read: Callable[[Any], float | None]
     least: float | None = None
     most: float | None = None
 
-    def judge(self, found: Found) -> dict[str, Any]:
+    def judge(self, found: Any) -> dict[str, Any]:
         """Returns the target as result files have it, with what was found."""
         limit = {"least": self.least} if self.most is None else {"most": self.most}
         return {"than": self.than, "unit": self.unit, **limit, "found": self.read(found)}

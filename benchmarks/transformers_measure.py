@@ -105,7 +105,7 @@ class Trial:
         self.model, self._device, self._attention = row.model, torch.device(row.device), ""
         with seeded(0):
             self.net: Any = row.model.build().eval()
-        _open_gates(self.net)
+        open_gates(self.net)
         self.net.to(self._device)
         self._inputs = self._draw(DTYPES[row.dtype])
         self._cached = self._draw_cache(DTYPES[row.dtype]) if row.model.cached else []
@@ -114,13 +114,13 @@ class Trial:
     def _draw(self, dtype: torch.dtype) -> Inputs:
         with seeded(0):
             drawn = self.model.inputs()
-        return {name: _rounded(x, dtype).to(self._device) if isinstance(x, Tensor) else x for name, x in drawn.items()}
+        return {name: rounded(x, dtype).to(self._device) if isinstance(x, Tensor) else x for name, x in drawn.items()}
 
     def _draw_cache(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         config, g = self.net.config, torch.Generator().manual_seed(1)
         shape = (2, 1, config.num_key_value_heads, self.model.cached, config.head_dim)
         layers = (torch.randn(shape, generator=g) for _ in range(config.num_hidden_layers))
-        return [tuple(_rounded(x, dtype).to(self._device)) for x in layers]
+        return [tuple(rounded(x, dtype).to(self._device)) for x in layers]
 
     def to(self, dtype: torch.dtype) -> None:
         """Converts weights and inputs; buffers keep their precision, as in models that were loaded in `dtype`."""
@@ -156,13 +156,13 @@ class Trial:
         return [x[valid] if x.shape[: valid.dim()] == valid.shape else x for x in outputs]
 
 
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounds to values of `dtype`, so that wider dtypes compute the same problem."""
     return x.to(dtype).to(x.dtype) if x.is_floating_point() else x
 
 
 @torch.no_grad()
-def _open_gates(net: torch.nn.Module) -> None:
+def open_gates(net: torch.nn.Module) -> None:
     """Redraws parameters that are all 0, such as the gates of layers that attend to images: a 0 would hide errors."""
     for x in net.parameters():
         if not x.any():

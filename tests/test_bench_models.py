@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from models_clock import Clock, visible_pairs
-from models_measure import Row, Trial, _rounds, measure
+from models_measure import Row, Trial, measure, rounds_for
 from models_pairs import blip2, blip2_config, internvl, internvl_config, qwen_config, qwen_vl
 from models_targets import NAIVE, ONE_IMAGE, SDPA, TEXT_ONLY, Found
 from models_work import MAIN, BridgeStep, Encode, SecondTurn, TrainingStep, Work
@@ -159,8 +159,8 @@ def test_attention_that_is_not_reached_is_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_long_rows_have_few_rounds_and_short_ones_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert [_rounds(seconds, False) for seconds in (60.0, 20.0, 3.0, 0.2)] == [2, 3, 5, 50]
-    assert [_rounds(seconds, True) for seconds in (60.0, 1.0)] == [1, 5]
+    assert [rounds_for(seconds, False) for seconds in (60.0, 20.0, 3.0, 0.2)] == [2, 3, 5, 50]
+    assert [rounds_for(seconds, True) for seconds in (60.0, 1.0)] == [1, 5]
 
 
 def test_only_a_row_that_is_compiled_is_not_measured() -> None:

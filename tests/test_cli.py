@@ -183,6 +183,7 @@ def test_profile_of_sound(mmkernels, tmp_path: Path) -> None:
         (["support", "--all", "llama", "--out", "/"], "--out must be a file, got the folder /"),
         (["support", "--all", "llama", "--out", ""], "'--out': must be a path, got an empty text"),
         (["support", "llama", "--out", "here.md"], "--out is for the table of --all, which must be given too"),
+        (["support", "llama", "--measure"], "--measure is for the table of --all, which must be given too"),
         (["fly"], "fly"),
         (["doctor", "--fast"], "--fast"),
     ],
@@ -280,13 +281,15 @@ def test_doctor_gives_reasons(mmkernels, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_support_prints_a_row_for_each_family(mmkernels) -> None:
     ended = mmkernels("support", "llama", "blip_2", "siglip", "vilt")
     assert ended.code == 0, ended.err
-    lines = ended.out.splitlines()
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, ended.out.splitlines())) <= 120
+    lines, patched = (part.splitlines() for part in ended.out.split("after mmkernels.patch:"))
     rows = {line.split()[0]: line for line in lines if line[1:2].isalpha()}
     assert rows["llama"].split()[1:] == ["2", "of", "2", "2", *"0001", "0", *["yes"] * 3, "all"]
     assert "all: greedy, sampled, beam, static, assisted" in ended.out
     assert "all but assisted [1]" in " ".join(rows["blip_2"].split())
     assert "4 of 5" in rows["siglip"] and "0 of 2" in rows["vilt"] and "yes" not in rows["vilt"]
+    after = {line.split()[0]: " ".join(line.split()) for line in patched if line[1:2].isalpha()}
+    assert "cross_attention" in after["llama"] and "yes yes yes" in after["llama"]
     notes = " ".join(ended.out.split())
     assert "[1] assisted generation, on transformers' own attention too: TypeError" in notes
     assert "[2] modules with an attention of their own: MultiheadAttention" in notes

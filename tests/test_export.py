@@ -42,6 +42,7 @@ from mmkernels.nn import (
     Experts,
     FeatureQueue,
     GatedCrossAttention,
+    LateInteractionLoss,
     LatentAttention,
     LatentSizes,
     LinearCrossEntropyLoss,
@@ -647,8 +648,12 @@ def losses() -> dict[str, Case]:
         for loss in (ClipLoss(), SigLipLoss())
     }
     rows = lambda b, l: (torch.randn(32, 8), torch.randn(b, 8), torch.randint(32, (b,)))
+    late = Case(
+        LateInteractionLoss(), call=lambda loss, *x: loss(*x), inputs=lambda b, l: (features(b, l), features(b, 12)),
+        sizes=["01", "0"],
+    )  # fmt: skip
     head = Case(LinearCrossEntropyLoss(), call=lambda loss, *x: loss(*x), inputs=rows, sizes=["", "0", "0"])
-    return found | {"LinearCrossEntropyLoss": head}
+    return found | {"LateInteractionLoss": late, "LinearCrossEntropyLoss": head}
 
 
 def masks() -> dict[str, Case]:

@@ -23,6 +23,12 @@ from mmkernels.planning.options import read_options
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "guide").glob("*.md"))
 assert PAGES, "no pages in docs/guide"
+NEEDS = {"text-to-image": "diffusers", "hub-kernels": "kernels", "trl": "trl"}
+"""Of pages whose Python needs a package that `make setup` does not install, that package."""
+RUNNABLE = [
+    pytest.param(page, marks=pytest.mark.integration(NEEDS[page.stem]) if page.stem in NEEDS else (), id=page.stem)
+    for page in PAGES
+]
 USAGE_ERROR = typer.BadParameter.__base__  # of the click that typer comes with
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -49,9 +55,10 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(part) for line in lines for part in line.split("&&")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", RUNNABLE)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     code = script(page.read_text())
+    programs(page.read_text(), tmp_path)
     assert code.strip(), "a page without Python"
     file = tmp_path / f"{page.stem}.py"
     file.write_text(code)
@@ -59,6 +66,15 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
         [sys.executable, file], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
+
+
+def programs(page: str, folder: Path) -> None:
+    """Runs the programs of the checkout that a page runs before its Python."""
+    for words in commands(page):
+        if words[0] == "python":
+            program = [sys.executable, ROOT / words[1], *words[2:]]
+            ended = subprocess.run(program, cwd=folder, env=environment(folder), capture_output=True, text=True)
+            assert ended.returncode == 0, ended.stderr
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -153,6 +169,8 @@ def check_command(words: list[str]) -> None:
             assert re.search(rf"^{name} = ", extras, re.MULTILINE), name
     elif program == "torchrun":
         assert get_args_parser().parse_args(rest).training_script == "train.py", words
+    elif program == "python":
+        assert (ROOT / rest[0]).is_file(), words
     else:
         assert program == "cd", words
 
