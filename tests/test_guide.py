@@ -23,7 +23,7 @@ from mmkernels.planning.options import read_options
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "guide").glob("*.md"))
 assert PAGES, "no pages in docs/guide"
-NEEDS = {"text-to-image": "diffusers", "hub-kernels": "kernels", "trl": "trl"}
+NEEDS = {"text-to-image": "diffusers", "hub-kernels": "kernels", "reinforcement": "trl"}
 """Of pages whose Python needs a package that `make setup` does not install, that package."""
 RUNNABLE = [
     pytest.param(page, marks=pytest.mark.integration(NEEDS[page.stem]) if page.stem in NEEDS else (), id=page.stem)
