@@ -23,8 +23,8 @@ from mmkernels.report import WIDTH, console, prepare_folder
 _GPU_WIDTH = 130  # columns: a GPU has more peers
 _WHOLE_MODELS = {"tokens": ("fastv",), "contrastive": ("ring",)}
 """Bench files that measure more than one op beside the ops of a family: a model, ranks."""
-_WITH = {"linear_logprobs": ("linear_cross_entropy",)}
-"""Ops that are shown with those built on them."""
+_WITH = {"linear_logprobs": ("linear_cross_entropy",), "integrations": ("max_sim",)}
+"""Ops that are shown with what is built on them."""
 
 
 def run_bench(
