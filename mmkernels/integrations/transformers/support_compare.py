@@ -77,7 +77,8 @@ class Comparison:
     @cached_property
     def _own_implementations(self) -> list[str]:
         accepted = []
-        for name in ("sdpa", "eager"):
+        capped = getattr(self.model.config.get_text_config(), "attn_logit_softcapping", None)
+        for name in ("sdpa", "eager") if capped is None else ("eager",):  # transformers 5.17's sdpa omits Gemma 2's cap
             with suppress(ValueError):  # the model refuses it
                 self.on(name)
                 accepted.append(name)
