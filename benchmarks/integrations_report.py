@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from integrations_targets import EAGER, SDPA
-from rich.console import Group, RenderableType
+from models_report import by_dtype
+from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
-from mmkernels.bench import tables
-from mmkernels.report import MISSING, console, megabytes, milliseconds, percent, ratio, table, unique
+from mmkernels.report import MISSING, console, megabytes, milliseconds, percent, ratio, table
 
 _WIDTH = 130
 
@@ -32,24 +31,9 @@ _LEGEND = (
 
 def render(report: dict[str, Any]) -> RenderableType:
     """Returns a table for each dtype, and one of the targets."""
-    rows = [entry["extra_info"] for entry in report["benchmarks"]]
-    parts: list[RenderableType] = [_heading(report, len(rows))]
-    for dtype in unique(rows, "dtype"):
-        parts += [Text(dtype, style="bold"), _table([row for row in rows if row["dtype"] == dtype])]
-    if any(row["targets"] for row in rows):
-        parts.append(tables.targets(rows))
-    return Group(*parts, Text(_LEGEND, style="dim"))
-
-
-def _heading(report: dict[str, Any], rows: int) -> Text:
-    machine = report["machine_info"]
-    versions = machine["versions"]
-    rest = f": transformers {versions['transformers']} before and after patch, torch {versions['torch']}, on "
-    heading = Text.assemble(("integrations", "bold"), rest, machine["device"], "\n")
-    expected = report.get("expected_rows", rows)
-    if rows < expected:
-        heading.append(f"{expected - rows} of {expected} rows were not measured\n", style="yellow")
-    return heading
+    versions = report["machine_info"]["versions"]
+    about = f"of transformers {versions['transformers']} before and after patch, torch {versions['torch']}"
+    return by_dtype(report, "integrations", about, _table, _LEGEND)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmkernels.report import MISSING, console, megabytes, milliseconds, percent,
 from mmkernels.targets import OURS
 
 _WIDTH = 140
+Tables = Callable[[list[dict[str, Any]]], Table]
 
 _LEGEND = (
     "ms: of one run of ours, or of transformers' model on mmkernels' attention where the row says so. vs sdpa: the\n"
@@ -35,26 +37,29 @@ _LEGEND = (
 
 def render(report: dict[str, Any]) -> RenderableType:
     """Returns a table for each dtype, and one of the targets."""
+    versions = report["machine_info"]["versions"]
+    about = f"beside transformers {versions['transformers']} on sdpa, torch {versions['torch']}"
+    return by_dtype(report, "models", about, _table, _LEGEND)
+
+
+def by_dtype(report: dict[str, Any], name: str, about: str, make: Tables, legend: str) -> RenderableType:
+    """Returns a heading, a table for each dtype, one of the targets, and what the columns mean.
+
+    Args:
+        report: the JSON of a bench file. name: of the bench file. about: follows the name, before the device's.
+        make: makes the table of some rows.
+    """
     rows = [entry["extra_info"] for entry in report["benchmarks"]]
-    parts: list[RenderableType] = [_heading(report, len(rows))]
+    heading = Text.assemble((name, "bold"), f" {about}, on {report['machine_info']['device']}\n")
+    expected = report.get("expected_rows", len(rows))
+    if len(rows) < expected:
+        heading.append(f"{expected - len(rows)} of {expected} rows were not measured\n", style="yellow")
+    parts: list[RenderableType] = [heading]
     for dtype in unique(rows, "dtype"):
-        parts += [Text(dtype, style="bold"), _table([row for row in rows if row["dtype"] == dtype])]
+        parts += [Text(dtype, style="bold"), make([row for row in rows if row["dtype"] == dtype])]
     if any(row["targets"] for row in rows):
         parts.append(tables.targets(rows))
-    return Group(*parts, Text(_LEGEND, style="dim"))
-
-
-def _heading(report: dict[str, Any], rows: int) -> Text:
-    machine = report["machine_info"]
-    versions = machine["versions"]
-    rest = (
-        f" beside transformers {versions['transformers']} on sdpa, torch {versions['torch']}, on {machine['device']}\n"
-    )
-    heading = Text.assemble(("models", "bold"), rest)
-    expected = report.get("expected_rows", rows)
-    if rows < expected:
-        heading.append(f"{expected - rows} of {expected} rows were not measured\n", style="yellow")
-    return heading
+    return Group(*parts, Text(legend, style="dim"))
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -21,7 +21,7 @@ from mmkernels.profiling.hf_model import Source, load_model, open_source, quiet
 from mmkernels.profiling.hf_options import HFOptions
 from mmkernels.profiling.hf_parts import DECODE, Division, Parts, Watch, answer, divide, find_parts, watching
 from mmkernels.profiling.options import ORIGINAL, PATCHED, Side, name_of
-from mmkernels.profiling.point import Cell, fits
+from mmkernels.profiling.point import Cell, fits, not_measured
 from mmkernels.profiling.profiler import common, marginal
 from mmkernels.transformers_version import VersionError
 
@@ -273,15 +273,7 @@ def _empty(row: Prepared, name: str) -> Cell:
         "tokens_per_image": 0,
         "visual_tokens": 0,
         "text_tokens": row.text_tokens,
-        "backend": name,
-        "failed": None,
-        "seconds": {},
-        "samples_seconds": {},
-        "peak_memory_bytes": None,
-        "train_peak_memory_bytes": None,
-        "naive_loss": {},
-        "drift": None,
-        "amdahl": {},
+        **not_measured(name),
     }
 
 

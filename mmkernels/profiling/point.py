@@ -101,15 +101,7 @@ class Point:
         self.cells: dict[str, Cell] = {
             backend: {
                 **_about(row, tokens, getattr(options, "images", None) or 0),
-                "backend": backend,
-                "failed": None,
-                "seconds": {},
-                "samples_seconds": {},
-                "peak_memory_bytes": None,
-                "train_peak_memory_bytes": None,
-                "naive_loss": {},
-                "drift": None,
-                "amdahl": {},
+                **not_measured(backend),
             }
             for backend in options.backends or ()
         }
@@ -195,6 +187,21 @@ def _about(row: Row, tokens: int, images: int) -> Cell:
         "resolution": resolution,
         "tokens_per_image": tokens,
         "visual_tokens": tokens * images,
+    }
+
+
+def not_measured(backend: str) -> Cell:
+    """Returns what is measured of a row on one backend, empty."""
+    return {
+        "backend": backend,
+        "failed": None,
+        "seconds": {},
+        "samples_seconds": {},
+        "peak_memory_bytes": None,
+        "train_peak_memory_bytes": None,
+        "naive_loss": {},
+        "drift": None,
+        "amdahl": {},
     }
 
 
