@@ -21,7 +21,7 @@ _EFFECT = "no logits in training, ignored rows skipped"
 def forward(self: Any, input: Tensor) -> Tensor:
     """``nn.Linear.forward``, whose result is not computed where it is of several positions; see `DeferredLogits`."""
     # A parameter may be exchanged, quantised or distributed after the patch: each call looks.
-    if torch.compiler.is_compiling() or input.dim() < 2 or input.shape[-2] < 2 or _is_unit_of_fsdp(self):
+    if torch.compiler.is_compiling() or input.dim() < 2 or input.shape[-2] < 2 or _is_freed(self):
         return _linear(self, input)
     if not is_worthwhile(input.shape[:-1].numel(), self.weight.shape[0]):
         return _linear(self, input)
@@ -61,10 +61,11 @@ def _layers(head: Any) -> Iterator[nn.Module]:
 
 def _why_not(layer: nn.Module) -> str:
     own = original_class(layer)
+    name = own.__name__ if own.__name__ != "Linear" else f"{own.__module__}.{own.__name__}"  # PEFT's, a quantised one
     if not isinstance(layer, nn.Linear):
-        return f"its output layer is a {own.__name__}, not a linear layer"
+        return f"its output layer is a {name}, not torch's linear layer"
     if own.forward is not nn.Linear.forward:
-        return f"its output layer is a {own.__name__}, whose forward is its own"
+        return f"its output layer is a {name}, whose forward is its own"
     if "forward" in vars(layer):
         return "the forward of its output layer was set on the layer, as accelerate's hooks do"
     weight = layer.weight
@@ -75,6 +76,12 @@ def _why_not(layer: nn.Module) -> str:
     return ""
 
 
-def _is_unit_of_fsdp(module: nn.Module) -> bool:
-    """Returns whether FSDP2 frees the layer's weight when the layer returns."""
+def _is_freed(module: nn.Module) -> bool:
+    """Returns whether the layer's weight may be freed before its logits are read.
+
+    FSDP2 and DeepSpeed free it when a layer that is a unit of its own returns, FSDP1 when any unit around the layer
+    does. FSDP1 alone puts a plain tensor, a piece of the unit's parameters, in the weight's place for the forward pass.
+    """
+    if getattr(module, "_is_fsdp_managed_module", False) and not isinstance(module.weight, nn.Parameter):
+        return True
     return hasattr(module, "set_reshard_after_forward") or hasattr(module, "ds_grads_remaining")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from patched_models import TEXT, labels, llama
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +41,24 @@ def ddp(rank: int) -> bool:
     mmkernels.patch(after, verbose=False)
     for model in (DistributedDataParallel(before), after):
         torch.testing.assert_close(_step(model, rank), expected, rtol=1e-4, atol=1e-5)
+    return True
+
+
+def fsdp1(rank: int) -> bool:
+    """The output layer is a unit of its own, so that its weight is freed before the loss is computed."""
+
+    def losses(model: Any, originals: bool) -> tuple[float, float]:
+        units = functools.partial(lambda_auto_wrap_policy, lambda_fn=lambda module: module is model.lm_head)
+        cpu = torch.device("cpu")
+        whole = FullyShardedDataParallel(model, auto_wrap_policy=units, use_orig_params=originals, device_id=cpu)
+        loss = whole(**_part(rank)).loss
+        loss.backward()
+        return float(loss.detach()), float(whole.clip_grad_norm_(1e9))
+
+    for originals in (False, True):
+        patched = llama()
+        mmkernels.patch(patched, verbose=False)
+        torch.testing.assert_close(losses(patched, originals), losses(llama(), originals), rtol=1e-4, atol=1e-5)
     return True
 
 

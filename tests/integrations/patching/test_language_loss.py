@@ -204,11 +204,14 @@ def test_what_is_left(llama: Any) -> None:
     def set_head(head: nn.Module) -> Any:
         return lambda m: m.set_output_embeddings(head)
 
-    assert why(set_head(nn.Conv1d(8, 8, 1))) == "its output layer is a Conv1d, not a linear layer"
+    assert why(set_head(nn.Conv1d(8, 8, 1))) == "its output layer is a Conv1d, not torch's linear layer"
     assert why(set_head(Odd(32, 100))) == "its output layer is a Odd, whose forward is its own"
     assert "accelerate" in why(lambda m: setattr(m.lm_head, "forward", m.lm_head.forward))
     quantised = torch.ao.nn.quantized.dynamic.Linear(8, 8)
-    assert why(set_head(quantised)) == "its output layer is a Linear, not a linear layer"
+    assert (
+        why(set_head(quantised))
+        == "its output layer is a torch.ao.nn.quantized.dynamic.modules.linear.Linear, not torch's linear layer"
+    )
     assert list(language_loss(model.model)) == []
     (found,) = language_loss(nn.ModuleList([model, model]))
     assert isinstance(found, Change) and found.module is model.lm_head

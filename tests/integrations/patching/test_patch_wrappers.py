@@ -25,6 +25,10 @@ def test_fsdp2() -> None:
         assert said.startswith("patch and unpatch must come before what made a patched module a FSDP")
 
 
+def test_fsdp1() -> None:
+    assert ranks.run(2, patched_on_ranks.fsdp1) == [True, True]
+
+
 def _lora(model: Any) -> Any:
     import peft
 
