@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,7 +184,15 @@ def test_the_page_is_sorted_and_counted() -> None:
     assert f"| zeta | ZetaModel | refused | {' | '.join(['-'] * 14)} | of a \\| b |" in text
     assert text.index("| alpha |") < text.index("| beta |") < text.index("| zeta |")
     assert "| equal | 1 |" in text and "| ended | 0 |" in text and "Interrupted" not in text
-    assert f"transformers {transformers.__version__}" in text and "mmkernels support --all" in text
+    assert f"transformers {transformers.__version__}" in text and "mmkernels support --all --out" in text
+    assert "times as fast" not in text.split("Found on")[1], "nothing was measured"
+
+
+def test_the_page_has_the_middle_of_the_speeds() -> None:
+    speeds = ("0.50, 1.00", "1.25, 1.50", "9.00, 2.00")
+    text = page([replace(ROWS[1], model_type=speed, speed=speed) for speed in speeds] + ROWS, 6)
+    assert "Half of the 3 measured types are at least 1.25 times as fast after `patch` in a forward pass, and" in text
+    assert "1.50 times in a training step" in text and "mmkernels support --all --measure --out" in text
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
