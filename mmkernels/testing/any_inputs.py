@@ -27,19 +27,22 @@ def candidates(model: Any, times: int = 1) -> Iterator[Inputs]:
     A model that reads text and more is given the text alone, if it takes that.
 
     Args:
-        times: by what texts and grids of patches are larger than the smallest.
+        times: by what texts and grids of patches are larger than the smallest. A text is no longer than the model's
+            table of positions.
     """
     names = _arguments(model)
     main = model.main_input_name
     config = model.config
-    text = {"input_ids": _text(config, LENGTH * times)} if "input_ids" in names else {}
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTH * times
+    length = max(LENGTH, min(LENGTH * times, positions))
+    text = {"input_ids": _text(config, length)} if "input_ids" in names else {}
     target = {}
     if "decoder_input_ids" in names and (config.is_encoder_decoder or main != "input_ids"):
         target = {"decoder_input_ids": tokens(2, LENGTH * times // 2)}
     if text:
         yield text | target
         if "bbox" in names:
-            yield text | target | {"bbox": torch.tensor([10, 20, 60, 90]).expand(2, LENGTH * times, 4)}
+            yield text | target | {"bbox": torch.tensor([10, 20, 60, 90]).expand(2, length, 4)}
     grids = [name for name in ("grid_thw", "image_grid_thw") if name in names]
     if grids:
         for name in (main, "hidden_states", "pixel_values"):
