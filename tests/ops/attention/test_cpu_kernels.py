@@ -195,6 +195,20 @@ _NON_FINITE = itertools.product(
 )
 
 
+@pytest.mark.parametrize("lengths", [None, [200, 200], [200, 130]], ids=["all", "even", "uneven"])
+@each_dtype
+def test_panels_that_share_tiles_are_as_each_alone(
+    dtype: torch.dtype, lengths: list[int] | None, threads: None
+) -> None:
+    """330 queries are 6 panels, cut for two threads; those of a call of 64 queries share nothing."""
+    gen = generator(0)
+    query, key, value = (normal(gen, 2, 1, n, 160).to(dtype) for n in (330, 200, 200))
+    mask = None if lengths is None else SpanMask.key_padding(lengths)
+    whole = cross_attention(query, key, value, mask=mask, backend="cpu")
+    parts = [cross_attention(x, key, value, mask=mask, backend="cpu") for x in query.split(64, dim=2)]
+    torch.testing.assert_close(whole, torch.cat(parts, dim=2), rtol=0, atol=0)
+
+
 @parametrize(
     "isa, dtype, edge, kind, where, bad",
     list(_NON_FINITE),
