@@ -18,6 +18,7 @@ from typing import Any
 
 from mmkernels.integrations.transformers.model_mask import NAME, USE_ANOTHER
 from mmkernels.integrations.transformers.packed_towers import pack_towers
+from mmkernels.integrations.transformers.stand_in import StandIn
 
 
 def check_config(config: Any) -> None:
@@ -47,7 +48,9 @@ def guard(model_class: Any) -> None:
     def get_correct_attn_implementation(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention == NAME:
             pack_towers(type(self))
-            if is_init_check:
+            if is_init_check and isinstance(requested_attention, StandIn):  # of a patched model's configuration
+                requested_attention = requested_attention.before if _of_class(type(self)) else requested_attention
+            elif is_init_check:
                 requested_attention = allowed(self)
         return original(self, requested_attention, is_init_check)
 
