@@ -10,6 +10,7 @@ import copy
 import copyreg
 import threading
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -51,13 +52,21 @@ def swap(module: nn.Module, methods: Methods) -> bool:
 def restore(module: nn.Module) -> bool:
     """Gives a module its own class back. Returns whether it had another.
 
+    A method of ours that something keeps in the module, as accelerate's hooks do, becomes the one that it stands for.
+
     Raises:
         RuntimeError: something else has exchanged the class since (FSDP2 does).
     """
     if not is_patched(module):
         return False
     check_restorable(module)
+    ours = methods_of(module)
     module.__class__ = original_class(module)
+    for name, kept in list(vars(module).items()):
+        if isinstance(kept, MethodType) and kept.__self__ is module:
+            for method, function in ours.items():
+                if kept.__func__ is function:
+                    vars(module)[name] = original_method(module, method)
     return True
 
 
