@@ -149,9 +149,17 @@ def _look(model: nn.Module) -> Found:
             elif not taken & {(id(each.module), name) for name in each.methods}:
                 taken |= {(id(each.module), name) for name in each.methods}
                 found.changes.append(each)
-    changed = {id(change.module) for change in found.changes}
-    found.left = [x for x in found.left if not any(id(part) in changed for part in x.module.modules())]
+    said = {id(x.module) for x in found.left if x.why != interface.NO_SLOT}  # a better reason
+    found.left = [x for x in found.left if x.why != interface.NO_SLOT or id(x.module) not in said]
+    found.left = [x for x in found.left if not _is_changed(x, found.changes)]
     return found
+
+
+def _is_changed(left: Left, changes: Sequence[Change]) -> bool:
+    """Returns whether what one kind leaves is changed by another; of an attention, any part of it."""
+    parts = left.module.modules() if left.what == interface.WHAT else (left.module,)
+    inside = {id(part) for part in parts}
+    return any(id(change.module) in inside and change.what.startswith(left.what) for change in changes)
 
 
 def _apply(found: Found) -> None:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -92,7 +93,8 @@ def by_class(table: Sequence[Known]) -> Kind:
 
     The kind raises `VersionError` where a model is of a package that the table knows and a class is not there, or has
     another signature or other attributes: what has moved or changed is said, and nothing is replaced by guess. Of a
-    class and a base of it that the table both knows, the class counts.
+    class and a base of it that the table both knows, the class counts. A method that the user has exchanged, in the
+    class or in a module of it, goes on: the module is left.
     """
 
     def find(model: nn.Module) -> Iterator[Change | Left]:
@@ -121,11 +123,15 @@ def _class_of(known: Known) -> type[nn.Module]:
         method = getattr(theirs, name, None)
         if method is None:
             raise VersionError(_unexpected(known, f"{known.class_name} without {name}"))
-        got = [argument for argument in inspect.signature(method).parameters if argument != "self"]
+        got = list(inspect.signature(method).parameters)
+        got = got[1:] if got[:1] == ["self"] or isinstance(inspect.getattr_static(theirs, name), FunctionType) else got
         signatures = _signatures(expected)
         if got not in signatures:
             expects = " or ".join(f"{name}({', '.join(signature)})" for signature in signatures)
-            raise VersionError(_unexpected(known, f"{known.class_name}.{name}({', '.join(got)}) instead of {expects}"))
+            by = _intruder(known, method)
+            whose = f" (which is that of {by})" if by else ""
+            said = f"{known.class_name}.{name}({', '.join(got)}){whose} instead of {expects}"
+            raise VersionError(_unexpected(known, said))
     return theirs
 
 
@@ -140,15 +146,52 @@ def _package(module_name: str) -> str:
 
 
 def _found(module: nn.Module, theirs: type[nn.Module], known: Known) -> Change | Left:
-    own = original_class(module)
-    for name in known.methods:
-        if getattr(own, name, None) is not getattr(theirs, name, None):
-            return Left(module, known.what, f"{own.__name__} has a {name} of its own")
+    changed = _changed(module, theirs, known)
+    if changed:
+        return Left(module, known.what, changed)
     for path in known.attributes:
         if not _has(module, path):
             raise VersionError(_unexpected(known, f"{known.class_name} without {path}"))
     why = known.why_not(module)
     return Left(module, known.what, why) if why else Change(module, known.methods, known.what, known.op, known.effect)
+
+
+def _changed(module: nn.Module, theirs: type[nn.Module], known: Known) -> str:
+    """Returns why a method of a module, or one that it calls, is not that of the known class; "": it is."""
+    own = original_class(module)
+    for name in known.methods:
+        method: Any = getattr(theirs, name, None)
+        if name in vars(module):
+            return f"its {name} was set on the module, as accelerate's hooks do"
+        if getattr(own, name, None) is not method:
+            return f"{own.__name__} has a {name} of its own"
+        goes_around = inspect.unwrap(known.methods[name]) is inspect.unwrap(method)  # and calls theirs
+        for called in (name, *(() if goes_around else _called(theirs, method))):
+            intruder = _intruder(known, getattr(theirs, called, None))
+            if intruder:
+                return f"{theirs.__name__}.{called} is that of {intruder}"
+            if called in vars(module) or getattr(own, called) is not getattr(theirs, called):
+                return f"{own.__name__} has a {called} of its own"
+    return ""
+
+
+def _called(theirs: type[nn.Module], method: Any) -> Iterator[str]:
+    """Yields the methods of a class that a method of it calls, by the names in its code; not those of all modules."""
+    function = inspect.unwrap(method) if callable(method) else None
+    for name in function.__code__.co_names if isinstance(function, FunctionType) else ():
+        if isinstance(getattr(theirs, name, None), FunctionType) and not hasattr(nn.Module, name):
+            yield name
+
+
+def _intruder(known: Known, method: Any) -> str:
+    """Returns the module whose function someone has put into a known class or around its method; "": there is none."""
+    root = known.path.partition(".")[0]
+    while isinstance(method, FunctionType):
+        place = str(method.__globals__.get("__name__", ""))
+        if place.partition(".")[0] not in (root, "transformers", "torch"):
+            return place
+        method = getattr(method, "__wrapped__", None)
+    return ""
 
 
 def _has(thing: Any, path: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmkernels.integrations.patching.changes import Known
+from mmkernels.integrations.patching.changes import Change, Known, Left, by_class
 from mmkernels.integrations.patching.classes import methods_of, original_class, original_method
 from mmkernels.ops.attention.co_attention import co_attention
 
@@ -116,6 +116,23 @@ def _known(name: str, about: dict[str, Any]) -> list[Known]:
 
 TABLE = (*_known("BiMultiHeadAttention", _ATTENTION), *_known("Encoder", _ENCODER))
 """The classes that get methods of this module."""
+
+_find = by_class(TABLE)
+
+
+def find(model: nn.Module) -> Iterator[Change | Left]:
+    """Yields what is to be changed: a kind of patch. An attention inside of an encoder that is left is left too.
+
+    It would not know whether the encoder is asked for weights.
+    """
+    found = list(_find(model))
+    left = [each for each in found if isinstance(each, Left) and each.what == _ENCODER["what"]]
+    unknown = {id(part): encoder.why for encoder in left for part in encoder.module.modules()}
+    for each in found:
+        if isinstance(each, Change) and id(each.module) in unknown:
+            yield Left(each.module, each.what, f"of its encoder: {unknown[id(each.module)]}")
+        else:
+            yield each
 
 
 def is_fused(module: nn.Module) -> bool:

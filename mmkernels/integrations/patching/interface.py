@@ -18,6 +18,9 @@ from mmkernels.integrations.patching.classes import original_class
 
 WHAT, OP, EFFECT = "attention", "cross_attention", "no score matrix; hidden tiles are skipped"
 
+NO_SLOT = "it has no attention interface"
+"""Why an attention is left that mmkernels does not know by its class either."""
+
 _INTERNAL = "_attn_implementation_internal"
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
 _GENERAL = ("torch.nn.modules.module", "transformers.modeling_utils", "builtins")
@@ -76,7 +79,7 @@ def look(model: nn.Module) -> Iterator[Setting | Left]:
         for module in callers if why else ():
             yield Left(module, WHAT, why)
         for module in _own_attention(users, all_callers):
-            yield Left(module, WHAT, "it has no attention interface")
+            yield Left(module, WHAT, NO_SLOT)
     yield from chosen
     inner = {id(caller) for setting in chosen for caller in setting.callers}
     for users in all_users:  # that make the masks for the parts inside

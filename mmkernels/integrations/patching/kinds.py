@@ -17,7 +17,7 @@ def kinds() -> tuple[Kind, ...]:
         language_loss,
         contrastive_loss,
         by_class(tables.TABLE),
-        by_class(grounding_dino.TABLE),
+        grounding_dino.find,
         by_class(mergers.TABLE),
         pooling.find,
     )

@@ -43,6 +43,8 @@ def _why_not_frames(module: Any) -> str:
     if original_class(module.avg_pooler) is not nn.AvgPool1d:
         return f"its frames are pooled by a {original_class(module.avg_pooler).__name__}"
     pool = module.avg_pooler
+    if "forward" in vars(pool):
+        return "the forward of its pooling was set on the module, as accelerate's hooks do"
     apart = pool.kernel_size == pool.stride and pool.padding in (0, (0,)) and not pool.ceil_mode
     return "" if apart else "its windows of frames overlap or are padded"
 
