@@ -160,12 +160,12 @@ def _changed(module: nn.Module, theirs: type[nn.Module], known: Known) -> str:
     """Returns why a method of a module, or one that it calls, is not that of the known class; "": it is."""
     own = original_class(module)
     for name in known.methods:
-        method: Any = getattr(theirs, name, None)
+        method = getattr(theirs, name, None)
         if name in vars(module):
             return f"its {name} was set on the module, as accelerate's hooks do"
         if getattr(own, name, None) is not method:
             return f"{own.__name__} has a {name} of its own"
-        goes_around = inspect.unwrap(known.methods[name]) is inspect.unwrap(method)  # and calls theirs
+        goes_around = callable(method) and inspect.unwrap(known.methods[name]) is inspect.unwrap(method)  # and calls theirs
         for called in (name, *(() if goes_around else _called(theirs, method))):
             intruder = _intruder(known, getattr(theirs, called, None))
             if intruder:
