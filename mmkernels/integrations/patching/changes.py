@@ -165,7 +165,8 @@ def _changed(module: nn.Module, theirs: type[nn.Module], known: Known) -> str:
             return f"its {name} was set on the module, as accelerate's hooks do"
         if getattr(own, name, None) is not method:
             return f"{own.__name__} has a {name} of its own"
-        goes_around = callable(method) and inspect.unwrap(known.methods[name]) is inspect.unwrap(method)  # and calls theirs
+        # A method of ours that goes around theirs calls it.
+        goes_around = callable(method) and inspect.unwrap(known.methods[name]) is inspect.unwrap(method)
         for called in (name, *(() if goes_around else _called(theirs, method))):
             intruder = _intruder(known, getattr(theirs, called, None))
             if intruder:
