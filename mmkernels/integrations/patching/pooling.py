@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.integrations.patching.changes import Change, Known, Left, by_class
-from mmkernels.integrations.patching.classes import original_class, original_method
+from mmkernels.integrations.patching.classes import is_patched, original_class, original_method
 from mmkernels.integrations.patching.mergers import is_plain
 from mmkernels.ops.tokens.pool_tokens import pool_tokens
 
@@ -156,9 +156,17 @@ def _call_of(model: Any) -> Iterator[None]:
 
 
 def _video_features(module: Any, *args: Any, **keywords: Any) -> Any:
-    """Ours of LLaVA-OneVision's ``get_video_features``: theirs, whose projector pools."""
+    """Ours of LLaVA-OneVision's ``get_video_features``: theirs, whose projector pools.
+
+    It goes on with our ``apply_pooling``, which knows whether the projector has pooled, where another thread unpatches
+    the model meanwhile.
+    """
+    call: Any = module
+    if not torch.compiler.is_compiling() and is_patched(module):
+        call = object.__new__(type(module))
+        call.__dict__ = module.__dict__  # the same one
     with _call_of(module):
-        return original_method(module, "get_video_features")(*args, **keywords)
+        return original_method(call, "get_video_features")(*args, **keywords)
 
 
 def _project(module: Any, image_features: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 from transformers.models.perception_lm.modeling_perception_lm import PerceptionLMMultiModalProjector
 from transformers.models.video_llama_3.modeling_video_llama_3 import VideoLlama3VisionModel
 
+import mmkernels
 from mmkernels.integrations.patching import pooling
 from mmkernels.integrations.patching.changes import Left
 from mmkernels.integrations.patching.classes import is_patched
@@ -171,6 +172,22 @@ def test_llava_onevision_compiles_in_one_graph() -> None:
         apply(pooling.find, model)
         compiled = torch.compile(model.model.get_video_features, backend="eager", fullgraph=True)
         assert_equal({"features": compiled(video).pooler_output}, {"features": expected}, 1e-5)
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_llava_onevision_in_the_middle_of_a_video(patched_first: bool) -> None:
+    """As another thread may do it: the model is unpatched, or patched, between the projector and the pooling."""
+    model, inputs = onevision()
+    video = inputs["pixel_values_videos"]
+    expected = model.model.get_video_features(video).pooler_output
+    if patched_first:
+        mmkernels.patch(model, verbose=False)
+    change = mmkernels.unpatch if patched_first else mmkernels.patch
+    hook = model.model.multi_modal_projector.register_forward_hook(lambda *_: change(model, verbose=False) and None)
+    got = model.model.get_video_features(video).pooler_output
+    hook.remove()
+    assert_equal({"features": got}, {"features": expected}, 1e-6)
+    assert_equal({"features": model.model.get_video_features(video).pooler_output}, {"features": expected}, 1e-6)
 
 
 def test_generate_finds_the_arguments_of_get_video_features() -> None:
