@@ -10,6 +10,7 @@ import copy
 import copyreg
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -66,7 +67,7 @@ def restore(module: nn.Module) -> bool:
         if isinstance(kept, MethodType) and kept.__self__ is module:
             for method, function in ours.items():
                 if kept.__func__ is function:
-                    vars(module)[name] = original_method(module, method)
+                    vars(module)[name] = getattr(type(module), method).__get__(module)
     return True
 
 
@@ -95,9 +96,12 @@ def methods_of(module: nn.Module) -> Methods:
 
 
 def original_method(module: nn.Module, name: str) -> Callable[..., Any]:
-    """Returns a method of the class that a module had before it was patched, bound to the module."""
-    method: Callable[..., Any] = getattr(original_class(module), name).__get__(module)
-    return method
+    """Returns a method of the class that a module had before it was patched, with the module as its first argument.
+
+    It is no bound method: where a graph breaks inside of one, TorchDynamo goes on with the module's own of that name,
+    which is ours.
+    """
+    return partial(getattr(original_class(module), name), module)
 
 
 def _patched_class(original: type[nn.Module], methods: Methods) -> type[nn.Module]:
