@@ -40,6 +40,14 @@ _BOOL_ARGUMENT = {
 _BOOL_ALONE = {"and", "rand", "or", "ror", "invert", "bitwise_and", "bitwise_or", "bitwise_not"}
 """Operators that numbers lack, so that the model must know that the mask is bool."""
 
+_NAMES = {
+    getattr(place, name): name
+    for place in (torch, torch.nn.functional, Tensor)
+    for name in sorted({*_MOVES, *_BOOL_ARGUMENT, *_BOOL_ALONE})
+    if hasattr(place, name)
+} | {Tensor.__setitem__: "__setitem__"}
+"""Operators by function: TorchDynamo knows no function's ``__name__``."""
+
 
 class ModelMask:
     """A mask that only the attention function of ``"mmkernels"`` applies; a model sees a bool ``[B, 1, Lq, Lk]``.
@@ -154,7 +162,14 @@ class ModelMask:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _apply(function.__name__.strip("_"), function, args, kwargs or {})
+        return _apply(_name_of(function).strip("_"), function, args, kwargs or {})
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """Returns an operator's name; in a graph "" for one that is none of `_NAMES`, where it is no method of a mask."""
+    if function in _NAMES:
+        return _NAMES[function]
+    return "" if torch.compiler.is_compiling() else function.__name__
 
 
 def _apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -183,7 +198,7 @@ def _apply(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 def _writes(function: Callable[..., Any]) -> bool:
     """Returns whether an operator changes its first argument."""
-    name = function.__name__
+    name = _name_of(function)
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
