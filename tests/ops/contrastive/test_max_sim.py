@@ -109,6 +109,19 @@ def test_padding_is_never_read_by_a_gradient() -> None:
         assert not found[1][0, 4:].any() and not found[2][1, 2:].any() and not found[2][2, 5:].any(), backend
 
 
+@each_backend("max_sim")
+@pytest.mark.parametrize("paired", [False, True])
+def test_an_empty_document_gets_no_gradient(backend: str, paired: bool) -> None:
+    """Though a query's token is NaN: it has no best token there."""
+    query, document = torch.ones(2, 3, 8), torch.ones(2, 5, 8)
+    query[:, 1] = NAN
+    options = {"document_lengths": torch.tensor([5, 0]), "paired": paired}
+    flow = torch.ones(2) if paired else torch.ones(2, 2)
+    _, of_query, of_document = step(query, document, flow, backend, **options)
+    assert not of_document[1].any()
+    assert of_query.isfinite().all() and bool(of_query[1].any()) != paired
+
+
 def test_winners_are_kept_for_gradients_alone() -> None:
     query, document = torch.ones(2, 3, 8), torch.ones(4, 5, 8)
     plain, leaf = (
@@ -231,3 +244,10 @@ def test_memory_is_a_small_share_of_the_products(backend: str) -> None:
 
     train()
     assert peak_of(train) < products / 10
+
+
+@pytest.mark.alone
+def test_chunked_scores_take_no_winners() -> None:
+    """Without gradients no number is kept for each query token and document: they would be 64 MiB."""
+    query, document = torch.ones(64, 256, 4), torch.ones(1024, 2, 4)
+    assert peak_of(lambda: max_sim(query, document, backend="chunked")) < 4 * 64 * 1024 * 256 / 2

@@ -1,9 +1,9 @@
-"""The late-interaction score in plain PyTorch: bands of query tokens against the tokens of a few documents."""
+"""The late-interaction score in plain PyTorch: blocks of queries against the tokens of a few documents."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,24 +15,9 @@ from mmkernels.ops.contrastive.max_sim.spec import Arguments
 from mmkernels.ops.contrastive.strips import STRIP_BYTES
 
 
-class _Band(NamedTuple):
-    """Some query tokens, `rows` of all queries' one after the other, and some documents."""
-
-    rows: slice
-    documents: slice
-
-
 def forward(args: Arguments) -> tuple[Tensor, Tensor]:
     """Returns `Results`."""
-    if args.paired:
-        best, index = _best_of_pairs(args)
-    else:
-        best, index = _best_of_all(args)
-    part = taking_part(args)
-    scores = torch.where(part, best, 0.0).sum(-1)
-    if not args.keep_index:
-        return scores, or_empty(None, args.query, torch.int32)
-    return scores, torch.where(part, index, NO_TOKEN)
+    return (_best_of_pairs if args.paired else _best_of_all)(args)
 
 
 def backward(args: Any) -> tuple[Tensor, Tensor]:
@@ -48,74 +33,67 @@ def backward(args: Any) -> tuple[Tensor, Tensor]:
 # Every query with every document.
 
 
-def _bands(args: Any, row_numbers: int) -> Iterator[_Band]:
-    """Yields bands of which each takes the memory of one strip.
+def _best_of_all(args: Arguments) -> tuple[Tensor, Tensor]:
+    """Returns `Results` of every query with every document."""
+    query, document, wide = args.query, args.document, wide_dtype(args.query)
+    pairs, tokens = (query.shape[0], document.shape[0]), query.shape[1]
+    mask, part = valid(args.document_lengths, document), taking_part(args).expand(*pairs, tokens)
+    scores = torch.zeros(pairs, dtype=wide, device=query.device)
+    index = query.new_empty((*pairs, tokens) if args.keep_index else (0,), dtype=torch.int32)
+    for n, i, m in _blocks(args, document.shape[1]):
+        x, y = query[n, i].to(wide), document[m].to(wide)
+        products = (x.flatten(0, 1) @ y.flatten(0, 1).mT).unflatten(1, y.shape[:2]).unflatten(0, x.shape[:2])
+        if mask is not None:
+            products.masked_fill_(~mask[m], -torch.inf)  # [queries, tokens, documents, Ld]
+        takes = part[n, m, i]
+        if args.keep_index:
+            best, who = products.max(-1)
+            index[n, m, i] = torch.where(takes, who.mT, NO_TOKEN)
+        else:
+            best = products.amax(-1)
+        scores[n, m] += torch.where(takes, best.mT, 0.0).sum(-1)
+    return scores, index
+
+
+def _blocks(args: Any, row_numbers: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yields some queries, some of their tokens, and some documents, of which each block takes the memory of one strip.
 
     Args:
         row_numbers: that a query token takes for one document.
     """
-    query, document = args.query, args.document
-    rows, numbers = query.shape[0] * query.shape[1], max(1, STRIP_BYTES // wide_dtype(query).itemsize)
-    down = max(1, min(rows, numbers // row_numbers))
-    across = max(1, numbers // (row_numbers * down))
-    for m in range(0, document.shape[0], across):
-        for first in range(0, rows, down):
-            yield _Band(slice(first, min(first + down, rows)), slice(m, min(m + across, document.shape[0])))
-
-
-def _best_of_all(args: Arguments) -> tuple[Tensor, Tensor]:
-    """Returns each query token's best product with each document, wide [Nq, Nd, Lq], and its int32 index."""
-    query, document, wide = args.query, args.document, wide_dtype(args.query)
-    (queries, query_tokens, _), (documents, document_tokens, _) = query.shape, document.shape
-    rows, mask = query.flatten(0, 1), valid(args.document_lengths, document)
-    best = torch.empty(queries * query_tokens, documents, dtype=wide, device=query.device)
-    index = torch.empty_like(best, dtype=torch.int32) if args.keep_index else None
-    for band in _bands(args, document_tokens):
-        x, y = rows[band.rows].to(wide), document[band.documents].to(wide)
-        products = (x @ y.flatten(0, 1).mT).unflatten(1, (-1, document_tokens))  # [rows, documents, Ld]
-        if mask is not None:
-            products.masked_fill_(~mask[band.documents], -torch.inf)
-        at = band.rows, band.documents
-        if index is None:
-            best[at] = products.amax(-1)
-        else:
-            best[at], index[at] = products.max(-1)
-
-    def by_document(x: Tensor) -> Tensor:
-        return x.reshape(queries, query_tokens, documents).mT.contiguous()
-
-    return by_document(best), best if index is None else by_document(index)
+    (queries, tokens, _), documents = args.query.shape, args.document.shape[0]
+    numbers = max(1, STRIP_BYTES // wide_dtype(args.query).itemsize)
+    rows = max(1, numbers // row_numbers)  # query tokens
+    at_once, some = max(1, min(queries, rows // tokens)), min(tokens, rows)
+    across = max(1, numbers // (row_numbers * at_once * some))
+    for m in range(0, documents, across):
+        for n in range(0, queries, at_once):
+            for i in range(0, tokens, some):
+                yield slice(n, n + at_once), slice(i, i + some), slice(m, m + across)
 
 
 def _gradients(args: Any) -> tuple[Tensor | None, Tensor | None]:
     """Returns the wide gradients of query and document."""
     query, document, wide = args.query, args.document, wide_dtype(args.query)
-    (_, query_tokens, dim), (documents, document_tokens, _) = query.shape, document.shape
-    rows, mask = query.flatten(0, 1), valid(args.query_lengths, query)
-    index = args.index.mT.reshape(rows.shape[0], documents)  # [rows, Nd]
-    flow = args.grad_scores.to(wide)[:, None].expand(-1, query_tokens, -1).reshape(rows.shape[0], documents)
-    of_query = torch.zeros(rows.shape[0], dim, dtype=wide, device=query.device) if args.need_query else None
-    of_document = torch.zeros(documents, document_tokens, dim, dtype=wide, device=query.device)
-    for band in _bands(args, max(dim, document_tokens)):
-        at = band.rows, band.documents
-        winner, weight = index[at].long(), flow[at]
+    flow = args.grad_scores.to(wide)
+    of_query = torch.zeros(query.shape, dtype=wide, device=query.device) if args.need_query else None
+    of_document = torch.zeros(document.shape, dtype=wide, device=query.device) if args.need_document else None
+    for n, i, m in _blocks(args, max(document.shape[1:])):
+        winner = args.index[n, m, i].mT.long()  # [queries, tokens, documents]
         taken = winner != NO_TOKEN
-        weight = torch.where(taken, weight, 0.0)
+        weight = torch.where(taken, flow[n, None, m], 0.0)
         if of_query is not None:
-            y = document[band.documents].to(wide)
-            m = torch.arange(y.shape[0], device=y.device)
-            found = torch.where(taken[..., None], y[m, winner.clamp(min=0)], 0.0)  # [rows, documents, d]
-            of_query[band.rows] += (found * weight[..., None]).sum(1)
-        if args.need_document:
-            x = rows[band.rows].to(wide)
-            if mask is not None:
-                x = torch.where(mask.flatten()[band.rows, None], x, 0.0)
-            for number, into in enumerate(of_document[band.documents]):
-                _add_rows(into, winner[:, number], weight[:, number], x)
-    return (
-        None if of_query is None else of_query.reshape(query.shape),
-        of_document if args.need_document else None,
-    )
+            y = document[m].to(wide)
+            at = torch.arange(y.shape[0], device=y.device)
+            found = torch.where(taken[..., None], y[at, winner.clamp(min=0)], 0.0)  # [queries, tokens, documents, d]
+            of_query[n, i] += (found * weight[..., None]).sum(2)
+        if of_document is not None:
+            x = query[n, i].to(wide)
+            for number, into in enumerate(of_document[m]):
+                here = taken[..., number]
+                shown = torch.where(here[..., None], x, 0.0)  # NaN of the others would reach token 0
+                _add_rows(into, winner[..., number].flatten(), weight[..., number].flatten(), shown.flatten(0, 1))
+    return of_query, of_document
 
 
 def _add_rows(into: Tensor, index: Tensor, weight: Tensor, rows: Tensor) -> None:
@@ -143,17 +121,20 @@ def _add_by_product(into: Tensor, index: Tensor, weight: Tensor, rows: Tensor) -
 
 
 def _best_of_pairs(args: Arguments) -> tuple[Tensor, Tensor]:
-    """Returns each query token's best product with its document, wide [N, Lq], and its int32 index."""
+    """Returns `Results` of query n with document n."""
     query, document, wide = args.query, args.document, wide_dtype(args.query)
-    best = torch.empty(query.shape[:2], dtype=wide, device=query.device)
-    index = torch.empty_like(best, dtype=torch.int32)
-    mask = valid(args.document_lengths, document)
+    scores = torch.zeros(query.shape[0], dtype=wide, device=query.device)
+    index = query.new_empty(query.shape[:2] if args.keep_index else (0,), dtype=torch.int32)
+    mask, part = valid(args.document_lengths, document), taking_part(args).expand(query.shape[:2])
     for at, tokens in _pair_bands(args):
         products = query[at, tokens].to(wide) @ document[at].to(wide).mT  # [pairs, tokens, Ld]
         if mask is not None:
             products.masked_fill_(~mask[at, None], -torch.inf)
-        best[at, tokens], index[at, tokens] = products.max(-1)
-    return best, index
+        best, who = products.max(-1)
+        if args.keep_index:
+            index[at, tokens] = torch.where(part[at, tokens], who, NO_TOKEN).to(torch.int32)
+        scores[at] += torch.where(part[at, tokens], best, 0.0).sum(-1)
+    return scores, index
 
 
 def _pair_gradients(args: Any) -> tuple[Tensor | None, Tensor | None]:
