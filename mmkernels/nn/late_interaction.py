@@ -78,7 +78,12 @@ class LateInteractionLoss(nn.Module):
         self.backend = backend
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale}, query_weight={self.query_weight}, reduction={self.reduction!r}"
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+    def _options(self) -> dict[str, Any]:
+        """Returns what must be the same on every rank."""
+        names = ("scale", "mean_over_tokens", "query_weight", "label_smoothing", "reduction")
+        return {name: getattr(self, name) for name in names}
 
     def forward(
         self,
@@ -105,7 +110,8 @@ class LateInteractionLoss(nn.Module):
             except Exception as error:  # of any kind: the other ranks wait
                 told_to_group(error, check_group(self.group), "LateInteractionLoss", query)
                 raise
-            found = scores_over_ranks(query, document, self.group, **lengths, backend=self.backend)
+            same = {"the number of documents for each query": groups, **self._options()}
+            found = scores_over_ranks(query, document, self.group, **lengths, same=same, backend=self.backend)
             return self._over_ranks(found, self._logits(found.scores, query, lengths["query_lengths"]), groups)
         scores = max_sim(query, document, **lengths, backend=self.backend)
         logits = self._logits(scores, query, lengths["query_lengths"])
@@ -133,11 +139,6 @@ class LateInteractionLoss(nn.Module):
         loss, and what flows back to all of them reaches each score once, on its own rank.
         """
         assert self.group is not None
-        if any(n != m * groups for n, m in zip(call.documents, call.queries, strict=True)):
-            raise ValueError(
-                f"document must hold {groups} documents for each query on every rank of the group, got "
-                f"{call.documents} for {call.queries} queries"
-            )
         world = len(call.queries)
         share = self.query_weight * self._of_rows(logits, groups, call.first)
         if self.query_weight < 1.0:
@@ -176,15 +177,25 @@ def _checked(
     query: Tensor, document: Tensor, query_mask: Tensor | None, document_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, Any], int]:
     """Returns query, document [N K, Ld, d], the lengths that `max_sim` takes, and K."""
+    check_tensor("query", query)
     check_tensor("document", document)
+    if query.dim() != 3:
+        raise ValueError(f"query must be [N, Lq, d], got shape {tuple(query.shape)}")
+    if document.dim() not in (3, 4) or (document.dim() == 4 and document.shape[1] == 0):
+        raise ValueError(
+            f"document must be [N, Ld, d], or [N, K, Ld, d] with K >= 1, got shape {tuple(document.shape)}"
+        )
     groups = document.shape[1] if document.dim() == 4 else 1
     if document.dim() == 4:
-        document = document.flatten(0, 1)
         if document_mask is not None:
             check_tensor("document_mask", document_mask)
-            if document_mask.dim() != 3:
-                raise ValueError(f"document_mask must be [N, K, Ld], got shape {tuple(document_mask.shape)}")
+            if document_mask.shape != document.shape[:3]:
+                raise ValueError(
+                    f"document_mask must be [N, K, Ld], {tuple(document.shape[:3])} here, got shape "
+                    f"{tuple(document_mask.shape)}"
+                )
             document_mask = document_mask.flatten(0, 1)
+        document = document.flatten(0, 1)
     query, query_lengths = tokens_first("query", query, query_mask)
     document, document_lengths = tokens_first("document", document, document_mask)
     if document.shape[0] != query.shape[0] * groups:
@@ -216,6 +227,8 @@ def tokens_first(name: str, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor
         raise ValueError(
             f"{name}_mask must be of the tokens' shape {tuple(tokens.shape[:-1])}, got {tuple(mask.shape)}"
         )
+    if mask.device != tokens.device:
+        raise ValueError(f"{name}_mask must be on the tokens' device {tokens.device}, got {mask.device}")
     counts = mask != 0
     lengths = counts.sum(1)
     if mask.is_cpu and can_look(mask) and bool((counts[:, 1:] <= counts[:, :-1]).all()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -99,8 +100,28 @@ def ranks_as_one_process(rank: int, sizes: list[tuple[int, int]]) -> None:
 def one_is_bad(rank: int) -> str:
     """Returns the error of a call whose first rank has a document too many."""
     query, document = torch.ones(2, 3, 8), torch.ones(2 + (rank == 0), 4, 8)
+    return _error(lambda: LateInteractionLoss(group=dist.group.WORLD)(query, document))
+
+
+def options_differ(rank: int) -> list[str]:
+    """Returns the errors of calls in which the ranks differ; in the last one the first rank is empty."""
+    query, document = torch.ones(2, 3, 8), torch.ones(2, 4, 8)
+    weighted = LateInteractionLoss(query_weight=1.0 - rank / 2, group=dist.group.WORLD)
+    scaled, plain = (LateInteractionLoss(scale, group=dist.group.WORLD) for scale in (1.0 + rank, 1.0))
+    some = (query, torch.ones(2, 2, 4, 8)) if rank else (query[:0], document[:0])
+    calls = (lambda: weighted(query, document), lambda: scaled(query, document), lambda: plain(*some))
+    return [_error(call) for call in calls]
+
+
+def no_gallery(rank: int) -> str:
+    """Returns the error of queries on one rank, and items on none."""
+    query, target = torch.ones(1 - rank, 3, 8), torch.zeros(1 - rank, dtype=torch.int64)
+    return _error(lambda: retrieval_ranks(query, torch.ones(0, 5, 8), target, group=dist.group.WORLD))
+
+
+def _error(call: Callable[[], Any]) -> str:
     try:
-        LateInteractionLoss(group=dist.group.WORLD)(query, document)
+        call()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "none"

@@ -70,6 +70,9 @@ _BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 _BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"document": torch.ones(3, 5, 8)}, ValueError, r"document must be \[N, Ld, d\] or \[N, K, Ld, d\] with"),
+    ({"document": torch.ones(2, 0, 5, 8)}, ValueError, r"document must be .* with K >= 1, got shape \(2, 0, 5, 8\)"),
+    ({"query": torch.ones(4, 8)}, ValueError, r"query must be \[N, Lq, d\], got shape \(4, 8\)"),
+    ({"document_mask": torch.ones(2, 5, device="meta").bool()}, ValueError, "document_mask must be on .* got meta"),
     ({"document": None}, TypeError, "document must be a tensor, got NoneType"),
     ({"query_mask": torch.ones(2, 4)}, TypeError, "query_mask must be bool or integers, got torch.float32"),
     ({"query_mask": torch.ones(2, 3).bool()}, ValueError, r"tokens' shape \(2, 4\), got \(2, 3\)"),
@@ -105,6 +108,14 @@ def test_a_bad_rank_is_told() -> None:
     assert second.startswith("ValueError: max_sim, forward: rank 0 of the group has bad input")
 
 
+def test_options_are_those_of_all_ranks() -> None:
+    found = ranks.run(2, late_interaction_on_ranks.options_differ)
+    for name, errors in zip(
+        ("query_weight", "scale", "the number of documents"), zip(*found, strict=True), strict=True
+    ):
+        assert all(error.startswith(f"ValueError: max_sim, forward: {name}") for error in errors), errors
+
+
 # Ranks of what is retrieved.
 
 
@@ -132,6 +143,11 @@ def test_ranks_of_tokens_over_ranks(sizes: list[tuple[int, int]]) -> None:
     ranks.run(len(sizes), late_interaction_on_ranks.ranks_as_one_process, sizes)
 
 
+def test_ranks_without_any_item() -> None:
+    for error in ranks.run(2, late_interaction_on_ranks.no_gallery):
+        assert error == "ValueError: gallery must have an item at least on one rank of the group, got none"
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -139,6 +155,10 @@ def test_ranks_of_tokens_over_ranks(sizes: list[tuple[int, int]]) -> None:
         ({"gallery": torch.ones(0, 3, 8)}, "gallery must have an item at least, got none"),
         ({"query": torch.ones(2, 8), "gallery": torch.ones(3, 8), "query_lengths": torch.ones(2).long()},
          r"query_lengths must be None where query is \[N, d\]"),
+        ({"gallery": torch.ones(3, 5, 7)}, r"gallery must be \[Nd, Ld, 8\]"),
+        ({"gallery_lengths": torch.tensor([1, 2, 6])}, "gallery_lengths must be from 0 to 5, got 1 to 6"),
+        ({"target": torch.ones(2, device="meta").long()}, "target must be on query's device cpu, got meta"),
+        ({"query": torch.ones(0, 4, 8), "target": torch.ones(0).long(), "backend": "none"}, "backend must be one of"),
         ({"gallery": torch.ones(3, 8)}, r"query must be \[N, d\] where gallery is \[M, d\]"),
     ],
 )  # fmt: skip

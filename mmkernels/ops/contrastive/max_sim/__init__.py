@@ -97,35 +97,37 @@ def checked(
     query_lengths: Tensor | None,
     document_lengths: Tensor | None,
     paired: bool,
+    *,
+    name: str = "document",
 ) -> Arguments:
-    """Returns the record of a call."""
+    """Returns the record of a call; `name`: what the caller's documents are called."""
     query, document = autocast(query, document)
     check_bool("paired", paired)
     check_floating("query", query)
     if query.dim() != 3 or 0 in query.shape[1:]:
         raise ValueError(f"query must be [Nq, Lq, d] with no dim of 0 but Nq, got shape {tuple(query.shape)}")
-    check_tensor("document", document)
+    check_tensor(name, document)
     dim = query.shape[2]
     if document.dim() != 3 or document.shape[2] != dim or document.shape[1] == 0:
         raise ValueError(
-            f"document must be [Nd, Ld, {dim}] with Ld >= 1, as query has {dim} channels, got shape "
+            f"{name} must be [Nd, Ld, {dim}] with Ld >= 1, as query has {dim} channels, got shape "
             f"{tuple(document.shape)}"
         )
     if paired and document.shape[0] != query.shape[0]:
         raise ValueError(
-            f"document must have as many rows as query, {query.shape[0]}, where paired, got {document.shape[0]}"
+            f"{name} must have as many rows as query, {query.shape[0]}, where paired, got {document.shape[0]}"
         )
     if document.dtype is not query.dtype:
-        raise TypeError(f"document must have query's dtype {query.dtype}, got {document.dtype}")
+        raise TypeError(f"{name} must have query's dtype {query.dtype}, got {document.dtype}")
     if not (document.is_cpu and query.is_cpu) and document.device != query.device:
-        raise ValueError(f"document must be on query's device {query.device}, got {document.device}")
+        raise ValueError(f"{name} must be on query's device {query.device}, got {document.device}")
     # `torch.jit.trace` traces once more without gradients, and demands the same graph.
     recording = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
     return Arguments(
         query=query,
         document=document,
         query_lengths=_checked_lengths("query_lengths", query_lengths, query),
-        document_lengths=_checked_lengths("document_lengths", document_lengths, document),
+        document_lengths=_checked_lengths(f"{name}_lengths", document_lengths, document),
         paired=paired,
         keep_index=recording and (requires_grad(query) or requires_grad(document)),
     )

@@ -6,7 +6,7 @@ pieces that are under way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ def scores_over_ranks(
     *,
     query_lengths: Tensor | None = None,
     document_lengths: Tensor | None = None,
+    same: Mapping[str, Any] | None = None,
     backend: str | None = None,
 ) -> RankScores:
     """Returns the scores of this rank's queries with all ranks' documents.
@@ -65,10 +66,11 @@ def scores_over_ranks(
     Args:
         query, document, query_lengths, document_lengths, backend: of this rank, as of `max_sim`.
         group: a ``torch.distributed.ProcessGroup``.
+        same: what else must be the same on every rank, see `Group.agree`.
 
     Raises:
         TypeError, ValueError, BackendError: as `max_sim`; every rank raises ValueError where one rank's arguments are
-            bad, or ranks differ in channels or dtype.
+            bad, or ranks differ in channels, dtype or `same`.
         GroupError: a rank has died, is late, or called something else.
     """
     name = check_group(group)
@@ -81,7 +83,7 @@ def scores_over_ranks(
         told_to_group(error, name, f"{CALL}, forward", query)
         raise
     keep = torch.is_grad_enabled() and (requires_grad(args.query) or requires_grad(args.document))
-    call = _Call(args, name, backend, keep)
+    call = _Call(args, name, backend, keep, same or {})
     scores: Tensor = _OverRanks.apply(args.query, args.document, call)
     return RankScores(scores, call.queries, call.documents, call.group.rank)
 
@@ -93,19 +95,20 @@ class _Call:
         args: of this rank.
         name: of the group.
         keep: whether this rank wants gradients.
+        more: what else must be the same on every rank.
     """
 
-    def __init__(self, args: Arguments, name: str, backend: str, keep: bool) -> None:
+    def __init__(self, args: Arguments, name: str, backend: str, keep: bool, more: Mapping[str, Any]) -> None:
         self.args, self.name, self.backend = args, name, backend
         self.group = Group(name, f"{CALL}, forward", args.query.device)
         document = args.document
-        same = {
+        same: dict[str, Any] = {
             "the number of channels": document.shape[2],
             "the dtype": str(document.dtype),
             "the type of device": document.device.type,
         }
         own = {"queries": args.query.shape[0], "documents": document.shape[0], "tokens": document.shape[1]}
-        said = self.group.agree(same, own | {"keep": keep, "document": requires_grad(document)})
+        said = self.group.agree(same | dict(more), own | {"keep": keep, "document": requires_grad(document)})
         self.queries, self.documents = ([x[key] for x in said] for key in ("queries", "documents"))
         self.first = [0, *accumulate(self.documents)]
         self.tokens = max(x["tokens"] for x in said)

@@ -13,6 +13,7 @@ from mmkernels.ops.contrastive.max_sim.ring import scores_over_ranks
 from mmkernels.ops.contrastive.max_sim.spec import Arguments
 from mmkernels.ops.contrastive.retrieval_ranks.spec import ranks_of
 from mmkernels.runtime.checks import check_floating, check_range, check_tensor, without_autocast
+from mmkernels.runtime.dispatch import resolve
 from mmkernels.runtime.group import Group, check_group, told_to_group
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def token_ranks(
     if not items:
         raise ValueError("gallery must have an item at least, got none")
     check_range("target", target, 0, items - 1)
+    backend = resolve(backend)
     found = [target.new_empty(0)]
     with torch.autocast(args.query.device.type, enabled=False):
         for at, part in _strips(args, _rows(items)):
@@ -60,8 +62,10 @@ def _over_ranks(check: Any, target: Tensor, group: ProcessGroup, backend: str | 
     own = {"queries": args.query.shape[0], "items": args.document.shape[0], "low": low, "high": high}
     said = Group(name, _CALL, args.query.device).agree({}, own)
     items = sum(x["items"] for x in said)
+    if not items:
+        raise ValueError("gallery must have an item at least on one rank of the group, got none")
     for rank, x in enumerate(said):
-        if x["low"] < 0 or x["high"] >= max(items, 1):
+        if x["low"] < 0 or x["high"] >= items:
             raise ValueError(
                 f"target must be from 0 to {items - 1}, a row of all ranks' galleries, got {x['low']} to {x['high']} "
                 f"on rank {rank}"
@@ -86,12 +90,14 @@ def _checked(
     if gallery.dim() != 3:
         raise ValueError(f"gallery must be [M, Ld, d] where query is [N, Lq, d], got shape {tuple(gallery.shape)}")
     with torch.autocast(query.device.type, enabled=False):
-        args = checked(query.detach(), gallery.detach(), query_lengths, gallery_lengths, paired=False)
+        args = checked(query.detach(), gallery.detach(), query_lengths, gallery_lengths, paired=False, name="gallery")
     check_tensor("target", target)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {target.dtype}")
     if tuple(target.shape) != (query.shape[0],):
         raise ValueError(f"target must be [{query.shape[0]}], one for each query, got shape {tuple(target.shape)}")
+    if not (target.is_cpu and query.is_cpu) and target.device != query.device:
+        raise ValueError(f"target must be on query's device {query.device}, got {target.device}")
     return args
 
 
