@@ -5,6 +5,30 @@
 
 namespace mmkernels::MMK_ISA {
 
+// kCount vectors of a sum of thousands of rows. A chain adds 64 of them at most, then 64 of such sums, as rounding
+// errors grow with a chain.
+template <int kCount> struct Sum {
+  static constexpr i64 kChain = 64;
+  Vec few[kCount] = {}, many[kCount] = {}, all[kCount] = {};
+  i64 rows = 0;
+
+  MMK_INLINE void added_row() {
+    if (++rows % kChain == 0) {
+      fold(few, many);
+      if (rows % (kChain * kChain) == 0) {
+        fold(many, all);
+      }
+    }
+  }
+  MMK_INLINE static void fold(Vec* from, Vec* to) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kCount; ++n) {
+      to[n] += from[n];
+      from[n] = zero();
+    }
+  }
+};
+
 // Writes columns [first, last) of a sum of weighted rows. each(add) calls add(row, weight) for each of them, in an
 // order that does not depend on the columns.
 template <typename F> MMK_INLINE void sum_rows(Type type, i64 first, i64 last, char* to, const F& each) {
@@ -12,31 +36,34 @@ template <typename F> MMK_INLINE void sum_rows(Type type, i64 first, i64 last, c
     constexpr Type kType = decltype(kind)::value;
     constexpr i64 kSize = bytes_of(kType);
     i64 c = first;
-    const auto run = [&](auto vectors) {
+    const auto run = [&](auto vectors, i64 lanes) __attribute__((always_inline)) {
       constexpr int kCount = decltype(vectors)::value;
-      for (; c + kCount * kLanes <= last; c += kCount * kLanes) {
-        Vec total[kCount] = {};
-        each([&](const char* row, float weight) __attribute__((always_inline)) {
-          const Vec w = set1(weight);
-#pragma GCC unroll 8
-          for (int n = 0; n < kCount; ++n) {
-            total[n] = fma(w, load_as_f32(row + (c + n * kLanes) * kSize, kType, kLanes), total[n]);
-          }
-        });
-        for (int n = 0; n < kCount; ++n) {
-          store_from_f32(to + (c + n * kLanes) * kSize, kType, total[n], kLanes);
-        }
-      }
-    };
-    run(std::integral_constant<int, 8>());
-    run(std::integral_constant<int, 4>());
-    run(std::integral_constant<int, 1>());
-    if (c < last) {
-      Vec total = zero();
+      Sum<kCount> sum;
       each([&](const char* row, float weight) __attribute__((always_inline)) {
-        total = fma(set1(weight), load_as_f32(row + c * kSize, kType, last - c), total);
+        const Vec w = set1(weight);
+#pragma GCC unroll 8
+        for (int n = 0; n < kCount; ++n) {
+          sum.few[n] = fma(w, load_as_f32(row + (c + n * kLanes) * kSize, kType, lanes), sum.few[n]);
+        }
+        sum.added_row();
       });
-      store_from_f32(to + c * kSize, kType, total, last - c);
+#pragma GCC unroll 8
+      for (int n = 0; n < kCount; ++n) {
+        store_from_f32(to + (c + n * kLanes) * kSize, kType, sum.all[n] + (sum.many[n] + sum.few[n]), lanes);
+      }
+      c += kCount * kLanes;
+    };
+    while (c + 8 * kLanes <= last) {
+      run(std::integral_constant<int, 8>(), kLanes);
+    }
+    while (c + 4 * kLanes <= last) {
+      run(std::integral_constant<int, 4>(), kLanes);
+    }
+    while (c + kLanes <= last) {
+      run(std::integral_constant<int, 1>(), kLanes);
+    }
+    if (c < last) {
+      run(std::integral_constant<int, 1>(), last - c);
     }
   });
 }

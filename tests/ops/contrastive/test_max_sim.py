@@ -122,6 +122,23 @@ def test_an_empty_document_gets_no_gradient(backend: str, paired: bool) -> None:
     assert of_query.isfinite().all() and bool(of_query[1].any()) != paired
 
 
+@each_backend("max_sim", interpreted=False)
+def test_a_token_that_is_the_best_of_thousands(backend: str) -> None:
+    """Its gradient is a sum of as many rows, with the error of PyTorch's product at most twice."""
+    g = generator(5)
+    query, document = (torch.rand(shape, generator=g) for shape in ((64, 256, 20), (2, 3, 20)))
+    document[:, 0] += 1
+    flow = torch.ones(64, 2)
+
+    def error(found: Tensor) -> float:
+        return float((found[:, 0] - query.double().sum((0, 1))).abs().max())
+
+    leaf = document.clone().requires_grad_()
+    scores = torch.einsum("nid,mjd->nmij", query, leaf).amax(-1).sum(-1)
+    theirs = torch.autograd.grad(scores, leaf, flow)[0]
+    assert error(step(query, document, flow, backend)[2]) <= 2 * error(theirs)
+
+
 def test_winners_are_kept_for_gradients_alone() -> None:
     query, document = torch.ones(2, 3, 8), torch.ones(4, 5, 8)
     plain, leaf = (

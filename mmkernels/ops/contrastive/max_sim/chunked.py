@@ -105,8 +105,9 @@ def _add_rows(into: Tensor, index: Tensor, weight: Tensor, rows: Tensor) -> None
         rows: [rows, d], finite where the weight is 0.
     """
     index = index.clamp(min=0)
-    if into.is_cpu:
-        into.index_add_(0, index, rows * weight[:, None])
+    if into.is_cpu:  # one by one, wide: a token may be the best of thousands, and rounding errors grow with a chain
+        total = torch.zeros(into.shape, dtype=torch.float64)
+        into += total.index_add_(0, index, rows.double() * weight.double()[:, None])
         return
     _add_by_product(into, index, weight, rows)  # elsewhere rows of an index may be added in any order
 
