@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from mmkernels.runtime.checks import check_range, check_tensor
+from mmkernels.runtime.checks import broadcasts, check_range, check_tensor, is_known
 
 Lengths = Tensor | Sequence[int]
 
@@ -289,7 +289,7 @@ class SpanMask:
     def shape(self) -> tuple[int, int]:
         """The shape (B or 1, Lq or 1) that the spans broadcast to."""
         (b, i), (batch, q_len) = self.start.shape, self.end.shape
-        return (batch if b == 1 else b), (q_len if i == 1 else i)
+        return (batch if is_known(b == 1) else b), (q_len if is_known(i == 1) else i)
 
     @property
     def device(self) -> torch.device:
@@ -322,7 +322,7 @@ def _describe(x: object) -> str:
 
 def _check_broadcast(what: str, a: Iterable[int], b: Iterable[int]) -> None:
     a, b = tuple(a), tuple(b)
-    if any(m != n and m != 1 and n != 1 for m, n in zip(a, b, strict=True)):
+    if not all(broadcasts(m, n) or broadcasts(n, m) for m, n in zip(a, b, strict=True)):
         raise ValueError(f"{what} must broadcast, got shapes {a} and {b}")
 
 
@@ -342,7 +342,7 @@ def _check_size(name: str, size: object, note: str = "") -> None:
 def _lengths(name: str, lengths: Lengths, most: int | None = None) -> Tensor:
     lengths = torch.as_tensor(lengths)
     check_tensor(name, lengths)
-    if lengths.numel() == 0:
+    if is_known(lengths.numel() == 0):
         lengths = lengths.to(torch.int32)  # an empty list becomes a float tensor
     if lengths.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be integers, got {lengths.dtype}")

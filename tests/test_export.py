@@ -813,6 +813,36 @@ def test_exported(name: str) -> None:
     served(exported(CASES[name]), CASES[name])
 
 
+class Chosen(nn.Module):
+    """Calls a case with the rows of a batch that values choose: their number is known to no graph."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+        self.sizes = ({0: torch.export.Dim.DYNAMIC}, *case.sizes)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        keep, *given = inputs
+        rows = keep.nonzero()[:, 0]
+        return self.case(*(x[rows] if 0 in dims else x for x, dims in zip(given, self.case.sizes, strict=True)))
+
+    def inputs(self, batch: int, length: int) -> Inputs:
+        return torch.ones(batch, dtype=torch.bool), *self.case.inputs(batch, length)
+
+
+def by_values() -> list[Any]:
+    """Returns the cases of a batch; the models are slow."""
+    quick = ("ops", "SpanMask", "BLIP: w", "CoAttention")
+    names = [name for name, case in CASES.items() if any(0 in dims for dims in case.sizes)]
+    return [pytest.param(x, marks=() if x.startswith(quick) else pytest.mark.slow) for x in names]
+
+
+@pytest.mark.parametrize("name", by_values())
+def test_exported_with_a_batch_that_depends_on_values(name: str) -> None:
+    case: Any = Chosen(CASES[name])
+    served(exported(case), case)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_traced(name: str) -> None:
     served(traced(CASES[name]), CASES[name])

@@ -28,7 +28,7 @@ from mmkernels.models.blocks.vision import VisionTransformer
 from mmkernels.models.flamingo_config import SIZES, FlamingoConfig
 from mmkernels.nn import GatedCrossAttention, PerceiverResampler, VisualCache
 from mmkernels.nn.checks import check_positive
-from mmkernels.runtime.checks import broadcasts
+from mmkernels.runtime.checks import broadcasts, is_known
 
 
 class FlamingoCache(KVCache):
@@ -257,7 +257,7 @@ class Flamingo(Model):
 
         if pixel_values is not None:
             self.cache_images(self.resample(*self.encode_with_heads(pixel_values)), visual_cache)
-        has_images = visual_cache.batch_size > 0
+        has_images = not is_known(visual_cache.batch_size == 0)
         mask = visual_mask(sees, visual_cache) if has_images else None
 
         positions, causal = cache.extend(valid, padded)
@@ -294,7 +294,7 @@ class Flamingo(Model):
         if images < cache.num_images:
             raise ValueError(f"visual_cache must have the {cache.num_images} images of kv_cache's text, got {images}")
         batch = input_ids.shape[0]
-        if visual_cache.batch_size != 0 and not broadcasts(visual_cache.batch_size, batch):
+        if not is_known(visual_cache.batch_size == 0) and not broadcasts(visual_cache.batch_size, batch):
             raise ValueError(f"visual_cache must have batch 1 or {batch}, got {visual_cache.batch_size}")
         if pixel_values is not None:
             self._check_pixels(pixel_values, batch)

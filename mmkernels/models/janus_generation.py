@@ -119,7 +119,7 @@ def _scores(head: nn.Sequential, hidden: Tensor, scale: float, guided: bool) -> 
     for layer in first:
         hidden = linear(layer, hidden)
     if guided:  # a linear layer of the combined states gives the combined logits
-        given, nothing = hidden.chunk(2)
+        given, nothing = hidden.unflatten(0, (2, -1))
         hidden = torch.add(nothing, given - nothing, alpha=scale)
     return linear(last, hidden)
 

@@ -38,7 +38,7 @@ from mmkernels.models.vilbert_heads import (
 )
 from mmkernels.nn import CoAttention
 from mmkernels.objectives import masked_language_modelling_loss
-from mmkernels.runtime.checks import check_range, check_tensor
+from mmkernels.runtime.checks import check_range, check_tensor, is_known
 
 BOX_WIDTH = 5
 """What says where a region is: the corners x1, y1, x2, y2 and the area, all from 0 to 1."""
@@ -275,7 +275,7 @@ class ViLBERT(Model):
         )  # fmt: skip
         if visual_feats.shape[1] == 0:
             raise ValueError("visual_feats must have a region at least, the first of which stands for the image, got 0")
-        batch = visual_feats.shape[0] if input_ids.shape[0] == 1 else input_ids.shape[0]
+        batch = visual_feats.shape[0] if is_known(input_ids.shape[0] == 1) else input_ids.shape[0]
         self._check_tasks(task_ids, input_ids.shape[0], batch if paired else None)
         predicted = (visual_feats.shape[0], visual_feats.shape[1] - 1, c.target_width)
         check_labels(matched_label, region_label, region_target, batch, predicted, c.region_target)

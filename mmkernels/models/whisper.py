@@ -25,7 +25,7 @@ from mmkernels.models.whisper_generation import Options, WhisperGeneration, Whis
 from mmkernels.models.whisper_long import Segment, transcribe
 from mmkernels.models.whisper_timestamps import check_finite, check_frame_lengths
 from mmkernels.nn.checks import check_features
-from mmkernels.runtime.checks import can_look, check_bool, check_range
+from mmkernels.runtime.checks import can_look, check_bool, check_range, is_known
 
 
 class Whisper(Model):
@@ -384,5 +384,6 @@ def _needed(input_features: Tensor, frame_lengths: Tensor | None) -> Tensor:
 
 def _check_rows(rows: int, sounds: int) -> None:
     """Raises unless there are as many texts for each sound. (Equal numbers first: a graph then takes them for one.)"""
-    if rows != sounds and (not rows or not sounds or rows % sounds):
+    uneven = is_known(rows == 0) or is_known(sounds == 0) or is_known(rows % sounds != 0)
+    if is_known(rows != sounds) and uneven:
         raise ValueError(f"input_ids must have as many rows as there are sounds, {sounds}, or a multiple, got {rows}")

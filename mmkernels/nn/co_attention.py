@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_features, check_positive
 from mmkernels.nn.self_attention import SelfAttention
-from mmkernels.runtime.checks import broadcasts, can_look, check_tensor
+from mmkernels.runtime.checks import broadcasts, can_look, check_tensor, is_known
 
 
 def co_attention_mask(
@@ -58,7 +58,7 @@ def _batch(sizes: list[int]) -> int:
     first, last = sizes[0], sizes[-1]
     if not broadcasts(first, last) and not broadcasts(last, first):
         raise ValueError(f"valid_a and valid_b must be of one batch, or 1, got {first} and {last}")
-    return last if first == 1 else first
+    return last if is_known(first == 1) else first
 
 
 def _checked(name: str, valid: Tensor | None, size: int) -> Tensor | None:

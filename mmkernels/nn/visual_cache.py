@@ -11,7 +11,7 @@ from mmkernels.masks import SpanMask
 from mmkernels.nn.checks import check_positive
 from mmkernels.nn.cross_attention import KeyValue
 from mmkernels.nn.token_buffer import TokenBuffer
-from mmkernels.runtime.checks import check_range, check_tensor, is_traced
+from mmkernels.runtime.checks import check_range, check_tensor, is_known, is_traced
 
 _Sizes = tuple[int, int, int, torch.dtype, torch.device]
 """Batch, heads, head width, dtype and device."""
@@ -220,7 +220,7 @@ class VisualCache:
         for layer, (key, value) in enumerate(key_values):
             for name, x in (("key", key), ("value", value)):
                 check_tensor(f"{name} of layer {layer}", x)
-                batch = batch or x.shape[0] if x.dim() else batch
+                batch = x.shape[0] if x.dim() and is_known(batch == 0) else batch
                 if x.dim() != 4 or x.shape[0] != batch or x.shape[2] != sum(lengths):
                     raise ValueError(
                         f"{name} of layer {layer} must be [{batch}, H, {sum(lengths)}, D], got shape {tuple(x.shape)}"

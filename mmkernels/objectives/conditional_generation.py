@@ -44,8 +44,8 @@ def shifted_targets(labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     checked_ignore_index(ignore_index)
     if labels.dim() == 0:
         raise ValueError("labels must be [..., L], got shape ()")
-    targets = labels.long().roll(-1, dims=-1)
-    targets[..., -1:] = ignore_index
+    targets = torch.full_like(labels, ignore_index, dtype=torch.int64)
+    targets[..., :-1] = labels[..., 1:]
     return targets
 
 

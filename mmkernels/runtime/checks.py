@@ -141,9 +141,24 @@ def in_graph() -> bool:
 def broadcasts(n: int, size: int) -> bool:
     """Whether a dim of n fits one of `size`.
 
+    Sizes that depend on a graph's values are taken to fit: the graph compares them when it runs.
+
     Not ``n in (1, size)``: TorchDynamo takes that for False if n is a constant of the graph and `size` a symbol.
     """
-    return n == 1 or n == size
+    return is_known(n == 1) or not is_known(n != size)
+
+
+def is_known(condition: bool | torch.SymBool | Tensor) -> bool:
+    """Whether a condition on sizes is true; False in a graph where it depends on values, as of `nonzero`'s length.
+
+    Args:
+        condition: a tensor in `torch.jit.trace`.
+    """
+    if isinstance(condition, torch.SymBool) or torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports sympy, which takes half a second
+
+        return guard_or_false(condition)  # type: ignore[arg-type]
+    return bool(condition)
 
 
 def requires_grad(x: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmkernels.integrations.patching.changes import Known, by_class
 from mmkernels.integrations.patching.classes import Methods, original_class, original_method
 from mmkernels.ops.tokens.merge_patches import merge_patches
+from mmkernels.runtime.checks import is_known
 
 _MODELS = "transformers.models"
 
@@ -24,15 +25,19 @@ def _steps(scale: float) -> int:
 def _square(x: Tensor, steps: int) -> Tensor:
     """Returns the tokens of square images, ``[images, side * side, C]``, ``steps * steps`` of them in one."""
     side = int(x.shape[1] ** 0.5)
-    y, _ = merge_patches(x, (1, side, side), (1, steps, steps))
-    return y  # [images, (side / steps)^2, steps^2 C]
+    return _spread(x.unflatten(1, (side, side)), steps).flatten(1, 2)  # [images, (side / steps)^2, steps^2 C]
 
 
 def _spread(x: Tensor, steps: int) -> Tensor:
-    """Returns the same of ``[images, rows, columns, C]``, in this form."""
-    rows, columns = x.shape[1], x.shape[2]
-    y, _ = merge_patches(x.flatten(1, 2), (1, rows, columns), (1, steps, steps))
-    return y.unflatten(1, (rows // steps, columns // steps))
+    """Returns the same of ``[images, rows, columns, C]``, in this form.
+
+    The images are frames of one video: their number is a size, so that one graph serves any number of images.
+    """
+    images, rows, columns = x.shape[:3]
+    if is_known(images == 0):
+        return x.reshape(0, rows // steps, columns // steps, x.shape[3] * steps * steps)
+    y, _ = merge_patches(x.flatten(0, 2), (images, rows, columns), (1, steps, steps))
+    return y.unflatten(0, (images, rows // steps, columns // steps))
 
 
 def _of_rows_by_scale(module: Any, vision_features: Tensor, scale_factor: float = 0.5) -> Tensor:

@@ -109,7 +109,7 @@ def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
         b, h, n, value_dim = value.shape
     except (ValueError, RuntimeError):  # another number of dims; a nested tensor has no shape
         return False
-    if key_heads == 0 or heads == 0 or heads % key_heads or (key_batch != 1 and key_batch != batch):
+    if key_heads == 0 or heads == 0 or heads % key_heads or not broadcasts(key_batch, batch):
         return False
     return b == key_batch and h == key_heads and n == k_len and key_dim == dim > 0 and value_dim > 0
 

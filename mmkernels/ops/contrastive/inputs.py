@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.common.dtypes import wide_dtype
-from mmkernels.runtime.checks import as_float, autocast_dtype, check_floating, check_tensor
+from mmkernels.runtime.checks import as_float, autocast_dtype, check_floating, check_tensor, is_known
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -15,7 +15,7 @@ def check_features(image: Tensor, text: Tensor, least: int = 1) -> None:
     """Raise unless image is [N, d] or [N, Q, d] and text [M, d] of one dtype and device; `least`: of N and M."""
     check_floating("image", image)
     shape = image.shape
-    if len(shape) not in (2, 3) or 0 in shape[1:] or shape[0] < least:
+    if len(shape) not in (2, 3) or 0 in shape[1:] or is_known(shape[0] < least):
         of_rows = "" if least else " but N"
         raise ValueError(f"image must be [N, d] or [N, Q, d] with no dim of 0{of_rows}, got shape {tuple(shape)}")
     check_more_features("text", text, image, least=least)
@@ -29,7 +29,7 @@ def check_more_features(name: str, x: Tensor, image: Tensor, of: str = "image", 
     """
     check_tensor(name, x)
     dim, shape = image.shape[-1], x.shape
-    if len(shape) != 2 or shape[1] != dim or shape[0] < least:
+    if len(shape) != 2 or shape[1] != dim or is_known(shape[0] < least):
         size = "K" if least == 0 else f"M >= {least}"
         raise ValueError(f"{name} must be [{size}, {dim}], as {of} has {dim} channels, got shape {tuple(shape)}")
     if x.dtype is not image.dtype:

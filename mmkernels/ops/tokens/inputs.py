@@ -15,7 +15,7 @@ import torch
 from torch import SymInt, Tensor
 
 from mmkernels.runtime.arguments import Sizes
-from mmkernels.runtime.checks import check_floating
+from mmkernels.runtime.checks import check_floating, is_known
 
 __all__ = ["Grid", "Images", "Lengths", "check_grid", "check_integers", "check_lengths", "check_rows", "check_sizes",
            "check_values", "check_window", "grid_as", "grid_sizes", "is_one", "lengths_as", "triples",
@@ -193,7 +193,7 @@ def check_integers(name: str, values: object, must: str, least: int = 1, row: in
             if not isinstance(number, np.integer):
                 raise TypeError(f"{name} must be integers, {must}, got {type(number).__name__}")
             flat[at] = number = int(number)
-        if number < least:
+        if is_known(number < least):
             raise ValueError(f"{name} must be {least} or more, got {number}")
     return tuple(flat)
 

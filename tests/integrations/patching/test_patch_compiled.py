@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mmkernels
 from mmkernels.integrations.patching.classes import original_method, swap
 from mmkernels.integrations.transformers.model_mask import ModelMask
+from mmkernels.testing.families import FAMILIES
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +68,15 @@ def test_a_mask_is_not_written_to_in_a_graph() -> None:
 
     with pytest.raises((NotImplementedError, torch._dynamo.exc.TorchDynamoException)):
         torch.compile(write, backend="eager", fullgraph=True)(torch.tensor([[False, True]]))
+
+
+@pytest.mark.parametrize("name", ["smolvlm", pytest.param("idefics2", marks=pytest.mark.slow)])
+def test_images_whose_number_depends_on_values(name: str) -> None:
+    """These models drop empty images, so that no graph knows how many their vision tower sees."""
+    model, inputs = FAMILIES[name].build()
+    inputs = dict(inputs)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        mmkernels.patch(model, verbose=False)
+        found = torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)

@@ -27,7 +27,7 @@ from mmkernels.ops.linear.linear_cross_entropy.spec import (
 from mmkernels.ops.linear.linear_logprobs import parallel, results
 from mmkernels.ops.linear.linear_logprobs.spec import Arguments as RowArguments
 from mmkernels.runtime.backends import cpu_kernel, triton_kernel
-from mmkernels.runtime.checks import check_floating, check_number, in_graph, requires_grad
+from mmkernels.runtime.checks import check_floating, check_number, in_graph, is_known, requires_grad
 from mmkernels.runtime.dispatch import Backend, define, resolve
 from mmkernels.runtime.eager import cotangents_are_batched, transform_active
 from mmkernels.runtime.gradient import Gradient
@@ -185,7 +185,7 @@ def cross_entropy(
 
     call = told(make, group, parallel.CALL, input)
     shape = target.shape if call.probabilities is None else target.shape[:-1]
-    if call.reduction == "none" or call.group or call.head.hidden.shape[0] == 0:
+    if call.reduction == "none" or call.group or is_known(call.head.hidden.shape[0] == 0):
         return _of_rows(call, backend, shape)
     return _reduced(call, backend, shape)
 
